@@ -1,0 +1,216 @@
+"""y = activation(x + bias): what follows the product in BertIntermediate. Exact erf GELU unless told otherwise.
+
+x [..., F] with any strides, bias [F]:
+
+    forward    reads x; writes y            2TFb bytes
+    backward   reads dy, x; writes dx       3TFb bytes; the bias gradient is summed in the same pass
+
+Saved: x itself, no copy. The bias gradient is a float32 sum a program, added up in a second pass: no atomics.
+GELU: Hendrycks and Gimpel, arXiv:1606.08415.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_math import activation as activate
+from .device_math import activation_backward, block_rows, tile_offsets
+from .launch import (
+    accumulator,
+    accumulator_torch,
+    as_rows,
+    check_activation,
+    check_vector,
+    choose,
+    differentiable,
+    launch,
+    resident_programs,
+)
+
+__all__ = ["bias_gelu"]
+
+
+@triton.jit
+def bias_gelu_fwd_kernel(
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    x_row_stride,
+    x_col_stride,
+    n_rows,
+    N_COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    rows = block_rows(program // n_col_blocks, BLOCK_M)
+    cols = (program % n_col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < N_COLS
+    mask = (rows < n_rows)[:, None] & col_mask[None, :]
+
+    x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
+
+    y = activate(x, ACTIVATION)
+    tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def bias_gelu_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    sums_ptr,
+    dy_row_stride,
+    dy_col_stride,
+    x_row_stride,
+    x_col_stride,
+    n_rows,
+    n_row_programs,
+    N_COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
+    row_program = tl.program_id(0) // n_col_blocks
+    cols = (tl.program_id(0) % n_col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < N_COLS
+    bias = tl.zeros([BLOCK_N], ACC)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+
+    for block in range(row_program, tl.cdiv(n_rows, BLOCK_M), n_row_programs):
+        rows = block_rows(block, BLOCK_M)
+        mask = (rows < n_rows)[:, None] & col_mask[None, :]
+
+        dy = tl.load(dy_ptr + tile_offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
+
+        dx = activation_backward(dy, x + bias[None, :], ACTIVATION)
+        if sums_ptr is not None:
+            dbias += tl.where(mask, dx, 0.0)
+        tl.store(dx_ptr + tile_offsets(rows, cols, N_COLS, 1), dx.to(dx_ptr.dtype.element_ty), mask)
+
+    if sums_ptr is not None:
+        tl.store(sums_ptr + row_program.to(tl.int64) * N_COLS + cols, tl.sum(dbias, axis=0), col_mask)
+
+
+def _launch_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    y = _allocate_fwd(x, bias, activation)
+    x = as_rows(x)
+    n_rows, n_cols = x.shape
+    config = choose("bias_gelu_forward", x, n_cols)
+    launch(
+        bias_gelu_fwd_kernel,
+        triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N),
+        config,
+        x,
+        x_ptr=x,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        y_ptr=y,
+        x_row_stride=x.stride(0),
+        x_col_stride=x.stride(1),
+        n_rows=n_rows,
+        N_COLS=n_cols,
+        ACTIVATION=activation,
+        ACC=accumulator(x.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return y
+
+
+def _allocate_fwd(x, bias, activation):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _launch_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, sum_columns: bool
+) -> tuple[Tensor, Tensor]:
+    dx, _ = _allocate_bwd(dy, x, bias, activation, sum_columns)
+    dy, x = as_rows(dy), as_rows(x)
+    n_rows, n_cols = x.shape
+    config = choose("bias_gelu_backward", x, n_cols)
+    col_blocks = triton.cdiv(n_cols, config.BLOCK_N)
+    row_blocks = triton.cdiv(n_rows, config.BLOCK_M)
+    row_programs = triton.cdiv(resident_programs(config, x, row_blocks * col_blocks), max(col_blocks, 1))
+    dtype = accumulator_torch(x.dtype)
+    sums = x.new_empty(row_programs, n_cols, dtype=dtype) if x.numel() else x.new_zeros(1, n_cols, dtype=dtype)
+    launch(
+        bias_gelu_bwd_kernel,
+        row_programs * col_blocks if x.numel() else 0,
+        config,
+        x,
+        dy_ptr=dy,
+        x_ptr=x,
+        bias_ptr=None if bias is None else bias.contiguous(),
+        dx_ptr=dx,
+        sums_ptr=sums if sum_columns else None,
+        dy_row_stride=dy.stride(0),
+        dy_col_stride=dy.stride(1),
+        x_row_stride=x.stride(0),
+        x_col_stride=x.stride(1),
+        n_rows=n_rows,
+        n_row_programs=row_programs,
+        N_COLS=n_cols,
+        ACTIVATION=activation,
+        ACC=accumulator(x.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return dx, sums.sum(0)
+
+
+def _allocate_bwd(dy, x, bias, activation, sum_columns):
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, x.new_empty(x.shape[-1], dtype=accumulator_torch(x.dtype))
+
+
+def _save(ctx, inputs, output):
+    x, bias, activation = inputs
+    ctx.save_for_backward(x, bias)
+    ctx.activation = activation
+
+
+def _gradients(backward, ctx, dy):
+    x, bias = ctx.saved_tensors
+    needs_x, needs_bias, _ = ctx.needs_input_grad
+    dx, dbias = backward(dy, x, bias, ctx.activation, needs_bias)
+    return dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None, None
+
+
+_op = torch.library.custom_op("fastbert::bias_gelu", _launch_fwd, mutates_args=())
+_op.register_fake(_allocate_fwd)
+_backward_op = torch.library.custom_op("fastbert::bias_gelu_backward", _launch_bwd, mutates_args=())
+_backward_op.register_fake(_allocate_bwd)
+_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
+    """activation(x + bias) in one pass over memory.
+
+    Args:
+        x: [..., F], the product whose bias was left out. fp64, fp32, fp16 or bf16, any strides.
+        bias: [F], or None.
+        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+
+    Returns:
+        [..., F], contiguous, the dtype of x.
+
+    Raises:
+        ValueError: a bias of another length, an activation that has no kernel.
+    """
+    if x.dim() == 0:
+        raise ValueError("x: expected [..., F], got a tensor without dimensions")
+    check_vector("bias", bias, x)
+    check_activation(activation)
+    return _call(x, bias, activation)

@@ -1,0 +1,80 @@
+"""Frozen launch configurations, by kernel, architecture, element size in bytes and row width.
+
+A row serves widths up to its own and above the one before it; the last serves every wider one. Nothing is tuned
+at run time. No entry here was timed yet: they are chosen by what the compiler makes of them (no spills, 16-byte
+loads and stores, bytes in flight), see bench/NOTES.md.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch: tile height, warps a program, tile width (None: the whole row), programs a multiprocessor."""
+
+    BLOCK_M: int
+    num_warps: int
+    BLOCK_N: int | None = None
+    programs_per_multiprocessor: int | None = None
+
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+Table = dict[int, dict[int, Config]]
+
+# A row held by one warp needs no shared memory and no barrier for its sums. 512 16-bit elements are 16 a lane.
+_LAYERNORM_FORWARD: Table = {
+    2: {512: Config(2, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 4), 8192: Config(1, 8)},
+    4: {512: Config(1, 1), 1024: Config(1, 2), 2048: Config(1, 4), 4096: Config(1, 8), 8192: Config(1, 16)},
+    8: {512: Config(1, 2), 1024: Config(1, 4), 2048: Config(1, 8), 4096: Config(1, 16), 8192: Config(1, 16)},
+}
+# The backward also keeps three float32 sums a column, so a row is spread over more warps.
+_LAYERNORM_BACKWARD: Table = {
+    2: {
+        512: Config(2, 2, None, 8),
+        1024: Config(2, 4, None, 4),
+        2048: Config(1, 8, None, 2),
+        4096: Config(1, 16, None, 1),
+        8192: Config(1, 16, None, 1),
+    },
+    4: {
+        512: Config(1, 4, None, 4),
+        1024: Config(1, 8, None, 2),
+        2048: Config(1, 16, None, 1),
+        4096: Config(1, 16, None, 1),
+        8192: Config(1, 32, None, 1),
+    },
+    8: {
+        512: Config(1, 8, None, 2),
+        1024: Config(1, 16, None, 1),
+        2048: Config(1, 16, None, 1),
+        4096: Config(1, 32, None, 1),
+        8192: Config(1, 32, None, 1),
+    },
+}
+_BIAS_GELU_FORWARD: Table = {
+    2: {8192: Config(4, 4, 512)},
+    4: {8192: Config(2, 4, 512)},
+    8: {8192: Config(1, 4, 512)},
+}
+_BIAS_GELU_BACKWARD: Table = {
+    2: {8192: Config(4, 4, 512, 4)},
+    4: {8192: Config(2, 4, 512, 4)},
+    8: {8192: Config(1, 4, 512, 4)},
+}
+
+
+def _interpreted(config: Config) -> dict[str, Table]:
+    return {"interpreter": {itemsize: {8192: config} for itemsize in (2, 4, 8)}}
+
+
+def _everywhere(table: Table) -> dict[str, Table]:
+    return {architecture: table for architecture in ARCHITECTURES}
+
+
+# The interpreter's time goes by programs and steps, not by elements: tall tiles.
+TABLES: dict[str, dict[str, Table]] = {
+    "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
+    "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD) | _interpreted(Config(32, 1, None, 1)),
+    "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
+    "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
+}

@@ -1,0 +1,113 @@
+"""Pure maths shared by the kernels, forward and backward: activations, dropout's keep mask, LayerNorm.
+
+Everything here is a jit function on tiles already in registers; nothing loads or stores. All of it
+computes in the type of its arguments, which the kernels raise to float32 (float64 for float64) first.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_offsets(rows, cols, row_stride, col_stride):
+    """[rows, cols] element offsets in int64: 2**31 elements is only 2.8 million tokens of BERT-base."""
+    return rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
+
+
+@triton.jit
+def block_rows(block, BLOCK_M: tl.constexpr):
+    """Row numbers of a block, int64 (a loop counter is a plain int in the interpreter, so no block.to)."""
+    return (tl.zeros([BLOCK_M], tl.int64) + block) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def gelu_tanh_argument(x):
+    # 0.5 * (1 + tanh(u)) is sigmoid(2u): Triton has no tanh that also runs in its interpreter.
+    return 2.0 * 0.7978845608028654 * (x + 0.044715 * x * x * x)
+
+
+@triton.jit
+def activation(x, ACTIVATION: tl.constexpr):
+    """gelu (exact), gelu_tanh (Hendrycks and Gimpel, arXiv:1606.08415), relu or silu of x."""
+    tl.static_assert(
+        ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh" or ACTIVATION == "relu" or ACTIVATION == "silu"
+    )
+    if ACTIVATION == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        y = x * sigmoid(gelu_tanh_argument(x))
+    elif ACTIVATION == "relu":
+        y = tl.where(x < 0, 0.0, x)  # not tl.maximum, which turns NaN into 0
+    else:
+        y = x * sigmoid(x)
+    return y
+
+
+@triton.jit
+def activation_backward(dy, x, ACTIVATION: tl.constexpr):
+    """dL/dx from dL/dy and the activation's input x."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        pdf = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        dx = dy * (cdf + x * pdf)
+    elif ACTIVATION == "gelu_tanh":
+        gate = sigmoid(gelu_tanh_argument(x))
+        slope = 2.0 * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
+        dx = dy * (gate + x * gate * (1.0 - gate) * slope)
+    elif ACTIVATION == "relu":
+        dx = tl.where(x <= 0, 0.0, dy)
+    else:
+        gate = sigmoid(x)
+        dx = dy * (gate + x * gate * (1.0 - gate))
+    return dx
+
+
+@triton.jit
+def keep_mask(seed, rows, cols, P_DROP: tl.constexpr):
+    """True where dropout keeps element (row, col): a pure function of seed, row and column.
+
+    Philox4x32 with seven rounds (Salmon et al., SC'11: seven pass BigCrush) gives 128 bits a call; a
+    decision takes 16 of them, so eight neighbouring columns share a call. Triton gives one thread eight
+    neighbours of a 16-bit type, and the compiler merges their equal calls. p is rounded to 1/65536.
+    """
+    THRESHOLD: tl.constexpr = int(P_DROP * 65536 + 0.5)
+    group = (cols >> 3).to(tl.uint32)[None, :]
+    row_low = (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    row_high = (rows.to(tl.int64) >> 32).to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, group, row_low, row_high, group * 0, n_rounds=7)
+    word = ((cols >> 1) & 3)[None, :]
+    bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    bits = (bits >> ((cols & 1) * 16).to(tl.uint32)[None, :]) & 0xFFFF
+    return bits >= THRESHOLD
+
+
+@triton.jit
+def dropout(x, keep, P_DROP: tl.constexpr):
+    """x / (1 - p) where kept, else 0 (a dropped inf or NaN is 0, as p = 1 needs). Its own backward."""
+    SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
+    return tl.where(keep, x * SCALE, 0.0)
+
+
+@triton.jit
+def layernorm_statistics(x, col_mask, n_cols, eps):
+    """Mean and 1/sqrt(variance + eps) of every row of a [rows, cols] tile that holds whole rows.
+
+    Two passes over registers, not E[x^2] - E[x]^2: with a mean far from zero that difference is all error.
+    """
+    mean = tl.sum(x, axis=1) / n_cols
+    centred = tl.where(col_mask[None, :], x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / n_cols
+    return mean, 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def layernorm_backward(dy_weighted, x_hat, rstd, n_cols):
+    """dL/dx of x_hat = (x - mean) * rstd from dL/dx_hat; both tiles are 0 past the last column."""
+    mean_dy = tl.sum(dy_weighted, axis=1) / n_cols
+    mean_dy_x_hat = tl.sum(dy_weighted * x_hat, axis=1) / n_cols
+    return (dy_weighted - mean_dy[:, None] - x_hat * mean_dy_x_hat[:, None]) * rstd[:, None]

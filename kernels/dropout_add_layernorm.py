@@ -1,0 +1,339 @@
+"""y = LayerNorm(dropout(x + x_bias) + residual): what follows the product in BertSelfOutput and BertOutput.
+
+x, residual [..., H] with any strides; x_bias, weight, bias [H]. With z = dropout(x + x_bias) + residual:
+
+    forward    y = (z - mean) * rstd * weight + bias        reads x, residual; writes z, y        4THb bytes
+    backward   dz = LayerNorm'(dy); dx = dropout'(dz)       reads dy, z; writes dx, dresidual     4THb bytes
+
+Saved: z, and a row's mean and rstd in float32. The keep mask is drawn again from the seed, not kept. Without
+dropout and with one dtype dx is dresidual, and the backward writes it once. Weight gradients are sums a program in
+float32, added up in a second pass: no atomics, the same bits each time.
+Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450. Dropout bits: device_math.keep_mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_math import block_rows, dropout, keep_mask, layernorm_backward, layernorm_statistics, tile_offsets
+from .launch import (
+    accumulator,
+    accumulator_torch,
+    as_rows,
+    check_layernorm,
+    choose,
+    differentiable,
+    draw_seed,
+    launch,
+    needs_backward,
+    resident_programs,
+)
+
+__all__ = ["dropout_add_layernorm"]
+
+
+@triton.jit
+def dropout_add_layernorm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    x_bias_ptr,
+    seed_ptr,
+    y_ptr,
+    z_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_row_stride,
+    x_col_stride,
+    residual_row_stride,
+    residual_col_stride,
+    n_rows,
+    N_COLS: tl.constexpr,
+    EPS: tl.constexpr,
+    P_DROP: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = block_rows(tl.program_id(0), BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    row_mask = rows < n_rows
+    col_mask = cols < N_COLS
+    mask = row_mask[:, None] & col_mask[None, :]
+
+    x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
+    residual_offsets = tile_offsets(rows, cols, residual_row_stride, residual_col_stride)
+    residual = tl.load(residual_ptr + residual_offsets, mask, other=0.0).to(ACC)
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
+
+    if x_bias_ptr is not None:
+        x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
+    if P_DROP > 0:
+        x = dropout(x, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
+    z = x + residual
+    mean, rstd = layernorm_statistics(z, col_mask, N_COLS, EPS)
+    y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+
+    out = tile_offsets(rows, cols, N_COLS, 1)
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask)
+    if z_ptr is not None:
+        tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask)
+        tl.store(mean_ptr + rows, mean, row_mask)
+        tl.store(rstd_ptr + rows, rstd, row_mask)
+
+
+@triton.jit
+def dropout_add_layernorm_bwd_kernel(
+    dy_ptr,
+    z_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    seed_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    sums_ptr,
+    dy_row_stride,
+    dy_col_stride,
+    n_rows,
+    n_programs,
+    N_COLS: tl.constexpr,
+    P_DROP: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_N)
+    col_mask = cols < N_COLS
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
+    dweight = tl.zeros([BLOCK_N], ACC)
+    dbias = tl.zeros([BLOCK_N], ACC)
+    dx_bias = tl.zeros([BLOCK_N], ACC)
+
+    for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
+        rows = block_rows(block, BLOCK_M)
+        row_mask = rows < n_rows
+        mask = row_mask[:, None] & col_mask[None, :]
+        here = tile_offsets(rows, cols, N_COLS, 1)
+
+        dy = tl.load(dy_ptr + tile_offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        z = tl.load(z_ptr + here, mask, other=0.0).to(ACC)
+        mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
+
+        x_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
+        dz = layernorm_backward(dy * weight[None, :], x_hat, rstd, N_COLS)
+        dx = dz
+        if P_DROP > 0:
+            dx = dropout(dz, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
+        if sums_ptr is not None:
+            dweight += tl.sum(dy * x_hat, axis=0)
+            dbias += tl.sum(dy, axis=0)
+            dx_bias += tl.sum(tl.where(mask, dx, 0.0), axis=0)
+
+        tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + here, dz.to(dresidual_ptr.dtype.element_ty), mask)
+
+    if sums_ptr is not None:
+        row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
+        tl.store(row, dweight, col_mask)
+        tl.store(row + N_COLS, dbias, col_mask)
+        tl.store(row + 2 * N_COLS, dx_bias, col_mask)
+
+
+def _launch_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    p: float,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, z, mean, rstd = _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save)
+    x, residual = as_rows(x), as_rows(residual)
+    n_rows, n_cols = x.shape
+    config = choose("layernorm_forward", y if y.element_size() > x.element_size() else x, n_cols)
+    launch(
+        dropout_add_layernorm_fwd_kernel,
+        triton.cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
+        config,
+        x,
+        x_ptr=x,
+        residual_ptr=residual,
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        x_bias_ptr=None if x_bias is None else x_bias.contiguous(),
+        seed_ptr=seed,
+        y_ptr=y,
+        z_ptr=z if save else None,
+        mean_ptr=mean if save else None,
+        rstd_ptr=rstd if save else None,
+        x_row_stride=x.stride(0),
+        x_col_stride=x.stride(1),
+        residual_row_stride=residual.stride(0),
+        residual_col_stride=residual.stride(1),
+        n_rows=n_rows,
+        N_COLS=n_cols,
+        EPS=eps,
+        P_DROP=p,
+        ACC=accumulator(z.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=triton.next_power_of_2(n_cols),
+    )
+    return y, z, mean, rstd
+
+
+def _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save):
+    z_dtype = torch.promote_types(x.dtype, residual.dtype)
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    z = torch.empty(x.shape if save else (0,), dtype=z_dtype, device=x.device)
+    mean = torch.empty(x.shape[:-1] if save else (0,), dtype=accumulator_torch(z_dtype), device=x.device)
+    return y, z, mean, torch.empty_like(mean)
+
+
+def _launch_bwd(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    p: float,
+    x_dtype: torch.dtype,
+    dresidual_dtype: torch.dtype | None,
+    sum_columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dresidual, _ = _allocate_bwd(dy, z, mean, rstd, weight, seed, p, x_dtype, dresidual_dtype, sum_columns)
+    dy = as_rows(dy)
+    n_rows, n_cols = dy.shape
+    config = choose("layernorm_backward", dy if dy.element_size() > z.element_size() else z, n_cols)
+    programs = resident_programs(config, dy, triton.cdiv(n_rows, config.BLOCK_M))
+    sums = mean.new_empty(programs, 3, n_cols) if sum_columns and dy.numel() else mean.new_zeros(1, 3, n_cols)
+    launch(
+        dropout_add_layernorm_bwd_kernel,
+        programs if dy.numel() else 0,
+        config,
+        dy,
+        dy_ptr=dy,
+        z_ptr=z,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        weight_ptr=weight.contiguous(),
+        seed_ptr=seed,
+        dx_ptr=dx,
+        dresidual_ptr=None if dresidual_dtype is None else dresidual,
+        sums_ptr=sums if sum_columns else None,
+        dy_row_stride=dy.stride(0),
+        dy_col_stride=dy.stride(1),
+        n_rows=n_rows,
+        n_programs=programs,
+        N_COLS=n_cols,
+        P_DROP=p,
+        ACC=accumulator(z.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=triton.next_power_of_2(n_cols),
+    )
+    return dx, dresidual, sums.sum(0)
+
+
+def _allocate_bwd(dy, z, mean, rstd, weight, seed, p, x_dtype, dresidual_dtype, sum_columns):
+    dx = torch.empty(z.shape, dtype=x_dtype, device=z.device)
+    dresidual = torch.empty(z.shape if dresidual_dtype else (0,), dtype=dresidual_dtype, device=z.device)
+    return dx, dresidual, mean.new_empty(3, z.shape[-1])
+
+
+def _save(ctx, inputs, output):
+    x, residual, weight, bias, x_bias, seed, _, p, _, _ = inputs
+    _, z, mean, rstd = output
+    ctx.mark_non_differentiable(z, mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, mean, rstd, weight, seed)
+    ctx.p = p
+    ctx.dtypes = x.dtype, residual.dtype, bias.dtype, None if x_bias is None else x_bias.dtype
+
+
+def _gradients(backward, ctx, dy, *_):
+    if dy is None:
+        return (None,) * 10
+    z, mean, rstd, weight, seed = ctx.saved_tensors
+    x_dtype, residual_dtype, bias_dtype, x_bias_dtype = ctx.dtypes
+    needs_x, needs_residual, needs_weight, needs_bias, needs_x_bias = ctx.needs_input_grad[:5]
+    shared = ctx.p == 0.0 and x_dtype == residual_dtype
+    dx, dresidual, (dweight, dbias, dx_bias) = backward(
+        dy,
+        z,
+        mean,
+        rstd,
+        weight,
+        seed,
+        ctx.p,
+        x_dtype,
+        residual_dtype if needs_residual and not shared else None,
+        needs_weight or needs_bias or needs_x_bias,
+    )
+    return (
+        dx if needs_x else None,
+        (dx if shared else dresidual) if needs_residual else None,
+        dweight.to(weight.dtype) if needs_weight else None,
+        dbias.to(bias_dtype) if needs_bias else None,
+        dx_bias.to(x_bias_dtype) if needs_x_bias else None,
+        *(None,) * 5,
+    )
+
+
+_op = torch.library.custom_op("fastbert::dropout_add_layernorm", _launch_fwd, mutates_args=())
+_op.register_fake(_allocate_fwd)
+_backward_op = torch.library.custom_op("fastbert::dropout_add_layernorm_backward", _launch_bwd, mutates_args=())
+_backward_op.register_fake(_allocate_bwd)
+_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+
+
+def dropout_add_layernorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    eps: float = 1e-12,
+    p: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(dropout(x + x_bias) + residual) in one pass over memory.
+
+    Args:
+        x: [..., H], the product whose bias was left out. fp64, fp32, fp16 or bf16, any strides.
+        residual: [..., H], shape of x; another dtype promotes the sum as torch does.
+        weight, bias: [H], LayerNorm's.
+        x_bias: [H], the bias of the product, or None.
+        eps: added to the variance.
+        p: probability of dropping an element, rounded to 1/65536; kept ones are scaled by 1 / (1 - p).
+        out_dtype: dtype of the result (autocast asks for float32); the promoted dtype by default.
+        seed: int64 [] on x's device; drawn from torch's generator when None and p > 0.
+
+    Returns:
+        [..., H], contiguous.
+
+    Raises:
+        ValueError: shapes that do not fit, p outside [0, 1], H over 8192.
+    """
+    check_layernorm(x, weight, bias, x_bias)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
+    if p > 0.0 and seed is None:
+        seed = draw_seed(x.device)
+    out_dtype = out_dtype or torch.promote_types(x.dtype, residual.dtype)
+    save = needs_backward(x, residual, weight, bias, x_bias)
+    return _call(x, residual, weight, bias, x_bias, seed if p > 0.0 else None, eps, p, out_dtype, save)[0]

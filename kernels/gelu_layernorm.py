@@ -1,0 +1,292 @@
+"""y = LayerNorm(activation(x + x_bias)): what follows the product in BertPredictionHeadTransform.
+
+x [..., H] with any strides; x_bias, weight, bias [H]:
+
+    forward    reads x; writes y            2THb bytes
+    backward   reads dy, x; writes dx       3THb bytes; the activation is computed again
+
+Saved: x itself, and a row's mean and rstd in float32. Weight gradients are sums a program in float32, added up in a
+second pass: no atomics. Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_math import activation as activate
+from .device_math import activation_backward, block_rows, layernorm_backward, layernorm_statistics, tile_offsets
+from .launch import (
+    accumulator,
+    accumulator_torch,
+    as_rows,
+    check_activation,
+    check_layernorm,
+    choose,
+    differentiable,
+    launch,
+    needs_backward,
+    resident_programs,
+)
+
+__all__ = ["gelu_layernorm"]
+
+
+@triton.jit
+def gelu_layernorm_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    x_bias_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    x_row_stride,
+    x_col_stride,
+    n_rows,
+    N_COLS: tl.constexpr,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = block_rows(tl.program_id(0), BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    row_mask = rows < n_rows
+    col_mask = cols < N_COLS
+    mask = row_mask[:, None] & col_mask[None, :]
+
+    x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
+    if x_bias_ptr is not None:
+        x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
+
+    activated = activate(x, ACTIVATION)  # 0 past the last column, as x is
+    mean, rstd = layernorm_statistics(activated, col_mask, N_COLS, EPS)
+    y = (activated - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+
+    tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), y.to(y_ptr.dtype.element_ty), mask)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + rows, mean, row_mask)
+        tl.store(rstd_ptr + rows, rstd, row_mask)
+
+
+@triton.jit
+def gelu_layernorm_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    x_bias_ptr,
+    dx_ptr,
+    sums_ptr,
+    dy_row_stride,
+    dy_col_stride,
+    x_row_stride,
+    x_col_stride,
+    n_rows,
+    n_programs,
+    N_COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_N)
+    col_mask = cols < N_COLS
+    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
+    x_bias = tl.zeros([BLOCK_N], ACC)
+    if x_bias_ptr is not None:
+        x_bias = tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)
+    dweight = tl.zeros([BLOCK_N], ACC)
+    dbias = tl.zeros([BLOCK_N], ACC)
+    dx_bias = tl.zeros([BLOCK_N], ACC)
+
+    for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
+        rows = block_rows(block, BLOCK_M)
+        row_mask = rows < n_rows
+        mask = row_mask[:, None] & col_mask[None, :]
+
+        dy = tl.load(dy_ptr + tile_offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
+        mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
+
+        x += x_bias[None, :]
+        x_hat = tl.where(mask, (activate(x, ACTIVATION) - mean[:, None]) * rstd[:, None], 0.0)
+        dactivated = layernorm_backward(dy * weight[None, :], x_hat, rstd, N_COLS)
+        dx = activation_backward(dactivated, x, ACTIVATION)
+        if sums_ptr is not None:
+            dweight += tl.sum(dy * x_hat, axis=0)
+            dbias += tl.sum(dy, axis=0)
+            dx_bias += tl.sum(tl.where(mask, dx, 0.0), axis=0)
+
+        tl.store(dx_ptr + tile_offsets(rows, cols, N_COLS, 1), dx.to(dx_ptr.dtype.element_ty), mask)
+
+    if sums_ptr is not None:
+        row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
+        tl.store(row, dweight, col_mask)
+        tl.store(row + N_COLS, dbias, col_mask)
+        tl.store(row + 2 * N_COLS, dx_bias, col_mask)
+
+
+def _launch_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    activation: str,
+    eps: float,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _allocate_fwd(x, weight, bias, x_bias, activation, eps, out_dtype, save)
+    x = as_rows(x)
+    n_rows, n_cols = x.shape
+    config = choose("layernorm_forward", x, n_cols)
+    launch(
+        gelu_layernorm_fwd_kernel,
+        triton.cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
+        config,
+        x,
+        x_ptr=x,
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        x_bias_ptr=None if x_bias is None else x_bias.contiguous(),
+        y_ptr=y,
+        mean_ptr=mean if save else None,
+        rstd_ptr=rstd if save else None,
+        x_row_stride=x.stride(0),
+        x_col_stride=x.stride(1),
+        n_rows=n_rows,
+        N_COLS=n_cols,
+        EPS=eps,
+        ACTIVATION=activation,
+        ACC=accumulator(x.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=triton.next_power_of_2(n_cols),
+    )
+    return y, mean, rstd
+
+
+def _allocate_fwd(x, weight, bias, x_bias, activation, eps, out_dtype, save):
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    mean = torch.empty(x.shape[:-1] if save else (0,), dtype=accumulator_torch(x.dtype), device=x.device)
+    return y, mean, torch.empty_like(mean)
+
+
+def _launch_bwd(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    x_bias: Tensor | None,
+    activation: str,
+    sum_columns: bool,
+) -> tuple[Tensor, Tensor]:
+    dx, _ = _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns)
+    dy, x = as_rows(dy), as_rows(x)
+    n_rows, n_cols = x.shape
+    config = choose("layernorm_backward", x, n_cols)
+    programs = resident_programs(config, x, triton.cdiv(n_rows, config.BLOCK_M))
+    sums = mean.new_empty(programs, 3, n_cols) if sum_columns and x.numel() else mean.new_zeros(1, 3, n_cols)
+    launch(
+        gelu_layernorm_bwd_kernel,
+        programs if x.numel() else 0,
+        config,
+        x,
+        dy_ptr=dy,
+        x_ptr=x,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        weight_ptr=weight.contiguous(),
+        x_bias_ptr=None if x_bias is None else x_bias.contiguous(),
+        dx_ptr=dx,
+        sums_ptr=sums if sum_columns else None,
+        dy_row_stride=dy.stride(0),
+        dy_col_stride=dy.stride(1),
+        x_row_stride=x.stride(0),
+        x_col_stride=x.stride(1),
+        n_rows=n_rows,
+        n_programs=programs,
+        N_COLS=n_cols,
+        ACTIVATION=activation,
+        ACC=accumulator(x.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=triton.next_power_of_2(n_cols),
+    )
+    return dx, sums.sum(0)
+
+
+def _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean.new_empty(3, x.shape[-1])
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, x_bias, activation, _, _, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, mean, rstd, weight, x_bias)
+    ctx.activation = activation
+    ctx.bias_dtype = bias.dtype
+
+
+def _gradients(backward, ctx, dy, *_):
+    if dy is None:
+        return (None,) * 8
+    x, mean, rstd, weight, x_bias = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_x_bias = ctx.needs_input_grad[:4]
+    sum_columns = needs_weight or needs_bias or needs_x_bias
+    dx, (dweight, dbias, dx_bias) = backward(dy, x, mean, rstd, weight, x_bias, ctx.activation, sum_columns)
+    return (
+        dx if needs_x else None,
+        dweight.to(weight.dtype) if needs_weight else None,
+        dbias.to(ctx.bias_dtype) if needs_bias else None,
+        dx_bias.to(x_bias.dtype) if needs_x_bias else None,
+        *(None,) * 4,
+    )
+
+
+_op = torch.library.custom_op("fastbert::gelu_layernorm", _launch_fwd, mutates_args=())
+_op.register_fake(_allocate_fwd)
+_backward_op = torch.library.custom_op("fastbert::gelu_layernorm_backward", _launch_bwd, mutates_args=())
+_backward_op.register_fake(_allocate_bwd)
+_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+
+
+def gelu_layernorm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """LayerNorm(activation(x + x_bias)) in one pass over memory.
+
+    Args:
+        x: [..., H], the product whose bias was left out. fp64, fp32, fp16 or bf16, any strides.
+        weight, bias: [H], LayerNorm's.
+        x_bias: [H], the bias of the product, or None.
+        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+        eps: added to the variance.
+        out_dtype: dtype of the result (autocast asks for float32); the dtype of x by default.
+
+    Returns:
+        [..., H], contiguous.
+
+    Raises:
+        ValueError: shapes that do not fit, an activation that has no kernel, H over 8192.
+    """
+    check_layernorm(x, weight, bias, x_bias)
+    check_activation(activation)
+    save = needs_backward(x, weight, bias, x_bias)
+    return _call(x, weight, bias, x_bias, activation, eps, out_dtype or x.dtype, save)[0]

@@ -1,0 +1,179 @@
+"""How a kernel is launched: on which device, with which configuration; and how it becomes differentiable."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .configs import ARCHITECTURES, TABLES, Config
+
+logger = logging.getLogger("fastbert")
+
+# Whether kernels run in Triton's interpreter is settled when they are decorated, so it is read once, here.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+# Launches by kernel name. Tests read it: a kernel that was quietly not used must not pass.
+counts: Counter[str] = Counter()
+
+Recorder = Callable[[Any, int, Config, dict[str, Any]], None]
+_recording: tuple[str, Recorder] | None = None
+
+
+@contextmanager
+def recording(architecture: str, record: Recorder) -> Iterator[None]:
+    """Hand each launch (kernel, programs, configuration, arguments) to `record` instead of a device.
+
+    This is how the audit compiles exactly what would be launched on `architecture`, on a machine without a GPU.
+    """
+    global _recording
+    _recording = (architecture, record)
+    try:
+        yield
+    finally:
+        _recording = None
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The newest architecture of the tables that is not newer than the device."""
+    if device.type == "cpu":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [name for name in ARCHITECTURES if int(name.removeprefix("sm_")) <= 10 * major + minor]
+    name = known[-1] if known else ARCHITECTURES[0]
+    if name != f"sm_{major}{minor}":
+        logger.info("no table for sm_%d%d: using the one for %s", major, minor, name)
+    return name
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # Two in the interpreter, so that sums over programs are sums; 132 (an H100) where nothing is launched.
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if device.type == "cpu" else 132
+
+
+def choose(kernel: str, like: Tensor, width: int) -> Config:
+    """The frozen configuration of `kernel` for rows of `width` elements of this tensor's type and device."""
+    name = _recording[0] if _recording else architecture(like.device)
+    by_width = TABLES[kernel][name][like.element_size()]
+    return by_width[next((limit for limit in by_width if limit >= width), max(by_width))]
+
+
+def resident_programs(config: Config, like: Tensor, blocks: int) -> int:
+    """Programs that share `blocks` blocks of rows: as many as run at once, and no more than there are blocks."""
+    assert config.programs_per_multiprocessor is not None
+    return max(1, min(blocks, _multiprocessors(like.device) * config.programs_per_multiprocessor))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as [rows, columns] with any strides; copied only where no strides can say it."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments: Any) -> None:
+    """Run `kernel` on `programs` programs, on the device of `like` even when another is current."""
+    if programs == 0:
+        return
+    if _recording:
+        return _recording[1](kernel, programs, config, arguments)
+    counts[kernel.__name__] += 1
+    # One axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[(programs,)](**arguments, num_warps=config.num_warps)
+    else:
+        kernel[(programs,)](**arguments, num_warps=config.num_warps)
+
+
+def differentiable(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    save: Callable[..., None],
+    gradients: Callable[..., Any],
+    op: Any,
+    backward_op: Any,
+) -> Callable[..., Any]:
+    """One autograd rule for both of an op's forms; returns the function that picks the form.
+
+    In eager mode `forward` and `backward` (the launchers) run inside an autograd.Function, because a custom op
+    costs tens of microseconds a call; while torch.compile traces, the custom ops `op` and `backward_op` stand
+    for them. `save(ctx, inputs, output)` keeps what the backward needs and `gradients(backward, ctx, *upstream)`
+    returns one gradient an input. A second derivative raises: the backward kernels have none.
+    """
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            return gradients(backward, ctx, *upstream)
+
+    op.register_autograd(lambda ctx, *upstream: gradients(backward_op, ctx, *upstream), setup_context=save)
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+
+    return call
+
+
+def accumulator(dtype: torch.dtype) -> triton.language.dtype:
+    """The type a kernel computes in: float32, and float64 for float64 (so that gradcheck means something)."""
+    return triton.language.float64 if dtype == torch.float64 else triton.language.float32
+
+
+def accumulator_torch(dtype: torch.dtype) -> torch.dtype:
+    """The same as a torch type: that of saved statistics and of partial sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed, int64 [], from torch's generator of `device`, without a synchronisation.
+
+    torch.manual_seed repeats it, gradient checkpointing restores it, and each replay of a CUDA graph draws anew.
+    """
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)
+
+
+def needs_backward(*tensors: Tensor | None) -> bool:
+    """Whether a backward can follow, and so whether the forward keeps what that reads."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+MAX_WIDTH = 8192  # a row is one tile; wider ones would spill
+
+
+def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> None:
+    """Raise ValueError unless x is [..., H] with H <= MAX_WIDTH and the vectors are [H]."""
+    if x.dim() == 0 or x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x: expected [..., H] with H <= {MAX_WIDTH}, got {tuple(x.shape)}")
+    for name, vector in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        check_vector(name, vector, x)
+
+
+def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless `vector` is None or has one element a column of x."""
+    if vector is not None and vector.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}")
+
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError for an activation that the kernels do not compute."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
