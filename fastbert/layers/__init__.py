@@ -1,0 +1,1 @@
+"""Fast twins of transformers' BERT modules: subclasses that override `forward` and nothing else."""

@@ -1,0 +1,77 @@
+"""What the fast layers share: the product without its bias, and what LayerNorm, dropout and activation must be."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import activations
+
+from fastbert import ops
+from fastbert.dispatch import is_plain
+
+# By name: not every supported transformers release has every class.
+_ACTIVATION_CLASSES = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "SiLUActivation": "silu",
+}
+_BY_CLASS = {
+    getattr(activations, name): kernel for name, kernel in _ACTIVATION_CLASSES.items() if hasattr(activations, name)
+} | {nn.ReLU: "relu", nn.SiLU: "silu"}
+_BY_FUNCTION = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "silu"}
+
+
+def kernel_activation(function: object) -> str | None:
+    """The kernels' name for a model's activation (a module or a function), or None where they have none."""
+    if not isinstance(function, nn.Module):
+        return _BY_FUNCTION.get(function)
+    if not is_plain(function, type(function)):
+        return None
+    if type(function) is nn.GELU:
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    return _BY_CLASS.get(type(function))
+
+
+def activation_reason(function: object) -> str | None:
+    """Why this activation stays stock, or None."""
+    if kernel_activation(function) is not None:
+        return None
+    name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", function)
+    return f"activation {name} has no kernel"
+
+
+def layernorm_reason(norm: nn.Module) -> str | None:
+    """Why this LayerNorm stays stock, or None."""
+    if not is_plain(norm, nn.LayerNorm):
+        return f"LayerNorm is a {type(norm).__name__}, or has hooks"
+    if norm.weight is None or norm.bias is None:
+        return "LayerNorm without weight or bias"
+    if len(norm.normalized_shape) != 1 or norm.normalized_shape[0] > ops.MAX_WIDTH:
+        return f"LayerNorm over {norm.normalized_shape}: the kernels take one axis of up to {ops.MAX_WIDTH}"
+    return None
+
+
+def dropout_reason(dropout: nn.Module) -> str | None:
+    """Why this dropout stays stock, or None."""
+    return None if is_plain(dropout, nn.Dropout) else f"dropout is a {type(dropout).__name__}, or has hooks"
+
+
+def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The product of a Linear, and the bias that the kernel after it still has to add.
+
+    A Linear that is not plainly nn.Linear (LoRA, 4-bit, DTensor, parametrised, hooked) is called as the module
+    that it is, with its bias, and nothing is left to add.
+    """
+    if is_plain(linear, nn.Linear) and type(linear.weight) in (nn.Parameter, Tensor):
+        return F.linear(x, linear.weight), linear.bias
+    return linear(x), None
+
+
+def layernorm_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """What nn.LayerNorm returns for `dtype`: CUDA's autocast runs it in float32, the CPU's leaves it alone."""
+    if device_type == "cuda" and torch.is_autocast_enabled("cuda") and dtype != torch.float64:
+        return torch.float32
+    return dtype

@@ -1,0 +1,46 @@
+"""BertSelfOutput and BertOutput: a product, then bias, dropout, residual and LayerNorm in one kernel."""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
+
+from fastbert import ops
+from fastbert.dispatch import refused, tensor_reason
+from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason, product
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why `module` can never use the kernel as it stands, or None."""
+    return layernorm_reason(module.LayerNorm) or dropout_reason(module.dropout)
+
+
+class _FastResidualNorm:
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if refused(self, self._reason(hidden_states, input_tensor)):
+            return super().forward(hidden_states, input_tensor)
+        x, x_bias = product(self.dense, hidden_states)
+        dtype = torch.promote_types(x.dtype, input_tensor.dtype)
+        return ops.dropout_add_layernorm(
+            x,
+            input_tensor,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            x_bias=x_bias,
+            eps=self.LayerNorm.eps,
+            p=self.dropout.p if self.dropout.training else 0.0,
+            out_dtype=layernorm_dtype(dtype, x.device.type),
+        )
+
+    def _reason(self, hidden_states: Tensor, input_tensor: Tensor) -> str | None:
+        reason = unsupported(self)
+        if reason is None and hidden_states.shape[:-1] != input_tensor.shape[:-1]:
+            reason = "the residual has another shape"
+        return reason or tensor_reason(hidden_states, input_tensor, self.LayerNorm.weight, self.LayerNorm.bias)
+
+
+class FastBertSelfOutput(_FastResidualNorm, BertSelfOutput):
+    """BertSelfOutput on the dropout_add_layernorm kernel."""
+
+
+class FastBertOutput(_FastResidualNorm, BertOutput):
+    """BertOutput on the dropout_add_layernorm kernel."""

@@ -1,0 +1,187 @@
+"""Put the fast classes into a model, and take them out again.
+
+Patching a module sets its `__class__` to a subclass that overrides `forward`. Parameters, names, hooks, optimizer
+references and `state_dict` are not touched, and going back is setting the class back.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from fastbert.errors import UnsupportedModelError
+
+# fastbert.registry and fastbert.dispatch are imported inside the functions: they bring in triton, which reads
+# TRITON_INTERPRET when it is first imported, and `python -m fastbert` must be able to set it after this import.
+
+logger = logging.getLogger("fastbert")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+# The switches that each patched model was given; `report` shows them.
+_switches: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+def patch(
+    model: Model,
+    *,
+    attention: bool = True,
+    residual_norm: bool = True,
+    intermediate: bool = True,
+    mlm_head: bool = True,
+    embeddings: bool = True,
+    unpad: bool | str = "auto",
+    mlm_logits: str = "full",
+    strict: bool = False,
+) -> Model:
+    """Swap the Triton kernels into `model`, in place, and return it.
+
+    Outputs, losses and gradients stay those of the stock model at the same precision. Patching again replaces what
+    the call before chose. A model that is patched on the CPU and moved to a GPU afterwards works; a call whose
+    tensors no kernel takes runs stock code, and `fastbert.report` says why. With FASTBERT_DISABLE=1 in the
+    environment nothing is changed.
+
+    Args:
+        model: a BertModel or BertFor*, or any module that holds one (PEFT, SentenceTransformer, CrossEncoder).
+        attention: BertSelfAttention and BertCrossAttention. No kernel yet: changes nothing.
+        residual_norm: BertSelfOutput and BertOutput, on `dropout_add_layernorm`.
+        intermediate: BertIntermediate, on `bias_gelu`.
+        mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`.
+        embeddings: BertEmbeddings. No kernel yet: changes nothing.
+        unpad: "auto", True or False: whether padding is skipped. Not built yet: changes nothing.
+        mlm_logits: "full" or "none": whether training with labels returns MLM logits. Not built yet: changes nothing.
+        strict: raise if any module that has a fast class (and is not switched off) would stay on stock code.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module, or a switch is not a bool.
+        ValueError: `unpad` or `mlm_logits` is none of its values.
+        UnsupportedModelError: nothing to patch, or `strict` and something would stay stock. The model is as before.
+    """
+    switches = {
+        "attention": attention,
+        "residual_norm": residual_norm,
+        "intermediate": intermediate,
+        "mlm_head": mlm_head,
+        "embeddings": embeddings,
+    }
+    _check_arguments(model, switches | {"strict": strict}, unpad, mlm_logits)
+    if os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0"):
+        _say_disabled()
+        return model
+
+    classes, left_stock = _plan(model, switches)
+    if strict and left_stock:
+        raise UnsupportedModelError("strict=True, and these stay on stock code: " + "; ".join(left_stock))
+    _swap(classes)
+    _switches[model] = switches
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Give every patched module in `model` its stock class back, in place, and return the model.
+
+    Nothing else changes; a model that was never patched comes back as it is.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    from fastbert.dispatch import forget
+    from fastbert.registry import BY_FAST
+
+    _check_model(model)
+    patched_modules = [module for module in model.modules() if type(module) in BY_FAST]
+    _swap({module: BY_FAST[type(module)].stock for module in patched_modules})
+    for module in patched_modules:
+        forget(module)
+    _switches.pop(model, None)
+    return model
+
+
+@contextmanager
+def patched(model: Model, **keywords: object) -> Iterator[Model]:
+    """`patch(model, **keywords)` for the length of a with block; then, also on an exception, all is as before it."""
+    _check_model(model)
+    before = {module: type(module) for module in model.modules()}
+    switches_before = _switches.get(model)
+    patch(model, **keywords)
+    try:
+        yield model
+    finally:
+        _swap({module: cls for module, cls in before.items() if type(module) is not cls})
+        if switches_before is None:
+            _switches.pop(model, None)
+        else:
+            _switches[model] = switches_before
+
+
+def switches_of(model: nn.Module) -> dict[str, bool] | None:
+    """The switches `model` was patched with; None when it was not patched as a whole."""
+    return _switches.get(model)
+
+
+def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, type], list[str]]:
+    """The class that each module should have, and a line for each that would stay stock against the switches."""
+    from fastbert.registry import BY_FAST, BY_STOCK
+
+    classes: dict[nn.Module, type] = {}
+    left_stock: list[str] = []
+    for name, module in model.named_modules():
+        entry = BY_STOCK.get(type(module)) or BY_FAST.get(type(module))
+        if entry is None:
+            continue
+        reason = entry.unsupported(module) if switches[entry.switch] else None
+        classes[module] = entry.fast if switches[entry.switch] and reason is None else entry.stock
+        if reason is not None:
+            left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")
+    if not classes:
+        raise _nothing_found(model)
+    return classes, left_stock
+
+
+def _swap(classes: dict[nn.Module, type]) -> None:
+    """Set the class of every module, or, if one refuses, of none."""
+    before = {module: type(module) for module in classes}
+    try:
+        for module, cls in classes.items():
+            module.__class__ = cls
+    except BaseException:
+        for module, cls in before.items():
+            module.__class__ = cls
+        raise
+
+
+def _nothing_found(model: nn.Module) -> UnsupportedModelError:
+    from fastbert.registry import MODEL_CLASSES
+
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    found = type(model).__name__ + (f" (model type {family!r})" if family else "")
+    return UnsupportedModelError(
+        f"model: found {found}, which holds no BERT module that has a kernel; "
+        f"supported are {', '.join(MODEL_CLASSES)} and whatever holds one of them"
+    )
+
+
+def _check_arguments(model: object, flags: dict[str, object], unpad: object, mlm_logits: object) -> None:
+    _check_model(model)
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+    if not (unpad == "auto" or isinstance(unpad, bool)):
+        raise ValueError(f"unpad: expected 'auto', True or False, got {unpad!r}")
+    if mlm_logits not in ("full", "none"):
+        raise ValueError(f"mlm_logits: expected 'full' or 'none', got {mlm_logits!r}")
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+@cache
+def _say_disabled() -> None:
+    logger.warning("FASTBERT_DISABLE is set: fastbert.patch leaves every model as it is")

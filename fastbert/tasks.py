@@ -1,0 +1,136 @@
+"""The nine BERT classes with a batch of real text for each, for `fastbert verify` and `fastbert report`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.models.bert import modeling_bert as bert
+
+Batch = dict[str, Tensor]
+
+
+class Texts:
+    """Lines of text, tokenised as a task needs them: pairs of neighbouring lines, padded to the longest."""
+
+    def __init__(self, tokenizer: Any, lines: Sequence[str], batch_size: int, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.lines = [lines[i % len(lines)] for i in range(2 * batch_size)]
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.generator = torch.Generator().manual_seed(0)
+
+    def encode(self, first: list[str], second: list[str] | None = None) -> Batch:
+        encoded = self.tokenizer(
+            first, second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return {name: encoded[name] for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoded}
+
+    def singles(self) -> Batch:
+        return self.encode(self.lines[: self.batch_size])
+
+    def pairs(self) -> Batch:
+        return self.encode(self.lines[: self.batch_size], self.lines[self.batch_size :])
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator)
+
+    def masked(self, batch: Batch) -> Batch:
+        """15 % of the real positions replaced by [MASK] and labelled; the rest labelled -100."""
+        real = batch["attention_mask"].bool()
+        chosen = (torch.rand(real.shape, generator=self.generator) < 0.15) & real
+        chosen[:, 1] = True  # so that no row is without a label
+        labels = batch["input_ids"].masked_fill(~chosen, -100)
+        masked = batch["input_ids"].masked_fill(chosen, self.tokenizer.mask_token_id)
+        return batch | {"input_ids": masked, "labels": labels}
+
+
+def _base(texts: Texts) -> Batch:
+    return texts.singles()
+
+
+def _pretraining(texts: Texts) -> Batch:
+    return texts.masked(texts.pairs()) | {"next_sentence_label": texts.integers(2, texts.batch_size)}
+
+
+def _clm(texts: Texts) -> Batch:
+    batch = texts.singles()
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def _mlm(texts: Texts) -> Batch:
+    return texts.masked(texts.singles())
+
+
+def _nsp(texts: Texts) -> Batch:
+    return texts.pairs() | {"labels": texts.integers(2, texts.batch_size)}
+
+
+def _classification(texts: Texts) -> Batch:
+    return texts.singles() | {"labels": texts.integers(2, texts.batch_size)}
+
+
+def _multiple_choice(texts: Texts) -> Batch:
+    contexts = [line for line in texts.lines[: texts.batch_size] for _ in range(2)]
+    batch = texts.encode(contexts, texts.lines)
+    shaped = {name: tensor.view(texts.batch_size, 2, -1) for name, tensor in batch.items()}
+    return shaped | {"labels": texts.integers(2, texts.batch_size)}
+
+
+def _ner(texts: Texts) -> Batch:
+    batch = texts.singles()
+    labels = texts.integers(2, *batch["input_ids"].shape)
+    return batch | {"labels": labels.masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def _qa(texts: Texts) -> Batch:
+    batch = texts.pairs()
+    shortest = int(batch["attention_mask"].sum(1).min())
+    start = texts.integers(shortest, texts.batch_size)
+    return batch | {"start_positions": start, "end_positions": (start + 2).clamp(max=shortest - 1)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A class of transformers, how its batch is made, and what its config needs."""
+
+    name: str
+    model_class: type
+    batch: Callable[[Texts], Batch]
+    config: dict[str, Any]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("base", bert.BertModel, _base, {}),
+        Task("pretraining", bert.BertForPreTraining, _pretraining, {}),
+        Task("clm", bert.BertLMHeadModel, _clm, {"is_decoder": True}),
+        Task("mlm", bert.BertForMaskedLM, _mlm, {}),
+        Task("nsp", bert.BertForNextSentencePrediction, _nsp, {}),
+        Task("classification", bert.BertForSequenceClassification, _classification, {}),
+        Task("multiple-choice", bert.BertForMultipleChoice, _multiple_choice, {}),
+        Task("ner", bert.BertForTokenClassification, _ner, {}),
+        Task("qa", bert.BertForQuestionAnswering, _qa, {}),
+    )
+}
+
+
+def word_tokenizer(lines: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary is the words of `lines`: what the small random model reads with."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import BertProcessing
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    split = Whitespace()
+    words = sorted({word for line in lines for word, _ in split.pre_tokenize_str(line)})
+    vocabulary = {word: index for index, word in enumerate(special + words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.post_processor = BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

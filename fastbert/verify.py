@@ -1,0 +1,324 @@
+"""Proof on the user's own batch: patched against eager, outputs, loss and every parameter gradient."""
+
+import copy
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.numerics import Comparison, compare
+from fastbert.patch import _check_model, patched, unpatch
+from fastbert.report import Report, report
+
+_LARGE = 500_000_000  # parameters; from here on a float64 copy with its gradients no longer fits beside the model
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `fastbert.verify` found. It is true (`ok`, bool) only if kernels ran and every comparison passed."""
+
+    model: str
+    dtype: torch.dtype
+    device: torch.device
+    reference_dtype: torch.dtype
+    outputs: tuple[Comparison, ...]
+    gradients: tuple[Comparison, ...]
+    first_divergence: str | None
+    kernel_calls: int
+    report: Report
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        return self.kernel_calls > 0 and all(c.ok for c in (*self.outputs, *self.gradients))
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return {
+            "ok": self.ok,
+            "model": self.model,
+            "dtype": str(self.dtype),
+            "device": str(self.device),
+            "reference_dtype": str(self.reference_dtype),
+            "outputs": [vars(c) for c in self.outputs],
+            "gradients": [vars(c) for c in self.gradients],
+            "first_divergence": self.first_divergence,
+            "kernel_calls": self.kernel_calls,
+            "notes": list(self.notes),
+        }
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self._title(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("tensor", "error, patched", "error, eager", "allowed", ""):
+            table.add_column(heading, overflow="fold", justify="left" if heading in ("tensor", "") else "right")
+        for comparison in self._shown():
+            numbers = (comparison.error, comparison.eager_error, comparison.bound)
+            table.add_row(
+                Text(comparison.name),
+                *(f"{number:.2e}" for number in numbers),
+                Text("equal" if comparison.ok else f"DIFFERS: {comparison.reason}"),
+            )
+        return Group(table, Text(self._verdict()), *(Text(note) for note in self.notes))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = StringIO()
+        Console(file=out, width=120, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    def _title(self) -> str:
+        where = f"{self.model}, {self.dtype} on {self.device}"
+        return f"{where}: patched against eager, errors from {self.reference_dtype}"
+
+    def _verdict(self) -> str:
+        if not self.kernel_calls:
+            return "NOTHING VERIFIED: no call went through a kernel"
+        wrong = [c.name for c in (*self.outputs, *self.gradients) if not c.ok]
+        if wrong:
+            return f"DIFFERENT: {len(wrong)} tensors; first module that diverges: {self.first_divergence}"
+        counts = f"{len(self.outputs)} outputs and {len(self.gradients)} gradients"
+        return f"EQUAL: {counts}, {self.kernel_calls} calls through kernels"
+
+    def _shown(self) -> list[Comparison]:
+        """Every output, every gradient that differs, and the gradient that came closest to its bound."""
+        wrong = [c for c in self.gradients if not c.ok]
+        closest = max(self.gradients, key=lambda c: c.error / c.bound if c.bound else 0.0, default=None)
+        return [*self.outputs, *(wrong or ([closest] if closest else []))]
+
+
+def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) -> VerifyResult:
+    """Run `batch` through the stock and the patched model and compare all that comes out.
+
+    Three copies of the model are run: stock in float64 (float32 for a model of half precision with over 500 million
+    parameters), which is the reference; stock with eager attention in the model's own dtype; and patched, the same.
+    Dropout is off in all three, since no two implementations draw the same bits. The rule is that of
+    `fastbert.numerics.compare`, with the rounding noise that eager shows elsewhere in the model allowed on top.
+    `model` itself is not run: its mode, gradients, hooks and the random number generators stay as they are.
+
+    Args:
+        model: what `fastbert.patch` takes, patched already or not, in any mode, dtype and device.
+        batch: the keyword arguments of its forward, tensors on any device; with labels the model's own loss is
+            compared and differentiated, without them a fixed random projection of the outputs is.
+        **patch_keywords: handed to `fastbert.patch`.
+
+    Returns:
+        A `VerifyResult`; print it, or use it as a bool. Where no kernel ran (no GPU) it is false and says so.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module or `batch` is no mapping.
+        UnsupportedModelError: the model has nothing to patch.
+    """
+    _check_model(model)
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch: expected a mapping of the model's arguments, got {type(batch).__name__}")
+    parameter = next(model.parameters())
+    size = sum(p.numel() for p in model.parameters())
+    half = parameter.dtype in (torch.float16, torch.bfloat16)
+    reference_dtype = torch.float32 if half and size > _LARGE else torch.float64
+    batch = _moved(batch, parameter.device, None)
+
+    with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
+        with torch.autocast(parameter.device.type, enabled=False):
+            wide = _quiet_copy(model).to(reference_dtype)
+            reference = _run(wide, _moved(batch, parameter.device, reference_dtype))
+        del wide
+        copied = _quiet_copy(model)
+        eager = _run(copied, batch)
+        with patched(copied, **patch_keywords):
+            result = _run(copied, batch)
+            after = report(copied)
+        outputs = _compare_all(result.outputs, eager.outputs, reference.outputs)
+        gradients = _compare_all(result.gradients, eager.gradients, reference.gradients)
+        diverged = None
+        if not all(c.ok for c in (*outputs, *gradients)):
+            diverged = _first_divergence(copied, batch, patch_keywords) or _last_gradient(gradients)
+
+    notes = ["dropout was off for the comparison"]
+    if eager.projected:
+        notes.append("the model returned no loss: gradients are those of a fixed random projection of its outputs")
+    if not gradients:
+        notes.append("no parameter requires a gradient: none was compared")
+    return VerifyResult(
+        type(model).__name__,
+        parameter.dtype,
+        parameter.device,
+        reference_dtype,
+        outputs,
+        gradients,
+        diverged,
+        sum(row.kernel_calls for row in after.rows),
+        after,
+        tuple(notes),
+    )
+
+
+@dataclass
+class _Run:
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    projected: bool
+
+
+def _quiet_copy(model: nn.Module) -> nn.Module:
+    """A stock copy that computes the same each time: eager attention, no dropout, no gradients yet."""
+    copied = unpatch(copy.deepcopy(model))
+    for module in copied.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation("eager")
+    copied.zero_grad(set_to_none=True)
+    return copied
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> _Run:
+    torch.manual_seed(0)  # of the forked generators: whatever a model draws, all three draw alike
+    outputs = dict(_tensors("", _call(model, batch)))
+    loss = outputs.get("loss")
+    projected = loss is None
+    if projected:
+        loss = _projection(outputs)
+    gradients = {}
+    if loss is not None and loss.requires_grad:
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+    return _Run({name: t.detach() for name, t in outputs.items()}, gradients, projected)
+
+
+def _call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    # SentenceTransformer and its modules take the batch as one dictionary.
+    if type(model).__module__.startswith("sentence_transformers"):
+        return model(dict(batch))
+    return model(**batch)
+
+
+def _projection(outputs: Mapping[str, Tensor]) -> Tensor | None:
+    """A scalar that every element of every differentiable output has a share in."""
+    terms = []
+    for tensor in outputs.values():
+        if tensor.requires_grad and tensor.numel():
+            generator = torch.Generator().manual_seed(tensor.numel())
+            weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            terms.append((tensor * weights.to(tensor)).sum() / tensor.numel() ** 0.5)
+    return torch.stack([term.double() for term in terms]).sum() if terms else None
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a model's output with a name that says where it stood."""
+    if isinstance(value, Tensor):
+        yield name or "output", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(f"{name}.{key}" if name else str(key), item)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{name}[{index}]" if name else f"[{index}]", item)
+    elif hasattr(value, "layers"):  # a key-value cache
+        for index, layer in enumerate(value.layers):
+            for key in ("keys", "values"):
+                if isinstance(getattr(layer, key, None), Tensor):
+                    yield f"{name}[{index}].{key}", getattr(layer, key)
+
+
+def _moved(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
+
+    return {name: moved(value) for name, value in batch.items()}
+
+
+def _compare_all(
+    result: dict[str, Tensor], eager: dict[str, Tensor], reference: dict[str, Tensor]
+) -> tuple[Comparison, ...]:
+    """`compare` for every tensor of the three runs; a tensor that only one of them has is a difference.
+
+    A tensor with few elements may come out of eager exact by luck, and one that is zero in exact arithmetic (the
+    gradient of a key's bias) is noise alone. So each tensor may also err by twice the relative error that is typical
+    of eager in this model, and by the rounding of a typical tensor.
+    """
+    scales = {name: _scale(tensor) for name, tensor in reference.items()}
+    relative = [_error(eager[n], reference[n]) / scales[n] for n in eager if n in reference and scales[n] > 0]
+    typical_error = statistics.median(relative) if relative else 0.0
+    typical_scale = statistics.median(scales.values()) if scales else 0.0
+    comparisons = []
+    for name in {**eager, **result}:
+        if name not in eager or name not in result or name not in reference:
+            present = "patched" if name in result else "eager"
+            reason = f"only the {present} model has it"
+            comparisons.append(Comparison(name, float("inf"), 0.0, 0.0, False, reason))
+            continue
+        epsilon = torch.finfo(result[name].dtype).eps if result[name].is_floating_point() else 0.0
+        atol = 2 * typical_error * scales[name] + epsilon * typical_scale
+        comparisons.append(compare(name, result[name], eager[name], reference[name], atol=atol))
+    return tuple(comparisons)
+
+
+def _scale(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def _error(tensor: Tensor, reference: Tensor) -> float:
+    return _scale(tensor.to(reference.dtype) - reference)
+
+
+def _first_divergence(model: nn.Module, batch: Mapping[str, Any], patch_keywords: dict[str, Any]) -> str | None:
+    """The first module, in the order of their calls, whose output differs though its inputs' modules agree."""
+    with torch.no_grad():
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            wide = copy.deepcopy(model).double()
+            device = next(model.parameters()).device
+            reference = _traced(wide, _moved(batch, device, torch.float64))
+        eager = _traced(model, batch)
+        with patched(model, **patch_keywords):
+            result = _traced(model, batch)
+    for comparison in _compare_all(result, eager, reference):
+        if not comparison.ok:
+            return comparison.name
+    return None
+
+
+def _traced(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The output of every module that has modules in it, in the order in which they finish."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            first = next(iter(_tensors("", output)), None)
+            if first is not None:
+                seen.setdefault(name, first[1].detach())
+
+        return hook
+
+    # Only these: a hook on a Linear or a LayerNorm would itself send the call to stock code.
+    handles = [m.register_forward_hook(keep(name)) for name, m in model.named_modules() if next(m.children(), None)]
+    try:
+        torch.manual_seed(0)
+        _call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name or type(model).__name__: tensor for name, tensor in seen.items()}
+
+
+def _last_gradient(gradients: tuple[Comparison, ...]) -> str | None:
+    """The module nearest to the loss whose parameter's gradient differs: backward reaches it first."""
+    wrong = [c.name for c in gradients if not c.ok]
+    return f"{wrong[-1].rpartition('.')[0]} (in the backward)" if wrong else None
+

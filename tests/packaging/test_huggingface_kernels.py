@@ -1,0 +1,45 @@
+"""The folder kernels/ in the root and Hugging Face's `kernels` package, which transformers imports, live together.
+
+A regular package anywhere on the path wins over a folder without __init__.py; with one, `import kernels` in the
+checkout would give our folder to transformers, and importing BERT failed.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from .environments import Environment
+
+# Runs in the root: the first entry of sys.path is the checkout, as in `python -m bench` or a notebook started there.
+PROBE = """
+import json, sys
+from transformers import BertConfig, BertForMaskedLM
+from transformers.utils import is_kernels_available
+import kernels
+import torch
+
+import fastbert
+import fastbert.kernels.launch
+
+config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+model = fastbert.patch(BertForMaskedLM(config))
+assert model(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 11)
+print(json.dumps({"paths": [*kernels.__path__], "file": kernels.__file__, "available": is_kernels_available(),
+                  "ours_is_theirs": fastbert.kernels is kernels}))
+"""
+
+
+def test_installed(environment: Environment, tree: Path) -> None:
+    found = json.loads(environment.run("-c", PROBE, cwd=tree))
+    assert found["available"]
+    assert found["file"].endswith("kernels/__init__.py")
+    assert not [path for path in found["paths"] if Path(path).is_relative_to(tree)]
+    assert not found["ours_is_theirs"]
+
+
+def test_not_installed(environment_without: Callable[[str], Environment], tree: Path) -> None:
+    found = json.loads(environment_without("kernels").run("-c", PROBE, cwd=tree))
+    assert not found["available"]
+    # Only our folder is left to be found under that name: empty of meaning, and transformers does not take it.
+    assert found["file"] is None
+    assert not found["ours_is_theirs"]

@@ -1,0 +1,110 @@
+"""The library works in all four ways that people get it: editable, wheel, sdist, and from the root as it is."""
+
+import json
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+from .environments import Environment, run
+
+# Imports every module of the package that the source tree holds, and says what was found where.
+PROBE = """
+import importlib, json, sys
+from importlib import metadata
+from pathlib import Path
+import fastbert
+
+assert callable(fastbert.patch)
+files = [importlib.import_module(name).__file__ for name in sys.argv[1:]]
+try:
+    distribution = metadata.distribution("fastbert-triton")
+    about = {
+        "version": distribution.version,
+        "license": distribution.metadata["License-Expression"],
+        "scripts": [point.value for point in distribution.entry_points],
+        "license_files": [str(Path(distribution.locate_file(path)).resolve()) for path in distribution.files
+                          if path.name == "LICENSE"],
+    }
+except metadata.PackageNotFoundError:
+    about = None
+print(json.dumps({"folder": str(Path(fastbert.__file__).parent.resolve()), "files": files, "about": about,
+                  "version": fastbert.__version__}))
+"""
+
+
+def package_files(tree: Path) -> set[str]:
+    """Every file of the package, as a path below fastbert/; the link counts as the folder it leads to."""
+    linked = {"kernels/" + path.name for path in (tree / "kernels").glob("*.py")}
+    own = {str(path.relative_to(tree / "fastbert")) for path in (tree / "fastbert").rglob("*") if path.is_file()}
+    return linked | {path for path in own if "__pycache__" not in path}
+
+
+def modules(tree: Path) -> list[str]:
+    """The import name of every module, the command line's entry (which would run) left out."""
+    names = ["fastbert." + path[:-3].replace("/", ".") for path in package_files(tree) if path.endswith(".py")]
+    return sorted(name.removesuffix(".__init__") for name in names if not name.endswith("__main__"))
+
+
+def probe(environment: Environment, tree: Path, cwd: Path) -> dict:
+    found = json.loads(environment.run("-c", PROBE, *modules(tree), cwd=cwd))
+    for name in ("kernels/launch.py", "layers/__init__.py", "py.typed"):
+        assert (Path(found["folder"]) / name).is_file(), name
+    return found
+
+
+def check_installed(environment: Environment, tree: Path, cwd: Path, package: Path) -> None:
+    """The package is the one at `package`, whole, with its metadata, and its command runs."""
+    found = probe(environment, tree, cwd)
+    assert Path(found["folder"]) == package.resolve()
+    assert found["about"]["version"] == found["version"]
+    assert found["about"]["license"] == "Apache-2.0"
+    assert found["about"]["scripts"] == ["fastbert.__main__:main"]
+    (licence,) = found["about"]["license_files"]
+    assert Path(licence).is_relative_to(environment.folder.resolve())
+    assert Path(licence).read_bytes() == (tree / "LICENSE").read_bytes()
+    assert "verify" in run([environment.folder / "bin" / "fastbert", "--help"], cwd)
+
+
+def site_packages(environment: Environment) -> Path:
+    (folder,) = environment.folder.glob("lib/python*/site-packages")
+    return folder
+
+
+def test_editable(environment: Environment, tree: Path, elsewhere: Path) -> None:
+    environment.install("--editable", tree)
+    check_installed(environment, tree, elsewhere, tree / "fastbert")
+    # What lies beside the package in the root is not importable from elsewhere.
+    environment.run("-c", "import kernels; assert 'tree' not in str(kernels.__path__)", cwd=elsewhere)
+
+
+def test_wheel(environment: Environment, tree: Path, elsewhere: Path) -> None:
+    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", elsewhere, tree], elsewhere)
+    (wheel,) = elsewhere.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == {f"fastbert/{path}" for path in package_files(tree)}
+    environment.install(wheel)
+    check_installed(environment, tree, elsewhere, site_packages(environment) / "fastbert")
+
+
+def test_sdist(environment: Environment, tree: Path, elsewhere: Path) -> None:
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", elsewhere, tree], elsewhere)
+    (sdist,) = elsewhere.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    # The link has become a folder of files: an archive with links would not unpack everywhere.
+    assert not [member.name for member in members if member.issym() or member.islnk()]
+    names = {member.name.split("/", 1)[-1] for member in members if member.isfile()}
+    packaged = {name.removeprefix("fastbert/") for name in names if name.startswith("fastbert/")}
+    assert packaged == package_files(tree)
+    assert not {name for name in names if name.startswith("tests/")}
+    assert {"LICENSE", "README.md", "pyproject.toml"} <= names
+    environment.install(sdist)
+    check_installed(environment, tree, elsewhere, site_packages(environment) / "fastbert")
+
+
+def test_from_the_root_without_an_install(environment: Environment, tree: Path) -> None:
+    found = probe(environment, tree, tree)
+    assert Path(found["folder"]) == (tree / "fastbert").resolve()
+    assert "verify" in environment.run("-m", "fastbert", "--help", cwd=tree)

@@ -1,0 +1,54 @@
+"""What pyproject.toml, the folders and the documents say about each other."""
+
+import os
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+from .environments import ROOT, run
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_kernels_is_a_folder_without_init_behind_a_relative_link() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert os.readlink(ROOT / "fastbert" / "kernels") == "../kernels"
+
+
+def test_git_keeps_the_link_a_link() -> None:
+    assert run(["git", "ls-files", "--stage", "fastbert/kernels"], ROOT).startswith("120000 ")
+
+
+def test_every_package_folder_is_listed(sources: list[Path]) -> None:
+    folders = {path.parent for path in sources if path.suffix == ".py" and path.parts[0] == "fastbert"}
+    names = {".".join(folder.parts) for folder in folders}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == names | {"fastbert.kernels"}
+
+
+def test_every_other_file_is_package_data(sources: list[Path]) -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["fastbert"]
+    shipped = {path for pattern in patterns for path in (ROOT / "fastbert").glob(pattern)}
+    others = {ROOT / path for path in sources if path.parts[0] == "fastbert" and path.suffix != ".py"}
+    assert others - {ROOT / "fastbert" / "kernels"} == shipped
+
+
+def test_import_is_light() -> None:
+    """The command line switches Triton's interpreter on after this import and before triton's own."""
+    code = "import fastbert, sys; print(*sorted({'triton', 'transformers'} & sys.modules.keys()))"
+    assert run([sys.executable, "-c", code], ROOT).split() == []
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = PYPROJECT["project"]
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
+    pins = re.findall(r"^([\w-]+)==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert {re.match(r"[\w-]+", name)[0] for name in wanted} <= set(pins)
+    assert len(pins) == len(set(pins))
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    commands = re.findall(r"^(?:pip install|python -m pytest).*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    readme = (ROOT / "README.md").read_text()
+    assert [command for command in commands if command not in readme] == []

@@ -1,0 +1,133 @@
+"""A kernel has four places (CONTRIBUTING: how to add a kernel); a missing one is noticed here. So is what no file
+should hold.
+
+The sources are parsed, not imported: the checks then run on altered copies too, which shows that they can fail.
+"""
+
+import ast
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.environments import ROOT, source_files
+
+# Files of kernels/ that hold no op of their own.
+SUPPORT = {"configs", "device_math", "launch", "reference"}
+
+
+def complaints(root: Path) -> list[str]:
+    """What is missing of each op under `root`: kernel, reference, test, benchmark entry."""
+    found = []
+    references = functions(root / "kernels" / "reference.py")
+    cases = audit_cases(root / "bench" / "audit.py")
+    for path in sorted((root / "kernels").glob("*.py")):
+        op = path.stem
+        if op in SUPPORT:
+            continue
+        public = functions(path).get(op)
+        if public is None or exports(path) != [op]:
+            found.append(f"kernels/{path.name}: its only export must be the function {op}")
+        if op not in references:
+            found.append(f"kernels/reference.py: no function {op}")
+        elif public is not None and signature(public) != signature(references[op]):
+            found.append(f"kernels/reference.py: {op} does not take what the kernel takes")
+        if not (root / "tests" / "kernels" / f"test_{op}.py").is_file():
+            found.append(f"tests/kernels/test_{op}.py: missing")
+        if op not in cases:
+            found.append(f"bench/audit.py: no entry for {op} in CASES")
+    return found
+
+
+def functions(path: Path) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def assigned(path: Path, name: str) -> ast.expr | None:
+    """What the module at `path` assigns to `name`."""
+    for node in ast.parse(path.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return node.value
+    return None
+
+
+def exports(path: Path) -> list[str]:
+    value = assigned(path, "__all__")
+    return [] if value is None else ast.literal_eval(value)
+
+
+def audit_cases(path: Path) -> set[str]:
+    """The ops that `python -m bench audit` compiles: the keys of its CASES."""
+    table = assigned(path, "CASES")
+    assert isinstance(table, ast.Dict), f"{path}: CASES must be written out as a dictionary"
+    return {key.value for key in table.keys if isinstance(key, ast.Constant)}
+
+
+def signature(function: ast.FunctionDef) -> tuple[list[str], dict[str, str]]:
+    """Positional parameters in order, and keywords with their defaults.
+
+    Where a kernel draws its dropout from `seed`, the reference takes the mask `keep` that was drawn.
+    """
+    arguments = function.args
+    keywords = {
+        "keep" if argument.arg == "seed" else argument.arg: ast.unparse(default) if default else "required"
+        for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    }
+    positional = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
+    return [*positional, *map(ast.unparse, arguments.defaults)], keywords
+
+
+def test_every_kernel_has_its_four_places() -> None:
+    assert complaints(ROOT) == []
+
+
+def edit(path: str, old: str, new: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        text = (root / path).read_text()
+        assert old in text
+        (root / path).write_text(text.replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "noticed"),
+    [
+        (lambda root: (root / "kernels" / "twice.py").write_text("x = 2\n"), "kernels/twice.py"),
+        (lambda root: (root / "kernels" / "twice.py").write_text("x = 2\n"), "kernels/reference.py: no function twice"),
+        (edit("kernels/reference.py", "def bias_gelu(", "def bias_relu("), "kernels/reference.py: no function"),
+        (edit("kernels/reference.py", "def bias_gelu(x", "def bias_gelu(y"), "kernels/reference.py: bias_gelu"),
+        (edit("kernels/reference.py", "eps: float = 1e-12", "eps: float = 1e-5"), "kernels/reference.py: gelu_layernorm"),
+        (lambda root: (root / "tests/kernels/test_bias_gelu.py").unlink(), "tests/kernels/test_bias_gelu.py"),
+        (edit("bench/audit.py", '"bias_gelu"', '"bias_relu"'), "bench/audit.py: no entry for bias_gelu"),
+    ],
+)
+def test_a_missing_place_is_noticed(change: Callable[[Path], object], noticed: str, tmp_path: Path) -> None:
+    for folder in ("kernels", "bench", "tests/kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    change(tmp_path)
+    assert [line for line in complaints(tmp_path) if line.startswith(noticed)]
+
+
+def texts() -> dict[Path, str]:
+    """Every source file that is text (the licence and sample data, which are others' words, included)."""
+    found = {}
+    for path in source_files():
+        content = (ROOT / path).read_bytes() if (ROOT / path).is_file() else b""
+        if b"\0" not in content:
+            found[path] = content.decode()
+    return found
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    lengths = {str(path): text.count("\n") for path, text in texts().items() if path.suffix == ".py"}
+    assert {path: length for path, length in lengths.items() if length > 500} == {}
+
+
+def test_no_file_names_a_folder_of_someones_machine() -> None:
+    absolute = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|workspace|mnt|opt)/\w\S*")
+    found = {str(path): absolute.findall(text) for path, text in texts().items()}
+    assert {path: names for path, names in found.items() if names} == {}
