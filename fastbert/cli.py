@@ -85,7 +85,7 @@ def report(
 def env() -> None:
     """Print what a bug report needs: versions, GPUs, what is switched on."""
     for name, value in environment().items():
-        out.print(f"{name + ':':<18}{value}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"{name + ':':<24}{value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def environment() -> dict[str, Any]:
@@ -105,7 +105,7 @@ def environment() -> dict[str, Any]:
     facts["system"] = platform.platform()
     facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
     facts |= {package: version(package) for package in ("triton", "transformers", "peft", "sentence-transformers")}
-    facts["kernels"] = ops.MISSING or ("in Triton's interpreter" if ops.INTERPRETED else "compiled")
+    facts["kernels"] = ops.MISSING or ("in Triton's interpreter" if ops.INTERPRETED else "compiled, on CUDA tensors")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
@@ -125,7 +125,7 @@ def _use_interpreter_without_gpu() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     if "triton" in sys.modules:  # too late in this process
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    err.print("no NVIDIA GPU here: Triton's interpreter runs the kernels on the CPU, on small inputs", markup=False)
+    err.print("no NVIDIA GPU here: Triton's interpreter runs the kernels on the CPU, on small inputs", soft_wrap=True)
 
 
 def main() -> None:

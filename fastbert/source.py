@@ -1,6 +1,7 @@
 """Where the command line's model and text come from."""
 
 import logging
+import re
 from dataclasses import dataclass
 from importlib import resources, util
 from pathlib import Path
@@ -59,18 +60,28 @@ class Source:
     def load(
         self, task: str, dtype: torch.dtype, device: torch.device, batch_size: int, max_length: int
     ) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The model for `task`, its new heads drawn from a fixed seed, and a batch of the text for it."""
+        """The model for `task`, its new heads drawn from a fixed seed, and a batch of the text for it.
+
+        Raises:
+            InputError: the model directory has no weights.
+        """
         entry = TASKS[task]
         torch.manual_seed(0)
         if self.path is None:
             config = type(self.config)(**self.config.to_dict() | entry.config)
             model = entry.model_class(config)
         else:
-            model = entry.model_class.from_pretrained(self.path, **entry.config)
+            # A head saved for another task may have another number of labels: it is drawn anew, as a missing one is.
+            try:
+                model = entry.model_class.from_pretrained(self.path, ignore_mismatched_sizes=True, **entry.config)
+            except OSError as error:
+                raise InputError(f"MODEL: {self.path} has no weights that can be read: {_first_line(error)}") from None
         limit = min(max_length, self.config.max_position_embeddings)
-        batch = entry.batch(Texts(self.tokenizer, self.lines, batch_size, limit))
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        return model.to(device=device, dtype=dtype), batch
+        batch = entry.batch(Texts(self.tokenizer, self.lines, batch_size, limit), model.config)
+        on_device = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()
+        }
+        return model.to(device=device, dtype=dtype), on_device
 
 
 def _read_lines(text: Path | None) -> tuple[str, ...]:
@@ -88,13 +99,15 @@ def _read_lines(text: Path | None) -> tuple[str, ...]:
 
 
 def _read_config(model: str) -> Any:
-    if Path(model).exists() and not (Path(model) / "config.json").is_file():
-        raise InputError(f"MODEL: {model} is not a directory with a config.json")
+    if Path(model).exists():
+        if not (Path(model) / "config.json").is_file():
+            raise InputError(f"MODEL: {model} is no model directory: it has no config.json")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise InputError(f"MODEL: there is no directory {model}")
     try:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        raise InputError(f"MODEL: no model at {model}: {first_line}") from None
+        raise InputError(f"MODEL: no model {model}, as a directory or by that name: {_first_line(error)}") from None
     if config.model_type != "bert":
         raise InputError(f"MODEL: {model} is a {config.model_type!r} model; supported are 'bert' models")
     return config
@@ -102,7 +115,13 @@ def _read_config(model: str) -> Any:
 
 def _read_tokenizer(model: str) -> Any:
     try:
-        return transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        raise InputError(f"MODEL: no tokenizer at {model}: {first_line}") from None
+        raise InputError(f"MODEL: {model} has no tokenizer that can be read: {_first_line(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up where the directory has no vocabulary
+        raise InputError(f"MODEL: {model} has no tokenizer: no vocabulary was found in it")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 from transformers.models.bert import modeling_bert as bert
 
 Batch = dict[str, Tensor]
@@ -47,45 +47,51 @@ class Texts:
         return batch | {"input_ids": masked, "labels": labels}
 
 
-def _base(texts: Texts) -> Batch:
+def _base(texts: Texts, _: BertConfig) -> Batch:
     return texts.singles()
 
 
-def _pretraining(texts: Texts) -> Batch:
+def _pretraining(texts: Texts, _: BertConfig) -> Batch:
     return texts.masked(texts.pairs()) | {"next_sentence_label": texts.integers(2, texts.batch_size)}
 
 
-def _clm(texts: Texts) -> Batch:
+def _clm(texts: Texts, _: BertConfig) -> Batch:
     batch = texts.singles()
     return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def _mlm(texts: Texts) -> Batch:
+def _mlm(texts: Texts, _: BertConfig) -> Batch:
     return texts.masked(texts.singles())
 
 
-def _nsp(texts: Texts) -> Batch:
+def _nsp(texts: Texts, _: BertConfig) -> Batch:
     return texts.pairs() | {"labels": texts.integers(2, texts.batch_size)}
 
 
-def _classification(texts: Texts) -> Batch:
-    return texts.singles() | {"labels": texts.integers(2, texts.batch_size)}
+def _classification(texts: Texts, config: BertConfig) -> Batch:
+    if config.problem_type == "multi_label_classification":
+        labels = texts.integers(2, texts.batch_size, config.num_labels).float()
+    elif config.problem_type == "regression" or config.num_labels == 1:
+        labels = texts.integers(10, texts.batch_size, config.num_labels).float()
+    else:
+        labels = texts.integers(config.num_labels, texts.batch_size)
+    return texts.singles() | {"labels": labels}
 
 
-def _multiple_choice(texts: Texts) -> Batch:
+def _multiple_choice(texts: Texts, _: BertConfig) -> Batch:
     contexts = [line for line in texts.lines[: texts.batch_size] for _ in range(2)]
     batch = texts.encode(contexts, texts.lines)
     shaped = {name: tensor.view(texts.batch_size, 2, -1) for name, tensor in batch.items()}
     return shaped | {"labels": texts.integers(2, texts.batch_size)}
 
 
-def _ner(texts: Texts) -> Batch:
+def _ner(texts: Texts, config: BertConfig) -> Batch:
     batch = texts.singles()
-    labels = texts.integers(2, *batch["input_ids"].shape)
+    labels = texts.integers(config.num_labels, *batch["input_ids"].shape)
     return batch | {"labels": labels.masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def _qa(texts: Texts) -> Batch:
+def _qa(texts: Texts, _: BertConfig) -> Batch:
     batch = texts.pairs()
     shortest = int(batch["attention_mask"].sum(1).min())
     start = texts.integers(shortest, texts.batch_size)
@@ -98,7 +104,7 @@ class Task:
 
     name: str
     model_class: type
-    batch: Callable[[Texts], Batch]
+    batch: Callable[[Texts, BertConfig], Batch]
     config: dict[str, Any]
 
 
@@ -113,7 +119,7 @@ TASKS = {
         Task("classification", bert.BertForSequenceClassification, _classification, {}),
         Task("multiple-choice", bert.BertForMultipleChoice, _multiple_choice, {}),
         Task("ner", bert.BertForTokenClassification, _ner, {}),
-        Task("qa", bert.BertForQuestionAnswering, _qa, {}),
+        Task("qa", bert.BertForQuestionAnswering, _qa, {"num_labels": 2}),
     )
 }
 

@@ -1,0 +1,168 @@
+"""The command line as a user meets it: in a process of its own, with and without what he got wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForTokenClassification, RobertaConfig, RobertaModel
+
+import fastbert
+from fastbert.cli import main
+from fastbert.source import Source
+from fastbert.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fastbert_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m fastbert …` in a process that has not chosen the interpreter yet."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTBERT_DISABLE")} | environment
+    command = [sys.executable, "-m", "fastbert", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run the command line in this process and hold that it ends with one clear line and exit code 2."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["fastbert", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        errors = [line for line in lines if line.lower().startswith("error:")]
+        assert len(errors) == 1, lines
+        return errors[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory) -> Path:
+    """A two-layer BERT with its tokenizer, saved as a token classifier."""
+    source = _small_source()
+    path = tmp_path_factory.mktemp("model")
+    config = BertConfig(**{k: v for k, v in source.config.to_dict().items() if "label" not in k}, num_labels=5)
+    BertForTokenClassification(config).save_pretrained(path)
+    source.tokenizer.save_pretrained(path)
+    return path
+
+
+def _small_source() -> Source:
+    from fastbert import source as module
+
+    lines = module._read_lines(None)
+    tokenizer = module.word_tokenizer(lines)
+    return Source("small", None, BertConfig(vocab_size=len(tokenizer), **module._SMALL), tokenizer, lines)
+
+
+def test_verify_all_nine_tasks(small_model, tmp_path):
+    data = tmp_path / "result.json"
+    done = fastbert_command("verify", str(small_model), "--json", str(data))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "EQUAL: 9 of 9 models" in done.stdout
+    if not torch.cuda.is_available():
+        assert "interpreter" in done.stderr
+    results = json.loads(data.read_text())
+    assert list(results) == list(TASKS)
+    assert all(result["kernel_calls"] >= 6 for result in results.values())
+
+
+def test_verify_trained_model_on_own_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Zwei Zeilen Text.\n\nUnd eine, die länger ist als die andere: 1234 (mit Klammern).\n", "utf-8")
+    done = fastbert_command("verify", "--text", str(text), "--task", "mlm", "--dtype", "fp16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a trained BERT" in done.stdout and "EQUAL: 1 of 1 models" in done.stdout
+
+
+def test_verify_without_the_trained_model_says_so(monkeypatch):
+    monkeypatch.setattr("fastbert.source._TRAINED", "no_such_package")
+    source = Source.open(None, None)
+    assert "small random" in source.name
+    model, batch = source.load("mlm", torch.float32, torch.device("cpu"), 2, 24)
+    assert fastbert.verify(model, batch).ok
+
+
+def test_verify_exits_1_when_anything_differs(small_model):
+    done = fastbert_command("verify", str(small_model), "--task", "base", FASTBERT_DISABLE="1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "NOTHING VERIFIED" in done.stdout and "DIFFERENT: 0 of 1 models" in done.stdout
+
+
+def test_report_prints_the_table(small_model, tmp_path):
+    data = tmp_path / "rows.json"
+    done = fastbert_command("report", str(small_model), "--json", str(data), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert "fastbert on BertForTokenClassification: 6 of 6" in done.stdout
+    assert {row["kernel"] for row in json.loads(data.read_text())} == {None, "dropout_add_layernorm", "bias_gelu"}
+
+
+def test_env_prints_versions():
+    done = fastbert_command("env")
+    assert done.returncode == 0, done.stderr
+    for name in ("fastbert", "torch", "triton", "transformers", "GPU"):
+        assert name in done.stdout
+
+
+def test_wrong_arguments(refused):
+    assert "--task" in (error := refused("verify", "--task", "juggling")) and "juggling" in error
+    assert "--dtype" in (error := refused("verify", "--dtype", "int4")) and "int4" in error
+
+
+@pytest.mark.parametrize("command", ["verify", "report"])
+def test_missing_model_directory(refused, command):
+    assert refused(command, "./no/such/model") == "error: MODEL: there is no directory ./no/such/model"
+
+
+def test_an_error_is_no_traceback():
+    done = fastbert_command("verify", "./no/such/model")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "error: MODEL" in done.stderr
+
+
+def test_directory_that_is_no_model(refused, tmp_path):
+    assert "config.json" in refused("verify", str(tmp_path))
+
+
+def test_model_of_another_family(refused, tmp_path):
+    config = RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    RobertaModel(config).save_pretrained(tmp_path)
+    assert "is a 'roberta' model; supported are 'bert' models" in refused("verify", str(tmp_path))
+
+
+def test_model_without_a_tokenizer(refused, tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    assert "has no tokenizer" in refused("verify", str(tmp_path))
+
+
+def test_model_without_weights(refused, tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    _small_source().tokenizer.save_pretrained(tmp_path)
+    assert "has no weights" in refused("verify", str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_text_file_without_text(refused, tmp_path, content):
+    text = tmp_path / "empty.txt"
+    text.write_text(content)
+    assert refused("verify", "--text", str(text)) == f"error: --text: {text} has no text in it"
+
+
+def test_text_file_that_is_not_text(refused, tmp_path):
+    text = tmp_path / "bytes.txt"
+    text.write_bytes(b"\xff\xfe\x00bad")
+    assert "--text: cannot read" in refused("verify", "--text", str(text))
+
+
+def test_missing_text_file(refused, tmp_path):
+    assert "--text: cannot read" in refused("verify", "--text", str(tmp_path / "none.txt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 is only refused where there is no GPU")
+def test_bf16_without_a_gpu_is_refused(refused):
+    assert "--dtype bf16" in refused("verify", "--dtype", "bf16")
