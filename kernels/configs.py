@@ -16,6 +16,7 @@ class Config:
     num_warps: int
     BLOCK_N: int | None = None
     programs_per_multiprocessor: int | None = None
+    num_stages: int | None = None
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -63,6 +64,20 @@ _BIAS_GELU_BACKWARD: Table = {
 }
 
 
+_ATTENTION_FORWARD: Table = {
+    2: {64: Config(128, 4, 64, None, 3), 128: Config(128, 8, 64, None, 3), 256: Config(64, 4, 32, None, 2)},
+    4: {64: Config(64, 4, 32, None, 2), 128: Config(64, 8, 32, None, 2), 256: Config(32, 8, 16, None, 1)},
+    8: {256: Config(16, 4, 16, None, 1)},
+}
+_ATTENTION_BACKWARD_ROWS: Table = {size: {256: Config(32, 4)} for size in (2, 4, 8)}
+_ATTENTION_BACKWARD_KV: Table = {
+    2: {64: Config(64, 4, 64, None, 2), 128: Config(64, 8, 64, None, 2), 256: Config(32, 8, 32, None, 1)},
+    4: {64: Config(32, 4, 32, None, 2), 128: Config(32, 8, 32, None, 1), 256: Config(16, 8, 16, None, 1)},
+    8: {256: Config(16, 4, 16, None, 1)},
+}
+_ATTENTION_BACKWARD_Q: Table = _ATTENTION_BACKWARD_KV
+
+
 def _interpreted(config: Config) -> dict[str, Table]:
     return {"interpreter": {itemsize: {8192: config} for itemsize in (2, 4, 8)}}
 
@@ -77,4 +92,8 @@ TABLES: dict[str, dict[str, Table]] = {
     "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD) | _interpreted(Config(32, 1, None, 1)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
+    "attention_forward": _everywhere(_ATTENTION_FORWARD) | _interpreted(Config(64, 1, 32)),
+    "attention_backward_rows": _everywhere(_ATTENTION_BACKWARD_ROWS) | _interpreted(Config(64, 1)),
+    "attention_backward_kv": _everywhere(_ATTENTION_BACKWARD_KV) | _interpreted(Config(64, 1, 32)),
+    "attention_backward_q": _everywhere(_ATTENTION_BACKWARD_Q) | _interpreted(Config(64, 1, 32)),
 }

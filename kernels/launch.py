@@ -86,12 +86,15 @@ def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments
     if _recording:
         return _recording[1](kernel, programs, config, arguments)
     counts[kernel.__name__] += 1
+    options = {"num_warps": config.num_warps}
+    if config.num_stages is not None:
+        options["num_stages"] = config.num_stages
     # One axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
-            kernel[(programs,)](**arguments, num_warps=config.num_warps)
+            kernel[(programs,)](**arguments, **options)
     else:
-        kernel[(programs,)](**arguments, num_warps=config.num_warps)
+        kernel[(programs,)](**arguments, **options)
 
 
 def differentiable(

@@ -55,6 +55,50 @@ def gelu_layernorm(
     return _layer_norm(bias_gelu(x, x_bias, activation=activation), weight, bias, eps, out_dtype)
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    p: float = 0.0,
+    key_bounds: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """dropout(softmax(scale q k' + mask)) v; `keep` is [B, heads, Sq, Sk], packed [sequences, heads, max, max]."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        parts = []
+        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            part = [x[start:end].unsqueeze(0) for x in (q, k, v)]
+            kept = None if keep is None else keep[i : i + 1, :, : end - start, : end - start]
+            parts.append(attention(*part, causal=causal, scale=scale, p=p, keep=kept)[0])
+        return torch.cat(parts)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    # Masks are added, as in transformers' eager attention: a row that sees no key is the average of all of them.
+    lowest = torch.finfo(scores.dtype).min
+    seen = torch.ones((), dtype=torch.bool, device=q.device)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        scores = (scores + mask.to(scores.dtype)).clamp(min=lowest)
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None, :]
+    if causal:
+        seen = seen & torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
+    added = torch.zeros((), dtype=scores.dtype, device=q.device).masked_fill(~seen, lowest)
+    weights = (scores + added).clamp(min=lowest).softmax(-1)
+    if p > 0.0:
+        weights = torch.where(keep, weights * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None) -> Tensor:
     x = x.to(out_dtype or x.dtype)
     return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps)

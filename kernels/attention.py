@@ -1,0 +1,360 @@
+"""out = dropout(softmax(scale Q K' + mask)) V for every head, without the scores ever in memory.
+
+q [B, Sq, heads, D], k and v [B, Sk, heads, D] with any strides (the projections' own output, no transposes), or packed
+[T, heads, D] with cu_seqlens; out has the shape of q, contiguous: ready for the next product.
+
+    forward    4 Sq Sk D operations a head; reads q, k, v; writes out and 4 bytes a row and head
+    backward   10 Sq Sk D in exact arithmetic, 14 as computed here (scores and dP in both kernels)
+
+Saved: q, k, v, out, and the logarithm of each row's softmax sum. Dropout's bits are made again, not kept.
+FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in attention_forward.py and
+attention_backward.py.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention_backward import attention_bwd_kv_kernel, attention_bwd_q_kernel, attention_bwd_rows_kernel
+from .attention_forward import attention_fwd_kernel
+from .launch import accumulator, accumulator_torch, choose, differentiable, draw_seed, launch, needs_backward
+
+__all__ = ["attention"]
+
+
+def _geometry(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
+    """Sequences, rows of the longest, rows in all."""
+    if cu_seqlens is None:
+        return x.shape[0], x.shape[1], x.shape[0] * x.shape[1]
+    return cu_seqlens.shape[0] - 1, max_seqlen, x.shape[0]
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """The four strides of a tensor as kernel arguments; a packed one has no batch."""
+    batch, row, head, col = x.stride() if x.dim() == 4 else (0, *x.stride())
+    return {
+        f"{name}_batch_stride": batch,
+        f"{name}_row_stride": row,
+        f"{name}_head_stride": head,
+        f"{name}_col_stride": col,
+    }
+
+
+def _mask_strides(mask: Tensor | None) -> dict[str, int]:
+    batch, head, q, k = (0, 0, 0, 0) if mask is None else mask.stride()
+    return {"mask_batch_stride": batch, "mask_head_stride": head, "mask_q_stride": q, "mask_k_stride": k}
+
+
+def _constants(q: Tensor, causal: bool, scale: float, p: float, precision: str) -> dict[str, object]:
+    return {
+        "SCALE": scale,
+        "CAUSAL": causal,
+        "P_DROP": p,
+        "PRECISION": precision,
+        "ACC": accumulator(q.dtype),
+        "D": q.shape[-1],
+        "BLOCK_D": _block_d(q),
+    }
+
+
+def _block_d(q: Tensor) -> int:
+    return max(16, triton.next_power_of_2(q.shape[-1]))  # the matrix unit's shortest side is 16
+
+
+def _launch_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    key_bounds: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    scale: float,
+    p: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    out, logsumexp = _allocate_fwd(
+        q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p, precision
+    )
+    sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
+    _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
+    n_heads = q.shape[-2]
+    config = choose("attention_forward", q, _block_d(q))
+    launch(
+        attention_fwd_kernel,
+        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M) if q.numel() else 0,
+        config,
+        q,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        out_ptr=out,
+        logsumexp_ptr=logsumexp,
+        key_mask_ptr=key_mask,
+        key_bounds_ptr=key_bounds,
+        mask_ptr=mask,
+        cu_seqlens_ptr=cu_seqlens,
+        seed_ptr=seed,
+        **_strides("q", q),
+        **_strides("k", k),
+        **_strides("v", v),
+        **_mask_strides(mask),
+        n_heads=n_heads,
+        max_seqlen_q=seqlen_q,
+        max_seqlen_k=seqlen_k,
+        n_rows=n_rows,
+        **_constants(q, causal, scale, p, precision),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return out, logsumexp
+
+
+def _allocate_fwd(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p, precision):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows = q.shape[:-2].numel()
+    return out, torch.empty((q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
+
+
+def _launch_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    key_mask: Tensor | None,
+    key_bounds: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    scale: float,
+    p: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _allocate_bwd(
+        dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p, precision
+    )
+    return _launch_bwd_into(
+        grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p,
+        precision,
+    )  # fmt: skip
+
+
+def _allocate_bwd(dout, q, k, v, *_):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _launch_bwd_packed(dout, q, k, v, *rest):
+    """As _launch_bwd; of one self-attention, the three gradients are views of one buffer [..., 3, heads, D].
+
+    That buffer is the gradient of a product that gave q, k and v at once: `unpack` hands it on without a copy.
+    """
+    if q.shape != k.shape:
+        return _launch_bwd(dout, q, k, v, *rest)
+    buffer = torch.empty((*q.shape[:-2], 3, *q.shape[-2:]), dtype=q.dtype, device=q.device)
+    return _launch_bwd_into(buffer.unbind(-3), dout, q, k, v, *rest)
+
+
+def _launch_bwd_into(
+    grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p,
+    precision,
+):  # fmt: skip
+    dq, dk, dv = grads
+    if not q.numel() or not k.numel():
+        return tuple(grad.zero_() for grad in grads)
+    sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
+    _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
+    n_heads, head_size = q.shape[-2:]
+    delta = torch.empty_like(logsumexp)
+    row_key = torch.empty_like(logsumexp, dtype=torch.int32) if p > 0.0 else None
+    constants = _constants(q, causal, scale, p, precision)
+
+    config = choose("attention_backward_rows", q, _block_d(q))
+    launch(
+        attention_bwd_rows_kernel,
+        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
+        config,
+        q,
+        dout_ptr=dout,
+        out_ptr=out,
+        delta_ptr=delta,
+        row_key_ptr=row_key,
+        cu_seqlens_ptr=cu_seqlens,
+        seed_ptr=seed,
+        **_strides("dout", dout),
+        n_heads=n_heads,
+        max_seqlen_q=seqlen_q,
+        n_rows=n_rows,
+        **{name: constants[name] for name in ("P_DROP", "ACC", "D", "BLOCK_D")},
+        BLOCK_M=config.BLOCK_M,
+    )
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "dout_ptr": dout,
+        "logsumexp_ptr": logsumexp,
+        "delta_ptr": delta,
+        "row_key_ptr": row_key,
+        "key_mask_ptr": key_mask,
+        "key_bounds_ptr": key_bounds,
+        "mask_ptr": mask,
+        "cu_seqlens_ptr": cu_seqlens,
+        **_strides("q", q),
+        **_strides("k", k),
+        **_strides("v", v),
+        **_strides("dout", dout),
+        **_mask_strides(mask),
+        "n_heads": n_heads,
+        "max_seqlen_q": seqlen_q,
+        "max_seqlen_k": seqlen_k,
+        "n_rows": n_rows,
+        **constants,
+    }
+    config = choose("attention_backward_kv", q, _block_d(q))
+    launch(
+        attention_bwd_kv_kernel,
+        sequences * n_heads * triton.cdiv(seqlen_k, config.BLOCK_N),
+        config,
+        q,
+        **shared,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        dkv_row_stride=dk.stride(-3),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    config = choose("attention_backward_q", q, _block_d(q))
+    launch(
+        attention_bwd_q_kernel,
+        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
+        config,
+        q,
+        **shared,
+        dq_ptr=dq,
+        dq_row_stride=dq.stride(-3),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return dq, dk, dv
+
+
+def _save(ctx, inputs, output):
+    q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, *ctx.settings = inputs
+    out, logsumexp = output
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed)
+
+
+def _gradients(backward, ctx, dout, *_):
+    if dout is None or not any(ctx.needs_input_grad[:3]):
+        return (None,) * 13
+    return *backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 10
+
+
+_op = torch.library.custom_op("fastbert::attention", _launch_fwd, mutates_args=())
+_op.register_fake(_allocate_fwd)
+_backward_op = torch.library.custom_op("fastbert::attention_backward", _launch_bwd, mutates_args=())
+_backward_op.register_fake(_allocate_bwd)
+_call = differentiable(_launch_fwd, _launch_bwd_packed, _save, _gradients, _op, _backward_op)
+
+
+def bounds_of(key_mask: Tensor) -> Tensor:
+    """What the kernels skip by: int32 [B, 3] of each row of a bool [B, Sk] mask: the first key that is valid (Sk if
+    none is), how many keys lead without a gap, and the end of the last one that is valid. No synchronisation."""
+    seqlen = key_mask.shape[1]
+    places = torch.arange(seqlen, device=key_mask.device, dtype=torch.int32)
+    first = torch.where(key_mask, places, seqlen).amin(1)
+    leading = torch.where(key_mask, seqlen, places).amin(1)
+    end = torch.where(key_mask, places + 1, 0).amax(1)
+    return torch.stack([first, leading, end], dim=1).to(torch.int32)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    p: float = 0.0,
+    key_bounds: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k' + mask) v for every head, with dropout on the probabilities.
+
+    A row whose keys are all masked is the average of all of them, as it is with eager's additive masks. float32
+    products are true float32 unless torch.set_float32_matmul_precision allows TF32.
+
+    Args:
+        q: [B, Sq, heads, D], or packed [T, heads, D]. fp64, fp32, fp16 or bf16; any strides; D from 1 to 256.
+        k, v: [B, Sk, heads, D], or packed like q.
+        key_mask: bool [B, Sk], true where a key is valid.
+        mask: [B or 1, heads or 1, Sq or 1, Sk or 1], bool (true where seen) or a number added to the scaled score.
+        cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends.
+        max_seqlen: length of the longest packed sequence.
+        causal: query i sees keys up to i + Sk - Sq.
+        scale: 1 / sqrt(D) by default.
+        p: probability of dropping a probability, rounded to 1/65536.
+        key_bounds: bounds_of(key_mask), where it is known already.
+        seed: int64 [] on q's device; drawn from torch's generator when None and p > 0.
+
+    Returns:
+        The shape of q, contiguous.
+
+    Raises:
+        ValueError: shapes that do not fit, D over 256, p outside [0, 1].
+    """
+    _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p)
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if key_mask is not None:
+        key_bounds = bounds_of(key_mask) if key_bounds is None else key_bounds
+        key_mask = key_mask.contiguous()
+    if p > 0.0 and seed is None:
+        seed = draw_seed(q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return _call(
+        q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed if p > 0.0 else None, max_seqlen, causal, scale, p, precision
+    )[0]
+
+
+def _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p) -> None:
+    packed = cu_seqlens is not None
+    if q.dim() != (3 if packed else 4):
+        raise ValueError(f"q: expected {'[T, heads, D]' if packed else '[B, S, heads, D]'}, got {tuple(q.shape)}")
+    if not 1 <= q.shape[-1] <= 256:
+        raise ValueError(f"q: expected a head size from 1 to 256, got {q.shape[-1]}")
+    rows = () if not packed else (q.shape[0],)
+    expected = (*rows, *q.shape[-2:]) if packed else (q.shape[0], k.shape[1] if k.dim() == 4 else -1, *q.shape[-2:])
+    for name, tensor in (("k", k), ("v", v)):
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
+    if packed and max_seqlen is None:
+        raise ValueError("max_seqlen: packed rows need the length of the longest sequence, got None")
+    if packed and (key_mask is not None or mask is not None):
+        raise ValueError("cu_seqlens: packed rows take no key_mask and no mask")
+    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (q.shape[0], k.shape[1])):
+        raise ValueError(
+            f"key_mask: expected bool {(q.shape[0], k.shape[1])}, got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
+    if mask is not None:
+        full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        if mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
+            raise ValueError(f"mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p: expected a probability from 0 to 1, got {p}")

@@ -1,0 +1,448 @@
+"""Attention's backward kernels. Each computes its scores again and sums in one order: no atomics, the same bits.
+
+With P = softmax(scores), Z the dropped and rescaled P, and O = Z V:
+
+    dV = Z' dO        dP = dropout'(dO V')        dS = P (dP - delta), delta = rowsum(dO O)        dQ = dS K, dK = dS' Q
+
+delta as a row sum: FlashAttention (Dao et al., arXiv:2205.14135, appendix B.2). It holds with dropout too, since O has it.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import (
+    LOG2E,
+    keep_scores,
+    load_tile,
+    mask_scores,
+    probabilities,
+    row_keys,
+    sees_none,
+    sequence_bounds,
+    store_tile,
+    tile_pointers,
+    visible_keys,
+)
+
+
+@triton.jit
+def attention_bwd_rows_kernel(
+    dout_ptr,
+    out_ptr,
+    delta_ptr,
+    row_key_ptr,
+    cu_seqlens_ptr,
+    seed_ptr,
+    dout_batch_stride,
+    dout_row_stride,
+    dout_head_stride,
+    dout_col_stride,
+    n_heads,
+    max_seqlen_q,
+    n_rows,
+    P_DROP: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What the other two kernels need of each query row: delta, and the key of its dropout bits."""
+    blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
+    sequence_head = tl.program_id(0) // blocks
+    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch = (sequence_head // n_heads).to(tl.int64)
+    head = (sequence_head % n_heads).to(tl.int64)
+    first_q, seqlen_q = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_q)
+    if cu_seqlens_ptr is None:
+        dout_ptr += batch * dout_batch_stride
+        out_rows = batch * max_seqlen_q + rows
+    else:
+        dout_ptr += first_q.to(tl.int64) * dout_row_stride
+        out_rows = first_q.to(tl.int64) + rows
+    dout_ptr += head * dout_head_stride
+
+    dout = tile_pointers(dout_ptr, rows, dout_row_stride, dout_col_stride, BLOCK_D)
+    dout = load_tile(dout, rows, seqlen_q, D, BLOCK_D, True).to(ACC)
+    out = tile_pointers(out_ptr + head * D, out_rows, n_heads * D, 1, BLOCK_D)
+    out = load_tile(out, rows, seqlen_q, D, BLOCK_D, True).to(ACC)
+    here = head * n_rows + out_rows
+    tl.store(delta_ptr + here, tl.sum(dout * out, axis=1), rows < seqlen_q)
+    if P_DROP > 0:
+        keys = row_keys(tl.load(seed_ptr), sequence_head, rows)
+        tl.store(row_key_ptr + here, keys.to(tl.int32, bitcast=True), rows < seqlen_q)
+
+
+@triton.jit
+def _load_rows(ptr, rows, seqlen_q):
+    return tl.load(ptr + rows, rows < seqlen_q, other=0)
+
+
+@triton.jit
+def _add_keys(
+    dq,
+    q,
+    dout,
+    logsumexp,
+    delta,
+    row_key,
+    k_ptr,
+    v_ptr,
+    k_row_stride,
+    k_col_stride,
+    v_row_stride,
+    v_col_stride,
+    first_key,
+    last_key,
+    rows,
+    seqlen_q,
+    seqlen_k,
+    key_mask_ptr,
+    mask_ptr,
+    mask_q_stride,
+    mask_k_stride,
+    MASK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    P_DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dq with the part of keys first_key to last_key added."""
+    KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
+    for block in range(first_key, last_key, BLOCK_N):
+        keys = block + tl.arange(0, BLOCK_N)
+        k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
+        v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (SCALE * LOG2E)
+        if MASK:
+            scores = mask_scores(
+                scores,
+                rows[:, None],
+                keys[None, :],
+                seqlen_q,
+                seqlen_k,
+                key_mask_ptr,
+                mask_ptr,
+                mask_q_stride,
+                mask_k_stride,
+                CAUSAL,
+            )
+        weights = probabilities(scores, logsumexp[:, None], seqlen_k, MASK)
+        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        if P_DROP > 0:
+            keep = keep_scores(row_key[:, None], keys[None, :], P_DROP)
+            dweights = tl.where(keep, dweights * KEEP_SCALE, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    return dq
+
+
+@triton.jit
+def attention_bwd_q_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    logsumexp_ptr,
+    delta_ptr,
+    row_key_ptr,
+    key_mask_ptr,
+    key_bounds_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    dq_ptr,
+    q_batch_stride,
+    q_row_stride,
+    q_head_stride,
+    q_col_stride,
+    k_batch_stride,
+    k_row_stride,
+    k_head_stride,
+    k_col_stride,
+    v_batch_stride,
+    v_row_stride,
+    v_head_stride,
+    v_col_stride,
+    dout_batch_stride,
+    dout_row_stride,
+    dout_head_stride,
+    dout_col_stride,
+    mask_batch_stride,
+    mask_head_stride,
+    mask_q_stride,
+    mask_k_stride,
+    dq_row_stride,
+    n_heads,
+    max_seqlen_q,
+    max_seqlen_k,
+    n_rows,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    P_DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
+    sequence_head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    batch = (sequence_head // n_heads).to(tl.int64)
+    head = (sequence_head % n_heads).to(tl.int64)
+    first_q, seqlen_q = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_q)
+    first_k, seqlen_k = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_k)
+    if block * BLOCK_M >= seqlen_q:
+        return
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    if cu_seqlens_ptr is None:
+        first_row = batch * max_seqlen_q
+        q_ptr += batch * q_batch_stride
+        k_ptr += batch * k_batch_stride
+        v_ptr += batch * v_batch_stride
+        dout_ptr += batch * dout_batch_stride
+    else:
+        first_row = first_q.to(tl.int64)
+        q_ptr += first_row * q_row_stride
+        k_ptr += first_k.to(tl.int64) * k_row_stride
+        v_ptr += first_k.to(tl.int64) * v_row_stride
+        dout_ptr += first_row * dout_row_stride
+    q_ptr += head * q_head_stride
+    k_ptr += head * k_head_stride
+    v_ptr += head * v_head_stride
+    dout_ptr += head * dout_head_stride
+
+    every, some = visible_keys(
+        key_bounds_ptr, mask_ptr, batch, block * BLOCK_M, (block + 1) * BLOCK_M, seqlen_q, seqlen_k, CAUSAL
+    )
+    every = every // BLOCK_N * BLOCK_N
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch * max_seqlen_k
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_batch_stride + head * mask_head_stride
+
+    q = load_tile(tile_pointers(q_ptr, rows, q_row_stride, q_col_stride, BLOCK_D), rows, seqlen_q, D, BLOCK_D, True)
+    dout = tile_pointers(dout_ptr, rows, dout_row_stride, dout_col_stride, BLOCK_D)
+    dout = load_tile(dout, rows, seqlen_q, D, BLOCK_D, True)
+    here = head * n_rows + first_row
+    logsumexp = _load_rows(logsumexp_ptr + here, rows, seqlen_q)
+    delta = _load_rows(delta_ptr + here, rows, seqlen_q)
+    row_key = rows
+    if P_DROP > 0:
+        row_key = _load_rows(row_key_ptr + here, rows, seqlen_q).to(tl.uint32, bitcast=True)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    dq = _add_keys(
+        dq, q, dout, logsumexp, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
+        0, every, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
+        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq = _add_keys(
+        dq, q, dout, logsumexp, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
+        every, some, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
+        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq_rows = tile_pointers(dq_ptr + head * D, first_row + rows, dq_row_stride, 1, BLOCK_D)
+    store_tile(dq_rows, dq * SCALE, rows, seqlen_q, D, BLOCK_D)
+
+
+@triton.jit
+def _add_queries(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    logsumexp_ptr,
+    delta_ptr,
+    row_key_ptr,
+    q_row_stride,
+    q_col_stride,
+    dout_row_stride,
+    dout_col_stride,
+    first_query,
+    last_query,
+    keys,
+    seqlen_q,
+    seqlen_k,
+    key_mask_ptr,
+    mask_ptr,
+    mask_q_stride,
+    mask_k_stride,
+    MASK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    P_DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dk and dv with the part of queries first_query to last_query added; tiles are [keys, queries]."""
+    KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
+    for block in range(first_query, last_query, BLOCK_M):
+        rows = block + tl.arange(0, BLOCK_M)
+        q = load_tile(tile_pointers(q_ptr, rows, q_row_stride, q_col_stride, BLOCK_D), rows, seqlen_q, D, BLOCK_D, True)
+        dout = tile_pointers(dout_ptr, rows, dout_row_stride, dout_col_stride, BLOCK_D)
+        dout = load_tile(dout, rows, seqlen_q, D, BLOCK_D, True)
+        logsumexp = _load_rows(logsumexp_ptr, rows, seqlen_q)
+        delta = _load_rows(delta_ptr, rows, seqlen_q)
+
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * (SCALE * LOG2E)
+        if MASK:
+            scores = mask_scores(
+                scores,
+                rows[None, :],
+                keys[:, None],
+                seqlen_q,
+                seqlen_k,
+                key_mask_ptr,
+                mask_ptr,
+                mask_q_stride,
+                mask_k_stride,
+                CAUSAL,
+            )
+        weights = probabilities(scores, logsumexp[None, :], seqlen_k, MASK)
+        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        dropped = weights
+        if P_DROP > 0:
+            row_key = _load_rows(row_key_ptr, rows, seqlen_q).to(tl.uint32, bitcast=True)
+            keep = keep_scores(row_key[None, :], keys[:, None], P_DROP)
+            dropped = tl.where(keep, weights * KEEP_SCALE, 0.0)
+            dweights = tl.where(keep, dweights * KEEP_SCALE, 0.0)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dscores = weights * (dweights - delta[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    return dk, dv
+
+
+@triton.jit
+def attention_bwd_kv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    logsumexp_ptr,
+    delta_ptr,
+    row_key_ptr,
+    key_mask_ptr,
+    key_bounds_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    dk_ptr,
+    dv_ptr,
+    q_batch_stride,
+    q_row_stride,
+    q_head_stride,
+    q_col_stride,
+    k_batch_stride,
+    k_row_stride,
+    k_head_stride,
+    k_col_stride,
+    v_batch_stride,
+    v_row_stride,
+    v_head_stride,
+    v_col_stride,
+    dout_batch_stride,
+    dout_row_stride,
+    dout_head_stride,
+    dout_col_stride,
+    mask_batch_stride,
+    mask_head_stride,
+    mask_q_stride,
+    mask_k_stride,
+    dkv_row_stride,
+    n_heads,
+    max_seqlen_q,
+    max_seqlen_k,
+    n_rows,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    P_DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks = tl.cdiv(max_seqlen_k, BLOCK_N)
+    sequence_head = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    batch = (sequence_head // n_heads).to(tl.int64)
+    head = (sequence_head % n_heads).to(tl.int64)
+    first_q, seqlen_q = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_q)
+    first_k, seqlen_k = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_k)
+    if block * BLOCK_N >= seqlen_k:
+        return
+    keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    if cu_seqlens_ptr is None:
+        first_row = batch * max_seqlen_q
+        first_key_row = batch * max_seqlen_k
+        q_ptr += batch * q_batch_stride
+        k_ptr += batch * k_batch_stride
+        v_ptr += batch * v_batch_stride
+        dout_ptr += batch * dout_batch_stride
+    else:
+        first_row = first_q.to(tl.int64)
+        first_key_row = first_k.to(tl.int64)
+        q_ptr += first_row * q_row_stride
+        k_ptr += first_key_row * k_row_stride
+        v_ptr += first_key_row * v_row_stride
+        dout_ptr += first_row * dout_row_stride
+    q_ptr += head * q_head_stride
+    k_ptr += head * k_head_stride
+    v_ptr += head * v_head_stride
+    dout_ptr += head * dout_head_stride
+    here = head * n_rows + first_row
+
+    # Queries from `start` on see some key of this block; from `clear` on they see all of it and need no mask.
+    start = 0
+    clear = 0
+    if CAUSAL:
+        start = tl.maximum(block * BLOCK_N - (seqlen_k - seqlen_q), 0) // BLOCK_M * BLOCK_M
+        clear = tl.cdiv(tl.maximum((block + 1) * BLOCK_N - 1 - (seqlen_k - seqlen_q), 0), BLOCK_M) * BLOCK_M
+    complete = (block + 1) * BLOCK_N <= seqlen_k
+    if key_mask_ptr is not None:
+        key_mask_ptr += batch * max_seqlen_k
+        complete = complete & ((block + 1) * BLOCK_N <= tl.load(key_bounds_ptr + batch * 3 + 1))
+        if mask_ptr is None:
+            past = block * BLOCK_N >= tl.load(key_bounds_ptr + batch * 3 + 2)
+            start = tl.where(past, seqlen_q, start)
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_batch_stride + head * mask_head_stride
+        complete = False
+        start = 0
+    # A row that sees no key averages every key, of this block too.
+    start = tl.where(sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL), 0, start)
+    clear = tl.where(complete, tl.minimum(clear, seqlen_q), seqlen_q)
+
+    k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, True)
+    v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dk, dv = _add_queries(
+        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, delta_ptr + here,
+        row_key_ptr + here if P_DROP > 0 else row_key_ptr,
+        q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, start, clear, keys, seqlen_q, seqlen_k,
+        key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
+        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    dk, dv = _add_queries(
+        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, delta_ptr + here,
+        row_key_ptr + here if P_DROP > 0 else row_key_ptr,
+        q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, clear, seqlen_q, keys, seqlen_q, seqlen_k,
+        key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
+        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    out_rows = first_key_row + keys
+    dk_rows = tile_pointers(dk_ptr + head * D, out_rows, dkv_row_stride, 1, BLOCK_D)
+    dv_rows = tile_pointers(dv_ptr + head * D, out_rows, dkv_row_stride, 1, BLOCK_D)
+    store_tile(dk_rows, dk * SCALE, keys, seqlen_k, D, BLOCK_D)
+    store_tile(dv_rows, dv, keys, seqlen_k, D, BLOCK_D)

@@ -1,0 +1,155 @@
+"""What attention's forward and backward kernels share: where a program works, its scores, its dropout bits.
+
+Scores are in units of log2: softmax is then a power of two, for which the hardware has an instruction.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# The score of a masked key. Finite, so that a row whose keys are all masked is their plain average, as it is in
+# eager, and not NaN; low enough to weigh nothing beside any key that is not masked; the same number in every dtype.
+MASKED_SCORE = tl.constexpr(-(2.0**100))
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens_ptr, batch, seqlen):
+    """First row and length of a sequence: from cu_seqlens where rows are packed, else 0 and seqlen."""
+    first = 0
+    length = seqlen
+    if cu_seqlens_ptr is not None:
+        first = tl.load(cu_seqlens_ptr + batch)
+        length = tl.load(cu_seqlens_ptr + batch + 1) - first
+    return first, length
+
+
+@triton.jit
+def tile_pointers(ptr, rows, row_stride, col_stride, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] pointers, int64 within."""
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
+    return ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
+
+
+@triton.jit
+def load_tile(pointers, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """The tile, 0 outside: past the head size where BLOCK_D rounds it up, past the last row where asked."""
+    if CHECK_ROWS and D != BLOCK_D:
+        tile = tl.load(pointers, (rows < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        tile = tl.load(pointers, (rows < n_rows)[:, None], other=0.0)
+    elif D != BLOCK_D:
+        tile = tl.load(pointers, (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(pointers, tile, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = (rows < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask)
+
+
+@triton.jit
+def mask_scores(
+    scores,
+    q_index,
+    k_index,
+    seqlen_q,
+    seqlen_k,
+    key_mask_ptr,
+    mask_ptr,
+    mask_q_stride,
+    mask_k_stride,
+    CAUSAL: tl.constexpr,
+):
+    """Scores with every mask applied; q_index and k_index broadcast to them, in either orientation.
+
+    Causal aligns the last query with the last key, as a cache of past keys needs.
+    """
+    inside = k_index < seqlen_k
+    if mask_ptr is not None:
+        offsets = q_index.to(tl.int64) * mask_q_stride + k_index.to(tl.int64) * mask_k_stride
+        mask = tl.load(mask_ptr + offsets, inside & (q_index < seqlen_q), other=0)
+        if mask_ptr.dtype.element_ty == tl.int1:
+            scores = tl.where(mask != 0, scores, MASKED_SCORE)
+        else:
+            # transformers masks with the lowest number of the dtype, which added to any score is itself again.
+            LOWEST: tl.constexpr = -65504.0 if mask_ptr.dtype.element_ty == tl.float16 else MASKED_SCORE
+            scores = tl.where(mask <= LOWEST, MASKED_SCORE, scores + tl.where(mask <= LOWEST, 0, mask).to(scores.dtype) * LOG2E)
+    if key_mask_ptr is not None:
+        scores = tl.where(tl.load(key_mask_ptr + k_index, inside, other=0) != 0, scores, MASKED_SCORE)
+    if CAUSAL:
+        scores = tl.where(k_index <= q_index + (seqlen_k - seqlen_q), scores, MASKED_SCORE)
+    return tl.where(inside, scores, float("-inf"))
+
+
+@triton.jit
+def sees_none(key_bounds_ptr, batch, row, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
+    """Whether a query row has no key at all left by causality and the key mask. The earliest row is the poorest."""
+    first_valid = 0
+    if key_bounds_ptr is not None:
+        first_valid = tl.load(key_bounds_ptr + batch * 3)
+    last_key = seqlen_k - 1
+    if CAUSAL:
+        last_key = row + (seqlen_k - seqlen_q)
+    return last_key < first_valid
+
+
+@triton.jit
+def visible_keys(key_bounds_ptr, mask_ptr, batch, first_row, end_row, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
+    """(n, end): each of these rows sees all of the first n keys, and none of them any key from `end` on.
+
+    A row that sees no key is the average of all of them, so a block with such a row reads them all.
+    """
+    n = seqlen_k
+    end = seqlen_k
+    if CAUSAL:
+        n = tl.minimum(n, tl.maximum(first_row + (seqlen_k - seqlen_q) + 1, 0))
+        end = tl.minimum(end, tl.maximum(end_row + (seqlen_k - seqlen_q), 0))
+    if key_bounds_ptr is not None:
+        n = tl.minimum(n, tl.load(key_bounds_ptr + batch * 3 + 1))
+        end = tl.minimum(end, tl.load(key_bounds_ptr + batch * 3 + 2))
+    if mask_ptr is not None:
+        n = 0
+        end = seqlen_k
+    none = sees_none(key_bounds_ptr, batch, first_row, seqlen_q, seqlen_k, CAUSAL)
+    return n, tl.where(none, seqlen_k, end)
+
+
+@triton.jit
+def probabilities(scores, logsumexp, seqlen_k, MASK: tl.constexpr):
+    """Softmax from the forward's logsumexp; both broadcast. Inf marks a row that saw no key: all its scores are one."""
+    if MASK:
+        average = logsumexp == float("inf")
+        scores = tl.where(average & (scores > float("-inf")), 0.0, scores)
+        logsumexp = tl.where(average, tl.log2(seqlen_k.to(scores.dtype)), logsumexp)
+    return tl.exp2(scores - logsumexp)
+
+
+@triton.jit
+def row_keys(seed, head, rows):
+    """32 random bits for each query row of a head: Philox with seven rounds, a call a row."""
+    low, _, _, _ = tl.philox(seed, rows.to(tl.uint32), (rows * 0).to(tl.uint32) + head.to(tl.uint32), 0, 0, n_rounds=7)
+    return low
+
+
+@triton.jit
+def keep_scores(row_key, k_index, P_DROP: tl.constexpr):
+    """True where dropout keeps a probability: a function of (seed, head, row) through row_key, and of the key.
+
+    A Philox call a score costs seven times the loop (KERNELS), so only rows get one; along a row the bits come from
+    a Weyl sequence through the integer hash lowbias32 (Wellons, "Prospecting for Hash Functions", 2018). Keys k and
+    k + 8 share a hash, 16 bits each: the matrix unit's accumulators give both to one thread, whether queries or keys
+    are its rows, so the compiler merges the equal calls forward and backward alike.
+    """
+    THRESHOLD: tl.constexpr = int(P_DROP * 65536 + 0.5)
+    pair = ((k_index & 7) | ((k_index >> 4) << 3)).to(tl.uint32)
+    bits = row_key + pair * 0x9E3779B9
+    bits ^= bits >> 16
+    bits *= 0x7FEB352D
+    bits ^= bits >> 15
+    bits *= 0x846CA68B
+    bits ^= bits >> 16
+    bits = tl.where((k_index & 8) == 0, bits & 0xFFFF, bits >> 16)
+    return bits >= THRESHOLD
