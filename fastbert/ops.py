@@ -1,16 +1,35 @@
 """The kernels' public functions; or, where triton cannot be imported, the reason that there are none."""
 
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
 MISSING: str | None = None
 INTERPRETED = False
 MAX_WIDTH = 0
 
+MAX_HEAD_SIZE = 0
+
 try:
+    from fastbert.kernels.attention import MAX_HEAD_SIZE, attention, bounds_of
     from fastbert.kernels.bias_gelu import bias_gelu
     from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
     from fastbert.kernels.gelu_layernorm import gelu_layernorm
     from fastbert.kernels.launch import INTERPRETED, MAX_WIDTH
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
-    bias_gelu = dropout_add_layernorm = gelu_layernorm = None
+    attention = bounds_of = bias_gelu = dropout_add_layernorm = gelu_layernorm = None
 
-__all__ = ["INTERPRETED", "MAX_WIDTH", "MISSING", "bias_gelu", "dropout_add_layernorm", "gelu_layernorm"]
+_bounds = WeakTensorKeyDictionary()
+
+
+def key_bounds(key_mask: Tensor) -> Tensor:
+    """`bounds_of` a mask, worked out once for all the layers that are given the same tensor."""
+    if torch.compiler.is_compiling():
+        return bounds_of(key_mask)
+    if key_mask not in _bounds:
+        _bounds[key_mask] = bounds_of(key_mask)
+    return _bounds[key_mask]
+
+
+__all__ = ["attention", "key_bounds", "MAX_HEAD_SIZE", "INTERPRETED", "MAX_WIDTH", "MISSING", "bias_gelu", "dropout_add_layernorm", "gelu_layernorm"]

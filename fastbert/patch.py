@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -48,7 +48,8 @@ def patch(
 
     Args:
         model: a BertModel or BertFor*, or any module that holds one (PEFT, SentenceTransformer, CrossEncoder).
-        attention: BertSelfAttention and BertCrossAttention. No kernel yet: changes nothing.
+        attention: BertSelfAttention and BertCrossAttention, on `attention`. The patched model gets a config of its own,
+            which names fastbert's attention implementation.
         residual_norm: BertSelfOutput and BertOutput, on `dropout_add_layernorm`.
         intermediate: BertIntermediate, on `bias_gelu`.
         mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`.
@@ -77,7 +78,7 @@ def patch(
     classes, left_stock = _plan(model, switches)
     if strict and left_stock:
         raise UnsupportedModelError("strict=True, and these stay on stock code: " + "; ".join(left_stock))
-    _swap(classes)
+    _swap(classes, _plan_configs(model, classes))
     _switches[model] = switches
     return model
 
@@ -95,7 +96,7 @@ def unpatch(model: Model) -> Model:
 
     _check_model(model)
     patched_modules = [module for module in model.modules() if type(module) in BY_FAST]
-    _swap({module: BY_FAST[type(module)].stock for module in patched_modules})
+    _swap({module: BY_FAST[type(module)].stock for module in patched_modules}, _plan_configs(model, {}))
     for module in patched_modules:
         forget(module)
     _switches.pop(model, None)
@@ -107,12 +108,14 @@ def patched(model: Model, **keywords: object) -> Iterator[Model]:
     """`patch(model, **keywords)` for the length of a with block; then, also on an exception, all is as before it."""
     _check_model(model)
     before = {module: type(module) for module in model.modules()}
+    configs_before = {module: vars(module)["config"] for module in model.modules() if "config" in vars(module)}
     switches_before = _switches.get(model)
     patch(model, **keywords)
     try:
         yield model
     finally:
-        _swap({module: cls for module, cls in before.items() if type(module) is not cls})
+        unpatch(model)
+        _swap(before, configs_before)
         if switches_before is None:
             _switches.pop(model, None)
         else:
@@ -143,15 +146,39 @@ def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, 
     return classes, left_stock
 
 
-def _swap(classes: dict[nn.Module, type]) -> None:
-    """Set the class of every module, or, if one refuses, of none."""
+def _plan_configs(model: nn.Module, classes: dict[nn.Module, type]) -> dict[nn.Module, Any]:
+    """The config that each module should have: a patched one where some attention will be fast, else the stock one."""
+    from fastbert.integrations.configs import is_patched, patched_config, stock_config
+    from fastbert.registry import BY_FAST
+
+    fast = {module for module, cls in classes.items() if cls in BY_FAST and BY_FAST[cls].switch == "attention"}
+    wanted = {id(module.config) for module in fast}
+    holders = [module for module in model.modules() if hasattr(vars(module).get("config"), "_attn_implementation")]
+    configs: dict[int, Any] = {}
+    for module in holders:
+        config = module.config
+        if id(config) not in configs:
+            if id(config) in wanted:
+                configs[id(config)] = config if is_patched(config) else patched_config(config)
+            else:
+                configs[id(config)] = stock_config(config) if is_patched(config) else config
+    return {module: configs[id(module.config)] for module in holders if configs[id(module.config)] is not module.config}
+
+
+def _swap(classes: dict[nn.Module, type], configs: dict[nn.Module, Any]) -> None:
+    """Set the class and the config of every module, or, if one refuses, of none."""
     before = {module: type(module) for module in classes}
+    configs_before = {module: module.config for module in configs}
     try:
         for module, cls in classes.items():
             module.__class__ = cls
+        for module, config in configs.items():
+            module.config = config
     except BaseException:
         for module, cls in before.items():
             module.__class__ = cls
+        for module, config in configs_before.items():
+            module.config = config
         raise
 
 

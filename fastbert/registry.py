@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert.layers import intermediate, prediction_head, residual_norm
+from fastbert.layers import attention, intermediate, prediction_head, residual_norm
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,20 @@ class Entry:
 
 
 ENTRIES = (
+    Entry(
+        bert.BertSelfAttention,
+        attention.FastBertSelfAttention,
+        "attention",
+        "attention",
+        attention.unsupported,
+    ),
+    Entry(
+        bert.BertCrossAttention,
+        attention.FastBertCrossAttention,
+        "attention",
+        "attention",
+        attention.unsupported,
+    ),
     Entry(
         bert.BertSelfOutput,
         residual_norm.FastBertSelfOutput,
@@ -55,7 +69,7 @@ BY_STOCK = {entry.stock: entry for entry in ENTRIES}
 BY_FAST = {entry.fast: entry for entry in ENTRIES}
 
 # Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.
-STOCK_ONLY = (bert.BertEmbeddings, bert.BertSelfAttention, bert.BertCrossAttention, bert.BertPooler)
+STOCK_ONLY = (bert.BertEmbeddings, bert.BertPooler)
 
 MODEL_CLASSES = (
     "BertModel",

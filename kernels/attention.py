@@ -22,6 +22,9 @@ from .launch import accumulator, accumulator_torch, choose, differentiable, draw
 __all__ = ["attention"]
 
 
+MAX_HEAD_SIZE = 256
+
+
 def _geometry(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
     """Sequences, rows of the longest, rows in all."""
     if cu_seqlens is None:
@@ -45,12 +48,13 @@ def _mask_strides(mask: Tensor | None) -> dict[str, int]:
     return {"mask_batch_stride": batch, "mask_head_stride": head, "mask_q_stride": q, "mask_k_stride": k}
 
 
-def _constants(q: Tensor, causal: bool, scale: float, p: float, precision: str) -> dict[str, object]:
+def _constants(q: Tensor, causal: bool, scale: float, p: float) -> dict[str, object]:
     return {
         "SCALE": scale,
         "CAUSAL": causal,
         "P_DROP": p,
-        "PRECISION": precision,
+        # Read at each launch, as torch's own products do: Triton's default would be TF32.
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         "ACC": accumulator(q.dtype),
         "D": q.shape[-1],
         "BLOCK_D": _block_d(q),
@@ -74,10 +78,9 @@ def _launch_fwd(
     causal: bool,
     scale: float,
     p: float,
-    precision: str,
 ) -> tuple[Tensor, Tensor]:
     out, logsumexp = _allocate_fwd(
-        q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p, precision
+        q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p
     )
     sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
     _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
@@ -106,14 +109,14 @@ def _launch_fwd(
         max_seqlen_q=seqlen_q,
         max_seqlen_k=seqlen_k,
         n_rows=n_rows,
-        **_constants(q, causal, scale, p, precision),
+        **_constants(q, causal, scale, p),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
     )
     return out, logsumexp
 
 
-def _allocate_fwd(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p, precision):
+def _allocate_fwd(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = q.shape[:-2].numel()
     return out, torch.empty((q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
@@ -135,14 +138,12 @@ def _launch_bwd(
     causal: bool,
     scale: float,
     p: float,
-    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _allocate_bwd(
-        dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p, precision
+        dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p
     )
     return _launch_bwd_into(
         grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p,
-        precision,
     )  # fmt: skip
 
 
@@ -163,7 +164,6 @@ def _launch_bwd_packed(dout, q, k, v, *rest):
 
 def _launch_bwd_into(
     grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p,
-    precision,
 ):  # fmt: skip
     dq, dk, dv = grads
     if not q.numel() or not k.numel():
@@ -173,7 +173,7 @@ def _launch_bwd_into(
     n_heads, head_size = q.shape[-2:]
     delta = torch.empty_like(logsumexp)
     row_key = torch.empty_like(logsumexp, dtype=torch.int32) if p > 0.0 else None
-    constants = _constants(q, causal, scale, p, precision)
+    constants = _constants(q, causal, scale, p)
 
     config = choose("attention_backward_rows", q, _block_d(q))
     launch(
@@ -255,8 +255,8 @@ def _save(ctx, inputs, output):
 
 def _gradients(backward, ctx, dout, *_):
     if dout is None or not any(ctx.needs_input_grad[:3]):
-        return (None,) * 13
-    return *backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 10
+        return (None,) * 12
+    return *backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 9
 
 
 _op = torch.library.custom_op("fastbert::attention", _launch_fwd, mutates_args=())
@@ -325,18 +325,16 @@ def attention(
     if p > 0.0 and seed is None:
         seed = draw_seed(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return _call(
-        q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed if p > 0.0 else None, max_seqlen, causal, scale, p, precision
-    )[0]
+    seed = seed if p > 0.0 else None
+    return _call(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p)[0]
 
 
 def _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p) -> None:
     packed = cu_seqlens is not None
     if q.dim() != (3 if packed else 4):
         raise ValueError(f"q: expected {'[T, heads, D]' if packed else '[B, S, heads, D]'}, got {tuple(q.shape)}")
-    if not 1 <= q.shape[-1] <= 256:
-        raise ValueError(f"q: expected a head size from 1 to 256, got {q.shape[-1]}")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_SIZE:
+        raise ValueError(f"q: expected a head size from 1 to {MAX_HEAD_SIZE}, got {q.shape[-1]}")
     rows = () if not packed else (q.shape[0],)
     expected = (*rows, *q.shape[-2:]) if packed else (q.shape[0], k.shape[1] if k.dim() == 4 else -1, *q.shape[-2:])
     for name, tensor in (("k", k), ("v", v)):

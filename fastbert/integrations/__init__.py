@@ -1,0 +1,1 @@
+"""Where fastbert hooks into transformers by name rather than by class."""

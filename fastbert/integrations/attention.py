@@ -1,0 +1,186 @@
+"""Attention as transformers selects it: an implementation of its AttentionInterface, and the twin that makes its masks.
+
+`model.set_attn_implementation("fastbert")` works for every model that uses the interface. A patched model's config
+names `fastbert_over_<former>`, so that a copy or a pickle of it still knows what `unpatch` goes back to.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import eager_attention_forward
+
+from fastbert import ops
+from fastbert.dispatch import tensor_reason
+
+NAME = "fastbert"
+_OVER = "fastbert_over_"
+# What changes scores in a way that the kernel does not compute.
+_FOREIGN = ("position_bias", "softcap", "s_aux")
+
+
+def patched_name(former: str | None) -> str:
+    """The implementation a patched config names."""
+    return f"{_OVER}{former or 'eager'}"
+
+
+def former_name(name: str | None) -> str | None:
+    """The implementation that a patched config named before; None if it is not a patched one's."""
+    return name.removeprefix(_OVER) if name and name.startswith(_OVER) else None
+
+
+def key_mask_or_general(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask for `attention_forward`: bool [batch, keys] where padding is all there is to say (causality is the
+    module's own), else a bool [batch, 1, queries, keys]. Looks at no value on the device."""
+    padding = attention_mask is None or attention_mask.dim() == 2
+    if padding and mask_function is bidirectional_mask_function:
+        return _key_mask(attention_mask, kv_length, kv_offset)
+    aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
+    if padding and aligned and mask_function is causal_mask_function:
+        mask = _key_mask(attention_mask, kv_length, kv_offset)
+        if mask is not None or q_length in (1, kv_length):
+            return mask
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def _key_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    padded = prepare_padding_mask(attention_mask, kv_length, kv_offset)[:, kv_offset : kv_offset + kv_length]
+    # A tensor of its own even where it is the caller's: what is derived from it is kept by its identity.
+    return padded.to(torch.bool).view(padded.shape)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' interface: query, key, value [batch, heads, seq, head size] -> [batch, seq, heads, head size].
+
+    Attention weights are returned where they are asked for, as eager attention does; then, and where no kernel takes
+    the tensors, the call goes to eager attention or SDPA with the same mask.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    weights = wants_weights(module, kwargs)
+    foreign = any(kwargs.get(name) is not None for name in _FOREIGN)
+    if not foreign and not weights and attention_reason(query, key, value, attention_mask) is None:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return attend(q, k, v, attention_mask, causal, scaling, dropout), None
+    if attention_mask is None and not causal and not weights:
+        added = None
+    else:
+        added = _added_mask(attention_mask, causal, query, key)
+    if weights:
+        return eager_attention_forward(module, query, key, value, added, scaling, dropout, **kwargs)
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa(module, query, key, value, added, dropout, scaling, False, **kwargs)
+
+
+def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller asked for attention weights."""
+    return bool(kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)))
+
+
+def attention_reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    """Why the kernel does not take this call, or None."""
+    if query.shape[-1] > ops.MAX_HEAD_SIZE:
+        return f"a head size of {query.shape[-1]}: the kernel takes up to {ops.MAX_HEAD_SIZE}"
+    if not query.dtype == key.dtype == value.dtype or query.shape[1] != key.shape[1] and query.dim() != 4:
+        return "queries, keys and values differ in dtype"
+    return mask_reason(mask) or tensor_reason(query, key, value)
+
+
+def mask_reason(mask: Tensor | None) -> str | None:
+    """Why the kernel does not take this mask, or None."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return "a mask that is no tensor of two or four dimensions"
+    if mask.dtype != torch.bool and (mask.dim() == 2 or not mask.is_floating_point()):
+        return f"a {mask.dim()}-D mask of {mask.dtype}"
+    return "a mask that requires a gradient" if mask.requires_grad else None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, p: float
+) -> Tensor:
+    """The kernel on [batch, seq, heads, head size] views, with a mask in any form that the twin or a caller makes."""
+    q_length, kv_length = q.shape[1], k.shape[1]
+    general = mask is not None and mask.dim() == 4
+    if causal and mask is None and 1 < q_length < kv_length:
+        # As SDPA in transformers: without a mask the cache is empty, and what lies behind the queries is not filled.
+        k, v = k[:, :q_length], v[:, :q_length]
+    if general:
+        mask = mask[..., :kv_length]
+    return ops.attention(
+        q,
+        k,
+        v,
+        key_mask=None if general else mask,
+        mask=mask if general else None,
+        causal=causal and not general and q_length > 1,
+        scale=scale,
+        p=p,
+        key_bounds=None if general or mask is None else ops.key_bounds(mask),
+    )
+
+
+def _added_mask(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
+    """Any mask as a number added to the scores, [batch or 1, 1, queries, keys]."""
+    lowest = torch.finfo(query.dtype).min
+    if mask is not None and mask.dim() == 4:
+        if mask.dtype != torch.bool:
+            return mask[..., : key.shape[2]]
+        return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask[..., : key.shape[2]], lowest)
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    if causal and query.shape[2] > 1:
+        seen = seen.tril(0 if mask is None else key.shape[2] - query.shape[2])
+    seen = seen[None, None] if mask is None else seen & mask[:, None, None, :]
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~seen, lowest)
+
+
+def register() -> None:
+    """Make the implementation and its masks known to transformers under every name that a config may hold."""
+    formers = {"eager", NAME, *ALL_ATTENTION_FUNCTIONS.keys(), *ALL_MASK_ATTENTION_FUNCTIONS.keys()}
+    for name in [NAME, *(patched_name(former) for former in formers if not former.startswith(_OVER))]:
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, key_mask_or_general)
+
+
+register()

@@ -1,0 +1,82 @@
+"""BertSelfAttention and BertCrossAttention: one product for the projections, then the attention kernel."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfAttention
+
+from fastbert import ops
+from fastbert.dispatch import refused, tensor_reason
+from fastbert.integrations.attention import attend, former_name, mask_reason, wants_weights
+from fastbert.layers.parts import dropout_reason
+from fastbert.layers.projection import project
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why `module` can never use the kernel as it stands, or None."""
+    if module.attention_head_size > ops.MAX_HEAD_SIZE:
+        return f"a head size of {module.attention_head_size}: the kernel takes up to {ops.MAX_HEAD_SIZE}"
+    return dropout_reason(module.dropout)
+
+
+class FastBertSelfAttention(BertSelfAttention):
+    """BertSelfAttention on the attention kernel."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if refused(self, _reason(self, attention_mask, kwargs) or tensor_reason(hidden_states)):
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
+        if past_key_values is not None:
+            cache = past_key_values
+            if isinstance(cache, EncoderDecoderCache):
+                cache = cache.self_attention_cache
+            k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
+        return _attended(self, q, k, v, attention_mask, hidden_states.shape), None
+
+
+class FastBertCrossAttention(BertCrossAttention):
+    """BertCrossAttention on the attention kernel."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        reason = _reason(self, attention_mask, kwargs) or tensor_reason(hidden_states, encoder_hidden_states)
+        if refused(self, reason):
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, past_key_values, **kwargs)
+        (q,) = project(hidden_states, (self.query,), self.attention_head_size)
+        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            k, v = layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
+        else:
+            k, v = project(encoder_hidden_states, (self.key, self.value), self.attention_head_size)
+            if past_key_values is not None:
+                cache = past_key_values.cross_attention_cache
+                k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
+                past_key_values.is_updated[self.layer_idx] = True
+        return _attended(self, q, k, v, attention_mask, hidden_states.shape), None
+
+
+def _reason(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+    if wants_weights(module, kwargs):
+        return "attention weights were asked for"
+    if former_name(module.config._attn_implementation) is None:
+        return f"attention implementation {module.config._attn_implementation!r} was chosen after patching"
+    return unsupported(module) or mask_reason(mask)
+
+
+def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Any) -> Tensor:
+    p = module.dropout.p if module.training else 0.0
+    out = attend(q, k, v, mask, module.is_causal, module.scaling, p)
+    return out.reshape(*shape[:-1], -1)

@@ -1,0 +1,67 @@
+"""Queries, keys and values as [..., heads, head size] views, from one product where that is safe."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert.dispatch import is_plain
+
+
+def project(x: Tensor, linears: tuple[nn.Linear, ...], head_size: int) -> tuple[Tensor, ...]:
+    """linear(x) as [..., heads, head size] for each of `linears`, which have one shape.
+
+    Plain Linears of one dtype and device share a product over their weights side by side; parameters, gradients and
+    state_dict stay those of the three. Others (LoRA, 4-bit, hooked) are called one by one as the modules they are.
+    """
+    if not _side_by_side(linears):
+        return tuple(linear(x).unflatten(-1, (-1, head_size)) for linear in linears)
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    packed = F.linear(x, weight, bias).unflatten(-1, (len(linears), -1, head_size))
+    if torch.compiler.is_compiling() or not packed.requires_grad:
+        return packed.unbind(-3)
+    return _Unbind.apply(packed)
+
+
+def _side_by_side(linears: tuple[nn.Linear, ...]) -> bool:
+    first = linears[0]
+    return all(
+        is_plain(linear, nn.Linear)
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and linear.weight.shape == first.weight.shape
+        and linear.weight.dtype == first.weight.dtype
+        and linear.weight.device == first.weight.device
+        and (linear.bias is None) == (first.bias is None)
+        for linear in linears
+    )
+
+
+class _Unbind(torch.autograd.Function):
+    """unbind(-3), whose backward hands on the buffer that attention's backward wrote instead of stacking it again."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape = packed.shape
+        return packed.unbind(-3)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        whole = _one_buffer(grads, ctx.shape)
+        return torch.stack(grads, dim=-3) if whole is None else whole
+
+
+def _one_buffer(grads: tuple[Tensor, ...], shape: torch.Size) -> Tensor | None:
+    """The contiguous tensor of `shape` that the gradients are the slices of, if they are."""
+    first = grads[0]
+    strides = torch.empty(shape, device="meta").stride()
+    step = strides[-3]
+    for i, grad in enumerate(grads):
+        if (
+            grad.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or grad.storage_offset() != first.storage_offset() + i * step
+            or grad.stride() != (*strides[:-3], *strides[-2:])
+        ):
+            return None
+    return first.as_strided(shape, strides)
