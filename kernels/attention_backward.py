@@ -107,11 +107,13 @@ def _add_keys(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dq with the part of keys first_key to last_key added."""
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
+    positions = tl.arange(0, BLOCK_M)
     for block in range(first_key, last_key, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
         k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
@@ -133,8 +135,8 @@ def _add_keys(
         weights = probabilities(scores, logsumexp[:, None], seqlen_k, MASK)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if P_DROP > 0:
-            keep = keep_scores(row_key[:, None], keys[None, :], P_DROP)
-            dweights = tl.where(keep, dweights * KEEP_SCALE, 0.0)
+            keep = keep_scores(row_key[:, None], positions[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
+            dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE  # one instruction with the difference below
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
     return dq
@@ -239,12 +241,12 @@ def attention_bwd_q_kernel(
     dq = _add_keys(
         dq, q, dout, logsumexp, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
         0, every, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_N, BLOCK_D,
+        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _add_keys(
         dq, q, dout, logsumexp, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
         every, some, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_N, BLOCK_D,
+        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq_rows = tile_pointers(dq_ptr + head * D, first_row + rows, dq_row_stride, 1, BLOCK_D)
     store_tile(dq_rows, dq * SCALE, rows, seqlen_q, D, BLOCK_D)
@@ -267,7 +269,7 @@ def _add_queries(
     dout_col_stride,
     first_query,
     last_query,
-    keys,
+    first_key,
     seqlen_q,
     seqlen_k,
     key_mask_ptr,
@@ -282,10 +284,12 @@ def _add_queries(
     ACC: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dk and dv with the part of queries first_query to last_query added; tiles are [keys, queries]."""
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
+    keys = first_key + tl.arange(0, BLOCK_N)
     for block in range(first_query, last_query, BLOCK_M):
         rows = block + tl.arange(0, BLOCK_M)
         q = load_tile(tile_pointers(q_ptr, rows, q_row_stride, q_col_stride, BLOCK_D), rows, seqlen_q, D, BLOCK_D, True)
@@ -313,9 +317,10 @@ def _add_queries(
         dropped = weights
         if P_DROP > 0:
             row_key = _load_rows(row_key_ptr, rows, seqlen_q).to(tl.uint32, bitcast=True)
-            keep = keep_scores(row_key[None, :], keys[:, None], P_DROP)
-            dropped = tl.where(keep, weights * KEEP_SCALE, 0.0)
-            dweights = tl.where(keep, dweights * KEEP_SCALE, 0.0)
+            positions = tl.arange(0, BLOCK_M)
+            keep = keep_scores(row_key[None, :], positions[None, :], tl.arange(0, BLOCK_N)[:, None], first_key, P_DROP)
+            dropped = tl.where(keep, weights, 0.0)  # dv is rescaled once, at its end
+            dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE
         dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
         dscores = weights * (dweights - delta[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
@@ -430,19 +435,20 @@ def attention_bwd_kv_kernel(
     dk, dv = _add_queries(
         dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, delta_ptr + here,
         row_key_ptr + here if P_DROP > 0 else row_key_ptr,
-        q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, start, clear, keys, seqlen_q, seqlen_k,
+        q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, start, clear, block * BLOCK_N, seqlen_q, seqlen_k,
         key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_D,
+        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dk, dv = _add_queries(
         dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, delta_ptr + here,
         row_key_ptr + here if P_DROP > 0 else row_key_ptr,
-        q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, clear, seqlen_q, keys, seqlen_q, seqlen_k,
+        q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, clear, seqlen_q, block * BLOCK_N, seqlen_q, seqlen_k,
         key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_D,
+        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     out_rows = first_key_row + keys
     dk_rows = tile_pointers(dk_ptr + head * D, out_rows, dkv_row_stride, 1, BLOCK_D)
     dv_rows = tile_pointers(dv_ptr + head * D, out_rows, dkv_row_stride, 1, BLOCK_D)
     store_tile(dk_rows, dk * SCALE, keys, seqlen_k, D, BLOCK_D)
-    store_tile(dv_rows, dv, keys, seqlen_k, D, BLOCK_D)
+    KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
+    store_tile(dv_rows, dv * KEEP_SCALE, keys, seqlen_k, D, BLOCK_D)

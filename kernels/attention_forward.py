@@ -50,17 +50,19 @@ def _attend(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Take keys first_key to last_key into the running softmax (acc, its total and the top score of each row)."""
+    positions = tl.arange(0, BLOCK_M)
     for block in range(first_key, last_key, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
         k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (SCALE * LOG2E)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         if MASK:
             scores = mask_scores(
-                scores,
+                scores * (SCALE * LOG2E),
                 q_rows[:, None],
                 keys[None, :],
                 seqlen_q,
@@ -71,13 +73,17 @@ def _attend(
                 mask_k_stride,
                 CAUSAL,
             )
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_top[:, None])
+        else:  # scaled after the maximum, product and difference are one instruction
+            new_top = tl.maximum(top, tl.max(scores, axis=1) * (SCALE * LOG2E))
+            weights = tl.exp2(scores * (SCALE * LOG2E) - new_top[:, None])
         rescale = tl.exp2(top - new_top)
         total = total * rescale + tl.sum(weights, axis=1)
         acc = acc * rescale[:, None]
         if P_DROP > 0:
-            weights = tl.where(keep_scores(row_key[:, None], keys[None, :], P_DROP), weights, 0.0)
+            keep = keep_scores(row_key[:, None], positions[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
+            weights = tl.where(keep, weights, 0.0)
         v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
         top = new_top
@@ -170,12 +176,12 @@ def attention_fwd_kernel(
     acc, total, top = _attend(
         acc, total, top, q, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride, 0, every,
         rows, row_key, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_N, BLOCK_D,
+        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride, every, some,
         rows, row_key, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_N, BLOCK_D,
+        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0

@@ -129,27 +129,32 @@ def probabilities(scores, logsumexp, seqlen_k, MASK: tl.constexpr):
 
 @triton.jit
 def row_keys(seed, head, rows):
-    """32 random bits for each query row of a head: Philox with seven rounds, a call a row."""
-    low, _, _, _ = tl.philox(seed, rows.to(tl.uint32), (rows * 0).to(tl.uint32) + head.to(tl.uint32), 0, 0, n_rounds=7)
-    return low
+    """32 random bits for each query row of a head, the same for rows 8 apart: Philox with seven rounds, a call a row."""
+    rows = (rows & 7) | ((rows >> 4) << 3)
+    head = (rows * 0).to(tl.uint32) + head.to(tl.uint32)
+    bits, _, _, _ = tl.philox(seed, rows.to(tl.uint32), head, 0, 0, n_rounds=7)
+    return bits
 
 
 @triton.jit
-def keep_scores(row_key, k_index, P_DROP: tl.constexpr):
-    """True where dropout keeps a probability: a function of (seed, head, row) through row_key, and of the key.
+def keep_scores(row_key, rows, keys, first_key, P_DROP: tl.constexpr):
+    """True where dropout keeps a probability: a function of (seed, head, query) and of the key first_key + keys.
 
-    A Philox call a score costs seven times the loop (KERNELS), so only rows get one; along a row the bits come from
-    a Weyl sequence through the integer hash lowbias32 (Wellons, "Prospecting for Hash Functions", 2018). Keys k and
-    k + 8 share a hash, 16 bits each: the matrix unit's accumulators give both to one thread, whether queries or keys
-    are its rows, so the compiler merges the equal calls forward and backward alike.
+    A Philox call a score would cost seven times the loop (bench/NOTES.md), so only rows get one; along a row the bits
+    come from a Weyl sequence through the first half of the integer hash lowbias32 (Wellons, "Prospecting for Hash
+    Functions", 2018). Four scores share it, queries and keys 8 apart, each with a multiplier of its own at the end:
+    the matrix unit's accumulators give the four to one thread whether queries or keys are its rows, so the compiler
+    merges the equal parts, forward and backward. p is rounded to 2**-32.
+
+    `rows` and `keys` are positions within blocks that start at multiples of 16: their bits are then known when the
+    kernel is compiled.
     """
-    THRESHOLD: tl.constexpr = int(P_DROP * 65536 + 0.5)
-    pair = ((k_index & 7) | ((k_index >> 4) << 3)).to(tl.uint32)
-    bits = row_key + pair * 0x9E3779B9
+    THRESHOLD: tl.constexpr = min(int(P_DROP * 4294967296 + 0.5), 4294967295)
+    group = ((keys & 7) | ((keys >> 4) << 3)) + (first_key >> 1)
+    bits = row_key + group.to(tl.uint32) * 0x9E3779B9
     bits ^= bits >> 16
     bits *= 0x7FEB352D
     bits ^= bits >> 15
-    bits *= 0x846CA68B
-    bits ^= bits >> 16
-    bits = tl.where((k_index & 8) == 0, bits & 0xFFFF, bits >> 16)
-    return bits >= THRESHOLD
+    even = tl.where((keys & 8) == 0, 0x846CA68B, 0xC2B2AE35)
+    odd = tl.where((keys & 8) == 0, 0x9E485565, 0xB5297A4D)
+    return bits * tl.where((rows & 8) == 0, even, odd).to(tl.uint32) >= THRESHOLD
