@@ -22,7 +22,7 @@ def complaints(root: Path) -> list[str]:
     """What is missing of each op under `root`: kernel, reference, test, benchmark entry."""
     found = []
     references = functions(root / "kernels" / "reference.py")
-    cases = audit_cases(root / "bench" / "audit.py")
+    cases = audit_cases(root / "bench" / "cases.py")
     for path in sorted((root / "kernels").glob("*.py")):
         op = path.stem
         if op in SUPPORT:
@@ -37,7 +37,7 @@ def complaints(root: Path) -> list[str]:
         if not (root / "tests" / "kernels" / f"test_{op}.py").is_file():
             found.append(f"tests/kernels/test_{op}.py: missing")
         if op not in cases:
-            found.append(f"bench/audit.py: no entry for {op} in CASES")
+            found.append(f"bench/cases.py: no entry for {op} in CASES")
     return found
 
 
@@ -93,16 +93,32 @@ def edit(path: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def add_a_kernel_alone(root: Path) -> None:
+    (root / "kernels" / "twice.py").write_text('__all__ = ["twice"]\n\n\ndef twice(x):\n    return 2 * x\n')
+
+
+def remove_a_test(root: Path) -> None:
+    (root / "tests" / "kernels" / "test_bias_gelu.py").unlink()
+
+
 @pytest.mark.parametrize(
     ("change", "noticed"),
     [
-        (lambda root: (root / "kernels" / "twice.py").write_text("x = 2\n"), "kernels/twice.py"),
-        (lambda root: (root / "kernels" / "twice.py").write_text("x = 2\n"), "kernels/reference.py: no function twice"),
-        (edit("kernels/reference.py", "def bias_gelu(", "def bias_relu("), "kernels/reference.py: no function"),
-        (edit("kernels/reference.py", "def bias_gelu(x", "def bias_gelu(y"), "kernels/reference.py: bias_gelu"),
-        (edit("kernels/reference.py", "eps: float = 1e-12", "eps: float = 1e-5"), "kernels/reference.py: gelu_layernorm"),
-        (lambda root: (root / "tests/kernels/test_bias_gelu.py").unlink(), "tests/kernels/test_bias_gelu.py"),
-        (edit("bench/audit.py", '"bias_gelu"', '"bias_relu"'), "bench/audit.py: no entry for bias_gelu"),
+        (add_a_kernel_alone, "kernels/reference.py: no function twice"),
+        (add_a_kernel_alone, "tests/kernels/test_twice.py: missing"),
+        (add_a_kernel_alone, "bench/cases.py: no entry for twice"),
+        (remove_a_test, "tests/kernels/test_bias_gelu.py: missing"),
+        (edit("kernels/bias_gelu.py", '__all__ = ["bias_gelu"]', ""), "kernels/bias_gelu.py: its only export"),
+        (
+            edit("kernels/reference.py", "def bias_gelu(", "def bias_relu("),
+            "kernels/reference.py: no function bias_gelu",
+        ),
+        (
+            edit("kernels/reference.py", "def bias_gelu(x", "def bias_gelu(y"),
+            "kernels/reference.py: bias_gelu does not",
+        ),
+        (edit("kernels/reference.py", "1e-12", "1e-5"), "kernels/reference.py: gelu_layernorm does not"),
+        (edit("bench/cases.py", '"bias_gelu"', '"bias_relu"'), "bench/cases.py: no entry for bias_gelu"),
     ],
 )
 def test_a_missing_place_is_noticed(change: Callable[[Path], object], noticed: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from .environments import Environment
 PROBE = """
 import json, sys
 from transformers import BertConfig, BertForMaskedLM
-from transformers.utils import is_kernels_available
+imported = "kernels" in sys.modules
 import kernels
 import torch
 
@@ -24,22 +24,19 @@ import fastbert.kernels.launch
 config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 model = fastbert.patch(BertForMaskedLM(config))
 assert model(torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 11)
-print(json.dumps({"paths": [*kernels.__path__], "file": kernels.__file__, "available": is_kernels_available(),
-                  "ours_is_theirs": fastbert.kernels is kernels}))
+print(json.dumps({"imported": imported, "paths": [*kernels.__path__], "file": kernels.__file__}))
 """
 
 
 def test_installed(environment: Environment, tree: Path) -> None:
     found = json.loads(environment.run("-c", PROBE, cwd=tree))
-    assert found["available"]
+    # transformers does so for the releases it knows; with another one installed this test would show nothing.
+    assert found["imported"]
     assert found["file"].endswith("kernels/__init__.py")
     assert not [path for path in found["paths"] if Path(path).is_relative_to(tree)]
-    assert not found["ours_is_theirs"]
 
 
 def test_not_installed(environment_without: Callable[[str], Environment], tree: Path) -> None:
     found = json.loads(environment_without("kernels").run("-c", PROBE, cwd=tree))
-    assert not found["available"]
-    # Only our folder is left to be found under that name: empty of meaning, and transformers does not take it.
+    # All that is left under that name is our folder, a namespace, which transformers does not take for the package.
     assert found["file"] is None
-    assert not found["ours_is_theirs"]
