@@ -1,0 +1,231 @@
+"""What only attention brings to the patcher: a config of the model's own, masks by name, one product for q, k and v."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertModel, EncoderDecoderModel, RobertaConfig, RobertaModel
+from transformers.models.bert import modeling_bert as bert
+
+import fastbert
+from fastbert import ops
+from fastbert.kernels.launch import counts
+from fastbert.layers.projection import project
+from tests.models.running import check, counting
+from tests.models.tiny import BASE, CLASSIFICATION, CLM, config, make, make_batch
+
+
+def implementations(model: nn.Module) -> set[str]:
+    return {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+
+
+def test_a_model_that_shares_the_config_stays_stock():
+    shared = config()
+    teacher, student = BertModel(shared), BertModel(shared)
+    fastbert.patch(student)
+    assert teacher.config is shared and implementations(teacher) == {"sdpa"}
+    assert implementations(student) == {"fastbert_over_sdpa"}
+    assert len({id(m.config) for m in student.modules() if hasattr(m, "config")}) == 1
+    fastbert.unpatch(student)
+    assert all(m.config is shared for m in student.modules() if hasattr(m, "config"))
+    assert shared._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("former", ["eager", "sdpa"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_patched_model_is_patched_and_can_be_unpatched(former, copied):
+    model = fastbert.patch(make(BASE, attention=former))
+    other = copied(model)
+    assert implementations(other) == {f"fastbert_over_{former}"}
+    fastbert.unpatch(other)
+    assert implementations(other) == {former}
+    assert len({id(m.config) for m in other.modules() if hasattr(m, "config")}) == 1
+    assert implementations(model) == {f"fastbert_over_{former}"}, "unpatching the copy changed the original"
+
+
+def test_attention_left_out_leaves_the_config_alone():
+    model = make(BASE, attention="sdpa")
+    before = model.config
+    fastbert.patch(model, attention=False)
+    assert model.config is before and type(model.encoder.layer[0].attention.self) is bert.BertSelfAttention
+    fastbert.patch(model)
+    assert implementations(model) == {"fastbert_over_sdpa"}
+    fastbert.patch(model, attention=False)
+    assert model.config is before
+
+
+def test_what_is_changed_on_the_patched_config_stays_after_unpatch():
+    model = make(CLM)
+    before = model.config
+    fastbert.patch(model)
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70 and before.vocab_size != 70
+    fastbert.unpatch(model)
+    assert model.config is before and before.vocab_size == 70 and before._attn_implementation == "eager"
+
+
+def test_an_implementation_chosen_after_patching_is_obeyed():
+    model = fastbert.patch(make(BASE, attention="eager"))
+    model.set_attn_implementation("sdpa")
+    before = counts["attention_fwd_kernel"]
+    model(**make_batch(BASE, labels=False))
+    assert counts["attention_fwd_kernel"] == before
+    row = next(r for r in fastbert.report(model).rows if r.hf_class == "BertSelfAttention")
+    assert row.state == "fell back" and "'sdpa' was chosen after patching" in row.reason
+    fastbert.unpatch(model)
+    assert implementations(model) == {"sdpa"}
+
+
+def test_saved_config_names_nothing_of_fastbert(tmp_path):
+    fastbert.patch(make(CLASSIFICATION)).save_pretrained(tmp_path)
+    assert "fastbert" not in (tmp_path / "config.json").read_text()
+
+
+def test_attention_weights_are_eagers():
+    model = make(BASE, attention="eager")
+    batch = make_batch(BASE, "left", labels=False) | {"output_attentions": True}
+    stock = model(**batch).attentions
+    patched = fastbert.patch(model)(**batch).attentions
+    assert len(stock) == len(patched) == 2
+    for a, b in zip(stock, patched, strict=True):
+        torch.testing.assert_close(a, b)
+    row = next(r for r in fastbert.report(model).rows if r.hf_class == "BertSelfAttention")
+    assert row.fallback_calls == {"attention weights were asked for": 1}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_encoder_decoder_generates_stocks_tokens(beams):
+    model = EncoderDecoderModel(
+        encoder=make(BASE), decoder=make(CLM, is_decoder=True, add_cross_attention=True, bos_token_id=None)
+    ).eval()
+    for settings in (model.config, model.generation_config):
+        settings.decoder_start_token_id, settings.pad_token_id = 1, 0
+    batch = make_batch(BASE, "left", labels=False)
+    keywords = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "num_beams": beams,
+        "do_sample": False,
+    }
+    stock = model.generate(**keywords)
+    with counting() as launched:
+        patched = fastbert.patch(model).generate(**keywords)
+    assert torch.equal(stock, patched)
+    assert launched["attention_fwd_kernel"] == 2 + 4 * (2 + 2)  # encoder once; per token self- and cross-attention
+
+
+@pytest.mark.parametrize("mask", ["none", "right", "left", "holes"])
+def test_roberta_selects_the_kernel_by_name(mask):
+    settings = config().to_dict() | {"model_type": "roberta", "max_position_embeddings": 40}
+    model = RobertaModel(RobertaConfig(**settings)).eval()
+    model.set_attn_implementation("eager")
+    batch = make_batch(BASE, mask, labels=False)
+    batch.pop("token_type_ids")
+    stock = model(**batch).last_hidden_state
+    model.set_attn_implementation("fastbert")
+    with counting() as launched:
+        result = model(**batch).last_hidden_state
+    torch.testing.assert_close(result, stock)
+    assert launched == {"attention_fwd_kernel": 2}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_fully_masked_row_is_eagers(attention):
+    model = make(BASE)
+    batch = make_batch(BASE, "none", labels=False)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0] = 0
+    stock = model(**batch).last_hidden_state
+    patched = fastbert.patch(make(BASE, attention=attention))(**batch).last_hidden_state
+    assert stock.isfinite().all()
+    torch.testing.assert_close(patched, stock)
+
+
+def test_bounds_of_a_mask_are_worked_out_once_a_forward(monkeypatch):
+    calls = []
+    right = ops.bounds_of
+    monkeypatch.setattr(ops, "bounds_of", lambda mask: calls.append(mask.shape) or right(mask))
+    model = fastbert.patch(make(BASE))
+    batch = make_batch(BASE, "right", labels=False)
+    batch["attention_mask"] = batch["attention_mask"].bool()
+    first = model(**batch).last_hidden_state
+    assert len(calls) == 1
+    batch["attention_mask"][1] = True  # the same tensor with other values: nothing of the first forward may stay
+    second = model(**batch).last_hidden_state
+    assert len(calls) == 2 and not torch.equal(first[1], second[1])
+
+
+def linears(n: int = 3, width: int = 8, bias: bool = True) -> tuple[nn.Linear, ...]:
+    return tuple(nn.Linear(width, width, bias=bias) for _ in range(n))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_one_product_is_three(n, bias):
+    modules = linears(n, bias=bias)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    upstream = [torch.randn(2, 5, 2, 4) for _ in modules]
+    gradients = []
+    for results in (project(x, modules, 4), tuple(m(x).unflatten(-1, (2, 4)) for m in modules)):
+        inputs = [x, *(p for m in modules for p in m.parameters())]
+        gradients.append([*results, *torch.autograd.grad(results, inputs, upstream)])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_odd_linears_are_called_as_modules():
+    called = []
+    modules = linears()
+    modules[1].register_forward_hook(lambda *_: called.append(1))
+    q, k, v = project(torch.randn(2, 5, 8), modules, 4)
+    assert called == [1]
+    assert q.untyped_storage().data_ptr() != v.untyped_storage().data_ptr()
+
+
+def test_gradient_of_the_product_is_the_buffer_of_the_backward(monkeypatch):
+    def stacked(*arguments, **keywords):
+        raise AssertionError("the three gradients were stacked")
+
+    model = fastbert.patch(make(BASE))
+    output = model(**make_batch(BASE, labels=False)).last_hidden_state
+    monkeypatch.setattr(torch, "stack", stacked)
+    output.sum().backward()
+    assert model.encoder.layer[0].attention.self.key.weight.grad.isfinite().all()
+
+
+def test_gradients_of_other_origin_are_stacked():
+    q, k, v = project(torch.randn(2, 5, 8), linears(), 4)
+    (2 * q + k * k + v.sum()).sum().backward()
+
+
+@pytest.mark.parametrize("form", ["bool", "additive", "broadcast"])
+def test_general_masks(form):
+    batch = make_batch(BASE, "none", labels=False)
+    rows, length = batch["input_ids"].shape
+    seen = torch.rand(rows if form != "broadcast" else 1, 1, length, length) < 0.6
+    seen |= torch.eye(length, dtype=torch.bool)
+    lowest = torch.finfo(torch.float32).min
+    batch["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, lowest)
+    if form == "bool":
+        stock = make(BASE)(**batch).last_hidden_state
+        batch["attention_mask"] = seen  # SDPA's form, which eager attention would add as 0 and 1
+        torch.testing.assert_close(fastbert.patch(make(BASE))(**batch).last_hidden_state, stock)
+    else:
+        check(make(BASE), batch)
+
+
+def test_whole_model_through_torch_save():
+    model = fastbert.patch(make(BASE))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    batch = make_batch(BASE, labels=False)
+    with counting() as launched:
+        assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    assert launched["attention_fwd_kernel"] == 4
