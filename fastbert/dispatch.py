@@ -50,7 +50,8 @@ def refused(module: nn.Module, reason: str | None) -> bool:
 def tensor_reason(*tensors: Tensor) -> str | None:
     """Why no kernel can take these tensors together (inputs first, then parameters), or None."""
     first = tensors[0]
-    autocast = torch.is_autocast_enabled(first.device.type)
+    # Asked whether it exists first: of the meta device, on which models are built, torch refuses to say the rest.
+    autocast = torch.amp.is_autocast_available(first.device.type) and torch.is_autocast_enabled(first.device.type)
     for tensor in tensors:
         if tensor.device != first.device:
             return f"tensors on {first.device} and {tensor.device}"

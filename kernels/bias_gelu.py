@@ -21,6 +21,7 @@ from .launch import (
     accumulator_torch,
     as_rows,
     check_activation,
+    check_dtype,
     check_vector,
     choose,
     differentiable,
@@ -144,7 +145,8 @@ def _launch_bwd(
     row_blocks = triton.cdiv(n_rows, config.BLOCK_M)
     row_programs = triton.cdiv(resident_programs(config, x, row_blocks * col_blocks), max(col_blocks, 1))
     dtype = accumulator_torch(x.dtype)
-    sums = x.new_empty(row_programs, n_cols, dtype=dtype) if x.numel() else x.new_zeros(1, n_cols, dtype=dtype)
+    allocate, rows = (x.new_empty, row_programs) if sum_columns and x.numel() else (x.new_zeros, 1)
+    sums = allocate(rows, n_cols, dtype=dtype)
     launch(
         bias_gelu_bwd_kernel,
         row_programs * col_blocks if x.numel() else 0,
@@ -207,8 +209,9 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
         [..., F], contiguous, the dtype of x.
 
     Raises:
-        ValueError: a bias of another length, an activation that has no kernel.
+        ValueError: a bias of another length, a dtype or an activation that has no kernel.
     """
+    check_dtype("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected [..., F], got a tensor without dimensions")
     check_vector("bias", bias, x)

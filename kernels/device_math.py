@@ -26,6 +26,14 @@ def sigmoid(x):
 
 
 @triton.jit
+def sigmoid_and_slope(x):
+    """sigmoid(x) and its derivative. Not s * (1 - s): where s is near 1 that difference is mostly rounding."""
+    e = tl.exp(-tl.abs(x))
+    larger = 1.0 / (1.0 + e)
+    return tl.where(x < 0, e * larger, larger), e * larger * larger
+
+
+@triton.jit
 def gelu_tanh_argument(x):
     # 0.5 * (1 + tanh(u)) is sigmoid(2u): Triton has no tanh that also runs in its interpreter.
     return 2.0 * 0.7978845608028654 * (x + 0.044715 * x * x * x)
@@ -56,14 +64,13 @@ def activation_backward(dy, x, ACTIVATION: tl.constexpr):
         pdf = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         dx = dy * (cdf + x * pdf)
     elif ACTIVATION == "gelu_tanh":
-        gate = sigmoid(gelu_tanh_argument(x))
-        slope = 2.0 * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
-        dx = dy * (gate + x * gate * (1.0 - gate) * slope)
+        gate, slope = sigmoid_and_slope(gelu_tanh_argument(x))
+        dx = dy * (gate + x * slope * (2.0 * 0.7978845608028654) * (1.0 + 3.0 * 0.044715 * x * x))
     elif ACTIVATION == "relu":
         dx = tl.where(x <= 0, 0.0, dy)
     else:
-        gate = sigmoid(x)
-        dx = dy * (gate + x * gate * (1.0 - gate))
+        gate, slope = sigmoid_and_slope(x)
+        dx = dy * (gate + x * slope)
     return dx
 
 

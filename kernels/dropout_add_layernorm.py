@@ -21,6 +21,7 @@ from .launch import (
     accumulator,
     accumulator_torch,
     as_rows,
+    check_dtype,
     check_layernorm,
     choose,
     differentiable,
@@ -73,13 +74,14 @@ def dropout_add_layernorm_fwd_kernel(
         x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
     if P_DROP > 0:
         x = dropout(x, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
-    z = x + residual
+    # Rounded as it is saved, and as eager rounds it: the backward then sees the row that the statistics are of.
+    z = (x + residual).to(z_ptr.dtype.element_ty).to(ACC)
     mean, rstd = layernorm_statistics(z, col_mask, N_COLS, EPS)
     y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
 
     out = tile_offsets(rows, cols, N_COLS, 1)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask)
-    if z_ptr is not None:
+    if mean_ptr is not None:
         tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask)
         tl.store(mean_ptr + rows, mean, row_mask)
         tl.store(rstd_ptr + rows, rstd, row_mask)
@@ -174,7 +176,7 @@ def _launch_fwd(
         x_bias_ptr=None if x_bias is None else x_bias.contiguous(),
         seed_ptr=seed,
         y_ptr=y,
-        z_ptr=z if save else None,
+        z_ptr=z,  # empty when nothing is saved; its type still says how z is rounded
         mean_ptr=mean if save else None,
         rstd_ptr=rstd if save else None,
         x_row_stride=x.stride(0),
@@ -325,9 +327,10 @@ def dropout_add_layernorm(
         [..., H], contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, p outside [0, 1], H over 8192.
+        ValueError: shapes that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
     """
     check_layernorm(x, weight, bias, x_bias)
+    check_dtype("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     if not 0.0 <= p <= 1.0:

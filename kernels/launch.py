@@ -76,7 +76,7 @@ def resident_programs(config: Config, like: Tensor, blocks: int) -> int:
 
 def as_rows(x: Tensor) -> Tensor:
     """x as [rows, columns] with any strides; copied only where no strides can say it."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments: Any) -> None:
@@ -157,10 +157,18 @@ def needs_backward(*tensors: Tensor | None) -> bool:
 
 
 MAX_WIDTH = 8192  # a row is one tile; wider ones would spill
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a dtype that the kernels do not compute: an integer one would be rounded to, silently."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {tensor.dtype}")
 
 
 def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> None:
     """Raise ValueError unless x is [..., H] with H <= MAX_WIDTH and the vectors are [H]."""
+    check_dtype("x", x)
     if x.dim() == 0 or x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"x: expected [..., H] with H <= {MAX_WIDTH}, got {tuple(x.shape)}")
     for name, vector in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
@@ -169,7 +177,10 @@ def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | No
 
 def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
     """Raise ValueError unless `vector` is None or has one element a column of x."""
-    if vector is not None and vector.shape != x.shape[-1:]:
+    if vector is None:
+        return
+    check_dtype(name, vector)
+    if vector.shape != x.shape[-1:]:
         raise ValueError(f"{name}: expected shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}")
 
 

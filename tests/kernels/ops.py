@@ -11,7 +11,7 @@ from fastbert.kernels import reference
 from fastbert.kernels.bias_gelu import bias_gelu
 from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
 from fastbert.kernels.gelu_layernorm import gelu_layernorm
-from fastbert.kernels.launch import counts
+from fastbert.kernels.launch import INTERPRETED, counts
 from tests.numerics import assert_close
 
 # Compiled where there is a GPU, Triton's interpreter elsewhere: the same tests prove both.
@@ -100,6 +100,16 @@ def run(
     return results
 
 
+def assert_same(results: Mapping[str, Tensor | None], others: Mapping[str, Tensor | None]) -> None:
+    """Bitwise equal in the interpreter. Compiled, another alignment or stride may add a row up in another order."""
+    assert results.keys() == others.keys()
+    for name, result in results.items():
+        if INTERPRETED or result is None:
+            assert result is others[name] or torch.equal(result, others[name]), name
+        else:
+            torch.testing.assert_close(result, others[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
 def double(inputs: Inputs) -> Inputs:
     return {name: t if t is None else t.double() for name, t in inputs.items()}
 
@@ -124,7 +134,6 @@ def check(
     dy: Tensor | None = None,
     *,
     frozen: Iterable[str] = (),
-    reference_inputs: Inputs | None = None,
     **options: Any,
 ) -> dict[str, Tensor | None]:
     """Output and every gradient of the kernel against eager and float64, and one launch of each kernel."""
@@ -148,5 +157,7 @@ def check(
     eager = run(op.reference, inputs, dy, frozen, **eager_options)
     eager_options.pop("out_dtype", None)
     exact = run(op.reference, double(inputs), dy.double(), frozen, **eager_options)
-    assert_close(results, eager, exact)
+    # A float32 gradient that went through a 16-bit input or sum is a 16-bit number, in eager too.
+    rounded = any(t is not None and t.element_size() == 2 for t in (dy, *inputs.values()))
+    assert_close(results, eager, exact, relative_fp32=None if rounded else 1e-5)
     return results

@@ -1,0 +1,127 @@
+"""The compile audit: every op x shipped configuration x architecture, compiled ahead of time, without a GPU.
+
+It reads what the compiler made and compares it with the accepted state in results/audit.json. It says nothing about
+results or time.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from bench.cases import CASES, Variant
+from bench.hardware import ARCHITECTURES
+
+__all__ = ["CASES", "BASELINE", "compare", "read", "run", "severity", "write"]
+
+BASELINE = Path(__file__).parent / "results/audit.json"
+BATCH = 8  # variants a task: nvdisasm's start is shared, and two workers still end together
+HOT_LOOP_GROWTH = 1.10
+Record = dict[str, Any]
+
+
+def run(
+    ops: list[str], architectures: list[str], workers: int, progress: Callable[[int, int], None] | None = None
+) -> list[Record]:
+    """The records of all variants of `ops`, sorted by key."""
+    variants = [variant for op in ops for variant in CASES[op].variants()]
+    batches = [
+        (architecture, variants[i : i + BATCH])
+        for architecture in architectures
+        for i in range(0, len(variants), BATCH)
+    ]
+    records: list[Record] = []
+    with compiling_environment(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        tasks = [pool.submit(_audit_batch, *batch) for batch in batches]
+        for done, task in enumerate(as_completed(tasks), 1):
+            records += task.result()
+            if progress:
+                progress(done, len(tasks))
+    return sorted(records, key=lambda record: record["key"])
+
+
+def _audit_batch(architecture: str, variants: list[Variant]) -> list[Record]:
+    from bench.compile import audit_batch  # imports triton, so in the worker only
+
+    return audit_batch(architecture, variants)
+
+
+@contextmanager
+def compiling_environment() -> Iterator[None]:
+    """Workers inherit an environment in which triton compiles, with the line numbers that access widths need."""
+    names = ("TRITON_INTERPRET", "TRITON_DISABLE_LINE_INFO")
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
+
+
+def read(path: Path = BASELINE) -> list[Record]:
+    return json.loads(path.read_text())["records"]
+
+
+def write(records: list[Record], path: Path = BASELINE) -> None:
+    """One record a line, so that a change of the baseline reads well in a diff."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"records": [\n{lines}\n]}}\n')
+
+
+def merge(baseline: list[Record], records: list[Record], ops: list[str], architectures: list[str]) -> list[Record]:
+    """The baseline with the part that was run now replaced."""
+    kept = [r for r in baseline if not (r["op"] in ops and r["architecture"] in architectures)]
+    return sorted(kept + records, key=lambda record: record["key"])
+
+
+def compare(baseline: list[Record], records: list[Record]) -> list[str]:
+    """What is worse than the accepted state, one line each; nothing when all is well.
+
+    Both lists must cover the same selection: a case that is gone or new asks for a deliberate update as well.
+    """
+    accepted = {record["key"]: record for record in baseline}
+    found = {record["key"]: record for record in records}
+    problems = [f"{key}: not in the baseline" for key in found.keys() - accepted.keys()]
+    problems += [f"{key}: in the baseline but no longer compiled" for key in accepted.keys() - found.keys()]
+    for key in found.keys() & accepted.keys():
+        problems += [f"{key}: {problem}" for problem in _regressions(accepted[key], found[key])]
+    return sorted(problems)
+
+
+def _regressions(before: Record, now: Record) -> Iterator[str]:
+    for what in ("spills", "local_bytes"):
+        if now[what] > before[what]:
+            yield f"spill: {what} {before[what]} -> {now[what]}"
+    if now["shared_bytes"] > now["shared_limit"]:
+        yield f"shared memory {now['shared_bytes']} over the limit of {now['shared_limit']}"
+    for name, width in before["access_bytes"].items():
+        if now["access_bytes"].get(name, width) < width:
+            yield f"{name} is accessed {now['access_bytes'][name]} bytes at a time, was {width}"
+    if now["wide_share"] < before["wide_share"]:
+        yield f"16-byte share {before['wide_share']:.0%} -> {now['wide_share']:.0%}"
+    for kind, count in before["matrix"].items():
+        if kind != "tf32" and count and not now["matrix"].get(kind):
+            yield f"no {kind} instructions any more, were {count}"
+    if now["matrix"].get("tf32", 0) > before["matrix"].get("tf32", 0):
+        yield "tf32 that was not there before"
+    if now["hot_instructions"] > HOT_LOOP_GROWTH * before["hot_instructions"]:
+        yield f"hot loop {before['hot_instructions']} -> {now['hot_instructions']} instructions"
+
+
+def severity(record: Record) -> tuple[bool, float, float]:
+    """Sorts the worst first: what spills or does not fit, then narrow accesses, then the most instructions a byte."""
+    broken = bool(record["spills"] or record["local_bytes"] or record["shared_bytes"] > record["shared_limit"])
+    return not broken, record["wide_share"], record["issue_tb_per_second"]
+
+
+def selection(ops: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
+    """Both lists, all when empty. KeyError names what is unknown."""
+    for name in ops:
+        CASES[name]
+    for name in architectures:
+        ARCHITECTURES[name]
+    return ops or list(CASES), architectures or list(ARCHITECTURES)

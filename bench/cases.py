@@ -1,0 +1,131 @@
+"""What the audit compiles: for each op the variants that ship, and how to launch one of them.
+
+A variant is launched through the op's own launchers with tensors on the meta device, forward then backward, so what
+is compiled is what a training step would run. A new op adds one entry to CASES.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+# Odd on purpose: packed rows come in any number, and divisibility must not be what makes a kernel good.
+TOKENS = 16383
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+# Every bucket's own width (a power of two), BERT's 384 (MiniLM) and 768 (base) inside theirs, and one that no vector
+# divides. Element size 8 exists for gradcheck, so it is compiled but at the widest of each bucket only.
+HIDDEN = (384, 512, 768, 1023, 1024, 2048, 4096, 8192)
+BUCKETS = (512, 1024, 2048, 4096, 8192)
+FEED_FORWARD = (1536, 3072, 4096, 4095)
+ACTIVATIONS = ("gelu_tanh", "relu", "silu")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """dtype "mixed" is autocast: x in bf16, LayerNorm's input, output and weights in fp32."""
+
+    op: str
+    dtype: str
+    width: int
+    p: float = 0.0
+    activation: str = "gelu"
+
+    @property
+    def name(self) -> str:
+        extra = f"p={self.p}" if self.op.startswith("dropout") else self.activation
+        return f"{self.op} {self.dtype} {self.width} {extra}"
+
+
+@dataclass(frozen=True)
+class Case:
+    variants: Callable[[], Iterator[Variant]]
+    launch: Callable[[Variant], None]
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _dtypes(variant: Variant) -> tuple[torch.dtype, torch.dtype]:
+    """Of x, and of the rest."""
+    if variant.dtype == "mixed":
+        return torch.bfloat16, torch.float32
+    return DTYPES[variant.dtype], DTYPES[variant.dtype]
+
+
+def _dropout_add_layernorm_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "dropout_add_layernorm")
+    for width in HIDDEN:
+        for dtype in ("bf16", "fp16", "fp32", "mixed"):
+            yield variant(dtype, width, p=0.1)
+        yield variant("bf16", width)
+        yield variant("fp32", width)
+    for width in BUCKETS:
+        yield variant("fp64", width, p=0.1)
+
+
+def _dropout_add_layernorm(variant: Variant) -> None:
+    from fastbert.kernels import dropout_add_layernorm as op
+
+    x_dtype, dtype = _dtypes(variant)
+    big = partial(_meta, TOKENS, variant.width)
+    vector = _meta(variant.width, dtype=dtype)
+    seed = _meta(dtype=torch.int64) if variant.p else None
+    _, z, mean, rstd = op._launch_fwd(
+        big(dtype=x_dtype), big(dtype=dtype), vector, vector, vector, seed, 1e-12, variant.p, dtype, True
+    )
+    shared = not variant.p and x_dtype == dtype
+    op._launch_bwd(
+        big(dtype=dtype), z, mean, rstd, vector, seed, variant.p, x_dtype, None if shared else dtype, True
+    )
+
+
+def _bias_gelu_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "bias_gelu")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for width in FEED_FORWARD:
+            yield variant(dtype, width)
+    for activation in ACTIVATIONS:
+        yield variant("bf16", 3072, activation=activation)
+        yield variant("fp32", 3072, activation=activation)
+    yield variant("fp64", 3072)
+
+
+def _bias_gelu(variant: Variant) -> None:
+    from fastbert.kernels import bias_gelu as op
+
+    _, dtype = _dtypes(variant)
+    x, bias = _meta(TOKENS, variant.width, dtype=dtype), _meta(variant.width, dtype=dtype)
+    y = op._launch_fwd(x, bias, variant.activation)
+    op._launch_bwd(y, x, bias, variant.activation, True)
+
+
+def _gelu_layernorm_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "gelu_layernorm")
+    for width in HIDDEN:
+        for dtype in ("bf16", "fp16", "fp32", "mixed"):
+            yield variant(dtype, width)
+    for activation in ACTIVATIONS:
+        yield variant("bf16", 768, activation=activation)
+        yield variant("fp32", 768, activation=activation)
+    for width in BUCKETS:
+        yield variant("fp64", width)
+
+
+def _gelu_layernorm(variant: Variant) -> None:
+    from fastbert.kernels import gelu_layernorm as op
+
+    x_dtype, dtype = _dtypes(variant)
+    x, vector = _meta(TOKENS, variant.width, dtype=x_dtype), _meta(variant.width, dtype=dtype)
+    y, mean, rstd = op._launch_fwd(x, vector, vector, vector, variant.activation, 1e-12, dtype, True)
+    op._launch_bwd(y, x, mean, rstd, vector, vector, variant.activation, True)
+
+
+CASES: dict[str, Case] = {
+    "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
+    "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
+    "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),
+}

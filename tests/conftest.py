@@ -1,0 +1,106 @@
+"""What every test shares: where kernels run, what is skipped and what is left for a longer run, and launch counts."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+GPU = torch.cuda.is_available()
+
+
+def _replace_language_once() -> None:
+    """Let the interpreter replace triton.language's functions once a launch.
+
+    It does so again in every jit function that a kernel calls, to the same effect: 40 % of the time of these tests.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+    replaced: set[str] = set()
+
+    class Nothing:
+        def restore(self) -> None:
+            pass
+
+    def replace_once(function):
+        modules = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
+        if modules <= replaced:
+            return Nothing()
+        replaced.update(modules)
+        scope = replace(function)
+        restore = scope.restore
+
+        def restore_and_forget() -> None:  # called when a launch ends, not when a function does
+            replaced.clear()
+            restore()
+
+        scope.restore = restore_and_forget
+        return scope
+
+    interpreter._patch_lang = replace_once
+
+
+if not GPU:
+    # Triton settles how a kernel runs when it is decorated, so this has to come before anything imports triton.
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("triton was imported before tests/conftest.py could choose its interpreter")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+    _replace_language_once()
+
+# One thread a process: the tensors are small, and pytest-xdist runs a process a core.
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "fastbert",
+    deadline=None,
+    max_examples=200,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fastbert")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "gpu: shows what only a GPU can (bf16, streams, races, timing); skipped where there is none",
+        "long: takes minutes or gigabytes; runs only when chosen by `pytest -m long`",
+        "no_launch: a kernel test in which no kernel is meant to be launched",
+    ):
+        config.addinivalue_line("markers", marker)
+    # The interpreter computes with NumPy, which warns where a GPU silently gives the infinity the test asks for.
+    for message in ("overflow encountered", "invalid value encountered", "divide by zero encountered"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not GPU:
+        no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False here")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(no_gpu)
+    if "long" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random inputs each time, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def launches() -> Callable[[], Counter[str]]:
+    """A function that says which kernels were launched since the test began, and how often."""
+    from fastbert.kernels.launch import counts
+
+    before = counts.copy()
+    return lambda: counts - before

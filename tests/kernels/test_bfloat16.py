@@ -1,0 +1,36 @@
+"""bfloat16 under Triton's interpreter is wrong, so no test here proves it: test_gpu.py does.
+
+The interpreter cuts a float32 off to get a bfloat16, where a GPU rounds to the nearest: up to twice the error, all of
+it towards zero. These tests pin the fault; once one passes, Triton has mended it, and bfloat16 belongs into the
+other tests.
+"""
+
+import pytest
+import torch
+
+from fastbert.kernels.launch import INTERPRETED
+
+from .ops import BIAS_GELU, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, make_inputs, run
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="about the interpreter; compiled kernels: test_gpu.py")
+
+BFLOAT16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason="the interpreter cuts off to bfloat16"),
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16], ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize("op", [DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM], ids=str)
+def test_the_result_is_the_rounded_float32_result(op, dtype):
+    inputs = make_inputs(op, (5, 48))
+    y = run(op.call, inputs, None, out_dtype=dtype)["y"]
+    assert torch.equal(y, run(op.call, inputs, None)["y"].to(dtype))
+
+
+@DTYPES
+def test_bias_gelu_is_the_rounded_float32_result(dtype):
+    inputs = make_inputs(BIAS_GELU, (5, 48), dtype)
+    y = run(BIAS_GELU.call, inputs, None)["y"]
+    assert torch.equal(y, run(BIAS_GELU.call, {k: t.float() for k, t in inputs.items()}, None)["y"].to(dtype))

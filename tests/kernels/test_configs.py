@@ -1,0 +1,100 @@
+"""The shipped tables, and every tile in them, run on a few rows: a GPU's tile shapes under the interpreter too."""
+
+import pytest
+import torch
+
+from fastbert.kernels import launch
+from fastbert.kernels.configs import ARCHITECTURES, TABLES
+
+from .ops import BIAS_GELU, DEVICE, OPS, check, make_inputs, run, seed_tensor
+
+DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+MULTIPROCESSORS = 2  # so that a few rows fill every program and come round again
+
+
+def kernels_of(op):
+    table = "bias_gelu" if op is BIAS_GELU else "layernorm"
+    return f"{table}_forward", f"{table}_backward"
+
+
+def tiles():
+    """(op, architecture, element size, width): each pair of configurations once, at the narrowest width it serves."""
+    parameters, seen = [], set()
+    for op in OPS:
+        forward, backward = kernels_of(op)
+        for architecture in ARCHITECTURES:
+            for itemsize in DTYPES:
+                tables = TABLES[forward][architecture][itemsize], TABLES[backward][architecture][itemsize]
+                limits = sorted({*tables[0], *tables[1]})
+                for below, limit in zip([36, *limits], limits, strict=False):
+                    pair = tuple(table[min(w for w in table if w >= limit)] for table in tables)
+                    shapes = tuple((c.BLOCK_M, c.BLOCK_N, c.programs_per_multiprocessor) for c in pair)
+                    if (op, itemsize, limit, shapes) not in seen:
+                        seen.add((op, itemsize, limit, shapes))
+                        name = f"{op}-{architecture}-{8 * itemsize}bit-{limit}"
+                        parameters.append(pytest.param(op, architecture, itemsize, below + 1, id=name))
+    return parameters
+
+
+@pytest.fixture
+def as_on(monkeypatch):
+    """Choose configurations as on an architecture, with few multiprocessors."""
+
+    def pretend(architecture):
+        monkeypatch.setattr(launch, "architecture", lambda device: architecture)
+        monkeypatch.setattr(launch, "_multiprocessors", lambda device: MULTIPROCESSORS)
+
+    return pretend
+
+
+@pytest.mark.parametrize("op, architecture, itemsize, width", tiles())
+def test_shipped_tiles(op, architecture, itemsize, width, as_on, monkeypatch):
+    """Several programs, each with a full block and some with one more that is not full."""
+    as_on(architecture)
+    table = TABLES[kernels_of(op)[1]][architecture][itemsize]
+    config = table[min(w for w in table if w >= width)]
+    rows = config.BLOCK_M * (MULTIPROCESSORS * config.programs_per_multiprocessor + 1) + 1
+    programs = []
+
+    def counted(kernel, n, *rest, **arguments):
+        programs.append(n)
+        launch.launch(kernel, n, *rest, **arguments)
+
+    monkeypatch.setattr(f"fastbert.kernels.{op.name}.launch", counted)
+    check(op, make_inputs(op, (min(rows, 40), width), DTYPES[itemsize]))
+    assert len(programs) == 2 and min(programs) >= 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_a_gpus_tiles_give_the_interpreters_results(op, architecture, as_on):
+    """A row's results are the same bits in any tile; sums over rows are the same but for their order."""
+    options = {"p": 0.3, "seed": seed_tensor(1)} if op is OPS[0] else {}
+    inputs, dy = make_inputs(op, (9, 48), torch.float64), torch.randn(9, 48, dtype=torch.float64, device=DEVICE)
+    expected = run(op.call, inputs, dy, **options)
+    as_on(architecture)
+    for name, result in run(op.call, inputs, dy, **options).items():
+        torch.testing.assert_close(result, expected[name])
+
+
+@pytest.mark.no_launch
+@pytest.mark.parametrize("kernel", TABLES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "interpreter"])
+def test_tables_are_complete(kernel, architecture):
+    """Every element size, rows up to the widest a kernel takes, and powers of two where Triton asks for them."""
+    tables = TABLES[kernel][architecture]
+    assert tables.keys() == DTYPES.keys()
+    for table in tables.values():
+        assert list(table) == sorted(table) and max(table) >= launch.MAX_WIDTH
+        for config in table.values():
+            sizes = (config.BLOCK_M, config.num_warps, config.BLOCK_N or 1)
+            assert all(size > 0 and size & (size - 1) == 0 for size in sizes), config
+            assert config.num_warps <= 32
+            assert (config.BLOCK_N is None) == kernel.startswith("layernorm")
+            assert (config.programs_per_multiprocessor is None) == kernel.endswith("forward")
+
+
+@pytest.mark.no_launch
+def test_architectures_are_in_order():
+    numbers = [int(name.removeprefix("sm_")) for name in ARCHITECTURES]
+    assert numbers == sorted(numbers) and {"sm_80", "sm_90", "sm_100"} <= set(ARCHITECTURES)

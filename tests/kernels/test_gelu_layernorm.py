@@ -1,0 +1,95 @@
+"""gelu_layernorm: every width, row count, dtype and activation, autocast's dtypes, and frozen inputs."""
+
+import pytest
+import torch
+
+from fastbert.kernels.gelu_layernorm import gelu_layernorm
+from fastbert.kernels.launch import ACTIVATIONS
+
+from .cases import DTYPES, ROWS, dtype_name, matrix, subsets
+from .ops import DEVICE, GELU_LAYERNORM, check, make_inputs, run
+
+OP = GELU_LAYERNORM
+NAMES = ("x", "weight", "bias", "x_bias")
+HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("rows, width, dtype, optional, options", matrix(OP))
+def test_matrix(rows, width, dtype, optional, options):
+    check(OP, make_inputs(OP, (rows, width), dtype, optional=optional), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("optional", [True, False], ids=["biased", "plain"])
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
+def test_activations(activation, dtype, optional, scale):
+    check(OP, make_inputs(OP, (17, 96), dtype, optional=optional, scale=scale), activation=activation)
+
+
+@pytest.mark.parametrize("shape", [(72,), (3, 72), (2, 3, 72), (1, 1, 1, 1, 72), (3, 0, 72), (5, 0)], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_leading_dimensions(shape, activation, request):
+    if 0 in shape:
+        request.applymarker(pytest.mark.no_launch)
+    results = check(OP, make_inputs(OP, shape), activation=activation)
+    assert results["y"].shape == shape and results["y"].is_contiguous()
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1, 3.0])
+def test_eps(eps):
+    """At this scale the variance is about 1e-4, so an eps that is left out, or replaced, shows."""
+    check(OP, make_inputs(OP, (5, 96), scale=2e-2), eps=eps)
+
+
+@pytest.mark.parametrize("out", [None, SINGLE, HALF], ids=["same", "to_float32", "to_float16"])
+@pytest.mark.parametrize(
+    "x, weights, x_bias",
+    [(HALF, SINGLE, SINGLE), (HALF, HALF, SINGLE), (SINGLE, HALF, HALF), (DOUBLE, SINGLE, DOUBLE)],
+    ids=lambda dtype: dtype_name(dtype),
+)
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_mixed_dtypes(x, weights, x_bias, out, activation):
+    dtypes = {"x": x, "weight": weights, "bias": weights, "x_bias": x_bias}
+    inputs = make_inputs(OP, (17, 96), dtypes=dtypes)
+    results = check(OP, inputs, activation=activation, out_dtype=out)
+    assert results["y"].dtype == (out or x)
+    assert all(results["d" + name].dtype == tensor.dtype for name, tensor in inputs.items())
+
+
+@pytest.mark.parametrize("frozen", subsets(NAMES), ids=lambda names: "-".join(names) or "none")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_frozen_inputs(frozen, activation):
+    """Each gradient is the same whichever others are asked for."""
+    results = check(OP, make_inputs(OP, (17, 40)), frozen=frozen, activation=activation)
+    assert [name for name in NAMES if results["d" + name] is None] == list(frozen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("rows", ROWS[1:])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_one_column(rows, dtype, activation):
+    """A row of one element has no variance: y is the bias, and nothing but the bias has a gradient, exactly."""
+    dy = torch.randn(rows, 1).to(DEVICE, dtype)
+    inputs = make_inputs(OP, (rows, 1), dtype)
+    results = run(gelu_layernorm, inputs, dy, activation=activation)
+    assert torch.equal(results["y"], inputs["bias"].expand(rows, 1))
+    for name in ("dx", "dweight", "dx_bias"):
+        assert torch.count_nonzero(results[name]) == 0, name
+    torch.testing.assert_close(results["dbias"], dy.sum(0))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode, launches):
+    inputs = make_inputs(OP, (33, 96))
+    trained = run(gelu_layernorm, inputs, None)["y"]
+    with mode():
+        y = gelu_layernorm(**inputs)
+    assert not y.requires_grad and torch.equal(y, trained)
+    assert launches() == {OP.forward_kernel: 2}
+
+
+def test_the_default_is_the_exact_gelu():
+    inputs = make_inputs(OP, (5, 96), scale=2.0)
+    assert torch.equal(gelu_layernorm(**inputs), gelu_layernorm(**inputs, activation="gelu"))
+    assert not torch.equal(gelu_layernorm(**inputs), gelu_layernorm(**inputs, activation="gelu_tanh"))

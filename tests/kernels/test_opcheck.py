@@ -1,0 +1,111 @@
+"""torch.library.opcheck on every custom op: schema, fake tensors, autograd registration, AOT dispatch.
+
+The shapes and strides that the fake implementations promise are the ones the kernels give, for any input.
+"""
+
+import pytest
+import torch
+
+from .layouts import contiguous, expanded, sliced, transposed
+from .ops import DEVICE, seed_tensor
+
+LAYOUTS = [contiguous, sliced, expanded, transposed]
+OPS = torch.ops.fastbert
+
+
+def rows(shape=(5, 12), dtype=torch.float32, grad=True, layout=contiguous):
+    return layout(torch.randn(shape, device=DEVICE).to(dtype)).requires_grad_(grad)
+
+
+def vector(n=12, dtype=torch.float32, grad=True):
+    return torch.randn(n, device=DEVICE).to(dtype).requires_grad_(grad)
+
+
+def opcheck(op, *arguments):
+    results = torch.library.opcheck(op.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
+    assert len(results) == 4, results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_dropout_add_layernorm(layout, p):
+    seed = seed_tensor(3) if p else None
+    residual = rows(layout=sliced)
+    arguments = (rows(layout=layout), residual, vector(), vector(), vector(), seed, 1e-12, p, torch.float32, True)
+    opcheck(OPS.dropout_add_layernorm, *arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_dropout_add_layernorm_backward(layout):
+    dy, z, statistics = rows(grad=False, layout=layout), rows(grad=False), rows((5,), grad=False)
+    weight = vector(grad=False)
+    for p, x_dtype, dresidual_dtype, sum_columns in (
+        (0.0, torch.float32, None, True),
+        (0.3, torch.float16, torch.float32, False),
+    ):
+        arguments = (dy, z, statistics, statistics.exp(), weight, seed_tensor(3) if p else None, p)
+        opcheck(OPS.dropout_add_layernorm_backward, *arguments, x_dtype, dresidual_dtype, sum_columns)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_bias_gelu(layout, activation):
+    opcheck(OPS.bias_gelu, rows(layout=layout), vector(), activation)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("sum_columns", [True, False])
+def test_bias_gelu_backward(layout, sum_columns):
+    arguments = (rows(grad=False, layout=layout), rows(grad=False, layout=sliced), vector(grad=False))
+    opcheck(OPS.bias_gelu_backward, *arguments, "gelu_tanh", sum_columns)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+def test_gelu_layernorm(layout):
+    opcheck(OPS.gelu_layernorm, rows(layout=layout), vector(), vector(), vector(), "gelu", 1e-12, torch.float32, True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("sum_columns", [True, False])
+def test_gelu_layernorm_backward(layout, sum_columns):
+    dy, x, statistics = rows(grad=False, layout=layout), rows(grad=False, layout=sliced), rows((5,), grad=False)
+    arguments = (dy, x, statistics, statistics.exp(), vector(grad=False), vector(grad=False))
+    opcheck(OPS.gelu_layernorm_backward, *arguments, "relu", sum_columns)
+
+
+@pytest.mark.no_launch
+@pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12)], ids=str)
+def test_empty(shape):
+    x, n = rows(shape), shape[-1]
+    weight, bias, x_bias = vector(n), vector(n), vector(n)
+    statistics = torch.randn(shape[:-1], device=DEVICE)
+    opcheck(OPS.dropout_add_layernorm, *(x, rows(shape), weight, bias, x_bias, None, 1e-12, 0.0, torch.float32, True))
+    opcheck(OPS.bias_gelu, x, x_bias, "gelu")
+    opcheck(OPS.gelu_layernorm, x, weight, bias, x_bias, "gelu", 1e-12, torch.float32, True)
+    x, weight, x_bias = x.detach(), weight.detach(), x_bias.detach()
+    opcheck(
+        OPS.dropout_add_layernorm_backward,
+        *(x, x, statistics, statistics, weight, None, 0.0, torch.float32, torch.float32, True),
+    )
+    opcheck(OPS.bias_gelu_backward, x, x, x_bias, "gelu", True)
+    opcheck(OPS.gelu_layernorm_backward, x, x, statistics, statistics, weight, x_bias, "gelu", True)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.float16], ids=str)
+def test_autocasts_dtypes(out):
+    """float16 product, float32 residual and weights."""
+    x, residual = rows((2, 3, 12), torch.float16), rows((2, 3, 12))
+    opcheck(
+        OPS.dropout_add_layernorm,
+        *(x, residual, vector(), vector(), vector(dtype=torch.float16), seed_tensor(3), 1e-12, 0.1, out, True),
+    )
+    opcheck(OPS.gelu_layernorm, x, vector(), vector(), None, "gelu", 1e-12, out, True)
+
+
+def test_without_anything_to_save():
+    """What inference calls: no statistics, no sum, nothing that requires a gradient."""
+    x, weight = rows(grad=False), vector(grad=False)
+    opcheck(OPS.dropout_add_layernorm, *(x, x.clone(), weight, weight, None, None, 1e-12, 0.0, torch.float32, False))
+    opcheck(OPS.bias_gelu, x, None, "relu")
+    opcheck(OPS.gelu_layernorm, x, weight, weight, None, "gelu_tanh", 1e-12, torch.float16, False)

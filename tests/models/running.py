@@ -1,0 +1,169 @@
+"""Run a model stock, patched and in float64, and judge what comes out; count what was launched."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.bert import modeling_bert as bert
+
+import fastbert
+from fastbert.kernels.launch import counts
+from fastbert.verify import _compare_all
+
+# Written out again, not read from fastbert.registry: what the registry forgets has to fail here.
+KERNELS = {
+    bert.BertSelfOutput: "dropout_add_layernorm",
+    bert.BertOutput: "dropout_add_layernorm",
+    bert.BertIntermediate: "bias_gelu",
+    bert.BertPredictionHeadTransform: "gelu_layernorm",
+}
+Tensors = dict[str, Tensor]
+
+
+def check(
+    model: nn.Module, batch: Mapping[str, Any], *, backward: bool = True, expected: Counter[str] | None = None
+) -> Tensors:
+    """Patched equals stock in the same dtype, both measured from stock in float64; and it went through the kernels.
+
+    `model` is stock and stays as it is: three copies run. `expected` are the launches; without it every module that
+    has a kernel has to use it, once in the forward and once in the backward, and never fall back. Returns what the
+    patched copy gave.
+    """
+    patched = fastbert.patch(copy.deepcopy(model))
+    with counting() as launched:
+        results = run(patched, batch, backward)
+    if expected is None:
+        assert_no_fallback(patched)
+        expected = expected_launches(model, backward=backward)
+    assert launched == expected, launched
+    eager = run(copy.deepcopy(model), batch, backward)
+    assert_equal(results, eager, run(copy.deepcopy(model).double(), doubled(batch), backward))
+    return results
+
+
+def run(
+    model: nn.Module, batch: Mapping[str, Any], backward: bool = True, within: AbstractContextManager | None = None
+) -> Tensors:
+    """Every tensor of the output; with `backward` also the gradient of every parameter and input that has one.
+
+    The forward alone runs inside `within`, as one does with autocast.
+    """
+    inputs = {name: leaf(value) for name, value in batch.items()}
+    with within or nullcontext():
+        outputs = dict(named_tensors("", model(**inputs)))
+    results = {name: tensor.detach().clone() for name, tensor in outputs.items()}
+    if backward:
+        model.zero_grad()
+        scalar(outputs).backward()
+        results |= gradients((*model.named_parameters(), *inputs.items()))
+    return results
+
+
+def leaf(value: Any) -> Any:
+    """An input of its own for each run, so that its gradient is that run's."""
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def gradients(named: Iterable[tuple[str, Any]]) -> Tensors:
+    return {f"gradient of {name}": x.grad for name, x in named if getattr(x, "grad", None) is not None}
+
+
+def scalar(outputs: Tensors) -> Tensor:
+    """The loss; where there is none, a fixed random projection of every output, so that each element counts."""
+    if "loss" in outputs:
+        return outputs["loss"]
+    generator = torch.Generator().manual_seed(0)
+    terms = []
+    for tensor in outputs.values():
+        weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if tensor.requires_grad:
+            terms.append((tensor * weights.to(tensor)).mean())
+    return torch.stack(terms).sum()
+
+
+def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an output (nested in mappings, tuples and caches) with a name for where each stood."""
+    if isinstance(value, Tensor):
+        yield name or "output", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from named_tensors(f"{name}.{key}".strip("."), item)
+    elif isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            yield from named_tensors(f"{name}[{index}]", item)
+    elif hasattr(value, "self_attention_cache"):
+        yield from named_tensors(f"{name}.self", value.self_attention_cache)
+        yield from named_tensors(f"{name}.cross", value.cross_attention_cache)
+    elif hasattr(value, "layers"):
+        for index, layer in enumerate(value.layers):
+            yield from named_tensors(f"{name}[{index}]", {"keys": layer.keys, "values": layer.values})
+    else:
+        assert value is None or isinstance(value, (bool, int, float, str)), f"{name}: {type(value)} was passed over"
+
+
+def doubled(batch: Mapping[str, Any]) -> dict[str, Any]:
+    def double(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: double(value) for name, value in batch.items()}
+
+
+def assert_equal(results: Tensors, eager: Tensors, reference: Tensors) -> None:
+    """The rule of `fastbert.verify`, for every tensor that any of the three runs has.
+
+    A gradient that is zero in exact arithmetic (a key's bias, a bias that all choices share) is what is left where
+    terms cancelled. Such noise has no size of its own: it is measured by the largest tensor, in roundings of the
+    coarsest type in the model (autocast computes float32 gradients in float16).
+    """
+    assert results
+    sizes = {name: float(x.abs().max()) for name, x in reference.items() if x.is_floating_point() and x.numel()}
+    coarsest = max(torch.finfo(x.dtype).eps for x in results.values() if x.is_floating_point())
+    noise = coarsest * max(sizes.values())
+    failures = []
+    for comparison in _compare_all(results, eager, reference):
+        name = comparison.name
+        cancelled = name.startswith("gradient of") and sizes.get(name, 1.0) < 1e-12 * max(sizes.values())
+        if not (comparison.ok or (cancelled and comparison.error <= noise)):
+            failures.append(f"{name}: {comparison.reason}")
+    assert not failures, "\n".join(failures)
+
+
+def assert_bitwise(results: Tensors, others: Tensors) -> None:
+    assert results and results.keys() == others.keys()
+    different = [name for name in results if not torch.equal(results[name], others[name])]
+    assert not different, different
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """`with counting() as launched`: after the block `launched` holds the kernels launched in it, by name."""
+    before = counts.copy()
+    launched: Counter[str] = Counter()
+    yield launched
+    launched.update(counts - before)
+
+
+def expected_launches(
+    model: nn.Module, *, forward: int = 1, backward: int | bool = 1, without: Iterable[str] = ()
+) -> Counter[str]:
+    """What so many passes through every module of `model` launch, but for the kernels named in `without`."""
+    expected: Counter[str] = Counter()
+    for module in model.modules():
+        for stock, kernel in KERNELS.items():
+            if isinstance(module, stock) and kernel not in without:
+                expected[f"{kernel}_fwd_kernel"] += forward
+                expected[f"{kernel}_bwd_kernel"] += int(backward)
+    assert expected
+    return +expected
+
+
+def assert_no_fallback(model: nn.Module) -> None:
+    """Every module that has a kernel was called through it, and through nothing else."""
+    rows = [row for row in fastbert.report(model).rows if row.kernel]
+    assert rows
+    wrong = [row for row in rows if row.state != "active" or not row.kernel_calls or row.fallback_calls]
+    assert not wrong, wrong

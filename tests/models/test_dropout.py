@@ -1,0 +1,124 @@
+"""Dropout in a model: seeds, nothing drawn when it is off, and stock under the very masks that were drawn."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import fastbert
+from tests.kernels.ops import drawn_mask
+from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
+from tests.models.tiny import MLM, make, make_batch
+
+P = 0.4
+
+
+def train_step(model, seed, batch=None):
+    torch.manual_seed(seed)
+    return run(model, batch or make_batch())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_seed_repeats_bitwise_and_another_differs(attention):
+    model = make(attention=attention, hidden_dropout_prob=P, attention_probs_dropout_prob=P)
+    model = fastbert.patch(model).train()
+    first = train_step(model, 1)
+    assert_bitwise(train_step(model, 1), first)
+    other = train_step(model, 2)
+    assert all(not torch.equal(other[name], first[name]) for name in ("loss", "logits"))
+
+
+def test_calls_without_a_new_seed_differ():
+    model = fastbert.patch(make(hidden_dropout_prob=P)).train()
+    assert not torch.equal(model(**make_batch()).loss, model(**make_batch()).loss)
+
+
+@pytest.mark.parametrize("off", ["eval", "p=0"])
+def test_off_is_bitwise_without(off):
+    plain = run(fastbert.patch(make(hidden_dropout_prob=0.0)), make_batch())
+    if off == "eval":
+        model = fastbert.patch(make(hidden_dropout_prob=P)).eval()
+    else:
+        model = fastbert.patch(make(hidden_dropout_prob=0.0)).train()
+    state = torch.get_rng_state()
+    assert_bitwise(run(model, make_batch()), plain)
+    assert torch.equal(torch.get_rng_state(), state), "a seed was drawn for a dropout that is off"
+
+
+def test_only_the_dropout_modules_own_mode_counts():
+    # Someone may freeze dropout layer by layer: it is dropout.training that stock looks at, not its parent's.
+    plain = run(fastbert.patch(make()), make_batch())
+    model = fastbert.patch(make(hidden_dropout_prob=P)).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert_bitwise(run(model, make_batch()), plain)
+
+
+def test_a_changed_p_is_obeyed():
+    model = fastbert.patch(make(hidden_dropout_prob=P)).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert_bitwise(run(model, make_batch()), run(fastbert.patch(make()), make_batch()))
+
+
+class Replayed(nn.Module):
+    """A dropout that drops what it is told to."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x):
+        return torch.where(self.keep, x / (1.0 - P), 0.0)
+
+
+def dropouts(model):
+    """Those in the kernels, in the order of their calls."""
+    for layer in model.bert.encoder.layer:
+        yield layer.attention.output
+        yield layer.output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_stock_under_the_same_masks_is_equal(dtype, monkeypatch):
+    kernel = importlib.import_module("fastbert.kernels.dropout_add_layernorm")
+    seeds = []
+    draw = kernel.draw_seed
+    monkeypatch.setattr(kernel, "draw_seed", lambda device: seeds.append(draw(device)) or seeds[-1])
+
+    model, batch = make(MLM, dtype, hidden_dropout_prob=P).train(), make_batch()
+    model.bert.embeddings.dropout.p = 0.0  # no kernel has it yet, and its bits are torch's own
+    patched = fastbert.patch(copy.deepcopy(model))
+    with counting() as launched:
+        results = run(patched, batch)
+    assert launched == expected_launches(model)
+    assert len(seeds) == len({int(seed) for seed in seeds}) == 4, "every dropout draws a seed of its own"
+
+    shape = (*batch["input_ids"].shape, model.config.hidden_size)
+    for module, seed in zip(dropouts(model), seeds, strict=True):
+        keep = drawn_mask(shape, P, seed)
+        assert 0.4 < keep.double().mean() < 0.8
+        module.dropout = Replayed(keep)
+    assert_equal(results, run(copy.deepcopy(model), batch), run(model.double(), doubled(batch)))
+
+
+def test_mean_over_seeds_is_stocks():
+    """The expectation of one layer's output over its masks, estimated from many rows at once, for both."""
+    rows = 2000
+    model = make(hidden_dropout_prob=P, num_hidden_layers=1).train()
+    output = model.bert.encoder.layer[0].attention.output
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 40, device=model.device).expand(1, rows, -1)
+    residual = torch.randn(1, 1, 40, device=model.device).expand(1, rows, -1)
+    stock = output(x, residual).detach()[0].double()
+    with counting() as launched:
+        patched = fastbert.patch(model).bert.encoder.layer[0].attention.output(x, residual).detach()[0].double()
+    assert launched["dropout_add_layernorm_fwd_kernel"] == 1
+    for power in (1, 2):
+        a, b = stock**power, patched**power
+        deviation = ((a.var(0) + b.var(0)) / rows).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() < 5 * deviation + 1e-6).all()

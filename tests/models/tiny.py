@@ -1,0 +1,163 @@
+"""Tiny BERTs, one for every class and loss, and a batch for each. Torch's generators stay as they were."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+from transformers.models.bert import modeling_bert as bert
+
+from tests.kernels.ops import DEVICE
+
+VOCABULARY = 61
+ROWS = 2
+LENGTH = 9
+CHOICES = 2
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the nine classes, or one of the three losses of sequence classification."""
+
+    name: str
+    cls: type[nn.Module]
+    labels: Callable[[], dict[str, Tensor]]
+    config: dict[str, Any] = field(default_factory=dict)
+    shape: tuple[int, ...] = (ROWS, LENGTH)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _integers(high: int, *shape: int) -> Tensor:
+    return torch.randint(high, shape)
+
+
+def _token_labels(high: int) -> Tensor:
+    labels = _integers(high, ROWS, LENGTH)
+    labels[:, ::3] = -100
+    return labels
+
+
+_PROBLEM = "problem_type"
+BASE = Kind("base", bert.BertModel, dict)
+MLM = Kind("mlm", bert.BertForMaskedLM, lambda: {"labels": _token_labels(VOCABULARY)})
+CLM = Kind("clm", bert.BertLMHeadModel, lambda: {"labels": _token_labels(VOCABULARY)}, {"is_decoder": True})
+CLASSIFICATION = Kind(
+    "single-label",
+    bert.BertForSequenceClassification,
+    lambda: {"labels": _integers(3, ROWS)},
+    {"num_labels": 3, _PROBLEM: "single_label_classification"},
+)
+KINDS = (
+    BASE,
+    Kind(
+        "pretraining",
+        bert.BertForPreTraining,
+        lambda: {"labels": _token_labels(VOCABULARY), "next_sentence_label": _integers(2, ROWS)},
+    ),
+    CLM,
+    MLM,
+    Kind("next-sentence", bert.BertForNextSentencePrediction, lambda: {"labels": _integers(2, ROWS)}),
+    Kind(
+        "regression",
+        bert.BertForSequenceClassification,
+        lambda: {"labels": torch.randn(ROWS)},
+        {"num_labels": 1, _PROBLEM: "regression"},
+    ),
+    CLASSIFICATION,
+    Kind(
+        "multi-label",
+        bert.BertForSequenceClassification,
+        lambda: {"labels": _integers(2, ROWS, 3).float()},
+        {"num_labels": 3, _PROBLEM: "multi_label_classification"},
+    ),
+    Kind(
+        "multiple-choice",
+        bert.BertForMultipleChoice,
+        lambda: {"labels": _integers(CHOICES, ROWS)},
+        shape=(ROWS, CHOICES, LENGTH),
+    ),
+    Kind(
+        "token-classification",
+        bert.BertForTokenClassification,
+        lambda: {"labels": _token_labels(3)},
+        {"num_labels": 3},
+    ),
+    Kind(
+        "question-answering",
+        bert.BertForQuestionAnswering,
+        lambda: {"start_positions": _integers(LENGTH, ROWS), "end_positions": _integers(LENGTH, ROWS)},
+    ),
+)
+
+
+def config(**overrides: Any) -> BertConfig:
+    """Two layers, widths that are no powers of two, and no dropout."""
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 56,
+        "max_position_embeddings": 24,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "pad_token_id": 0,
+    }
+    return BertConfig(**settings | overrides)
+
+
+def make(
+    kind: Kind = MLM, dtype: torch.dtype = torch.float32, attention: str = "eager", seed: int = 0, **overrides: Any
+) -> nn.Module:
+    """A stock model in eval mode. No parameter has the value (0 or 1) that would hide a kernel that ignores it."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = kind.cls(config(**kind.config | overrides))
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape))
+    model.set_attn_implementation(attention)
+    return model.to(DEVICE, dtype).eval()
+
+
+def make_batch(kind: Kind = MLM, mask: str = "right", seed: int = 1, labels: bool = True) -> Batch:
+    """Token ids, segments, a mask of this kind of `MASKS` and (where the class has a loss) labels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        batch: Batch = {
+            "input_ids": torch.randint(1, VOCABULARY, kind.shape),
+            "token_type_ids": torch.randint(2, kind.shape),
+            "attention_mask": make_mask(mask, kind.shape),
+        }
+        if labels:
+            batch |= kind.labels()
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items() if tensor is not None}
+
+
+# "4-D" is the additive form that reaches the attention as it is, with a hole of its own for every query.
+MASKS = ("none", "right", "left", "holes", "one token", "4-D")
+
+
+def make_mask(kind: str, shape: tuple[int, ...] = (ROWS, LENGTH)) -> Tensor | None:
+    mask = torch.ones(shape, dtype=torch.long)
+    if kind == "none":
+        return None
+    if kind == "right":
+        mask[1:, ..., -3:] = 0
+    elif kind == "left":
+        mask[1:, ..., :3] = 0
+    elif kind == "holes":
+        mask[..., 1::3] = 0
+    elif kind == "one token":
+        mask[1:, ..., 1:] = 0
+    else:
+        assert kind == "4-D", kind
+        seen = torch.rand(*shape[:-1], 1, shape[-1], shape[-1]) < 0.7
+        seen |= torch.eye(shape[-1], dtype=torch.bool)
+        return torch.zeros(seen.shape).masked_fill(~seen, -1e4)
+    return mask
