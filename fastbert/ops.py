@@ -32,4 +32,14 @@ def key_bounds(key_mask: Tensor) -> Tensor:
     return _bounds[key_mask]
 
 
-__all__ = ["attention", "key_bounds", "MAX_HEAD_SIZE", "INTERPRETED", "MAX_WIDTH", "MISSING", "bias_gelu", "dropout_add_layernorm", "gelu_layernorm"]
+__all__ = [
+    "INTERPRETED",
+    "MAX_HEAD_SIZE",
+    "MAX_WIDTH",
+    "MISSING",
+    "attention",
+    "bias_gelu",
+    "dropout_add_layernorm",
+    "gelu_layernorm",
+    "key_bounds",
+]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention_backward import attention_bwd_kv_kernel, attention_bwd_q_kernel, attention_bwd_rows_kernel
 from .attention_forward import attention_fwd_kernel
-from .launch import accumulator, accumulator_torch, choose, differentiable, draw_seed, launch, needs_backward
+from .launch import accumulator, accumulator_torch, check_dtype, choose, differentiable, draw_seed, launch
 
 __all__ = ["attention"]
 
@@ -82,13 +82,15 @@ def _launch_fwd(
     out, logsumexp = _allocate_fwd(
         q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p
     )
+    if not q.numel() or not k.numel():
+        return out.zero_(), logsumexp.zero_()  # what an empty sum is
     sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
     _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
     n_heads = q.shape[-2]
     config = choose("attention_forward", q, _block_d(q))
     launch(
         attention_fwd_kernel,
-        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M) if q.numel() else 0,
+        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
         config,
         q,
         q_ptr=q,
@@ -270,6 +272,8 @@ def bounds_of(key_mask: Tensor) -> Tensor:
     """What the kernels skip by: int32 [B, 3] of each row of a bool [B, Sk] mask: the first key that is valid (Sk if
     none is), how many keys lead without a gap, and the end of the last one that is valid. No synchronisation."""
     seqlen = key_mask.shape[1]
+    if seqlen == 0:
+        return torch.zeros((key_mask.shape[0], 3), dtype=torch.int32, device=key_mask.device)
     places = torch.arange(seqlen, device=key_mask.device, dtype=torch.int32)
     first = torch.where(key_mask, places, seqlen).amin(1)
     leading = torch.where(key_mask, seqlen, places).amin(1)
@@ -306,7 +310,7 @@ def attention(
         max_seqlen: length of the longest packed sequence.
         causal: query i sees keys up to i + Sk - Sq.
         scale: 1 / sqrt(D) by default.
-        p: probability of dropping a probability, rounded to 1/65536.
+        p: probability of dropping a probability, rounded to 2**-32.
         key_bounds: bounds_of(key_mask), where it is known already.
         seed: int64 [] on q's device; drawn from torch's generator when None and p > 0.
 
@@ -314,14 +318,17 @@ def attention(
         The shape of q, contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, D over 256, p outside [0, 1].
+        ValueError: shapes that do not fit, a dtype that has no kernel, a mask that requires a gradient, D over 256,
+            p outside [0, 1].
     """
     _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p)
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if key_mask is not None:
-        key_bounds = bounds_of(key_mask) if key_bounds is None else key_bounds
+        key_bounds = bounds_of(key_mask) if key_bounds is None else key_bounds.contiguous()
         key_mask = key_mask.contiguous()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
     if p > 0.0 and seed is None:
         seed = draw_seed(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -331,6 +338,7 @@ def attention(
 
 def _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p) -> None:
     packed = cu_seqlens is not None
+    check_dtype("q", q)
     if q.dim() != (3 if packed else 4):
         raise ValueError(f"q: expected {'[T, heads, D]' if packed else '[B, S, heads, D]'}, got {tuple(q.shape)}")
     if not 1 <= q.shape[-1] <= MAX_HEAD_SIZE:
@@ -354,5 +362,7 @@ def _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p) -> None:
         full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         if mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
             raise ValueError(f"mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
+        if mask.requires_grad and torch.is_grad_enabled():
+            raise ValueError("mask: the kernel gives it no gradient, got one that requires it")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p: expected a probability from 0 to 1, got {p}")

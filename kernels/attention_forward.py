@@ -76,7 +76,10 @@ def _attend(
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_top[:, None])
         else:  # scaled after the maximum, product and difference are one instruction
-            new_top = tl.maximum(top, tl.max(scores, axis=1) * (SCALE * LOG2E))
+            if SCALE >= 0:
+                new_top = tl.maximum(top, tl.max(scores, axis=1) * (SCALE * LOG2E))
+            else:
+                new_top = tl.maximum(top, tl.min(scores, axis=1) * (SCALE * LOG2E))
             weights = tl.exp2(scores * (SCALE * LOG2E) - new_top[:, None])
         rescale = tl.exp2(top - new_top)
         total = total * rescale + tl.sum(weights, axis=1)

@@ -64,18 +64,31 @@ _BIAS_GELU_BACKWARD: Table = {
 }
 
 
-_ATTENTION_FORWARD: Table = {
-    2: {64: Config(128, 4, 64, None, 3), 128: Config(128, 8, 64, None, 3), 256: Config(64, 4, 32, None, 2)},
-    4: {64: Config(64, 4, 32, None, 2), 128: Config(64, 8, 32, None, 2), 256: Config(32, 8, 16, None, 1)},
-    8: {256: Config(16, 4, 16, None, 1)},
+# By rounded head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the
+# forward at head sizes 64 and 128, so that one's softmax hides behind the other's products.
+_ATTENTION_32_BIT: Table = {
+    4: {64: Config(32, 4, 32, None, 2), 128: Config(32, 8, 16, None, 1), 256: Config(16, 8, 16, None, 1)},
+    8: {64: Config(16, 4, 16, None, 1), 256: Config(16, 8, 16, None, 1)},
 }
-_ATTENTION_BACKWARD_ROWS: Table = {size: {256: Config(32, 4)} for size in (2, 4, 8)}
-_ATTENTION_BACKWARD_KV: Table = {
-    2: {64: Config(64, 4, 64, None, 2), 128: Config(64, 8, 64, None, 2), 256: Config(32, 8, 32, None, 1)},
-    4: {64: Config(32, 4, 32, None, 2), 128: Config(32, 8, 32, None, 1), 256: Config(16, 8, 16, None, 1)},
-    8: {256: Config(16, 4, 16, None, 1)},
+_HOPPER_ATTENTION: dict[str, Table] = {
+    "forward": {2: {64: Config(128, 4, 64, None, 3), 128: Config(64, 4, 64, None, 3), 256: Config(64, 8, 32, None, 2)}},
+    "backward_kv": {2: {64: Config(64, 4, 64, None, 2), 128: Config(32, 4, 64, None, 2), 256: Config(32, 8, 32, None, 1)}},
+    "backward_q": {2: {64: Config(64, 4, 64, None, 2), 128: Config(64, 4, 64, None, 2), 256: Config(32, 8, 32, None, 1)}},
 }
-_ATTENTION_BACKWARD_Q: Table = _ATTENTION_BACKWARD_KV
+_AMPERE_ATTENTION: dict[str, Table] = {
+    "forward": {2: {64: Config(64, 4, 64, None, 3), 128: Config(64, 4, 32, None, 2), 256: Config(32, 8, 32, None, 2)}},
+    "backward_kv": {2: {64: Config(32, 4, 64, None, 2), 128: Config(32, 4, 32, None, 1), 256: Config(16, 8, 32, None, 1)}},
+    "backward_q": {2: {64: Config(64, 4, 32, None, 2), 128: Config(32, 4, 32, None, 1), 256: Config(16, 8, 32, None, 1)}},
+}
+_ATTENTION_ROWS: Table = {size: {256: Config(32, 4)} for size in (2, 4, 8)}
+
+
+def _attention(part: str) -> dict[str, Table]:
+    return {
+        "sm_80": _AMPERE_ATTENTION[part] | _ATTENTION_32_BIT,
+        "sm_90": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
+        "sm_100": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
+    } | _interpreted(Config(64, 1, 32))
 
 
 def _interpreted(config: Config) -> dict[str, Table]:
@@ -92,8 +105,8 @@ TABLES: dict[str, dict[str, Table]] = {
     "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD) | _interpreted(Config(32, 1, None, 1)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
-    "attention_forward": _everywhere(_ATTENTION_FORWARD) | _interpreted(Config(64, 1, 32)),
-    "attention_backward_rows": _everywhere(_ATTENTION_BACKWARD_ROWS) | _interpreted(Config(64, 1)),
-    "attention_backward_kv": _everywhere(_ATTENTION_BACKWARD_KV) | _interpreted(Config(64, 1, 32)),
-    "attention_backward_q": _everywhere(_ATTENTION_BACKWARD_Q) | _interpreted(Config(64, 1, 32)),
+    "attention_forward": _attention("forward"),
+    "attention_backward_rows": _everywhere(_ATTENTION_ROWS) | _interpreted(Config(64, 1)),
+    "attention_backward_kv": _attention("backward_kv"),
+    "attention_backward_q": _attention("backward_q"),
 }

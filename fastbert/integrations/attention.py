@@ -93,8 +93,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' interface: query, key, value [batch, heads, seq, head size] -> [batch, seq, heads, head size].
 
-    Attention weights are returned where they are asked for, as eager attention does; then, and where no kernel takes
-    the tensors, the call goes to eager attention or SDPA with the same mask.
+    Where no kernel takes the tensors, the call goes to what the model used before it was patched (SDPA where that is not
+    known). Attention weights are returned where they are asked for, from eager attention.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     weights = wants_weights(module, kwargs)
@@ -102,14 +102,16 @@ def attention_forward(
     if not foreign and not weights and attention_reason(query, key, value, attention_mask) is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return attend(q, k, v, attention_mask, causal, scaling, dropout), None
-    if attention_mask is None and not causal and not weights:
-        added = None
-    else:
-        added = _added_mask(attention_mask, causal, query, key)
-    if weights:
-        return eager_attention_forward(module, query, key, value, added, scaling, dropout, **kwargs)
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return sdpa(module, query, key, value, added, dropout, scaling, False, **kwargs)
+    former = former_name(module.config._attn_implementation) if hasattr(module, "config") else None
+    arguments = (module, query, key, value)
+    if weights or former == "eager":
+        mask = _general_mask(attention_mask, causal and query.shape[2] > 1, query, key)
+        return eager_attention_forward(*arguments, _added(mask, query.dtype), scaling, dropout, **kwargs)
+    if former and "flash" in former and (attention_mask is None or attention_mask.dim() == 2):
+        return ALL_ATTENTION_FUNCTIONS[former](*arguments, attention_mask, dropout, scaling, is_causal=causal, **kwargs)
+    if attention_mask is not None:
+        attention_mask = _general_mask(attention_mask, causal and query.shape[2] > 1, query, key)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, attention_mask, dropout, scaling, causal, **kwargs)
 
 
 def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -161,18 +163,24 @@ def attend(
     )
 
 
-def _added_mask(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
-    """Any mask as a number added to the scores, [batch or 1, 1, queries, keys]."""
-    lowest = torch.finfo(query.dtype).min
+def _general_mask(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """Any mask as the general form that stock implementations take, [batch or 1, 1, queries, keys]; None if none."""
+    q_length, kv_length = query.shape[2], key.shape[2]
     if mask is not None and mask.dim() == 4:
-        if mask.dtype != torch.bool:
-            return mask[..., : key.shape[2]]
-        return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask[..., : key.shape[2]], lowest)
-    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    if causal and query.shape[2] > 1:
-        seen = seen.tril(0 if mask is None else key.shape[2] - query.shape[2])
-    seen = seen[None, None] if mask is None else seen & mask[:, None, None, :]
-    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~seen, lowest)
+        return mask[..., :kv_length]
+    if mask is None and not causal:
+        return None
+    seen = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=query.device)
+    if causal:
+        seen = seen.tril(0 if mask is None else kv_length - q_length)
+    return seen if mask is None else seen & mask[:, None, None, :]
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask as a number that is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def register() -> None:
