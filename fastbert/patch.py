@@ -90,14 +90,10 @@ def unpatch(model: Model) -> Model:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    from fastbert.dispatch import forget
     from fastbert.registry import BY_FAST
 
     _check_model(model)
-    patched_modules = [module for module in model.modules() if type(module) in BY_FAST]
-    _swap({module: BY_FAST[type(module)].stock for module in patched_modules})
-    for module in patched_modules:
-        forget(module)
+    _swap({module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST})
     _switches.pop(model, None)
     return model
 
@@ -134,7 +130,9 @@ def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, 
         entry = BY_STOCK.get(type(module)) or BY_FAST.get(type(module))
         if entry is None:
             continue
-        reason = entry.unsupported(module) if switches[entry.switch] else None
+        reason = None
+        if switches[entry.switch]:
+            reason = entry.why_stock(module) if type(module) is entry.stock else entry.unsupported(module)
         classes[module] = entry.fast if switches[entry.switch] and reason is None else entry.stock
         if reason is not None:
             left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")
@@ -144,7 +142,9 @@ def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, 
 
 
 def _swap(classes: dict[nn.Module, type]) -> None:
-    """Set the class of every module, or, if one refuses, of none."""
+    """Set the class of every module, or, if one refuses, of none. Whose class changes, its calls count from 0."""
+    from fastbert.dispatch import forget
+
     before = {module: type(module) for module in classes}
     try:
         for module, cls in classes.items():
@@ -153,6 +153,9 @@ def _swap(classes: dict[nn.Module, type]) -> None:
         for module, cls in before.items():
             module.__class__ = cls
         raise
+    for module, cls in classes.items():
+        if before[module] is not cls:
+            forget(module)
 
 
 def _nothing_found(model: nn.Module) -> UnsupportedModelError:
