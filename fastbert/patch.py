@@ -91,14 +91,11 @@ def unpatch(model: Model) -> Model:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    from fastbert.dispatch import forget
     from fastbert.registry import BY_FAST
 
     _check_model(model)
-    patched_modules = [module for module in model.modules() if type(module) in BY_FAST]
-    _swap({module: BY_FAST[type(module)].stock for module in patched_modules}, _plan_configs(model, {}))
-    for module in patched_modules:
-        forget(module)
+    classes = {module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST}
+    _swap(classes, _plan_configs(model, classes))
     _switches.pop(model, None)
     return model
 
@@ -137,7 +134,9 @@ def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, 
         entry = BY_STOCK.get(type(module)) or BY_FAST.get(type(module))
         if entry is None:
             continue
-        reason = entry.unsupported(module) if switches[entry.switch] else None
+        reason = None
+        if switches[entry.switch]:
+            reason = entry.why_stock(module) if type(module) is entry.stock else entry.unsupported(module)
         classes[module] = entry.fast if switches[entry.switch] and reason is None else entry.stock
         if reason is not None:
             left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")
@@ -166,7 +165,9 @@ def _plan_configs(model: nn.Module, classes: dict[nn.Module, type]) -> dict[nn.M
 
 
 def _swap(classes: dict[nn.Module, type], configs: dict[nn.Module, Any]) -> None:
-    """Set the class and the config of every module, or, if one refuses, of none."""
+    """Set the class and config of every module, or, if one refuses, of none. Whose class changes, its calls start at 0."""
+    from fastbert.dispatch import forget
+
     before = {module: type(module) for module in classes}
     configs_before = {module: module.config for module in configs}
     try:
@@ -180,6 +181,9 @@ def _swap(classes: dict[nn.Module, type], configs: dict[nn.Module, Any]) -> None
         for module, config in configs_before.items():
             module.config = config
         raise
+    for module, cls in classes.items():
+        if before[module] is not cls:
+            forget(module)
 
 
 def _nothing_found(model: nn.Module) -> UnsupportedModelError:

@@ -19,6 +19,12 @@ class Entry:
     switch: str
     unsupported: Callable[[nn.Module], str | None]
 
+    def why_stock(self, module: nn.Module) -> str | None:
+        """Why swapping the class of a stock `module` would not put the kernel to use, or None."""
+        if "forward" in vars(module):  # accelerate's hooks do that, and have kept the stock forward to call
+            return "its forward was replaced on the module itself"
+        return self.unsupported(module)
+
 
 ENTRIES = (
     Entry(

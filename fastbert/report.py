@@ -135,7 +135,7 @@ def _stock_row(name: str, cls: type, kernel: str | None, reason: str) -> Row:
 def _why_stock(module: nn.Module, entry: Any, switches: dict[str, bool] | None) -> str:
     if switches is None:
         return "not patched"
-    return f"{entry.switch}=False" if not switches[entry.switch] else entry.unsupported(module) or "not patched"
+    return f"{entry.switch}=False" if not switches[entry.switch] else entry.why_stock(module) or "not patched"
 
 
 def _cells(rows: list[Row]) -> tuple[str, ...]:

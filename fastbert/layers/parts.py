@@ -39,6 +39,8 @@ def activation_reason(function: object) -> str | None:
     """Why this activation stays stock, or None."""
     if kernel_activation(function) is not None:
         return None
+    if type(function) is nn.GELU or type(function) in _BY_CLASS:
+        return f"activation {type(function).__name__} has hooks"
     name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", function)
     return f"activation {name} has no kernel"
 

@@ -1,5 +1,6 @@
-"""keep_mask by itself, at any rows: what the statistics of dropout are taken from."""
+"""keep_mask by itself, at any rows, and the numbers it has to be made of: what dropout's statistics are taken from."""
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -29,3 +30,23 @@ def keep_masks(p: float, rows: int, cols: int, *, seed: int = 0, first_row: int 
     arguments = {"seed_ptr": seed_tensor(seed), "keep_ptr": keep, "first_row": first_row}
     launch(keep_mask_kernel, rows // block, Config(block, 4), keep, **arguments, N_COLS=cols, P_DROP=p, BLOCK_M=block)
     return keep.bool()
+
+
+def philox(counter, key, rounds=7):
+    """Philox4x32 in NumPy: four words of counter (arrays), two of key -> four words (Salmon et al., SC'11)."""
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for i in range(rounds):
+        k0, k1 = (np.uint64((key[0] + i * 0x9E3779B9) % 2**32), np.uint64((key[1] + i * 0xBB67AE85) % 2**32))
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (b >> half) ^ c1 ^ k0, b & low, (a >> half) ^ c3 ^ k1, a & low
+    return c0, c1, c2, c3
+
+
+def draws(rows: int, cols: int, *, seed: int = 0, first_row: int = 0) -> np.ndarray:
+    """The 16-bit number behind each decision, uint16 [rows, cols]: eight neighbours from one Philox call."""
+    row = np.arange(rows, dtype=np.uint64)[:, None] + np.uint64(first_row)
+    group = np.arange(-(-cols // 8), dtype=np.uint64)[None, :]
+    words = philox((group, row % 2**32, row >> np.uint64(32), 0), (seed % 2**32, seed >> 32))
+    halves = [(word >> np.uint64(shift)) & np.uint64(0xFFFF) for word in words for shift in (0, 16)]
+    return np.stack(np.broadcast_arrays(*halves), axis=-1).reshape(rows, -1)[:, :cols].astype(np.uint16)

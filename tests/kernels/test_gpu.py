@@ -7,7 +7,7 @@ from fastbert.kernels.launch import ACTIVATIONS, INTERPRETED
 
 from .cases import dtype_name
 from .layouts import LAYOUTS
-from .ops import DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, run, seed_tensor
+from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, run, seed_tensor
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +47,13 @@ def test_bert_large_at_full_length(op, optional, dtype):
 @pytest.mark.parametrize("op", OPS[1:], ids=str)
 def test_activations(op, activation, dtype):
     check(op, make_inputs(op, (257, 768), dtype), activation=activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_come_through_as_in_torch(activation):
+    """PTX's max and min return the other operand of a NaN, which the interpreter's do not."""
+    x = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf, -0.0, 0.5, 1e38]], device=DEVICE).to(BF16)
+    check(BIAS_GELU, {"x": x, "bias": None}, activation=activation, frozen=("x",))
 
 
 @EVERY_OP

@@ -19,7 +19,7 @@ def test_attentions():
     model = make()
     batch = make_batch() | {"output_attentions": True, "output_hidden_states": True}
     results = check(model, batch, expected=expected_launches(model, without=("attention",)))
-    assert results["attentions[1]"].shape == (ROWS, 4, LENGTH, LENGTH)
+    assert results["attentions[1]"].shape == (ROWS, 2, LENGTH, LENGTH)
 
 
 def test_hidden_states_asked_for_in_the_config():

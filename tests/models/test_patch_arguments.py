@@ -70,7 +70,11 @@ def test_strict_raises_and_leaves_the_model_as_it_was(patched_before):
     before, types, report = contents(model), classes(model), str(fastbert.report(model))
     with pytest.raises(fastbert.UnsupportedModelError) as raised:
         fastbert.patch(model, strict=True)
-    for name in ("bert.encoder.layer.0.intermediate", "bert.encoder.layer.1.intermediate", "cls.predictions.transform"):
+    for name in (
+        "bert.encoder.layer.0.intermediate",
+        "bert.encoder.layer.1.intermediate",
+        "cls.predictions.transform",
+    ):
         assert name in str(raised.value)
     assert "activation" in str(raised.value)
     assert contents(model) == before and classes(model) == types and str(fastbert.report(model)) == report
@@ -113,11 +117,7 @@ def test_an_unknown_family_is_named(make_other, found):
     assert contents(model) == before and classes(model) == types
 
 
-WRONG = [
-    ({name: value}, TypeError, name)
-    for name in (*SWITCHES, "strict")
-    for value in ("yes", None, 1)
-] + [
+WRONG = [({name: value}, TypeError, name) for name in (*SWITCHES, "strict") for value in ("yes", None, 1)] + [
     ({"unpad": "never"}, ValueError, "unpad"),
     ({"unpad": None}, ValueError, "unpad"),
     ({"unpad": 1}, ValueError, "unpad"),

@@ -106,7 +106,14 @@ def test_layers_that_agree_share_a_line():
     lines = str(fastbert.report(model)).splitlines()
     assert lines[0] == "fastbert on BertForMaskedLM: 10 of 10 modules that have a kernel are active"
     (line,) = [line for line in lines if "BertIntermediate" in line]
-    assert line.split() == ["bert.encoder.layer.0-2.intermediate", "BertIntermediate", "bias_gelu", "active", "3", "0"]
+    assert line.split() == [
+        "bert.encoder.layer.0-2.intermediate",
+        "BertIntermediate",
+        "bias_gelu",
+        "active",
+        "3",
+        "0",
+    ]
     assert all(line == line.rstrip() for line in lines)
 
 

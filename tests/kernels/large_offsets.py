@@ -1,0 +1,49 @@
+"""One case of test_large_offsets.py, in a process of its own: `python -m tests.kernels.large_offsets OP LAYOUT NAME`.
+
+A kernel whose offsets wrap reads outside of its tensor, which ends the process rather than failing an assertion.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from tests import conftest  # noqa: F401  (chooses the interpreter before triton is imported)
+
+from .ops import DEVICE, OPS, check, make_inputs
+
+SHORT, STRIDE = 40, 2**30 + 24  # the third row, or column, begins past 2**31
+
+
+def far_apart(values: Tensor, layout: str) -> Tensor:
+    """float16 rows (or columns) 2**30 elements apart. Only the pages they stand on take memory, not those between."""
+    storage = torch.empty(2 * STRIDE + SHORT, dtype=torch.float16, device=DEVICE)
+    assert storage.numel() > 2**31
+    return storage.as_strided(values.shape, (STRIDE, 1) if layout == "rows" else (1, STRIDE)).copy_(values)
+
+
+def leave_storages_where_they_are() -> None:
+    """After a launch the interpreter copies each storage back, also onto itself: here 4 GiB that nobody touched."""
+    copy = torch.UntypedStorage.copy_
+
+    def copy_elsewhere(self, source, *rest):
+        return self if self.data_ptr() == source.data_ptr() else copy(self, source, *rest)
+
+    torch.UntypedStorage.copy_ = copy_elsewhere
+
+
+def main(op_name: str, layout: str, name: str) -> None:
+    leave_storages_where_they_are()
+    op = next(op for op in OPS if op.name == op_name)
+    shape = (3, SHORT) if layout == "rows" else (SHORT, 3)
+    inputs, dy = make_inputs(op, shape, torch.float16), torch.randn(shape).to(DEVICE, torch.float16)
+    if name == "dy":
+        dy = far_apart(dy, layout)
+    else:
+        inputs[name] = far_apart(inputs[name], layout)
+    check(op, inputs, dy)
+    print("right")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

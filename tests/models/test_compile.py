@@ -1,0 +1,138 @@
+"""torch.compile: one graph without breaks, the kernels as operations in it, eager's numbers and gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+import fastbert
+from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
+from tests.models.tiny import BASE, CLM, KINDS, MLM, make, make_batch
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def small(**overrides):
+    """One layer: what takes the time here is tracing."""
+    return make(num_hidden_layers=1, **overrides)
+
+
+def compiled(model, **keywords):
+    return torch.compile(model, fullgraph=True, backend="aot_eager", **keywords)
+
+
+# Without labels for the decoder: transformers logs a warning in its loss, which breaks stock's graph.
+@pytest.mark.parametrize(("kind", "labels"), [(BASE, True), (CLM, False), (MLM, True), (KINDS[-1], True)], ids=str)
+def test_equal_with_every_gradient(kind, labels):
+    model, batch = make(kind, num_hidden_layers=1), make_batch(kind, labels=labels) | {"use_cache": False}
+    patched = fastbert.patch(copy.deepcopy(model))
+    with counting() as launched:
+        results = run(compiled(patched), batch)
+    assert launched == expected_launches(model)
+    assert not counters["graph_break"]
+    results = {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
+    assert_equal(results, run(copy.deepcopy(model), batch), run(model.double(), doubled(batch)))
+
+
+def test_one_graph_for_forward_and_one_for_backward():
+    counter = CompileCounterWithBackend("aot_eager")
+    model = torch.compile(fastbert.patch(small()), fullgraph=True, backend=counter)
+    for seed in range(3):
+        run(model, make_batch(seed=seed))
+    assert counter.frame_count == 1
+    (graph,) = counter.graphs
+    operations = [str(node.target) for node in graph.graph.nodes if "fastbert" in str(node.target)]
+    assert len(operations) == 4, operations
+
+
+def test_calls_inside_a_graph_are_not_counted_as_eager_ones():
+    model = fastbert.patch(small())
+    run(compiled(model), make_batch(), backward=False)
+    assert {row.kernel_calls for row in fastbert.report(model).rows} == {0}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    model = fastbert.patch(small())
+    with mode(), counting() as launched:
+        results = run(compiled(model), make_batch(), backward=False)
+    assert launched == expected_launches(model, backward=False)
+    torch.testing.assert_close(results, run(model, make_batch(), backward=False))
+
+
+def test_under_autocast():
+    model, batch = small(), make_batch()
+    autocast = torch.autocast(model.device.type, torch.float16)
+    with counting() as launched:
+        results = run(compiled(fastbert.patch(copy.deepcopy(model))), batch, backward=False, within=autocast)
+    assert launched == expected_launches(model, backward=False)
+    eager = run(model, batch, backward=False, within=autocast)
+    assert_equal(results, eager, run(copy.deepcopy(model).double(), doubled(batch), backward=False))
+
+
+def test_sizes_that_change():
+    # Marked dynamic, so that a second graph for other sizes would be a failure to generalise.
+    counter = CompileCounterWithBackend("aot_eager")
+    patched = fastbert.patch(small())
+    model = torch.compile(patched, fullgraph=True, dynamic=True, backend=counter)
+    for rows, length in ((2, 9), (3, 7)):
+        batch = {name: tensor[:1].repeat(rows, 1)[:, :length] for name, tensor in make_batch(mask="none").items()}
+        with counting() as launched:
+            results = run(model, batch, backward=False)
+        assert launched == expected_launches(patched, backward=False)
+        torch.testing.assert_close(results, run(patched, batch, backward=False))
+    assert counter.frame_count == 1
+
+
+def test_dropout_obeys_the_seed():
+    model = compiled(fastbert.patch(small(hidden_dropout_prob=0.3)).train())
+
+    def step(seed):
+        torch.manual_seed(seed)
+        return run(model, make_batch())
+
+    first = step(1)
+    assert_bitwise(step(1), first)
+    assert not torch.equal(step(2)["loss"], first["loss"])
+    # Without a new seed every call draws another mask: the seed is not baked into the graph.
+    losses = {run(model, make_batch(), backward=False)["loss"].item() for _ in range(3)}
+    assert len(losses) == 3
+
+
+def test_patching_and_unpatching_a_compiled_model_is_noticed():
+    model = small()
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for patch, launches in ((None, False), (fastbert.patch, True), (fastbert.unpatch, False)):
+        if patch:
+            patch(model)
+        with counting() as launched:
+            run(fast, make_batch(), backward=False)
+        assert bool(launched) is launches
+
+
+def test_what_has_no_kernel_compiles_too():
+    model = small(hidden_act="tanh")
+    with counting() as launched:
+        results = run(compiled(fastbert.patch(copy.deepcopy(model))), make_batch(), backward=False)
+    assert launched == expected_launches(model, backward=False, without=["bias_gelu", "gelu_layernorm"])
+    torch.testing.assert_close(results, run(model, make_batch(), backward=False))
+
+
+def test_export_holds_the_operations():
+    model = fastbert.patch(make(BASE, num_hidden_layers=1))
+    batch = make_batch(BASE)
+    exported = torch.export.export(model, (), batch)
+    operations = [str(node.target) for node in exported.graph.nodes if "fastbert" in str(node.target)]
+    assert len(operations) == 3
+    with counting() as launched:
+        output = exported.module()(**batch).last_hidden_state
+    assert launched == expected_launches(model, backward=False)
+    torch.testing.assert_close(output, model(**batch).last_hidden_state)

@@ -1,0 +1,105 @@
+"""Hooks fire: whatever carries one is called as a module, or its layer runs stock code and says so."""
+
+import copy
+
+import pytest
+from torch import nn
+
+import fastbert
+from tests.models.running import assert_equal, check, counting, doubled, expected_launches, run
+from tests.models.tiny import make, make_batch
+
+LAYER = "bert.encoder.layer.0."
+HEAD = "cls.predictions.transform."
+
+# Where the hook is, and the kernel that is then left out (a hooked Linear is called; its kernel still runs).
+HOOKED = {
+    LAYER + "attention.output.dense": None,
+    LAYER + "intermediate.dense": None,
+    LAYER + "output.dense": None,
+    HEAD + "dense": None,
+    LAYER + "attention.output.LayerNorm": "dropout_add_layernorm",
+    LAYER + "output.LayerNorm": "dropout_add_layernorm",
+    LAYER + "output.dropout": "dropout_add_layernorm",
+    LAYER + "intermediate.intermediate_act_fn": "bias_gelu",
+    HEAD + "transform_act_fn": "gelu_layernorm",
+    HEAD + "LayerNorm": "gelu_layernorm",
+    # On the modules that are patched, and on those around them, hooks are torch's business.
+    LAYER + "output": None,
+    LAYER + "intermediate": None,
+    LAYER.rstrip("."): None,
+    "cls.predictions.transform": None,
+}
+HOOKS = {
+    "forward": lambda module, fire: module.register_forward_hook(lambda *_: fire()),
+    "pre-forward": lambda module, fire: module.register_forward_pre_hook(lambda *_: fire()),
+    "backward": lambda module, fire: module.register_full_backward_hook(lambda *_: fire()),
+    "pre-backward": lambda module, fire: module.register_full_backward_pre_hook(lambda *_: fire()),
+}
+
+
+def without_outputs(model):
+    """No kernel for BertOutput."""
+    expected = expected_launches(model)
+    for way in ("fwd", "bwd"):
+        expected[f"dropout_add_layernorm_{way}_kernel"] -= len(model.bert.encoder.layer)
+    return expected
+
+
+def without_one(model, kernel):
+    expected = expected_launches(model)
+    if kernel:
+        expected[f"{kernel}_fwd_kernel"] -= 1
+        expected[f"{kernel}_bwd_kernel"] -= 1
+    return +expected
+
+
+# Every place with the common hook, every hook in one place of each sort.
+PLACES = [(name, "forward") for name in HOOKED] + [
+    (name, hook)
+    for name in (LAYER + "output.dense", HEAD + "LayerNorm", LAYER + "output.dropout", HEAD + "transform_act_fn")
+    for hook in HOOKS
+    if hook != "forward"
+]
+
+
+@pytest.mark.parametrize(("name", "hook"), PLACES)
+def test_a_hook_added_after_patching_fires(name, hook):
+    model, batch, fired = make(), make_batch(), []
+    stock = run(copy.deepcopy(model), batch)
+    exact = run(copy.deepcopy(model).double(), doubled(batch))
+    expected = without_one(model, HOOKED[name])
+    handle = HOOKS[hook](fastbert.patch(model).get_submodule(name), lambda: fired.append(name))
+    with counting() as launched:
+        assert_equal(run(model, batch), stock, exact)
+    assert fired == [name]
+    assert launched == expected
+    if HOOKED[name]:
+        (reason,) = {reason for row in fastbert.report(model).rows for reason in row.fallback_calls}
+        assert "hooks" in reason
+    handle.remove()
+    with counting() as launched:
+        run(model, batch)
+    assert fired == [name] and launched == expected_launches(model), "the kernel is back when the hook is gone"
+
+
+def test_a_hook_that_changes_the_output_is_obeyed():
+    model = make()
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.dense.register_forward_hook(lambda module, inputs, output: output * 2)
+        layer.output.dropout.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    check(model, make_batch(), expected=without_outputs(model))
+
+
+def test_a_hook_on_every_module_of_the_process_fires():
+    model, batch = make(), make_batch()
+    fastbert.patch(model)
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        with counting() as launched:
+            run(model, batch)
+    finally:
+        handle.remove()
+    assert {model.get_submodule(name) for name in HOOKED} <= seen
+    assert not launched
