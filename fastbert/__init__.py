@@ -3,7 +3,6 @@
 from fastbert.errors import UnsupportedModelError
 from fastbert.patch import patch, patched, unpatch
 from fastbert.report import Report, report
-from fastbert.startup import register_attention
 from fastbert.verify import VerifyResult, verify
 
 __version__ = "0.1.0"
@@ -17,5 +16,3 @@ __all__ = [
     "unpatch",
     "verify",
 ]
-
-register_attention()

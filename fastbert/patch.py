@@ -48,8 +48,7 @@ def patch(
 
     Args:
         model: a BertModel or BertFor*, or any module that holds one (PEFT, SentenceTransformer, CrossEncoder).
-        attention: BertSelfAttention and BertCrossAttention, on `attention`. The patched model gets a config of its own,
-            which names fastbert's attention implementation.
+        attention: BertSelfAttention and BertCrossAttention. Not switched on yet: changes nothing.
         residual_norm: BertSelfOutput and BertOutput, on `dropout_add_layernorm`.
         intermediate: BertIntermediate, on `bias_gelu`.
         mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`.

@@ -15,11 +15,9 @@ def test_hidden_states(attention):
 
 
 def test_attentions():
-    # transformers captures them at BertSelfAttention, by a hook on its call; only eager attention has any to return.
-    model = make()
-    batch = make_batch() | {"output_attentions": True, "output_hidden_states": True}
-    results = check(model, batch, expected=expected_launches(model, without=("attention",)))
-    assert results["attentions[1]"].shape == (ROWS, 2, LENGTH, LENGTH)
+    # transformers captures them at BertSelfAttention, by a hook on its call.
+    results = check(make(), make_batch() | {"output_attentions": True, "output_hidden_states": True})
+    assert results["attentions[1]"].shape == (ROWS, 4, LENGTH, LENGTH)
 
 
 def test_hidden_states_asked_for_in_the_config():

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import Counter
 
 import pytest
 import torch
@@ -11,11 +12,19 @@ from transformers import BertModel, EncoderDecoderModel, RobertaConfig, RobertaM
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from fastbert import ops
+from fastbert import ops, registry
 from fastbert.kernels.launch import counts
 from fastbert.layers.projection import project
-from tests.models.running import check, counting
+from tests.models.running import check, counting, expected_launches
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, config, make, make_batch
+
+
+@pytest.fixture(autouse=True)
+def attention_switched_on(monkeypatch):
+    for entry in registry.ATTENTION:
+        monkeypatch.setitem(registry.BY_STOCK, entry.stock, entry)
+        monkeypatch.setitem(registry.BY_FAST, entry.fast, entry)
+    monkeypatch.setattr(registry, "STOCK_ONLY", (bert.BertEmbeddings, bert.BertPooler))
 
 
 def implementations(model: nn.Module) -> set[str]:
@@ -216,7 +225,10 @@ def test_general_masks(form):
         batch["attention_mask"] = seen  # SDPA's form, which eager attention would add as 0 and 1
         torch.testing.assert_close(fastbert.patch(make(BASE))(**batch).last_hidden_state, stock)
     else:
-        check(make(BASE), batch)
+        model = make(BASE)
+        backward = ("rows", "kv", "q")
+        launches = {"attention_fwd_kernel": 2} | {f"attention_bwd_{part}_kernel": 2 for part in backward}
+        check(model, batch, expected=expected_launches(model) + Counter(launches))
 
 
 def test_whole_model_through_torch_save():

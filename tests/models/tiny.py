@@ -102,7 +102,7 @@ def config(**overrides: Any) -> BertConfig:
         "vocab_size": VOCABULARY,
         "hidden_size": 40,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "num_attention_heads": 4,
         "intermediate_size": 56,
         "max_position_embeddings": 24,
         "hidden_dropout_prob": 0.0,

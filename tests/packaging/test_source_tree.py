@@ -33,18 +33,10 @@ def test_every_other_file_is_package_data(sources: list[Path]) -> None:
     assert others - {ROOT / "fastbert" / "kernels"} == shipped
 
 
-def test_import_is_light_for_the_command_line() -> None:
-    """It switches Triton's interpreter on after this import and before triton's own."""
+def test_import_is_light() -> None:
+    """The command line switches Triton's interpreter on after this import and before triton's own."""
     code = "import fastbert, sys; print(*sorted({'triton', 'transformers'} & sys.modules.keys()))"
-    for program in ("-m", "/usr/bin/fastbert"):  # what argv[0] is while `python -m fastbert` and the script import it
-        as_program = f"import sys; sys.argv[0] = {program!r}; {code}"
-        assert run([sys.executable, "-c", as_program], ROOT).split() == []
-
-
-def test_import_registers_the_attention_implementation() -> None:
-    code = "import fastbert, transformers as t; print('fastbert' in t.AttentionInterface(), 'fastbert' in "
-    code += "t.AttentionMaskInterface())"
-    assert run([sys.executable, "-c", code], ROOT).split() == ["True", "True"]
+    assert run([sys.executable, "-c", code], ROOT).split() == []
 
 
 def test_every_dependency_is_pinned() -> None:
