@@ -1,4 +1,4 @@
-"""keep_mask by itself, at any rows, and the numbers it has to be made of: what dropout's statistics are taken from."""
+"""keep_mask by itself, at any rows, and the numbers that it has to be made of."""
 
 import numpy as np
 import torch

@@ -74,6 +74,16 @@ def test_gelu_layernorm_backward(layout, sum_columns):
     opcheck(OPS.gelu_layernorm_backward, *arguments, "relu", sum_columns)
 
 
+def test_float16_backward():
+    """The sums over rows stay float32, whatever the dtype of the inputs."""
+    x, weight, statistics = rows(dtype=torch.float16, grad=False), vector(grad=False), rows((5,), grad=False)
+    dy = rows(dtype=torch.float16, grad=False, layout=expanded)
+    opcheck(OPS.bias_gelu_backward, dy, x, vector(dtype=torch.float16, grad=False), "gelu", True)
+    opcheck(OPS.gelu_layernorm_backward, dy, x, statistics, statistics.exp(), weight, None, "gelu", True)
+    arguments = (dy, x, statistics, statistics.exp(), weight, None, 0.0, torch.float16, torch.float32, True)
+    opcheck(OPS.dropout_add_layernorm_backward, *arguments)
+
+
 @pytest.mark.no_launch
 @pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12)], ids=str)
 def test_empty(shape):
