@@ -46,6 +46,7 @@ def bias_gelu_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     rows = block_rows(program // n_col_blocks, BLOCK_M)
@@ -57,7 +58,7 @@ def bias_gelu_fwd_kernel(
     if bias_ptr is not None:
         x += tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
 
-    y = activate(x, ACTIVATION)
+    y = activate(x, ACTIVATION, EXACT)
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), y.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -80,6 +81,7 @@ def bias_gelu_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
     row_program = tl.program_id(0) // n_col_blocks
     cols = (tl.program_id(0) % n_col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -96,9 +98,9 @@ def bias_gelu_bwd_kernel(
         dy = tl.load(dy_ptr + tile_offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
         x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
 
-        dx = activation_backward(dy, x + bias[None, :], ACTIVATION)
+        dx = activation_backward(dy, x + bias[None, :], ACTIVATION, EXACT)
         if sums_ptr is not None:
-            dbias += tl.where(mask, dx, 0.0)
+            dbias += dx  # 0 in rows past the last, where dy is
         tl.store(dx_ptr + tile_offsets(rows, cols, N_COLS, 1), dx.to(dx_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:

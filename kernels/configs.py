@@ -10,56 +10,73 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """One launch: tile height, warps a program, tile width (None: the whole row), programs a multiprocessor."""
+    """One launch: tile height, warps a program, tile width (None: the whole row), programs a multiprocessor.
+
+    num_stages: how many iterations of a loop are in flight, where that is not left to Triton.
+    chunk: how many columns of a row the program's warps load at once, where it is not all of them.
+    """
 
     BLOCK_M: int
     num_warps: int
     BLOCK_N: int | None = None
     programs_per_multiprocessor: int | None = None
+    chunk: int | None = None
     num_stages: int | None = None
+
+    def chunks(self, width: int) -> tuple[int, int]:
+        """How a row of `width` columns falls into chunks: their number and their columns, both powers of two."""
+        columns = _power_of_two(min(self.chunk or width, width))
+        return _power_of_two(-(-width // columns)), columns
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 Table = dict[int, dict[int, Config]]
 
-# A row held by one warp needs no shared memory and no barrier for its sums. 512 16-bit elements are 16 a lane.
+# A row held by one warp needs no shared memory and no barrier for its sums, and no lane of it idles at 768.
 _LAYERNORM_FORWARD: Table = {
     2: {512: Config(2, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 4), 8192: Config(1, 8)},
-    4: {512: Config(1, 1), 1024: Config(1, 2), 2048: Config(1, 4), 4096: Config(1, 8), 8192: Config(1, 16)},
+    4: {512: Config(1, 1), 1024: Config(1, 1), 2048: Config(1, 4), 4096: Config(1, 8), 8192: Config(1, 16)},
     8: {512: Config(1, 2), 1024: Config(1, 4), 2048: Config(1, 8), 4096: Config(1, 16), 8192: Config(1, 16)},
 }
-# The backward also keeps three float32 sums a column, so a row is spread over more warps.
+# A warp a row again up to 1024 columns. A thread keeps three float32 sums a column, so 32 columns a thread are the
+# most that registers hold. The programs are those that fit at once: they share the rows evenly, so one that had to
+# wait for another would double the time.
 _LAYERNORM_BACKWARD: Table = {
     2: {
-        512: Config(2, 2, None, 8),
-        1024: Config(2, 4, None, 4),
-        2048: Config(1, 8, None, 2),
-        4096: Config(1, 16, None, 1),
-        8192: Config(1, 16, None, 1),
+        384: Config(8, 4, None, 2, chunk=128),
+        512: Config(4, 4, None, 3, chunk=256),
+        1024: Config(4, 4, None, 2, chunk=256),
+        2048: Config(1, 4, None, 2, chunk=1024),
+        4096: Config(1, 8, None, 1, chunk=2048),
+        8192: Config(1, 8, None, 1, chunk=2048),
     },
     4: {
-        512: Config(1, 4, None, 4),
-        1024: Config(1, 8, None, 2),
-        2048: Config(1, 16, None, 1),
-        4096: Config(1, 16, None, 1),
-        8192: Config(1, 32, None, 1),
+        512: Config(4, 4, None, 3, chunk=128),
+        1024: Config(4, 4, None, 2, chunk=128),
+        2048: Config(1, 4, None, 2, chunk=512),
+        4096: Config(1, 8, None, 1, chunk=1024),
+        8192: Config(1, 8, None, 1, chunk=1024),
     },
     8: {
-        512: Config(1, 8, None, 2),
-        1024: Config(1, 16, None, 1),
-        2048: Config(1, 16, None, 1),
-        4096: Config(1, 32, None, 1),
-        8192: Config(1, 32, None, 1),
+        512: Config(1, 4, None, 2, chunk=256),
+        1024: Config(1, 8, None, 1, chunk=512),
+        2048: Config(1, 8, None, 1, chunk=512),
+        4096: Config(1, 16, None, 1, chunk=1024),
+        8192: Config(1, 32, None, 1, chunk=2048),
     },
 }
 _BIAS_GELU_FORWARD: Table = {
-    2: {8192: Config(4, 4, 512)},
-    4: {8192: Config(2, 4, 512)},
+    2: {8192: Config(4, 2, 512)},
+    4: {8192: Config(4, 4, 512)},
     8: {8192: Config(1, 4, 512)},
 }
 _BIAS_GELU_BACKWARD: Table = {
-    2: {8192: Config(4, 4, 512, 4)},
-    4: {8192: Config(2, 4, 512, 4)},
+    2: {8192: Config(4, 4, 512, 6)},
+    4: {8192: Config(2, 4, 512, 6)},
     8: {8192: Config(1, 4, 512, 4)},
 }
 
@@ -67,28 +84,20 @@ _BIAS_GELU_BACKWARD: Table = {
 # By rounded head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the
 # forward at head sizes 64 and 128, so that one's softmax hides behind the other's products.
 _ATTENTION_32_BIT: Table = {
-    4: {64: Config(32, 4, 32, None, 2), 128: Config(32, 8, 16, None, 1), 256: Config(16, 8, 16, None, 1)},
-    8: {64: Config(16, 4, 16, None, 1), 256: Config(16, 8, 16, None, 1)},
+    4: {64: Config(32, 4, 32, num_stages=2), 128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)},
+    8: {64: Config(16, 4, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)},
 }
 _HOPPER_ATTENTION: dict[str, Table] = {
-    "forward": {2: {64: Config(128, 4, 64, None, 3), 128: Config(64, 4, 64, None, 3), 256: Config(64, 8, 32, None, 2)}},
-    "backward_kv": {2: {64: Config(64, 4, 64, None, 2), 128: Config(32, 4, 64, None, 2), 256: Config(32, 8, 32, None, 1)}},
-    "backward_q": {2: {64: Config(64, 4, 64, None, 2), 128: Config(64, 4, 64, None, 2), 256: Config(32, 8, 32, None, 1)}},
+    "forward": {2: {64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
+    "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_q": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
 }
 _AMPERE_ATTENTION: dict[str, Table] = {
-    "forward": {2: {64: Config(64, 4, 64, None, 3), 128: Config(64, 4, 32, None, 2), 256: Config(32, 8, 32, None, 2)}},
-    "backward_kv": {2: {64: Config(32, 4, 64, None, 2), 128: Config(32, 4, 32, None, 1), 256: Config(16, 8, 32, None, 1)}},
-    "backward_q": {2: {64: Config(64, 4, 32, None, 2), 128: Config(32, 4, 32, None, 1), 256: Config(16, 8, 32, None, 1)}},
+    "forward": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=2)}},
+    "backward_kv": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
+    "backward_q": {2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
 }
 _ATTENTION_ROWS: Table = {size: {256: Config(32, 4)} for size in (2, 4, 8)}
-
-
-def _attention(part: str) -> dict[str, Table]:
-    return {
-        "sm_80": _AMPERE_ATTENTION[part] | _ATTENTION_32_BIT,
-        "sm_90": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
-        "sm_100": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
-    } | _interpreted(Config(64, 1, 32))
 
 
 def _interpreted(config: Config) -> dict[str, Table]:
@@ -97,6 +106,14 @@ def _interpreted(config: Config) -> dict[str, Table]:
 
 def _everywhere(table: Table) -> dict[str, Table]:
     return {architecture: table for architecture in ARCHITECTURES}
+
+
+def _attention(part: str) -> dict[str, Table]:
+    return {
+        "sm_80": _AMPERE_ATTENTION[part] | _ATTENTION_32_BIT,
+        "sm_90": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
+        "sm_100": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
+    } | _interpreted(Config(64, 1, 32))
 
 
 # The interpreter's time goes by programs and steps, not by elements: tall tiles.

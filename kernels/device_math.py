@@ -9,15 +9,41 @@ import triton.language as tl
 
 
 @triton.jit
+def offsets(rows, cols, row_stride, col_stride):
+    """Element offsets of rows and cols that broadcast, int64: 2**31 elements is 2.8 million tokens of BERT-base."""
+    return rows.to(tl.int64) * row_stride + cols.to(tl.int64) * col_stride
+
+
+@triton.jit
 def tile_offsets(rows, cols, row_stride, col_stride):
-    """[rows, cols] element offsets in int64: 2**31 elements is only 2.8 million tokens of BERT-base."""
-    return rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
+    """[rows, cols] element offsets, see offsets."""
+    return offsets(rows[:, None], cols[None, :], row_stride, col_stride)
 
 
 @triton.jit
 def block_rows(block, BLOCK_M: tl.constexpr):
     """Row numbers of a block, int64 (a loop counter is a plain int in the interpreter, so no block.to)."""
     return (tl.zeros([BLOCK_M], tl.int64) + block) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def columns(BLOCK_N: tl.constexpr, VECTOR: tl.constexpr):
+    """0 ... BLOCK_N - 1, of which a thread gets VECTOR neighbours.
+
+    16 bytes of the widest type that a kernel loads or stores: left to itself Triton takes as many of the narrowest,
+    and then moves the wider ones between threads before they are stored.
+    """
+    return tl.max_contiguous(tl.arange(0, BLOCK_N), VECTOR)
+
+
+@triton.jit
+def chunked_columns(CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a [CHUNKS, rows, BLOCK_N] tile, [CHUNKS, 1, BLOCK_N].
+
+    Triton spreads a tile over warps from its last axis to its first. With as many columns as a warp loads at once
+    there, each warp holds whole rows, and summing one up needs neither shared memory nor a barrier.
+    """
+    return tl.arange(0, CHUNKS)[:, None, None] * BLOCK_N + columns(BLOCK_N, VECTOR)[None, None, :]
 
 
 @triton.jit
@@ -40,13 +66,36 @@ def gelu_tanh_argument(x):
 
 
 @triton.jit
-def activation(x, ACTIVATION: tl.constexpr):
-    """gelu (exact), gelu_tanh (Hendrycks and Gimpel, arXiv:1606.08415), relu or silu of x."""
+def normal(x, EXACT: tl.constexpr):
+    """The normal distribution's cumulative and density functions at x.
+
+    Not EXACT is for 16-bit tensors, which hold a relative 2e-4 at best: 3e-6 off in half of libdevice's instructions,
+    with which the schedulers and not the memory would set the pace. The tail is the bell times a polynomial in
+    1 / (1 + 0.303 |x|), the form of Abramowitz and Stegun 7.1.26 with coefficients that bound the relative error
+    (bench/NOTES.md). exp2 and rsqrt are one instruction each, exp and division are not.
+    """
+    if EXACT:
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        bell = tl.exp(-0.5 * x * x)
+    else:
+        bell = tl.exp2(x * x * (-0.5 * 1.4426950408889634))
+        v = 1.0 + 0.303 * tl.abs(x)
+        t = tl.rsqrt(v * v)
+        series = 0.147147288 + t * (-0.0185797452 + t * (0.215696782 + t * -0.0797971527))
+        tail = bell * t * (0.121363681 + t * (0.114168129 + t * series))
+        cdf = tl.where(x < 0, tail, 1.0 - tail)
+    return cdf, 0.3989422804014327 * bell
+
+
+@triton.jit
+def activation(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """gelu (exact), gelu_tanh (Hendrycks and Gimpel, arXiv:1606.08415), relu or silu of x; EXACT as in normal."""
     tl.static_assert(
         ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh" or ACTIVATION == "relu" or ACTIVATION == "silu"
     )
     if ACTIVATION == "gelu":
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        cdf, _ = normal(x, EXACT)
+        y = x * cdf
     elif ACTIVATION == "gelu_tanh":
         y = x * sigmoid(gelu_tanh_argument(x))
     elif ACTIVATION == "relu":
@@ -57,11 +106,10 @@ def activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_backward(dy, x, ACTIVATION: tl.constexpr):
-    """dL/dx from dL/dy and the activation's input x."""
+def activation_backward(dy, x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """dL/dx from dL/dy and the activation's input x; EXACT as in normal."""
     if ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        pdf = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        cdf, pdf = normal(x, EXACT)
         dx = dy * (cdf + x * pdf)
     elif ACTIVATION == "gelu_tanh":
         gate, slope = sigmoid_and_slope(gelu_tanh_argument(x))
@@ -76,20 +124,20 @@ def activation_backward(dy, x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def keep_mask(seed, rows, cols, P_DROP: tl.constexpr):
-    """True where dropout keeps element (row, col): a pure function of seed, row and column.
+    """True where dropout keeps element (row, col) of rows and cols that broadcast: a pure function of the three.
 
     Philox4x32 with seven rounds (Salmon et al., SC'11: seven pass BigCrush) gives 128 bits a call; a
     decision takes 16 of them, so eight neighbouring columns share a call. Triton gives one thread eight
     neighbours of a 16-bit type, and the compiler merges their equal calls. p is rounded to 1/65536.
     """
     THRESHOLD: tl.constexpr = int(P_DROP * 65536 + 0.5)
-    group = (cols >> 3).to(tl.uint32)[None, :]
-    row_low = (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    row_high = (rows.to(tl.int64) >> 32).to(tl.uint32)[:, None]
+    group = (cols >> 3).to(tl.uint32)
+    row_low = (rows & 0xFFFFFFFF).to(tl.uint32)
+    row_high = (rows.to(tl.int64) >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, group, row_low, row_high, group * 0, n_rounds=7)
-    word = ((cols >> 1) & 3)[None, :]
-    bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-    bits = (bits >> ((cols & 1) * 16).to(tl.uint32)[None, :]) & 0xFFFF
+    # Bit by bit: after (cols >> 1) & 3 the compiler no longer sees that neighbours share a call.
+    pair = tl.where((cols & 4) == 0, tl.where((cols & 2) == 0, w0, w1), tl.where((cols & 2) == 0, w2, w3))
+    bits = tl.where((cols & 1) == 0, pair & 0xFFFF, pair >> 16)
     return bits >= THRESHOLD
 
 
@@ -113,8 +161,14 @@ def layernorm_statistics(x, col_mask, n_cols, eps):
 
 
 @triton.jit
+def row_sums(x):
+    """[1, rows, 1] from a tile of chunked columns. Chunks first: they are one thread's own registers."""
+    return tl.sum(tl.sum(x, axis=0), axis=1)[None, :, None]
+
+
+@triton.jit
 def layernorm_backward(dy_weighted, x_hat, rstd, n_cols):
-    """dL/dx of x_hat = (x - mean) * rstd from dL/dx_hat; both tiles are 0 past the last column."""
-    mean_dy = tl.sum(dy_weighted, axis=1) / n_cols
-    mean_dy_x_hat = tl.sum(dy_weighted * x_hat, axis=1) / n_cols
-    return (dy_weighted - mean_dy[:, None] - x_hat * mean_dy_x_hat[:, None]) * rstd[:, None]
+    """dL/dx of x_hat = (x - mean) * rstd from dL/dx_hat, tiles of chunked columns that are 0 past the last."""
+    mean_dy = row_sums(dy_weighted) / n_cols
+    mean_dy_x_hat = row_sums(dy_weighted * x_hat) / n_cols
+    return (dy_weighted - mean_dy - x_hat * mean_dy_x_hat) * rstd

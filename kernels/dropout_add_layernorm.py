@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_math import block_rows, dropout, keep_mask, layernorm_backward, layernorm_statistics, tile_offsets
+from .device_math import (
+    block_rows,
+    chunked_columns,
+    columns,
+    dropout,
+    keep_mask,
+    layernorm_backward,
+    layernorm_statistics,
+    offsets,
+    tile_offsets,
+)
 from .launch import (
     accumulator,
     accumulator_torch,
@@ -55,11 +65,12 @@ def dropout_add_layernorm_fwd_kernel(
     EPS: tl.constexpr,
     P_DROP: tl.constexpr,
     ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     rows = block_rows(tl.program_id(0), BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
+    cols = columns(BLOCK_N, VECTOR)
     row_mask = rows < n_rows
     col_mask = cols < N_COLS
     mask = row_mask[:, None] & col_mask[None, :]
@@ -73,7 +84,7 @@ def dropout_add_layernorm_fwd_kernel(
     if x_bias_ptr is not None:
         x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
     if P_DROP > 0:
-        x = dropout(x, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
+        x = dropout(x, keep_mask(tl.load(seed_ptr), rows[:, None], cols[None, :], P_DROP), P_DROP)
     # Rounded as it is saved, and as eager rounds it: the backward then sees the row that the statistics are of.
     z = (x + residual).to(z_ptr.dtype.element_ty).to(ACC)
     mean, rstd = layernorm_statistics(z, col_mask, N_COLS, EPS)
@@ -105,37 +116,40 @@ def dropout_add_layernorm_bwd_kernel(
     N_COLS: tl.constexpr,
     P_DROP: tl.constexpr,
     ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0)
-    cols = tl.arange(0, BLOCK_N)
+    cols = chunked_columns(CHUNKS, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
     weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
-    dweight = tl.zeros([BLOCK_N], ACC)
-    dbias = tl.zeros([BLOCK_N], ACC)
-    dx_bias = tl.zeros([BLOCK_N], ACC)
+    dweight = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
+    dbias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
+    dx_bias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
 
     for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
-        rows = block_rows(block, BLOCK_M)
+        rows = block_rows(block, BLOCK_M)[None, :, None]
         row_mask = rows < n_rows
-        mask = row_mask[:, None] & col_mask[None, :]
-        here = tile_offsets(rows, cols, N_COLS, 1)
+        mask = row_mask & col_mask
+        here = offsets(rows, cols, N_COLS, 1)
 
-        dy = tl.load(dy_ptr + tile_offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
         z = tl.load(z_ptr + here, mask, other=0.0).to(ACC)
         mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
 
-        x_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
-        dz = layernorm_backward(dy * weight[None, :], x_hat, rstd, N_COLS)
+        x_hat = tl.where(col_mask, (z - mean) * rstd, 0.0)
+        dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS)
         dx = dz
         if P_DROP > 0:
             dx = dropout(dz, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
         if sums_ptr is not None:
-            dweight += tl.sum(dy * x_hat, axis=0)
-            dbias += tl.sum(dy, axis=0)
-            dx_bias += tl.sum(tl.where(mask, dx, 0.0), axis=0)
+            dweight += dy * x_hat
+            dbias += dy
+            dx_bias += tl.where(col_mask, dx, 0.0)
 
         tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask)
         if dresidual_ptr is not None:
@@ -143,9 +157,9 @@ def dropout_add_layernorm_bwd_kernel(
 
     if sums_ptr is not None:
         row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
-        tl.store(row, dweight, col_mask)
-        tl.store(row + N_COLS, dbias, col_mask)
-        tl.store(row + 2 * N_COLS, dx_bias, col_mask)
+        tl.store(row, tl.sum(dweight, axis=1)[:, None, :], col_mask)
+        tl.store(row + N_COLS, tl.sum(dbias, axis=1)[:, None, :], col_mask)
+        tl.store(row + 2 * N_COLS, tl.sum(dx_bias, axis=1)[:, None, :], col_mask)
 
 
 def _launch_fwd(
@@ -163,7 +177,8 @@ def _launch_fwd(
     y, z, mean, rstd = _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save)
     x, residual = as_rows(x), as_rows(residual)
     n_rows, n_cols = x.shape
-    config = choose("layernorm_forward", y if y.element_size() > x.element_size() else x, n_cols)
+    widest = y if y.element_size() > z.element_size() else z
+    config = choose("layernorm_forward", widest, n_cols)
     launch(
         dropout_add_layernorm_fwd_kernel,
         triton.cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
@@ -188,6 +203,7 @@ def _launch_fwd(
         EPS=eps,
         P_DROP=p,
         ACC=accumulator(z.dtype),
+        VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=triton.next_power_of_2(n_cols),
     )
@@ -217,8 +233,10 @@ def _launch_bwd(
     dx, dresidual, _ = _allocate_bwd(dy, z, mean, rstd, weight, seed, p, x_dtype, dresidual_dtype, sum_columns)
     dy = as_rows(dy)
     n_rows, n_cols = dy.shape
-    config = choose("layernorm_backward", dy if dy.element_size() > z.element_size() else z, n_cols)
+    widest = dy if dy.element_size() > z.element_size() else z
+    config = choose("layernorm_backward", widest, n_cols)
     programs = resident_programs(config, dy, triton.cdiv(n_rows, config.BLOCK_M))
+    chunks, block_n = config.chunks(n_cols)
     sums = mean.new_empty(programs, 3, n_cols) if sum_columns and dy.numel() else mean.new_zeros(1, 3, n_cols)
     launch(
         dropout_add_layernorm_bwd_kernel,
@@ -241,8 +259,10 @@ def _launch_bwd(
         N_COLS=n_cols,
         P_DROP=p,
         ACC=accumulator(z.dtype),
+        VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
-        BLOCK_N=triton.next_power_of_2(n_cols),
+        CHUNKS=chunks,
+        BLOCK_N=block_n,
     )
     return dx, dresidual, sums.sum(0)
 

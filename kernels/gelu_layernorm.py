@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_math import activation as activate
-from .device_math import activation_backward, block_rows, layernorm_backward, layernorm_statistics, tile_offsets
+from .device_math import (
+    activation_backward,
+    block_rows,
+    chunked_columns,
+    columns,
+    layernorm_backward,
+    layernorm_statistics,
+    offsets,
+    tile_offsets,
+)
 from .launch import (
     accumulator,
     accumulator_torch,
@@ -48,11 +57,13 @@ def gelu_layernorm_fwd_kernel(
     EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     rows = block_rows(tl.program_id(0), BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
+    cols = columns(BLOCK_N, VECTOR)
     row_mask = rows < n_rows
     col_mask = cols < N_COLS
     mask = row_mask[:, None] & col_mask[None, :]
@@ -63,7 +74,7 @@ def gelu_layernorm_fwd_kernel(
     if x_bias_ptr is not None:
         x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
 
-    activated = activate(x, ACTIVATION)  # 0 past the last column, as x is
+    activated = activate(x, ACTIVATION, EXACT)  # 0 past the last column, as x is
     mean, rstd = layernorm_statistics(activated, col_mask, N_COLS, EPS)
     y = (activated - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
 
@@ -92,46 +103,51 @@ def gelu_layernorm_bwd_kernel(
     N_COLS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     program = tl.program_id(0)
-    cols = tl.arange(0, BLOCK_N)
+    cols = chunked_columns(CHUNKS, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
-    weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
-    x_bias = tl.zeros([BLOCK_N], ACC)
-    if x_bias_ptr is not None:
-        x_bias = tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)
-    dweight = tl.zeros([BLOCK_N], ACC)
-    dbias = tl.zeros([BLOCK_N], ACC)
-    dx_bias = tl.zeros([BLOCK_N], ACC)
+    # Loaded again for every row, from the cache: five tiles of sums and gradients leave no registers for them. As a
+    # whole tile, for then they lie in the registers as the others do.
+    weight_cols = tl.broadcast_to(cols, [CHUNKS, BLOCK_M, BLOCK_N])
+    dweight = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
+    dbias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
+    dx_bias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
 
     for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
-        rows = block_rows(block, BLOCK_M)
+        rows = block_rows(block, BLOCK_M)[None, :, None]
         row_mask = rows < n_rows
-        mask = row_mask[:, None] & col_mask[None, :]
+        mask = row_mask & col_mask
 
-        dy = tl.load(dy_ptr + tile_offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
-        x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
+        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
+        x = tl.load(x_ptr + offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
         mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
 
-        x += x_bias[None, :]
-        x_hat = tl.where(mask, (activate(x, ACTIVATION) - mean[:, None]) * rstd[:, None], 0.0)
-        dactivated = layernorm_backward(dy * weight[None, :], x_hat, rstd, N_COLS)
-        dx = activation_backward(dactivated, x, ACTIVATION)
+        weight = tl.load(weight_ptr + weight_cols, weight_cols < N_COLS, other=0.0).to(ACC)
+        if x_bias_ptr is not None:
+            x += tl.load(x_bias_ptr + weight_cols, weight_cols < N_COLS, other=0.0).to(ACC)
+        x_hat = tl.where(col_mask, (activate(x, ACTIVATION, EXACT) - mean) * rstd, 0.0)
+        dactivated = layernorm_backward(dy * weight, x_hat, rstd, N_COLS)
+        dx = activation_backward(dactivated, x, ACTIVATION, EXACT)
         if sums_ptr is not None:
-            dweight += tl.sum(dy * x_hat, axis=0)
-            dbias += tl.sum(dy, axis=0)
-            dx_bias += tl.sum(tl.where(mask, dx, 0.0), axis=0)
+            dweight += dy * x_hat
+            dbias += dy
+            dx_bias += tl.where(col_mask, dx, 0.0)
 
         tl.store(dx_ptr + tile_offsets(rows, cols, N_COLS, 1), dx.to(dx_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
         row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
-        tl.store(row, dweight, col_mask)
-        tl.store(row + N_COLS, dbias, col_mask)
-        tl.store(row + 2 * N_COLS, dx_bias, col_mask)
+        tl.store(row, tl.sum(dweight, axis=1)[:, None, :], col_mask)
+        tl.store(row + N_COLS, tl.sum(dbias, axis=1)[:, None, :], col_mask)
+        tl.store(row + 2 * N_COLS, tl.sum(dx_bias, axis=1)[:, None, :], col_mask)
 
 
 def _launch_fwd(
@@ -147,7 +163,8 @@ def _launch_fwd(
     y, mean, rstd = _allocate_fwd(x, weight, bias, x_bias, activation, eps, out_dtype, save)
     x = as_rows(x)
     n_rows, n_cols = x.shape
-    config = choose("layernorm_forward", x, n_cols)
+    widest = y if y.element_size() > x.element_size() else x
+    config = choose("layernorm_forward", widest, n_cols)
     launch(
         gelu_layernorm_fwd_kernel,
         triton.cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
@@ -167,6 +184,7 @@ def _launch_fwd(
         EPS=eps,
         ACTIVATION=activation,
         ACC=accumulator(x.dtype),
+        VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=triton.next_power_of_2(n_cols),
     )
@@ -192,8 +210,10 @@ def _launch_bwd(
     dx, _ = _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns)
     dy, x = as_rows(dy), as_rows(x)
     n_rows, n_cols = x.shape
-    config = choose("layernorm_backward", x, n_cols)
+    widest = dy if dy.element_size() > x.element_size() else x
+    config = choose("layernorm_backward", widest, n_cols)
     programs = resident_programs(config, x, triton.cdiv(n_rows, config.BLOCK_M))
+    chunks, block_n = config.chunks(n_cols)
     sums = mean.new_empty(programs, 3, n_cols) if sum_columns and x.numel() else mean.new_zeros(1, 3, n_cols)
     launch(
         gelu_layernorm_bwd_kernel,
@@ -217,8 +237,10 @@ def _launch_bwd(
         N_COLS=n_cols,
         ACTIVATION=activation,
         ACC=accumulator(x.dtype),
+        VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
-        BLOCK_N=triton.next_power_of_2(n_cols),
+        CHUNKS=chunks,
+        BLOCK_N=block_n,
     )
     return dx, sums.sum(0)
 

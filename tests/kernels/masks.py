@@ -19,7 +19,7 @@ def keep_mask_kernel(
 ):
     here = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, N_COLS)
-    keep = keep_mask(tl.load(seed_ptr), here.to(tl.int64) + first_row, cols, P_DROP)
+    keep = keep_mask(tl.load(seed_ptr), (here.to(tl.int64) + first_row)[:, None], cols[None, :], P_DROP)
     tl.store(keep_ptr + tile_offsets(here, cols, N_COLS, 1), keep.to(tl.int8))
 
 

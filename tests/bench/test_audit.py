@@ -1,0 +1,81 @@
+"""The compile audit: what counts as worse, and that what ships compiles without spills to 16-byte accesses."""
+
+import pytest
+
+from bench import audit
+from bench.cases import CASES
+from bench.floors import floor_microseconds, stated_bytes
+from fastbert.kernels.configs import ARCHITECTURES
+
+pytestmark = pytest.mark.no_launch
+
+GOOD = {
+    "key": "sm_90 forward x",
+    "op": "x",
+    "architecture": "sm_90",
+    "spills": 0,
+    "local_bytes": 0,
+    "shared_bytes": 1000,
+    "shared_limit": 232448,
+    "access_bytes": {"x": 16, "y": 16},
+    "wide_share": 1.0,
+    "matrix": {"wgmma": 4},
+    "hot_instructions": 100,
+}
+
+
+def test_the_same_is_not_worse():
+    assert audit.compare([GOOD], [GOOD]) == []
+    assert audit.compare([GOOD], [GOOD | {"hot_instructions": 110, "matrix": {"wgmma": 8}}]) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spills": 1},
+        {"local_bytes": 8},
+        {"shared_bytes": 232449},
+        {"access_bytes": {"x": 8, "y": 16}},
+        {"wide_share": 0.9},
+        {"matrix": {}},
+        {"matrix": {"wgmma": 4, "tf32": 1}},
+        {"hot_instructions": 111},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_regression_is_found(change):
+    (problem,) = audit.compare([GOOD], [GOOD | change])
+    assert problem.startswith(GOOD["key"])
+
+
+def test_a_case_that_appears_or_goes_is_found():
+    assert "not in the baseline" in audit.compare([], [GOOD])[0]
+    assert "no longer compiled" in audit.compare([GOOD], [])[0]
+
+
+def test_floor_is_stated_bytes_over_the_copy_bandwidth():
+    assert stated_bytes("dropout_add_layernorm", "forward", 4096, 768, 2) == 4 * 4096 * 768 * 2
+    assert stated_bytes("bias_gelu", "backward", 4096, 768, 2) == 3 * 4096 * 3072 * 2
+    assert floor_microseconds(4.3e12) == pytest.approx(1e6)
+
+
+def test_the_baseline_covers_every_op_and_architecture_and_nothing_spills():
+    records = audit.read()
+    assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
+    for record in records:
+        # float64 is there for gradcheck, not for speed.
+        if " fp64 " not in record["key"]:
+            assert not record["spills"] and not record["local_bytes"], record["key"]
+        assert record["shared_bytes"] <= record["shared_limit"], record["key"]
+
+
+def test_what_ships_compiles_to_the_baseline(monkeypatch):
+    """One op's 16-bit kernels at BERT-base's width on Hopper, compiled here and now."""
+    variants = [v for v in CASES["bias_gelu"].variants() if (v.dtype, v.width, v.activation) == ("bf16", 3072, "gelu")]
+    assert len(variants) == 1
+    monkeypatch.setitem(CASES, "bias_gelu", type(CASES["bias_gelu"])(lambda: iter(variants), CASES["bias_gelu"].launch))
+    with audit.compiling_environment():
+        records = audit.run(["bias_gelu"], ["sm_90"], workers=1)
+    assert {r["kernel"] for r in records} == {"bias_gelu_fwd_kernel", "bias_gelu_bwd_kernel"}
+    for record in records:
+        assert not record["spills"] and record["wide_share"] == 1.0 and record["registers"] <= 128, record
