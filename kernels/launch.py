@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .configs import ARCHITECTURES, TABLES, Config
 
@@ -97,6 +96,18 @@ def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments
         kernel[(programs,)](**arguments, **options)
 
 
+class NotTwice(torch.autograd.Function):
+    """Hands a gradient on, and raises when that is differentiated in its turn."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError("the kernels have no second derivative: unpatch the model to differentiate a gradient")
+
+
 def differentiable(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
@@ -121,9 +132,13 @@ def differentiable(
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *upstream: Any) -> Any:
-            return gradients(backward, ctx, *upstream)
+            with torch.no_grad():
+                found = gradients(backward, ctx, *upstream)
+            if not torch.is_grad_enabled():
+                return found
+            # create_graph=True. Not once_differentiable: that marks nothing where the upstream gradient is constant.
+            return tuple(None if g is None else NotTwice.apply(g.detach().requires_grad_()) for g in found)
 
     op.register_autograd(lambda ctx, *upstream: gradients(backward_op, ctx, *upstream), setup_context=save)
 

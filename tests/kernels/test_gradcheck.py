@@ -74,5 +74,5 @@ def test_a_second_derivative_raises(op):
     inputs = make_inputs(op, (3, 6), torch.float64)
     x = inputs["x"].requires_grad_()
     (dx,) = torch.autograd.grad(op.call(**inputs).sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         dx.sum().backward()

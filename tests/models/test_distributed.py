@@ -1,0 +1,130 @@
+"""Two processes over gloo: DDP and FSDP2 around a patched model give what one stock process gives."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fastbert
+from tests.models.tiny import MLM, make, make_batch
+
+WORLD = 2
+
+
+def batch_of(rank):
+    return {name: tensor.cpu() for name, tensor in make_batch(MLM, seed=10 + rank).items()}
+
+
+def stock_gradients():
+    """The mean over the ranks' batches of each rank's gradient, in one process."""
+    model = make().cpu()
+    for rank in range(WORLD):
+        (model(**batch_of(rank)).loss / WORLD).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worker(rank, port, work):
+    # A process of its own: nothing that conftest.py did holds here.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        work(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def on_two_processes(monkeypatch):
+    def start(work):
+        # The CPU, so the interpreter, on a machine with a GPU too; each process reads this when it imports triton.
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        multiprocessing.spawn(worker, (port, work), nprocs=WORLD)
+
+    return start
+
+
+def assert_gradients(found):
+    stock = stock_gradients()
+    assert found.keys() == stock.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, stock[name], msg=name)
+
+
+def assert_launched(forward):
+    from fastbert.kernels.launch import counts
+    from tests.models.running import expected_launches
+
+    assert counts == expected_launches(make(), forward=forward, backward=1), counts
+
+
+def ddp(rank, patch_first=True):
+    model = make().cpu()
+    parallel = DistributedDataParallel(fastbert.patch(model) if patch_first else model)
+    if not patch_first:
+        fastbert.patch(parallel)
+    parallel(**batch_of(rank)).loss.backward()
+    assert_launched(forward=1)
+    assert_gradients({name: p.grad for name, p in model.named_parameters()})
+
+
+def ddp_then_patch(rank):
+    ddp(rank, patch_first=False)
+
+
+def fsdp(rank, patch_first=True, **settings):
+    model = make().cpu()
+    if patch_first:
+        fastbert.patch(model)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
+    if not patch_first:
+        fastbert.patch(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    loss = model(**batch_of(rank)).loss
+    loss.backward()
+    assert_launched(forward=1)
+    return model
+
+
+def fsdp_gradients(rank, patch_first=True):
+    model = fsdp(rank, patch_first)
+    assert_gradients({name: p.grad.full_tensor() for name, p in model.named_parameters()})
+    fastbert.unpatch(model)
+    assert not any(row.state == "active" for row in fastbert.report(model).rows)
+
+
+def fsdp_then_patch(rank):
+    fsdp_gradients(rank, patch_first=False)
+
+
+def fsdp_in_half_precision(rank):
+    # Parameters gathered as float16 and used as such; gradients come back in float32.
+    model = fsdp(rank, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32))
+    stock = stock_gradients()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.full_tensor()
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, stock[name], rtol=0.05, atol=5e-3, msg=name)
+
+
+@pytest.mark.parametrize("work", [ddp, ddp_then_patch, fsdp_gradients, fsdp_then_patch, fsdp_in_half_precision])
+@pytest.mark.long
+def test_two_processes(work, on_two_processes):
+    on_two_processes(work)
+
+
+@pytest.mark.parametrize("work", [ddp, fsdp_gradients])
+def test_two_processes_quickly(work, on_two_processes):
+    on_two_processes(work)
