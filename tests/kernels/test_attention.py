@@ -223,7 +223,7 @@ def test_the_precision_of_float32_products_is_torchs(setting, precision):
     assert products == [precision] * 3
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter; compiled kernels: test_attention_gpu.py")
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
 @pytest.mark.parametrize(
     "dtype",
     [
