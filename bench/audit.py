@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import CASES, Variant
-from bench.hardware import ARCHITECTURES
+from bench.hardware import ARCHITECTURES, BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
 
 __all__ = ["CASES", "BASELINE", "compare", "read", "run", "severity", "write"]
 
@@ -113,9 +113,11 @@ def _regressions(before: Record, now: Record) -> Iterator[str]:
 
 
 def severity(record: Record) -> tuple[bool, float, float]:
-    """Sorts the worst first: what spills or does not fit, then narrow accesses, then the most instructions a byte."""
+    """Sorts the worst first: what spills or does not fit, then narrow accesses, then the closest to what can be issued."""
     broken = bool(record["spills"] or record["local_bytes"] or record["shared_bytes"] > record["shared_limit"])
-    return not broken, record["wide_share"], record["issue_tb_per_second"]
+    ceiling = COPY_BYTES_PER_SECOND if "issue_tb_per_second" in record else BF16_OPERATIONS_PER_SECOND
+    issue = record.get("issue_tb_per_second") or record["issue_tflop_per_second"]
+    return not broken, record["wide_share"], issue * 1e12 / ceiling
 
 
 def selection(ops: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:

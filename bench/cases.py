@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Odd on purpose: packed rows come in any number, and divisibility must not be what makes a kernel good.
 TOKENS = 16383
+BATCH, SEQLEN, HEADS = 32, 509, 12  # attention's; as odd
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # Every bucket's own width (a power of two), BERT's 384 (MiniLM) and 768 (base) inside theirs, and one that no vector
@@ -25,17 +26,23 @@ ACTIVATIONS = ("gelu_tanh", "relu", "silu")
 
 @dataclass(frozen=True)
 class Variant:
-    """dtype "mixed" is autocast: x in bf16, LayerNorm's input, output and weights in fp32."""
+    """dtype "mixed" is autocast: x in bf16, LayerNorm's input, output and weights in fp32.
+
+    width is the row's, for attention the head size; mask is attention's: none, key, causal, general or packed.
+    """
 
     op: str
     dtype: str
     width: int
     p: float = 0.0
     activation: str = "gelu"
+    mask: str = "none"
 
     @property
     def name(self) -> str:
         extra = f"p={self.p}" if self.op.startswith("dropout") else self.activation
+        if self.op == "attention":
+            extra = f"{self.mask} p={self.p}"
         return f"{self.op} {self.dtype} {self.width} {extra}"
 
 
@@ -124,8 +131,48 @@ def _gelu_layernorm(variant: Variant) -> None:
     op._launch_bwd(y, x, mean, rstd, vector, vector, variant.activation, True)
 
 
+def _attention_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "attention")
+    for mask in ("none", "key", "causal", "general", "packed"):
+        for p in (0.0, 0.1):
+            yield variant("bf16", 64, p=p, mask=mask)
+        yield variant("bf16", 128, mask=mask)
+    yield variant("bf16", 128, p=0.1, mask="key")
+    for head_size in (32, 40, 256):
+        yield variant("bf16", head_size, p=0.1, mask="key")
+    for dtype in ("fp16", "fp32"):
+        for head_size in (64, 128):
+            for p in (0.0, 0.1):
+                yield variant(dtype, head_size, p=p, mask="key")
+    yield variant("fp64", 64, p=0.1, mask="key")
+
+
+def _attention(variant: Variant) -> None:
+    """Self-attention of BERT-base, q, k and v views of one product."""
+    from fastbert.kernels import attention as op
+
+    dtype = DTYPES[variant.dtype]
+    packed, general = variant.mask == "packed", variant.mask == "general"
+    rows = (BATCH * SEQLEN,) if packed else (BATCH, SEQLEN)
+    q, k, v = _meta(*rows, 3, HEADS, variant.width, dtype=dtype).unbind(-3)
+    inputs = {
+        "key_mask": _meta(BATCH, SEQLEN, dtype=torch.bool) if variant.mask == "key" else None,
+        "key_bounds": _meta(BATCH, 3, dtype=torch.int32) if variant.mask == "key" else None,
+        "mask": _meta(BATCH, 1, SEQLEN, SEQLEN, dtype=dtype).expand(-1, HEADS, -1, -1) if general else None,
+        "cu_seqlens": _meta(BATCH + 1, dtype=torch.int32) if packed else None,
+        "seed": _meta(dtype=torch.int64) if variant.p else None,
+        "max_seqlen": SEQLEN if packed else None,
+        "causal": variant.mask == "causal",
+        "scale": variant.width**-0.5,
+        "p": variant.p,
+    }
+    out, logsumexp = op._launch_fwd(q, k, v, **inputs)
+    op._launch_bwd_packed(torch.empty_like(out), q, k, v, out, logsumexp, *inputs.values())
+
+
 CASES: dict[str, Case] = {
     "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
     "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
     "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),
+    "attention": Case(_attention_variants, _attention),
 }

@@ -15,10 +15,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import sass
-from bench.cases import CASES, TOKENS, Variant
-from bench.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, resident_programs
+from bench.cases import BATCH, CASES, HEADS, SEQLEN, TOKENS, Variant
+from bench.floors import SCORE_PRODUCTS
+from bench.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_per_second, resident_programs
 from fastbert.kernels import launch
 
+TILES = "pointers"  # what attention's kernels call whatever they load or store a tile through
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -33,12 +35,20 @@ class Launch:
 
     @property
     def direction(self) -> str:
-        return "backward" if "_bwd_" in self.kernel.__name__ else "forward"
+        """forward, backward, or backward-<part> of an op whose backward is several kernels."""
+        part = self.kernel.__name__.removesuffix("_kernel").rpartition("_bwd")[2]
+        return "forward" if "_bwd" not in self.kernel.__name__ else "backward" + part.replace("_", "-")
 
-    def big(self, width: int) -> dict[str, Tensor]:
+    @property
+    def loops_over_scores(self) -> bool:
+        """Whether it is one of attention's kernels whose work is queries x keys."""
+        return "max_seqlen_k" in self.arguments
+
+    def big(self, variant: Variant) -> dict[str, Tensor]:
         """The tensors of tokens x width elements, by name without _ptr: those whose bytes are the floor."""
+        elements = (BATCH * SEQLEN * HEADS if variant.op == "attention" else TOKENS) * variant.width
         tensors = {k.removesuffix("_ptr"): v for k, v in self.arguments.items() if isinstance(v, Tensor)}
-        return {name: tensor for name, tensor in tensors.items() if tensor.numel() == TOKENS * width}
+        return {name: tensor for name, tensor in tensors.items() if tensor.numel() == elements}
 
 
 class _AbsentDevice:
@@ -81,6 +91,8 @@ def compile_launch(architecture: str, launched: Launch) -> Any:
     assert isinstance(launched.kernel, triton.JITFunction), "TRITON_INTERPRET is set: nothing can be compiled"
     triton.runtime.driver.set_active(_AbsentDevice(ARCHITECTURES[architecture].capability))
     options = {"num_warps": launched.config.num_warps}
+    if launched.config.num_stages is not None:
+        options["num_stages"] = launched.config.num_stages
     return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **options)
 
 
@@ -103,15 +115,7 @@ def describe(
     resident = resident_programs(limits, config.num_warps, used["REG"], shared)
     if config.programs_per_multiprocessor:
         resident = min(resident, config.programs_per_multiprocessor)
-    arguments = launched.arguments
-    columns = arguments.get("CHUNKS", 1) * arguments["BLOCK_N"]
-    elements = arguments["BLOCK_M"] * min(columns, variant.width)
-    lanes_per_element = config.num_warps * LANES / elements
-    big = launched.big(variant.width)
-    widths = sass.access_widths(kernel.asm["ptx"])
-    loaded = sum(t.element_size() for name, t in big.items() if ("ld", name) in widths)
-    bytes_per_element = sum(t.element_size() for t in big.values())
-    per_element = len(hot) * lanes_per_element
+    about_work = _of_scores if launched.loops_over_scores else _of_rows
     return {
         "key": f"{architecture} {launched.direction} {variant.name}",
         "op": variant.op,
@@ -125,22 +129,58 @@ def describe(
         "shared_limit": limits.shared_per_program,
         "programs_per_multiprocessor": resident,
         "occupancy": resident * config.num_warps / limits.warps_per_multiprocessor,
-        "kib_in_flight": resident * elements * loaded / 1024,
         "loops": loops,
         "hot_instructions": len(hot),
-        "instructions_per_element": round(per_element, 2),
-        "philox_multiplies_per_element": round(sum(i.opcode.startswith("IMAD.HI") for i in hot) * lanes_per_element, 2),
         "barriers": sum(i.name == "BAR" for i in hot),
         "shuffles": sum(i.name == "SHFL" for i in hot),
         "matrix": dict(sass.matrix_instructions(hot)),
+    } | about_work(variant, launched, resident, shared, hot, sass.access_widths(kernel.asm["ptx"]))
+
+
+def _of_rows(
+    variant: Variant, launched: Launch, resident: int, shared: int, hot: list[sass.Instruction], widths: sass.Widths
+) -> dict[str, Any]:
+    """What is counted by element of a [tokens, width] tensor: the kernel passes once over memory."""
+    arguments = launched.arguments
+    columns = arguments.get("CHUNKS", 1) * arguments.get("BLOCK_N", arguments.get("BLOCK_D", 1))
+    elements = arguments["BLOCK_M"] * min(columns, variant.width)
+    lanes_per_element = launched.config.num_warps * LANES / elements
+    big = launched.big(variant)
+    loaded = sum(t.element_size() for name, t in big.items() if ("ld", name) in widths)
+    moved = sum(t.element_size() for t in big.values())
+    per_element = len(hot) * lanes_per_element
+    multiplies = sum(i.opcode.startswith("IMAD.HI") for i in hot) * lanes_per_element
+    return {
+        "kib_in_flight": resident * elements * loaded / 1024,
+        "instructions_per_element": round(per_element, 2),
+        "philox_multiplies_per_element": round(multiplies, 2),
         "access_bytes": {name: min(widths.get(("ld", name), []) + widths.get(("st", name), [])) for name in big},
-        "wide_share": wide_share(big, widths),
-        "bytes_per_element": bytes_per_element,
-        "issue_tb_per_second": round(issue_bytes_per_second(per_element, bytes_per_element) / 1e12, 2),
+        "wide_share": wide_share(set(big), widths),
+        "bytes_per_element": moved,
+        "issue_tb_per_second": round(issue_bytes_per_second(per_element, moved) / 1e12, 2),
     }
 
 
-def wide_share(big: dict[str, Tensor], widths: dict[tuple[str, str], list[int]]) -> float:
-    """The share of the big tensors' bytes that move 16 or more at a time."""
-    sizes = [size for (_, name), accesses in widths.items() if name in big for size in accesses]
+def _of_scores(
+    variant: Variant, launched: Launch, resident: int, shared: int, hot: list[sass.Instruction], widths: sass.Widths
+) -> dict[str, Any]:
+    """What is counted by score: the kernel multiplies tiles that wait in shared memory."""
+    arguments = launched.arguments
+    lanes_per_score = launched.config.num_warps * LANES / (arguments["BLOCK_M"] * arguments["BLOCK_N"])
+    per_score = len(hot) * lanes_per_score
+    operations = SCORE_PRODUCTS[launched.kernel.__name__] * 2 * variant.width
+    return {
+        "kib_in_flight": resident * shared / 1024,
+        "instructions_per_element": round(per_score, 2),
+        "philox_multiplies_per_element": round(sum(i.opcode.startswith("IMAD.HI") for i in hot) * lanes_per_score, 2),
+        "access_bytes": {TILES: min(widths["ld", TILES] + widths["st", TILES])},
+        "wide_share": wide_share({TILES}, widths),
+        "operations_per_score": operations,
+        "issue_tflop_per_second": round(issue_per_second(per_score) * operations / 1e12),
+    }
+
+
+def wide_share(names: set[str], widths: sass.Widths) -> float:
+    """The share of these tensors' bytes that move 16 or more at a time."""
+    sizes = [size for (_, name), accesses in widths.items() if name in names for size in accesses]
     return sum(size for size in sizes if size >= 16) / sum(sizes) if sizes else 0.0

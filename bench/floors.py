@@ -1,10 +1,10 @@
-"""The fewest bytes an op can move, and the time that takes at the measured copy bandwidth. KERNELS has the targets.
+"""The fewest bytes and operations of an op, and the time they take at the measured ceilings. KERNELS has the targets.
 
 T = tokens, W = width (hidden size, or 4 times that for bias_gelu), b = bytes an element. Weights, biases and the
 row statistics are left out: at 4,096 tokens they are under 1 %.
 """
 
-from bench.hardware import COPY_BYTES_PER_SECOND
+from bench.hardware import BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
 
 # Tensors of T x W elements that are read or written.
 TENSORS = {
@@ -14,10 +14,18 @@ TENSORS = {
     },
     "bias_gelu": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
     "gelu_layernorm": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
+    "attention": {
+        "forward": ("q", "k", "v", "out"),
+        "backward": ("q", "k", "v", "out", "dout", "dq", "dk", "dv"),
+    },
 }
+# Products of attention, each of 2 operations a score and element of a head: as exact arithmetic needs them, and as each
+# kernel computes them (both of the backward's make scores and dP again).
+PRODUCTS = {"forward": 2, "backward": 5}
+SCORE_PRODUCTS = {"attention_fwd_kernel": 2, "attention_bwd_kv_kernel": 4, "attention_bwd_q_kernel": 3}
 
 MODELS = {"BERT-base": 768, "BERT-large": 1024}
-TOKENS = {"512 (one row)": 512, "4,096 (32 x 128)": 4096, "32,768 (64 x 512)": 32768}
+SHAPES = {"1 x 512": (1, 512), "32 x 128": (32, 128), "64 x 512": (64, 512)}  # sequences x their length
 
 
 def width(op: str, hidden: int) -> int:
@@ -29,5 +37,11 @@ def stated_bytes(op: str, direction: str, tokens: int, hidden: int, itemsize: in
     return len(TENSORS[op][direction]) * tokens * width(op, hidden) * itemsize
 
 
-def floor_microseconds(moved: float) -> float:
-    return moved / COPY_BYTES_PER_SECOND * 1e6
+def stated_operations(op: str, direction: str, batch: int, seqlen: int, hidden: int) -> int:
+    """Of the matrix products: hidden is heads x head size, and every head has seqlen x seqlen scores."""
+    return PRODUCTS[direction] * 2 * batch * seqlen**2 * hidden if op == "attention" else 0
+
+
+def floor_microseconds(moved: float, operations: float = 0.0) -> float:
+    """Whichever takes longer: the bytes at the measured copy bandwidth, or the operations at the measured bf16 rate."""
+    return max(moved / COPY_BYTES_PER_SECOND, operations / BF16_OPERATIONS_PER_SECOND) * 1e6

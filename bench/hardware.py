@@ -47,7 +47,11 @@ def resident_programs(architecture: Architecture, warps: int, registers: int, sh
     return min(by_registers, by_shared, by_warps, architecture.programs_per_multiprocessor)
 
 
+def issue_per_second(instructions: float) -> float:
+    """How often a second an H200's schedulers can issue this many instructions of a lane, one of a warp a cycle each."""
+    return H200_MULTIPROCESSORS * H200_BOOST_HERTZ * SCHEDULERS * LANES / instructions
+
+
 def issue_bytes_per_second(instructions_per_element: float, bytes_per_element: float) -> float:
-    """Bytes a second of a kernel that an H200's schedulers could keep up with, one warp instruction a cycle each."""
-    per_second = H200_MULTIPROCESSORS * H200_BOOST_HERTZ * SCHEDULERS * LANES
-    return per_second / instructions_per_element * bytes_per_element
+    """Bytes a second of a kernel that an H200's schedulers could keep up with."""
+    return issue_per_second(instructions_per_element) * bytes_per_element

@@ -20,7 +20,10 @@ _PTX_EVENT = re.compile(
 )
 _POINTER = re.compile(r"tl\.(?:load|store)\(\s*(\w+)")
 
+_KERNELS = Path(__file__).parent.parent / "kernels"
+
 MATRIX_KINDS = {"HMMA": "mma.sync", "IMMA": "mma.sync", "DMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
+Widths = dict[tuple[str, str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,18 @@ def resources(cuobjdump_output: str) -> dict[str, int]:
 def hot_loop(instructions: list[Instruction]) -> tuple[list[Instruction], bool]:
     """The loop where the time goes, and True; the whole kernel, and False, when it has no loop.
 
-    Of the innermost loops: one with matrix instructions before one without, then the longest.
+    Of the innermost loops: the one with the most matrix instructions, and of several the shortest, since attention's
+    kernels have the same loop again for the few tiles that need a mask. Without any, the longest.
     """
     spans = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
     innermost = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     loops = [[i for i in instructions if first <= i.address <= last] for first, last in innermost]
     if not loops:
         return _without_padding(instructions), False
-    return max(loops, key=lambda loop: (sum(matrix_instructions(loop).values()), len(loop))), True
+    products = [sum(matrix_instructions(loop).values()) for loop in loops]
+    if not max(products):
+        return max(loops, key=len), True
+    return min((loop for loop, n in zip(loops, products, strict=True) if n == max(products)), key=len), True
 
 
 def _without_padding(instructions: list[Instruction]) -> list[Instruction]:
@@ -122,10 +129,10 @@ def spills(instructions: list[Instruction]) -> int:
     return sum(i.name in ("LDL", "STL") for i in instructions)
 
 
-def access_widths(ptx: str) -> dict[tuple[str, str], list[int]]:
+def access_widths(ptx: str) -> Widths:
     """Bytes a lane of each global access in PTX, by "ld" or "st" and the pointer's name in the source line."""
-    files = {number: Path(path).read_text().splitlines() for number, path in _PTX_FILE.findall(ptx)}
-    widths: dict[tuple[str, str], list[int]] = {}
+    files = {number: _source(Path(path)).read_text().splitlines() for number, path in _PTX_FILE.findall(ptx)}
+    widths: Widths = {}
     source: tuple[str, int] | None = None
     for event in _PTX_EVENT.finditer(ptx):
         if event["file"]:
@@ -135,6 +142,15 @@ def access_widths(ptx: str) -> dict[tuple[str, str], list[int]]:
             name = _pointer_name(files[source[0]], source[1])
             widths.setdefault((event["kind"] or "ld", name), []).append(size)
     return widths
+
+
+def _source(path: Path) -> Path:
+    """Our own copy of a file of kernels: Triton's cache may hold the PTX from a checkout that is gone.
+
+    The cache's key holds the text of a kernel and its line, but not where its file lies.
+    """
+    ours = _KERNELS / path.name
+    return ours if ours.exists() else path
 
 
 def _pointer_name(lines: list[str], number: int) -> str:

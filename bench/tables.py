@@ -9,11 +9,11 @@ from bench.audit import Record, severity
 def audit_table(records: list[Record], rows: int) -> Table:
     """The worst `rows` records first."""
     title = f"{min(rows, len(records))} of {len(records)} kernels, worst first"
-    table = Table(title=title, caption="issue TB/s: what an H200's schedulers could keep up with; it copies 4.3")
+    table = Table(title=title, caption="issue: TB/s (an H200 copies 4.3) or, attention, TFLOP/s (it multiplies 790) that its schedulers could keep up with")
     table.add_column("kernel", no_wrap=True)
-    for heading in ("rows x warps", "regs", "spill", "shared", "occ.", "KiB in flight", "16 B", "instr.", "/elem."):
+    for heading in ("tile x warps", "regs", "spill", "shared", "occ.", "KiB in flight", "16 B", "instr.", "/elem."):
         table.add_column(heading, justify="right")
-    for heading in ("philox/elem.", "matrix", "issue TB/s"):
+    for heading in ("philox/elem.", "matrix", "issue"):
         table.add_column(heading, justify="right")
     for record in sorted(records, key=severity)[:rows]:
         table.add_row(*_cells(record))
@@ -25,7 +25,7 @@ def _cells(record: Record) -> list[str]:
     matrix = " ".join(f"{count} {kind}" for kind, count in record["matrix"].items())
     return [
         record["key"],
-        f"{config['BLOCK_M']} x {config['num_warps']}",
+        " x ".join(str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "num_warps") if name in config),
         str(record["registers"]),
         _alarm(record["spills"]),
         str(record["shared_bytes"]),
@@ -36,8 +36,12 @@ def _cells(record: Record) -> list[str]:
         f"{record['instructions_per_element']:.1f}",
         f"{record['philox_multiplies_per_element']:.1f}",
         matrix or "-",
-        f"{record['issue_tb_per_second']:.1f}",
+        f"{record['issue_tb_per_second']:.1f} TB/s" if "issue_tb_per_second" in record else _tflops(record),
     ]
+
+
+def _tflops(record: Record) -> str:
+    return f"{record['issue_tflop_per_second']} TFLOP/s"
 
 
 def _alarm(count: int) -> str:
@@ -46,14 +50,21 @@ def _alarm(count: int) -> str:
 
 def floor_table(ops: list[str]) -> Table:
     """The floors in microseconds for 2-byte elements at BERT's shapes."""
-    table = Table(title="Floors in microseconds: stated bytes / 4.3 TB/s, 2-byte elements (4-byte ones take twice)")
+    title = "Floors in microseconds, 2-byte elements: bytes / 4.3 TB/s or operations / 790 TFLOP/s, whichever is longer"
+    table = Table(title=title)
     for heading in ("op", "direction", "model"):
         table.add_column(heading)
-    for heading in floors.TOKENS:
-        table.add_column(f"{heading} tokens", justify="right")
+    for heading in floors.SHAPES:
+        table.add_column(heading, justify="right")
     for op in ops:
         for direction in floors.TENSORS[op]:
             for model, hidden in floors.MODELS.items():
-                moved = [floors.stated_bytes(op, direction, tokens, hidden, 2) for tokens in floors.TOKENS.values()]
-                table.add_row(op, direction, model, *(f"{floors.floor_microseconds(m):.1f}" for m in moved))
+                cells = [_floor(op, direction, *shape, hidden) for shape in floors.SHAPES.values()]
+                table.add_row(op, direction, model, *cells)
     return table
+
+
+def _floor(op: str, direction: str, batch: int, seqlen: int, hidden: int) -> str:
+    moved = floors.stated_bytes(op, direction, batch * seqlen, hidden, 2)
+    operations = floors.stated_operations(op, direction, batch, seqlen, hidden)
+    return f"{floors.floor_microseconds(moved, operations):.1f}"

@@ -1,5 +1,6 @@
 """Triton kernels for Hugging Face BERT: `fastbert.patch(model)`, and the model computes the same, faster."""
 
+import fastbert.startup  # noqa: F401
 from fastbert.errors import UnsupportedModelError
 from fastbert.patch import patch, patched, unpatch
 from fastbert.report import Report, report

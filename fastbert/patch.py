@@ -48,7 +48,8 @@ def patch(
 
     Args:
         model: a BertModel or BertFor*, or any module that holds one (PEFT, SentenceTransformer, CrossEncoder).
-        attention: BertSelfAttention and BertCrossAttention. Not switched on yet: changes nothing.
+        attention: BertSelfAttention and BertCrossAttention, on `attention`. A model patched so has a config of its
+            own, which names "fastbert_over_<former>" as its attention implementation.
         residual_norm: BertSelfOutput and BertOutput, on `dropout_add_layernorm`.
         intermediate: BertIntermediate, on `bias_gelu`.
         mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`.

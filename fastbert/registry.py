@@ -28,6 +28,20 @@ class Entry:
 
 ENTRIES = (
     Entry(
+        bert.BertSelfAttention,
+        attention.FastBertSelfAttention,
+        "attention",
+        "attention",
+        attention.unsupported,
+    ),
+    Entry(
+        bert.BertCrossAttention,
+        attention.FastBertCrossAttention,
+        "attention",
+        "attention",
+        attention.unsupported,
+    ),
+    Entry(
         bert.BertSelfOutput,
         residual_norm.FastBertSelfOutput,
         "dropout_add_layernorm",
@@ -56,30 +70,12 @@ ENTRIES = (
         prediction_head.unsupported,
     ),
 )
-# Complete and tested by tests/models/test_attention.py, which switches it on; off until the whole of the model tests
-# has been run with it: `patch(attention=True)` changes nothing yet.
-ATTENTION = (
-    Entry(
-        bert.BertSelfAttention,
-        attention.FastBertSelfAttention,
-        "attention",
-        "attention",
-        attention.unsupported,
-    ),
-    Entry(
-        bert.BertCrossAttention,
-        attention.FastBertCrossAttention,
-        "attention",
-        "attention",
-        attention.unsupported,
-    ),
-)
 # Exact types: a user's subclass may have a forward of its own.
 BY_STOCK = {entry.stock: entry for entry in ENTRIES}
 BY_FAST = {entry.fast: entry for entry in ENTRIES}
 
 # Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.
-STOCK_ONLY = (bert.BertEmbeddings, bert.BertSelfAttention, bert.BertCrossAttention, bert.BertPooler)
+STOCK_ONLY = (bert.BertEmbeddings, bert.BertPooler)
 
 MODEL_CLASSES = (
     "BertModel",

@@ -12,19 +12,11 @@ from transformers import BertModel, EncoderDecoderModel, RobertaConfig, RobertaM
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from fastbert import ops, registry
+from fastbert import ops
 from fastbert.kernels.launch import counts
 from fastbert.layers.projection import project
 from tests.models.running import check, counting, expected_launches
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, config, make, make_batch
-
-
-@pytest.fixture(autouse=True)
-def attention_switched_on(monkeypatch):
-    for entry in registry.ATTENTION:
-        monkeypatch.setitem(registry.BY_STOCK, entry.stock, entry)
-        monkeypatch.setitem(registry.BY_FAST, entry.fast, entry)
-    monkeypatch.setattr(registry, "STOCK_ONLY", (bert.BertEmbeddings, bert.BertPooler))
 
 
 def implementations(model: nn.Module) -> set[str]:

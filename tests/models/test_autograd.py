@@ -52,9 +52,7 @@ def test_a_second_backward_without_retain_graph_raises_as_in_stock():
 
 def gradient_penalty(model):
     embeddings = model.get_input_embeddings()(make_batch()["input_ids"]).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        model(inputs_embeds=embeddings)[0].square().sum(), embeddings, create_graph=True
-    )
+    (gradient,) = torch.autograd.grad(model(inputs_embeds=embeddings)[0].square().sum(), embeddings, create_graph=True)
     gradient.square().sum().backward()
 
 

@@ -8,25 +8,31 @@ import torch
 from torch import nn
 
 import fastbert
-from tests.kernels.ops import drawn_mask
+from tests.kernels.ops import DEVICE, drawn_mask
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
 from tests.models.tiny import MLM, make, make_batch
 
 P = 0.4
 
 
-def train_step(model, seed, batch=None):
+def train_step(model, seed, backward):
     torch.manual_seed(seed)
-    return run(model, batch or make_batch())
+    return run(model, make_batch(), backward)
+
+
+def generator_state():
+    return torch.cuda.get_rng_state() if DEVICE.type == "cuda" else torch.get_rng_state()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_seed_repeats_bitwise_and_another_differs(attention):
     model = make(attention=attention, hidden_dropout_prob=P, attention_probs_dropout_prob=P)
     model = fastbert.patch(model).train()
-    first = train_step(model, 1)
-    assert_bitwise(train_step(model, 1), first)
-    other = train_step(model, 2)
+    # On a GPU the backward of some of sdpa's kernels adds up in no fixed order.
+    backward = attention == "eager" or DEVICE.type == "cpu"
+    first = train_step(model, 1, backward)
+    assert_bitwise(train_step(model, 1, backward), first)
+    other = train_step(model, 2, backward)
     assert all(not torch.equal(other[name], first[name]) for name in ("loss", "logits"))
 
 
@@ -42,9 +48,9 @@ def test_off_is_bitwise_without(off):
         model = fastbert.patch(make(hidden_dropout_prob=P)).eval()
     else:
         model = fastbert.patch(make(hidden_dropout_prob=0.0)).train()
-    state = torch.get_rng_state()
+    state = generator_state()
     assert_bitwise(run(model, make_batch()), plain)
-    assert torch.equal(torch.get_rng_state(), state), "a seed was drawn for a dropout that is off"
+    assert torch.equal(generator_state(), state), "a seed was drawn for a dropout that is off"
 
 
 def test_only_the_dropout_modules_own_mode_counts():

@@ -139,9 +139,7 @@ def test_layer_norm_eps(eps):
     check(make(layer_norm_eps=eps), make_batch())
 
 
-@pytest.mark.parametrize(
-    ("hidden", "heads", "intermediate"), [(1, 1, 1), (2, 1, 7), (37, 1, 111), (64, 4, 128), (120, 3, 30)]
-)
+@pytest.mark.parametrize(("hidden", "heads", "intermediate"), [(1, 1, 1), (2, 1, 7), (37, 1, 111), (64, 4, 128), (120, 3, 30)])
 def test_width(hidden, heads, intermediate):
     check(make(hidden_size=hidden, num_attention_heads=heads, intermediate_size=intermediate), make_batch())
 

@@ -25,9 +25,9 @@ class Kind:
 
     name: str
     cls: type[nn.Module]
-    labels: Callable[[], dict[str, Tensor]]
+    labels: Callable[[int], dict[str, Tensor]]  # for sequences of this length
     config: dict[str, Any] = field(default_factory=dict)
-    shape: tuple[int, ...] = (ROWS, LENGTH)
+    rows: tuple[int, ...] = (ROWS,)
 
     def __str__(self) -> str:
         return self.name
@@ -37,20 +37,25 @@ def _integers(high: int, *shape: int) -> Tensor:
     return torch.randint(high, shape)
 
 
-def _token_labels(high: int) -> Tensor:
-    labels = _integers(high, ROWS, LENGTH)
+def _token_labels(high: int, length: int) -> Tensor:
+    labels = _integers(high, ROWS, length)
     labels[:, ::3] = -100
     return labels
 
 
 _PROBLEM = "problem_type"
-BASE = Kind("base", bert.BertModel, dict)
-MLM = Kind("mlm", bert.BertForMaskedLM, lambda: {"labels": _token_labels(VOCABULARY)})
-CLM = Kind("clm", bert.BertLMHeadModel, lambda: {"labels": _token_labels(VOCABULARY)}, {"is_decoder": True})
+BASE = Kind("base", bert.BertModel, lambda length: {})
+MLM = Kind("mlm", bert.BertForMaskedLM, lambda length: {"labels": _token_labels(VOCABULARY, length)})
+CLM = Kind(
+    "clm",
+    bert.BertLMHeadModel,
+    lambda length: {"labels": _token_labels(VOCABULARY, length)},
+    {"is_decoder": True},
+)
 CLASSIFICATION = Kind(
     "single-label",
     bert.BertForSequenceClassification,
-    lambda: {"labels": _integers(3, ROWS)},
+    lambda length: {"labels": _integers(3, ROWS)},
     {"num_labels": 3, _PROBLEM: "single_label_classification"},
 )
 KINDS = (
@@ -58,40 +63,40 @@ KINDS = (
     Kind(
         "pretraining",
         bert.BertForPreTraining,
-        lambda: {"labels": _token_labels(VOCABULARY), "next_sentence_label": _integers(2, ROWS)},
+        lambda length: {"labels": _token_labels(VOCABULARY, length), "next_sentence_label": _integers(2, ROWS)},
     ),
     CLM,
     MLM,
-    Kind("next-sentence", bert.BertForNextSentencePrediction, lambda: {"labels": _integers(2, ROWS)}),
+    Kind("next-sentence", bert.BertForNextSentencePrediction, lambda length: {"labels": _integers(2, ROWS)}),
     Kind(
         "regression",
         bert.BertForSequenceClassification,
-        lambda: {"labels": torch.randn(ROWS)},
+        lambda length: {"labels": torch.randn(ROWS)},
         {"num_labels": 1, _PROBLEM: "regression"},
     ),
     CLASSIFICATION,
     Kind(
         "multi-label",
         bert.BertForSequenceClassification,
-        lambda: {"labels": _integers(2, ROWS, 3).float()},
+        lambda length: {"labels": _integers(2, ROWS, 3).float()},
         {"num_labels": 3, _PROBLEM: "multi_label_classification"},
     ),
     Kind(
         "multiple-choice",
         bert.BertForMultipleChoice,
-        lambda: {"labels": _integers(CHOICES, ROWS)},
-        shape=(ROWS, CHOICES, LENGTH),
+        lambda length: {"labels": _integers(CHOICES, ROWS)},
+        rows=(ROWS, CHOICES),
     ),
     Kind(
         "token-classification",
         bert.BertForTokenClassification,
-        lambda: {"labels": _token_labels(3)},
+        lambda length: {"labels": _token_labels(3, length)},
         {"num_labels": 3},
     ),
     Kind(
         "question-answering",
         bert.BertForQuestionAnswering,
-        lambda: {"start_positions": _integers(LENGTH, ROWS), "end_positions": _integers(LENGTH, ROWS)},
+        lambda length: {"start_positions": _integers(length, ROWS), "end_positions": _integers(length, ROWS)},
     ),
 )
 
@@ -102,7 +107,7 @@ def config(**overrides: Any) -> BertConfig:
         "vocab_size": VOCABULARY,
         "hidden_size": 40,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_attention_heads": 2,
         "intermediate_size": 56,
         "max_position_embeddings": 24,
         "hidden_dropout_prob": 0.0,
@@ -125,17 +130,18 @@ def make(
     return model.to(DEVICE, dtype).eval()
 
 
-def make_batch(kind: Kind = MLM, mask: str = "right", seed: int = 1, labels: bool = True) -> Batch:
+def make_batch(kind: Kind = MLM, mask: str = "right", seed: int = 1, labels: bool = True, length: int = LENGTH) -> Batch:
     """Token ids, segments, a mask of this kind of `MASKS` and (where the class has a loss) labels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        shape = (*kind.rows, length)
         batch: Batch = {
-            "input_ids": torch.randint(1, VOCABULARY, kind.shape),
-            "token_type_ids": torch.randint(2, kind.shape),
-            "attention_mask": make_mask(mask, kind.shape),
+            "input_ids": torch.randint(1, VOCABULARY, shape),
+            "token_type_ids": torch.randint(2, shape),
+            "attention_mask": make_mask(mask, shape),
         }
         if labels:
-            batch |= kind.labels()
+            batch |= kind.labels(length)
     return {name: tensor.to(DEVICE) for name, tensor in batch.items() if tensor is not None}
 
 
@@ -143,7 +149,7 @@ def make_batch(kind: Kind = MLM, mask: str = "right", seed: int = 1, labels: boo
 MASKS = ("none", "right", "left", "holes", "one token", "4-D")
 
 
-def make_mask(kind: str, shape: tuple[int, ...] = (ROWS, LENGTH)) -> Tensor | None:
+def make_mask(kind: str, shape: tuple[int, ...]) -> Tensor | None:
     mask = torch.ones(shape, dtype=torch.long)
     if kind == "none":
         return None
