@@ -5,11 +5,15 @@ from rich.table import Table
 from bench import floors
 from bench.audit import Record, severity
 
+CAPTION = (
+    "issue: TB/s that an H200's schedulers could keep up with (it copies 4.3); for attention TFLOP/s (it multiplies 790)"
+)
+
 
 def audit_table(records: list[Record], rows: int) -> Table:
     """The worst `rows` records first."""
     title = f"{min(rows, len(records))} of {len(records)} kernels, worst first"
-    table = Table(title=title, caption="issue: TB/s (an H200 copies 4.3) or, attention, TFLOP/s (it multiplies 790) that its schedulers could keep up with")
+    table = Table(title=title, caption=CAPTION)
     table.add_column("kernel", no_wrap=True)
     for heading in ("tile x warps", "regs", "spill", "shared", "occ.", "KiB in flight", "16 B", "instr.", "/elem."):
         table.add_column(heading, justify="right")
