@@ -11,13 +11,16 @@ FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in a
 attention_backward.py.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
 from .attention_backward import attention_bwd_kv_kernel, attention_bwd_q_kernel, attention_bwd_rows_kernel
 from .attention_forward import attention_fwd_kernel
-from .launch import accumulator, accumulator_torch, check_dtype, choose, differentiable, draw_seed, launch
+from .configs import Config
+from .launch import INTERPRETED, accumulator, accumulator_torch, check_dtype, choose, differentiable, draw_seed, launch
 
 __all__ = ["attention"]
 
@@ -53,16 +56,27 @@ def _constants(q: Tensor, causal: bool, scale: float, p: float) -> dict[str, obj
         "SCALE": scale,
         "CAUSAL": causal,
         "P_DROP": p,
-        # Read at each launch, as torch's own products do: Triton's default would be TF32.
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": _precision(q),
         "ACC": accumulator(q.dtype),
         "D": q.shape[-1],
         "BLOCK_D": _block_d(q),
     }
 
 
+def _precision(q: Tensor) -> str:
+    """Read at each launch, as torch's own products do: Triton's default would be TF32."""
+    if q.dtype == torch.float64 and not INTERPRETED:
+        return "sum"  # triton compiles no float64 product; it is there for gradcheck
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def _block_d(q: Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[-1]))  # the matrix unit's shortest side is 16
+
+
+def _choose(kernel: str, q: Tensor, mask: Tensor | None = None) -> Config:
+    """A general mask needs registers for a pointer a score, so its tiles are smaller."""
+    return choose(kernel if mask is None else f"{kernel}_masked", q, q.shape[-1])
 
 
 def _launch_fwd(
@@ -87,7 +101,7 @@ def _launch_fwd(
     sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
     _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
     n_heads = q.shape[-2]
-    config = choose("attention_forward", q, _block_d(q))
+    config = _choose("attention_forward", q, mask)
     launch(
         attention_fwd_kernel,
         sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
@@ -120,7 +134,7 @@ def _launch_fwd(
 
 def _allocate_fwd(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    rows = q.shape[:-2].numel()
+    rows = math.prod(q.shape[:-2])  # torch.Size.numel would fix a size that torch.compile keeps open
     return out, torch.empty((q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
 
 
@@ -177,7 +191,7 @@ def _launch_bwd_into(
     row_key = torch.empty_like(logsumexp, dtype=torch.int32) if p > 0.0 else None
     constants = _constants(q, causal, scale, p)
 
-    config = choose("attention_backward_rows", q, _block_d(q))
+    config = _choose("attention_backward_rows", q)
     launch(
         attention_bwd_rows_kernel,
         sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
@@ -219,7 +233,7 @@ def _launch_bwd_into(
         "n_rows": n_rows,
         **constants,
     }
-    config = choose("attention_backward_kv", q, _block_d(q))
+    config = _choose("attention_backward_kv", q, mask)
     launch(
         attention_bwd_kv_kernel,
         sequences * n_heads * triton.cdiv(seqlen_k, config.BLOCK_N),
@@ -232,7 +246,7 @@ def _launch_bwd_into(
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
     )
-    config = choose("attention_backward_q", q, _block_d(q))
+    config = _choose("attention_backward_q", q, mask)
     launch(
         attention_bwd_q_kernel,
         sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),

@@ -81,20 +81,23 @@ _BIAS_GELU_BACKWARD: Table = {
 }
 
 
-# By rounded head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the
-# forward at head sizes 64 and 128, so that one's softmax hides behind the other's products.
+# By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
+# sizes 64 and 128, so that one's softmax hides behind the other's products. Head sizes that are no power of two check
+# their columns, which takes registers, and have rows of their own.
 _ATTENTION_32_BIT: Table = {
     4: {64: Config(32, 4, 32, num_stages=2), 128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)},
-    8: {64: Config(16, 4, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)},
+    8: {64: Config(16, 16, 16, num_stages=1), 256: Config(16, 32, 16, num_stages=1)},
 }
 _HOPPER_ATTENTION: dict[str, Table] = {
-    "forward": {2: {64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
+    "forward": {2: {32: Config(128, 4, 64, num_stages=3), 63: Config(64, 4, 64, num_stages=2), 64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
+    "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(64, 8, 32, num_stages=2)}},
     "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
 }
 _AMPERE_ATTENTION: dict[str, Table] = {
-    "forward": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=2)}},
-    "backward_kv": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
+    "forward": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=3), 256: Config(32, 8, 32, num_stages=2)}},
+    "backward_kv": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(32, 4, 32, num_stages=2), 256: Config(16, 8, 32, num_stages=1)}},
+    "backward_kv_masked": {2: {128: Config(32, 4, 32, num_stages=2), 256: Config(16, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
 }
 _ATTENTION_ROWS: Table = {size: {256: Config(32, 4)} for size in (2, 4, 8)}
@@ -109,11 +112,13 @@ def _everywhere(table: Table) -> dict[str, Table]:
 
 
 def _attention(part: str) -> dict[str, Table]:
-    return {
-        "sm_80": _AMPERE_ATTENTION[part] | _ATTENTION_32_BIT,
-        "sm_90": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
-        "sm_100": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
-    } | _interpreted(Config(64, 1, 32))
+    """part may end in _masked: where a table has no such entry, general masks take the one without."""
+
+    def table(tables: dict[str, Table]) -> Table:
+        return tables.get(part, tables[part.removesuffix("_masked")]) | _ATTENTION_32_BIT
+
+    hopper = table(_HOPPER_ATTENTION)
+    return {"sm_80": table(_AMPERE_ATTENTION), "sm_90": hopper, "sm_100": hopper} | _interpreted(Config(64, 1, 32))
 
 
 # The interpreter's time goes by programs and steps, not by elements: tall tiles.
@@ -122,8 +127,9 @@ TABLES: dict[str, dict[str, Table]] = {
     "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD) | _interpreted(Config(32, 1, None, 1)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
-    "attention_forward": _attention("forward"),
     "attention_backward_rows": _everywhere(_ATTENTION_ROWS) | _interpreted(Config(64, 1)),
-    "attention_backward_kv": _attention("backward_kv"),
-    "attention_backward_q": _attention("backward_q"),
+} | {
+    f"attention_{part}{masked}": _attention(f"{part}{masked}")
+    for part in ("forward", "backward_kv", "backward_q")
+    for masked in ("", "_masked")
 }

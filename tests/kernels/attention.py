@@ -50,7 +50,8 @@ def tiles(forward: Tile, kv: Tile | None = None, q: Tile | None = None) -> Itera
     shapes |= {"attention_backward_kv": kv or forward, "attention_backward_q": q or kv or forward}
 
     def choose(kernel: str, like: Tensor, width: int) -> Config:
-        return Config(shapes[kernel][0], 1, shapes[kernel][1])
+        shape = shapes[kernel.removesuffix("_masked")]
+        return Config(shape[0], 1, shape[1])
 
     with patch.object(module, "choose", choose if INTERPRETED else module.choose):
         yield
