@@ -138,7 +138,7 @@ def _attention_variants() -> Iterator[Variant]:
             yield variant("bf16", 64, p=p, mask=mask)
         yield variant("bf16", 128, mask=mask)
     yield variant("bf16", 128, p=0.1, mask="key")
-    for head_size in (32, 40, 256):
+    for head_size in (32, 40, 96, 256):
         yield variant("bf16", head_size, p=0.1, mask="key")
     for dtype in ("fp16", "fp32"):
         for head_size in (64, 128):

@@ -146,7 +146,8 @@ def _of_rows(
     elements = arguments["BLOCK_M"] * min(columns, variant.width)
     lanes_per_element = launched.config.num_warps * LANES / elements
     big = launched.big(variant)
-    loaded = sum(t.element_size() for name, t in big.items() if ("ld", name) in widths)
+    names = {TILES} if variant.op == "attention" else set(big)
+    loaded = sum(t.element_size() for name, t in big.items() if ("ld", name) in widths or TILES in names)
     moved = sum(t.element_size() for t in big.values())
     per_element = len(hot) * lanes_per_element
     multiplies = sum(i.opcode.startswith("IMAD.HI") for i in hot) * lanes_per_element
@@ -154,8 +155,8 @@ def _of_rows(
         "kib_in_flight": resident * elements * loaded / 1024,
         "instructions_per_element": round(per_element, 2),
         "philox_multiplies_per_element": round(multiplies, 2),
-        "access_bytes": {name: min(widths.get(("ld", name), []) + widths.get(("st", name), [])) for name in big},
-        "wide_share": wide_share(set(big), widths),
+        "access_bytes": {name: min(widths.get(("ld", name), []) + widths.get(("st", name), [])) for name in names},
+        "wide_share": wide_share(names, widths),
         "bytes_per_element": moved,
         "issue_tb_per_second": round(issue_bytes_per_second(per_element, moved) / 1e12, 2),
     }

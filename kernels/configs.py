@@ -84,15 +84,22 @@ _BIAS_GELU_BACKWARD: Table = {
 # By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
 # sizes 64 and 128, so that one's softmax hides behind the other's products. Head sizes that are no power of two check
 # their columns, which takes registers, and have rows of their own.
-_ATTENTION_32_BIT: Table = {
-    4: {64: Config(32, 4, 32, num_stages=2), 128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)},
-    8: {64: Config(16, 16, 16, num_stages=1), 256: Config(16, 32, 16, num_stages=1)},
+_WIDE_32_BIT = {128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)}
+_64_BIT: Table = {8: {64: Config(16, 16, 16, num_stages=1), 256: Config(16, 32, 16, num_stages=1)}}
+_WIDE_ATTENTION: dict[str, Table] = {
+    "forward": {4: {64: Config(32, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
+    "backward_kv": {4: {64: Config(16, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
+    "backward_q": {4: {64: Config(32, 4, 16, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
 }
 _HOPPER_ATTENTION: dict[str, Table] = {
     "forward": {2: {32: Config(128, 4, 64, num_stages=3), 63: Config(64, 4, 64, num_stages=2), 64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
     "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(64, 8, 32, num_stages=2)}},
     "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+}
+_BLACKWELL_ATTENTION: dict[str, Table] = _HOPPER_ATTENTION | {
+    "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=1), 256: Config(64, 8, 32, num_stages=2)}},
+    "backward_kv": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
 }
 _AMPERE_ATTENTION: dict[str, Table] = {
     "forward": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=3), 256: Config(32, 8, 32, num_stages=2)}},
@@ -114,11 +121,11 @@ def _everywhere(table: Table) -> dict[str, Table]:
 def _attention(part: str) -> dict[str, Table]:
     """part may end in _masked: where a table has no such entry, general masks take the one without."""
 
-    def table(tables: dict[str, Table]) -> Table:
-        return tables.get(part, tables[part.removesuffix("_masked")]) | _ATTENTION_32_BIT
-
-    hopper = table(_HOPPER_ATTENTION)
-    return {"sm_80": table(_AMPERE_ATTENTION), "sm_90": hopper, "sm_100": hopper} | _interpreted(Config(64, 1, 32))
+    plain = part.removesuffix("_masked")
+    tables = {"sm_80": _AMPERE_ATTENTION, "sm_90": _HOPPER_ATTENTION, "sm_100": _BLACKWELL_ATTENTION}
+    return {
+        architecture: table.get(part, table[plain]) | _WIDE_ATTENTION[plain] for architecture, table in tables.items()
+    } | _interpreted(Config(64, 1, 32))
 
 
 # The interpreter's time goes by programs and steps, not by elements: tall tiles.
