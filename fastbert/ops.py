@@ -14,11 +14,12 @@ try:
     from fastbert.kernels.attention import MAX_HEAD_SIZE, attention, bounds_of
     from fastbert.kernels.bias_gelu import bias_gelu
     from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
+    from fastbert.kernels.gather_rows import gather_rows
     from fastbert.kernels.gelu_layernorm import gelu_layernorm
     from fastbert.kernels.launch import INTERPRETED, MAX_WIDTH
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
-    attention = bounds_of = bias_gelu = dropout_add_layernorm = gelu_layernorm = None
+    attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = None
 
 _bounds = WeakTensorKeyDictionary()
 
@@ -40,6 +41,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "dropout_add_layernorm",
+    "gather_rows",
     "gelu_layernorm",
     "key_bounds",
 ]

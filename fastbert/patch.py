@@ -54,7 +54,9 @@ def patch(
         intermediate: BertIntermediate, on `bias_gelu`.
         mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`.
         embeddings: BertEmbeddings. No kernel yet: changes nothing.
-        unpad: "auto", True or False: whether padding is skipped. Not built yet: changes nothing.
+        unpad: whether BertEncoder runs on the real tokens alone, packed before its first layer and unpacked after its
+            last: "auto" where no output can show it (heads that read the first position only), True everywhere, with
+            zeros where padding is, False nowhere. One synchronisation a forward.
         mlm_logits: "full" or "none": whether training with labels returns MLM logits. Not built yet: changes nothing.
         strict: raise if any module that has a fast class (and is not switched off) would stay on stock code.
 
@@ -63,7 +65,7 @@ def patch(
         ValueError: `unpad` or `mlm_logits` is none of its values.
         UnsupportedModelError: nothing to patch, or `strict` and something would stay stock. The model is as before.
     """
-    switches = {
+    switches: dict[str, Any] = {
         "attention": attention,
         "residual_norm": residual_norm,
         "intermediate": intermediate,
@@ -71,6 +73,7 @@ def patch(
         "embeddings": embeddings,
     }
     _check_arguments(model, switches | {"strict": strict}, unpad, mlm_logits)
+    switches["unpad"] = unpad
     if os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0"):
         _say_disabled()
         return model
@@ -126,18 +129,23 @@ def switches_of(model: nn.Module) -> dict[str, bool] | None:
 
 def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, type], list[str]]:
     """The class that each module should have, and a line for each that would stay stock against the switches."""
-    from fastbert.registry import BY_FAST, BY_STOCK
+    from fastbert.registry import BY_FAST, BY_STOCK, PACKING, PACKING_FOR_FIRST, encoders_read_at_first
 
     classes: dict[nn.Module, type] = {}
     left_stock: list[str] = []
+    read_at_first = encoders_read_at_first(model)
     for name, module in model.named_modules():
         entry = BY_STOCK.get(type(module)) or BY_FAST.get(type(module))
         if entry is None:
             continue
+        wanted = switches[entry.switch]
+        if entry.stock is PACKING.stock:
+            entry = PACKING_FOR_FIRST if module in read_at_first else PACKING
+            wanted = module in read_at_first if wanted == "auto" else wanted
         reason = None
-        if switches[entry.switch]:
+        if wanted:
             reason = entry.why_stock(module) if type(module) is entry.stock else entry.unsupported(module)
-        classes[module] = entry.fast if switches[entry.switch] and reason is None else entry.stock
+        classes[module] = entry.fast if wanted and reason is None else entry.stock
         if reason is not None:
             left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")
     if not classes:

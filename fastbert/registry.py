@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert.layers import attention, intermediate, prediction_head, residual_norm
+from fastbert.layers import attention, encoder, intermediate, prediction_head, residual_norm
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,30 @@ ENTRIES = (
         prediction_head.unsupported,
     ),
 )
+# Which of the two an encoder becomes depends on who reads it: see `encoder_entry`.
+PACKING = Entry(bert.BertEncoder, encoder.FastBertEncoder, "gather_rows", "unpad", encoder.unsupported)
+PACKING_FOR_FIRST = Entry(
+    bert.BertEncoder, encoder.FirstPositionFastBertEncoder, "gather_rows", "unpad", encoder.unsupported
+)
+# Heads that read the pooled first position and return nothing else of the encoder's output.
+FIRST_POSITION_HEADS = (
+    bert.BertForSequenceClassification,
+    bert.BertForNextSentencePrediction,
+    bert.BertForMultipleChoice,
+)
 # Exact types: a user's subclass may have a forward of its own.
-BY_STOCK = {entry.stock: entry for entry in ENTRIES}
-BY_FAST = {entry.fast: entry for entry in ENTRIES}
+BY_STOCK = {entry.stock: entry for entry in (*ENTRIES, PACKING)}
+BY_FAST = {entry.fast: entry for entry in (*ENTRIES, PACKING, PACKING_FOR_FIRST)}
 
 # Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.
 STOCK_ONLY = (bert.BertEmbeddings, bert.BertPooler)
+
+
+def encoders_read_at_first(model: nn.Module) -> set[nn.Module]:
+    """The encoders in `model` of which a head reads the first position only."""
+    heads = (module for module in model.modules() if type(module) in FIRST_POSITION_HEADS)
+    return {head.bert.encoder for head in heads}
+
 
 MODEL_CLASSES = (
     "BertModel",

@@ -135,6 +135,8 @@ def _stock_row(name: str, cls: type, kernel: str | None, reason: str) -> Row:
 def _why_stock(module: nn.Module, entry: Any, switches: dict[str, bool] | None) -> str:
     if switches is None:
         return "not patched"
+    if switches[entry.switch] == "auto":
+        return entry.why_stock(module) or "unpad='auto', and outputs at padded positions can be seen"
     return f"{entry.switch}=False" if not switches[entry.switch] else entry.why_stock(module) or "not patched"
 
 

@@ -74,6 +74,11 @@ _BIAS_GELU_FORWARD: Table = {
     4: {8192: Config(4, 4, 512)},
     8: {8192: Config(1, 4, 512)},
 }
+_GATHER_ROWS: Table = {
+    2: {8192: Config(4, 4, 1024)},
+    4: {8192: Config(4, 4, 512)},
+    8: {8192: Config(4, 4, 256)},
+}
 _BIAS_GELU_BACKWARD: Table = {
     2: {8192: Config(4, 4, 512, 6)},
     4: {8192: Config(2, 4, 512, 6)},
@@ -130,6 +135,7 @@ def _attention(part: str) -> dict[str, Table]:
 
 # The interpreter's time goes by programs and steps, not by elements: tall tiles.
 TABLES: dict[str, dict[str, Table]] = {
+    "gather_rows": _everywhere(_GATHER_ROWS) | _interpreted(Config(32, 1, 1024)),
     "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
     "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD) | _interpreted(Config(32, 1, None, 1)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),

@@ -102,3 +102,8 @@ def attention(
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None) -> Tensor:
     x = x.to(out_dtype or x.dtype)
     return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Row index[i] of x as row i, zeros where index[i] is negative. `inverse` says the same from the other side."""
+    return torch.where((index >= 0)[:, None], x[index.clamp(min=0).long()], 0.0)

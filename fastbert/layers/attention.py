@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfAttention
@@ -11,6 +12,8 @@ from fastbert.dispatch import refused, tensor_reason
 from fastbert.integrations.attention import attend, former_name, mask_reason, wants_weights
 from fastbert.layers.parts import dropout_reason
 from fastbert.layers.projection import project
+
+_FLASH_KEYWORDS = ("cu_seq_lens_q", "max_length_q", "cu_seq_lens_k", "max_length_k")
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -33,6 +36,9 @@ class FastBertSelfAttention(BertSelfAttention):
         if refused(self, _reason(self, attention_mask, kwargs) or tensor_reason(hidden_states)):
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
         q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
+        bounds = _sequence_bounds(self, attention_mask, past_key_values, kwargs)
+        if bounds is not None:
+            return _packed_attended(self, q, k, v, *bounds).reshape(hidden_states.shape[:-1] + (-1,)), None
         if past_key_values is not None:
             cache = past_key_values
             if isinstance(cache, EncoderDecoderCache):
@@ -68,11 +74,40 @@ class FastBertCrossAttention(BertCrossAttention):
         return _attended(self, q, k, v, attention_mask, hidden_states.shape), None
 
 
+def _sequence_bounds(
+    module: nn.Module, mask: Tensor | None, past_key_values: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, int] | None:
+    """cu_seqlens and max_seqlen of a packed [1, T, H] call: from fastbert's encoder, or from a flattening collator where
+    the model's own implementation would have read them (the others ignore them)."""
+    packing = kwargs.get("packing")
+    if packing is not None:
+        return packing.cu_seqlens, packing.max_seqlen
+    given = [kwargs.get(name) for name in _FLASH_KEYWORDS]
+    if _reads_packing(module) and mask is None and past_key_values is None and all(x is not None for x in given):
+        return given[0].to(torch.int32), int(given[1])
+    return None
+
+
+def _reads_packing(module: nn.Module) -> bool:
+    return "flash" in (former_name(module.config._attn_implementation) or "")
+
+
+def _packed_attended(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    q, k, v = (x.squeeze(0) for x in (q, k, v))
+    p = module.dropout.p if module.training else 0.0
+    keywords = {"causal": module.is_causal, "scale": module.scaling, "p": p}
+    return ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **keywords)
+
+
 def _reason(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     if wants_weights(module, kwargs):
         return "attention weights were asked for"
     if former_name(module.config._attn_implementation) is None:
         return f"attention implementation {module.config._attn_implementation!r} was chosen after patching"
+    if _reads_packing(module) and kwargs.get("position_ids") is not None and kwargs.get("cu_seq_lens_q") is None:
+        return "position ids, from which the model's own attention reads where packed sequences start"
     return unsupported(module) or mask_reason(mask)
 
 

@@ -1,0 +1,111 @@
+"""y[i] = x[index[i]], and zeros where index[i] is negative: rows of a padded batch to packed ones, and back.
+
+x [R, H] with any strides, index [N], inverse [R] (where each row of x goes, negative if nowhere):
+
+    forward    reads and writes the rows that are taken: 2NHb bytes
+    backward   the same with the two indices exchanged
+
+Nothing is saved but the indices. No atomics: every row goes to one place at most.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_math import block_rows, tile_offsets
+from .launch import check_dtype, choose, differentiable, launch
+
+__all__ = ["gather_rows"]
+
+
+@triton.jit
+def gather_rows_kernel(
+    x_ptr,
+    index_ptr,
+    y_ptr,
+    x_row_stride,
+    x_col_stride,
+    n_rows,
+    N_COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    rows = block_rows(program // n_col_blocks, BLOCK_M)
+    cols = (program % n_col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask = rows < n_rows, cols < N_COLS
+
+    sources = tl.load(index_ptr + rows, row_mask, other=-1)
+    x = tl.load(
+        x_ptr + tile_offsets(sources, cols, x_row_stride, x_col_stride),
+        (sources >= 0)[:, None] & col_mask[None, :],
+        other=0.0,
+    )
+    tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), x, row_mask[:, None] & col_mask[None, :])
+
+
+def _launch(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    y = _allocate(x, index, inverse)
+    n_rows, n_cols = y.shape
+    config = choose("gather_rows", x, n_cols)
+    launch(
+        gather_rows_kernel,
+        triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N),
+        config,
+        x,
+        x_ptr=x,
+        index_ptr=index,
+        y_ptr=y,
+        x_row_stride=x.stride(0),
+        x_col_stride=x.stride(1),
+        n_rows=n_rows,
+        N_COLS=n_cols,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return y
+
+
+def _allocate(x, index, inverse):
+    return torch.empty((index.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
+
+
+def _save(ctx, inputs, output):
+    _, index, inverse = inputs
+    ctx.save_for_backward(index, inverse)
+
+
+def _gradients(backward, ctx, dy):
+    index, inverse = ctx.saved_tensors
+    return backward(dy, inverse, index), None, None
+
+
+_op = torch.library.custom_op("fastbert::gather_rows", _launch, mutates_args=())
+_op.register_fake(_allocate)
+_call = differentiable(_launch, _launch, _save, _gradients, _op, _op)
+
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Row index[i] of x as row i, zeros where index[i] is negative.
+
+    Args:
+        x: [R, H]. fp64, fp32, fp16 or bf16, any strides.
+        index: int32 [N], below R. No row of x may be named twice.
+        inverse: int32 [R], where each row of x goes: inverse[index[i]] == i, negative for rows that go nowhere.
+
+    Returns:
+        [N, H], contiguous, the dtype of x.
+
+    Raises:
+        ValueError: x that is no matrix, a dtype that has no kernel, indices that are not int32 vectors.
+    """
+    check_dtype("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [R, H], got {tuple(x.shape)}")
+    for name, vector, length in (("index", index, None), ("inverse", inverse, x.shape[0])):
+        if vector.dtype != torch.int32 or vector.dim() != 1 or (length is not None and vector.shape[0] != length):
+            expected = "[N]" if length is None else f"[{length}]"
+            raise ValueError(f"{name}: expected int32 {expected}, got {vector.dtype} {tuple(vector.shape)}")
+    return _call(x, index.contiguous(), inverse.contiguous())
