@@ -18,7 +18,7 @@ def gradcheck(inputs, layout=lambda x: x, **options):
     options = {name: seed_tensor(value) if name == "seed" else value for name, value in options.items()}
     leaves = tuple(x.requires_grad_() for x in inputs.values())
     fast = sum(x.numel() for x in leaves) > 40
-    with tiles((16, 16), kv=(32, 16), q=(16, 32)):
+    with tiles((32, 16), kv=(16, 32), q=(32, 16)):
         assert torch.autograd.gradcheck(
             lambda q, k, v: attention(layout(q), layout(k), layout(v), **options),
             leaves,
@@ -44,26 +44,26 @@ def test_element_by_element(lengths, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, DROPPED, DROPPED | {"causal": True}], ids=str)
-@pytest.mark.parametrize("length", [1, 5, 17, 33])
+@pytest.mark.parametrize("length", [1, 5, 17])
 def test_lengths(length, options):
-    gradcheck(make_inputs(2, length, 1, 8, DOUBLE), **options)
+    gradcheck(make_inputs(1, length, 1, 8, DOUBLE), **options)
 
 
 @pytest.mark.parametrize("options", [{}, DROPPED], ids=["plain", "dropped"])
 @pytest.mark.parametrize("head_size", [1, 7, 16, 24, 59, 64, 130, 256])
 def test_head_sizes(head_size, options):
-    gradcheck(make_inputs(1, 5, 2, head_size, DOUBLE), **options)
+    gradcheck(make_inputs(1, 5, 1, head_size, DOUBLE), **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, DROPPED], ids=str)
 @pytest.mark.parametrize("lengths", [(1, 20), (5, 18), (16, 33)], ids=str)
 def test_cross_lengths(lengths, options):
-    gradcheck(make_inputs(1, lengths, 2, 8, DOUBLE), **options)
+    gradcheck(make_inputs(1, lengths, 1, 8, DOUBLE), **options)
 
 
 @pytest.mark.parametrize("lengths", [(20, 1), (18, 5)], ids=str)
 def test_more_queries_than_keys(lengths):
-    gradcheck(make_inputs(1, lengths, 2, 8, DOUBLE))
+    gradcheck(make_inputs(2, lengths, 1, 8, DOUBLE))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.05, -0.7])
@@ -75,31 +75,31 @@ def test_scales(causal, scale):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, DROPPED], ids=str)
 @pytest.mark.parametrize("kind", ["right", "holes", "left"])
 def test_key_masks(kind, options):
-    place = torch.arange(35, device=DEVICE).expand(2, 35)
+    place = torch.arange(35, device=DEVICE).expand(1, 35)
     key_mask = {"right": place < 14, "holes": place % 3 != 1, "left": (place > 20) | (place == 0)}[kind]
-    gradcheck(make_inputs(2, 35, 1, 8, DOUBLE), key_mask=key_mask, **options)
+    gradcheck(make_inputs(1, 35, 1, 8, DOUBLE), key_mask=key_mask, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, DROPPED], ids=str)
-@pytest.mark.parametrize("form", [(2, 2, 18, 18), (1, 1, 18, 18), (2, 1, 1, 18)], ids=str)
+@pytest.mark.parametrize("form", [(1, 2, 18, 18), (1, 1, 18, 18), (1, 1, 1, 18)], ids=str)
 @pytest.mark.parametrize("added", [False, True], ids=["bool", "added"])
 def test_general_masks(added, form, options):
     mask = random_mask(*form)
     if added:
         mask = torch.where(mask, normal(*form, dtype=DOUBLE), torch.finfo(DOUBLE).min)
-    gradcheck(make_inputs(2, 18, 2, 8, DOUBLE), mask=mask, **options)
+    gradcheck(make_inputs(1, 18, 2, 8, DOUBLE), mask=mask, **options)
 
 
 def test_every_mask_at_once():
-    key_mask = random_mask(2, 18)
-    gradcheck(make_inputs(2, 18, 1, 8, DOUBLE), key_mask=key_mask, mask=random_mask(1, 1, 18, 18), causal=True, **DROPPED)
+    key_mask = random_mask(1, 18)
+    gradcheck(make_inputs(1, 18, 1, 8, DOUBLE), key_mask=key_mask, mask=random_mask(1, 1, 18, 18), causal=True, **DROPPED)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, DROPPED], ids=str)
 @pytest.mark.parametrize("lengths", [(5, 18), (1, 0, 33), (7,)], ids=str)
 def test_packed(lengths, options):
     bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
-    inputs = {name: normal(sum(lengths), 2, 8, dtype=DOUBLE) for name in ("q", "k", "v")}
+    inputs = {name: normal(sum(lengths), 1, 8, dtype=DOUBLE) for name in ("q", "k", "v")}
     gradcheck(inputs, cu_seqlens=bounds, max_seqlen=max(lengths), **options)
 
 
@@ -107,12 +107,12 @@ def test_packed(lengths, options):
 @pytest.mark.parametrize("options", [{}, DROPPED | {"causal": True}], ids=["plain", "dropped causal"])
 def test_layouts(layout, options):
     """Through the view as well: of heads that share their keys, gradients add up."""
-    gradcheck(make_inputs(2, 18, 2, 8, DOUBLE), layout, **options)
+    gradcheck(make_inputs(1, 18, 2, 8, DOUBLE), layout, **options)
 
 
 @pytest.mark.parametrize("options", [{}, DROPPED], ids=["plain", "dropped"])
 def test_every_stride(options):
-    gradcheck({name: every_second(x) for name, x in make_inputs(2, 18, 2, 8, DOUBLE).items()}, **options)
+    gradcheck({name: every_second(x) for name, x in make_inputs(2, 7, 2, 8, DOUBLE).items()}, **options)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
