@@ -11,7 +11,7 @@ from .ops import DEVICE, seed_tensor
 DTYPES = [torch.float64, torch.float32, torch.float16]
 LAYOUTS = [torch.clone, layouts.heads_first, layouts.head_size_first, layouts.every_second, layouts.shared_heads]
 # With one or two keys, what there is of the gradients of q and k is cancellation, in eager as well: see test_one_key.
-LENGTHS = st.one_of(st.integers(3, 33), st.sampled_from([16, 17, 31, 32, 33, 64, 65]))
+LENGTHS = st.one_of(st.integers(3, 33), st.sampled_from([16, 17, 31, 32, 33, 64]))
 HEAD_SIZES = st.one_of(st.integers(1, 40), st.sampled_from([59, 64, 80, 111, 128, 256]))
 PROBABILITIES = st.one_of(st.just(0.0), st.just(0.0), st.sampled_from([0.1, 1.0]), st.floats(1e-4, 0.95))
 MASKS = ["none", "none", "key_mask", "bool", "added", "key_mask and added"]
@@ -24,7 +24,7 @@ def calls(draw):
     dtype = draw(st.sampled_from(DTYPES))
     # float16 ends at 65504, and products of values and of upstream gradients are sums on the way to the gradients
     exponents = st.floats(-1.0, 1.0) if dtype == torch.float16 else st.floats(-4.0, 4.0)
-    side = st.sampled_from([32, 32, 64, 64, 64, 16])
+    side = st.sampled_from([32, 64, 64])
     return {
         "packed": packed,
         "sequences": draw(st.lists(st.one_of(st.integers(3, 30), st.just(0)), min_size=1, max_size=3)) if packed else None,
