@@ -9,6 +9,8 @@ from .attention import make_inputs, normal, tiles
 from .ops import DEVICE, seed_tensor
 from .test_attention_layouts import every_second, head_size_first, heads_first, shared_heads
 
+pytestmark = pytest.mark.one_in(2)
+
 DOUBLE = torch.float64
 DROPPED = {"p": 0.4, "seed": 11}
 

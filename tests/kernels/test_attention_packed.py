@@ -11,6 +11,8 @@ from .cases import DTYPES, dtype_name
 from .ops import DEVICE, assert_same, run, seed_tensor
 from .test_attention_layouts import every_second, head_size_first, heads_first
 
+pytestmark = pytest.mark.one_in(2)
+
 HEADS, HEAD_SIZE = 2, 16
 MIXED = (5, 0, 33, 1, 18)  # with tiles of 16: three blocks, two, one, none
 LENGTHS = {"mixed": MIXED, "one": (37,), "ones": (1, 1, 1), "empty ends": (0, 0, 20, 0), "alike": (16, 16), "nothing": (0, 0)}
