@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastbert.kernels import attention as module
 from fastbert.kernels import reference
-from fastbert.kernels.attention import MAX_HEAD_SIZE, attention
+from fastbert.kernels.attention import attention
+from fastbert.kernels.attention_checks import MAX_HEAD_SIZE
 from fastbert.kernels.configs import ARCHITECTURES, TABLES, Config
 from fastbert.kernels.launch import INTERPRETED, counts
 from tests.numerics import assert_close
