@@ -1,0 +1,239 @@
+"""The padding-free encoder: which rows enter each product, equality at real positions, and when the batch stays padded."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastbert
+from tests.models.running import assert_bitwise, assert_equal, counting, doubled, run
+from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, LENGTH, ROWS, make, make_batch
+
+FIRST = ("next-sentence", "regression", "single-label", "multi-label", "multiple-choice")
+AT_FIRST = [kind for kind in KINDS if kind.name in FIRST]
+OTHERS = [kind for kind in KINDS if kind.name not in FIRST]
+TOKEN_LABELS = [kind for kind in KINDS if kind.name in ("mlm", "clm", "token-classification")]
+PACKED = 4  # launches: pack and unpack, each forward and backward
+
+
+def check(model, batch, unpad, real=None):
+    """Patched against eager, outputs at `real` positions only; returns how often rows were gathered."""
+    patched = fastbert.patch(copy.deepcopy(model), unpad=unpad)
+    with counting() as launched:
+        results = run(patched, batch)
+    eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
+    if real is not None:
+        for tensors in (results, eager, exact):
+            for name in [n for n, t in tensors.items() if not n.startswith("gradient") and t.shape[:2] == real.shape]:
+                tensors[name] = tensors[name][real]
+    assert_equal(results, eager, exact)
+    return launched["gather_rows_kernel"]
+
+
+def batch_of(kind, mask="right"):
+    """Labels of padding are -100, as collators make them."""
+    batch = make_batch(kind, mask)
+    if kind in TOKEN_LABELS:
+        batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batch
+
+
+def encoder_row(model):
+    (row,) = [row for row in fastbert.report(model).rows if row.hf_class == "BertEncoder"]
+    return row
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", AT_FIRST, ids=str)
+def test_auto_is_invisible_where_the_first_position_is_read(kind, dtype, attention):
+    assert check(make(kind, dtype, attention).train(), make_batch(kind), "auto") == PACKED
+
+
+@pytest.mark.parametrize("kind", OTHERS, ids=str)
+def test_auto_changes_nothing_elsewhere(kind):
+    model = fastbert.patch(make(kind))
+    with counting() as launched:
+        run(model, make_batch(kind), backward=False)
+    assert "gather_rows_kernel" not in launched
+    row = encoder_row(model)
+    assert (row.state, row.reason) == ("untouched", "unpad='auto', and outputs at padded positions can be seen")
+
+
+# A causal loss predicts a real token from the position before it, which is padding where padding leads or gaps.
+LABELLED = [(kind, mask) for kind in TOKEN_LABELS for mask in ("right", "left", "holes") if kind is not CLM or mask == "right"]
+
+
+@pytest.mark.parametrize("kind, mask", LABELLED, ids=str)
+def test_true_is_equal_at_every_real_position(kind, mask):
+    """With the loss and every gradient."""
+    batch = batch_of(kind, mask)
+    assert check(make(kind).train(), batch, True, batch["attention_mask"].bool()) == PACKED
+
+
+@pytest.mark.parametrize("mask", ["right", "left", "holes"])
+def test_true_gives_zeros_where_padding_is(mask):
+    model, batch = make(BASE), make_batch(BASE, mask)
+    expected = model(**batch).last_hidden_state
+    result = fastbert.patch(model, unpad=True)(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(result[real], expected[real])
+    assert not result[~real].any()
+
+
+@pytest.mark.parametrize("unpad", ["auto", True])
+def test_rows_that_enter_each_product_are_the_tokens(unpad, monkeypatch):
+    model, batch = fastbert.patch(make(CLASSIFICATION), unpad=unpad), make_batch(CLASSIFICATION)
+    tokens, rows, linear = int(batch["attention_mask"].sum()), [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(x.shape[:-1].numel()) or linear(x, *rest))
+    model(**batch)
+    # In a layer: one for q, k and v, the attention's output, the two of the feed-forward. Then pooler and classifier.
+    assert rows == [tokens] * 4 * model.config.num_hidden_layers + [ROWS] * 2
+    assert tokens < ROWS * LENGTH
+
+
+def padded(model, batch, reason, **keywords):
+    """The batch stays padded, for this reason, and is equal."""
+    patched = fastbert.patch(copy.deepcopy(model), **keywords)
+    with counting() as launched:
+        results = run(patched, batch)
+    assert "gather_rows_kernel" not in launched
+    assert encoder_row(patched).fallback_calls == {reason: 1}
+    assert_equal(results, run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch)))
+
+
+FIRST_IS_READ = "a first position that is padding is read"
+
+
+@pytest.mark.parametrize(
+    "mask, reason",
+    [
+        ("none", "a batch without a mask"),
+        ("left", FIRST_IS_READ),
+        ("4-D", "a mask between queries and keys"),
+    ],
+)
+def test_masks_that_stay_padded(mask, reason):
+    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION, mask), reason)
+
+
+@pytest.mark.parametrize("value, reason", [(1, "a batch without padding"), (0, "a batch of padding alone")])
+def test_all_or_nothing_stays_padded(value, reason):
+    batch = make_batch(CLASSIFICATION)
+    batch["attention_mask"] = torch.full_like(batch["attention_mask"], value)
+    padded(make(CLASSIFICATION), batch, reason)
+
+
+def test_a_row_of_padding_alone_stays_padded():
+    batch = make_batch(CLASSIFICATION)
+    batch["attention_mask"][1] = 0
+    padded(make(CLASSIFICATION), batch, FIRST_IS_READ)
+
+
+@pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions"])
+def test_what_would_show_packed_rows_stays_padded(flag):
+    asked = "hidden states or attention weights were asked for"
+    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION) | {flag: True}, asked)
+    padded(make(CLASSIFICATION, **{flag: True}), make_batch(CLASSIFICATION), asked)
+
+
+def test_packs_again_after_hidden_states_were_asked_for_once():
+    """transformers leaves its hooks on the modules for good; idle, they are no reason."""
+    model, batch = fastbert.patch(make(CLASSIFICATION)), make_batch(CLASSIFICATION)
+    run(model, batch | {"output_hidden_states": True}, backward=False)
+    with counting() as launched:
+        run(model, batch)
+    assert launched["gather_rows_kernel"] == PACKED
+
+
+def test_chunks_stay_padded():
+    padded(make(CLASSIFICATION, chunk_size_feed_forward=3), make_batch(CLASSIFICATION), "a feed-forward in chunks")
+
+
+@pytest.mark.parametrize("name", ["", ".attention.self", ".output.dense"])
+def test_a_hook_on_a_layer_sees_the_padded_batch(name):
+    model, batch, shapes = make(CLASSIFICATION), make_batch(CLASSIFICATION), []
+    module = model.get_submodule("bert.encoder.layer.1" + name)
+    handle = module.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:2]))
+    fastbert.patch(model)
+    run(model, batch)
+    assert shapes == [(ROWS, LENGTH)]
+    (reason,) = encoder_row(model).fallback_calls
+    assert "hook" in reason or "not the kernel's" in reason
+    handle.remove()
+    with counting() as launched:
+        run(model, batch)
+    assert launched["gather_rows_kernel"] == PACKED
+
+
+def test_without_the_attention_kernel_it_stays_padded():
+    # transformers then makes the masks of the model's own attention.
+    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION), "a mask between queries and keys", attention=False)
+
+
+def test_a_cache_stays_padded():
+    model = fastbert.patch(make(CLM), unpad=True)
+    model(**make_batch(CLM, labels=False), use_cache=True)
+    assert encoder_row(model).fallback_calls == {"cross-attention or a cache": 1}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_on_is_off_with_dropout(reentrant):
+    model = fastbert.patch(make(CLASSIFICATION, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)).train()
+    batch = make_batch(CLASSIFICATION)
+    torch.manual_seed(3)
+    off = run(model, batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.manual_seed(3)
+    with counting() as launched:
+        assert_bitwise(run(model, batch), off)
+    assert launched["gather_rows_kernel"] == PACKED
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_packs_too(copied):
+    model = copied(fastbert.patch(make(CLASSIFICATION)))
+    with counting() as launched:
+        run(model, make_batch(CLASSIFICATION))
+    assert launched["gather_rows_kernel"] == PACKED
+
+
+def test_false_unpatch_and_a_second_patch():
+    model, batch = make(CLASSIFICATION), make_batch(CLASSIFICATION)
+    stock = type(model.bert.encoder)
+    fastbert.patch(model)
+    assert type(model.bert.encoder) is not stock
+    fastbert.patch(model, unpad=False)
+    assert type(model.bert.encoder) is stock and encoder_row(model).reason == "unpad=False"
+    fastbert.patch(model, unpad=True)
+    with counting() as launched:
+        run(model, batch)
+    assert launched["gather_rows_kernel"] == PACKED
+    assert type(fastbert.unpatch(model).bert.encoder) is stock
+
+
+@pytest.mark.parametrize("unpad", ["auto", True])
+def test_strict_counts_what_unpad_asks_for(unpad):
+    fastbert.patch(make(CLASSIFICATION), unpad=unpad, strict=True)
+
+
+def test_under_autocast():
+    model, batch = make(CLASSIFICATION).train(), make_batch(CLASSIFICATION)
+    autocast = torch.autocast(model.device.type, torch.float16)
+    with counting() as launched:
+        results = run(fastbert.patch(copy.deepcopy(model)), batch, within=autocast)
+    assert launched["gather_rows_kernel"] == PACKED
+    eager = run(copy.deepcopy(model), batch, within=autocast)
+    assert_equal(results, eager, run(copy.deepcopy(model).double(), doubled(batch)))
+
+
+def test_compiled_stays_padded_and_whole():
+    model, batch = make(CLASSIFICATION, num_hidden_layers=1), make_batch(CLASSIFICATION)
+    torch.compiler.reset()
+    fast = torch.compile(fastbert.patch(copy.deepcopy(model)), fullgraph=True, backend="aot_eager")
+    with counting() as launched:
+        loss = fast(**batch).loss
+    assert "gather_rows_kernel" not in launched
+    torch.testing.assert_close(loss, model(**batch).loss)
