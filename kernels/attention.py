@@ -317,7 +317,8 @@ def attention(
         q: [B, Sq, heads, D], or packed [T, heads, D]. fp64, fp32, fp16 or bf16; any strides; D from 1 to 256.
         k, v: [B, Sk, heads, D], or packed like q.
         key_mask: bool [B, Sk], true where a key is valid.
-        mask: [B or 1, heads or 1, Sq or 1, Sk or 1], bool (true where seen) or a number added to the scaled score.
+        mask: [B or 1, heads or 1, Sq or 1, Sk or 1], leading dimensions may be left out, [Sq, Sk] for one; bool (true
+            where seen) or a number added to the scaled score.
         cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T. Rows that it
             leaves out are not written.
         max_seqlen: length of the longest packed sequence, or more.

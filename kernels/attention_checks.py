@@ -61,7 +61,7 @@ def check_masks(q, k, key_mask, mask, key_bounds) -> None:
     if mask is None:
         return
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    if mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
+    if not 1 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(full), strict=False)):
         raise ValueError(f"mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask: expected bool or a floating-point number to be added, got {mask.dtype}")

@@ -75,6 +75,30 @@ def test_nothing_spills_on_hopper_at_berts_widths():
     assert not [r["key"] for r in records if r["spills"] or r["local_bytes"]]
 
 
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+
+
+def test_attention_as_it_ships():
+    """At BERT's head sizes, on every architecture: its own matrix instructions, no spills, 16-byte tiles, and in the
+    forward two programs a multiprocessor."""
+    records = [r for r in audit.read() if r["op"] == "attention" and r["key"].split()[3:5] != ["fp64", "64"]]
+    assert not [r["key"] for r in records if r["spills"] or r["local_bytes"]]
+    records = [r for r in records if r["key"].split()[4] in ("64", "128")]
+    assert len({r["key"] for r in records}) == len(records) > 150
+    for record in records:
+        key, half = record["key"], record["key"].split()[3] in ("bf16", "fp16")
+        assert record["wide_share"] == 1.0, key
+        assert record["programs_per_multiprocessor"] >= 2 or " forward " not in key, key
+        if half and "backward-rows" not in key:
+            assert set(record["matrix"]) == {MATRIX[record["architecture"]]}, key
+
+
+def test_short_is_a_part_of_the_whole():
+    records = audit.selected(audit.read(), list(CASES), list(ARCHITECTURES), short=True)
+    assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
+    assert len(records) == 3 * (3 * 2 + 2 * 4)
+
+
 def test_what_ships_compiles_to_the_baseline(monkeypatch):
     """One op's 16-bit kernels at BERT-base's width on Hopper, compiled here and now."""
     variants = [v for v in CASES["bias_gelu"].variants() if (v.dtype, v.width, v.activation) == ("bf16", 3072, "gelu")]
