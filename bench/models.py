@@ -28,7 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 97,
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "intermediate_size": 64,
         "max_position_embeddings": 32,

@@ -15,7 +15,7 @@ from bench.peers import Absent
 from bench.records import ModelRecord
 
 SETS = 4  # batches that rotate
-STEPS = {"cuda": 12, "cpu": 2}  # of the losses that are compared
+STEPS = {"cuda": 12, "cpu": 1}  # of the losses that are compared
 SECONDS = 3.0  # of timed steps
 
 
