@@ -43,9 +43,7 @@ ENTRIES = {
             "chunk": (128, 256, 512),
         },
     ),
-    "layernorm_forward": Entry(
-        "dropout_add_layernorm", "forward", _HIDDEN, {"BLOCK_M": (1, 2, 4), "num_warps": (1, 2, 4, 8)}
-    ),
+    "layernorm_forward": Entry("dropout_add_layernorm", "forward", _HIDDEN, {"BLOCK_M": (1, 2, 4), "num_warps": (1, 2, 4, 8)}),
     "bias_gelu_backward": Entry(
         "bias_gelu",
         "backward",
@@ -102,7 +100,9 @@ def shipped(kernel: str, architecture: str, dtype: str, config: Config) -> Itera
         table[itemsize] = before
 
 
-def tune_jobs(architecture: str, kernels: tuple[str, ...] = tuple(ENTRIES), dtypes: tuple[str, ...] = ("bf16",)) -> Iterator[dict[str, Any]]:
+def tune_jobs(
+    architecture: str, kernels: tuple[str, ...] = tuple(ENTRIES), dtypes: tuple[str, ...] = ("bf16",)
+) -> Iterator[dict[str, Any]]:
     """The arguments of bench.tune.run, an entry each: BERT's own widths first."""
     for dtype in dtypes:
         for place in range(max(len(entry.widths) for entry in ENTRIES.values())):

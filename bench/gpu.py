@@ -1,6 +1,5 @@
 """Runs a plan within a time budget, and writes everything reached after each job."""
 
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -21,24 +20,25 @@ def run(
     out: Path,
     say: Callable[[str], None],
     reserve: float = RESERVE,
+    name: str = RESULTS,
 ) -> None:
-    """Run the jobs in order until `budget` seconds have gone; `results` and out/results.json hold what they gave.
+    """Run the jobs in order until `budget` seconds have gone; `results` and out/`name` hold what they gave.
 
     A job that fails is recorded with the end of its output, and the next one runs. One that does not fit into the time
     left is recorded as not reached.
     """
     end = time.monotonic() + budget - reserve
-    schema.write(results, out / RESULTS)
+    schema.write(results, out / name)
     for job in plan:
         left = end - time.monotonic()
         if left < job.least:
             results.stages.append(StageRecord(job.name, "not reached", 0.0, f"{max(left, 0.0):.0f} s were left"))
             continue
         results.stages.append(_run(job, min(job.cap, left), results))
-        schema.write(results, out / RESULTS)
+        schema.write(results, out / name)
         stage = results.stages[-1]
         say(f"{stage.seconds:6.1f} s  {stage.status:5}  {stage.name}")
-    schema.write(results, out / RESULTS)
+    schema.write(results, out / name)
 
 
 def _run(job: Job, timeout: float, results: Results) -> StageRecord:
@@ -49,8 +49,3 @@ def _run(job: Job, timeout: float, results: Results) -> StageRecord:
     except Exception:
         return StageRecord(job.name, "error", time.monotonic() - start, traceback.format_exc())
     return StageRecord(job.name, outcome.status, time.monotonic() - start, outcome.reason)
-
-
-def interpreting() -> None:
-    """From here on processes that are started run kernels in Triton's interpreter."""
-    os.environ["TRITON_INTERPRET"] = "1"

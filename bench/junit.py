@@ -1,5 +1,6 @@
 """The correctness tests of the same run: `pytest -m gpu` in a process of its own, summed up from JUnit's XML."""
 
+import os
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -10,7 +11,7 @@ from bench.isolate import Outcome, run_command
 from bench.records import TestsRecord
 
 SHOWN = 40  # failures that are named
-WORKERS = "8"  # most of a test's time is one kernel's compilation on one core
+MOST_WORKERS = 8  # most of a test's time is one kernel's compilation on one core
 
 
 def run(timeout: float, selection: tuple[str, ...] = ("-m", "gpu")) -> Outcome:
@@ -20,7 +21,7 @@ def run(timeout: float, selection: tuple[str, ...] = ("-m", "gpu")) -> Outcome:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", *selection]
         command += ["--continue-on-collection-errors"]
         if find_spec("xdist"):
-            command += ["-n", WORKERS]
+            command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
         outcome = run_command(command, timeout, {})
         if not xml.exists():
             return outcome

@@ -47,9 +47,7 @@ def op_jobs(cases: list[ops.Case], directions: tuple[str, ...] = ops.DIRECTIONS)
     for i in range(0, len(cases), CASES_A_JOB):
         some = cases[i : i + CASES_A_JOB]
         name = f"ops: {some[0].dtype} S={some[0].seqlen} H={some[0].hidden}, {len(some)} cases"
-        yield worker_job(
-            name, 200.0, 30.0, kind="ops", cases=[asdict(case) for case in some], directions=list(directions)
-        )
+        yield worker_job(name, 200.0, 30.0, kind="ops", cases=[asdict(case) for case in some], directions=list(directions))
 
 
 def gpu_plan(budget: float) -> Iterator[Job]:

@@ -56,9 +56,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
 
 
-def _eager_residual(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, p: float = 0.0
-) -> Tensor:
+def _eager_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, p: float = 0.0) -> Tensor:
     """As BertSelfOutput computes it: the product's bias, dropout, the sum, LayerNorm."""
     return _layer_norm(F.dropout(x + x_bias, p) + residual, weight, bias)
 

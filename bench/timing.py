@@ -29,9 +29,7 @@ class Flush:
         self.buffer.zero_()
 
 
-def measure(
-    prepare: Callable[[int], Any], call: Callable[[Any], Any], *, seconds: float = 0.2
-) -> tuple[Spread, list[float]]:
+def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, seconds: float = 0.2) -> tuple[Spread, list[float]]:
     """Time `call(prepare(i))`, the preparation left out: quartiles over all rounds, and the median of each block.
 
     Each block takes about `seconds`, between FEWEST and MOST rounds.
@@ -54,9 +52,7 @@ def _host_seconds(prepare: Callable[[int], Any], call: Callable[[Any], Any], i: 
     return time.perf_counter() - start
 
 
-def _block(
-    prepare: Callable[[int], Any], call: Callable[[Any], Any], flush: Flush, rounds: int, wait: int
-) -> list[float]:
+def _block(prepare: Callable[[int], Any], call: Callable[[Any], Any], flush: Flush, rounds: int, wait: int) -> list[float]:
     events = []
     for i in range(rounds):
         argument = prepare(i)
