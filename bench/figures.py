@@ -7,6 +7,7 @@ import matplotlib
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from bench import ceilings, lanes
 from bench.markdown import GIB, provenance
@@ -140,6 +141,10 @@ def roofline(left: Axes, right: Axes, results: Results) -> None:
     steps = [min(r.operations / r.moved for r in multiplying) / 2, product / copy, 4 * product / copy]
     right.plot(steps, [min(x * copy, product) / 1e12 for x in steps], color="#222", linestyle="--", linewidth=1)
     right.set(xscale="log", yscale="log", xlabel="stated operations a byte", ylabel="achieved, TFLOP/s")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
 
 
 def _scatter(axes: Axes, records: list[OpRecord], x: Callable[[OpRecord], float], y: Callable[[OpRecord], float]) -> None:
@@ -157,7 +162,8 @@ def scaling(left: Axes, right: Axes, results: Results) -> None:
     if frame.empty:
         _empty(left)
         return _empty(right)
-    for name in [name for name in COLOURS if name in set(frame.lane)]:
+    lengths = frame.groupby("lane").seqlen.nunique()
+    for name in [name for name in COLOURS if lengths.get(name, 0) > 1]:  # a point alone is no line
         mine = frame[frame.lane == name]
         for full, style in ((True, "-"), (False, ":")):
             line = mine[(mine.fill >= 0.99) if full else (mine.fill.between(0.45, 0.55))].sort_values("seqlen")
