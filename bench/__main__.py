@@ -82,7 +82,7 @@ def _start(dry_run: bool) -> None:
     from bench.no_gpu import explain
 
     if dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # what is started from here on sees no GPU
         console.print("[yellow]dry run: tiny shapes, no time is taken[/]")
     elif not torch.cuda.is_available():
         raise typer.Exit(explain(console))

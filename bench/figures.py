@@ -78,16 +78,14 @@ def model_frame(records: Iterable[ModelRecord]) -> pandas.DataFrame:
 
 
 def bars(axes: Axes, results: Results) -> None:
-    """Sequences a second of each lane, relative to stock where stock was timed, so that all workloads fit one axis."""
+    """Sequences a second of each lane, relative to stock, so that all workloads fit one axis."""
     frame = model_frame(results.models)
     if frame.empty:
         return _empty(axes)
-    cases = frame.groupby("workload", sort=False).filter(lambda case: len(case) > 1)
+    cases = frame.groupby("workload", sort=False).filter(lambda case: len(case) > 1 and "stock" in set(case.lane))
     if cases.empty:
         return _empty(axes)
-    base = cases.groupby("workload", sort=False)["rate"].transform("first")
-    stock = cases[cases.lane == "stock"].set_index("workload")["rate"]
-    base = cases.workload.map(stock).fillna(base)
+    base = cases.workload.map(cases[cases.lane == "stock"].set_index("workload")["rate"])
     cases = cases.assign(times=cases.rate / base, low=cases.slow / base, high=cases.fast / base)
     _grouped(axes, cases, "times", errors=True)
     axes.axhline(1.0, color="#30638e", linewidth=0.8)
@@ -133,7 +131,8 @@ def roofline(left: Axes, right: Axes, results: Results) -> None:
     else:
         _scatter(left, moving, lambda r: r.moved / 1e6, lambda r: r.moved / r.seconds.median / 1e12)
         left.axhline(copy / 1e12, color="#222", linestyle="--", linewidth=1)
-        left.annotate(f"copy, measured: {copy / 1e12:.2f} TB/s", (0.02, copy / 1e12), ("axes fraction", "data"), fontsize=8)
+        label = f"copy, measured: {copy / 1e12:.2f} TB/s"
+        left.text(0.02, copy / 1e12, label, transform=left.get_yaxis_transform(), va="bottom", fontsize=8)
         left.set(xscale="log", xlabel="stated bytes, MB", ylabel="achieved, TB/s", ylim=(0, None))
     if not multiplying or not copy or not product:
         return _empty(right)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bench.isolate import Outcome, run_command
-from bench.records import TestsRecord
+from bench.records import SuiteRecord
 
 SHOWN = 40  # failures that are named
 MOST_WORKERS = 8  # most of a test's time is one kernel's compilation on one core
@@ -31,7 +31,7 @@ def run(timeout: float, selection: tuple[str, ...] = ("-m", "gpu")) -> Outcome:
     return Outcome("ok" if finished else "error", outcome.seconds, None if finished else outcome.reason, [record])
 
 
-def summary(xml: str, finished: bool) -> TestsRecord:
+def summary(xml: str, finished: bool) -> SuiteRecord:
     """Counts, and a line for each failure, of one JUnit document."""
     cases = ElementTree.fromstring(xml).iter("testcase")
     counts = {"failure": 0, "error": 0, "skipped": 0, "passed": 0}
@@ -43,6 +43,6 @@ def summary(xml: str, finished: bool) -> TestsRecord:
         if ending is not None and ending.tag != "skipped":
             lines = (ending.get("message") or ending.text or "").strip().splitlines() or ["no message"]
             failures.append(f"{case.get('classname')}::{case.get('name')}: {lines[0][:300]}")
-    return TestsRecord(
+    return SuiteRecord(
         counts["passed"], counts["failure"], counts["error"], counts["skipped"], seconds, finished, failures[:SHOWN]
     )

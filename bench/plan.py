@@ -51,7 +51,15 @@ def op_jobs(cases: list[ops.Case], directions: tuple[str, ...] = ops.DIRECTIONS)
 
 
 def gpu_plan(budget: float) -> Iterator[Job]:
-    """Everything. The lanes that decide come before those that complete the picture."""
+    """Everything, each thing once. The lanes that decide come before those that complete the picture."""
+    names = set()
+    for job in _everything(budget):
+        if job.name not in names:
+            names.add(job.name)
+            yield job
+
+
+def _everything(budget: float) -> Iterator[Job]:
     from bench.candidates import tune_jobs
 
     yield worker_job("ceilings", 60.0, kind="ceilings")

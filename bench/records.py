@@ -154,7 +154,7 @@ class TuneRecord(Timed):
 
 
 @dataclass(frozen=True)
-class TestsRecord:
+class SuiteRecord:
     """The correctness tests of the same run, from JUnit's XML; finished is False where time ran out."""
 
     passed: int
@@ -185,7 +185,7 @@ class Results:
     invented: bool = False
     schema: int = SCHEMA
     ceilings: list[Ceiling] = field(default_factory=list)
-    tests: TestsRecord | None = None
+    tests: SuiteRecord | None = None
     models: list[ModelRecord] = field(default_factory=list)
     ops: list[OpRecord] = field(default_factory=list)
     tuning: list[TuneRecord] = field(default_factory=list)

@@ -84,7 +84,9 @@ def _measure(workload: Workload, lane: Lane, lengths: list[int], device: str, de
     step = Trainer(workload, lane, lengths, device)
     start = time.perf_counter()
     step(0).cpu()
-    found: dict[str, Any] = {"first_step_seconds": time.perf_counter() - start}
+    found: dict[str, Any] = {}
+    if device == "cuda":
+        found["first_step_seconds"] = time.perf_counter() - start
 
     wrong = _gated(workload, lane, device, step.called)
     if wrong:
@@ -93,7 +95,7 @@ def _measure(workload: Workload, lane: Lane, lengths: list[int], device: str, de
         found["losses"] = losses(workload, lane, lengths, device)
     if device == "cpu":
         step(1)
-        return {"status": "dry-run"}
+        return found | {"status": "dry-run"}
     if step.training:
         seconds, runs = timing.measure_throughput(step, seconds=SECONDS)
     else:

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.records import SCHEMA, STATUSES, Ceiling, ModelRecord, OpRecord, Results, Spread, TestsRecord, Timed, TuneRecord
+from bench.records import SCHEMA, STATUSES, Ceiling, ModelRecord, OpRecord, Results, Spread, SuiteRecord, Timed, TuneRecord
 
 # Which list of Results a record goes to.
 FIELDS = {Ceiling: "ceilings", ModelRecord: "models", OpRecord: "ops", TuneRecord: "tuning"}
-BY_NAME = {cls.__name__: cls for cls in (*FIELDS, TestsRecord)}
+BY_NAME = {cls.__name__: cls for cls in (*FIELDS, SuiteRecord)}
 
 
 class ResultsError(Exception):
@@ -176,7 +176,7 @@ def from_lines(lines: Iterable[str]) -> list[Any]:
 def add(results: Results, records: Iterable[Any]) -> None:
     """Each record to its place in `results`."""
     for record in records:
-        if isinstance(record, TestsRecord):
+        if isinstance(record, SuiteRecord):
             results.tests = record
         else:
             getattr(results, FIELDS[type(record)]).append(record)
