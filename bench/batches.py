@@ -12,10 +12,11 @@ from fastbert.tasks import TASKS
 HEADS = tuple(name for name in TASKS if name != "base")
 CHOICES = 2
 MASKED = 0.15  # share of the real positions that MLM labels
+MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 Batch = dict[str, Tensor]
 
 
-def make(head: str, config: Any, lengths: Sequence[int], seqlen: int, seed: int, device: str) -> Batch:
+def make(head: str, config: Any, lengths: Sequence[int], seqlen: int, seed: int, device: str, *, labels: bool = True) -> Batch:
     """A batch of len(lengths) sequences padded to `seqlen`, on `device`. For multiple choice they are pairs of choices.
 
     The mask is left out where there is no padding, as a data collator that packs full rows does.
@@ -60,7 +61,7 @@ def make(head: str, config: Any, lengths: Sequence[int], seqlen: int, seed: int,
     elif head == "qa":
         batch["start_positions"] = (torch.rand(rows, generator=generator) * sizes).long()
         batch["end_positions"] = (torch.rand(rows, generator=generator) * sizes).long()
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items() if labels or name in MODEL_INPUTS}
 
 
 def padding(batch: Batch) -> Tensor | None:

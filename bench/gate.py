@@ -25,7 +25,8 @@ def autocast(workload: Workload, device: str) -> AbstractContextManager:
 def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> str | None:
     """What is wrong with the lane's model, or None. `called` is in eval mode, so that dropout is off, and stays so."""
     lengths = workload.lengths.of_batch(ROWS, workload.seqlen, workload.fill)
-    batch = make(workload.head, called.config, lengths, workload.seqlen, 99, device)
+    labels = workload.mode == "train"
+    batch = make(workload.head, called.config, lengths, workload.seqlen, 99, device, labels=labels)
     before = counts.total()
     found = _run(workload, called, batch, device)
     if fast and counts.total() == before:

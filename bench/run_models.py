@@ -62,7 +62,7 @@ class Trainer:
         self.model.train(self.training)
         self.optimizer = models.make_optimizer(self.model) if self.training else None
         config, head, seqlen = self.model.config, workload.head, workload.seqlen
-        self.batches = [batches.make(head, config, lengths, seqlen, seed, device) for seed in range(SETS)]
+        self.batches = [batches.make(head, config, lengths, seqlen, seed, device, labels=self.training) for seed in range(SETS)]
 
     def __call__(self, i: int, mark: Callable[[str], None] = lambda name: None) -> torch.Tensor:
         batch = self.batches[i % SETS]

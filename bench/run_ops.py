@@ -12,6 +12,7 @@ from bench.ops import DIRECTIONS, DTYPES, Case, Function, Inputs, Lane, table
 from bench.peers import Absent
 from bench.records import OpRecord
 
+NO_REFERENCE = "out of memory in the float64 reference"
 SETS = 4  # inputs that rotate, so that no round finds the last one's in a cache
 
 
@@ -30,17 +31,20 @@ def run(case: Case, lanes: list[str] | None = None, directions: tuple[str, ...] 
     """One record a lane and direction."""
     op = table()[case.op]
     inputs = make_inputs(case)
-    checker = Checker(op, case, inputs[0])
+    try:
+        checker = Checker(op, case, inputs[0])
+    except torch.OutOfMemoryError:  # the float64 reference of a long sequence; no lane can be timed unchecked
+        checker = None
     for name, lane in op.lanes.items():
         if lanes is None or name in lanes:
             yield from _run_lane(case, name, lane, inputs, checker, directions)
 
 
 def _run_lane(
-    case: Case, name: str, lane: Lane, inputs: list[Inputs], checker: Checker, directions: tuple[str, ...]
+    case: Case, name: str, lane: Lane, inputs: list[Inputs], checker: Checker | None, directions: tuple[str, ...]
 ) -> Iterator[OpRecord]:
     torch._dynamo.reset()  # a case's graphs are its own: nothing is recompiled into a dynamic one
-    status, reason, function = judge(case, lane, checker)
+    status, reason, function = judge(case, lane, checker) if checker else ("error", NO_REFERENCE, None)
     mine = [x.packed() for x in inputs] if lane.packed else inputs
     for direction in directions:
         record: dict[str, Any] = asdict(case) | {"direction": direction, "lane": name}
@@ -48,7 +52,10 @@ def _run_lane(
         timed: dict[str, Any] = {"status": status, "reason": reason, "seconds": None, "runs": [], "peak_bytes": None}
         if function is not None:
             prepare, call = steps(function, mine, case.p, direction)
-            timed |= _time(prepare, call) if status == "ok" else _walk(prepare, call)
+            try:
+                timed |= _time(prepare, call) if status == "ok" else _walk(prepare, call)
+            except Exception as error:
+                timed |= dict(zip(("status", "reason"), _refusal(error), strict=True))
         yield OpRecord(**record, **timed)
 
 
@@ -59,15 +66,22 @@ def judge(case: Case, lane: Lane, checker: Checker) -> tuple[str, str | None, Fu
         problem = checker.problem(lane, function)
     except Absent as absent:
         return "absent", str(absent), None
-    except torch.OutOfMemoryError:
-        return "error", "out of memory", None
-    except RuntimeError as error:  # SDPA's word for a backend that refuses these inputs
-        if "No available kernel" in str(error):
-            return "absent", "this backend refuses the case", None
-        raise
+    except Exception as error:
+        return *_refusal(error), None
     if problem:
         return "failed", problem, None
     return ("ok" if torch.cuda.is_available() else "dry-run"), None, function
+
+
+def _refusal(error: Exception) -> tuple[str, str]:
+    """Status and reason of a lane that raised. After a CUDA error nothing in this process can be trusted: it goes on up."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "error", "out of memory"
+    if "CUDA error" in str(error):
+        raise error
+    if "No available kernel" in str(error):  # SDPA's words
+        return "absent", "this backend refuses the case"
+    return "error", f"{type(error).__name__}: {error}"[:500]
 
 
 def _walk(prepare: Callable[[int], Any], call: Callable[[Any], Any]) -> dict[str, Any]:

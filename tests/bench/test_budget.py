@@ -103,7 +103,9 @@ def test_a_worker_hands_over_its_records_and_its_failure():
 def test_junit_is_summed_up():
     xml = """<testsuites><testsuite>
       <testcase classname="a" name="fine" time="1.5"/>
-      <testcase classname="a" name="wrong" time="0.5"><failure message="error 2 is over the bound&#10;more">x</failure></testcase>
+      <testcase classname="a" name="wrong" time="0.5">
+        <failure message="error 2 is over the bound&#10;more">x</failure>
+      </testcase>
       <testcase classname="a" name="raised" time="0"><error>Traceback</error></testcase>
       <testcase classname="a" name="left out" time="0"><skipped message="no"/></testcase>
     </testsuite></testsuites>"""
