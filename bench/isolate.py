@@ -28,6 +28,7 @@ class Outcome:
     seconds: float
     reason: str | None
     records: list[Any] = field(default_factory=list)
+    timed_out: bool = False
 
 
 def run_command(command: list[str], timeout: float, environment: Mapping[str, str]) -> Outcome:
@@ -54,14 +55,14 @@ def run_command(command: list[str], timeout: float, environment: Mapping[str, st
         output.seek(0)
         tail = output.read()[-TAIL:]
     if timed_out:
-        return Outcome("error", seconds, f"stopped after {timeout:.0f} s\n{tail}".rstrip())
+        return Outcome("error", seconds, f"stopped after {timeout:.0f} s\n{tail}".rstrip(), timed_out=True)
     if process.returncode:
         return Outcome("error", seconds, f"exit status {process.returncode}\n{tail}".rstrip())
     return Outcome("ok", seconds, None)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the process to end, which lets pytest write what it has; then kill its group, children it left included."""
+    """Ask the process to end, then kill its group: what it left running too."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from bench import junit, models, ops
+from bench import models, ops, suite
 from bench.isolate import Outcome, run_job
 from bench.models import Workload
 
@@ -63,7 +63,7 @@ def _everything(budget: float) -> Iterator[Job]:
     from bench.candidates import tune_jobs
 
     yield worker_job("ceilings", 60.0, kind="ceilings")
-    yield Job("tests: pytest -m gpu", junit.run, TESTS_SHARE * budget)
+    yield Job("tests: pytest -m gpu", suite.run, TESTS_SHARE * budget)
     workloads = list(models.headline())
     for lanes in (FIRST_LANES, OTHER_LANES[:2], OTHER_LANES[2:]):
         for workload in workloads:
@@ -87,7 +87,7 @@ def dry_plan() -> Iterator[Job]:
 
     training = models.tiny(Workload("tiny", "mlm", "train", 4, 16, 0.5))
     inference = replace(training, head="classification", mode="infer", fill=1.0)
-    yield Job("tests: pytest -m gpu", partial(junit.run, selection=("-m", "gpu", "tests/kernels/test_gpu.py")), 120.0)
+    yield Job("tests: pytest -m gpu", partial(suite.run, selection=("-m", "gpu", "tests/kernels/test_gpu.py")), 120.0)
     for workload, lane in ((training, "fastbert"), (training, "stock"), (inference, "fastbert")):
         yield model_job(workload, lane, details=True)
     yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in ops.tiny_cases()], directions=["both"])

@@ -155,7 +155,7 @@ class TuneRecord(Timed):
 
 @dataclass(frozen=True)
 class SuiteRecord:
-    """The correctness tests of the same run, from JUnit's XML; finished is False where time ran out."""
+    """The correctness tests of the same run; finished is False where time ran out."""
 
     passed: int
     failed: int

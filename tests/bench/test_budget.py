@@ -5,14 +5,16 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
-from bench import gpu, isolate, junit, plan, schema
+from bench import gpu, isolate, plan, schema, suite
 from bench.isolate import Outcome
 from bench.plan import Job
-from bench.records import Ceiling, Results, Spread, SuiteRecord
+from bench.records import Ceiling, Results, Spread
 from tests.bench.test_report import nothing
 
 
@@ -100,18 +102,29 @@ def test_a_worker_hands_over_its_records_and_its_failure():
     assert {record.lane for record in outcome.records} == {"eager", "compile", "fastbert"}
 
 
-def test_junit_is_summed_up():
-    xml = """<testsuites><testsuite>
-      <testcase classname="a" name="fine" time="1.5"/>
-      <testcase classname="a" name="wrong" time="0.5">
-        <failure message="error 2 is over the bound&#10;more">x</failure>
-      </testcase>
-      <testcase classname="a" name="raised" time="0"><error>Traceback</error></testcase>
-      <testcase classname="a" name="left out" time="0"><skipped message="no"/></testcase>
-    </testsuite></testsuites>"""
-    assert junit.summary(xml, True) == SuiteRecord(
-        1, 1, 1, 1, 2.0, True, ["a::wrong: error 2 is over the bound", "a::raised: Traceback"]
+def test_the_tests_of_a_run_are_summed_up_also_where_time_ran_out(tmp_path):
+    (tmp_path / "test_four.py").write_text(
+        "import pytest, time\n"
+        "def test_fine(): pass\n"
+        "def test_wrong(): assert 1 == 2, 'over the bound'\n"
+        "def test_left_out(): pytest.skip('no')\n"
+        "def test_raised(missing): pass\n"
+        "def test_slow(): time.sleep(600)\n"
     )
+    (tmp_path / "test_broken.py").write_text("import nothing_of_that_name\n")
+    where = ("-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:xdist", str(tmp_path))
+    record = summed_up(["pytest", "-q", "-p", "bench.pytest_log", *where])
+    assert (record.passed, record.failed, record.errors, record.skipped) == (1, 1, 2, 1)
+    assert any("test_wrong" in line for line in record.failures) and not record.finished
+
+
+def summed_up(command):
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        options = ["--test-log", str(log), "--continue-on-collection-errors"]
+        outcome = isolate.run_command([sys.executable, "-m", *command, *options], 12.0, {})
+        assert outcome.timed_out and log.exists(), outcome.reason
+        return suite.summary(log.read_text().splitlines(), outcome.seconds, finished=False)
 
 
 def test_the_plan_is_most_important_first():
