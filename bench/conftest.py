@@ -14,7 +14,7 @@ if not GPU:
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Our files are called bench_*.py, so that `pytest` without a folder never takes them for tests."""
-    if file_path.match("bench_*.py"):
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):  # a file that is named pytest takes itself
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 

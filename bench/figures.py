@@ -31,6 +31,8 @@ COLOURS = {
     "sdpa math": "#c5ccd3",
     "flex": "#a78bba",
     "liger": "#66a182",
+    "fused": "#30638e",
+    "foreach": "#9fb8cf",
 }
 STYLE = {
     "font.size": 10,

@@ -6,7 +6,7 @@ from typing import TypeVar
 from bench.records import OpRecord, Timed
 
 NOT_MEASURED = "not measured"
-BASELINES = ("stock", "sdpa efficient", "eager")  # what a lane is compared with: the first that was timed
+BASELINES = ("stock", "fused", "sdpa efficient", "eager")  # what a lane is compared with: the first that was timed
 Record = TypeVar("Record", bound=Timed)
 
 

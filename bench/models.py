@@ -1,11 +1,12 @@
 """What is timed end to end: BERT-base and BERT-large under eight heads, and the lanes that compete. Two tables.
 
-A lane is a line in LANES. Every lane trains with torch's fused AdamW, has the same random weights (from a config,
+A lane is a line in LANES, an optimizer a line in OPTIMIZERS. Every lane has the same random weights (from a config,
 nothing is downloaded), the same batches and the same precision.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Lane:
     fast: bool = False
     compiled: bool = False
     peer: str | None = None
+    optimizer: str = "torch fused"
 
 
 LANES = {
@@ -111,9 +113,14 @@ def compiled(model: nn.Module, lane: Lane) -> nn.Module:
     return torch.compile(model, dynamic=False, backend=backend)
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """torch's fused AdamW for every lane: transformers' default, `adamw_torch_fused`."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch fused": partial(torch.optim.AdamW, fused=True),  # transformers' default, adamw_torch_fused
+}
+
+
+def make_optimizer(model: nn.Module, lane: Lane) -> torch.optim.Optimizer:
+    """The lane's AdamW over all parameters of the model."""
+    return OPTIMIZERS[lane.optimizer](model.parameters(), lr=1e-4, weight_decay=0.01)
 
 
 def headline() -> Iterator[Workload]:

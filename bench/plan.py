@@ -50,6 +50,10 @@ def op_jobs(cases: list[ops.Case], directions: tuple[str, ...] = ops.DIRECTIONS)
         yield worker_job(name, 200.0, 30.0, kind="ops", cases=[asdict(case) for case in some], directions=list(directions))
 
 
+def optimizer_job(*names: str) -> Job:
+    return worker_job(f"ops: adamw of {', '.join(names)}", 60.0, kind="optimizers", models=list(names))
+
+
 def gpu_plan(budget: float) -> Iterator[Job]:
     """Everything, each thing once. The lanes that decide come before those that complete the picture."""
     names = set()
@@ -69,7 +73,8 @@ def _everything(budget: float) -> Iterator[Job]:
         for workload in workloads:
             for lane in lanes:
                 yield model_job(workload, lane, details=workload.mode == "train")
-    yield from op_jobs([case for case in ops.cases(dtypes=("bf16",))])
+    yield from op_jobs(list(ops.cases(dtypes=("bf16",))))
+    yield optimizer_job("BERT-base", "BERT-large")
     for job in tune_jobs("sm_90"):
         yield worker_job(f"tune: {job['kernel']} {job['dtype']} {job['width']}", 120.0, 30.0, kind="tune", **job)
     for workload in models.scaling():
@@ -78,7 +83,7 @@ def _everything(budget: float) -> Iterator[Job]:
     for workload in models.grid():
         for lane in FIRST_LANES:
             yield model_job(workload, lane, details=False)
-    yield from op_jobs([case for case in ops.cases(dtypes=("fp16", "fp32"))])
+    yield from op_jobs(list(ops.cases(dtypes=("fp16", "fp32"))))
 
 
 def dry_plan() -> Iterator[Job]:
@@ -91,5 +96,6 @@ def dry_plan() -> Iterator[Job]:
     for workload, lane in ((training, "fastbert"), (training, "stock"), (inference, "fastbert")):
         yield model_job(workload, lane, details=True)
     yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in ops.tiny_cases()], directions=["both"])
+    yield optimizer_job("tiny")
     job = next(tune_jobs("sm_90"))
     yield worker_job("tune: the first", 120.0, kind="tune", **job | {"most": 2})

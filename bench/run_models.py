@@ -60,7 +60,7 @@ class Trainer:
         self.called = models.compiled(self.model, lane)
         self.training = workload.mode == "train"
         self.model.train(self.training)
-        self.optimizer = models.make_optimizer(self.model) if self.training else None
+        self.optimizer = models.make_optimizer(self.model, lane) if self.training else None
         config, head, seqlen = self.model.config, workload.head, workload.seqlen
         self.batches = [batches.make(head, config, lengths, seqlen, seed, device, labels=self.training) for seed in range(SETS)]
 

@@ -8,6 +8,7 @@ from bench import lengths as length_sources
 from bench.lengths import Lengths, LengthsError
 from bench.plan import Job, worker_job
 
+ADAMW = "adamw"  # an op without a shape of its own: the parameters of a model
 DIRECTIONS = ("forward", "backward", "both")
 
 
@@ -74,15 +75,20 @@ def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> 
 
 def op_jobs(names: Sequence[str], dtypes: Sequence[str], dry_run: bool) -> list[Job]:
     """The grid of the ops; a dry run walks one tiny case of each kind."""
-    from bench import ops, plan
+    from bench import floors, ops, plan
 
-    _known("op", names, ops.NAMES)
+    _known("op", names, (*ops.NAMES, ADAMW))
     _known("dtype", dtypes, ops.DTYPES)
-    chosen = tuple(names) or ops.NAMES
-    if dry_run:
+    chosen = tuple(name for name in names if name != ADAMW) or (() if names else ops.NAMES)
+    jobs = []
+    if dry_run and chosen:
         cases = [asdict(case) for case in ops.tiny_cases(chosen)]
-        return [worker_job("ops", 300.0, kind="ops", cases=cases, directions=list(DIRECTIONS))]
-    return list(plan.op_jobs(list(ops.cases(chosen, tuple(dtypes)))))
+        jobs.append(worker_job("ops", 300.0, kind="ops", cases=cases, directions=list(DIRECTIONS)))
+    elif chosen:
+        jobs += plan.op_jobs(list(ops.cases(chosen, tuple(dtypes))))
+    if not names or ADAMW in names:
+        jobs.append(plan.optimizer_job(*(["tiny"] if dry_run else floors.MODELS)))
+    return jobs
 
 
 def tune_jobs(kernels: Sequence[str], dtypes: Sequence[str], architecture: str | None, most: int) -> list[Job]:

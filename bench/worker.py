@@ -37,6 +37,13 @@ def _ops(cases: list[dict[str, Any]], directions: list[str]) -> Iterator[Any]:
         yield from run_ops.run(Case(**case), directions=tuple(directions))
 
 
+def _optimizers(models: list[str]) -> Iterator[Any]:
+    from bench import optimizers
+
+    for model in models:
+        yield from optimizers.run(model)
+
+
 def _tune(**job: Any) -> Iterator[Any]:
     from bench import tune
 
@@ -44,7 +51,13 @@ def _tune(**job: Any) -> Iterator[Any]:
 
 
 # By kind of job, what runs it: a generator of records.
-KINDS: dict[str, Callable[..., Iterator[Any]]] = {"ceilings": _ceilings, "model": _model, "ops": _ops, "tune": _tune}
+KINDS: dict[str, Callable[..., Iterator[Any]]] = {
+    "ceilings": _ceilings,
+    "model": _model,
+    "ops": _ops,
+    "optimizers": _optimizers,
+    "tune": _tune,
+}
 
 
 def main(job_path: str, records_path: str) -> None:

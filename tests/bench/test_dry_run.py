@@ -71,11 +71,16 @@ def test_inference_through_torch_compile(tmp_path):
 
 
 def test_ops(tmp_path):
-    invoke("ops", "--dry-run", "--op", "gelu_layernorm", "--op", "attention", "--out", tmp_path)
+    chosen = ("gelu_layernorm", "attention", "adamw")
+    invoke("ops", "--dry-run", *(word for op in chosen for word in ("--op", op)), "--out", tmp_path)
     results = check(tmp_path)
-    assert {record.op for record in results.ops} == {"gelu_layernorm", "attention"}
-    assert {record.direction for record in results.ops} == {"forward", "backward", "both"}
-    ours = [record for record in results.ops if record.lane == "fastbert"]
+    assert {record.op for record in results.ops} == set(chosen)
+    adamw = [record for record in results.ops if record.op == "adamw"]
+    assert statuses(adamw) | {"fastbert": "any"} == dict.fromkeys(("eager", "foreach", "fused"), "dry-run") | {
+        "fastbert": "any"
+    }
+    assert {record.direction for record in results.ops} == {"forward", "backward", "both", "step"}
+    ours = [record for record in results.ops if record.lane == "fastbert" and record.op != "adamw"]
     assert len(ours) == 3 * 5 and {record.status for record in ours} == {"dry-run"}
     assert all(record.reason for record in results.ops if record.status == "absent")
 
