@@ -144,7 +144,7 @@ def models(
     dry_run: DryRun = False,
 ) -> None:
     """Training steps and inference of whole models, lane by lane."""
-    from bench.select import SelectionError, model_jobs
+    from bench.selection import SelectionError, model_jobs
 
     try:
         jobs = model_jobs(
@@ -165,7 +165,7 @@ def ops(
     dry_run: DryRun = False,
 ) -> None:
     """Every op beside its peers: the same grid as `pytest bench`, without what the host adds to a call."""
-    from bench.select import SelectionError, op_jobs
+    from bench.selection import SelectionError, op_jobs
 
     try:
         jobs = op_jobs(op, dtype, dry_run)
@@ -186,7 +186,7 @@ def tune(
     dry_run: DryRun = False,
 ) -> None:
     """Times the candidate configurations that the audit passes, and prints the best of each entry with its lead."""
-    from bench.select import SelectionError, tune_jobs
+    from bench.selection import SelectionError, tune_jobs
 
     try:
         jobs = tune_jobs(kernel, dtype, arch, most)

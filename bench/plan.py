@@ -50,6 +50,10 @@ def op_jobs(cases: list[ops.Case], directions: tuple[str, ...] = ops.DIRECTIONS)
         yield worker_job(name, 200.0, 30.0, kind="ops", cases=[asdict(case) for case in some], directions=list(directions))
 
 
+def ceilings_job() -> Job:
+    return worker_job("ceilings", 60.0, kind="ceilings")
+
+
 def optimizer_job(*names: str) -> Job:
     return worker_job(f"ops: adamw of {', '.join(names)}", 60.0, kind="optimizers", models=list(names))
 
@@ -66,7 +70,7 @@ def gpu_plan(budget: float) -> Iterator[Job]:
 def _everything(budget: float) -> Iterator[Job]:
     from bench.candidates import tune_jobs
 
-    yield worker_job("ceilings", 60.0, kind="ceilings")
+    yield ceilings_job()
     yield Job("tests: pytest -m gpu", suite.run, TESTS_SHARE * budget)
     workloads = list(models.headline())
     for lanes in (FIRST_LANES, OTHER_LANES[:2], OTHER_LANES[2:]):

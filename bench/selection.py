@@ -39,7 +39,7 @@ def model_jobs(
 ) -> list[Job]:
     """A job a workload and lane; a dry run has the tiny model in every one of them."""
     from bench import models
-    from bench.plan import model_job
+    from bench.plan import ceilings_job, model_job
 
     _known("model", names, [name for name in models.CONFIGS if name != "tiny"])
     _known("head", heads, models.HEADS)
@@ -59,7 +59,8 @@ def model_jobs(
         workloads = list(dict.fromkeys(models.tiny(workload) for workload in workloads))
     if source is not None:
         workloads = [replace(workload, lengths=source) for workload in workloads]
-    return [model_job(w, lane, details=True) for w in workloads for lane in lanes or models.LANES]
+    measuring = [] if dry_run else [ceilings_job()]
+    return measuring + [model_job(w, lane, details=True) for w in workloads for lane in lanes or models.LANES]
 
 
 def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> Lengths | None:
@@ -80,7 +81,7 @@ def op_jobs(names: Sequence[str], dtypes: Sequence[str], dry_run: bool) -> list[
     _known("op", names, (*ops.NAMES, ADAMW))
     _known("dtype", dtypes, ops.DTYPES)
     chosen = tuple(name for name in names if name != ADAMW) or (() if names else ops.NAMES)
-    jobs = []
+    jobs = [] if dry_run else [plan.ceilings_job()]
     if dry_run and chosen:
         cases = [asdict(case) for case in ops.tiny_cases(chosen)]
         jobs.append(worker_job("ops", 300.0, kind="ops", cases=cases, directions=list(DIRECTIONS)))
