@@ -191,6 +191,19 @@ def breakdown(results: Results) -> str:
     return table(("workload", "lane", *(f"{part}, ms" for part in parts)), rows)
 
 
+def losses(results: Results) -> str:
+    """The lanes' first losses without dropout, and how far they are from eager's (or the first lane's) at most."""
+    rows = []
+    for records in lanes.by_case(r for r in results.models if r.losses).values():
+        base = next((record for record in records if record.lane == "eager"), records[0])
+        for record in records:
+            pairs = list(zip(record.losses, base.losses, strict=False))
+            apart = max(abs(a - b) / abs(b) for a, b in pairs)
+            ends = f"{record.losses[0]:.4f} to {record.losses[-1]:.4f}"
+            rows.append((workload(record), record.lane, str(len(pairs)), ends, f"{apart:.1e} of {base.lane}'s"))
+    return table(("workload", "lane", "steps", "loss, dropout off", "furthest apart"), rows)
+
+
 # By the name in a document's markers.
 TABLES: dict[str, Callable[[Results], str]] = {
     "headline": headline,
@@ -200,6 +213,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "tests": tests,
     "models": models,
     "breakdown": breakdown,
+    "losses": losses,
     "ops": ops,
     "tuning": tuning,
     "stages": stages,

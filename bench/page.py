@@ -1,6 +1,7 @@
 """The HTML page: one file with its pictures inside, readable in a browser without a network."""
 
 import base64
+import re
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -17,7 +18,7 @@ STYLE = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
 main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 80px }
-h1 { font-size: 30px; margin: 0 } h2 { font-size: 20px; margin: 44px 0 12px }
+h1 { font-size: 30px; margin: 0; letter-spacing: -.02em } h2 { font-size: 20px; margin: 44px 0 12px }
 p, .soft { color: var(--soft) } p { margin: 6px 0 }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; margin: 24px 0 }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px }
@@ -29,6 +30,7 @@ figure img { width: 100%; height: auto; display: block }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap }
+.number { text-align: right }
 td:has(.long) { white-space: normal; min-width: 260px }
 tr.ours { background: color-mix(in srgb, var(--ours) 9%, transparent) } thead th { color: var(--soft); font-weight: 600 }
 details { margin: 14px 0 } summary { cursor: pointer; font-weight: 600; padding: 6px 0 }
@@ -40,12 +42,14 @@ SECTIONS = {
     "ceilings": "What this machine can do",
     "tests": "Correctness in the same run",
     "breakdown": "Where a step goes",
+    "losses": "Losses of the lanes",
     "models": "Every model, every lane",
     "ops": "Every op, every lane",
     "tuning": "Tuning",
     "stages": "What was run",
     "environment": "The machine",
 }
+NUMBER = re.compile(r"[\d.,]+( ?(%|x|ms|us|s|[MG]iB|T[BF]\S*)( \[.*\])?)?$")
 OPEN = ("headline", "ceilings", "tests")
 
 
@@ -139,4 +143,6 @@ def _html_table(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return f'<td><span class="long">{escape(text)}</span></td>' if len(text) > 60 else f"<td>{escape(text)}</td>"
+    if len(text) > 60:
+        return f'<td><span class="long">{escape(text)}</span></td>'
+    return f"<td{' class=number' if NUMBER.match(text) else ''}>{escape(text)}</td>"

@@ -10,6 +10,7 @@ TITLES = {
     "ceilings": "Measured ceilings",
     "tests": "Correctness",
     "breakdown": "Time of a step by kind of kernel",
+    "losses": "Losses of the lanes",
     "models": "Every model",
     "ops": "Every op",
     "tuning": "Tuning",

@@ -72,6 +72,16 @@ def test_share_of_the_ceiling(sample):
         assert lanes.share(record, None, 8e14) is None
 
 
+def test_losses_are_compared_with_eagers(sample):
+    record = next(r for r in sample.models if r.lane == "fastbert" and r.losses)
+    moved = dataclasses.replace(record, losses=[*record.losses[:-1], record.losses[-1] * 1.02])
+    models = [moved if r is record else r for r in sample.models]
+    rows = markdown.losses(dataclasses.replace(sample, models=models)).splitlines()
+    apart = [row for row in rows if "2.0e-02 of eager's" in row]
+    assert len(apart) == 1 and "| fastbert |" in apart[0]
+    assert sum("0.0e+00 of eager's" in row for row in rows) > 4
+
+
 @pytest.mark.parametrize("name", markdown.TABLES)
 def test_without_measurements_every_table_says_so(name):
     assert lanes.NOT_MEASURED in markdown.named(name, None)
