@@ -90,12 +90,14 @@ def _start(dry_run: bool) -> None:
 
 def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path) -> None:
     """Run a plan, write results and report into `out`, and exit with 1 if a check failed or nothing was reached."""
-    from bench import environment, gpu, report
+    from bench import environment, gpu, report, schema
     from bench.records import Results
 
     results = Results(environment.read(), dry_run=dry_run)
-    gpu.run(plan, results, budget, out, console.print)
-    for path in [out / gpu.RESULTS, *report.write(results, out)]:
+    gpu.run(plan, results, budget, out, console.print, after=lambda: report.write_markdown(results, out))
+    gpu.record("report", lambda: report.write(results, out), results)
+    schema.write(results, out / gpu.RESULTS)
+    for path in sorted(out.iterdir()):
         console.print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
     _conclude(results)
 
@@ -106,6 +108,9 @@ def _conclude(results: Any) -> None:
             console.print(f"[red]failed its check:[/] {record.case} {record.lane}: {record.reason}", highlight=False)
     if results.tests and (results.tests.failed or results.tests.errors):
         console.print(f"[red]{results.tests.failed} tests failed, {results.tests.errors} errors[/]")
+    for stage in results.stages:
+        if stage.status == "error":
+            console.print(f"[red]{stage.name}:[/] {(stage.reason or '').splitlines()[-1:]}", highlight=False)
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
     if not reached or any(record.status == "failed" for record in (*results.models, *results.ops)):

@@ -21,11 +21,12 @@ def run(
     say: Callable[[str], None],
     reserve: float = RESERVE,
     name: str = RESULTS,
+    after: Callable[[], object] = lambda: None,
 ) -> None:
     """Run the jobs in order until `budget` seconds have gone; `results` and out/`name` hold what they gave.
 
     A job that fails is recorded with the end of its output, and the next one runs. One that does not fit into the time
-    left is recorded as not reached.
+    left is recorded as not reached. `after` runs after each job, with its records in `results`.
     """
     end = time.monotonic() + budget - reserve
     schema.write(results, out / name)
@@ -34,11 +35,24 @@ def run(
         if left < job.least:
             results.stages.append(StageRecord(job.name, "not reached", 0.0, f"{max(left, 0.0):.0f} s were left"))
             continue
-        results.stages.append(_run(job, min(job.cap, left), results))
+        stage = _run(job, min(job.cap, left), results)
+        results.stages.append(stage)
         schema.write(results, out / name)
-        stage = results.stages[-1]
+        record("report so far", after, results, only_failures=True)
         say(f"{stage.seconds:6.1f} s  {stage.status:5}  {stage.name}")
     schema.write(results, out / name)
+
+
+def record(name: str, call: Callable[[], object], results: Results, only_failures: bool = False) -> None:
+    """Run `call` as a stage: an exception in it is recorded and ends nothing."""
+    start = time.monotonic()
+    try:
+        call()
+    except Exception:
+        results.stages.append(StageRecord(name, "error", time.monotonic() - start, traceback.format_exc()))
+    else:
+        if not only_failures:
+            results.stages.append(StageRecord(name, "ok", time.monotonic() - start, None))
 
 
 def _run(job: Job, timeout: float, results: Results) -> StageRecord:

@@ -60,6 +60,18 @@ def test_a_failure_is_recorded_and_the_next_job_runs(tmp_path):
     assert results.ceiling("copy") == 1e12
 
 
+def test_a_report_that_fails_costs_no_result(tmp_path):
+    def broken():
+        raise ValueError("no picture")
+
+    results = nothing()
+    job = Job("a", lambda timeout: Outcome("ok", 0.0, None, [ceiling()]), 9.0, 0.0)
+    gpu.run([job, job], results, 60.0, tmp_path, lambda line: None, 0.0, after=broken)
+    gpu.record("report", broken, results)
+    assert [stage.status for stage in results.stages] == ["ok", "error"] * 2 + ["error"]
+    assert len(schema.read(tmp_path / gpu.RESULTS).ceilings) == 2 and "no picture" in results.stages[-1].reason
+
+
 def test_what_was_reached_is_on_disk_before_the_next_job_begins(tmp_path):
     seen = []
 
