@@ -1,0 +1,268 @@
+"""What one AdamW launch reads on the device to find its tensors: rows of pointers, chunks of rows, hyperparameters.
+
+    rows             int64   [tensors, COLUMNS]   uploaded again when a tensor moved
+    chunks           int64   [chunks, 2]          a row and the element of it that a program starts at
+    hyperparameters  float64 [groups, 6]          uploaded again when a number changed
+
+A step in which nothing moved and no number changed uploads nothing. No upload waits for the device.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import choose
+
+# The columns of a row. An absent tensor's pointer is 0, and no program reads it.
+POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
+COLUMNS = len(POINTERS) + 2  # then the number of elements, and the group
+VECTOR_BYTES = 16
+
+
+class Parameter(NamedTuple):
+    """A parameter with its gradient and state; `group` is the index of its hyperparameters."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    max_exp_avg_sq: Tensor | None = None
+    master: Tensor | None = None
+    group: int = 0
+
+
+class Hyperparameters(NamedTuple):
+    """Of one group. A tensor has one element; on the parameters' device it is read there, without a synchronisation."""
+
+    lr: float | Tensor = 1e-3
+    beta1: float | Tensor = 0.9
+    beta2: float | Tensor = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    maximize: bool = False
+
+
+class Kind(NamedTuple):
+    """What all tensors of one launch share."""
+
+    device: torch.device
+    param: torch.dtype
+    grad: torch.dtype
+    exp_avg: torch.dtype
+    exp_avg_sq: torch.dtype
+    max_exp_avg_sq: torch.dtype | None
+    master: torch.dtype | None
+    aligned: bool  # every tensor starts at a multiple of 16 bytes
+    occurrence: int  # a parameter that is listed twice is updated twice, one launch after the other
+
+
+class Tables:
+    """The launches that update a list of parameters, kept from one step to the next.
+
+    `built` counts how often the launches were planned, `uploaded` how often pointers were sent to the device.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[LaunchTable] = []
+        self.built = 0
+        self.uploaded = 0
+        self._pointers: list[int] = []
+        self._layouts: list[tuple] = []
+        self._plan: dict[Kind, list[int]] = {}
+
+    def refresh(self, parameters: Sequence[Parameter], groups: Sequence[Hyperparameters]) -> None:
+        """Bring everything on the device up to date.
+
+        Raises:
+            ValueError: a tensor has another size than its parameter, or is on another device.
+        """
+        pointers, layouts = _pointers(parameters), _layouts(parameters)
+        if layouts != self._layouts or pointers != self._pointers:
+            plan = _plan(parameters)
+            if layouts != self._layouts or plan != self._plan:
+                self.launches = [LaunchTable(kind, indices, parameters) for kind, indices in plan.items()]
+                self.built += 1
+            for table in self.launches:
+                table.point_to(parameters)
+            self.uploaded += 1
+            self._pointers, self._layouts, self._plan = pointers, layouts, plan
+        for table in self.launches:
+            table.set_hyperparameters(groups)
+
+
+class LaunchTable:
+    """One launch: which parameters, and their tables on the device."""
+
+    def __init__(self, kind: Kind, indices: list[int], parameters: Sequence[Parameter]) -> None:
+        self.kind = kind
+        self.like = parameters[indices[0]].param
+        self.config = choose("adamw", self.like, 1)
+        self.n_rows = len(indices)
+        self.rows = Upload(kind.device)
+        self.chunks = Upload(kind.device)
+        self.hyperparameters = Upload(kind.device)
+        self.done = torch.zeros((), dtype=torch.int32, device=kind.device)
+        self._indices = indices
+        self._numbers: list[list[float]] | None = None
+        self._copies: list[Copy] = []
+        sizes = [parameters[i].param.numel() for i in indices]
+        self.chunks.send(_chunks(sizes, self.config.BLOCK_M * self.config.BLOCK_N))
+
+    def point_to(self, parameters: Sequence[Parameter]) -> None:
+        """Upload the pointers. A tensor whose memory is laid out unlike its parameter's is stood in for by a copy."""
+        self._copies = []
+        rows = []
+        for i in self._indices:
+            param, group = parameters[i].param, parameters[i].group
+            layout = param if _is_dense(param) else torch.empty_like(param)
+            pointers = [self._pointer(name, getattr(parameters[i], name), layout) for name in POINTERS]
+            rows.append([*pointers, param.numel(), group])
+        self.rows.send(torch.tensor(rows, dtype=torch.int64))
+
+    def _pointer(self, name: str, tensor: Tensor | None, layout: Tensor) -> int:
+        if tensor is None:
+            return 0
+        if name == "step" or _same_layout(tensor, layout):
+            return tensor.data_ptr()
+        self._copies.append(Copy(name, tensor, torch.empty_like(layout, dtype=tensor.dtype)))
+        return self._copies[-1].copy.data_ptr()
+
+    def copy_in(self) -> None:
+        """Before the launch: fill the copies."""
+        for _, tensor, copy in self._copies:
+            copy.copy_(tensor)
+
+    def copy_out(self, unscaled: bool) -> None:
+        """After the launch: write the copies back; those of gradients only where the kernel unscaled them."""
+        for name, tensor, copy in self._copies:
+            if name != "grad" or unscaled:
+                tensor.copy_(copy)
+
+    def set_hyperparameters(self, groups: Sequence[Hyperparameters]) -> None:
+        """Upload the numbers if one changed; tensors on a device are copied from there, every time."""
+        tensors = [(i, column, x) for i, group in enumerate(groups) for column, x in enumerate(group) if _on_device(x)]
+        numbers = [[0.0 if _on_device(x) else float(x) for x in group] for group in groups]
+        if numbers != self._numbers:
+            self.hyperparameters.send(torch.tensor(numbers, dtype=torch.float64))
+            self._numbers = numbers
+        if tensors:
+            places = [self.hyperparameters.tensor[i, column] for i, column, _ in tensors]
+            torch._foreach_copy_(places, [x.reshape(()) for _, _, x in tensors])
+
+
+class Copy(NamedTuple):
+    """The tensor called `name`, and the copy of it that the kernel works on."""
+
+    name: str
+    tensor: Tensor
+    copy: Tensor
+
+
+class Upload:
+    """A tensor on the device, and the pinned memory that it came from.
+
+    torch gives pinned memory out again only when the copy is done. A captured graph copies at every replay, so what it
+    copies from has to live as long as the table.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tensor = torch.empty(0)
+        self._host = self.tensor
+
+    def send(self, host: Tensor) -> None:
+        """Make the tensor equal `host`, without waiting for the device."""
+        if self.tensor.shape != host.shape:
+            self.tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        self._host = host.pin_memory() if self.device.type == "cuda" else host
+        self.tensor.copy_(self._host, non_blocking=True)
+
+
+def _on_device(value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _pointers(parameters: Sequence[Parameter]) -> list[int]:
+    found = []
+    for param, grad, exp_avg, exp_avg_sq, step, max_exp_avg_sq, master, group in parameters:
+        found += (
+            param.data_ptr(),
+            grad.data_ptr(),
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            step.data_ptr(),
+            0 if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(),
+            0 if master is None else master.data_ptr(),
+            group,
+        )
+    return found
+
+
+def _layouts(parameters: Sequence[Parameter]) -> list[tuple]:
+    """What can change while a pointer stays."""
+    return [(p.param.shape, p.param.stride(), p.grad.stride()) for p in parameters]
+
+
+def _plan(parameters: Sequence[Parameter]) -> dict[Kind, list[int]]:
+    """Which parameters go into which launch."""
+    planned: dict[Kind, list[int]] = {}
+    seen: Counter[int] = Counter()
+    for index, parameter in enumerate(parameters):
+        _check(parameter)
+        kind = _kind(parameter, seen[id(parameter.param)])
+        seen[id(parameter.param)] += 1
+        planned.setdefault(kind, []).append(index)
+    return planned
+
+
+def _kind(parameter: Parameter, occurrence: int) -> Kind:
+    tensors = {name: getattr(parameter, name) for name in POINTERS if name != "step"}
+    dtypes = {name: None if tensor is None else tensor.dtype for name, tensor in tensors.items()}
+    aligned = all(tensor is None or tensor.data_ptr() % VECTOR_BYTES == 0 for tensor in tensors.values())
+    return Kind(parameter.param.device, **dtypes, aligned=aligned, occurrence=occurrence)
+
+
+def _check(parameter: Parameter) -> None:
+    param = parameter.param
+    for name in POINTERS:
+        tensor = getattr(parameter, name)
+        if tensor is None:
+            continue
+        if tensor.device != param.device:
+            raise ValueError(f"{name}: expected a tensor on {param.device}, as its parameter, got one on {tensor.device}")
+        if tensor.shape != (() if name == "step" else param.shape):
+            expected = () if name == "step" else tuple(param.shape)
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+    if parameter.step.dtype != torch.float32:
+        raise ValueError(f"step: expected torch.float32, got {parameter.step.dtype}")
+
+
+def _chunks(sizes: list[int], chunk: int) -> Tensor:
+    """[chunks, 2]: every tensor from its start, `chunk` elements a program. An empty one has a program as well, so
+    that some program counts its step."""
+    counts = torch.tensor([max(1, -(-size // chunk)) for size in sizes])
+    rows = torch.arange(len(sizes)).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.stack([rows, (torch.arange(rows.numel()) - first) * chunk], dim=1)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill their memory without holes or overlaps, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return True
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _same_layout(tensor: Tensor, other: Tensor) -> bool:
+    strides = zip(tensor.stride(), other.stride(), tensor.shape, strict=True)
+    return not tensor.numel() or all(a == b for a, b, size in strides if size > 1)
