@@ -72,7 +72,7 @@ def _update(
         param = tl.load(param_ptr + offsets, mask, other=0.0).to(ACC)
 
     if UNSCALE:
-        grad = tl.div_rn(grad, scale) if ACC == tl.float32 else grad / scale
+        grad = tl.div_rn(grad, scale) if grad.dtype == tl.float32 else grad / scale
         tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask)
     grad *= sign
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
@@ -82,7 +82,7 @@ def _update(
         largest = tl.load(max_exp_avg_sq_ptr + offsets, mask, other=0.0).to(ACC)
         largest = tl.maximum(largest, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         tl.store(max_exp_avg_sq_ptr + offsets, largest.to(max_exp_avg_sq_ptr.dtype.element_ty), mask)
-    if ACC == tl.float32:
+    if grad.dtype == tl.float32:
         # The approximate square root flushes denormals, and with eps = 0 their updates would be infinite.
         update = tl.div_rn(exp_avg, tl.sqrt_rn(largest) * correction + eps)
     else:

@@ -15,7 +15,16 @@ import pytest
 from tests.packaging.environments import ROOT, source_files
 
 # Files of kernels/ that hold no op of their own.
-SUPPORT = {"adamw_table", "attention_backward", "attention_forward", "attention_tiles", "configs", "device_math", "launch", "reference"}
+SUPPORT = {
+    "adamw_table",
+    "attention_backward",
+    "attention_forward",
+    "attention_tiles",
+    "configs",
+    "device_math",
+    "launch",
+    "reference",
+}
 # Not switched on yet (fastbert/registry.py): the audit takes it up with the models.
 NOT_AUDITED = {"attention"}
 
