@@ -264,9 +264,9 @@ def _is_capturing(param: Tensor) -> bool:
 
 
 def _check_capture(groups: list[dict[str, Any]]) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        if not all(group["capturable"] for group in groups):
-            raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if capturing and not all(group["capturable"] for group in groups):
+        raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
 
 
 @cache

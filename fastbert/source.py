@@ -78,7 +78,9 @@ class Source:
                 raise InputError(f"MODEL: {self.path} has no weights that can be read: {_first_line(error)}") from None
         limit = min(max_length, self.config.max_position_embeddings)
         batch = entry.batch(Texts(self.tokenizer, self.lines, batch_size, limit), model.config)
-        on_device = {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()}
+        on_device = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()
+        }
         return model.to(device=device, dtype=dtype), on_device
 
 

@@ -23,7 +23,9 @@ class Texts:
         self.generator = torch.Generator().manual_seed(0)
 
     def encode(self, first: list[str], second: list[str] | None = None) -> Batch:
-        encoded = self.tokenizer(first, second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        encoded = self.tokenizer(
+            first, second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
         return {name: encoded[name] for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoded}
 
     def singles(self) -> Batch:

@@ -243,7 +243,9 @@ def _moved(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | 
     return {name: moved(value) for name, value in batch.items()}
 
 
-def _compare_all(result: dict[str, Tensor], eager: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[Comparison, ...]:
+def _compare_all(
+    result: dict[str, Tensor], eager: dict[str, Tensor], reference: dict[str, Tensor]
+) -> tuple[Comparison, ...]:
     """`compare` for every tensor of the three runs; a tensor that only one of them has is a difference.
 
     A tensor with few elements may come out of eager exact by luck, and one that is zero in exact arithmetic (the
@@ -323,3 +325,4 @@ def _last_gradient(gradients: tuple[Comparison, ...]) -> str | None:
     """The module nearest to the loss whose parameter's gradient differs: backward reaches it first."""
     wrong = [c.name for c in gradients if not c.ok]
     return f"{wrong[-1].rpartition('.')[0]} (in the backward)" if wrong else None
+

@@ -79,7 +79,9 @@ def _launch_fwd(
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    out, logsumexp = _allocate_fwd(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p)
+    out, logsumexp = _allocate_fwd(
+        q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p
+    )
     if not q.numel() or not k.numel():
         return out.zero_(), logsumexp.zero_()  # what an empty sum is
     sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
@@ -353,7 +355,9 @@ def _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p) -> None:
     if packed and (key_mask is not None or mask is not None):
         raise ValueError("cu_seqlens: packed rows take no key_mask and no mask")
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (q.shape[0], k.shape[1])):
-        raise ValueError(f"key_mask: expected bool {(q.shape[0], k.shape[1])}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+        raise ValueError(
+            f"key_mask: expected bool {(q.shape[0], k.shape[1])}, got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
     if mask is not None:
         full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         if mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):

@@ -136,7 +136,9 @@ def _allocate_fwd(x, bias, activation):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, sum_columns: bool) -> tuple[Tensor, Tensor]:
+def _launch_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, sum_columns: bool
+) -> tuple[Tensor, Tensor]:
     dx, _ = _allocate_bwd(dy, x, bias, activation, sum_columns)
     dy, x = as_rows(dy), as_rows(x)
     n_rows, n_cols = x.shape

@@ -95,26 +95,14 @@ _ATTENTION_32_BIT: Table = {
     8: {64: Config(16, 4, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)},
 }
 _HOPPER_ATTENTION: dict[str, Table] = {
-    "forward": {
-        2: {64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}
-    },
-    "backward_kv": {
-        2: {64: Config(64, 4, 64, num_stages=2), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
-    },
-    "backward_q": {
-        2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
-    },
+    "forward": {2: {64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
+    "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_q": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
 }
 _AMPERE_ATTENTION: dict[str, Table] = {
-    "forward": {
-        2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=2)}
-    },
-    "backward_kv": {
-        2: {64: Config(32, 4, 64, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}
-    },
-    "backward_q": {
-        2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}
-    },
+    "forward": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=2)}},
+    "backward_kv": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
+    "backward_q": {2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
 }
 _ATTENTION_ROWS: Table = {size: {256: Config(32, 4)} for size in (2, 4, 8)}
 

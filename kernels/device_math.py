@@ -90,7 +90,9 @@ def normal(x, EXACT: tl.constexpr):
 @triton.jit
 def activation(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
     """gelu (exact), gelu_tanh (Hendrycks and Gimpel, arXiv:1606.08415), relu or silu of x; EXACT as in normal."""
-    tl.static_assert(ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh" or ACTIVATION == "relu" or ACTIVATION == "silu")
+    tl.static_assert(
+        ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh" or ACTIVATION == "relu" or ACTIVATION == "silu"
+    )
     if ACTIVATION == "gelu":
         cdf, _ = normal(x, EXACT)
         y = x * cdf
