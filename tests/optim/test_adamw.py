@@ -6,21 +6,42 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.testing._internal.common_optimizers import optim_inputs_func_adamw
 
 import fastbert
 from tests.kernels.ops import DEVICE
 
 from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run
 
-# torch's list for CUDA: it holds the one for the CPU. Capturable torch has on no CPU, where its numbers are the same.
-CONFIGURATIONS = optim_inputs_func_adamw("cuda", torch.float32)
+# optim_inputs_func_adamw("cuda") of torch.testing._internal.common_optimizers, which imports what torch's users lack,
+# and the last one of its list for "mps". Capturable torch has on no CPU, where its numbers are the same.
+CONFIGURATIONS = {
+    "default": {},
+    "non-default lr": {"lr": 0.01},
+    "nonzero weight_decay": {"weight_decay": 0.1},
+    "maximize": {"weight_decay": 0.1, "maximize": True},
+    "amsgrad": {"weight_decay": 0.1, "amsgrad": True},
+    "capturable": {"capturable": True},
+    "capturable, amsgrad": {"weight_decay": 0.1, "amsgrad": True, "capturable": True},
+    "tensor lr with capturable and amsgrad": {"lr": torch.tensor(0.001), "amsgrad": True, "capturable": True},
+    "tensor lr, tensor betas, with capturable and amsgrad": {
+        "lr": torch.tensor(0.001),
+        "betas": (torch.tensor([[[0.9]]]), torch.tensor([[0.99]])),
+        "amsgrad": True,
+        "capturable": True,
+    },
+    "tensor lr, tensor betas, with capturable": {
+        "lr": torch.tensor(0.001),
+        "betas": (torch.tensor(0.9), torch.tensor(0.99)),
+        "capturable": True,
+    },
+    "tensor lr": {"lr": torch.tensor(0.01)},
+}
 ON_CPU = {"capturable": False} if DEVICE.type == "cpu" else {}
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda c: c.desc)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 def test_torchs_own_configurations(configuration, launches):
-    ours, theirs = pair(theirs=ON_CPU, **configuration.kwargs)
+    ours, theirs = pair(theirs=ON_CPU, **configuration)
     run(ours, theirs)
     assert_same(ours, theirs)
     assert launches() == {"adamw_kernel": 100}
