@@ -217,7 +217,6 @@ def test_ignored_arguments_say_why(name, caplog):
         {"weight_decay": -1.0},
         {"lr": torch.zeros(2)},
         {"betas": (0.9, torch.tensor(0.9))},
-        {"betas": (torch.zeros(2), torch.tensor(0.9))},
     ],
     ids=str,
 )

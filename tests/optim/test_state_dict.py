@@ -69,7 +69,7 @@ def test_step_saved_as_a_number():
     """By torch before 1.12."""
     ours, theirs = pair()
     run(ours, theirs, steps=2)
-    old = theirs.state_dict()
+    old = copy.deepcopy(theirs.state_dict())
     old["state"] = {i: state | {"step": int(state["step"])} for i, state in old["state"].items()}
     ours.load_state_dict(old)
     run(ours, theirs, steps=2)
