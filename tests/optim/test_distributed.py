@@ -31,11 +31,13 @@ def sharded(rank):
         fully_shard(layer)
     fully_shard(model)
     optimizer = fastbert.AdamW(model.parameters(), **ARGUMENTS)
+    launches = 0
     for _ in range(STEPS):
         optimizer.zero_grad()
         model(**batch_of(rank)).loss.backward()
         optimizer.step()
-    assert counts["adamw_kernel"] == STEPS * optimizer._tables.built, counts
+        launches += len(optimizer._tables.launches)  # shards that start at no multiple of 16 bytes have one of their own
+    assert counts["adamw_kernel"] == launches <= 2 * STEPS, counts
 
     expected, theirs = stock()
     for name, parameter in model.named_parameters():

@@ -91,7 +91,7 @@ def test_other_names_without_decay():
 
 
 def test_whole_parts_of_names():
-    """"bias" is no ending of "antibias"."""
+    """ "bias" is no ending of "antibias"."""
     model = nn.Module()
     model.antibias = nn.Parameter(torch.zeros(2))
     model.bias = nn.Parameter(torch.zeros(2))

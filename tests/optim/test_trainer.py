@@ -14,6 +14,7 @@ from tests.kernels.ops import DEVICE
 from tests.models.test_trainer import assert_same_weights, examples
 from tests.models.tiny import CLASSIFICATION, make
 
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 STEPS, ROWS = 8, 2  # as many rows as examples() gives
 
 
@@ -47,9 +48,9 @@ def train(model, arguments, **settings):
 
 
 def test_trainer(tmp_path, launches, caplog):
-    stock = make(CLASSIFICATION)
+    stock = make(CLASSIFICATION, **SMALL)
     _, stock_losses = train(stock, arguments_in(tmp_path / "stock"))
-    model = fastbert.patch(make(CLASSIFICATION))
+    model = fastbert.patch(make(CLASSIFICATION, **SMALL))
     arguments = arguments_in(tmp_path / "fast")
     with caplog.at_level(logging.INFO, "fastbert"):
         trainer, losses = train(
@@ -74,7 +75,10 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path):
         arguments = arguments_in(tmp_path / name, **settings)
         chosen = fastbert.trainer_optimizer(arguments)
         return Trainer(
-            model=make(CLASSIFICATION), args=arguments, train_dataset=examples(CLASSIFICATION), optimizer_cls_and_kwargs=chosen
+            model=make(CLASSIFICATION, **SMALL),
+            args=arguments,
+            train_dataset=examples(CLASSIFICATION),
+            optimizer_cls_and_kwargs=chosen,
         )
 
     whole = run("whole")
@@ -88,7 +92,7 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path):
 
 def test_accelerate(launches):
     def losses(optimizer_class):
-        model = make(CLASSIFICATION)
+        model = make(CLASSIFICATION, **SMALL)
         groups = fastbert.param_groups(model, 1e-3, head_lr=5e-3)
         rows = [{k: v for k, v in row.items() if k != "unused"} for row in examples(CLASSIFICATION)]
         accelerator = Accelerator(cpu=DEVICE.type == "cpu")
