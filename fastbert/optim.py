@@ -92,6 +92,7 @@ class AdamW(torch.optim.AdamW):
 
     def _forget_tables(self) -> None:
         self._tables: Any = None
+        self._spares: list[Tensor] = []  # pinned memory for the tables of a graph
         self._captured: list[Any] = []  # tables that a CUDA graph reads: they stay as they are, and alive
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,8 +190,9 @@ class AdamW(torch.optim.AdamW):
             Hyperparameters(group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
             for group in self.param_groups
         ]
-        if _is_capturing(found[0][0]):
-            tables = Tables()
+        capturing = _is_capturing(found[0][0])
+        if capturing:
+            tables = Tables(self._spares)
             self._captured.append(tables)
         else:
             tables = self._tables = self._tables or Tables()
@@ -201,6 +203,8 @@ class AdamW(torch.optim.AdamW):
             found_inf=getattr(self, "found_inf", None),
             tables=tables,
         )
+        if not capturing and not self._spares and found[0][0].is_cuda and self.param_groups[0]["capturable"]:
+            self._spares = tables.spares()
 
     def _step_stock(self, found: list[tuple], group: dict[str, Any]) -> None:
         """torch's own functions, on the same state."""

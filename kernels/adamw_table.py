@@ -63,10 +63,12 @@ class Kind(NamedTuple):
 class Tables:
     """The launches that update a list of parameters, kept from one step to the next.
 
-    `built` counts how often the launches were planned, `uploaded` how often pointers were sent to the device.
+    `built` counts how often the launches were planned, `uploaded` how often pointers were sent to the device. What a
+    CUDA graph reads must stay, so a captured step has tables of its own, with `spares` of the ones outside the graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spares: list[Tensor] | None = None) -> None:
+        self._spares = spares or []
         self.launches: list[LaunchTable] = []
         self.built = 0
         self.uploaded = 0
@@ -84,7 +86,7 @@ class Tables:
         if layouts != self._layouts or pointers != self._pointers:
             plan = _plan(parameters)
             if layouts != self._layouts or plan != self._plan:
-                self.launches = [LaunchTable(kind, indices, parameters) for kind, indices in plan.items()]
+                self.launches = [LaunchTable(kind, indices, parameters, self._spares) for kind, indices in plan.items()]
                 self.built += 1
             for table in self.launches:
                 table.point_to(parameters)
@@ -93,18 +95,23 @@ class Tables:
         for table in self.launches:
             table.set_hyperparameters(groups)
 
+    def spares(self) -> list[Tensor]:
+        """Pinned memory for tables like these: none can be allocated while a graph is captured."""
+        uploads = [upload for t in self.launches for upload in (t.rows, t.chunks, t.hyperparameters)]
+        return [upload.tensor.new_empty(upload.tensor.shape, device="cpu", pin_memory=True) for upload in uploads]
+
 
 class LaunchTable:
     """One launch: which parameters, and their tables on the device."""
 
-    def __init__(self, kind: Kind, indices: list[int], parameters: Sequence[Parameter]) -> None:
+    def __init__(self, kind: Kind, indices: list[int], parameters: Sequence[Parameter], spares: list[Tensor]) -> None:
         self.kind = kind
         self.like = parameters[indices[0]].param
         self.config = choose("adamw", self.like, 1)
         self.n_rows = len(indices)
-        self.rows = Upload(kind.device)
-        self.chunks = Upload(kind.device)
-        self.hyperparameters = Upload(kind.device)
+        self.rows = Upload(kind.device, spares)
+        self.chunks = Upload(kind.device, spares)
+        self.hyperparameters = Upload(kind.device, spares)
         self.done = torch.zeros((), dtype=torch.int32, device=kind.device)
         self._indices = indices
         self._numbers: list[list[float]] | None = None
@@ -169,8 +176,9 @@ class Upload:
     copies from has to live as long as the table.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, spares: list[Tensor]) -> None:
         self.device = device
+        self._spares = spares
         self.tensor = torch.empty(0)
         self._host = self.tensor
 
@@ -178,8 +186,14 @@ class Upload:
         """Make the tensor equal `host`, without waiting for the device."""
         if self.tensor.shape != host.shape:
             self.tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
-        self._host = host.pin_memory() if self.device.type == "cuda" else host
+        self._host = self._pinned(host) if self.device.type == "cuda" else host
         self.tensor.copy_(self._host, non_blocking=True)
+
+    def _pinned(self, host: Tensor) -> Tensor:
+        for i, spare in enumerate(self._spares):
+            if (spare.shape, spare.dtype) == (host.shape, host.dtype):
+                return self._spares.pop(i).copy_(host)
+        return host.pin_memory()
 
 
 def _on_device(value: float | Tensor) -> bool:

@@ -6,7 +6,7 @@ from torch.amp import GradScaler
 
 from tests.kernels.ops import DEVICE
 
-from .stepping import assert_same, give_gradients, params_of, pair
+from .stepping import assert_same, give_gradients, pair, params_of
 
 SCALE = 1024.0
 

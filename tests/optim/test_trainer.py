@@ -74,12 +74,9 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path):
     def run(name, **settings):
         arguments = arguments_in(tmp_path / name, **settings)
         chosen = fastbert.trainer_optimizer(arguments)
-        return Trainer(
-            model=make(CLASSIFICATION, **SMALL),
-            args=arguments,
-            train_dataset=examples(CLASSIFICATION),
-            optimizer_cls_and_kwargs=chosen,
-        )
+        model = make(CLASSIFICATION, **SMALL)
+        rows = examples(CLASSIFICATION)
+        return Trainer(model=model, args=arguments, train_dataset=rows, optimizer_cls_and_kwargs=chosen)
 
     whole = run("whole")
     whole.args.save_strategy, whole.args.save_steps = "steps", 4
