@@ -45,6 +45,7 @@ def test_fifteen_steps():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # the interpreter takes a second a step
 @pytest.mark.parametrize("kind", WITH_LOSS, ids=str)
 def test_two_hundred_steps(kind):
     assert_same_training(kind, 200)
