@@ -174,16 +174,17 @@ class AdamW(torch.optim.AdamW):
 
         parameters = []
         for param, state, index in found:
+            distributed = _is_distributed(type(param))
             tensors = [
                 param,
-                _like(param.grad, param),
+                _like(param.grad, param) if distributed else param.grad,
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 state["step"],
                 state["max_exp_avg_sq"] if self.param_groups[index]["amsgrad"] else None,
                 state.get("master"),
             ]
-            if hasattr(param, "to_local"):
+            if distributed:
                 tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
             parameters.append(Parameter(*tensors, index))
         groups = [
@@ -252,9 +253,15 @@ def _keeps_master(param: Tensor, group: dict[str, Any]) -> bool:
     return group["master_weights"] and param.dtype in _HALVES
 
 
+@cache
+def _is_distributed(cls: type) -> bool:
+    """Whether it is DTensor, which is not imported here for the sake of those without."""
+    return hasattr(cls, "to_local")
+
+
 def _like(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient, distributed as its parameter is."""
-    if hasattr(param, "to_local") and grad.placements != param.placements:
+    if grad.placements != param.placements:
         return grad.redistribute(param.device_mesh, param.placements)
     return grad
 

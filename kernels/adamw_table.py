@@ -18,6 +18,7 @@ from .launch import choose
 
 # The columns of a row. An absent tensor's pointer is 0, and no program reads it.
 POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
+GRAD = POINTERS.index("grad")
 COLUMNS = len(POINTERS) + 2  # then the number of elements, and the group
 VECTOR_BYTES = 16
 
@@ -72,9 +73,9 @@ class Tables:
         self.launches: list[LaunchTable] = []
         self.built = 0
         self.uploaded = 0
-        self._pointers: list[int] = []
+        self._rows: list[int] = []
+        self._host = torch.empty(0, COLUMNS, dtype=torch.int64)
         self._layouts: list[tuple] = []
-        self._plan: dict[Kind, list[int]] = {}
 
     def refresh(self, parameters: Sequence[Parameter], groups: Sequence[Hyperparameters]) -> None:
         """Bring everything on the device up to date.
@@ -82,18 +83,30 @@ class Tables:
         Raises:
             ValueError: a tensor has another size than its parameter, or is on another device.
         """
-        pointers, layouts = _pointers(parameters), _layouts(parameters)
-        if layouts != self._layouts or pointers != self._pointers:
-            plan = _plan(parameters)
-            if layouts != self._layouts or plan != self._plan:
-                self.launches = [LaunchTable(kind, indices, parameters, self._spares) for kind, indices in plan.items()]
-                self.built += 1
+        rows, layouts = _rows(parameters), [(p.param.stride(), p.grad.stride()) for p in parameters]
+        if rows != self._rows or layouts != self._layouts:
+            host = torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
+            if layouts != self._layouts or not self._only_gradients_moved(host):
+                self._plan(parameters)
             for table in self.launches:
-                table.point_to(parameters)
+                table.send_rows(host)
             self.uploaded += 1
-            self._pointers, self._layouts, self._plan = pointers, layouts, plan
+            self._rows, self._host, self._layouts = rows, host, layouts
         for table in self.launches:
             table.set_hyperparameters(groups)
+
+    def _only_gradients_moved(self, host: Tensor) -> bool:
+        """And to places as aligned as before, which is what every step without kept gradients sees: no new plan."""
+        if any(table.copies for table in self.launches) or host.shape != self._host.shape:
+            return False
+        moved = host != self._host
+        moved[:, GRAD] = host[:, GRAD] % VECTOR_BYTES != self._host[:, GRAD] % VECTOR_BYTES
+        return not bool(moved.any())
+
+    def _plan(self, parameters: Sequence[Parameter]) -> None:
+        plan = _plan(parameters)
+        self.launches = [LaunchTable(kind, indices, parameters, self._spares) for kind, indices in plan.items()]
+        self.built += 1
 
     def spares(self) -> list[Tensor]:
         """Pinned memory for tables like these: none can be allocated while a graph is captured."""
@@ -113,40 +126,39 @@ class LaunchTable:
         self.chunks = Upload(kind.device, spares)
         self.hyperparameters = Upload(kind.device, spares)
         self.done = torch.zeros((), dtype=torch.int32, device=kind.device)
+        self.copies: list[Copy] = []
         self._indices = indices
         self._numbers: list[list[float]] | None = None
-        self._copies: list[Copy] = []
+        self._copy_other_layouts(parameters)
         sizes = [parameters[i].param.numel() for i in indices]
         self.chunks.send(_chunks(sizes, self.config.BLOCK_M * self.config.BLOCK_N))
 
-    def point_to(self, parameters: Sequence[Parameter]) -> None:
-        """Upload the pointers. A tensor whose memory is laid out unlike its parameter's is stood in for by a copy."""
-        self._copies = []
-        rows = []
-        for i in self._indices:
-            param, group = parameters[i].param, parameters[i].group
+    def _copy_other_layouts(self, parameters: Sequence[Parameter]) -> None:
+        """A tensor whose memory is laid out unlike its parameter's is stood in for by a copy."""
+        for row, i in enumerate(self._indices):
+            param = parameters[i].param
             layout = param if _is_dense(param) else torch.empty_like(param)
-            pointers = [self._pointer(name, getattr(parameters[i], name), layout) for name in POINTERS]
-            rows.append([*pointers, param.numel(), group])
-        self.rows.send(torch.tensor(rows, dtype=torch.int64))
+            for column, name in enumerate(POINTERS):
+                tensor = getattr(parameters[i], name)
+                if tensor is not None and name != "step" and not _same_layout(tensor, layout):
+                    self.copies.append(Copy(row, column, tensor, torch.empty_like(layout, dtype=tensor.dtype)))
 
-    def _pointer(self, name: str, tensor: Tensor | None, layout: Tensor) -> int:
-        if tensor is None:
-            return 0
-        if name == "step" or _same_layout(tensor, layout):
-            return tensor.data_ptr()
-        self._copies.append(Copy(name, tensor, torch.empty_like(layout, dtype=tensor.dtype)))
-        return self._copies[-1].copy.data_ptr()
+    def send_rows(self, host: Tensor) -> None:
+        """Upload this launch's rows of the table of all parameters."""
+        rows = host[self._indices]
+        for row, column, _, copy in self.copies:
+            rows[row, column] = copy.data_ptr()
+        self.rows.send(rows)
 
     def copy_in(self) -> None:
         """Before the launch: fill the copies."""
-        for _, tensor, copy in self._copies:
+        for _, _, tensor, copy in self.copies:
             copy.copy_(tensor)
 
     def copy_out(self, unscaled: bool) -> None:
         """After the launch: write the copies back; those of gradients only where the kernel unscaled them."""
-        for name, tensor, copy in self._copies:
-            if name != "grad" or unscaled:
+        for _, column, tensor, copy in self.copies:
+            if column != GRAD or unscaled:
                 tensor.copy_(copy)
 
     def set_hyperparameters(self, groups: Sequence[Hyperparameters]) -> None:
@@ -162,9 +174,10 @@ class LaunchTable:
 
 
 class Copy(NamedTuple):
-    """The tensor called `name`, and the copy of it that the kernel works on."""
+    """Where a pointer stands, the tensor it is of, and the copy of that which the kernel works on."""
 
-    name: str
+    row: int
+    column: int
     tensor: Tensor
     copy: Tensor
 
@@ -200,7 +213,7 @@ def _on_device(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-def _pointers(parameters: Sequence[Parameter]) -> list[int]:
+def _rows(parameters: Sequence[Parameter]) -> list[int]:
     found = []
     for param, grad, exp_avg, exp_avg_sq, step, max_exp_avg_sq, master, group in parameters:
         found += (
@@ -208,17 +221,13 @@ def _pointers(parameters: Sequence[Parameter]) -> list[int]:
             grad.data_ptr(),
             exp_avg.data_ptr(),
             exp_avg_sq.data_ptr(),
-            step.data_ptr(),
             0 if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(),
             0 if master is None else master.data_ptr(),
+            step.data_ptr(),
+            param.numel(),
             group,
         )
     return found
-
-
-def _layouts(parameters: Sequence[Parameter]) -> list[tuple]:
-    """What can change while a pointer stays."""
-    return [(p.param.shape, p.param.stride(), p.grad.stride()) for p in parameters]
 
 
 def _plan(parameters: Sequence[Parameter]) -> dict[Kind, list[int]]:
