@@ -199,6 +199,32 @@ def test_tables_are_kept_while_nothing_moves():
     assert (tables.built, tables.uploaded) == (2, 3)
 
 
+def test_a_gradient_that_moves_off_its_boundary_and_back():
+    parameters, tables = make([(40,), (40,)]), Tables()
+    aligned = parameters[0].grad
+    expected = copies(parameters)
+    for grad, launches in ((aligned, 1), (unaligned(aligned), 2), (aligned, 1), (transposed(aligned), 1)):
+        parameters[0] = parameters[0]._replace(grad=grad)
+        assert launched(lambda: adamw(parameters, GROUPS, tables=tables)) == {"adamw_kernel": launches}
+        reference.adamw(expected, GROUPS)
+    assert_same(parameters, expected)
+    assert tables.built == 3
+
+
+def test_a_gradient_that_changes_its_strides():
+    parameters, tables = make([(16, 20)]), Tables()
+    expected = copies(parameters)
+    for place in (transposed, torch.clone, every_second):
+        parameters[0] = parameters[0]._replace(grad=place(expected[0].grad))
+        adamw(parameters, GROUPS, tables=tables)
+        reference.adamw(expected, GROUPS)
+    parameters[0].grad.mul_(-1.0)
+    expected[0].grad.mul_(-1.0)
+    adamw(parameters, GROUPS, tables=tables)
+    reference.adamw(expected, GROUPS)
+    torch.testing.assert_close(parameters[0].param, expected[0].param, rtol=1e-6, atol=1e-6)
+
+
 def test_new_numbers_reach_the_kernel():
     parameters, tables = make(), Tables()
     expected = copies(parameters)
