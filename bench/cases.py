@@ -171,7 +171,7 @@ def _attention(variant: Variant) -> None:
 
 
 def _adamw_variants() -> Iterator[Variant]:
-    """"mixed" is a bf16 parameter with float32 state and master; what stands for `activation` is the variant's name."""
+    """Of dtype mixed: a bf16 parameter with float32 state and master. The variant's name stands as its `activation`."""
     variant = partial(Variant, "adamw", width=1)
     for dtype in ("bf16", "fp16", "fp32", "mixed"):
         for extra in ("plain", "amsgrad", "scaled"):
