@@ -16,6 +16,7 @@ from tests.packaging.environments import ROOT, source_files
 
 # Files of kernels/ that hold no op of their own.
 SUPPORT = {
+    "adamw_table",
     "attention_backward",
     "attention_checks",
     "attention_forward",
