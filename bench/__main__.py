@@ -1,5 +1,6 @@
 """python -m bench: measurements of the kernels from the command line."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from bench import audit as audits
 from bench.tables import audit_table, floor_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-console = Console()
+# Piped output has no width of its own: wide enough that no table wraps.
+console = Console(width=None if sys.stdout.isatty() else 200)
 
 
 @app.callback()

@@ -58,6 +58,7 @@ SHORT = (
     "dropout_add_layernorm bf16 768 p=0.1",
     "bias_gelu bf16 3072 gelu",
     "gelu_layernorm bf16 768 gelu",
+    "adamw fp32 1 plain",
     "attention bf16 64 key p=0.0",
     "attention bf16 64 key p=0.1",
 )
