@@ -4,6 +4,7 @@ What imports triton is imported inside the commands: a dry run first chooses its
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,8 @@ from bench import audit as audits
 from bench.tables import audit_table, floor_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-console = Console()
+# Piped output has no width of its own: wide enough that no table wraps.
+console = Console(width=None if sys.stdout.isatty() else 200)
 
 
 @app.callback()
@@ -30,22 +32,29 @@ def audit(
     op: Annotated[list[str], typer.Option(help="Only this op; may be given again.")] = [],
     arch: Annotated[list[str], typer.Option(help="Only this architecture; may be given again.")] = [],
     json: Annotated[Path | None, typer.Option(help="Write the records here.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Only BERT-base in bf16, as .ci/run does.")] = False,
     check: Annotated[bool, typer.Option(help="Exit 1 if anything is worse than the baseline.")] = False,
     update: Annotated[bool, typer.Option(help="Accept what was found as the new baseline.")] = False,
     top: Annotated[int, typer.Option(help="Rows of the table; 0 for all.")] = 40,
     workers: Annotated[int, typer.Option(help="Compilers at a time.")] = 2,
 ) -> None:
     """Compile every op x configuration x architecture and read what came out. No GPU needed, nothing is timed."""
+    if short and update:
+        raise typer.BadParameter("--update takes a whole run: leave --short out")
     ops, architectures = _select(op, arch)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("compiling")
-        records = audits.run(ops, architectures, workers, lambda n, of: progress.update(task, completed=n, total=of))
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        records = audits.run(ops, architectures, workers, advance, short)
     console.print(audit_table(records, top or len(records)))
     console.print(floor_table(ops))
     if json:
         audits.write(records, json)
     if check:
-        _check(records, ops, architectures)
+        _check(records, ops, architectures, short)
     if update:
         baseline = audits.read() if audits.BASELINE.exists() else []
         audits.write(audits.merge(baseline, records, ops, architectures))
@@ -60,9 +69,8 @@ def _select(ops: list[str], architectures: list[str]) -> tuple[list[str], list[s
         raise typer.BadParameter(f"{error.args[0]} is unknown; known are {known}") from None
 
 
-def _check(records: list[audits.Record], ops: list[str], architectures: list[str]) -> None:
-    accepted = [r for r in audits.read() if r["op"] in ops and r["architecture"] in architectures]
-    problems = audits.compare(accepted, records)
+def _check(records: list[audits.Record], ops: list[str], architectures: list[str], short: bool) -> None:
+    problems = audits.compare(audits.selected(audits.read(), ops, architectures, short), records)
     for problem in problems:
         console.print(f"[red]worse:[/] {problem}", highlight=False)
     if problems:

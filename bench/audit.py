@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, Variant
+from bench.cases import CASES, SHORT, Variant
 from bench.hardware import ARCHITECTURES, BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
 
 __all__ = ["CASES", "BASELINE", "compare", "read", "run", "severity", "write"]
@@ -25,10 +25,14 @@ Record = dict[str, Any]
 
 
 def run(
-    ops: list[str], architectures: list[str], workers: int, progress: Callable[[int, int], None] | None = None
+    ops: list[str],
+    architectures: list[str],
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+    short: bool = False,
 ) -> list[Record]:
-    """The records of all variants of `ops`, sorted by key."""
-    variants = [variant for op in ops for variant in CASES[op].variants()]
+    """The records of all variants of `ops`, or of the short list's, sorted by key."""
+    variants = [v for op in ops for v in CASES[op].variants() if not short or v.name in SHORT]
     batches = [
         (architecture, variants[i : i + BATCH])
         for architecture in architectures
@@ -76,6 +80,17 @@ def merge(baseline: list[Record], records: list[Record], ops: list[str], archite
     """The baseline with the part that was run now replaced."""
     kept = [r for r in baseline if not (r["op"] in ops and r["architecture"] in architectures)]
     return sorted(kept + records, key=lambda record: record["key"])
+
+
+def selected(baseline: list[Record], ops: list[str], architectures: list[str], short: bool) -> list[Record]:
+    """The part of the baseline that `run` with these arguments compiles."""
+    return [
+        record
+        for record in baseline
+        if record["op"] in ops
+        and record["architecture"] in architectures
+        and (not short or record["key"].split(maxsplit=2)[2] in SHORT)
+    ]
 
 
 def compare(baseline: list[Record], records: list[Record]) -> list[str]:

@@ -19,6 +19,7 @@ COLOURS = {
     "fastbert": "#d1495b",
     "fastbert + compile": "#8c2f39",
     "fastbert packed": "#8c2f39",
+    "fastbert + its AdamW": "#e8919c",
     "stock": "#30638e",
     "stock + compile": "#003d5b",
     "eager": "#9aa5b1",

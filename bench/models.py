@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import BertConfig
 
+import fastbert
 from bench.batches import HEADS
 from bench.lengths import Lengths
 from bench.peers import require
@@ -56,6 +57,7 @@ LANES = {
     "flash_attention_2": Lane("flash_attention_2", peer="flash_attention_2"),
     "fastbert": Lane(fast=True),
     "fastbert + compile": Lane(fast=True, compiled=True),
+    "fastbert + its AdamW": Lane(fast=True, optimizer="fastbert"),
 }
 
 
@@ -99,8 +101,6 @@ def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
     model = model.to(device, torch.bfloat16 if workload.precision == "bf16" else torch.float32)
     model.set_attn_implementation(lane.attention)
     if lane.fast:
-        import fastbert
-
         fastbert.patch(model)
     return model
 
@@ -115,6 +115,7 @@ def compiled(model: nn.Module, lane: Lane) -> nn.Module:
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch fused": partial(torch.optim.AdamW, fused=True),  # transformers' default, adamw_torch_fused
+    "fastbert": fastbert.AdamW,
 }
 
 

@@ -10,7 +10,7 @@ from bench.isolate import Outcome, run_job
 from bench.models import Workload
 
 FIRST_LANES = ("fastbert", "stock")
-OTHER_LANES = ("stock + compile", "fastbert + compile", "eager", "flash_attention_2")
+OTHER_LANES = ("stock + compile", "fastbert + compile", "fastbert + its AdamW", "eager", "flash_attention_2")
 CASES_A_JOB = 8
 TESTS_SHARE = 0.3  # of the budget, for the correctness tests
 
@@ -76,6 +76,8 @@ def _everything(budget: float) -> Iterator[Job]:
     for lanes in (FIRST_LANES, OTHER_LANES[:2], OTHER_LANES[2:]):
         for workload in workloads:
             for lane in lanes:
+                if models.LANES[lane].optimizer != models.Lane.optimizer and workload.mode != "train":
+                    continue  # without an optimizer it is the lane it is named after
                 yield model_job(workload, lane, details=workload.mode == "train")
     yield from op_jobs(list(ops.cases(dtypes=("bf16",))))
     yield optimizer_job("BERT-base", "BERT-large")

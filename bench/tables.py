@@ -5,11 +5,15 @@ from rich.table import Table
 from bench import floors
 from bench.audit import Record, severity
 
+CAPTION = (
+    "issue: TB/s that an H200's schedulers could keep up with (it copies 4.3); for attention TFLOP/s (it multiplies 790)"
+)
+
 
 def audit_table(records: list[Record], rows: int) -> Table:
     """The worst `rows` records first."""
     title = f"{min(rows, len(records))} of {len(records)} kernels, worst first"
-    table = Table(title=title, caption="issue: TB/s (an H200 copies 4.3) or, attention, TFLOP/s (it multiplies 790) that its schedulers could keep up with")
+    table = Table(title=title, caption=CAPTION)
     table.add_column("kernel", no_wrap=True)
     for heading in ("tile x warps", "regs", "spill", "shared", "occ.", "KiB in flight", "16 B", "instr.", "/elem."):
         table.add_column(heading, justify="right")
@@ -57,6 +61,11 @@ def floor_table(ops: list[str]) -> Table:
     for heading in floors.SHAPES:
         table.add_column(heading, justify="right")
     for op in ops:
+        if op == "adamw":
+            for model, hidden in floors.MODELS.items():
+                floor = floors.floor_microseconds(floors.ADAMW_BYTES * floors.parameters(hidden))
+                table.add_row(op, "step, fp32", model, *[f"{floor:.0f}"] * len(floors.SHAPES))
+            continue
         for direction in floors.TENSORS[op]:
             for model, hidden in floors.MODELS.items():
                 cells = [_floor(op, direction, *shape, hidden) for shape in floors.SHAPES.values()]

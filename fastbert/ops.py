@@ -11,7 +11,8 @@ MAX_WIDTH = 0
 MAX_HEAD_SIZE = 0
 
 try:
-    from fastbert.kernels.attention import MAX_HEAD_SIZE, attention, bounds_of
+    from fastbert.kernels.attention import attention, bounds_of
+    from fastbert.kernels.attention_checks import MAX_HEAD_SIZE
     from fastbert.kernels.bias_gelu import bias_gelu
     from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
     from fastbert.kernels.gelu_layernorm import gelu_layernorm

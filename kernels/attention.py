@@ -11,18 +11,19 @@ FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in a
 attention_backward.py.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
 from .attention_backward import attention_bwd_kv_kernel, attention_bwd_q_kernel, attention_bwd_rows_kernel
+from .attention_checks import check_inputs, check_masks
 from .attention_forward import attention_fwd_kernel
-from .launch import accumulator, accumulator_torch, check_dtype, choose, differentiable, draw_seed, launch
+from .configs import Config
+from .launch import INTERPRETED, accumulator, accumulator_torch, choose, differentiable, draw_seed, launch
 
 __all__ = ["attention"]
-
-
-MAX_HEAD_SIZE = 256
 
 
 def _geometry(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
@@ -53,16 +54,27 @@ def _constants(q: Tensor, causal: bool, scale: float, p: float) -> dict[str, obj
         "SCALE": scale,
         "CAUSAL": causal,
         "P_DROP": p,
-        # Read at each launch, as torch's own products do: Triton's default would be TF32.
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": _precision(q),
         "ACC": accumulator(q.dtype),
         "D": q.shape[-1],
         "BLOCK_D": _block_d(q),
     }
 
 
+def _precision(q: Tensor) -> str:
+    """Read at each launch, as torch's own products do: Triton's default would be TF32."""
+    if q.dtype == torch.float64 and not INTERPRETED:
+        return "sum"  # triton compiles no float64 product; it is there for gradcheck
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def _block_d(q: Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[-1]))  # the matrix unit's shortest side is 16
+
+
+def _choose(kernel: str, q: Tensor, mask: Tensor | None = None) -> Config:
+    """A general mask needs registers for a pointer a score, so its tiles are smaller."""
+    return choose(kernel if mask is None else f"{kernel}_masked", q, q.shape[-1])
 
 
 def _launch_fwd(
@@ -87,7 +99,7 @@ def _launch_fwd(
     sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
     _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
     n_heads = q.shape[-2]
-    config = choose("attention_forward", q, _block_d(q))
+    config = _choose("attention_forward", q, mask)
     launch(
         attention_fwd_kernel,
         sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
@@ -120,7 +132,7 @@ def _launch_fwd(
 
 def _allocate_fwd(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    rows = q.shape[:-2].numel()
+    rows = math.prod(q.shape[:-2])  # torch.Size.numel would fix a size that torch.compile keeps open
     return out, torch.empty((q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
 
 
@@ -177,7 +189,7 @@ def _launch_bwd_into(
     row_key = torch.empty_like(logsumexp, dtype=torch.int32) if p > 0.0 else None
     constants = _constants(q, causal, scale, p)
 
-    config = choose("attention_backward_rows", q, _block_d(q))
+    config = _choose("attention_backward_rows", q)
     launch(
         attention_bwd_rows_kernel,
         sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
@@ -219,7 +231,7 @@ def _launch_bwd_into(
         "n_rows": n_rows,
         **constants,
     }
-    config = choose("attention_backward_kv", q, _block_d(q))
+    config = _choose("attention_backward_kv", q, mask)
     launch(
         attention_bwd_kv_kernel,
         sequences * n_heads * triton.cdiv(seqlen_k, config.BLOCK_N),
@@ -232,7 +244,7 @@ def _launch_bwd_into(
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
     )
-    config = choose("attention_backward_q", q, _block_d(q))
+    config = _choose("attention_backward_q", q, mask)
     launch(
         attention_bwd_q_kernel,
         sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
@@ -305,9 +317,11 @@ def attention(
         q: [B, Sq, heads, D], or packed [T, heads, D]. fp64, fp32, fp16 or bf16; any strides; D from 1 to 256.
         k, v: [B, Sk, heads, D], or packed like q.
         key_mask: bool [B, Sk], true where a key is valid.
-        mask: [B or 1, heads or 1, Sq or 1, Sk or 1], bool (true where seen) or a number added to the scaled score.
-        cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends.
-        max_seqlen: length of the longest packed sequence.
+        mask: [B or 1, heads or 1, Sq or 1, Sk or 1], leading dimensions may be left out, [Sq, Sk] for one; bool (true
+            where seen) or a number added to the scaled score.
+        cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T. Rows that it
+            leaves out are not written.
+        max_seqlen: length of the longest packed sequence, or more.
         causal: query i sees keys up to i + Sk - Sq.
         scale: 1 / sqrt(D) by default.
         p: probability of dropping a probability, rounded to 2**-32.
@@ -318,10 +332,11 @@ def attention(
         The shape of q, contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype that has no kernel, a mask that requires a gradient, D over 256,
-            p outside [0, 1].
+        ValueError: shapes, dtypes or devices that do not fit, a dtype that has no kernel, a mask that requires a
+            gradient, D over 256, a scale that is not finite, p outside [0, 1].
     """
-    _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p)
+    check_inputs(q, k, v, cu_seqlens, max_seqlen, scale, p, seed)
+    check_masks(q, k, key_mask, mask, key_bounds)
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if key_mask is not None:
@@ -334,35 +349,3 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = seed if p > 0.0 else None
     return _call(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p)[0]
-
-
-def _check(q, k, v, key_mask, mask, cu_seqlens, max_seqlen, p) -> None:
-    packed = cu_seqlens is not None
-    check_dtype("q", q)
-    if q.dim() != (3 if packed else 4):
-        raise ValueError(f"q: expected {'[T, heads, D]' if packed else '[B, S, heads, D]'}, got {tuple(q.shape)}")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_SIZE:
-        raise ValueError(f"q: expected a head size from 1 to {MAX_HEAD_SIZE}, got {q.shape[-1]}")
-    rows = () if not packed else (q.shape[0],)
-    expected = (*rows, *q.shape[-2:]) if packed else (q.shape[0], k.shape[1] if k.dim() == 4 else -1, *q.shape[-2:])
-    for name, tensor in (("k", k), ("v", v)):
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
-    if packed and max_seqlen is None:
-        raise ValueError("max_seqlen: packed rows need the length of the longest sequence, got None")
-    if packed and (key_mask is not None or mask is not None):
-        raise ValueError("cu_seqlens: packed rows take no key_mask and no mask")
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (q.shape[0], k.shape[1])):
-        raise ValueError(
-            f"key_mask: expected bool {(q.shape[0], k.shape[1])}, got {key_mask.dtype} {tuple(key_mask.shape)}"
-        )
-    if mask is not None:
-        full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-        if mask.dim() != 4 or any(m not in (1, n) for m, n in zip(mask.shape, full, strict=True)):
-            raise ValueError(f"mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
-        if mask.requires_grad and torch.is_grad_enabled():
-            raise ValueError("mask: the kernel gives it no gradient, got one that requires it")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p: expected a probability from 0 to 1, got {p}")

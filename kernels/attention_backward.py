@@ -16,6 +16,7 @@ from .attention_tiles import (
     load_tile,
     mask_scores,
     probabilities,
+    product,
     row_keys,
     sees_none,
     sequence_bounds,
@@ -118,7 +119,7 @@ def _add_keys(
         keys = block + tl.arange(0, BLOCK_N)
         k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
         v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (SCALE * LOG2E)
+        scores = product(q, tl.trans(k), None, PRECISION, ACC) * (SCALE * LOG2E)
         if MASK:
             scores = mask_scores(
                 scores,
@@ -133,12 +134,12 @@ def _add_keys(
                 CAUSAL,
             )
         weights = probabilities(scores, logsumexp[:, None], seqlen_k, MASK)
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
         if P_DROP > 0:
             keep = keep_scores(row_key[:, None], positions[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
             dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE  # one instruction with the difference below
         dscores = weights * (dweights - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+        dq = product(dscores.to(k.dtype), k, dq, PRECISION, ACC)
     return dq
 
 
@@ -298,7 +299,7 @@ def _add_queries(
         logsumexp = _load_rows(logsumexp_ptr, rows, seqlen_q)
         delta = _load_rows(delta_ptr, rows, seqlen_q)
 
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * (SCALE * LOG2E)
+        scores = product(k, tl.trans(q), None, PRECISION, ACC) * (SCALE * LOG2E)
         if MASK:
             scores = mask_scores(
                 scores,
@@ -313,7 +314,7 @@ def _add_queries(
                 CAUSAL,
             )
         weights = probabilities(scores, logsumexp[None, :], seqlen_k, MASK)
-        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        dweights = product(v, tl.trans(dout), None, PRECISION, ACC)
         dropped = weights
         if P_DROP > 0:
             row_key = _load_rows(row_key_ptr, rows, seqlen_q).to(tl.uint32, bitcast=True)
@@ -321,9 +322,9 @@ def _add_queries(
             keep = keep_scores(row_key[None, :], positions[None, :], tl.arange(0, BLOCK_N)[:, None], first_key, P_DROP)
             dropped = tl.where(keep, weights, 0.0)  # dv is rescaled once, at its end
             dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE
-        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dv = product(dropped.to(dout.dtype), dout, dv, PRECISION, ACC)
         dscores = weights * (dweights - delta[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=ACC)
+        dk = product(dscores.to(q.dtype), q, dk, PRECISION, ACC)
     return dk, dv
 
 

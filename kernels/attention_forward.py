@@ -13,6 +13,7 @@ from .attention_tiles import (
     keep_scores,
     load_tile,
     mask_scores,
+    product,
     row_keys,
     sequence_bounds,
     store_tile,
@@ -59,7 +60,7 @@ def _attend(
     for block in range(first_key, last_key, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
         k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        scores = product(q, tl.trans(k), None, PRECISION, ACC)
         if MASK:
             scores = mask_scores(
                 scores * (SCALE * LOG2E),
@@ -88,7 +89,7 @@ def _attend(
             keep = keep_scores(row_key[:, None], positions[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
             weights = tl.where(keep, weights, 0.0)
         v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = product(weights.to(v.dtype), v, acc, PRECISION, ACC)
         top = new_top
     return acc, total, top
 

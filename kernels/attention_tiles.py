@@ -51,6 +51,18 @@ def store_tile(pointers, tile, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """a b + acc, in ACC; acc may be None. PRECISION is tl.dot's input_precision, or "sum" where there is no tl.dot."""
+    if PRECISION == "sum":
+        c = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+        if acc is not None:
+            c += acc
+    else:
+        c = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    return c
+
+
+@triton.jit
 def mask_scores(
     scores,
     q_index,

@@ -79,22 +79,40 @@ _BIAS_GELU_BACKWARD: Table = {
     4: {8192: Config(2, 4, 512, 6)},
     8: {8192: Config(1, 4, 512, 4)},
 }
+# A program updates BLOCK_M blocks of BLOCK_N elements of one tensor, one after the other. The element size is the
+# parameter's; widths mean nothing here.
+_ADAMW: Table = {
+    2: {8192: Config(16, 4, 1024)},
+    4: {8192: Config(16, 4, 1024)},
+    8: {8192: Config(16, 4, 512)},
+}
 
 
-# By rounded head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the
-# forward at head sizes 64 and 128, so that one's softmax hides behind the other's products.
-_ATTENTION_32_BIT: Table = {
-    4: {64: Config(32, 4, 32, num_stages=2), 128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)},
-    8: {64: Config(16, 4, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)},
+# By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
+# sizes 64 and 128, so that one's softmax hides behind the other's products. Head sizes that are no power of two check
+# their columns, which takes registers, and have rows of their own.
+_WIDE_32_BIT = {128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)}
+_64_BIT: Table = {8: {64: Config(16, 16, 16, num_stages=1), 256: Config(16, 32, 16, num_stages=1)}}
+_WIDE_ATTENTION: dict[str, Table] = {
+    "forward": {4: {64: Config(32, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
+    "backward_kv": {4: {64: Config(16, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
+    "backward_q": {4: {64: Config(32, 4, 16, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
 }
 _HOPPER_ATTENTION: dict[str, Table] = {
-    "forward": {2: {64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
+    "forward": {2: {32: Config(128, 4, 64, num_stages=3), 63: Config(64, 4, 64, num_stages=2), 64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
+    "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(64, 8, 32, num_stages=2)}},
     "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
 }
+_BLACKWELL_ATTENTION: dict[str, Table] = _HOPPER_ATTENTION | {
+    "forward": {2: _HOPPER_ATTENTION["forward"][2] | {128: Config(64, 4, 64, num_stages=2)}},
+    "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=1), 256: Config(64, 8, 32, num_stages=2)}},
+    "backward_kv": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+}
 _AMPERE_ATTENTION: dict[str, Table] = {
-    "forward": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=2)}},
-    "backward_kv": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
+    "forward": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=3), 256: Config(32, 8, 32, num_stages=2)}},
+    "backward_kv": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(32, 4, 32, num_stages=2), 256: Config(16, 8, 32, num_stages=1)}},
+    "backward_kv_masked": {2: {64: Config(32, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
 }
 _ATTENTION_ROWS: Table = {size: {256: Config(32, 4)} for size in (2, 4, 8)}
@@ -109,10 +127,12 @@ def _everywhere(table: Table) -> dict[str, Table]:
 
 
 def _attention(part: str) -> dict[str, Table]:
+    """part may end in _masked: where a table has no such entry, general masks take the one without."""
+
+    plain = part.removesuffix("_masked")
+    tables = {"sm_80": _AMPERE_ATTENTION, "sm_90": _HOPPER_ATTENTION, "sm_100": _BLACKWELL_ATTENTION}
     return {
-        "sm_80": _AMPERE_ATTENTION[part] | _ATTENTION_32_BIT,
-        "sm_90": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
-        "sm_100": _HOPPER_ATTENTION[part] | _ATTENTION_32_BIT,
+        architecture: table.get(part, table[plain]) | _WIDE_ATTENTION[plain] for architecture, table in tables.items()
     } | _interpreted(Config(64, 1, 32))
 
 
@@ -122,8 +142,10 @@ TABLES: dict[str, dict[str, Table]] = {
     "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD) | _interpreted(Config(32, 1, None, 1)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
-    "attention_forward": _attention("forward"),
+    "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),
     "attention_backward_rows": _everywhere(_ATTENTION_ROWS) | _interpreted(Config(64, 1)),
-    "attention_backward_kv": _attention("backward_kv"),
-    "attention_backward_q": _attention("backward_q"),
+} | {
+    f"attention_{part}{masked}": _attention(f"{part}{masked}")
+    for part in ("forward", "backward_kv", "backward_q")
+    for masked in ("", "_masked")
 }

@@ -4,6 +4,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from zlib import crc32
 
 import pytest
 import torch
@@ -70,15 +71,27 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "gpu: shows what only a GPU can (bf16, streams, races, timing); skipped where there is none",
         "long: takes minutes or gigabytes; runs only when chosen by `pytest -m long`",
+        "one_in(n): of a test's parameters one in n runs at each commit, the others are long",
         "no_launch: a kernel test in which no kernel is meant to be launched",
     ):
         config.addinivalue_line("markers", marker)
     # The interpreter computes with NumPy, which warns where a GPU silently gives the infinity the test asks for.
-    for message in ("overflow encountered", "invalid value encountered", "divide by zero encountered"):
+    for message in ("overflow encountered", "invalid value encountered", "divide by zero encountered", "All-NaN slice"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
 
 
+def _mark_all_but_one_in_n(items: list[pytest.Item]) -> None:
+    # By a hash, not by counting: every second of a product of two dtypes would always be the same dtype.
+    tests: set[str] = set()
+    for item in items:
+        marker, test = item.get_closest_marker("one_in"), item.nodeid.partition("[")[0]
+        if marker and test in tests and crc32(item.nodeid.encode()) % marker.args[0]:
+            item.add_marker("long")
+        tests.add(test)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _mark_all_but_one_in_n(items)
     if not GPU:
         no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False here")
         for item in items:

@@ -106,7 +106,7 @@ def attention_forward(
     arguments = (module, query, key, value)
     if weights or former == "eager":
         mask = _general_mask(attention_mask, causal and query.shape[2] > 1, query, key)
-        return eager_attention_forward(*arguments, _added(mask, query.dtype), scaling, dropout, **kwargs)
+        return eager_attention_forward(*arguments, _added(mask, _mask_dtype(module, query)), scaling, dropout, **kwargs)
     if former and "flash" in former and (attention_mask is None or attention_mask.dim() == 2):
         return ALL_ATTENTION_FUNCTIONS[former](*arguments, attention_mask, dropout, scaling, is_causal=causal, **kwargs)
     if attention_mask is not None:
@@ -174,6 +174,11 @@ def _general_mask(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor)
     if causal:
         seen = seen.tril(0 if mask is None else kv_length - q_length)
     return seen if mask is None else seen & mask[:, None, None, :]
+
+
+def _mask_dtype(module: nn.Module, query: Tensor) -> torch.dtype:
+    """Stock makes its masks in the model's own dtype, which under autocast is not that of the queries."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), query.dtype)
 
 
 def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,8 +1,10 @@
 """The compile audit: what counts as worse, and that what ships compiles without spills to 16-byte accesses."""
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
-from bench import audit
+from bench import audit, floors
 from bench.cases import CASES
 from bench.floors import floor_microseconds, stated_bytes
 from fastbert.kernels.configs import ARCHITECTURES
@@ -59,6 +61,26 @@ def test_floor_is_stated_bytes_over_the_copy_bandwidth():
     assert floor_microseconds(4.3e12) == pytest.approx(1e6)
 
 
+def test_parameters_are_those_of_the_models():
+    for hidden, layers in floors.LAYERS.items():
+        config = BertConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden,
+        )
+        with torch.device("meta"):
+            model = BertModel(config)
+        assert floors.parameters(hidden) == sum(p.numel() for p in model.parameters())
+
+
+def test_adamw_moves_16_bytes_at_a_time_and_nothing_twice():
+    records = [r for r in audit.read() if r["op"] == "adamw"]
+    assert {r["wide_share"] for r in records} == {1.0} and not any(r["spills"] or r["local_bytes"] for r in records)
+    (plain,) = {r["bytes_per_element"] for r in records if "adamw fp32 1 plain" in r["key"]}
+    assert plain == floors.ADAMW_BYTES
+
+
 def test_the_baseline_covers_every_op_and_architecture():
     records = audit.read()
     assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
@@ -73,6 +95,30 @@ def test_nothing_spills_on_hopper_at_berts_widths():
     records = [r for r in records if r["key"].split()[3] != "fp64"]
     assert len(records) > 50
     assert not [r["key"] for r in records if r["spills"] or r["local_bytes"]]
+
+
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+
+
+def test_attention_as_it_ships():
+    """At BERT's head sizes, on every architecture: its own matrix instructions, no spills, 16-byte tiles, and in the
+    forward two programs a multiprocessor."""
+    records = [r for r in audit.read() if r["op"] == "attention" and r["key"].split()[3:5] != ["fp64", "64"]]
+    assert not [r["key"] for r in records if r["spills"] or r["local_bytes"]]
+    records = [r for r in records if r["key"].split()[4] in ("64", "128")]
+    assert len({r["key"] for r in records}) == len(records) > 150
+    for record in records:
+        key, half = record["key"], record["key"].split()[3] in ("bf16", "fp16")
+        assert record["wide_share"] == 1.0, key
+        assert record["programs_per_multiprocessor"] >= 2 or " forward " not in key, key
+        if half and "backward-rows" not in key:
+            assert set(record["matrix"]) == {MATRIX[record["architecture"]]}, key
+
+
+def test_short_is_a_part_of_the_whole():
+    records = audit.selected(audit.read(), list(CASES), list(ARCHITECTURES), short=True)
+    assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
+    assert len(records) == 3 * (1 + 3 * 2 + 2 * 4)
 
 
 def test_what_ships_compiles_to_the_baseline(monkeypatch):

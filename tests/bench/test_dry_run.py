@@ -77,9 +77,7 @@ def test_ops(tmp_path):
     results = check(tmp_path)
     assert {record.op for record in results.ops} == set(chosen)
     adamw = [record for record in results.ops if record.op == "adamw"]
-    assert statuses(adamw) | {"fastbert": "any"} == dict.fromkeys(("eager", "foreach", "fused"), "dry-run") | {
-        "fastbert": "any"
-    }
+    assert statuses(adamw) == dict.fromkeys(("eager", "foreach", "fused", "fastbert"), "dry-run")
     assert {record.direction for record in results.ops} == {"forward", "backward", "both", "step"}
     ours = [record for record in results.ops if record.lane == "fastbert" and record.op != "adamw"]
     assert len(ours) == 3 * 5 and {record.status for record in ours} == {"dry-run"}

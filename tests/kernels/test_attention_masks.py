@@ -75,7 +75,7 @@ def test_a_row_that_sees_no_key_is_the_average_of_all(kind, dtype, p):
     assert results["dq"][1].any() and results["dk"][1].any() and results["dv"][1].any()
 
 
-FORMS = list(itertools.product((1, 2), (1, 3), (1, 7), (1, 37)))
+FORMS = [*itertools.product((1, 2), (1, 3), (1, 7), (1, 37)), (7, 37), (37,), (3, 1, 37)]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -28,11 +28,17 @@ Tensors = dict[str, Tensor]
 
 
 def check(
-    model: nn.Module, batch: Mapping[str, Any], *, backward: bool = True, expected: Counter[str] | None = None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    backward: bool = True,
+    expected: Counter[str] | None = None,
+    eager: nn.Module | None = None,
 ) -> Tensors:
     """Patched equals stock in the same dtype, both measured from stock in float64; and it went through the kernels.
 
-    `model` is stock and stays as it is: three copies run. `expected` are the launches; without it every module that
+    `model` is stock and stays as it is: three copies run. `eager` is the model to be equal to where it is not `model`:
+    the same one with eager attention. `expected` are the launches; without it every module that
     has a kernel has to use it, once in the forward and once in the backward, and never fall back. Returns what the
     patched copy gave.
     """
@@ -43,8 +49,9 @@ def check(
         assert_no_fallback(patched)
         expected = expected_launches(model, backward=backward)
     assert launched == expected, launched
-    eager = run(copy.deepcopy(model), batch, backward)
-    assert_equal(results, eager, run(copy.deepcopy(model).double(), doubled(batch), backward))
+    stock = model if eager is None else eager
+    exact = run(copy.deepcopy(stock).double(), doubled(batch), backward)
+    assert_equal(results, run(copy.deepcopy(stock), batch, backward), exact)
     return results
 
 
@@ -158,11 +165,15 @@ def expected_launches(
     for module in model.modules():
         for stock, kernel in KERNELS.items():
             if isinstance(module, stock) and kernel not in without:
-                expected[f"{kernel}_fwd_kernel"] += forward
-                for name in BACKWARD.get(kernel, (f"{kernel}_bwd_kernel",)):
-                    expected[name] += int(backward)
+                expected += launches_of(kernel, forward, int(backward))
     assert expected
-    return +expected
+    return expected
+
+
+def launches_of(kernel: str, forward: int = 1, backward: int = 1) -> Counter[str]:
+    """What so many forwards and backwards of one module with this kernel launch."""
+    names = BACKWARD.get(kernel, (f"{kernel}_bwd_kernel",))
+    return +Counter({f"{kernel}_fwd_kernel": forward} | dict.fromkeys(names, backward))
 
 
 def assert_no_fallback(model: nn.Module) -> None:

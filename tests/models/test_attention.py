@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import fastbert
 from fastbert import ops
 from fastbert.kernels.launch import counts
 from fastbert.layers.projection import project
-from tests.models.running import check, counting, expected_launches
+from tests.models.running import check, counting
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, config, make, make_batch
 
 
@@ -217,10 +216,7 @@ def test_general_masks(form):
         batch["attention_mask"] = seen  # SDPA's form, which eager attention would add as 0 and 1
         torch.testing.assert_close(fastbert.patch(make(BASE))(**batch).last_hidden_state, stock)
     else:
-        model = make(BASE)
-        backward = ("rows", "kv", "q")
-        launches = {"attention_fwd_kernel": 2} | {f"attention_bwd_{part}_kernel": 2 for part in backward}
-        check(model, batch, expected=expected_launches(model) + Counter(launches))
+        check(make(BASE), batch)
 
 
 def test_whole_model_through_torch_save():

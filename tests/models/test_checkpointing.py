@@ -17,7 +17,7 @@ def checkpointed(model, reentrant):
 def expected(model):
     """Every layer's forward runs twice, the head's once."""
     launches = expected_launches(model)
-    for kernel in ("bias_gelu", "dropout_add_layernorm"):
+    for kernel in ("attention", "bias_gelu", "dropout_add_layernorm"):
         launches[f"{kernel}_fwd_kernel"] *= 2
     return launches
 
@@ -54,4 +54,5 @@ def test_only_one_layer(reentrant):
     launches = expected_launches(model)
     launches["bias_gelu_fwd_kernel"] += 1
     launches["dropout_add_layernorm_fwd_kernel"] += 2
+    launches["attention_fwd_kernel"] += 1
     check(model, make_batch(), expected=launches)

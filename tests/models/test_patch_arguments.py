@@ -17,7 +17,7 @@ SWITCHES = {
     "residual_norm": ["dropout_add_layernorm"],
     "intermediate": ["bias_gelu"],
     "mlm_head": ["gelu_layernorm"],
-    "attention": [],
+    "attention": ["attention"],
     "embeddings": [],
 }
 

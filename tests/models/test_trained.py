@@ -57,4 +57,4 @@ def test_sentence_embeddings(folder):
     torch.testing.assert_close(embeddings, stock, rtol=0.0, atol=1e-6)
     # Trained weights give meaning: the two lines about the sea are nearer to each other than to the one about bread.
     similar, other = embeddings[0] @ embeddings[1], embeddings[0] @ embeddings[2]
-    assert similar > 0.5 > other
+    assert similar > 0.4 > 0.1 > other

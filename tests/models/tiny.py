@@ -14,6 +14,7 @@ from tests.kernels.ops import DEVICE
 VOCABULARY = 61
 ROWS = 2
 LENGTH = 9
+HEADS = 2
 CHOICES = 2
 
 Batch = dict[str, Any]
@@ -107,7 +108,7 @@ def config(**overrides: Any) -> BertConfig:
         "vocab_size": VOCABULARY,
         "hidden_size": 40,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "num_attention_heads": HEADS,
         "intermediate_size": 56,
         "max_position_embeddings": 24,
         "hidden_dropout_prob": 0.0,

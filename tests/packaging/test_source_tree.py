@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -33,10 +34,24 @@ def test_every_other_file_is_package_data(sources: list[Path]) -> None:
     assert others - {ROOT / "fastbert" / "kernels"} == shipped
 
 
-def test_import_is_light() -> None:
+def test_import_is_light_where_fastbert_is_the_program(tmp_path) -> None:
     """The command line switches Triton's interpreter on after this import and before triton's own."""
-    code = "import fastbert, sys; print(*sorted({'triton', 'transformers'} & sys.modules.keys()))"
-    assert run([sys.executable, "-c", code], ROOT).split() == []
+    report = "import atexit, sys; atexit.register(lambda: print(sorted({'triton', 'transformers'} & sys.modules.keys())))"
+    (tmp_path / "sitecustomize.py").write_text(report)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    script = tmp_path / "fastbert"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fastbert")
+    for command in (["-m", "fastbert", "--help"], [str(script)]):
+        output = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert output.stdout.splitlines()[-1] == "[]", output
+
+
+def test_import_registers_the_attention() -> None:
+    """Anywhere else a model may select it by name without being patched; with its masks, or padding would be seen."""
+    code = "import fastbert, transformers.masking_utils as m, transformers.modeling_utils as u; " + (
+        "print('fastbert' in u.ALL_ATTENTION_FUNCTIONS and 'fastbert' in m.ALL_MASK_ATTENTION_FUNCTIONS)"
+    )
+    assert run([sys.executable, "-c", code], ROOT).split() == ["True"]
 
 
 def test_every_dependency_is_pinned() -> None:

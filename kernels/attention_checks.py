@@ -1,0 +1,75 @@
+"""What attention refuses, each with one error that names the argument, what was expected and what came."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .launch import check_dtype
+
+MAX_HEAD_SIZE = 256
+
+
+def check_inputs(q, k, v, cu_seqlens, max_seqlen, scale, p, seed) -> None:
+    """Raise ValueError unless everything but the masks fits q."""
+    packed = cu_seqlens is not None
+    check_dtype("q", q)
+    if q.dim() != (3 if packed else 4):
+        raise ValueError(f"q: expected {'[T, heads, D]' if packed else '[B, S, heads, D]'}, got {tuple(q.shape)}")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_SIZE:
+        raise ValueError(f"q: expected a head size from 1 to {MAX_HEAD_SIZE}, got {q.shape[-1]}")
+    expected = tuple(q.shape) if packed else (q.shape[0], k.shape[1] if k.dim() == 4 else -1, *q.shape[-2:])
+    for name, tensor in (("k", k), ("v", v)):
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
+        _check_device(name, tensor, q)
+    if packed:
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+            raise ValueError(f"cu_seqlens: expected int32 [sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        _check_device("cu_seqlens", cu_seqlens, q)
+    if packed != isinstance(max_seqlen, int | torch.SymInt) or (packed and max_seqlen < 0):
+        raise ValueError(f"max_seqlen: expected {'a length' if packed else 'None without cu_seqlens'}, got {max_seqlen!r}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
+    if seed is not None:
+        if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.dim():
+            given = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+            raise ValueError(f"seed: expected an int64 tensor without dimensions, got {given}")
+        _check_device("seed", seed, q)
+
+
+def check_masks(q, k, key_mask, mask, key_bounds) -> None:
+    """Raise ValueError unless the masks fit q and k, which were checked."""
+    if q.dim() == 3:
+        if not (key_mask is None and mask is None and key_bounds is None):
+            raise ValueError("cu_seqlens: packed rows take no key_mask, key_bounds or mask")
+        return
+    masks = {"key_mask": (key_mask, torch.bool, (q.shape[0], k.shape[1]))}
+    masks["key_bounds"] = (key_bounds, torch.int32, (q.shape[0], 3))
+    for name, (tensor, dtype, shape) in masks.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+        _check_device(name, tensor, q)
+    if key_bounds is not None and key_mask is None:
+        raise ValueError("key_bounds: expected None without a key_mask, got a tensor")
+    if mask is None:
+        return
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if not 1 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(full), strict=False)):
+        raise ValueError(f"mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask: expected bool or a floating-point number to be added, got {mask.dtype}")
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mask: the kernel gives it no gradient, got one that requires it")
+    _check_device("mask", mask, q)
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
