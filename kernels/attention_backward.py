@@ -13,6 +13,7 @@ import triton.language as tl
 from .attention_tiles import (
     LOG2E,
     keep_scores,
+    load_softmax,
     load_tile,
     mask_scores,
     probabilities,
@@ -79,11 +80,73 @@ def _load_rows(ptr, rows, seqlen_q):
 
 
 @triton.jit
+def _weights_of_keys(
+    q,
+    dout,
+    logsumexp,
+    share,
+    row_key,
+    k_ptr,
+    v_ptr,
+    k_row_stride,
+    k_col_stride,
+    v_row_stride,
+    v_col_stride,
+    block,
+    rows,
+    seqlen_q,
+    seqlen_k,
+    key_mask_ptr,
+    mask_ptr,
+    mask_q_stride,
+    mask_k_stride,
+    MASK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    P_DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(k, P, dP) of the keys that start at `block`."""
+    KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
+    WIDE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth > 16
+    keys = block + tl.arange(0, BLOCK_N)
+    k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
+    v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
+    scores = product(q, tl.trans(k), None, PRECISION, ACC) * (SCALE * LOG2E)
+    if MASK:
+        scores = mask_scores(
+            scores,
+            rows[:, None],
+            keys[None, :],
+            seqlen_q,
+            seqlen_k,
+            key_mask_ptr,
+            mask_ptr,
+            mask_q_stride,
+            mask_k_stride,
+            CAUSAL,
+        )
+    weights = probabilities(scores, logsumexp[:, None], share[:, None], seqlen_k, MASK, WIDE)
+    dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
+    if P_DROP > 0:
+        positions = tl.arange(0, BLOCK_M)
+        keep = keep_scores(row_key[:, None], positions[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
+        dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE  # one instruction with the difference that follows
+    return k, weights, dweights
+
+
+@triton.jit
 def _add_keys(
     dq,
     q,
     dout,
     logsumexp,
+    share,
     delta,
     row_key,
     k_ptr,
@@ -113,34 +176,60 @@ def _add_keys(
     BLOCK_D: tl.constexpr,
 ):
     """dq with the part of keys first_key to last_key added."""
-    KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
-    positions = tl.arange(0, BLOCK_M)
     for block in range(first_key, last_key, BLOCK_N):
-        keys = block + tl.arange(0, BLOCK_N)
-        k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
-        v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
-        scores = product(q, tl.trans(k), None, PRECISION, ACC) * (SCALE * LOG2E)
-        if MASK:
-            scores = mask_scores(
-                scores,
-                rows[:, None],
-                keys[None, :],
-                seqlen_q,
-                seqlen_k,
-                key_mask_ptr,
-                mask_ptr,
-                mask_q_stride,
-                mask_k_stride,
-                CAUSAL,
-            )
-        weights = probabilities(scores, logsumexp[:, None], seqlen_k, MASK)
-        dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
-        if P_DROP > 0:
-            keep = keep_scores(row_key[:, None], positions[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
-            dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE  # one instruction with the difference below
+        k, weights, dweights = _weights_of_keys(
+            q, dout, logsumexp, share, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
+            block, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
+            MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         dscores = weights * (dweights - delta[:, None])
         dq = product(dscores.to(k.dtype), k, dq, PRECISION, ACC)
     return dq
+
+
+@triton.jit
+def _add_delta(
+    delta,
+    q,
+    dout,
+    logsumexp,
+    share,
+    row_key,
+    k_ptr,
+    v_ptr,
+    k_row_stride,
+    k_col_stride,
+    v_row_stride,
+    v_col_stride,
+    first_key,
+    last_key,
+    rows,
+    seqlen_q,
+    seqlen_k,
+    key_mask_ptr,
+    mask_ptr,
+    mask_q_stride,
+    mask_k_stride,
+    MASK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    P_DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """delta with the part of keys first_key to last_key added."""
+    for block in range(first_key, last_key, BLOCK_N):
+        _, weights, dweights = _weights_of_keys(
+            q, dout, logsumexp, share, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
+            block, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
+            MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        delta += tl.sum(weights * dweights, axis=1)
+    return delta
 
 
 @triton.jit
@@ -232,20 +321,35 @@ def attention_bwd_q_kernel(
     dout = tile_pointers(dout_ptr, rows, dout_row_stride, dout_col_stride, BLOCK_D)
     dout = load_tile(dout, rows, seqlen_q, D, BLOCK_D, True)
     here = head * n_rows + first_row
-    logsumexp = _load_rows(logsumexp_ptr + here, rows, seqlen_q)
+    WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
+    logsumexp, share = load_softmax(logsumexp_ptr + here, n_heads.to(tl.int64) * n_rows, rows, seqlen_q, WIDE)
     delta = _load_rows(delta_ptr + here, rows, seqlen_q)
     row_key = rows
     if P_DROP > 0:
         row_key = _load_rows(row_key_ptr + here, rows, seqlen_q).to(tl.uint32, bitcast=True)
 
+    if WIDE:
+        # From the same dP as the gradients below, so that they add up to 0 over a row as exactly as eager's do: keys have
+        # much in common, and whatever is left over is multiplied by that. In 16 bits their own rounding is far more.
+        delta = tl.zeros([BLOCK_M], ACC)
+        delta = _add_delta(
+            delta, q, dout, logsumexp, share, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
+            0, every, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
+            False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        delta = _add_delta(
+            delta, q, dout, logsumexp, share, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
+            every, some, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
+            True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     dq = _add_keys(
-        dq, q, dout, logsumexp, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
+        dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
         0, every, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
         False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _add_keys(
-        dq, q, dout, logsumexp, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
+        dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
         every, some, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
         True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -262,6 +366,7 @@ def _add_queries(
     q_ptr,
     dout_ptr,
     logsumexp_ptr,
+    plane,
     delta_ptr,
     row_key_ptr,
     q_row_stride,
@@ -289,6 +394,7 @@ def _add_queries(
     BLOCK_D: tl.constexpr,
 ):
     """dk and dv with the part of queries first_query to last_query added; tiles are [keys, queries]."""
+    WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     keys = first_key + tl.arange(0, BLOCK_N)
     for block in range(first_query, last_query, BLOCK_M):
@@ -296,7 +402,7 @@ def _add_queries(
         q = load_tile(tile_pointers(q_ptr, rows, q_row_stride, q_col_stride, BLOCK_D), rows, seqlen_q, D, BLOCK_D, True)
         dout = tile_pointers(dout_ptr, rows, dout_row_stride, dout_col_stride, BLOCK_D)
         dout = load_tile(dout, rows, seqlen_q, D, BLOCK_D, True)
-        logsumexp = _load_rows(logsumexp_ptr, rows, seqlen_q)
+        logsumexp, share = load_softmax(logsumexp_ptr, plane, rows, seqlen_q, WIDE)
         delta = _load_rows(delta_ptr, rows, seqlen_q)
 
         scores = product(k, tl.trans(q), None, PRECISION, ACC) * (SCALE * LOG2E)
@@ -313,7 +419,7 @@ def _add_queries(
                 mask_k_stride,
                 CAUSAL,
             )
-        weights = probabilities(scores, logsumexp[None, :], seqlen_k, MASK)
+        weights = probabilities(scores, logsumexp[None, :], share[None, :], seqlen_k, MASK, WIDE)
         dweights = product(v, tl.trans(dout), None, PRECISION, ACC)
         dropped = weights
         if P_DROP > 0:
@@ -407,6 +513,7 @@ def attention_bwd_kv_kernel(
     v_ptr += head * v_head_stride
     dout_ptr += head * dout_head_stride
     here = head * n_rows + first_row
+    plane = n_heads.to(tl.int64) * n_rows
 
     # Queries from `start` on see some key of this block; from `clear` on they see all of it and need no mask.
     start = 0
@@ -434,14 +541,14 @@ def attention_bwd_kv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dk, dv = _add_queries(
-        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, delta_ptr + here,
+        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, plane, delta_ptr + here,
         row_key_ptr + here if P_DROP > 0 else row_key_ptr,
         q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, start, clear, block * BLOCK_N, seqlen_q, seqlen_k,
         key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
         True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dk, dv = _add_queries(
-        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, delta_ptr + here,
+        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, plane, delta_ptr + here,
         row_key_ptr + here if P_DROP > 0 else row_key_ptr,
         q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, clear, seqlen_q, block * BLOCK_N, seqlen_q, seqlen_k,
         key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
