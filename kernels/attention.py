@@ -8,8 +8,8 @@ q [B, Sq, heads, D], k and v [B, Sk, heads, D] with any strides (the projections
 
 Saved: q, k, v, out, and the logarithm of each row's softmax sum (in float32 and float64 the top score and the sum apart).
 Dropout's bits are made again, not kept.
-FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in attention_forward.py and
-attention_backward.py.
+FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in attention_forward.py,
+attention_backward.py and attention_backward_q.py.
 """
 
 import math
@@ -18,7 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_backward import attention_bwd_kv_kernel, attention_bwd_q_kernel, attention_bwd_rows_kernel
+from .attention_backward import attention_bwd_kv_kernel, attention_bwd_rows_kernel
+from .attention_backward_q import attention_bwd_q_kernel
 from .attention_checks import check_inputs, check_masks
 from .attention_forward import attention_fwd_kernel
 from .configs import Config

@@ -45,6 +45,12 @@ def load_tile(pointers, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CH
 
 
 @triton.jit
+def load_rows(ptr, rows, n_rows):
+    """One number a row, 0 past the last."""
+    return tl.load(ptr + rows, rows < n_rows, other=0)
+
+
+@triton.jit
 def store_tile(pointers, tile, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     mask = (rows < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(pointers, tile.to(pointers.dtype.element_ty), mask)

@@ -18,6 +18,7 @@ from tests.packaging.environments import ROOT, source_files
 SUPPORT = {
     "adamw_table",
     "attention_backward",
+    "attention_backward_q",
     "attention_checks",
     "attention_forward",
     "attention_tiles",
