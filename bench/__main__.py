@@ -1,7 +1,14 @@
-"""python -m bench: measurements of the kernels from the command line."""
+"""python -m bench: measurements of the kernels from the command line.
 
+What imports triton is imported inside the commands: a dry run first chooses its interpreter.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,7 +18,8 @@ from bench import audit as audits
 from bench.tables import audit_table, floor_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-console = Console()
+# Piped output has no width of its own: wide enough that no table wraps.
+console = Console(width=None if sys.stdout.isatty() else 200)
 
 
 @app.callback()
@@ -69,6 +77,167 @@ def _check(records: list[audits.Record], ops: list[str], architectures: list[str
         console.print("If this is meant: python -m bench audit --update, and say why in bench/NOTES.md.")
         raise typer.Exit(1)
     console.print(f"[green]{len(records)} kernels, none worse than the baseline.[/]")
+
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="The same path on tiny shapes, without a GPU and without a time.")]
+Documents = Annotated[list[Path], typer.Option(help="Fill the marked tables of this file; may be given again.")]
+
+
+def _start(dry_run: bool) -> None:
+    """Choose the interpreter for a dry run; without one and without a GPU print the floors and exit with 3."""
+    import torch
+
+    from bench.no_gpu import explain
+
+    if dry_run:
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # what is started from here on sees no GPU
+        console.print("[yellow]dry run: tiny shapes, no time is taken[/]")
+    elif not torch.cuda.is_available():
+        raise typer.Exit(explain(console))
+
+
+def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path) -> None:
+    """Run a plan, write results and report into `out`, and exit with 1 if a check failed or nothing was reached."""
+    from bench import environment, gpu, report, schema
+    from bench.records import Results
+
+    results = Results(environment.read(), dry_run=dry_run)
+    gpu.run(plan, results, budget, out, console.print, after=lambda: report.write_markdown(results, out))
+    gpu.record("report", lambda: report.write(results, out), results)
+    schema.write(results, out / gpu.RESULTS)
+    for path in sorted(out.iterdir()):
+        console.print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
+    _conclude(results)
+
+
+def _conclude(results: Any) -> None:
+    for record in (*results.models, *results.ops):
+        if record.status == "failed":
+            console.print(f"[red]failed its check:[/] {record.case} {record.lane}: {record.reason}", highlight=False)
+    if results.tests and (results.tests.failed or results.tests.errors):
+        console.print(f"[red]{results.tests.failed} tests failed, {results.tests.errors} errors[/]")
+    for stage in results.stages:
+        if stage.status == "error":
+            console.print(f"[red]{stage.name}:[/] {(stage.reason or '').splitlines()[-1:]}", highlight=False)
+    reached = [stage for stage in results.stages if stage.status == "ok"]
+    console.print(f"{len(reached)} of {len(results.stages)} jobs done")
+    if not reached or any(record.status == "failed" for record in (*results.models, *results.ops)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def gpu(
+    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 540.0,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, the report and its pictures.")] = Path("bench-out"),
+    dry_run: DryRun = False,
+) -> None:
+    """Everything in one call and within the time given, most important first; whatever is reached is written."""
+    start = time.monotonic()
+    _start(dry_run)
+    from bench import plan
+
+    jobs = plan.dry_plan() if dry_run else plan.gpu_plan(budget)
+    _run(jobs, dry_run, budget - (time.monotonic() - start), out)
+
+
+@app.command()
+def models(
+    model: Annotated[list[str], typer.Option(help="BERT-base or BERT-large.")] = ["BERT-base"],
+    head: Annotated[list[str], typer.Option(help="A task of `fastbert verify`: mlm, classification, ...")] = ["mlm"],
+    mode: Annotated[list[str], typer.Option(help="train or infer.")] = ["train"],
+    batch: Annotated[list[int], typer.Option(help="Sequences.")] = [32],
+    seqlen: Annotated[list[int], typer.Option(help="Their padded length.")] = [512],
+    fill: Annotated[list[float], typer.Option(help="Share of real tokens.")] = [0.5, 1.0],
+    lane: Annotated[list[str], typer.Option(help="Only this lane; all of them by default.")] = [],
+    lengths: Annotated[Path | None, typer.Option(help="A length a line, instead of the distribution.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A text, a sequence a line: its tokenised lengths.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Whose tokenizer reads --data.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 3600.0,
+    out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path("bench-out"),
+    dry_run: DryRun = False,
+) -> None:
+    """Training steps and inference of whole models, lane by lane."""
+    from bench.selection import SelectionError, model_jobs
+
+    try:
+        jobs = model_jobs(
+            model, head, mode, batch, seqlen, fill, lane, lengths=lengths, data=data, tokenizer=tokenizer, dry_run=dry_run
+        )
+    except SelectionError as error:
+        raise typer.BadParameter(str(error)) from None
+    _start(dry_run)
+    _run(jobs, dry_run, budget, out)
+
+
+@app.command()
+def ops(
+    op: Annotated[list[str], typer.Option(help="Only this op; may be given again.")] = [],
+    dtype: Annotated[list[str], typer.Option(help="bf16, fp16 or fp32.")] = ["bf16"],
+    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 3600.0,
+    out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path("bench-out"),
+    dry_run: DryRun = False,
+) -> None:
+    """Every op beside its peers: the same grid as `pytest bench`, without what the host adds to a call."""
+    from bench.selection import SelectionError, op_jobs
+
+    try:
+        jobs = op_jobs(op, dtype, dry_run)
+    except SelectionError as error:
+        raise typer.BadParameter(str(error)) from None
+    _start(dry_run)
+    _run(jobs, dry_run, budget, out)
+
+
+@app.command()
+def tune(
+    kernel: Annotated[list[str], typer.Option(help="A table of kernels/configs.py; may be given again.")] = [],
+    dtype: Annotated[list[str], typer.Option(help="bf16, fp16 or fp32.")] = ["bf16"],
+    arch: Annotated[str | None, typer.Option(help="Without a GPU: whose candidates to audit.")] = None,
+    most: Annotated[int, typer.Option(help="Candidates an entry, the closest to the present one first.")] = 24,
+    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 3600.0,
+    out: Annotated[Path, typer.Option(help="Where the measured table goes, as JSON.")] = Path("bench-out/tune.json"),
+    dry_run: DryRun = False,
+) -> None:
+    """Times the candidate configurations that the audit passes, and prints the best of each entry with its lead."""
+    from bench.selection import SelectionError, tune_jobs
+
+    try:
+        jobs = tune_jobs(kernel, dtype, arch, most)
+    except SelectionError as error:
+        raise typer.BadParameter(str(error)) from None
+    _start(dry_run)
+    from bench import environment, schema, tune_tables
+    from bench import gpu as runner
+    from bench.records import Results
+
+    results = Results(environment.read(), dry_run=dry_run)
+    runner.run(jobs, results, budget, out.parent, console.print, reserve=0.0, name=out.name)
+    schema.write(results, out)
+    console.print(tune_tables.candidates_table(results.tuning) if dry_run else tune_tables.best_table(results.tuning))
+    console.print(f"{out}")
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="results.json of one machine, one or several.")] = [],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and the pictures.")] = None,
+    write: Documents = [],
+) -> None:
+    """Results as tables, pictures and a page. Without results the marked tables say "not measured"."""
+    from bench import documents, schema
+    from bench import report as reports
+
+    try:
+        found = schema.read_all(results) if results else None
+        changed = {path: documents.write(path, found) for path in write}
+    except (schema.ResultsError, OSError) as error:
+        console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    for path, different in changed.items():
+        console.print(f"{path}: {'written' if different else 'as it was'}")
+    if found:
+        for path in reports.write(found, out or results[0].parent):
+            console.print(f"{path}")
 
 
 if __name__ == "__main__":

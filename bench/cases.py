@@ -58,6 +58,7 @@ SHORT = (
     "dropout_add_layernorm bf16 768 p=0.1",
     "bias_gelu bf16 3072 gelu",
     "gelu_layernorm bf16 768 gelu",
+    "adamw fp32 1 plain",
     "attention bf16 64 key p=0.0",
     "attention bf16 64 key p=0.1",
 )
@@ -181,9 +182,35 @@ def _attention(variant: Variant) -> None:
     op._launch_bwd_packed(torch.empty_like(out), q, k, v, out, logsumexp, *inputs.values())
 
 
+def _adamw_variants() -> Iterator[Variant]:
+    """Of dtype mixed: a bf16 parameter with float32 state and master. The variant's name stands as its `activation`."""
+    variant = partial(Variant, "adamw", width=1)
+    for dtype in ("bf16", "fp16", "fp32", "mixed"):
+        for extra in ("plain", "amsgrad", "scaled"):
+            yield variant(dtype, activation=extra)
+    yield variant("fp64", activation="plain")
+
+
+def _adamw(variant: Variant) -> None:
+    from fastbert.kernels import adamw as op
+    from fastbert.kernels.adamw_table import Hyperparameters, Parameter
+
+    dtype, state = _dtypes(variant)
+    big = partial(_meta, TOKENS)
+    parameter = Parameter(
+        *(big(dtype=d) for d in (dtype, dtype, state, state)),
+        _meta(),
+        big(dtype=state) if variant.activation == "amsgrad" else None,
+        big(dtype=state) if variant.dtype == "mixed" else None,
+    )
+    scale = _meta() if variant.activation == "scaled" else None
+    op.adamw([parameter], [Hyperparameters()], grad_scale=scale, found_inf=scale)
+
+
 CASES: dict[str, Case] = {
     "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
     "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
     "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),
+    "adamw": Case(_adamw_variants, _adamw),
     "attention": Case(_attention_variants, _attention),
 }

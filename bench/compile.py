@@ -21,6 +21,7 @@ from bench.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_p
 from fastbert.kernels import launch
 
 TILES = "pointers"  # what attention's kernels call whatever they load or store a tile through
+_ADAMW_TENSORS = ("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "MAX_EXP_AVG_SQ", "MASTER")
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -116,6 +117,8 @@ def describe(
     if config.programs_per_multiprocessor:
         resident = min(resident, config.programs_per_multiprocessor)
     about_work = _of_scores if launched.loops_over_scores else _of_rows
+    if variant.op == "adamw":
+        about_work = _of_parameters
     return {
         "key": f"{architecture} {launched.direction} {variant.name}",
         "op": variant.op,
@@ -178,6 +181,27 @@ def _of_scores(
         "wide_share": wide_share({TILES}, widths),
         "operations_per_score": operations,
         "issue_tflop_per_second": round(issue_per_second(per_score) * operations / 1e12),
+    }
+
+
+def _of_parameters(
+    variant: Variant, launched: Launch, resident: int, shared: int, hot: list[sass.Instruction], widths: sass.Widths
+) -> dict[str, Any]:
+    """What is counted by parameter: the tensors stand behind a table of pointers, so accesses are those of the loop."""
+    arguments = launched.arguments
+    size = {name: arguments[name].primitive_bitwidth // 8 for name in _ADAMW_TENSORS if arguments[name] is not None}
+    read = sum(size.values()) - (size["PARAM"] if "MASTER" in size else 0)
+    moved = read + sum(size.values()) - (size["GRAD"] if arguments["grad_scale_ptr"] is None else 0)
+    lanes_per_element = launched.config.num_warps * LANES / arguments["BLOCK_N"]
+    accesses = [sass.access_bytes(i) for i in hot if i.name in ("LDG", "STG")]
+    return {
+        "kib_in_flight": resident * arguments["BLOCK_N"] * read / 1024,
+        "instructions_per_element": round(len(hot) * lanes_per_element, 2),
+        "philox_multiplies_per_element": 0.0,
+        "access_bytes": {"parameters and state": min(accesses)},
+        "wide_share": sum(n for n in accesses if n >= 16) / sum(accesses),
+        "bytes_per_element": moved,
+        "issue_tb_per_second": round(issue_bytes_per_second(len(hot) * lanes_per_element, moved) / 1e12, 2),
     }
 
 

@@ -24,6 +24,16 @@ TENSORS = {
 PRODUCTS = {"forward": 2, "backward": 5}
 SCORE_PRODUCTS = {"attention_fwd_kernel": 2, "attention_bwd_kv_kernel": 4, "attention_bwd_q_kernel": 3}
 
+LAYERS = {768: 12, 1024: 24}
+ADAMW_BYTES = 28  # a float32 parameter: reads it, its gradient and two moments; writes it and the moments
+
+
+def parameters(hidden: int) -> int:
+    """Of BertModel: word, position and type embeddings with their norm, the layers, the pooler."""
+    embeddings = (30522 + 512 + 2) * hidden + 2 * hidden
+    return embeddings + LAYERS[hidden] * (12 * hidden**2 + 13 * hidden) + hidden**2 + hidden
+
+
 MODELS = {"BERT-base": 768, "BERT-large": 1024}
 SHAPES = {"1 x 512": (1, 512), "32 x 128": (32, 128), "64 x 512": (64, 512)}  # sequences x their length
 

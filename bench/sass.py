@@ -129,6 +129,12 @@ def spills(instructions: list[Instruction]) -> int:
     return sum(i.name in ("LDL", "STL") for i in instructions)
 
 
+def access_bytes(instruction: Instruction) -> int:
+    """Bytes that a lane moves with one load or store."""
+    width = re.search(r"\.(?:[US])?(128|64|16|8)(?:\.|$)", instruction.opcode)
+    return int(width[1]) // 8 if width else 4
+
+
 def access_widths(ptx: str) -> Widths:
     """Bytes a lane of each global access in PTX, by "ld" or "st" and the pointer's name in the source line."""
     files = {number: _source(Path(path)).read_text().splitlines() for number, path in _PTX_FILE.findall(ptx)}

@@ -61,6 +61,11 @@ def floor_table(ops: list[str]) -> Table:
     for heading in floors.SHAPES:
         table.add_column(heading, justify="right")
     for op in ops:
+        if op == "adamw":
+            for model, hidden in floors.MODELS.items():
+                floor = floors.floor_microseconds(floors.ADAMW_BYTES * floors.parameters(hidden))
+                table.add_row(op, "step, fp32", model, *[f"{floor:.0f}"] * len(floors.SHAPES))
+            continue
         for direction in floors.TENSORS[op]:
             for model, hidden in floors.MODELS.items():
                 cells = [_floor(op, direction, *shape, hidden) for shape in floors.SHAPES.values()]

@@ -2,18 +2,24 @@
 
 import fastbert.startup  # noqa: F401
 from fastbert.errors import UnsupportedModelError
+from fastbert.groups import param_groups
+from fastbert.integrations.trainer import trainer_optimizer
+from fastbert.optim import AdamW
 from fastbert.patch import patch, patched, unpatch
 from fastbert.report import Report, report
 from fastbert.verify import VerifyResult, verify
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdamW",
     "Report",
     "UnsupportedModelError",
     "VerifyResult",
+    "param_groups",
     "patch",
     "patched",
     "report",
+    "trainer_optimizer",
     "unpatch",
     "verify",
 ]

@@ -67,11 +67,12 @@ def tensor_reason(*tensors: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    return _cached_device_reason(device, dtype)
+    return device_reason(device, dtype)
 
 
 @cache
-def _cached_device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel takes tensors of this type on this device, or None."""
     if ops.MISSING:
         return ops.MISSING
     if ops.INTERPRETED and device.type == "cpu":

@@ -14,6 +14,7 @@ from fastbert.numerics import Comparison, compare
 from fastbert.patch import _check_model, patched, unpatch
 from fastbert.report import Report, report
 
+_NOTHING = 1e-8  # of a typical tensor: what is left in float64 of a gradient that is zero in exact arithmetic
 _LARGE = 500_000_000  # parameters; from here on a float64 copy with its gradients no longer fits beside the model
 
 
@@ -105,7 +106,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
     Three copies of the model are run: stock in float64 (float32 for a model of half precision with over 500 million
     parameters), which is the reference; stock with eager attention in the model's own dtype; and patched, the same.
     Dropout is off in all three, since no two implementations draw the same bits. The rule is that of
-    `fastbert.numerics.compare`, with the rounding noise that eager shows elsewhere in the model allowed on top.
+    `fastbert.numerics.compare`, with the rounding noise that is usual of eager in this model allowed on top.
     `model` itself is not run: its mode, gradients, hooks and the random number generators stay as they are.
 
     Args:
@@ -248,14 +249,16 @@ def _compare_all(
 ) -> tuple[Comparison, ...]:
     """`compare` for every tensor of the three runs; a tensor that only one of them has is a difference.
 
-    A tensor with few elements may come out of eager exact by luck, and one that is zero in exact arithmetic (the
-    gradient of a key's bias) is noise alone. So each tensor may also err by twice the relative error that is typical
-    of eager in this model, and by the rounding of a typical tensor.
+    A tensor may come out of eager exact by luck, and one that is zero in exact arithmetic (the gradient of a key's
+    bias) is noise alone. So each tensor may also err by twice the relative error that one in twenty of eager's tensors
+    exceeds, and by the rounding of a typical tensor. Twice the median would be too little: of a trained BERT's hundred
+    gradients SDPA's worst is 3 to 6 times the median off, and eager's own 2 to 4 times.
     """
     scales = {name: _scale(tensor) for name, tensor in reference.items()}
-    relative = [_error(eager[n], reference[n]) / scales[n] for n in eager if n in reference and scales[n] > 0]
-    typical_error = statistics.median(relative) if relative else 0.0
     typical_scale = statistics.median(scales.values()) if scales else 0.0
+    meant = [n for n in eager if n in reference and scales[n] > _NOTHING * typical_scale]
+    relative = sorted(_error(eager[n], reference[n]) / scales[n] for n in meant)
+    usual_error = relative[int(0.95 * len(relative))] if relative else 0.0
     comparisons = []
     for name in {**eager, **result}:
         if name not in eager or name not in result or name not in reference:
@@ -268,7 +271,7 @@ def _compare_all(
             rounding = torch.finfo(result[name].dtype).eps
             if result[name].dtype == reference[name].dtype:  # eager is the reference here, and seems exact
                 rounding *= 32
-            atol = 2 * max(typical_error, rounding) * scales[name] + rounding * typical_scale
+            atol = 2 * max(usual_error, rounding) * scales[name] + rounding * typical_scale
         comparisons.append(compare(name, result[name], eager[name], reference[name], atol=atol))
     return tuple(comparisons)
 

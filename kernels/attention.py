@@ -6,9 +6,10 @@ q [B, Sq, heads, D], k and v [B, Sk, heads, D] with any strides (the projections
     forward    4 Sq Sk D operations a head; reads q, k, v; writes out and 4 bytes a row and head
     backward   10 Sq Sk D in exact arithmetic, 14 as computed here (scores and dP in both kernels)
 
-Saved: q, k, v, out, and the logarithm of each row's softmax sum. Dropout's bits are made again, not kept.
-FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in attention_forward.py and
-attention_backward.py.
+Saved: q, k, v, out, and the logarithm of each row's softmax sum (in float32 and float64 the top score and the sum apart).
+Dropout's bits are made again, not kept.
+FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in attention_forward.py,
+attention_backward.py and attention_backward_q.py.
 """
 
 import math
@@ -17,7 +18,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_backward import attention_bwd_kv_kernel, attention_bwd_q_kernel, attention_bwd_rows_kernel
+from .attention_backward import attention_bwd_kv_kernel, attention_bwd_rows_kernel
+from .attention_backward_q import attention_bwd_q_kernel
 from .attention_checks import check_inputs, check_masks
 from .attention_forward import attention_fwd_kernel
 from .configs import Config
@@ -133,7 +135,8 @@ def _launch_fwd(
 def _allocate_fwd(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = math.prod(q.shape[:-2])  # torch.Size.numel would fix a size that torch.compile keeps open
-    return out, torch.empty((q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
+    planes = 2 if q.element_size() > 2 else 1  # attention_tiles.store_softmax
+    return out, torch.empty((planes, q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
 
 
 def _launch_bwd(
@@ -185,8 +188,8 @@ def _launch_bwd_into(
     sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
     _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
     n_heads, head_size = q.shape[-2:]
-    delta = torch.empty_like(logsumexp)
-    row_key = torch.empty_like(logsumexp, dtype=torch.int32) if p > 0.0 else None
+    delta = torch.empty_like(logsumexp[0])
+    row_key = torch.empty_like(logsumexp[0], dtype=torch.int32) if p > 0.0 else None
     constants = _constants(q, causal, scale, p)
 
     config = _choose("attention_backward_rows", q)

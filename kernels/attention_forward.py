@@ -9,13 +9,13 @@ import triton.language as tl
 
 from .attention_tiles import (
     LOG2E,
-    MASKED_SCORE,
     keep_scores,
     load_tile,
     mask_scores,
     product,
     row_keys,
     sequence_bounds,
+    store_softmax,
     store_tile,
     tile_pointers,
     visible_keys,
@@ -193,7 +193,6 @@ def attention_fwd_kernel(
     out_rows = out_row + rows
     out_head = out_ptr + head * D
     store_tile(tile_pointers(out_head, out_rows, n_heads * D, 1, BLOCK_D), out, rows, seqlen_q, D, BLOCK_D)
-    if logsumexp_ptr is not None:
-        # Of a row that saw no key, inf stands for the logarithm of the number of keys: its scores are all one.
-        logsumexp = tl.where(top <= MASKED_SCORE, float("inf"), top + tl.log2(total))
-        tl.store(logsumexp_ptr + head * n_rows + out_rows, logsumexp, rows < seqlen_q)
+    WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
+    here = logsumexp_ptr + head * n_rows + out_row
+    store_softmax(here, n_heads.to(tl.int64) * n_rows, rows, seqlen_q, top, total, WIDE)

@@ -45,6 +45,12 @@ def load_tile(pointers, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CH
 
 
 @triton.jit
+def load_rows(ptr, rows, n_rows):
+    """One number a row, 0 past the last."""
+    return tl.load(ptr + rows, rows < n_rows, other=0)
+
+
+@triton.jit
 def store_tile(pointers, tile, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     mask = (rows < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(pointers, tile.to(pointers.dtype.element_ty), mask)
@@ -130,13 +136,42 @@ def visible_keys(key_bounds_ptr, mask_ptr, batch, first_row, end_row, seqlen_q, 
 
 
 @triton.jit
-def probabilities(scores, logsumexp, seqlen_k, MASK: tl.constexpr):
-    """Softmax from the forward's logsumexp; both broadcast. Inf marks a row that saw no key: all its scores are one."""
+def store_softmax(ptr, plane, rows, n_rows, top, total, WIDE: tl.constexpr):
+    """What the backward needs of each row's softmax: the logarithm of its sum, in units of log2.
+
+    Where WIDE, in two parts, the top score and 1 / (the sum over what it towers above): one number of 32 bits would make
+    all probabilities of a row wrong by the same relative 3e-7 or more, which float32's gradients would show.
+    A row that saw no key has inf: its scores are all one.
+    """
+    none = top <= MASKED_SCORE
+    if WIDE:
+        tl.store(ptr + rows, tl.where(none, float("inf"), top), rows < n_rows)
+        tl.store(ptr + plane + rows, tl.where(none, 1.0, 1.0 / total), rows < n_rows)
+    else:
+        tl.store(ptr + rows, tl.where(none, float("inf"), top + tl.log2(total)), rows < n_rows)
+
+
+@triton.jit
+def load_softmax(ptr, plane, rows, n_rows, WIDE: tl.constexpr):
+    """(logsumexp, share) of each row; share is meant where WIDE."""
+    logsumexp = tl.load(ptr + rows, rows < n_rows, other=0)
+    share = logsumexp
+    if WIDE:
+        share = tl.load(ptr + plane + rows, rows < n_rows, other=0)
+    return logsumexp, share
+
+
+@triton.jit
+def probabilities(scores, logsumexp, share, seqlen_k, MASK: tl.constexpr, WIDE: tl.constexpr):
+    """Softmax from what store_softmax kept; all three broadcast."""
     if MASK:
         average = logsumexp == float("inf")
         scores = tl.where(average & (scores > float("-inf")), 0.0, scores)
         logsumexp = tl.where(average, tl.log2(seqlen_k.to(scores.dtype)), logsumexp)
-    return tl.exp2(scores - logsumexp)
+    weights = tl.exp2(scores - logsumexp)
+    if WIDE:
+        weights *= share
+    return weights
 
 
 @triton.jit

@@ -84,6 +84,13 @@ _BIAS_GELU_BACKWARD: Table = {
     4: {8192: Config(2, 4, 512, 6)},
     8: {8192: Config(1, 4, 512, 4)},
 }
+# A program updates BLOCK_M blocks of BLOCK_N elements of one tensor, one after the other. The element size is the
+# parameter's; widths mean nothing here.
+_ADAMW: Table = {
+    2: {8192: Config(16, 4, 1024)},
+    4: {8192: Config(16, 4, 1024)},
+    8: {8192: Config(16, 4, 512)},
+}
 
 
 # By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
@@ -141,6 +148,7 @@ TABLES: dict[str, dict[str, Table]] = {
     "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD) | _interpreted(Config(32, 1, None, 1)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
+    "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),
     "attention_backward_rows": _everywhere(_ATTENTION_ROWS) | _interpreted(Config(64, 1)),
 } | {
     f"attention_{part}{masked}": _attention(f"{part}{masked}")

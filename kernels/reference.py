@@ -4,9 +4,15 @@ Each function has the signature and the meaning of the kernel's public function 
 the exception that proves nothing by itself: a reference takes the keep mask that the kernel drew.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .adamw_table import Hyperparameters, Parameter, Tables
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -97,6 +103,44 @@ def attention(
     if p > 0.0:
         weights = torch.where(keep, weights * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@torch.no_grad()
+def adamw(
+    parameters: "Sequence[Parameter]",
+    groups: "Sequence[Hyperparameters]",
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    tables: "Tables | None" = None,
+) -> None:
+    """A step of AdamW in place, in float32 (float64 for float64), rounded where it is stored; `tables` is not read."""
+    if found_inf is not None and found_inf != 0:
+        return
+    for p in parameters:
+        lr, beta1, beta2, eps, weight_decay, maximize = map(float, groups[p.group])
+        source = p.param if p.master is None else p.master
+        dtype = torch.promote_types(source.dtype, torch.float32)
+        if grad_scale is not None:
+            p.grad.copy_(p.grad.to(dtype) / grad_scale)
+        grad = p.grad.to(dtype) * (-1.0 if maximize else 1.0)
+        p.step.add_(1)
+        t = p.step.item()
+
+        exp_avg = p.exp_avg.to(dtype) * beta1 + grad * (1 - beta1)
+        exp_avg_sq = p.exp_avg_sq.to(dtype) * beta2 + grad.square() * (1 - beta2)
+        largest = exp_avg_sq
+        if p.max_exp_avg_sq is not None:
+            largest = torch.maximum(p.max_exp_avg_sq.to(dtype), exp_avg_sq)
+            p.max_exp_avg_sq.copy_(largest)
+        update = exp_avg / (largest.sqrt() / (1 - beta2**t) ** 0.5 + eps)
+        param = source.to(dtype) * (1 - lr * weight_decay) - update * (lr / (1 - beta1**t))
+
+        p.exp_avg.copy_(exp_avg)
+        p.exp_avg_sq.copy_(exp_avg_sq)
+        if p.master is not None:
+            p.master.copy_(param)
+        p.param.copy_(param)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype | None) -> Tensor:

@@ -99,8 +99,13 @@ def test_report_prints_the_table(small_model, tmp_path):
     data = tmp_path / "rows.json"
     done = fastbert_command("report", str(small_model), "--json", str(data), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    assert "fastbert on BertForTokenClassification: 6 of 6" in done.stdout
-    assert {row["kernel"] for row in json.loads(data.read_text())} == {None, "dropout_add_layernorm", "bias_gelu"}
+    assert "fastbert on BertForTokenClassification: 8 of 8" in done.stdout
+    assert {row["kernel"] for row in json.loads(data.read_text())} == {
+        None,
+        "attention",
+        "dropout_add_layernorm",
+        "bias_gelu",
+    }
 
 
 def test_env_prints_versions():

@@ -16,7 +16,9 @@ from tests.packaging.environments import ROOT, source_files
 
 # Files of kernels/ that hold no op of their own.
 SUPPORT = {
+    "adamw_table",
     "attention_backward",
+    "attention_backward_q",
     "attention_checks",
     "attention_forward",
     "attention_tiles",

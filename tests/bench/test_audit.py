@@ -1,8 +1,10 @@
 """The compile audit: what counts as worse, and that what ships compiles without spills to 16-byte accesses."""
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
-from bench import audit
+from bench import audit, floors
 from bench.cases import CASES
 from bench.floors import floor_microseconds, stated_bytes
 from fastbert.kernels.configs import ARCHITECTURES
@@ -59,6 +61,26 @@ def test_floor_is_stated_bytes_over_the_copy_bandwidth():
     assert floor_microseconds(4.3e12) == pytest.approx(1e6)
 
 
+def test_parameters_are_those_of_the_models():
+    for hidden, layers in floors.LAYERS.items():
+        config = BertConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden,
+        )
+        with torch.device("meta"):
+            model = BertModel(config)
+        assert floors.parameters(hidden) == sum(p.numel() for p in model.parameters())
+
+
+def test_adamw_moves_16_bytes_at_a_time_and_nothing_twice():
+    records = [r for r in audit.read() if r["op"] == "adamw"]
+    assert {r["wide_share"] for r in records} == {1.0} and not any(r["spills"] or r["local_bytes"] for r in records)
+    (plain,) = {r["bytes_per_element"] for r in records if "adamw fp32 1 plain" in r["key"]}
+    assert plain == floors.ADAMW_BYTES
+
+
 def test_the_baseline_covers_every_op_and_architecture():
     records = audit.read()
     assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
@@ -96,7 +118,7 @@ def test_attention_as_it_ships():
 def test_short_is_a_part_of_the_whole():
     records = audit.selected(audit.read(), list(CASES), list(ARCHITECTURES), short=True)
     assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
-    assert len(records) == 3 * (3 * 2 + 2 * 4)
+    assert len(records) == 3 * (1 + 3 * 2 + 2 * 4)
 
 
 def test_what_ships_compiles_to_the_baseline(monkeypatch):

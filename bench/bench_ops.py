@@ -1,0 +1,101 @@
+"""`pytest bench`: every op beside its peers in pytest-benchmark's tables, a group a case, each lane behind its check.
+
+The timer waits for the GPU, so a time is what a caller sees, the host's part included (`python -m bench ops` leaves
+that out). Before each round the L2 cache is flushed and the next random inputs are taken. Compare saved runs with
+`--benchmark-autosave` and `--benchmark-compare`, select with -k ("attention and 512 and forward").
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from bench import ops, peers, run_ops, timing
+from bench.check import Checker
+from bench.conftest import GPU
+
+ROUNDS, WARM_UP = 50, 5
+CASES = list(ops.cases() if GPU else ops.tiny_cases())
+LANES = {name: tuple(op.lanes) for name, op in ops.table().items()}
+
+
+@cache
+def _flush() -> timing.Flush:
+    return timing.Flush()
+
+
+@lru_cache(maxsize=1)  # the lanes of a case follow each other
+def _prepared(case: ops.Case) -> tuple[list[ops.Inputs], Checker]:
+    inputs = run_ops.make_inputs(case)
+    return inputs, Checker(ops.table()[case.op], case, inputs[0])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A lane on a case: what was said of it, and the inputs that it gets."""
+
+    case: ops.Case
+    lane: str
+    status: str
+    reason: str | None
+    function: ops.Function | None
+    inputs: list[ops.Inputs]
+
+
+@pytest.fixture(scope="module")
+def subject(request: pytest.FixtureRequest) -> Subject:
+    case, name = request.param
+    torch._dynamo.reset()  # a case's graphs are its own: none is recompiled into a dynamic one
+    inputs, checker = _prepared(case)
+    lane = ops.table()[case.op].lanes[name]
+    judged = run_ops.judge(case, lane, checker)
+    return Subject(case, name, *judged, [x.packed() for x in inputs] if lane.packed else inputs)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    pairs = [(case, lane) for case in CASES for lane in LANES[case.op]]
+    names = [f"{_name(case)}-{lane}" for case, lane in pairs]
+    metafunc.parametrize("subject", pairs, ids=names, indirect=True, scope="module")
+    metafunc.parametrize("direction", ops.DIRECTIONS)
+
+
+def _name(c: ops.Case) -> str:
+    return f"{c.op}-{c.dtype}-H{c.hidden}-B{c.batch}-S{c.seqlen}-fill{c.fill:g}-p{c.p:g}"
+
+
+@pytest.mark.benchmark(timer=timing.host_timer)
+def test_op(benchmark: Any, subject: Subject, direction: str) -> None:
+    if subject.status in ("absent", "error"):
+        pytest.skip(f"{subject.lane}: {subject.reason}")
+    assert subject.function is not None, subject.reason
+    prepare, call = run_ops.steps(subject.function, subject.inputs, subject.case.p, direction)
+    if not GPU:
+        call(prepare(0))
+        pytest.skip(f"{peers.NO_GPU}: checked and walked, not timed")
+    benchmark.group = f"{_name(subject.case)} {direction}"
+    _measure(benchmark, prepare, call)
+    _describe(benchmark, subject.case, direction)
+
+
+def _measure(benchmark: Any, prepare: Callable[[int], Any], call: Callable[[Any], Any]) -> None:
+    rounds = iter(range(10**9))
+
+    def setup() -> tuple[tuple[Any], dict[str, Any]]:
+        argument = prepare(next(rounds))
+        _flush()()
+        return (argument,), {}
+
+    benchmark.pedantic(call, setup=setup, rounds=ROUNDS, warmup_rounds=WARM_UP)
+
+
+def _describe(benchmark: Any, case: ops.Case, direction: str) -> None:
+    """Achieved rates from stated bytes and operations, for --benchmark-json."""
+    median = benchmark.stats.stats.median
+    benchmark.extra_info |= {
+        "quartiles": [benchmark.stats.stats.q1, median, benchmark.stats.stats.q3],
+        "TB/s": case.moved(direction) / median / 1e12,
+        "TFLOP/s": case.operations(direction) / median / 1e12,
+    }

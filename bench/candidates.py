@@ -1,0 +1,125 @@
+"""The configurations that `python -m bench tune` tries for each entry of kernels/configs.py.
+
+The closest to the present entry come first, so that a run that is cut short has tried the likeliest.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastbert.kernels.configs import TABLES, Config
+
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A table of configs.py: the op and direction that show its time, BERT's widths, and what may vary."""
+
+    op: str
+    direction: str
+    widths: tuple[int, ...]
+    choices: dict[str, tuple[int, ...]]
+
+
+_HIDDEN, _FEED_FORWARD, _HEAD_SIZES = (1024, 768, 384), (4096, 3072, 1536), (64,)
+_TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
+ENTRIES = {
+    "attention_forward": Entry("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}),
+    "attention_backward_kv": Entry("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}),
+    "attention_backward_q": Entry("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}),
+    "layernorm_backward": Entry(
+        "dropout_add_layernorm",
+        "backward",
+        _HIDDEN,
+        {
+            "BLOCK_M": (2, 4, 8),
+            "num_warps": (4, 8),
+            "programs_per_multiprocessor": (1, 2, 3, 4),
+            "chunk": (128, 256, 512),
+        },
+    ),
+    "layernorm_forward": Entry("dropout_add_layernorm", "forward", _HIDDEN, {"BLOCK_M": (1, 2, 4), "num_warps": (1, 2, 4, 8)}),
+    "bias_gelu_backward": Entry(
+        "bias_gelu",
+        "backward",
+        _FEED_FORWARD,
+        {
+            "BLOCK_M": (2, 4, 8),
+            "BLOCK_N": (256, 512, 1024),
+            "num_warps": (4, 8),
+            "programs_per_multiprocessor": (2, 4, 6, 8),
+        },
+    ),
+    "bias_gelu_forward": Entry(
+        "bias_gelu",
+        "forward",
+        _FEED_FORWARD,
+        {"BLOCK_M": (1, 2, 4, 8), "BLOCK_N": (256, 512, 1024), "num_warps": (2, 4, 8)},
+    ),
+}
+
+
+def bucket(kernel: str, architecture: str, dtype: str, width: int) -> int:
+    """The row of the table that serves this width: for attention, that of the head size."""
+    limits = TABLES[kernel][architecture][ITEMSIZES[dtype]]
+    return next((limit for limit in limits if limit >= width), max(limits))
+
+
+def present(kernel: str, architecture: str, dtype: str, width: int) -> Config:
+    """What ships now."""
+    return TABLES[kernel][architecture][ITEMSIZES[dtype]][bucket(kernel, architecture, dtype, width)]
+
+
+def candidates(kernel: str, architecture: str, dtype: str, width: int) -> list[Config]:
+    """The present configuration, then the others by how many of their fields differ from it."""
+    now = present(kernel, architecture, dtype, width)
+    choices = ENTRIES[kernel].choices
+    combined = [replace(now, **dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
+    others = [config for config in combined if config != now]
+    return [now, *sorted(others, key=lambda config: _distance(now, config))]
+
+
+def _distance(a: Config, b: Config) -> int:
+    return sum(getattr(a, name) != getattr(b, name) for name in vars(a))
+
+
+@contextmanager
+def shipped(kernel: str, architecture: str, dtype: str, config: Config) -> Iterator[None]:
+    """For the length of the block `config` stands in the table for every width of this type."""
+    table, itemsize = TABLES[kernel][architecture], ITEMSIZES[dtype]
+    before = table[itemsize]
+    table[itemsize] = {max(before): config}
+    try:
+        yield
+    finally:
+        table[itemsize] = before
+
+
+def tune_jobs(
+    architecture: str, kernels: tuple[str, ...] = tuple(ENTRIES), dtypes: tuple[str, ...] = ("bf16",)
+) -> Iterator[dict[str, Any]]:
+    """The arguments of bench.tune.run, an entry each: BERT's own widths first."""
+    for dtype in dtypes:
+        for place in range(max(len(entry.widths) for entry in ENTRIES.values())):
+            for kernel in kernels:
+                if place < len(ENTRIES[kernel].widths):
+                    yield {
+                        "kernel": kernel,
+                        "architecture": architecture,
+                        "dtype": dtype,
+                        "width": ENTRIES[kernel].widths[place],
+                    }
+
+
+def architecture_here(default: str = "sm_90") -> str:
+    """The GPU's row of the tables, or `default` where there is no GPU."""
+    if not torch.cuda.is_available():
+        return default
+    from fastbert.kernels.launch import architecture
+
+    return architecture(torch.device("cuda", 0))

@@ -1,0 +1,40 @@
+"""Generated tables in documents: whatever stands between <!-- bench:NAME --> and <!-- /bench:NAME -->."""
+
+import re
+from pathlib import Path
+
+from bench import markdown
+from bench.records import Results
+from bench.schema import ResultsError
+
+MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
+ANY_MARKER = re.compile(r"<!-- /?bench:[\w-]+ -->")
+
+
+def fill(text: str, results: Results | None) -> str:
+    """`text` with every marked block made anew; "not measured" without results.
+
+    Raises:
+        ResultsError: results that were not measured, a marker without its partner, or a name that is no table.
+    """
+    if results is not None and (results.invented or results.dry_run):
+        raise ResultsError("only measured results go into a document: these are a dry run or a sample")
+    blocks = list(MARKED.finditer(text))
+    if len(ANY_MARKER.findall(text)) != 2 * len(blocks):
+        raise ResultsError("a bench marker without its partner, or one inside another")
+    unknown = [block["name"] for block in blocks if block["name"] not in markdown.TABLES]
+    if unknown:
+        raise ResultsError(f"no table is called {unknown[0]!r}; there are {', '.join(markdown.TABLES)}")
+    return MARKED.sub(lambda block: f"{block[1]}{markdown.named(block['name'], results)}\n{block[3]}", text)
+
+
+def write(path: Path, results: Results | None) -> bool:
+    """Fill the blocks of a file; returns whether it changed."""
+    before = path.read_text()
+    try:
+        after = fill(before, results)
+    except ResultsError as error:
+        raise ResultsError(f"{path}: {error}") from None
+    if after != before:
+        path.write_text(after)
+    return after != before

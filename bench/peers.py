@@ -1,0 +1,50 @@
+"""What else could do the work, and why it is not here where it is not. None: it can."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+NO_GPU = "needs a GPU"
+
+
+class Absent(Exception):
+    """This lane cannot run this case; the message says why."""
+
+
+def _importable(module: str, package: str) -> str | None:
+    return None if find_spec(module) else f"{package} is not installed"
+
+
+def _gpu() -> str | None:
+    return None if torch.cuda.is_available() else NO_GPU
+
+
+def _flash_attn() -> str | None:
+    return _importable("flash_attn", "flash-attn") or _gpu()
+
+
+def _liger() -> str | None:
+    return _importable("liger_kernel", "liger-kernel") or _gpu()
+
+
+def _flash_attention_2() -> str | None:
+    """transformers' own question: it wants a GPU and a flash-attn of the right age."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return _flash_attn() or (None if is_flash_attn_2_available() else "transformers does not accept this flash-attn")
+
+
+PEERS: dict[str, Callable[[], str | None]] = {
+    "flash-attn": _flash_attn,
+    "liger": _liger,
+    "flash_attention_2": _flash_attention_2,
+    "gpu": _gpu,
+}
+
+
+def require(peer: str) -> None:
+    """Raise Absent with the reason unless `peer` is here."""
+    reason = PEERS[peer]()
+    if reason:
+        raise Absent(reason)

@@ -1,0 +1,142 @@
+"""Times one lane of one workload: first step with cold caches, the gate, the losses without dropout, then the time."""
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import batches, breakdown, gate, models, timing
+from bench.flops import step_flops
+from bench.models import Lane, Workload
+from bench.peers import Absent
+from bench.records import ModelRecord
+
+SETS = 4  # batches that rotate
+STEPS = {"cuda": 12, "cpu": 1}  # of the losses that are compared
+SECONDS = 3.0  # of timed steps
+
+
+def run(workload: Workload, name: str, *, details: bool = True) -> ModelRecord:
+    """One record. `details`: also the breakdown and the losses, which cost some seconds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch._dynamo.reset()  # a workload's graphs are its own: none is recompiled into a dynamic one
+    lane = models.LANES[name]
+    lengths = workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill)
+    record: dict[str, Any] = {
+        "lane": name,
+        "reason": None,
+        "seconds": None,
+        "runs": [],
+        "peak_bytes": None,
+        "model": workload.model,
+        "head": workload.head,
+        "mode": workload.mode,
+        "precision": workload.precision,
+        "batch": workload.batch,
+        "seqlen": workload.seqlen,
+        "fill": round(sum(lengths) / (workload.batch * workload.seqlen), 3),
+        "lengths": workload.lengths.name,
+        "real_tokens": float(sum(lengths)),
+        "flops": float(step_flops(workload.config(), workload.head, workload.mode, lengths)),
+        "first_step_seconds": None,
+    }
+    try:
+        return ModelRecord(**record | _measure(workload, lane, lengths, device, details))
+    except Absent as absent:
+        return ModelRecord(**record | {"status": "absent", "reason": str(absent)})
+    except torch.OutOfMemoryError:
+        return ModelRecord(**record | {"status": "error", "reason": "out of memory"})
+
+
+class Trainer:
+    """The step of a lane: zero_grad, forward under the workload's precision, backward, optimizer. i picks the batch."""
+
+    def __init__(self, workload: Workload, lane: Lane, lengths: list[int], device: str) -> None:
+        self.workload, self.device = workload, device
+        self.model = models.make(workload, lane, device)
+        self.called = models.compiled(self.model, lane)
+        self.training = workload.mode == "train"
+        self.model.train(self.training)
+        self.optimizer = models.make_optimizer(self.model, lane) if self.training else None
+        config, head, seqlen = self.model.config, workload.head, workload.seqlen
+        self.batches = [batches.make(head, config, lengths, seqlen, seed, device, labels=self.training) for seed in range(SETS)]
+
+    def __call__(self, i: int, mark: Callable[[str], None] = lambda name: None) -> torch.Tensor:
+        batch = self.batches[i % SETS]
+        if self.optimizer is None:
+            with torch.inference_mode(), gate.autocast(self.workload, self.device):
+                return self.called(**batch)[0]
+        self.optimizer.zero_grad(set_to_none=True)
+        with gate.autocast(self.workload, self.device):
+            loss = self.called(**batch).loss
+        mark("forward")
+        loss.backward()
+        mark("backward")
+        self.optimizer.step()
+        mark("optimizer")
+        return loss.detach()
+
+
+def _measure(workload: Workload, lane: Lane, lengths: list[int], device: str, details: bool) -> dict[str, Any]:
+    step = Trainer(workload, lane, lengths, device)
+    start = time.perf_counter()
+    step(0).cpu()
+    found: dict[str, Any] = {}
+    if device == "cuda":
+        found["first_step_seconds"] = time.perf_counter() - start
+
+    wrong = _gated(workload, lane, device, step.called)
+    if wrong:
+        return {"status": "failed", "reason": wrong}
+    if details and step.training:
+        found["losses"] = losses(workload, lane, lengths, device)
+    if device == "cpu":
+        step(1)
+        return found | {"status": "dry-run"}
+    if step.training:
+        seconds, runs = timing.measure_throughput(step, seconds=SECONDS)
+    else:
+        seconds, runs = timing.measure_latency(step, seconds=SECONDS)
+    found |= {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": _peak(step)}
+    return found | (_breakdown(step) if details else {})
+
+
+def _breakdown(step: "Trainer") -> dict[str, Any]:
+    """Where the time goes. A profiler that does not work here costs the breakdown, not the time that was measured."""
+    found: dict[str, Any] = {}
+    if step.training:
+        phases = breakdown.Phases()
+        step(0, phases.mark)
+        found["phases"] = phases.read()
+    try:
+        found["parts"] = breakdown.by_part(step)
+    except Exception as error:
+        found["reason"] = f"no breakdown by kernel: {error}"[:300]
+    return found
+
+
+def _gated(workload: Workload, lane: Lane, device: str, called: nn.Module) -> str | None:
+    """The gate on fresh weights of the same lane: the timed model has already taken a step."""
+    model = models.make(workload, lane, device).eval()
+    wrong = gate.problem(workload, models.compiled(model, lane), lane.fast, device)
+    del model
+    gc.collect()
+    return wrong
+
+
+def losses(workload: Workload, lane: Lane, lengths: list[int], device: str) -> list[float]:
+    """The first losses without dropout: the same weights, batches and optimizer in every lane."""
+    step = Trainer(workload, lane, lengths, device)
+    step.model.eval()  # BERT in eval mode is BERT without dropout
+    return [loss.item() for loss in [step(i) for i in range(STEPS[device])]]
+
+
+def _peak(step: Trainer) -> int:
+    """Bytes allocated at the fullest moment of a step: weights, gradients and optimizer state included."""
+    torch.cuda.reset_peak_memory_stats()
+    step(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()

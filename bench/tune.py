@@ -1,0 +1,135 @@
+"""Times the candidates of one entry of kernels/configs.py: those that compile without spills and pass the check.
+
+Never at run time: what is found here is committed to configs.py together with its measurement.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from bench.audit import compiling_environment
+from bench.candidates import ENTRIES, candidates, present, shipped
+from bench.cases import Variant
+from bench.records import TuneRecord
+from fastbert.kernels.configs import Config
+
+PRESENT, CANDIDATE = "present", "candidate"
+COMPILERS = {True: 8, False: 1}  # at a time, with a GPU and without: a machine with one has the cores
+ROWS = {"attention": (16, 512), "rows": (32, 512)}  # batch and length at which a candidate is timed
+SHOWN = ("registers", "spills", "local_bytes", "shared_bytes", "shared_limit", "occupancy", "wide_share")
+
+
+def run(kernel: str, architecture: str, dtype: str, width: int, most: int = 24) -> Iterator[TuneRecord]:
+    """A record a candidate, the present configuration first; at most `most` of them."""
+    configs = candidates(kernel, architecture, dtype, width)[:most]
+    gpu = torch.cuda.is_available()
+    with compiling_environment(), ProcessPoolExecutor(COMPILERS[gpu], mp_context=get_context("spawn")) as pool:
+        audits = list(pool.map(audited, [(kernel, architecture, dtype, width, config) for config in configs]))
+    timer = _Timer(kernel, architecture, dtype, width) if gpu else None
+    for config, audit in zip(configs, audits, strict=True):
+        lane = PRESENT if config == present(kernel, architecture, dtype, width) else CANDIDATE
+        reason = refused(audit)
+        found: dict[str, Any] = {"seconds": None, "runs": [], "reason": reason}
+        if reason and lane == CANDIDATE:
+            found["status"] = "failed"
+        else:
+            found |= timer(config) if timer else {"status": "dry-run"}
+        yield TuneRecord(
+            lane=lane,
+            peak_bytes=None,
+            kernel=kernel,
+            architecture=architecture,
+            dtype=dtype,
+            width=width,
+            config={name: value for name, value in vars(config).items() if value is not None},
+            audit={name: audit[name] for name in ("reason", *SHOWN) if name in audit},
+            **found,
+        )
+
+
+def refused(audit: dict[str, Any]) -> str | None:
+    """Why a candidate is not worth timing, or None."""
+    if "reason" in audit:
+        return audit["reason"]
+    if audit["shared_bytes"] > audit["shared_limit"]:
+        return f"{audit['shared_bytes']} bytes of shared memory, over the limit of {audit['shared_limit']}"
+    if audit["spills"] or audit["local_bytes"]:
+        return f"{audit['spills']} spills, {audit['local_bytes']} bytes of stack"
+    return None
+
+
+def audited(job: tuple[str, str, str, int, Config]) -> dict[str, Any]:
+    """The audit's record of the kernel that a candidate is for; {"reason": ...} where it does not compile.
+
+    Runs in a process of its own, which must not have imported triton under its interpreter.
+    """
+    from bench import compile as compiling
+    from bench import sass
+    from bench.hardware import ARCHITECTURES
+
+    kernel, architecture, dtype, width, config = job
+    entry = ENTRIES[kernel]
+    variant = Variant(entry.op, dtype, width, **({} if entry.op == "bias_gelu" else {"p": 0.1}))
+    with shipped(kernel, architecture, dtype, config):
+        launches = compiling.record(architecture, variant)
+    (launched,) = [one for one in launches if one.kernel.__name__ == kernel_name(kernel)]
+    try:
+        compiled = compiling.compile_launch(architecture, launched)
+    except Exception as error:
+        return {"reason": f"does not compile: {str(error).strip().splitlines()[-1][:200]}"}
+    tool = str(compiling._TOOLS / "nvdisasm")
+    (listing,) = sass.disassemble([sass.code(compiled.asm["cubin"])], ARCHITECTURES[architecture].nvdisasm_name, tool)
+    return compiling.describe(architecture, variant, launched, compiled, listing)
+
+
+def kernel_name(kernel: str) -> str:
+    """The jit function of a table of configs.py: "layernorm_forward" is shared, and tuned on dropout_add_layernorm."""
+    part = kernel.split("_", 1)[1] if kernel.startswith("attention") else kernel.rpartition("_")[2]
+    part = part.replace("forward", "fwd").replace("backward", "bwd")
+    return f"{ENTRIES[kernel].op}_{part}_kernel"
+
+
+class _Timer:
+    """Checks and times a configuration on the GPU; the inputs and the reference are those of all candidates."""
+
+    def __init__(self, kernel: str, architecture: str, dtype: str, width: int) -> None:
+        from bench import run_ops
+        from bench.check import Checker
+        from bench.ops import Case, table
+
+        entry = ENTRIES[kernel]
+        hidden = {"attention": 1024, "bias_gelu": width // 4}.get(entry.op, width)
+        batch, seqlen = ROWS["attention" if entry.op == "attention" else "rows"]
+        self.case = Case(entry.op, dtype, hidden, batch, seqlen, p=0.0 if entry.op == "bias_gelu" else 0.1)
+        self.inputs = run_ops.make_inputs(self.case)
+        self.lane = table()[entry.op].lanes["fastbert"]
+        self.checker = Checker(table()[entry.op], self.case, self.inputs[0])
+        self.direction, self.where = entry.direction, (kernel, architecture, dtype)
+
+    def __call__(self, config: Config) -> dict[str, Any]:
+        from bench import run_ops, timing
+
+        with shipped(*self.where, config):
+            try:
+                status, reason, function = run_ops.judge(self.case, self.lane, self.checker)
+                if function is None:
+                    return {"status": status, "reason": reason}
+                prepare, call = run_ops.steps(function, self.inputs, self.case.p, self.direction)
+                seconds, runs = timing.measure(prepare, call)
+            except Exception as error:  # what the GPU refuses to launch: one candidate less
+                return {"status": "error", "reason": f"{type(error).__name__}: {error}"[:300]}
+        return {"status": "ok", "seconds": seconds, "runs": runs}
+
+
+def best(records: list[TuneRecord]) -> list[tuple[TuneRecord, TuneRecord]]:
+    """For each entry that was timed: its fastest configuration, and the present one."""
+    pairs = []
+    for case in dict.fromkeys(record.case for record in records):
+        timed = [record for record in records if record.case == case and record.seconds]
+        now = next((record for record in timed if record.lane == PRESENT), None)
+        if now:
+            pairs.append((min(timed, key=lambda record: record.seconds.median), now))
+    return pairs

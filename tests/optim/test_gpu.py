@@ -1,0 +1,195 @@
+"""What only a GPU shows: bfloat16, CUDA graphs, no synchronisation, races between programs, time."""
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.amp import GradScaler
+
+import fastbert
+from tests.kernels.ops import DEVICE
+
+from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run
+
+pytestmark = pytest.mark.gpu
+
+LARGE = [(1000, 768), (768,), (3072, 769), (2,), ()]
+
+
+@contextmanager
+def no_synchronisation():
+    """torch raises at what waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_many_programs(launches):
+    ours, theirs = pair(make_params(LARGE), lr=1e-2, weight_decay=0.1, amsgrad=True)
+    run(ours, theirs, steps=20)
+    assert_same(ours, theirs)
+    assert launches() == {"adamw_kernel": 20}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_is_torchs_fused(dtype):
+    """In the same precision, so nearly every element is bitwise the same; the others are one rounding away."""
+    ours, theirs = pair(make_params(LARGE, dtype), theirs={"fused": True}, lr=1e-2, eps=1e-4)
+    run(ours, theirs, steps=1)
+    for param, other in zip(params_of(ours), params_of(theirs), strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(param, other, rtol=2 * eps, atol=2 * eps)
+        if param.numel() > 1000:
+            assert float((param == other).float().mean()) > 0.98
+    run(ours, theirs, steps=20)
+    assert_same(ours, theirs, tolerance=32 * torch.finfo(dtype).eps)
+
+
+def test_bfloat16_masters_follow_float32():
+    params = make_params(LARGE, torch.bfloat16)
+    exact = [torch.nn.Parameter(p.detach().float()) for p in params]
+    ours, theirs = fastbert.AdamW(params, lr=1e-4, master_weights=True), torch.optim.AdamW(exact, lr=1e-4)
+    for step in range(50):
+        give_gradients(ours, step=step)
+        for param, other in zip(params, exact, strict=True):
+            other.grad = param.grad.float()
+        ours.step()
+        theirs.step()
+    for param, other in zip(params, exact, strict=True):
+        torch.testing.assert_close(ours.state[param]["master"], other.detach(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(param.detach(), ours.state[param]["master"].bfloat16())
+
+
+def test_runs_repeat_bitwise():
+    one, _ = pair(make_params(LARGE))
+    other = copy.deepcopy(one)
+    for step in range(10):
+        give_gradients(one, other, step=step)
+        one.step()
+        other.step()
+    assert_bitwise(one, other)
+
+
+def test_no_synchronisation():
+    lr = torch.tensor(1e-3, device=DEVICE)
+    ours = fastbert.AdamW(make_params(LARGE), lr=lr)
+    give_gradients(ours)
+    ours.step()
+    scale, found = torch.tensor(2.0, device=DEVICE), torch.tensor(0.0, device=DEVICE)
+    with no_synchronisation():
+        for step in range(5):
+            for param in params_of(ours):
+                param.grad = param.grad * 0.5  # moves
+            lr.mul_(0.9)
+            ours.param_groups[0]["weight_decay"] = 0.01 * step
+            ours.grad_scale, ours.found_inf = scale, found
+            ours.step()
+
+
+def test_grad_scaler_with_forced_infinities_does_not_synchronise():
+    ours, theirs = pair(make_params(LARGE), theirs={"fused": True}, lr=1e-2)
+    scalers = [GradScaler("cuda", init_scale=1024.0, growth_interval=2) for _ in range(2)]
+    for step in range(8):
+        for optimizer, scaler in zip((ours, theirs), scalers, strict=True):
+            scaler.scale(torch.ones((), device=DEVICE))
+            give_gradients(optimizer, step=step, scale=float(scaler.get_scale()))
+            if step in (0, 3, 4):
+                params_of(optimizer)[0].grad[5, 5] = torch.inf
+            if optimizer is ours and step:
+                with no_synchronisation():
+                    scaler.step(optimizer)
+                    scaler.update()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+    assert {float(ours.state[p]["step"]) for p in params_of(ours)} == {5.0}
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static gradients", "gradients of the graph"])
+def test_captured_in_a_graph(static):
+    """A whole step, forward and backward included, replayed; an eager step between the replays changes nothing in it."""
+    lr = torch.tensor(1e-2, device=DEVICE)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 33).to(DEVICE)
+    other = copy.deepcopy(model)
+    ours = fastbert.AdamW(model.parameters(), lr=lr, capturable=True)
+    theirs = torch.optim.AdamW(other.parameters(), lr=lr, capturable=True)
+    x = torch.randn(8, 64, device=DEVICE)
+
+    def step(model, optimizer):
+        optimizer.zero_grad(set_to_none=not static)
+        (model(x) ** 2).mean().backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(model, ours)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    if not static:
+        ours.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        step(model, ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # capturable and not captured
+        for _ in range(3):
+            step(other, theirs)
+        for number in range(6):
+            x.copy_(torch.randn(8, 64, device=DEVICE))
+            lr.mul_(0.9)
+            step(other, theirs)
+            if number == 3:
+                step(model, ours)
+            else:
+                graph.replay()
+    assert_same(ours, theirs)
+
+
+def test_a_graph_needs_capturable_and_state():
+    ours, _ = pair(make_params([(40,)]))
+    give_gradients(ours)
+    for message in ("capturable: expected True", "step: a graph captures"):
+        with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            ours.step()
+        ours.param_groups[0]["capturable"] = True
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_parameters_on_two_devices(launches):
+    params = make_params()
+    params += [torch.nn.Parameter(p.detach().to("cuda:1")) for p in params]
+    ours, theirs = pair(params)
+    run(ours, theirs, steps=5)
+    assert_same(ours, theirs)
+    assert launches() == {"adamw_kernel": 10}
+
+
+def milliseconds(optimizer, steps=20):
+    for _ in range(5):
+        optimizer.step()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(steps):
+        optimizer.step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / steps
+
+
+def test_not_slower_than_torchs_fused():
+    """BERT-large's parameters, in float32. A sanity bound: the benchmark measures."""
+    layer = [(1024, 1024), (1024,)] * 4 + [(4096, 1024), (4096,), (1024, 4096), (1024,)] + [(1024,)] * 4
+    params = make_params([(30522, 1024), (512, 1024), *layer * 24])
+    ours, theirs = pair(params, theirs={"fused": True})
+    give_gradients(ours)
+    for param, other in zip(params_of(ours), params_of(theirs), strict=True):
+        other.grad = param.grad
+    assert milliseconds(ours) < 1.2 * milliseconds(theirs)

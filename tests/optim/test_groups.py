@@ -1,0 +1,125 @@
+"""fastbert.param_groups on the tiny BERTs: who decays, at which rate, and that nobody is forgotten or comes twice."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastbert
+from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, MLM, make
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def by_name(model, groups):
+    """{name: (lr, weight decay)}, each parameter once."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert name not in found, f"{name} comes twice"
+            found[name] = (group["lr"], group["weight_decay"])
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_parameter_once(kind):
+    model = make(kind)
+    found = by_name(model, fastbert.param_groups(model, 2e-5))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, (lr, decay) in found.items():
+        free = name.endswith("bias") or name.endswith("LayerNorm.weight")
+        assert (lr, decay) == (2e-5, 0.0 if free else 0.01), name
+
+
+def test_two_groups_are_enough():
+    groups = fastbert.param_groups(make(CLASSIFICATION), 2e-5)
+    assert [group["name"] for group in groups] == ["body", "body, no decay"]
+
+
+def test_head_rate():
+    model = make(CLASSIFICATION)
+    found = by_name(model, fastbert.param_groups(model, 2e-5, head_lr=1e-3))
+    assert {name for name, (lr, _) in found.items() if lr == 1e-3} == {"classifier.weight", "classifier.bias"}
+    assert found["classifier.bias"][1] == 0.0
+    assert {lr for lr, _ in found.values()} == {2e-5, 1e-3}
+
+
+def test_layer_decay():
+    model = make(CLASSIFICATION)
+    found = by_name(model, fastbert.param_groups(model, 1.0, head_lr=5.0, layer_decay=0.5))
+    for name, (lr, _) in found.items():
+        if "classifier" in name:
+            assert lr == 5.0, name
+        elif "pooler" in name or "layer.1." in name:
+            assert lr == 1.0, name
+        elif "layer.0." in name:
+            assert lr == 0.5, name
+        else:
+            assert "embeddings" in name and lr == 0.25, name
+
+
+def test_layer_decay_leaves_the_head_at_lr():
+    model = make(CLASSIFICATION)
+    found = by_name(model, fastbert.param_groups(model, 1.0, layer_decay=0.5))
+    assert found["classifier.weight"][0] == 1.0
+
+
+@pytest.mark.parametrize("kind", [MLM, CLM], ids=str)
+def test_tied_weights_once_and_with_the_embeddings(kind):
+    model = make(kind)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    groups = fastbert.param_groups(model, 1.0, layer_decay=0.5)
+    found = by_name(model, groups)
+    assert found["bert.embeddings.word_embeddings.weight"] == (0.25, 0.01)
+    assert found["cls.predictions.transform.dense.weight"][0] == 1.0
+    fastbert.AdamW(groups)  # which refuses a parameter in two groups
+
+
+def test_frozen_are_left_out():
+    model = make(CLASSIFICATION)
+    model.bert.embeddings.requires_grad_(False)
+    found = by_name(model, fastbert.param_groups(model, 1.0))
+    assert found and not any("embeddings" in name for name in found)
+
+
+def test_other_names_without_decay():
+    model = make(CLASSIFICATION)
+    found = by_name(model, fastbert.param_groups(model, 1.0, weight_decay=0.3, no_decay=["classifier.weight"]))
+    assert {name for name, (_, decay) in found.items() if decay == 0.0} == {"classifier.weight"}
+    assert {decay for _, decay in found.values()} == {0.0, 0.3}
+
+
+def test_whole_parts_of_names():
+    """ "bias" is no ending of "antibias"."""
+    model = nn.Module()
+    model.antibias = nn.Parameter(torch.zeros(2))
+    model.bias = nn.Parameter(torch.zeros(2))
+    assert by_name(model, fastbert.param_groups(model, 1.0)) == {"antibias": (1.0, 0.01), "bias": (1.0, 0.0)}
+
+
+def test_a_wrapped_model():
+    wrapped = nn.Sequential(make(BASE), nn.Linear(40, 2))
+    found = by_name(wrapped, fastbert.param_groups(wrapped, 1.0, head_lr=5.0, layer_decay=0.5))
+    assert {name for name, (lr, _) in found.items() if lr == 5.0} == {"1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": 3}, TypeError, "model: expected a torch.nn.Module, got int"),
+        ({"model": nn.ReLU()}, ValueError, "model: expected a parameter that requires a gradient, ReLU has none"),
+        ({"lr": -1.0}, ValueError, "lr: expected 0 or more, got -1.0"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay: expected 0 or more, got -1.0"),
+        ({"head_lr": -1.0}, ValueError, "head_lr: expected 0 or more, got -1.0"),
+        ({"head_lr": 1.0}, ValueError, "head_lr: expected parameters beside the pretrained ones, BertModel has none"),
+        ({"layer_decay": 0.0}, ValueError, r"layer_decay: expected a factor in \(0, 1\], got 0.0"),
+        ({"layer_decay": 1.5}, ValueError, r"layer_decay: expected a factor in \(0, 1\], got 1.5"),
+        ({"model": nn.Linear(2, 2), "layer_decay": 0.9}, ValueError, "layer_decay: expected encoder layers"),
+        ({"no_decay": "bias"}, TypeError, "no_decay: expected a sequence of names, got the string 'bias'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fastbert.param_groups(**({"model": make(BASE), "lr": 1.0} | arguments))
