@@ -31,7 +31,7 @@ def check_inputs(q, k, v, cu_seqlens, max_seqlen, scale, p, seed) -> None:
         _check_device("cu_seqlens", cu_seqlens, q)
     if packed != isinstance(max_seqlen, int | torch.SymInt) or (packed and max_seqlen < 0):
         raise ValueError(f"max_seqlen: expected {'a length' if packed else 'None without cu_seqlens'}, got {max_seqlen!r}")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:  # compared, as torch.compile can trace it
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
