@@ -78,6 +78,7 @@ class Report:
 
 
 _HEADINGS = ("module", "Hugging Face class", "kernel", "state", "kernel calls", "fell back", "reason")
+_SEEN = "unpad='auto', and outputs at padded positions can be seen"
 _NUMBERS = ("kernel calls", "fell back")
 _WIDEST = 200  # of a printed table; a terminal's own width is used where rich prints it
 
@@ -102,7 +103,8 @@ def report(model: nn.Module) -> Report:
             rows.append(_swapped_row(name, module, BY_FAST[cls]))
         elif cls in BY_STOCK:
             entry = BY_STOCK[cls]
-            rows.append(_stock_row(name, cls, entry.kernel, _why_stock(module, entry, switches)))
+            reason = _why_stock(module, entry, switches)
+            rows.append(_stock_row(name, cls, None if reason == _SEEN else entry.kernel, reason))
         elif cls in STOCK_ONLY:
             rows.append(_stock_row(name, cls, None, "no kernel for it in this version"))
         elif isinstance(module, tuple(BY_STOCK)):
@@ -136,7 +138,7 @@ def _why_stock(module: nn.Module, entry: Any, switches: dict[str, bool] | None) 
     if switches is None:
         return "not patched"
     if switches[entry.switch] == "auto":
-        return entry.why_stock(module) or "unpad='auto', and outputs at padded positions can be seen"
+        return entry.why_stock(module) or _SEEN
     return f"{entry.switch}=False" if not switches[entry.switch] else entry.why_stock(module) or "not patched"
 
 

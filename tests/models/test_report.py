@@ -24,6 +24,7 @@ def test_every_bert_part_has_its_row():
     layer = "bert.encoder.layer.1."
     kernels = {
         "bert.embeddings": None,
+        "bert.encoder": None,
         layer + "attention.self": "attention",
         layer + "attention.output": "dropout_add_layernorm",
         layer + "intermediate": "bias_gelu",
@@ -32,7 +33,7 @@ def test_every_bert_part_has_its_row():
     }
     assert {name: report[name].kernel for name in kernels} == kernels
     assert report[layer + "output"].hf_class == "BertOutput", "the stock class is named, not ours"
-    assert len(report) == 2 + 2 * 4
+    assert len(report) == 3 + 2 * 4
 
 
 def test_before_and_after_patching_nothing_is_active():
@@ -133,7 +134,7 @@ def test_data_is_plain():
     report = fastbert.report(model)
     data = json.loads(json.dumps(report.to_dicts()))
     assert len(data) == len(report.rows)
-    assert data[2] == {
+    assert data[3] == {
         "module": "bert.encoder.layer.0.attention.output",
         "hf_class": "BertSelfOutput",
         "kernel": "dropout_add_layernorm",
@@ -157,7 +158,7 @@ def test_notebook_table_is_escaped():
     text = fastbert.report(fastbert.patch(model))._repr_html_()
     assert "&lt;b&gt;&amp;" in text and "<b>" not in text
     assert text.startswith("<table>") and text.endswith("</table>")
-    assert text.count("<tr>") == text.count("</tr>") == 1 + 6  # headings, and six groups
+    assert text.count("<tr>") == text.count("</tr>") == 1 + 7  # headings, and seven groups
     assert "bert.encoder.layer.0-1.output" in text
 
 
