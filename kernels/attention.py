@@ -234,6 +234,18 @@ def _launch_bwd_into(
         "n_rows": n_rows,
         **constants,
     }
+    config = _choose("attention_backward_q", q, mask)
+    launch(
+        attention_bwd_q_kernel,
+        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
+        config,
+        q,
+        **shared,
+        dq_ptr=dq,
+        dq_row_stride=dq.stride(-3),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
     config = _choose("attention_backward_kv", q, mask)
     launch(
         attention_bwd_kv_kernel,
@@ -244,18 +256,6 @@ def _launch_bwd_into(
         dk_ptr=dk,
         dv_ptr=dv,
         dkv_row_stride=dk.stride(-3),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-    )
-    config = _choose("attention_backward_q", q, mask)
-    launch(
-        attention_bwd_q_kernel,
-        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
-        config,
-        q,
-        **shared,
-        dq_ptr=dq,
-        dq_row_stride=dq.stride(-3),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
     )

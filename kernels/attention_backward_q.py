@@ -285,6 +285,7 @@ def attention_bwd_q_kernel(
             every, some, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
             True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+        tl.store(delta_ptr + here + rows, delta, rows < seqlen_q)  # dK and dV take it from here
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     dq = _add_keys(
         dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,

@@ -21,7 +21,7 @@ from tests.numerics import assert_close
 from .ops import DEVICE, Inputs, double, run, seed_tensor
 
 FORWARD = "attention_fwd_kernel"
-BACKWARD = ("attention_bwd_rows_kernel", "attention_bwd_kv_kernel", "attention_bwd_q_kernel")
+BACKWARD = ("attention_bwd_rows_kernel", "attention_bwd_q_kernel", "attention_bwd_kv_kernel")
 Tile = tuple[int, int]
 
 
