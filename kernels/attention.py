@@ -1,7 +1,8 @@
 """out = dropout(softmax(scale Q K' + mask)) V for every head, without the scores ever in memory.
 
 q [B, Sq, heads, D], k and v [B, Sk, heads, D] with any strides (the projections' own output, no transposes), or packed
-[T, heads, D] with cu_seqlens; out has the shape of q, contiguous: ready for the next product.
+[T, heads, D] with cu_seqlens (and cu_seqlens_q, where the queries are other rows than the keys); out has the shape of
+q, contiguous: ready for the next product.
 
     forward    4 Sq Sk D operations a head; reads q, k, v; writes out and 4 bytes a row and head
     backward   10 Sq Sk D in exact arithmetic, 14 as computed here (scores and dP in both kernels)
@@ -33,6 +34,13 @@ def _geometry(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> t
     if cu_seqlens is None:
         return x.shape[0], x.shape[1], x.shape[0] * x.shape[1]
     return cu_seqlens.shape[0] - 1, max_seqlen, x.shape[0]
+
+
+def _of_queries(
+    cu_seqlens: Tensor | None, cu_seqlens_q: Tensor | None, max_seqlen: int | None, max_seqlen_q: int | None
+) -> tuple[Tensor | None, int | None]:
+    """The queries' own bounds, or the keys' where they are the same rows."""
+    return (cu_seqlens, max_seqlen) if cu_seqlens_q is None else (cu_seqlens_q, max_seqlen_q)
 
 
 def _strides(name: str, x: Tensor) -> dict[str, int]:
@@ -87,18 +95,21 @@ def _launch_fwd(
     key_bounds: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     seed: Tensor | None,
     max_seqlen: int | None,
+    max_seqlen_q: int | None,
     causal: bool,
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:
     out, logsumexp = _allocate_fwd(
-        q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p
+        q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, max_seqlen, max_seqlen_q, causal, scale, p
     )
     if not q.numel() or not k.numel():
         return out.zero_(), logsumexp.zero_()  # what an empty sum is
-    sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
+    cu_seqlens_q, max_seqlen_q = _of_queries(cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q)
+    sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens_q, max_seqlen_q)
     _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
     n_heads = q.shape[-2]
     config = _choose("attention_forward", q, mask)
@@ -115,7 +126,8 @@ def _launch_fwd(
         key_mask_ptr=key_mask,
         key_bounds_ptr=key_bounds,
         mask_ptr=mask,
-        cu_seqlens_ptr=cu_seqlens,
+        cu_seqlens_q_ptr=cu_seqlens_q,
+        cu_seqlens_k_ptr=cu_seqlens,
         seed_ptr=seed,
         **_strides("q", q),
         **_strides("k", k),
@@ -132,7 +144,7 @@ def _launch_fwd(
     return out, logsumexp
 
 
-def _allocate_fwd(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p):
+def _allocate_fwd(q, *_):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = math.prod(q.shape[:-2])  # torch.Size.numel would fix a size that torch.compile keeps open
     planes = 2 if q.element_size() > 2 else 1  # attention_tiles.store_softmax
@@ -150,17 +162,18 @@ def _launch_bwd(
     key_bounds: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
     seed: Tensor | None,
     max_seqlen: int | None,
+    max_seqlen_q: int | None,
     causal: bool,
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _allocate_bwd(
-        dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p
-    )
+    grads = _allocate_bwd(dout, q, k, v)
     return _launch_bwd_into(
-        grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p,
+        grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed,
+        max_seqlen, max_seqlen_q, causal, scale, p,
     )  # fmt: skip
 
 
@@ -180,12 +193,14 @@ def _launch_bwd_packed(dout, q, k, v, *rest):
 
 
 def _launch_bwd_into(
-    grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p,
+    grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed,
+    max_seqlen, max_seqlen_q, causal, scale, p,
 ):  # fmt: skip
     dq, dk, dv = grads
     if not q.numel() or not k.numel():
         return tuple(grad.zero_() for grad in grads)
-    sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens, max_seqlen)
+    cu_seqlens_q, max_seqlen_q = _of_queries(cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q)
+    sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens_q, max_seqlen_q)
     _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
     n_heads, head_size = q.shape[-2:]
     delta = torch.empty_like(logsumexp[0])
@@ -202,7 +217,7 @@ def _launch_bwd_into(
         out_ptr=out,
         delta_ptr=delta,
         row_key_ptr=row_key,
-        cu_seqlens_ptr=cu_seqlens,
+        cu_seqlens_q_ptr=cu_seqlens_q,
         seed_ptr=seed,
         **_strides("dout", dout),
         n_heads=n_heads,
@@ -222,7 +237,8 @@ def _launch_bwd_into(
         "key_mask_ptr": key_mask,
         "key_bounds_ptr": key_bounds,
         "mask_ptr": mask,
-        "cu_seqlens_ptr": cu_seqlens,
+        "cu_seqlens_q_ptr": cu_seqlens_q,
+        "cu_seqlens_k_ptr": cu_seqlens,
         **_strides("q", q),
         **_strides("k", k),
         **_strides("v", v),
@@ -263,17 +279,17 @@ def _launch_bwd_into(
 
 
 def _save(ctx, inputs, output):
-    q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, *ctx.settings = inputs
+    q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *ctx.settings = inputs
     out, logsumexp = output
     ctx.mark_non_differentiable(logsumexp)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, seed)
+    ctx.save_for_backward(q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed)
 
 
 def _gradients(backward, ctx, dout, *_):
     if dout is None or not any(ctx.needs_input_grad[:3]):
-        return (None,) * 12
-    return *backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 9
+        return (None,) * 14
+    return *backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 11
 
 
 _op = torch.library.custom_op("fastbert::attention", _launch_fwd, mutates_args=())
@@ -305,6 +321,8 @@ def attention(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     causal: bool = False,
     scale: float | None = None,
     p: float = 0.0,
@@ -325,6 +343,7 @@ def attention(
         cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T. Rows that it
             leaves out are not written.
         max_seqlen: length of the longest packed sequence, or more.
+        cu_seqlens_q, max_seqlen_q: the same of the queries, where they are other rows than the keys: q is then [Tq, heads, D].
         causal: query i sees keys up to i + Sk - Sq.
         scale: 1 / sqrt(D) by default.
         p: probability of dropping a probability, rounded to 2**-32.
@@ -338,7 +357,7 @@ def attention(
         ValueError: shapes, dtypes or devices that do not fit, a dtype that has no kernel, a mask that requires a
             gradient, D over 256, a scale that is not finite, p outside [0, 1].
     """
-    check_inputs(q, k, v, cu_seqlens, max_seqlen, scale, p, seed)
+    check_inputs(q, k, v, scale, p, seed, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q)
     check_masks(q, k, key_mask, mask, key_bounds)
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -347,8 +366,11 @@ def attention(
         key_mask = key_mask.contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
+    if cu_seqlens_q is not None:
+        cu_seqlens_q = cu_seqlens_q.contiguous()
     if p > 0.0 and seed is None:
         seed = draw_seed(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = seed if p > 0.0 else None
-    return _call(q, k, v, key_mask, key_bounds, mask, cu_seqlens, seed, max_seqlen, causal, scale, p)[0]
+    lengths = (max_seqlen, max_seqlen_q)
+    return _call(q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *lengths, causal, scale, p)[0]

@@ -33,7 +33,7 @@ def attention_bwd_rows_kernel(
     out_ptr,
     delta_ptr,
     row_key_ptr,
-    cu_seqlens_ptr,
+    cu_seqlens_q_ptr,
     seed_ptr,
     dout_batch_stride,
     dout_row_stride,
@@ -54,8 +54,8 @@ def attention_bwd_rows_kernel(
     rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     batch = (sequence_head // n_heads).to(tl.int64)
     head = (sequence_head % n_heads).to(tl.int64)
-    first_q, seqlen_q = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_q)
-    if cu_seqlens_ptr is None:
+    first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
+    if cu_seqlens_q_ptr is None:
         dout_ptr += batch * dout_batch_stride
         out_rows = batch * max_seqlen_q + rows
     else:
@@ -163,7 +163,8 @@ def attention_bwd_kv_kernel(
     key_mask_ptr,
     key_bounds_ptr,
     mask_ptr,
-    cu_seqlens_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     dk_ptr,
     dv_ptr,
     q_batch_stride,
@@ -206,12 +207,12 @@ def attention_bwd_kv_kernel(
     block = tl.program_id(0) % blocks
     batch = (sequence_head // n_heads).to(tl.int64)
     head = (sequence_head % n_heads).to(tl.int64)
-    first_q, seqlen_q = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_q)
-    first_k, seqlen_k = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_k)
+    first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
+    first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
     if block * BLOCK_N >= seqlen_k:
         return
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    if cu_seqlens_ptr is None:
+    if cu_seqlens_q_ptr is None:
         first_row = batch * max_seqlen_q
         first_key_row = batch * max_seqlen_k
         q_ptr += batch * q_batch_stride

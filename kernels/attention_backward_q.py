@@ -187,7 +187,8 @@ def attention_bwd_q_kernel(
     key_mask_ptr,
     key_bounds_ptr,
     mask_ptr,
-    cu_seqlens_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     dq_ptr,
     q_batch_stride,
     q_row_stride,
@@ -229,12 +230,12 @@ def attention_bwd_q_kernel(
     block = tl.program_id(0) % blocks
     batch = (sequence_head // n_heads).to(tl.int64)
     head = (sequence_head % n_heads).to(tl.int64)
-    first_q, seqlen_q = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_q)
-    first_k, seqlen_k = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_k)
+    first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
+    first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
     if block * BLOCK_M >= seqlen_q:
         return
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    if cu_seqlens_ptr is None:
+    if cu_seqlens_q_ptr is None:
         first_row = batch * max_seqlen_q
         q_ptr += batch * q_batch_stride
         k_ptr += batch * k_batch_stride

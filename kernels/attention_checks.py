@@ -10,7 +10,7 @@ from .launch import check_dtype
 MAX_HEAD_SIZE = 256
 
 
-def check_inputs(q, k, v, cu_seqlens, max_seqlen, scale, p, seed) -> None:
+def check_inputs(q, k, v, scale, p, seed, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q) -> None:
     """Raise ValueError unless everything but the masks fits q."""
     packed = cu_seqlens is not None
     check_dtype("q", q)
@@ -18,19 +18,23 @@ def check_inputs(q, k, v, cu_seqlens, max_seqlen, scale, p, seed) -> None:
         raise ValueError(f"q: expected {'[T, heads, D]' if packed else '[B, S, heads, D]'}, got {tuple(q.shape)}")
     if not 1 <= q.shape[-1] <= MAX_HEAD_SIZE:
         raise ValueError(f"q: expected a head size from 1 to {MAX_HEAD_SIZE}, got {q.shape[-1]}")
-    expected = tuple(q.shape) if packed else (q.shape[0], k.shape[1] if k.dim() == 4 else -1, *q.shape[-2:])
+    if not packed:
+        expected = (q.shape[0], k.shape[1] if k.dim() == 4 else -1, *q.shape[-2:])
+    elif cu_seqlens_q is None:
+        expected = tuple(q.shape)
+    else:
+        expected = (k.shape[0] if k.dim() == 3 else -1, *q.shape[-2:])
     for name, tensor in (("k", k), ("v", v)):
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
         _check_device(name, tensor, q)
-    if packed:
-        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
-            raise ValueError(f"cu_seqlens: expected int32 [sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-        _check_device("cu_seqlens", cu_seqlens, q)
-    if packed != isinstance(max_seqlen, int | torch.SymInt) or (packed and max_seqlen < 0):
-        raise ValueError(f"max_seqlen: expected {'a length' if packed else 'None without cu_seqlens'}, got {max_seqlen!r}")
+    _check_bounds("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, q)
+    _check_bounds("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q)
+    if cu_seqlens_q is not None and (not packed or cu_seqlens_q.shape != cu_seqlens.shape):
+        expected = f"cu_seqlens' shape, {tuple(cu_seqlens.shape)}" if packed else "None without cu_seqlens"
+        raise ValueError(f"cu_seqlens_q: expected {expected}, got {tuple(cu_seqlens_q.shape)}")
     if scale is not None and not -math.inf < scale < math.inf:  # compared, as torch.compile can trace it
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if not 0.0 <= p <= 1.0:
@@ -40,6 +44,17 @@ def check_inputs(q, k, v, cu_seqlens, max_seqlen, scale, p, seed) -> None:
             given = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
             raise ValueError(f"seed: expected an int64 tensor without dimensions, got {given}")
         _check_device("seed", seed, q)
+
+
+def _check_bounds(name, cu_seqlens, name_of_longest, max_seqlen, q) -> None:
+    given = cu_seqlens is not None
+    if given:
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+            raise ValueError(f"{name}: expected int32 [sequences + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        _check_device(name, cu_seqlens, q)
+    if given != isinstance(max_seqlen, int | torch.SymInt) or (given and max_seqlen < 0):
+        expected = "a length" if given else f"None without {name}"
+        raise ValueError(f"{name_of_longest}: expected {expected}, got {max_seqlen!r}")
 
 
 def check_masks(q, k, key_mask, mask, key_bounds) -> None:

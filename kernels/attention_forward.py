@@ -104,7 +104,8 @@ def attention_fwd_kernel(
     key_mask_ptr,
     key_bounds_ptr,
     mask_ptr,
-    cu_seqlens_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     seed_ptr,
     q_batch_stride,
     q_row_stride,
@@ -141,13 +142,13 @@ def attention_fwd_kernel(
     block = tl.program_id(0) % blocks
     batch = (sequence_head // n_heads).to(tl.int64)
     head = (sequence_head % n_heads).to(tl.int64)
-    first_q, seqlen_q = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_q)
-    first_k, seqlen_k = sequence_bounds(cu_seqlens_ptr, batch, max_seqlen_k)
+    first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
+    first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
     if block * BLOCK_M >= seqlen_q:
         return
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
 
-    if cu_seqlens_ptr is None:
+    if cu_seqlens_q_ptr is None:
         q_ptr += batch * q_batch_stride
         k_ptr += batch * k_batch_stride
         v_ptr += batch * v_batch_stride
@@ -189,7 +190,8 @@ def attention_fwd_kernel(
     )  # fmt: skip
 
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
-    out = acc * (KEEP_SCALE / total)[:, None]
+    # A packed sequence may have queries and no key: its sums are empty, and its output is 0.
+    out = acc * (KEEP_SCALE / tl.where(total == 0, 1.0, total))[:, None]
     out_rows = out_row + rows
     out_head = out_ptr + head * D
     store_tile(tile_pointers(out_head, out_rows, n_heads * D, 1, BLOCK_D), out, rows, seqlen_q, D, BLOCK_D)

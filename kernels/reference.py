@@ -70,19 +70,23 @@ def attention(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     causal: bool = False,
     scale: float | None = None,
     p: float = 0.0,
     key_bounds: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """dropout(softmax(scale q k' + mask)) v; `keep` is [B, heads, Sq, Sk], packed [sequences, heads, max, max]."""
+    """dropout(softmax(scale q k' + mask)) v; `keep` is [B, heads, Sq, Sk], packed [sequences, heads, max of q, max]."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
+        bounds_q = bounds if cu_seqlens_q is None else cu_seqlens_q.tolist()
         parts = []
-        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            part = [x[start:end].unsqueeze(0) for x in (q, k, v)]
-            kept = None if keep is None else keep[i : i + 1, :, : end - start, : end - start]
+        for i in range(len(bounds) - 1):
+            rows, keys = slice(*bounds_q[i : i + 2]), slice(*bounds[i : i + 2])
+            part = [q[rows].unsqueeze(0), k[keys].unsqueeze(0), v[keys].unsqueeze(0)]
+            kept = None if keep is None else keep[i : i + 1, :, : part[0].shape[1], : part[1].shape[1]]
             parts.append(attention(*part, causal=causal, scale=scale, p=p, keep=kept)[0])
         return torch.cat(parts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -123,7 +123,8 @@ def _keep_for(inputs: Inputs, options: dict[str, Any]) -> Tensor:
     """A packed sequence draws what the same row of a padded batch draws."""
     cu_seqlens, longest = options.get("cu_seqlens"), options.get("max_seqlen")
     batch = inputs["q"].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    lengths = [longest or inputs[name].shape[1] for name in ("q", "k")]
+    longest_q = options.get("max_seqlen_q", longest)
+    lengths = [inputs["q"].shape[1] if longest_q is None else longest_q, inputs["k"].shape[1] if longest is None else longest]
     return drawn_keep(batch, inputs["q"].shape[-2], *lengths, options["p"], options["seed"])
 
 

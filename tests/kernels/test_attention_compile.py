@@ -13,9 +13,10 @@ from .test_attention_layouts import every_second, heads_first, shared_heads
 pytestmark = pytest.mark.one_in(2)
 
 OPS = torch.ops.fastbert
-NAMES = ("key_mask", "key_bounds", "mask", "cu_seqlens", "seed", "max_seqlen")  # the op's arguments after q, k and v
+# The op's arguments after q, k and v.
+NAMES = ("key_mask", "key_bounds", "mask", "cu_seqlens", "cu_seqlens_q", "seed", "max_seqlen", "max_seqlen_q")
 LAYOUTS = [torch.clone, every_second, shared_heads, heads_first]
-KINDS = ["plain", "causal", "dropped", "key_mask", "bool mask", "added mask", "packed"]
+KINDS = ["plain", "causal", "dropped", "key_mask", "bool mask", "added mask", "packed", "other rows"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +42,22 @@ def options_of(kind):
             "p": 0.3,
             "seed": seed_tensor(3),
         },
+        "other rows": {
+            "cu_seqlens": torch.tensor([0, 4, 10], dtype=torch.int32, device=DEVICE),
+            "max_seqlen": 6,
+            "cu_seqlens_q": torch.tensor([0, 1, 3], dtype=torch.int32, device=DEVICE),
+            "max_seqlen_q": 2,
+        },
     }[kind]
 
 
 def inputs_of(kind, dtype=torch.float32):
     inputs = make_inputs(2, 5, 2, 8, dtype)
-    return {name: x.flatten(0, 1) for name, x in inputs.items()} if kind == "packed" else inputs
+    if kind in ("packed", "other rows"):
+        inputs = {name: x.flatten(0, 1) for name, x in inputs.items()}
+    if kind == "other rows":
+        inputs["q"] = inputs["q"][:3]
+    return inputs
 
 
 def arguments_of(inputs, options):

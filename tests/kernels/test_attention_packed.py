@@ -168,6 +168,49 @@ def test_rows_around_the_sequences_are_not_read():
     assert_same({name: x[3:-4] for name, x in results.items()}, expected)
 
 
+LENGTHS_Q = (1, 0, 20, 17, 3)  # of MIXED's sequences: one without keys has no queries here
+
+
+def other_rows(lengths_q, lengths, dtype=torch.float32):
+    """Queries of their own beside packed keys, and how both are packed."""
+    inputs = packed_inputs(lengths, dtype) | {"q": normal(sum(lengths_q), HEADS, HEAD_SIZE, dtype=dtype)}
+    return inputs, packing(lengths) | {"cu_seqlens_q": bounds(lengths_q), "max_seqlen_q": max(lengths_q)}
+
+
+@pytest.mark.parametrize("option", ["plain", "causal", "dropped"])
+@pytest.mark.parametrize("lengths_q", [LENGTHS_Q, (1,) * 5, (0, 0, 2, 0, 0)], ids=["mixed", "first rows", "few"])
+def test_queries_of_other_rows(lengths_q, option):
+    """As many as are read, of each sequence; causal aligns the last of them with the sequence's last key."""
+    lengths = tuple(max(n, 1) for n in MIXED) if lengths_q[1] else MIXED
+    causal = option == "causal"
+    if causal:
+        lengths_q = tuple(min(n, m) for n, m in zip(lengths_q, lengths, strict=True))
+    inputs, how = other_rows(lengths_q, lengths)
+    with tiles((16, 16), kv=(32, 16), q=(16, 32)):
+        check(inputs, causal=causal, p=0.3 * (option == "dropped"), **how)
+
+
+def test_queries_that_are_some_rows_give_the_bits_of_those_rows():
+    inputs = packed_inputs(MIXED)
+    rows = torch.tensor([0, 4, 5, 30, 37, 38, 56], device=DEVICE)  # of sequences 0, 0, 2, 2, 2, 3, 4
+    lengths_q = (2, 0, 3, 1, 1)
+    with tiles((16, 16)):
+        every = run(attention, inputs, None, **packing(MIXED))["y"]
+        how = packing(MIXED) | {"cu_seqlens_q": bounds(lengths_q), "max_seqlen_q": 3}
+        some = run(attention, inputs | {"q": inputs["q"][rows]}, None, **how)["y"]
+    assert torch.equal(some, every[rows])
+
+
+def test_queries_of_a_sequence_without_keys_are_zero():
+    """What an empty sum is; and they have no gradient."""
+    inputs, how = other_rows((3, 2), (0, 5))
+    results = run(attention, inputs, normal(5, HEADS, HEAD_SIZE), **how)
+    assert not results["y"][:3].any() and not results["dq"][:3].any() and results["dk"].isfinite().all()
+    alone = run(attention, {n: x[3:] if n == "q" else x for n, x in inputs.items()}, None, **packing((5,)) | {
+        "cu_seqlens_q": bounds((2,)), "max_seqlen_q": 2})  # fmt: skip
+    assert torch.equal(results["y"][3:], alone["y"])
+
+
 def test_the_reference_is_attention_sequence_by_sequence():
     """The specification itself, against its own padded form."""
     inputs = packed_inputs(MIXED, torch.float64)
