@@ -55,8 +55,9 @@ def patch(
         mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`.
         embeddings: BertEmbeddings. No kernel yet: changes nothing.
         unpad: whether BertEncoder runs on the real tokens alone, packed before its first layer and unpacked after its
-            last: "auto" where no output can show it (heads that read the first position only), True everywhere, with
-            zeros where padding is, False nowhere. One synchronisation a forward.
+            last: "auto" where no output can show it (heads that read the first position only, and then the last layer
+            runs for that position only), True everywhere, with zeros where padding is, False nowhere. One
+            synchronisation a forward.
         mlm_logits: "full" or "none": whether training with labels returns MLM logits. Not built yet: changes nothing.
         strict: raise if any module that has a fast class (and is not switched off) would stay on stock code.
 
@@ -129,24 +130,24 @@ def switches_of(model: nn.Module) -> dict[str, bool] | None:
 
 def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, type], list[str]]:
     """The class that each module should have, and a line for each that would stay stock against the switches."""
-    from fastbert.registry import BY_FAST, BY_STOCK, PACKING, PACKING_FOR_FIRST, encoders_read_at_first
+    from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, PACKING, encoders_with_a_reader
 
     classes: dict[nn.Module, type] = {}
     left_stock: list[str] = []
-    read_at_first = encoders_read_at_first(model)
+    with_a_reader = encoders_with_a_reader(model)
     for name, module in model.named_modules():
         entry = BY_STOCK.get(type(module)) or BY_FAST.get(type(module))
         if entry is None:
             continue
         wanted = switches[entry.switch]
         if entry.stock is PACKING.stock:
-            entry = PACKING_FOR_FIRST if module in read_at_first else PACKING
-            wanted = module in read_at_first if wanted == "auto" else wanted
+            entry = AUTO_PACKING if wanted == "auto" else PACKING
+            wanted = module in with_a_reader if wanted == "auto" else wanted
         reason = None
         if wanted:
             reason = entry.why_stock(module) if type(module) is entry.stock else entry.unsupported(module)
         classes[module] = entry.fast if wanted and reason is None else entry.stock
-        if reason is not None:
+        if reason is not None and entry.kernel is not None:
             left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")
     if not classes:
         raise _nothing_found(model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert.layers import attention, encoder, intermediate, prediction_head, residual_norm
+from fastbert.layers import attention, encoder, intermediate, pooled_heads, prediction_head, residual_norm
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Entry:
 
     stock: type[nn.Module]
     fast: type[nn.Module]
-    kernel: str
+    kernel: str | None
     switch: str
     unsupported: Callable[[nn.Module], str | None]
 
@@ -70,29 +70,30 @@ ENTRIES = (
         prediction_head.unsupported,
     ),
 )
-# Which of the two an encoder becomes depends on who reads it: see `encoder_entry`.
+# unpad=True, and unpad="auto" where a head says what it reads.
 PACKING = Entry(bert.BertEncoder, encoder.FastBertEncoder, "gather_rows", "unpad", encoder.unsupported)
-PACKING_FOR_FIRST = Entry(
-    bert.BertEncoder, encoder.FirstPositionFastBertEncoder, "gather_rows", "unpad", encoder.unsupported
-)
-# Heads that read the pooled first position and return nothing else of the encoder's output.
-FIRST_POSITION_HEADS = (
-    bert.BertForSequenceClassification,
-    bert.BertForNextSentencePrediction,
-    bert.BertForMultipleChoice,
+AUTO_PACKING = Entry(bert.BertEncoder, encoder.AutoFastBertEncoder, "gather_rows", "unpad", encoder.unsupported)
+# Heads that say what they read. They launch nothing themselves, so no report shows them.
+POOLED_HEADS = tuple(
+    Entry(stock, fast, None, "unpad", pooled_heads.unsupported)
+    for stock, fast in (
+        (bert.BertForSequenceClassification, pooled_heads.BertForSequenceClassification),
+        (bert.BertForNextSentencePrediction, pooled_heads.BertForNextSentencePrediction),
+        (bert.BertForMultipleChoice, pooled_heads.BertForMultipleChoice),
+    )
 )
 # Exact types: a user's subclass may have a forward of its own.
-BY_STOCK = {entry.stock: entry for entry in (*ENTRIES, PACKING)}
-BY_FAST = {entry.fast: entry for entry in (*ENTRIES, PACKING, PACKING_FOR_FIRST)}
+BY_STOCK = {entry.stock: entry for entry in (*ENTRIES, PACKING, *POOLED_HEADS)}
+BY_FAST = {entry.fast: entry for entry in (*ENTRIES, PACKING, AUTO_PACKING, *POOLED_HEADS)}
 
 # Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.
 STOCK_ONLY = (bert.BertEmbeddings, bert.BertPooler)
 
 
-def encoders_read_at_first(model: nn.Module) -> set[nn.Module]:
-    """The encoders in `model` of which a head reads the first position only."""
-    heads = (module for module in model.modules() if type(module) in FIRST_POSITION_HEADS)
-    return {head.bert.encoder for head in heads}
+def encoders_with_a_reader(model: nn.Module) -> set[nn.Module]:
+    """The encoders in `model` of which a head says what it reads."""
+    heads = {cls for entry in POOLED_HEADS for cls in (entry.stock, entry.fast)}
+    return {module.bert.encoder for module in model.modules() if type(module) in heads}
 
 
 MODEL_CLASSES = (

@@ -99,10 +99,12 @@ def report(model: nn.Module) -> Report:
     rows = []
     for name, module in model.named_modules():
         cls = type(module)
+        entry = BY_FAST.get(cls) or BY_STOCK.get(cls)
+        if entry is not None and entry.kernel is None:
+            continue  # a head, which only says what it reads
         if cls in BY_FAST:
-            rows.append(_swapped_row(name, module, BY_FAST[cls]))
+            rows.append(_swapped_row(name, module, entry))
         elif cls in BY_STOCK:
-            entry = BY_STOCK[cls]
             reason = _why_stock(module, entry, switches)
             rows.append(_stock_row(name, cls, None if reason == _SEEN else entry.kernel, reason))
         elif cls in STOCK_ONLY:

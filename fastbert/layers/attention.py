@@ -10,6 +10,7 @@ from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfA
 from fastbert import ops
 from fastbert.dispatch import refused, tensor_reason
 from fastbert.integrations.attention import attend, former_name, mask_reason, wants_weights
+from fastbert.layers.packing import Packing
 from fastbert.layers.parts import dropout_reason
 from fastbert.layers.projection import project
 
@@ -33,12 +34,16 @@ class FastBertSelfAttention(BertSelfAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        packing, queries = kwargs.get("packing"), kwargs.get("queries")
+        if packing is not None:
+            refused(self, None)  # FastBertEncoder asked packed_reason: stock attention would mix the sequences
+            return _attended_packed(self, hidden_states, packing, queries), None
         if refused(self, _reason(self, attention_mask, kwargs) or tensor_reason(hidden_states)):
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
         q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
-        bounds = _sequence_bounds(self, attention_mask, past_key_values, kwargs)
+        bounds = _given_bounds(self, attention_mask, past_key_values, kwargs)
         if bounds is not None:
-            return _packed_attended(self, q, k, v, *bounds).reshape(hidden_states.shape[:-1] + (-1,)), None
+            return _attended_at(self, q, k, v, hidden_states.shape, **bounds), None
         if past_key_values is not None:
             cache = past_key_values
             if isinstance(cache, EncoderDecoderCache):
@@ -74,41 +79,59 @@ class FastBertCrossAttention(BertCrossAttention):
         return _attended(self, q, k, v, attention_mask, hidden_states.shape), None
 
 
-def _sequence_bounds(
+def _attended_packed(module: nn.Module, hidden_states: Tensor, packing: Packing, queries: Tensor | None) -> Tensor:
+    """hidden_states [1, T, H], packed; queries [1, N, H] are the rows that are read, None for all of them."""
+    bounds = {"cu_seqlens": packing.tokens.cu_seqlens, "max_seqlen": packing.tokens.max_seqlen}
+    if queries is None:
+        q, k, v = project(hidden_states, (module.query, module.key, module.value), module.attention_head_size)
+        return _attended_at(module, q, k, v, hidden_states.shape, **bounds)
+    (q,) = project(queries, (module.query,), module.attention_head_size)
+    k, v = project(hidden_states, (module.key, module.value), module.attention_head_size)
+    bounds |= {"cu_seqlens_q": packing.read.cu_seqlens, "max_seqlen_q": packing.read.max_seqlen}
+    return _attended_at(module, q, k, v, queries.shape, **bounds)
+
+
+def _given_bounds(
     module: nn.Module, mask: Tensor | None, past_key_values: Any, kwargs: dict[str, Any]
-) -> tuple[Tensor, int] | None:
-    """cu_seqlens and max_seqlen of a packed [1, T, H] call: from fastbert's encoder, or from a flattening collator where
-    the model's own implementation would have read them (the others ignore them)."""
-    packing = kwargs.get("packing")
-    if packing is not None:
-        return packing.cu_seqlens, packing.max_seqlen
-    given = [kwargs.get(name) for name in _FLASH_KEYWORDS]
-    if _reads_packing(module) and mask is None and past_key_values is None and all(x is not None for x in given):
-        return given[0].to(torch.int32), int(given[1])
-    return None
+) -> dict[str, Any] | None:
+    """cu_seqlens and max_seqlen of a [1, T, H] call from a flattening collator, where the model's own implementation
+    would have read them (the others ignore them)."""
+    if not _reads_packing(module) or mask is not None or past_key_values is not None or not flash_keywords(kwargs):
+        return None
+    return {"cu_seqlens": kwargs["cu_seq_lens_q"].to(torch.int32), "max_seqlen": int(kwargs["max_length_q"])}
+
+
+def flash_keywords(kwargs: dict[str, Any]) -> bool:
+    """Whether the call says where packed sequences start, as transformers' flattening collators do."""
+    return all(kwargs.get(name) is not None for name in _FLASH_KEYWORDS)
 
 
 def _reads_packing(module: nn.Module) -> bool:
     return "flash" in (former_name(module.config._attn_implementation) or "")
 
 
-def _packed_attended(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
+def _attended_at(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, shape: Any, **bounds: Any) -> Tensor:
     q, k, v = (x.squeeze(0) for x in (q, k, v))
     p = module.dropout.p if module.training else 0.0
-    keywords = {"causal": module.is_causal, "scale": module.scaling, "p": p}
-    return ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **keywords)
+    out = ops.attention(q, k, v, causal=module.is_causal, scale=module.scaling, p=p, **bounds)
+    return out.reshape(*shape[:-1], -1)
+
+
+def packed_reason(module: nn.Module) -> str | None:
+    """Why `module` cannot attend to packed rows, or None."""
+    if former_name(module.config._attn_implementation) is None:
+        return f"attention implementation {module.config._attn_implementation!r} was chosen after patching"
+    return unsupported(module)
 
 
 def _reason(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
     if wants_weights(module, kwargs):
         return "attention weights were asked for"
-    if former_name(module.config._attn_implementation) is None:
-        return f"attention implementation {module.config._attn_implementation!r} was chosen after patching"
+    if (reason := packed_reason(module)) is not None:
+        return reason
     if _reads_packing(module) and kwargs.get("position_ids") is not None and kwargs.get("cu_seq_lens_q") is None:
         return "position ids, from which the model's own attention reads where packed sequences start"
-    return unsupported(module) or mask_reason(mask)
+    return mask_reason(mask)
 
 
 def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Any) -> Tensor:

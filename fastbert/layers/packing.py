@@ -1,4 +1,4 @@
-"""Where the real tokens of a padded batch lie, so that layers may run on them alone."""
+"""Some rows of a [B, S, H] batch one behind the other, so that layers may run on them alone: its tokens, and those read."""
 
 from dataclasses import dataclass
 
@@ -10,48 +10,61 @@ from fastbert import ops
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How the rows of a padded [B, S, H] batch stand one behind the other as [1, T, H].
+class Rows:
+    """N of the R rows of a tensor, in their order, a sequence after the other.
 
-    index int32 [T] names the row of B x S that each packed row is, inverse int32 [B x S] says the same from the other
-    side (-1: padding); cu_seqlens int32 [B + 1] and max_seqlen are attention's.
+    index int32 [N] names the row that each of them is, inverse int32 [R] says the same from the other side (-1: none);
+    both None where all rows are meant. cu_seqlens int32 [sequences + 1] and max_seqlen are attention's.
     """
 
-    index: Tensor
-    inverse: Tensor
+    index: Tensor | None
+    inverse: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
 
-    def pack(self, hidden_states: Tensor) -> Tensor:
-        """[B, S, H] -> [1, T, H]."""
-        return ops.gather_rows(hidden_states.flatten(0, 1), self.index, self.inverse).unsqueeze(0)
+    def take(self, x: Tensor) -> Tensor:
+        """[R, H] -> [N, H]."""
+        return x if self.index is None else ops.gather_rows(x, self.index, self.inverse)
 
-    def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
-        """[1, T, H] -> [B, S, H], zeros where padding is."""
-        return ops.gather_rows(packed.squeeze(0), self.inverse, self.index).view(*shape[:2], -1)
+    def put(self, rows: Tensor) -> Tensor:
+        """[N, H] -> [R, H], zeros elsewhere."""
+        return rows if self.index is None else ops.gather_rows(rows, self.inverse, self.index)
+
+    def within(self, outer: "Rows") -> "Rows":
+        """The same rows, counted among those of `outer`, which has them all."""
+        if outer.index is None:
+            return self
+        index, inverse = outer.inverse[self.index.long()], self.inverse[outer.index.long()]
+        return Rows(index, inverse, self.cu_seqlens, self.max_seqlen)
 
 
-def packing_of(key_mask: Tensor, every_first: bool) -> Packing | str:
-    """The packing of a bool [B, S] mask, or the reason not to pack. One synchronisation.
+@dataclass(frozen=True)
+class Packing:
+    """The rows of the batch that run through the layers, and those of them (None: all) that the last layer is read at."""
 
-    every_first: the first position of each row is read whether it is padding or not, so it has to be a token.
-    """
-    if not key_mask.numel():
-        return "an empty batch"
-    lengths = key_mask.sum(1, dtype=torch.int32)
-    facts = torch.stack([lengths.sum(), lengths.amax(), key_mask[:, 0].sum()])
-    tokens, max_seqlen, firsts = facts.tolist()
-    if tokens == key_mask.numel():
-        return "a batch without padding"
-    if tokens == 0:
-        return "a batch of padding alone"
-    if every_first and firsts < key_mask.shape[0]:
-        return "a first position that is padding is read"
-    valid = key_mask.flatten()
-    places = valid.cumsum(0) - 1
-    # Padding goes to a slot behind the tokens, which is cut off.
-    slots = torch.where(valid, places, tokens)
-    rows = torch.arange(len(valid), device=valid.device, dtype=torch.int32)
-    index = rows.new_empty(tokens + 1).scatter_(0, slots, rows)[:tokens]
-    inverse = torch.where(valid, places, -1).to(torch.int32)
-    return Packing(index, inverse, F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), max_seqlen)
+    tokens: Rows
+    read: Rows | None
+
+
+def every_row(batch: int, seqlen: int, device: torch.device) -> Rows:
+    return Rows(None, None, torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=device), seqlen)
+
+
+def first_rows(batch: int, seqlen: int, device: torch.device) -> Rows:
+    """The first row of each sequence. No synchronisation, as there is one for sure."""
+    first = torch.zeros(batch, seqlen, dtype=torch.bool, device=device)
+    first[:, 0] = True
+    return rows_of(first, batch, 1)
+
+
+def rows_of(chosen: Tensor, count: int, longest: int) -> Rows:
+    """Where a bool [B, S] is true: `count` times, and at most `longest` times in a row of the batch."""
+    flat = chosen.flatten()
+    places = flat.cumsum(0) - 1
+    # What is not chosen goes to a slot behind the others, which is cut off.
+    slots = torch.where(flat, places, count)
+    numbers = torch.arange(len(flat), device=flat.device, dtype=torch.int32)
+    index = numbers.new_empty(count + 1).scatter_(0, slots, numbers)[:count]
+    inverse = torch.where(flat, places, -1).to(torch.int32)
+    ends = chosen.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Rows(index, inverse, F.pad(ends, (1, 0)), longest)

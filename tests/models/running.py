@@ -23,7 +23,7 @@ KERNELS = {
     bert.BertIntermediate: "bias_gelu",
     bert.BertPredictionHeadTransform: "gelu_layernorm",
 }
-# Models whose encoder leaves padding out by itself: two gathers forward, two backward.
+# Models whose encoder leaves padding out by itself, and runs its last layer at the first positions.
 READ_AT_FIRST = (bert.BertForSequenceClassification, bert.BertForNextSentencePrediction, bert.BertForMultipleChoice)
 BACKWARD = {"attention": ("attention_bwd_rows_kernel", "attention_bwd_kv_kernel", "attention_bwd_q_kernel")}
 Tensors = dict[str, Tensor]
@@ -48,9 +48,9 @@ def check(
     with counting() as launched:
         results = run(patched, batch, backward)
     if expected is None:
-        packed = packs(model, batch)
-        assert_no_fallback(patched, but=() if packed else ("BertEncoder",))
-        expected = expected_launches(model, backward=backward, without=() if packed else ("gather_rows",))
+        gathers = gathers_of(model, batch)
+        assert_no_fallback(patched, but=() if gathers else ("BertEncoder",))
+        expected = expected_launches(model, backward=backward, gathers=gathers)
     assert launched == expected, launched
     stock = model if eager is None else eager
     exact = run(copy.deepcopy(stock).double(), doubled(batch), backward)
@@ -161,13 +161,16 @@ def counting() -> Iterator[Counter[str]]:
 
 
 def expected_launches(
-    model: nn.Module, *, forward: int = 1, backward: int | bool = 1, without: Iterable[str] = ()
+    model: nn.Module, *, forward: int = 1, backward: int | bool = 1, without: Iterable[str] = (), gathers: int = 3
 ) -> Counter[str]:
-    """What so many passes through every module of `model` launch, but for the kernels named in `without`."""
+    """What so many passes through every module of `model` launch, but for the kernels named in `without`.
+
+    gathers: see `gathers_of`.
+    """
     expected: Counter[str] = Counter()
     for module in model.modules():
-        if isinstance(module, READ_AT_FIRST) and "gather_rows" not in without:
-            expected["gather_rows_kernel"] += 2 * (forward + int(backward))
+        if isinstance(module, READ_AT_FIRST) and gathers:
+            expected["gather_rows_kernel"] += gathers * (forward + int(backward))
         for stock, kernel in KERNELS.items():
             if isinstance(module, stock) and kernel not in without:
                 expected += launches_of(kernel, forward, int(backward))
@@ -181,13 +184,20 @@ def launches_of(kernel: str, forward: int = 1, backward: int = 1) -> Counter[str
     return +Counter({f"{kernel}_fwd_kernel": forward} | dict.fromkeys(names, backward))
 
 
-def packs(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether an encoder that packs has padding to leave out, and leave to do so."""
+def gathers_of(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """How often an encoder gathers rows: packing the tokens, taking those that are read before the last layer, putting
+    them back; without padding nothing is packed; 0 where it has no leave to do so."""
+    if not isinstance(model, READ_AT_FIRST):
+        return 0
     mask = batch.get("attention_mask")
     flags = ("output_hidden_states", "output_attentions")
-    if mask is None or mask.dim() == 4 or any(batch.get(f, getattr(model.config, f)) for f in flags):
-        return False
-    return bool((mask == 0).any() and (mask[..., 0] != 0).all() and not model.config.chunk_size_feed_forward)
+    if any(batch.get(f, getattr(model.config, f)) for f in flags) or model.config.chunk_size_feed_forward:
+        return 0
+    if mask is None:
+        return 2 if batch.get("position_ids") is None else 0
+    if mask.dim() == 4 or (mask[..., 0] == 0).any():
+        return 0
+    return 3 if (mask == 0).any() else 2
 
 
 def assert_no_fallback(model: nn.Module, but: Iterable[str] = ()) -> None:

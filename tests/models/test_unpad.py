@@ -1,6 +1,7 @@
 """The padding-free encoder: which rows enter each product, equality at real positions, and when the batch stays padded."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -16,6 +17,8 @@ AT_FIRST = [kind for kind in KINDS if kind.name in FIRST]
 OTHERS = [kind for kind in KINDS if kind.name not in FIRST]
 TOKEN_LABELS = [kind for kind in KINDS if kind.name in ("mlm", "clm", "token-classification")]
 PACKED = 4  # launches: pack and unpack, each forward and backward
+READ = 6  # and taking the rows that the last layer is read at
+WHOLE = 4  # without padding there is nothing to pack
 
 
 def check(model, batch, unpad, real=None):
@@ -49,7 +52,7 @@ def encoder_row(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", AT_FIRST, ids=str)
 def test_auto_is_invisible_where_the_first_position_is_read(kind, dtype, attention):
-    assert check(make(kind, dtype, attention).train(), make_batch(kind), "auto") == PACKED
+    assert check(make(kind, dtype, attention).train(), make_batch(kind), "auto") == READ
 
 
 @pytest.mark.parametrize("kind", OTHERS, ids=str)
@@ -89,8 +92,9 @@ def test_rows_that_enter_each_product_are_the_tokens(unpad, monkeypatch):
     tokens, rows, linear = int(batch["attention_mask"].sum()), [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(x.shape[:-1].numel()) or linear(x, *rest))
     model(**batch)
-    # In a layer: one for q, k and v, the attention's output, the two of the feed-forward. Then pooler and classifier.
-    assert rows == [tokens] * 4 * model.config.num_hidden_layers + [ROWS] * 2
+    # In a layer: one for q, k and v, the attention's output, the two of the feed-forward. In the last one for q of the
+    # first rows, one for all k and v, and the others for the first rows. Then pooler and classifier.
+    assert rows == [tokens] * 4 * (model.config.num_hidden_layers - 1) + [ROWS, tokens] + [ROWS] * 5
     assert tokens < ROWS * LENGTH
 
 
@@ -104,13 +108,12 @@ def padded(model, batch, reason, **keywords):
     assert_equal(results, run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch)))
 
 
-FIRST_IS_READ = "a first position that is padding is read"
+FIRST_IS_READ = "a position that is padding is read"
 
 
 @pytest.mark.parametrize(
     "mask, reason",
     [
-        ("none", "a batch without a mask"),
         ("left", FIRST_IS_READ),
         ("4-D", "a mask between queries and keys"),
     ],
@@ -119,11 +122,69 @@ def test_masks_that_stay_padded(mask, reason):
     padded(make(CLASSIFICATION), make_batch(CLASSIFICATION, mask), reason)
 
 
-@pytest.mark.parametrize("value, reason", [(1, "a batch without padding"), (0, "a batch of padding alone")])
-def test_all_or_nothing_stays_padded(value, reason):
+def test_padding_alone_stays_padded():
     batch = make_batch(CLASSIFICATION)
-    batch["attention_mask"] = torch.full_like(batch["attention_mask"], value)
-    padded(make(CLASSIFICATION), batch, reason)
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    padded(make(CLASSIFICATION), batch, "a batch of padding alone")
+
+
+@pytest.mark.parametrize("mask", ["none", "ones"])
+@pytest.mark.parametrize("kind", AT_FIRST, ids=str)
+def test_without_padding_the_last_layer_runs_at_the_first_rows_still(kind, mask):
+    batch = make_batch(kind, "none")
+    if mask == "ones":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    assert check(make(kind).train(), batch, "auto") == WHOLE
+
+
+@pytest.mark.parametrize("mask, reason", [("none", "a batch without a mask"), ("ones", "a batch without padding")])
+def test_without_padding_and_read_everywhere_nothing_is_packed(mask, reason):
+    batch = make_batch(BASE, "none")
+    if mask == "ones":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    padded(make(BASE), batch, reason, unpad=True)
+
+
+def test_the_encoder_called_by_others_than_the_head_is_seen_everywhere():
+    """Features are often taken from model.bert."""
+    model, batch = make(CLASSIFICATION), make_batch(CLASSIFICATION, labels=False)
+    expected = model.bert(**batch).last_hidden_state
+    fastbert.patch(model)
+    with counting() as launched:
+        result = model.bert(**batch).last_hidden_state
+    assert "gather_rows_kernel" not in launched
+    assert encoder_row(model).fallback_calls == {"outputs at padded positions can be seen": 1}
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert.encoder", "bert.pooler"])
+def test_a_hook_on_what_lies_between_sees_every_position(name):
+    model, batch, seen = make(CLASSIFICATION), make_batch(CLASSIFICATION), {}
+    for key in ("stock", "patched"):
+        handle = model.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, key=key: seen.update({key: inputs[0] if name == "bert.pooler" else output[0]})
+        )
+        model(**batch)
+        handle.remove()
+        fastbert.patch(model)
+    torch.testing.assert_close(seen["patched"], seen["stock"])
+    assert encoder_row(model).fallback_calls == {"outputs at padded positions can be seen": 1}
+
+
+def test_a_causal_encoder_is_packed_and_read_whole():
+    model = make(CLASSIFICATION, is_decoder=True, use_cache=False)
+    assert check(model.train(), make_batch(CLASSIFICATION), "auto") == PACKED
+
+
+def test_one_layer_is_the_last():
+    assert check(make(CLASSIFICATION, num_hidden_layers=1).train(), make_batch(CLASSIFICATION), "auto") == READ
+
+
+def test_the_patched_head_keeps_name_and_signature():
+    model = make(CLASSIFICATION)
+    name, signature = type(model).__name__, inspect.signature(model.forward)
+    fastbert.patch(model)
+    assert (type(model).__name__, inspect.signature(model.forward)) == (name, signature)
 
 
 def test_a_row_of_padding_alone_stays_padded():
@@ -145,7 +206,7 @@ def test_packs_again_after_hidden_states_were_asked_for_once():
     run(model, batch | {"output_hidden_states": True}, backward=False)
     with counting() as launched:
         run(model, batch)
-    assert launched["gather_rows_kernel"] == PACKED
+    assert launched["gather_rows_kernel"] == READ
 
 
 def test_chunks_stay_padded():
@@ -165,7 +226,7 @@ def test_a_hook_on_a_layer_sees_the_padded_batch(name):
     handle.remove()
     with counting() as launched:
         run(model, batch)
-    assert launched["gather_rows_kernel"] == PACKED
+    assert launched["gather_rows_kernel"] == READ
 
 
 def test_without_the_attention_kernel_it_stays_padded():
@@ -189,7 +250,7 @@ def test_checkpointing_on_is_off_with_dropout(reentrant):
     torch.manual_seed(3)
     with counting() as launched:
         assert_bitwise(run(model, batch), off)
-    assert launched["gather_rows_kernel"] == PACKED
+    assert launched["gather_rows_kernel"] == READ + 1  # the last layer takes its rows again
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -197,7 +258,7 @@ def test_a_copy_packs_too(copied):
     model = copied(fastbert.patch(make(CLASSIFICATION)))
     with counting() as launched:
         run(model, make_batch(CLASSIFICATION))
-    assert launched["gather_rows_kernel"] == PACKED
+    assert launched["gather_rows_kernel"] == READ
 
 
 def test_false_unpatch_and_a_second_patch():
@@ -210,7 +271,7 @@ def test_false_unpatch_and_a_second_patch():
     fastbert.patch(model, unpad=True)
     with counting() as launched:
         run(model, batch)
-    assert launched["gather_rows_kernel"] == PACKED
+    assert launched["gather_rows_kernel"] == READ
     assert type(fastbert.unpatch(model).bert.encoder) is stock
 
 
@@ -224,7 +285,7 @@ def test_under_autocast():
     autocast = torch.autocast(model.device.type, torch.float16)
     with counting() as launched:
         results = run(fastbert.patch(copy.deepcopy(model)), batch, within=autocast)
-    assert launched["gather_rows_kernel"] == PACKED
+    assert launched["gather_rows_kernel"] == READ
     eager = run(copy.deepcopy(model), batch, within=autocast)
     assert_equal(results, eager, run(copy.deepcopy(model).double(), doubled(batch)))
 

@@ -1,0 +1,54 @@
+"""Heads that read the pooled first position and return nothing else of their encoder's output: they say so to it.
+
+Each is named as its stock class, which `save_pretrained`, pipelines and Trainer look up by name.
+"""
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.bert import modeling_bert as bert
+
+from fastbert.layers.encoder import AutoFastBertEncoder, FastBertEncoder, hooked
+from fastbert.layers.reading import reading
+
+
+def encoder_of(head: nn.Module) -> nn.Module | None:
+    """The packing encoder of `head`, if nothing but the head can see what comes out of it."""
+    model = head.bert
+    if type(model) is not bert.BertModel or not isinstance(model.encoder, FastBertEncoder | AutoFastBertEncoder):
+        return None
+    pooler = model.pooler
+    if pooler is not None and (type(pooler) is not bert.BertPooler or hooked(pooler)):
+        return None
+    return None if hooked(model) or hooked(model.encoder) else model.encoder
+
+
+def _reading_first(stock: type[nn.Module]) -> Any:
+    @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        encoder = None if torch.compiler.is_compiling() else encoder_of(self)
+        if encoder is None:
+            return stock.forward(self, *args, **kwargs)
+        with reading(encoder, None, alone=True):
+            return stock.forward(self, *args, **kwargs)
+
+    return forward
+
+
+class BertForSequenceClassification(bert.BertForSequenceClassification):
+    forward = _reading_first(bert.BertForSequenceClassification)
+
+
+class BertForNextSentencePrediction(bert.BertForNextSentencePrediction):
+    forward = _reading_first(bert.BertForNextSentencePrediction)
+
+
+class BertForMultipleChoice(bert.BertForMultipleChoice):
+    forward = _reading_first(bert.BertForMultipleChoice)
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why `module` must stay stock, or None."""
+    return None
