@@ -18,9 +18,10 @@ try:
     from fastbert.kernels.gather_rows import gather_rows
     from fastbert.kernels.gelu_layernorm import gelu_layernorm
     from fastbert.kernels.launch import INTERPRETED, MAX_WIDTH
+    from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
-    attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = None
+    attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = linear_cross_entropy = None
 
 _bounds = WeakTensorKeyDictionary()
 
@@ -45,4 +46,5 @@ __all__ = [
     "gather_rows",
     "gelu_layernorm",
     "key_bounds",
+    "linear_cross_entropy",
 ]

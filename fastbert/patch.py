@@ -52,13 +52,15 @@ def patch(
             own, which names "fastbert_over_<former>" as its attention implementation.
         residual_norm: BertSelfOutput and BertOutput, on `dropout_add_layernorm`.
         intermediate: BertIntermediate, on `bias_gelu`.
-        mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`.
+        mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`, and the loss of BertForMaskedLM, BertForPreTraining
+            and BertLMHeadModel, on `linear_cross_entropy`, from the positions that have a label.
         embeddings: BertEmbeddings. No kernel yet: changes nothing.
         unpad: whether BertEncoder runs on the real tokens alone, packed before its first layer and unpacked after its
             last: "auto" where no output can show it (heads that read the first position only, and then the last layer
             runs for that position only), True everywhere, with zeros where padding is, False nowhere. One
             synchronisation a forward.
-        mlm_logits: "full" or "none": whether training with labels returns MLM logits. Not built yet: changes nothing.
+        mlm_logits: "full": outputs hold the logits, as stock's do. "none": training with labels gives None for them, and
+            the head, with `unpad` the last layer too, runs for the positions that have a label only.
         strict: raise if any module that has a fast class (and is not switched off) would stay on stock code.
 
     Raises:
@@ -74,7 +76,7 @@ def patch(
         "embeddings": embeddings,
     }
     _check_arguments(model, switches | {"strict": strict}, unpad, mlm_logits)
-    switches["unpad"] = unpad
+    switches |= {"unpad": unpad, "mlm_logits": mlm_logits}
     if os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0"):
         _say_disabled()
         return model
@@ -130,15 +132,18 @@ def switches_of(model: nn.Module) -> dict[str, bool] | None:
 
 def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, type], list[str]]:
     """The class that each module should have, and a line for each that would stay stock against the switches."""
-    from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, PACKING, encoders_with_a_reader
+    from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, MLM_HEADS, PACKING, encoders_with_a_reader
 
     classes: dict[nn.Module, type] = {}
     left_stock: list[str] = []
-    with_a_reader = encoders_with_a_reader(model)
+    mlm_logits = switches["mlm_logits"]
+    with_a_reader = encoders_with_a_reader(model, switches["mlm_head"] and mlm_logits == "none")
+    mlm_heads = {entry.stock: entry for entry in MLM_HEADS[mlm_logits]}
     for name, module in model.named_modules():
         entry = BY_STOCK.get(type(module)) or BY_FAST.get(type(module))
         if entry is None:
             continue
+        entry = mlm_heads.get(entry.stock, entry)
         wanted = switches[entry.switch]
         if entry.stock is PACKING.stock:
             entry = AUTO_PACKING if wanted == "auto" else PACKING

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert.layers import attention, encoder, intermediate, pooled_heads, prediction_head, residual_norm
+from fastbert.layers import attention, encoder, intermediate, mlm_heads, pooled_heads, prediction_head, residual_norm
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,29 @@ POOLED_HEADS = tuple(
         (bert.BertForMultipleChoice, pooled_heads.BertForMultipleChoice),
     )
 )
+# By the value of mlm_logits.
+MLM_HEADS = {
+    value: tuple(
+        Entry(getattr(bert, name), getattr(fast, name), "linear_cross_entropy", "mlm_head", mlm_heads.unsupported)
+        for name in ("BertForMaskedLM", "BertForPreTraining", "BertLMHeadModel")
+    )
+    for value, fast in (("full", mlm_heads.Full), ("none", mlm_heads.WithoutLogits))
+}
 # Exact types: a user's subclass may have a forward of its own.
-BY_STOCK = {entry.stock: entry for entry in (*ENTRIES, PACKING, *POOLED_HEADS)}
-BY_FAST = {entry.fast: entry for entry in (*ENTRIES, PACKING, AUTO_PACKING, *POOLED_HEADS)}
+BY_STOCK = {entry.stock: entry for entry in (*ENTRIES, PACKING, *POOLED_HEADS, *MLM_HEADS["full"])}
+BY_FAST = {
+    entry.fast: entry
+    for entry in (*ENTRIES, PACKING, AUTO_PACKING, *POOLED_HEADS, *MLM_HEADS["full"], *MLM_HEADS["none"])
+}
 
 # Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.
 STOCK_ONLY = (bert.BertEmbeddings, bert.BertPooler)
 
 
-def encoders_with_a_reader(model: nn.Module) -> set[nn.Module]:
-    """The encoders in `model` of which a head says what it reads."""
-    heads = {cls for entry in POOLED_HEADS for cls in (entry.stock, entry.fast)}
+def encoders_with_a_reader(model: nn.Module, mlm: bool) -> set[nn.Module]:
+    """The encoders in `model` of which a head reads some positions only, MLM heads among them where `mlm`."""
+    entries = (*POOLED_HEADS, *(entry for heads in MLM_HEADS.values() if mlm for entry in heads))
+    heads = {cls for entry in entries for cls in (entry.stock, entry.fast)}
     return {module.bert.encoder for module in model.modules() if type(module) in heads}
 
 

@@ -43,7 +43,7 @@ class FastBertSelfAttention(BertSelfAttention):
         q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
         bounds = _given_bounds(self, attention_mask, past_key_values, kwargs)
         if bounds is not None:
-            return _attended_at(self, q, k, v, hidden_states.shape, **bounds), None
+            return _attended_at(self, q, k, v, **bounds), None
         if past_key_values is not None:
             cache = past_key_values
             if isinstance(cache, EncoderDecoderCache):
@@ -84,11 +84,11 @@ def _attended_packed(module: nn.Module, hidden_states: Tensor, packing: Packing,
     bounds = {"cu_seqlens": packing.tokens.cu_seqlens, "max_seqlen": packing.tokens.max_seqlen}
     if queries is None:
         q, k, v = project(hidden_states, (module.query, module.key, module.value), module.attention_head_size)
-        return _attended_at(module, q, k, v, hidden_states.shape, **bounds)
+        return _attended_at(module, q, k, v, **bounds)
     (q,) = project(queries, (module.query,), module.attention_head_size)
     k, v = project(hidden_states, (module.key, module.value), module.attention_head_size)
     bounds |= {"cu_seqlens_q": packing.read.cu_seqlens, "max_seqlen_q": packing.read.max_seqlen}
-    return _attended_at(module, q, k, v, queries.shape, **bounds)
+    return _attended_at(module, q, k, v, **bounds)
 
 
 def _given_bounds(
@@ -110,11 +110,11 @@ def _reads_packing(module: nn.Module) -> bool:
     return "flash" in (former_name(module.config._attn_implementation) or "")
 
 
-def _attended_at(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, shape: Any, **bounds: Any) -> Tensor:
+def _attended_at(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **bounds: Any) -> Tensor:
     q, k, v = (x.squeeze(0) for x in (q, k, v))
     p = module.dropout.p if module.training else 0.0
     out = ops.attention(q, k, v, causal=module.is_causal, scale=module.scaling, p=p, **bounds)
-    return out.reshape(*shape[:-1], -1)
+    return out.flatten(1).unsqueeze(0)
 
 
 def packed_reason(module: nn.Module) -> str | None:

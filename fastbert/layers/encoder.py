@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer
+from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertModel, BertPooler
 
 from fastbert import ops
 from fastbert.dispatch import refused, tensor_reason
@@ -137,6 +137,17 @@ def hooked(module: nn.Module) -> bool:
         return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+
+
+def encoder_of(head: nn.Module) -> nn.Module | None:
+    """The packing encoder of `head`, if nothing but the head can see what comes out of it."""
+    model = head.bert
+    if type(model) is not BertModel or not isinstance(model.encoder, _PackingEncoder):
+        return None
+    pooler = model.pooler
+    if pooler is not None and (type(pooler) is not BertPooler or hooked(pooler)):
+        return None
+    return None if hooked(model) or hooked(model.encoder) else model.encoder
 
 
 class FastBertEncoder(_PackingEncoder, BertEncoder):

@@ -10,19 +10,8 @@ import torch
 from torch import nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert.layers.encoder import AutoFastBertEncoder, FastBertEncoder, hooked
+from fastbert.layers.encoder import encoder_of
 from fastbert.layers.reading import reading
-
-
-def encoder_of(head: nn.Module) -> nn.Module | None:
-    """The packing encoder of `head`, if nothing but the head can see what comes out of it."""
-    model = head.bert
-    if type(model) is not bert.BertModel or not isinstance(model.encoder, FastBertEncoder | AutoFastBertEncoder):
-        return None
-    pooler = model.pooler
-    if pooler is not None and (type(pooler) is not bert.BertPooler or hooked(pooler)):
-        return None
-    return None if hooked(model) or hooked(model.encoder) else model.encoder
 
 
 def _reading_first(stock: type[nn.Module]) -> Any:

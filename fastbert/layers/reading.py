@@ -17,7 +17,7 @@ class Reading:
     `rows` is where they lie among the B x S, once the encoder has counted them: the head need not count again.
     """
 
-    encoder: nn.Module
+    encoder: nn.Module | None
     positions: Tensor | None
     alone: bool
     rows: Rows | None = None
@@ -28,9 +28,12 @@ _current: ContextVar[Reading | None] = ContextVar("fastbert_reading", default=No
 
 
 @contextmanager
-def reading(encoder: nn.Module, positions: Tensor | None, alone: bool) -> Iterator[Reading]:
-    """Within the block `encoder` may leave out what is not read."""
+def reading(encoder: nn.Module | None, positions: Tensor | None, alone: bool) -> Iterator[Reading]:
+    """Within the block `encoder` may leave out what is not read; None: nobody may."""
     told = Reading(encoder, positions, alone)
+    if encoder is None:
+        yield told
+        return
     token = _current.set(told)
     try:
         yield told

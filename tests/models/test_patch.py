@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from tests.models.running import KERNELS, READ_AT_FIRST, assert_bitwise, check, counting, expected_launches, run
+from tests.models.running import KERNELS, MLM_HEADS, POOLED, assert_bitwise, check, counting, expected_launches, run
 from tests.models.tiny import KINDS, MLM, config, make, make_batch
 
 
@@ -44,7 +44,8 @@ def test_only_classes_and_the_config_change(kind):
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == state
     assert all(a is b for (_, a), (_, b) in zip(model.named_parameters(), parameters, strict=True))
     for name, module in model.named_modules():
-        if types[name] in KERNELS or (types[name] in (bert.BertEncoder, *READ_AT_FIRST) and isinstance(model, READ_AT_FIRST)):
+        packs = types[name] is bert.BertEncoder and isinstance(model, POOLED)
+        if types[name] in (*KERNELS, *POOLED, *MLM_HEADS) or packs:
             assert type(module) is not types[name] and isinstance(module, types[name])
         else:
             assert type(module) is types[name]

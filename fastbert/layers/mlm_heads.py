@@ -1,0 +1,224 @@
+"""BertForMaskedLM, BertForPreTraining and BertLMHeadModel: their loss from the rows that have a label, on the
+linear_cross_entropy kernel, which never holds all logits.
+
+mlm_logits="full" returns stock's logits beside it, from a product that no gradient has to go back through.
+mlm_logits="none" leaves them out while training with labels: then the whole head, and the last layer where the encoder
+packs, run for those rows alone. The classes are named as stock's, which `save_pretrained`, pipelines and Trainer look up
+by name; what tells the two kinds apart is the namespace that they are in.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput
+from transformers.models.bert import modeling_bert as bert
+from transformers.utils.generic import can_return_tuple
+
+from fastbert import ops
+from fastbert.dispatch import is_plain, refused, tensor_reason
+from fastbert.layers.encoder import encoder_of, hooked
+from fastbert.layers.packing import Rows, rows_of
+from fastbert.layers.reading import reading
+
+IGNORED = -100
+_Arguments = dict[str, Any]
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why `module` can never use the kernel as it stands, or None."""
+    if ops.MISSING is not None:
+        return ops.MISSING
+    heads = module.cls
+    if type(heads) not in (bert.BertOnlyMLMHead, bert.BertPreTrainingHeads) or hooked(heads):
+        return f"its head is a {type(heads).__name__}, or has hooks"
+    predictions = heads.predictions
+    if type(predictions) is not bert.BertLMPredictionHead or hooked(predictions):
+        return f"its prediction head is a {type(predictions).__name__}, or has hooks"
+    decoder = predictions.decoder
+    if not is_plain(decoder, nn.Linear) or type(decoder.weight) not in (nn.Parameter, Tensor):
+        return f"its decoder is a {type(decoder).__name__}, or has hooks"
+    if tuple(decoder.weight.shape) != (module.config.vocab_size, decoder.in_features):
+        return f"its decoder's weight is {tuple(decoder.weight.shape)}, which is not the vocabulary's size"
+    return None
+
+
+def _reason(module: nn.Module, labels: Tensor, arguments: _Arguments) -> str | None:
+    decoder = module.cls.predictions.decoder
+    inputs = arguments.get("input_ids")
+    inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.device != decoder.weight.device:
+        return "labels that are no int64 tensor beside the weights"
+    if inputs is None or labels.shape != inputs.shape[:2]:
+        return "labels of another shape than the batch"
+    biases = () if decoder.bias is None else (decoder.bias,)
+    return unsupported(module) or tensor_reason(decoder.weight, *biases)
+
+
+def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], wants: Callable[..., bool]) -> Any:
+    """`stock`'s forward, where `wants(arguments)` from the labelled rows; `finish` makes the output."""
+    signature = inspect.signature(stock.forward)
+
+    @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
+    @can_return_tuple
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(signature.bind(self, *args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {})
+        del arguments["self"]
+        labels = arguments.get("labels")
+        if labels is None or not wants(self, arguments) or refused(self, _reason(self, labels, arguments)):
+            return stock.forward(self, *args, **kwargs)
+        return finish(self, arguments)
+
+    return forward
+
+
+def _read(
+    module: nn.Module, targets: Tensor, arguments: _Arguments, with_first: bool, **options: Any
+) -> tuple[Any, Tensor | None, Tensor]:
+    """What module.bert gives, the logits (None where nobody is to have them) and the loss of `targets` [B, S]."""
+    head = module.cls.predictions
+    ignored = options.get("ignore_index", IGNORED)
+    without = module.WITHOUT_LOGITS and module.training
+    labelled = targets != ignored
+    if without and with_first:
+        labelled[:, :1] = True  # without a label it has no loss; it is read all the same
+    compiling = torch.compiler.is_compiling()
+    encoder = None if compiling else encoder_of(module)
+    with reading(encoder, labelled, alone=without) as told:
+        outputs = module.bert(**arguments, return_dict=True)
+    hidden = outputs.last_hidden_state
+    logits = None
+    if not without:
+        hidden = head.transform(hidden)
+        logits = head.decoder(hidden)
+    # A compiler needs sizes that do not depend on the labels: it gets all rows, of which most are ignored.
+    if not compiling:
+        hidden, targets = _labelled(hidden, targets, labelled, told.rows)
+    if without:
+        hidden = head.transform(hidden)
+    return outputs, logits, _loss(head.decoder, hidden, targets, **options)
+
+
+def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
+    """The rows [N, H] that have a label, and the labels [N]. One synchronisation, unless the encoder counted them."""
+    if rows is None:
+        if not labelled.numel():
+            return hidden.flatten(0, 1), targets.flatten()
+        counts = labelled.sum(1)
+        rows = rows_of(labelled, *torch.stack([counts.sum(), counts.amax()]).tolist())
+    return rows.take(hidden.flatten(0, 1)), targets.flatten()[rows.index.long()]
+
+
+def _loss(decoder: nn.Linear, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    weight, bias, device = decoder.weight, decoder.bias, hidden.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        options.setdefault("out_dtype", torch.float32)  # autocast runs cross_entropy in it
+    return ops.linear_cross_entropy(hidden, weight, bias, targets, **options)
+
+
+def _finish_masked(module: nn.Module, arguments: _Arguments) -> MaskedLMOutput:
+    outputs, logits, loss = _read(module, arguments.pop("labels"), arguments, with_first=False)
+    return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+
+def _finish_pretraining(module: nn.Module, arguments: _Arguments) -> bert.BertForPreTrainingOutput:
+    labels, next_sentence = arguments.pop("labels"), arguments.pop("next_sentence_label")
+    outputs, logits, loss = _read(module, labels, arguments, with_first=True)
+    relationship = module.cls.seq_relationship(outputs.pooler_output)
+    return bert.BertForPreTrainingOutput(
+        loss=loss + cross_entropy(relationship.view(-1, 2), next_sentence.view(-1)),
+        prediction_logits=logits,
+        seq_relationship_logits=relationship,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+def _finish_causal(module: nn.Module, arguments: _Arguments) -> CausalLMOutputWithCrossAttentions:
+    """ForCausalLMLoss of transformers: labels shifted by one, in float32, a sum where the caller counts the items."""
+    labels = arguments.pop("labels")
+    arguments.pop("logits_to_keep", None)
+    ignored, items = arguments.get("ignore_index", IGNORED), arguments.get("num_items_in_batch")
+    targets = arguments.get("shift_labels")
+    if targets is None:
+        targets = pad(labels, (0, 1), value=ignored)[..., 1:]
+    options = {"ignore_index": ignored, "reduction": "mean" if items is None else "sum", "out_dtype": torch.float32}
+    outputs, logits, loss = _read(module, targets, arguments | {"use_cache": False}, with_first=False, **options)
+    if items is not None:
+        loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+    return CausalLMOutputWithCrossAttentions(
+        loss=loss,
+        logits=logits,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        cross_attentions=outputs.cross_attentions,
+    )
+
+
+def _wants_both(module: nn.Module, arguments: _Arguments) -> bool:
+    return arguments.get("next_sentence_label") is not None  # stock has no loss without
+
+
+def _wants_shifted(module: nn.Module, arguments: _Arguments) -> bool:
+    shifted, keep = arguments.get("shift_labels"), arguments.get("logits_to_keep", 0)
+    return (
+        _has_causal_loss(module)
+        and isinstance(keep, int)
+        and keep == 0
+        and (shifted is None or shifted.shape == arguments["labels"].shape)
+        and module.dtype != torch.float64  # whose logits stock rounds to float32 first
+    )
+
+
+def _has_causal_loss(module: nn.Module) -> bool:
+    """As the property `loss_function` decides, which warns where it falls back to it: torch.compile traces no warning."""
+    if "_loss_function" in vars(module):
+        return module._loss_function is ForCausalLMLoss
+    return LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
+
+
+_masked = _fast_forward(bert.BertForMaskedLM, _finish_masked, lambda *_: True)
+_pretraining = _fast_forward(bert.BertForPreTraining, _finish_pretraining, _wants_both)
+_causal = _fast_forward(bert.BertLMHeadModel, _finish_causal, _wants_shifted)
+
+
+class Full:
+    """mlm_logits="full"."""
+
+    class BertForMaskedLM(bert.BertForMaskedLM):
+        WITHOUT_LOGITS = False
+        forward = _masked
+
+    class BertForPreTraining(bert.BertForPreTraining):
+        WITHOUT_LOGITS = False
+        forward = _pretraining
+
+    class BertLMHeadModel(bert.BertLMHeadModel):
+        WITHOUT_LOGITS = False
+        forward = _causal
+
+
+class WithoutLogits:
+    """mlm_logits="none"."""
+
+    class BertForMaskedLM(bert.BertForMaskedLM):
+        WITHOUT_LOGITS = True
+        forward = _masked
+
+    class BertForPreTraining(bert.BertForPreTraining):
+        WITHOUT_LOGITS = True
+        forward = _pretraining
+
+    class BertLMHeadModel(bert.BertLMHeadModel):
+        WITHOUT_LOGITS = True
+        forward = _causal
