@@ -61,6 +61,7 @@ SHORT = (
     "adamw fp32 1 plain",
     "attention bf16 64 key p=0.0",
     "attention bf16 64 key p=0.1",
+    "linear_cross_entropy bf16 30522 gradient",
 )
 
 
@@ -209,10 +210,46 @@ def _adamw(variant: Variant) -> None:
     op.adamw([parameter], [Hyperparameters()], grad_scale=scale, found_inf=scale)
 
 
+def _linear_cross_entropy_variants() -> Iterator[Variant]:
+    """BERT's vocabularies, uncased, cased and multilingual. The variant's name stands as its `activation`."""
+    variant = partial(Variant, "linear_cross_entropy")
+    for dtype in ("bf16", "fp16", "fp32", "fp64"):
+        yield variant(dtype, 30522, activation="gradient")
+        yield variant(dtype, 768, activation="scale")
+    for extra in ("loss", "smoothing", "rows"):
+        yield variant("bf16", 30522, activation=extra)
+    for width in (28996, 119547):
+        yield variant("bf16", width, activation="gradient")
+    yield variant("bf16", 768, activation="sums")
+    yield variant("fp32", 1, activation="reduce")
+
+
+def _linear_cross_entropy(variant: Variant) -> None:
+    """One of the kernels that stand between the products, on a chunk of TOKENS rows."""
+    from fastbert.kernels import linear_cross_entropy_rows as op
+
+    dtype, extra = DTYPES[variant.dtype], variant.activation
+    labels = _meta(TOKENS, dtype=torch.int64)
+    if extra == "reduce":
+        op.launch_reduce(_meta(TOKENS), labels, 30522, -100, "mean", _meta(dtype=torch.bfloat16), _meta())
+    elif extra in ("scale", "sums"):
+        x = _meta(TOKENS, variant.width, dtype=torch.float32 if extra == "sums" else dtype)
+        op.scaled(x, _meta(dtype=dtype), _meta(), dtype)
+    else:
+        stride = op.padded(variant.width)
+        logits = _meta(TOKENS, stride, dtype=dtype)[:, : variant.width]
+        losses = _meta(TOKENS)
+        dlosses = _meta(TOKENS, dtype=dtype) if extra == "rows" else None
+        smoothing = 0.1 if extra == "smoothing" else 0.0
+        bias = _meta(stride, dtype=dtype)
+        op.launch_rows(logits, bias, labels, losses, dlosses, -100, smoothing, extra != "loss", op.gradient_scale(dtype))
+
+
 CASES: dict[str, Case] = {
     "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
     "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
     "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),
     "adamw": Case(_adamw_variants, _adamw),
     "attention": Case(_attention_variants, _attention),
+    "linear_cross_entropy": Case(_linear_cross_entropy_variants, _linear_cross_entropy),
 }

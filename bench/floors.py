@@ -1,7 +1,8 @@
 """The fewest bytes and operations of an op, and the time they take at the measured ceilings. KERNELS has the targets.
 
 T = tokens, W = width (hidden size, or 4 times that for bias_gelu), b = bytes an element. Weights, biases and the
-row statistics are left out: at 4,096 tokens they are under 1 %.
+row statistics are left out: at 4,096 tokens they are under 1 %. linear_cross_entropy's weight is not, but its floor is that
+of its operations.
 """
 
 from bench.hardware import BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
@@ -18,10 +19,14 @@ TENSORS = {
         "forward": ("q", "k", "v", "out"),
         "backward": ("q", "k", "v", "out", "dout", "dq", "dk", "dv"),
     },
+    "linear_cross_entropy": {"forward": ("hidden",), "backward": ("hidden", "dhidden")},
 }
 # Products of attention, each of 2 operations a score and element of a head: as exact arithmetic needs them, and as each
 # kernel computes them (both of the backward's make scores and dP again).
 PRODUCTS = {"forward": 2, "backward": 5}
+# Products of linear_cross_entropy, each of 2 operations a token, element of hidden and class.
+DECODER_PRODUCTS = {"forward": 1, "backward": 2}
+VOCABULARY, TINY_VOCABULARY = 30522, 101
 SCORE_PRODUCTS = {"attention_fwd_kernel": 2, "attention_bwd_kv_kernel": 4, "attention_bwd_q_kernel": 3}
 
 LAYERS = {768: 12, 1024: 24}
@@ -42,6 +47,11 @@ def width(op: str, hidden: int) -> int:
     return 4 * hidden if op == "bias_gelu" else hidden
 
 
+def vocabulary(hidden: int) -> int:
+    """Classes of the decoder that is measured: BERT's, and few for the tiny model of a dry run."""
+    return VOCABULARY if hidden in LAYERS else TINY_VOCABULARY
+
+
 def stated_bytes(op: str, direction: str, tokens: int, hidden: int, itemsize: int) -> int:
     """KERNELS' formula: so many tensors of tokens x width elements."""
     return len(TENSORS[op][direction]) * tokens * width(op, hidden) * itemsize
@@ -49,6 +59,8 @@ def stated_bytes(op: str, direction: str, tokens: int, hidden: int, itemsize: in
 
 def stated_operations(op: str, direction: str, batch: int, seqlen: int, hidden: int) -> int:
     """Of the matrix products: hidden is heads x head size, and every head has seqlen x seqlen scores."""
+    if op == "linear_cross_entropy":
+        return DECODER_PRODUCTS[direction] * 2 * batch * seqlen * hidden * vocabulary(hidden)
     return PRODUCTS[direction] * 2 * batch * seqlen**2 * hidden if op == "attention" else 0
 
 

@@ -109,6 +109,29 @@ def attention(
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """cross_entropy(hidden weight' + bias, labels): all logits in memory, in out_dtype where that is given."""
+    logits = F.linear(hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias)
+    loss = F.cross_entropy(
+        logits.to(out_dtype or logits.dtype),
+        labels.reshape(-1),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return loss.view(labels.shape) if reduction == "none" else loss
+
+
 @torch.no_grad()
 def adamw(
     parameters: "Sequence[Parameter]",

@@ -1,0 +1,424 @@
+"""loss = cross_entropy(h W' + b, labels): BERT's decoder and its loss, without all logits in memory at once.
+
+h [T, H], W [V, H], b [V] or None, labels [T]; 2 T H V operations forward, 4 T H V backward, nothing computed twice:
+
+    a chunk of rows     x = h W' by cuBLAS into one buffer, which is used again for each chunk
+    one kernel          its rows' losses and, in place, dx = softmax(x + b) - onehot(label)
+    two products        dh = dx W, dW += dx' h; db += the columns' sums of dx
+
+So gradients are formed in the forward, where a chunk's logits are; what they lack, the gradient of the loss and the
+1 / (counted labels) of a mean, are two numbers on the device that the backward multiplies with. The idea is that of
+mgmalek's efficient_cross_entropy and of Liger-Kernel (arXiv:2410.10989). The other known way keeps only a logsumexp and
+forms the logits again in the backward, tile by tile (Wijmans et al., Cut Your Losses, arXiv:2411.09009): less memory still,
+a third more operations. With V / H = 40 the products are most of the time, so here they are cuBLAS's, each made once.
+
+Speed asks for long chunks: a product of fewer than 1,024 rows is slower, and each chunk but the first reads and writes
+the sum dW, which is float32 when W is in 16 bits. Memory asks for short ones. A chunk is T / 8 rows, and never under 1,024;
+eager keeps three tensors of T rows (Liger's chunks are T H / V rows, 410 of 16,384 for BERT-base). Where T is at most
+1,024 + H the sums would take as much as they save: all dx are kept then as one chunk, and both products wait for the
+backward, which puts its two numbers into h and dh, the small tensors. A loss a row (reduction "none") has a gradient a
+row, which nothing can be multiplied with afterwards: there the backward makes the chunks' logits again.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from .launch import accumulator_torch, as_rows, check_dtype, differentiable
+from .linear_cross_entropy_rows import (
+    accumulate,
+    check_on_cpu,
+    gradient_scale,
+    launch_reduce,
+    launch_rows,
+    pad_bias,
+    padded,
+    scaled,
+)
+
+__all__ = ["linear_cross_entropy"]
+
+LEAST_ROWS, MOST_CHUNKS = 1024, 8
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def rows_a_chunk(n_rows: int) -> int:
+    """An eighth of the rows and at least LEAST_ROWS, evened out, a multiple of 64."""
+    chunks = triton.cdiv(n_rows, max(LEAST_ROWS, triton.cdiv(n_rows, MOST_CHUNKS)))
+    return triton.cdiv(triton.cdiv(n_rows, max(chunks, 1)), 64) * 64
+
+
+def _chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    losses: Tensor | None = None,
+    dlosses: Tensor | None = None,
+    gradient: bool = False,
+    scale: float = 1.0,
+    buffer: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a chunk and what its kernel left in the buffer; in `buffer`, all rows are one chunk."""
+    n_rows, n_cols = hidden.shape[0], weight.shape[0]
+    size = n_rows if buffer is not None else min(rows_a_chunk(n_rows), n_rows)
+    if buffer is None:
+        buffer = torch.empty((size, padded(n_cols)), dtype=weight.dtype, device=weight.device)
+    bias = pad_bias(bias)
+    for start in range(0, n_rows, max(size, 1)):
+        part = slice(start, min(start + size, n_rows))
+        logits = buffer[: part.stop - start, :n_cols]
+        torch.mm(hidden[part], weight.t(), out=logits)
+        launch_rows(
+            logits,
+            bias,
+            labels[part],
+            None if losses is None else losses[part],
+            None if dlosses is None else dlosses[part],
+            ignore_index,
+            label_smoothing,
+            gradient,
+            scale,
+        )
+        yield part, logits
+
+
+class _Gradients:
+    """dhidden, dweight and dbias of chunks, summed up; empty where not needed."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], sums: torch.dtype, scale: float) -> None:
+        self.hidden, self.weight, self.needs, self.alpha = hidden, weight, needs, 1.0 / scale
+        new = hidden.new_empty if hidden.shape[0] else hidden.new_zeros
+        self.dhidden = new(hidden.shape if needs[0] else 0)
+        self.dweight = new(weight.shape if needs[1] else 0, dtype=sums)
+        self.dbias = hidden.new_zeros(weight.shape[0] if needs[2] else 0, dtype=accumulator_torch(weight.dtype))
+
+    def add(self, part: slice, dlogits: Tensor) -> None:
+        if self.needs[0]:
+            accumulate(self.dhidden[part], dlogits, self.weight, self.alpha, True)
+        if self.needs[1]:
+            accumulate(self.dweight, dlogits.t(), self.hidden[part], self.alpha, part.start == 0)
+        if self.needs[2]:
+            self.dbias.add_(dlogits.sum(0, dtype=self.dbias.dtype), alpha=self.alpha)
+
+
+def _reduced(losses: Tensor, labels: Tensor, n_cols: int, ignore_index: int, reduction: str, out_dtype: torch.dtype):
+    loss, scale = losses.new_empty((), dtype=out_dtype), losses.new_empty(())
+    launch_reduce(losses, labels, n_cols, ignore_index, reduction, loss, scale)
+    return loss, scale
+
+
+def _row_losses(labels: Tensor, weight: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    if not labels.is_cuda:
+        check_on_cpu(labels, weight.shape[0], ignore_index)
+    return torch.empty(labels.shape, dtype=dtype, device=labels.device)
+
+
+# 1. Only the loss in the forward: inference, and reduction "none".
+
+
+def _launch_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    dtype = out_dtype if reduction == "none" else accumulator_torch(weight.dtype)
+    losses = _row_losses(labels, weight, ignore_index, dtype)
+    for _ in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, losses=losses):
+        pass
+    if reduction == "none":
+        launch_reduce(losses, labels, weight.shape[0], ignore_index, reduction, None, None)
+        return losses
+    return _reduced(losses, labels, weight.shape[0], ignore_index, reduction, out_dtype)[0]
+
+
+def _allocate_losses(hidden, weight, bias, labels, ignore_index, reduction, label_smoothing, out_dtype):
+    return hidden.new_empty(labels.shape if reduction == "none" else (), dtype=out_dtype)
+
+
+def _launch_losses_bwd(
+    dlosses: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    one_chunk = hidden.shape[0] <= rows_a_chunk(hidden.shape[0])
+    sums = weight.dtype if one_chunk else accumulator_torch(weight.dtype)
+    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, 1.0)
+    options = {"dlosses": dlosses, "gradient": True}
+    for part, dlogits in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
+        found.add(part, dlogits)
+    return found.dhidden, found.dweight.to(weight.dtype), found.dbias.to(weight.dtype)
+
+
+def _allocate_losses_bwd(
+    dlosses, hidden, weight, bias, labels, ignore_index, label_smoothing, needs_hidden, needs_weight, needs_bias
+):
+    return _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
+
+
+def _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias):
+    dhidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
+    dweight = weight.new_empty(weight.shape if needs_weight else 0)
+    return dhidden, dweight, weight.new_empty(weight.shape[0] if needs_bias else 0)
+
+
+def _save_losses(ctx, inputs, output):
+    hidden, weight, bias, labels, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels)
+
+
+def _gradients_losses(backward, ctx, dlosses):
+    needs = ctx.needs_input_grad[:3]
+    found = backward(dlosses, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, *needs)
+    return *_needed(found, needs), *(None,) * 5
+
+
+def _needed(found: Any, needs: Any) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+
+
+# 2. Few rows: dlogits are kept, and the backward multiplies.
+
+
+def _launch_kept(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses = _row_losses(labels, weight, ignore_index, accumulator_torch(weight.dtype))
+    dlogits = torch.empty((hidden.shape[0], padded(weight.shape[0])), dtype=weight.dtype, device=weight.device)
+    options = {"losses": losses, "gradient": True, "scale": gradient_scale(weight.dtype), "buffer": dlogits}
+    for _ in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
+        pass
+    return *_reduced(losses, labels, weight.shape[0], ignore_index, reduction, out_dtype), dlogits
+
+
+def _allocate_kept(hidden, weight, bias, labels, ignore_index, reduction, label_smoothing, out_dtype):
+    return *_allocate_scalars(weight, out_dtype), weight.new_empty(hidden.shape[0], padded(weight.shape[0]))
+
+
+def _allocate_scalars(weight, out_dtype):
+    return weight.new_empty((), dtype=out_dtype), weight.new_empty((), dtype=accumulator_torch(weight.dtype))
+
+
+def _launch_kept_bwd(
+    dloss: Tensor,
+    scale: Tensor,
+    dlogits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = weight.dtype
+    if needs_weight:
+        hidden = scaled(hidden, dloss, scale, dtype)
+    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), dtype, gradient_scale(dtype))
+    found.add(slice(0, hidden.shape[0]), dlogits[:, : weight.shape[0]])
+    return scaled(found.dhidden, dloss, scale, dtype), found.dweight, scaled(found.dbias, dloss, scale, dtype)
+
+
+def _allocate_kept_bwd(dloss, scale, dlogits, hidden, weight, needs_hidden, needs_weight, needs_bias):
+    return _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
+
+
+def _save_kept(ctx, inputs, output):
+    _, scale, dlogits = output
+    ctx.mark_non_differentiable(scale, dlogits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(scale, dlogits, *inputs[:2])
+
+
+def _gradients_kept(backward, ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 8
+    needs = ctx.needs_input_grad[:3]
+    return *_needed(backward(dloss, *ctx.saved_tensors, *needs), needs), *(None,) * 5
+
+
+# 3. Many rows: gradients of chunks are summed up in the forward, and the backward scales them.
+
+
+def _launch_formed(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    out_dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = accumulator_torch(weight.dtype)
+    losses = _row_losses(labels, weight, ignore_index, sums)
+    factor = gradient_scale(weight.dtype)
+    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, factor)
+    options = {"losses": losses, "gradient": True, "scale": factor}
+    for part, dlogits in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
+        found.add(part, dlogits)
+    scalars = _reduced(losses, labels, weight.shape[0], ignore_index, reduction, out_dtype)
+    return *scalars, found.dhidden, found.dweight, found.dbias
+
+
+def _allocate_formed(
+    hidden,
+    weight,
+    bias,
+    labels,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    out_dtype,
+    needs_hidden,
+    needs_weight,
+    needs_bias,
+):
+    sums = accumulator_torch(weight.dtype)
+    dhidden, dweight, dbias = _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
+    return *_allocate_scalars(weight, out_dtype), dhidden, dweight.to(sums), dbias.to(sums)
+
+
+def _launch_formed_bwd(
+    dloss: Tensor, scale: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = dhidden.dtype
+    return (
+        scaled(dhidden, dloss, scale, dtype),
+        scaled(dweight, dloss, scale, dtype),
+        scaled(dbias, dloss, scale, dtype),
+    )
+
+
+def _allocate_formed_bwd(dloss, scale, dhidden, dweight, dbias):
+    dtype = dhidden.dtype
+    return tuple(x.new_empty(x.shape, dtype=dtype) for x in (dhidden, dweight, dbias))
+
+
+def _save_formed(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _gradients_formed(backward, ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 11
+    return *_needed(backward(dloss, *ctx.saved_tensors), ctx.needs_input_grad[:3]), *(None,) * 8
+
+
+def _rule(name, forward, allocate, backward, allocate_backward, save, gradients):
+    """The custom ops `name` and name_backward, and the function that is differentiated by them or without them."""
+    op = torch.library.custom_op(f"fastbert::{name}", forward, mutates_args=())
+    op.register_fake(allocate)
+    backward_op = torch.library.custom_op(f"fastbert::{name}_backward", backward, mutates_args=())
+    backward_op.register_fake(allocate_backward)
+    return differentiable(forward, backward, save, gradients, op, backward_op)
+
+
+_losses = _rule(
+    "linear_cross_entropy_losses",
+    *(_launch_losses, _allocate_losses, _launch_losses_bwd, _allocate_losses_bwd, _save_losses, _gradients_losses),
+)
+_kept = _rule(
+    "linear_cross_entropy_kept",
+    *(_launch_kept, _allocate_kept, _launch_kept_bwd, _allocate_kept_bwd, _save_kept, _gradients_kept),
+)
+_formed = _rule(
+    "linear_cross_entropy_formed",
+    *(_launch_formed, _allocate_formed, _launch_formed_bwd, _allocate_formed_bwd, _save_formed, _gradients_formed),
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """torch's cross_entropy(linear(hidden, weight, bias), labels) without a tensor of all logits.
+
+    Args:
+        hidden: [..., H]. fp64, fp32, fp16 or bf16, any strides.
+        weight: [V, H], in the dtype of hidden; so is the bias. Autocast does not reach in here: the caller casts.
+        bias: [V], or None.
+        labels: [...], int64: a class, 0 to V - 1, or ignore_index.
+        ignore_index: the label of rows without loss and without gradient.
+        reduction: "mean" over the other rows (NaN where there are none), "sum", or "none".
+        label_smoothing: how much of the target is spread over all classes.
+        out_dtype: dtype of the loss; by default that of hidden. Gradients do not depend on it.
+
+    Returns:
+        [], or [...] for reduction "none".
+
+    Raises:
+        ValueError: shapes that do not fit, a dtype that has no kernel, an unknown reduction, a smoothing outside [0, 1].
+        IndexError: on a CPU, a label that is no class. On a GPU the device stops with an assertion, as in torch.
+    """
+    _check(hidden, weight, bias, labels, reduction, label_smoothing)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    rows, targets = as_rows(hidden), labels.reshape(-1).contiguous()
+    settings = (ignore_index, reduction, float(label_smoothing), out_dtype or hidden.dtype)
+    if reduction == "none":
+        return _losses(rows, weight, bias, targets, *settings).view(labels.shape)
+    if not any(needs):
+        return _losses(rows, weight, bias, targets, *settings)
+    # While a compiler traces with a length that it cannot know, the answer is no.
+    if guard_or_false(rows.shape[0] <= LEAST_ROWS + rows.shape[1]):
+        return _kept(rows, weight, bias, targets, *settings)[0]
+    return _formed(rows, weight, bias, targets, *settings, *needs)[0]
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str, label_smoothing: float
+) -> None:
+    check_dtype("hidden", hidden)
+    if hidden.dim() == 0:
+        raise ValueError("hidden: expected [..., H], got a tensor without dimensions")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight: expected [V, {hidden.shape[-1]}], got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected int64, got {labels.dtype}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")

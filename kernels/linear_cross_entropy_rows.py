@@ -1,0 +1,354 @@
+"""What linear_cross_entropy does to rows of logits [rows, V] between its matrix products.
+
+    losses      logsumexp(x) - x[label] a row, of x = logits + bias; 0 where the label is ignored
+    dlogits     softmax(x) - onehot(label), where the logits stood
+
+With label smoothing e (Szegedy et al., arXiv:1512.00567) the loss is (1 - e) of that and e of the mean of -log softmax(x)
+over all V. The maximum and the sum of a row are found in one pass over it (Milakov and Gimelshein, arXiv:1805.02867), the
+gradient in a second one, which finds the row in the cache.
+
+Rows of the buffer begin 128 bytes apart or a multiple of that, because V (30522) is a multiple of no vector.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_math import block_rows, chunked_columns, columns, offsets, tile_offsets
+from .launch import accumulator, as_rows, choose, launch
+
+__all__: list[str] = []
+
+ROW = 64  # a buffer's rows are a multiple of so many elements
+
+# float16 has no numbers between 0 and 6e-8, and most of 30522 probabilities are smaller than that times a few: dlogits
+# are kept this many times larger and the products divide by it. No more, for what cuBLAS adds up ends at 65504.
+FLOAT16_SCALE = 16.0
+
+
+@triton.jit
+def _exp(x):
+    # exp2 is one instruction in float32, exp is five: it also gets denormals right.
+    return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _load_logits(
+    logits_ptr, bias_ptr, rows, cols, row_mask, N_COLS: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr, END: tl.constexpr
+):
+    """Logits and their bias. END: columns may lie past the last, where the result is -inf; the mask is that of STRIDE,
+    which vectors divide."""
+    mask = row_mask & (cols < STRIDE) if END else row_mask
+    x = tl.load(logits_ptr + offsets(rows, cols, STRIDE, 1), mask, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + cols, cols < STRIDE if END else None, eviction_policy="evict_last").to(ACC)
+    return tl.where(cols < N_COLS, x, float("-inf")) if END else x
+
+
+@triton.jit
+def _joined(x, top, total):
+    """The online softmax of a lane, [rows, lanes], joined with a tile [chunks, rows, lanes]."""
+    higher = tl.maximum(top, tl.max(x, axis=0))
+    return higher, total * _exp(top - higher) + tl.sum(_exp(x - higher[None, :, :]), axis=0)
+
+
+@triton.jit
+def _dlogits(x, cols, label_cols, row_top, factor, dloss, spread, counted, SMOOTHING: tl.constexpr):
+    """(softmax(x) - target) dloss, where softmax(x) dloss is exp(x - row_top) factor."""
+    dx = _exp(x - row_top) * factor
+    if SMOOTHING > 0:
+        dx -= spread
+    dx = tl.where(cols == label_cols, dx - dloss, dx)
+    return tl.where(counted, dx, 0.0)
+
+
+@triton.jit
+def linear_cross_entropy_fwd_kernel(
+    logits_ptr,
+    bias_ptr,
+    labels_ptr,
+    dlosses_ptr,
+    losses_ptr,
+    dlogits_ptr,
+    dlosses_stride,
+    n_rows,
+    N_COLS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC == tl.float32 else -1.7976931348623157e308
+    TILE: tl.constexpr = CHUNKS * BLOCK_N
+    END: tl.constexpr = N_COLS // TILE * TILE  # up to here tiles are whole
+    tile_cols = chunked_columns(CHUNKS, BLOCK_N, VECTOR)
+    rows = block_rows(tl.program_id(0), BLOCK_M)
+    row_mask = rows < n_rows
+    tile_rows, tile_row_mask = rows[None, :, None], row_mask[None, :, None]
+    labels = tl.load(labels_ptr + rows, row_mask, other=IGNORE_INDEX)
+    counted = labels != IGNORE_INDEX
+    known = counted & (labels >= 0) & (labels < N_COLS)  # any other label is an error that the launcher raises
+    # Before the sums over a row, whose barrier keeps other warps from overwriting it with a gradient.
+    label_pointers = logits_ptr + offsets(rows, labels, STRIDE, 1)
+    label_logit = tl.load(label_pointers, known, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        label_biases = bias_ptr + labels
+        label_logit += tl.load(label_biases, known, other=0.0).to(ACC)
+
+    # Each lane has a maximum and a sum of its own: no barrier, and an exponential a tile, not an element, to join them.
+    top = tl.full([BLOCK_M, BLOCK_N], LOWEST, ACC)
+    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    sum_x = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for start in range(0, END, TILE):
+        x = _load_logits(logits_ptr, bias_ptr, tile_rows, start + tile_cols, tile_row_mask, N_COLS, STRIDE, ACC, False)
+        top, total = _joined(x, top, total)
+        if SMOOTHING > 0:
+            sum_x += tl.sum(x, axis=0)
+    if END < N_COLS:
+        cols = END + tile_cols
+        x = _load_logits(logits_ptr, bias_ptr, tile_rows, cols, tile_row_mask, N_COLS, STRIDE, ACC, True)
+        top, total = _joined(x, top, total)
+        if SMOOTHING > 0:
+            sum_x += tl.sum(tl.where(cols < N_COLS, x, 0.0), axis=0)
+    row_top = tl.max(top, axis=1)
+    row_total = tl.sum(total * _exp(top - row_top[:, None]), axis=1)
+
+    if losses_ptr is not None:
+        loss = tl.log(row_total) + (row_top - label_logit)
+        if SMOOTHING > 0:
+            loss += SMOOTHING * (label_logit - tl.sum(sum_x, axis=1) / N_COLS)
+        tl.store(losses_ptr + rows, tl.where(counted, loss, 0.0).to(losses_ptr.dtype.element_ty), row_mask)
+
+    if dlogits_ptr is not None:
+        dloss = tl.full([BLOCK_M], SCALE, ACC)
+        if dlosses_ptr is not None:
+            dloss *= tl.load(dlosses_ptr + rows * dlosses_stride, row_mask, other=0.0).to(ACC)
+        factor = (dloss / row_total)[None, :, None]
+        spread = (dloss * (SMOOTHING / N_COLS))[None, :, None]
+        dloss = (dloss * (1.0 - SMOOTHING))[None, :, None]
+        row_top, counted = row_top[None, :, None], counted[None, :, None]
+        label_cols = tl.where(known, labels, -1).to(tl.int32)[None, :, None]
+        for start in range(0, END, TILE):
+            cols = start + tile_cols
+            x = _load_logits(logits_ptr, bias_ptr, tile_rows, cols, tile_row_mask, N_COLS, STRIDE, ACC, False)
+            dx = _dlogits(x, cols, label_cols, row_top, factor, dloss, spread, counted, SMOOTHING)
+            dx = dx.to(dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptr + offsets(tile_rows, cols, STRIDE, 1), dx, tile_row_mask)
+        if END < N_COLS:
+            cols = END + tile_cols
+            x = _load_logits(logits_ptr, bias_ptr, tile_rows, cols, tile_row_mask, N_COLS, STRIDE, ACC, True)
+            dx = _dlogits(x, cols, label_cols, row_top, factor, dloss, spread, counted, SMOOTHING)
+            dx = dx.to(dlogits_ptr.dtype.element_ty)
+            tl.store(dlogits_ptr + offsets(tile_rows, cols, STRIDE, 1), dx, tile_row_mask & (cols < STRIDE))
+
+
+@triton.jit
+def linear_cross_entropy_reduce_kernel(
+    losses_ptr,
+    labels_ptr,
+    loss_ptr,
+    scale_ptr,
+    in_range_ptr,
+    n_rows,
+    N_COLS: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr,
+    MEAN: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program: the sum or mean of the losses, what the gradient of that is a row, and whether labels are classes."""
+    total = tl.zeros([BLOCK_M], ACC)
+    counted = tl.zeros([BLOCK_M], tl.int32)
+    strays = tl.zeros([BLOCK_M], tl.int32)
+    for start in range(0, n_rows, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        labels = tl.load(labels_ptr + rows, rows < n_rows, other=IGNORE_INDEX)
+        ours = labels != IGNORE_INDEX
+        counted += ours.to(tl.int32)
+        strays += (ours & ((labels < 0) | (labels >= N_COLS))).to(tl.int32)
+        if loss_ptr is not None:
+            total += tl.load(losses_ptr + rows, rows < n_rows, other=0.0)
+
+    tl.store(in_range_ptr, (tl.sum(strays, axis=0) == 0).to(tl.int32))
+    if loss_ptr is not None:
+        loss = tl.sum(total, axis=0)
+        n = tl.sum(counted, axis=0)
+        if MEAN:
+            loss = loss / n.to(ACC)  # NaN where no label counts, as in torch; the gradient is 0 there, as in torch
+            tl.store(scale_ptr, 1.0 / tl.maximum(n, 1).to(ACC))
+        else:
+            tl.store(scale_ptr, tl.full([], 1.0, ACC))
+        tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+
+
+@triton.jit
+def linear_cross_entropy_scale_kernel(
+    x_ptr,
+    dloss_ptr,
+    scale_ptr,
+    y_ptr,
+    x_row_stride,
+    x_col_stride,
+    n_rows,
+    N_COLS: tl.constexpr,
+    ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y = x dloss scale, of two numbers that only the device knows."""
+    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    rows = block_rows(program // n_col_blocks, BLOCK_M)
+    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+    mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
+
+    factor = tl.load(dloss_ptr).to(ACC) * tl.load(scale_ptr).to(ACC)
+    x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
+    tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), (x * factor).to(y_ptr.dtype.element_ty), mask)
+
+
+def padded(n_cols: int) -> int:
+    """Elements from one row of logits to the next."""
+    return (n_cols + ROW - 1) // ROW * ROW
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """How many times too large dlogits are kept."""
+    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
+def pad_bias(bias: Tensor | None) -> Tensor | None:
+    """The bias with a buffer's row length, so that it too is loaded 16 bytes at a time."""
+    return None if bias is None else F.pad(bias, (0, padded(bias.shape[0]) - bias.shape[0])).contiguous()
+
+
+def launch_rows(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    losses: Tensor | None,
+    dlosses: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    gradient: bool,
+    scale: float = 1.0,
+) -> None:
+    """Losses of the rows of logits (from `padded` rows, as is the bias), and their gradients in place.
+
+    losses, labels: contiguous [rows], or None for no losses. dlosses: what the gradients are multiplied with, or None.
+    """
+    n_rows, n_cols = logits.shape
+    assert logits.stride(1) == 1 and (n_rows < 2 or logits.stride(0) == padded(n_cols))
+    config = choose("linear_cross_entropy", logits, n_cols)
+    assert config.BLOCK_N is not None and config.chunk is not None
+    launch(
+        linear_cross_entropy_fwd_kernel,
+        triton.cdiv(n_rows, config.BLOCK_M),
+        config,
+        logits,
+        logits_ptr=logits,
+        bias_ptr=bias,
+        labels_ptr=labels,
+        dlosses_ptr=dlosses,
+        losses_ptr=losses,
+        dlogits_ptr=logits if gradient else None,
+        dlosses_stride=0 if dlosses is None else dlosses.stride(0),
+        n_rows=n_rows,
+        N_COLS=n_cols,
+        STRIDE=padded(n_cols),
+        IGNORE_INDEX=ignore_index,
+        SMOOTHING=label_smoothing,
+        SCALE=scale,
+        ACC=accumulator(logits.dtype),
+        VECTOR=16 // logits.element_size(),
+        BLOCK_M=config.BLOCK_M,
+        CHUNKS=config.BLOCK_N // config.chunk,
+        BLOCK_N=config.chunk,
+    )
+
+
+def launch_reduce(
+    losses: Tensor, labels: Tensor, n_cols: int, ignore_index: int, reduction: str, loss: Tensor | None, scale: Tensor | None
+) -> None:
+    """Into `loss` the sum or mean of the losses, into `scale` its derivative by a counted one; check the labels.
+
+    On a GPU a label that is no class fails an assertion on the device, as in torch, without waiting for it.
+    """
+    config = choose("linear_cross_entropy_reduce", losses, 1)
+    in_range = torch.empty((), dtype=torch.int32, device=labels.device)
+    launch(
+        linear_cross_entropy_reduce_kernel,
+        1,
+        config,
+        losses,
+        losses_ptr=losses,
+        labels_ptr=labels,
+        loss_ptr=loss,
+        scale_ptr=scale,
+        in_range_ptr=in_range,
+        n_rows=labels.shape[0],
+        N_COLS=n_cols,
+        IGNORE_INDEX=ignore_index,
+        MEAN=reduction == "mean",
+        ACC=accumulator(losses.dtype),
+        BLOCK_M=config.BLOCK_M,
+    )
+    if labels.is_cuda:
+        torch._assert_async(in_range, f"linear_cross_entropy: a label is neither {ignore_index} nor in [0, {n_cols})")
+
+
+def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * dloss * scale as a contiguous tensor of `dtype`; dloss and scale are one number each, on the device."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    rows = as_rows(x)
+    n_rows, n_cols = rows.shape
+    widest = y if y.element_size() > x.element_size() else x
+    config = choose("linear_cross_entropy_scale", widest, n_cols)
+    assert config.BLOCK_N is not None
+    launch(
+        linear_cross_entropy_scale_kernel,
+        triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N),
+        config,
+        x,
+        x_ptr=rows,
+        dloss_ptr=dloss,
+        scale_ptr=scale,
+        y_ptr=y,
+        x_row_stride=rows.stride(0),
+        x_col_stride=rows.stride(1),
+        n_rows=n_rows,
+        N_COLS=n_cols,
+        ACC=accumulator(x.dtype),
+        VECTOR=16 // widest.element_size(),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return y
+
+
+def check_on_cpu(labels: Tensor, n_cols: int, ignore_index: int) -> None:
+    """Raise torch's own IndexError for a label that is no class, where looking at the labels costs nothing."""
+    strays = labels[(labels != ignore_index) & ((labels < 0) | (labels >= n_cols))]
+    if strays.numel():
+        raise IndexError(f"Target {int(strays[0])} is out of bounds.")
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
+    """total (+)= alpha a b, in the type of total, which is wider than that of 16-bit a and b where rows come in chunks."""
+    beta = 0 if first else 1  # 0: what stands in total is not read
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
+    else:  # a CPU has no such product
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha, out=total)
