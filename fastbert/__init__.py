@@ -4,6 +4,7 @@ import fastbert.startup  # noqa: F401
 from fastbert.errors import UnsupportedModelError
 from fastbert.groups import param_groups
 from fastbert.integrations.trainer import trainer_optimizer
+from fastbert.lengths import LengthsCollator, lengths
 from fastbert.optim import AdamW
 from fastbert.patch import patch, patched, unpatch
 from fastbert.report import Report, report
@@ -12,9 +13,11 @@ from fastbert.verify import VerifyResult, verify
 __version__ = "0.1.0"
 __all__ = [
     "AdamW",
+    "LengthsCollator",
     "Report",
     "UnsupportedModelError",
     "VerifyResult",
+    "lengths",
     "param_groups",
     "patch",
     "patched",

@@ -10,7 +10,7 @@ from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfA
 from fastbert import ops
 from fastbert.dispatch import refused, tensor_reason
 from fastbert.integrations.attention import attend, former_name, mask_reason, wants_weights
-from fastbert.layers.packing import Packing
+from fastbert.layers.packing import Packing, side_by_side
 from fastbert.layers.parts import dropout_reason
 from fastbert.layers.projection import project
 
@@ -87,7 +87,8 @@ def _attended_packed(module: nn.Module, hidden_states: Tensor, packing: Packing,
         return _attended_at(module, q, k, v, **bounds)
     (q,) = project(queries, (module.query,), module.attention_head_size)
     k, v = project(hidden_states, (module.key, module.value), module.attention_head_size)
-    bounds |= {"cu_seqlens_q": packing.read.cu_seqlens, "max_seqlen_q": packing.read.max_seqlen}
+    keys, rows = side_by_side(packing.tokens, packing.read)
+    bounds |= {"cu_seqlens": keys, "cu_seqlens_q": rows, "max_seqlen_q": packing.read.max_seqlen}
     return _attended_at(module, q, k, v, **bounds)
 
 

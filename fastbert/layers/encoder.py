@@ -16,8 +16,10 @@ from fastbert import ops
 from fastbert.dispatch import refused, tensor_reason
 from fastbert.integrations.attention import wants_weights
 from fastbert.layers.attention import FastBertSelfAttention, flash_keywords, packed_reason
-from fastbert.layers.packing import Packing, every_row, first_rows, rows_of
-from fastbert.layers.reading import Reading, reading_of
+from fastbert.layers.counts import Given
+from fastbert.layers.packing import Packing
+from fastbert.layers.plan import packing_of
+from fastbert.layers.reading import Reading
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -26,8 +28,11 @@ except ImportError:  # releases that pass output_hidden_states down as a keyword
 
 
 class _PackingEncoder:
+    given: Given | None = None  # fastbert.lengths sets it on the module for the length of a block
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        packing = self._packing(hidden_states, attention_mask, args, kwargs)
+        told = kwargs.pop("reading", None)
+        packing = self._packing(hidden_states, attention_mask, told, args, kwargs)
         if refused(self, packing if isinstance(packing, str) else None):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         shape = hidden_states.shape
@@ -40,17 +45,23 @@ class _PackingEncoder:
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.put(packed.squeeze(0)).view(shape))
 
     def _packing(
-        self, hidden_states: Tensor, mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        told: Reading | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Packing | str:
         """How to pack this call, or the reason not to."""
-        if torch.compiler.is_compiling():
-            return "torch.compile needs sizes that do not depend on the mask"
-        told = reading_of(self)
+        given = self.given or Given()
+        for name, field in (("lengths", "lengths"), ("read_lengths", "read")):  # a collator's, see LengthsCollator
+            if (counts := kwargs.pop(name, None)) is not None:
+                given = replace(given, **{field: tuple(counts)})
         reason = None if self.ALWAYS or (told and told.alone) else "outputs at padded positions can be seen"
         reason = reason or self._reason(mask, args, kwargs) or tensor_reason(hidden_states)
         if reason is not None:
             return reason
-        packing = _packing_of(mask, told, *hidden_states.shape[:2], hidden_states.device)
+        packing = packing_of(mask, told, given, *hidden_states.shape[:2], hidden_states.device)
         if isinstance(packing, Packing) and packing.read is not None and self.layer[-1].attention.self.is_causal:
             # The kernel's causal queries are the last of their sequence, not any of it.
             return "a batch without padding" if packing.tokens.index is None else replace(packing, read=None)
@@ -94,43 +105,6 @@ def _layer_at_rows(layer: BertLayer, hidden_states: Tensor, packing: Packing) ->
     return layer.feed_forward_chunk(layer.attention.output(attended, rows))
 
 
-def _packing_of(mask: Tensor | None, told: Reading | None, batch: int, seqlen: int, device: torch.device) -> Packing | str:
-    """The packing of a bool [B, S] mask, or the reason not to pack. One synchronisation, none where nothing is unknown."""
-    if not batch * seqlen:
-        return "an empty batch"
-    alone = told is not None and told.alone
-    if mask is None and not alone:
-        return "a batch without a mask"
-    if mask is None and told.positions is None:
-        return Packing(every_row(batch, seqlen, device), first_rows(batch, seqlen, device))
-    tokens, longest, n_read, longest_read, missing = _facts(mask, told)
-    if tokens == 0:
-        return "a batch of padding alone"
-    if told is not None and told.positions is not None:
-        told.rows = rows_of(told.positions, n_read, longest_read)
-    if alone and missing:
-        return "a position that is padding is read"
-    whole = mask is None or tokens == batch * seqlen
-    if whole and not alone:
-        return "a batch without padding"
-    read = None
-    if alone:
-        read = first_rows(batch, seqlen, device) if told.positions is None else told.rows
-    return Packing(every_row(batch, seqlen, device) if whole else rows_of(mask, tokens, longest), read)
-
-
-def _facts(mask: Tensor | None, told: Reading | None) -> list[int]:
-    """Tokens in all and in the longest row, positions read in all and in the row of most, those read that are padding."""
-    read = None if told is None or told.positions is None else told.positions
-    if read is None:
-        lengths = mask.sum(1)
-        firsts = mask[:, 0].logical_not().sum()
-        return torch.stack([lengths.sum(), lengths.amax(), firsts, firsts, firsts]).tolist()
-    lengths, reads = (read if mask is None else mask).sum(1), read.sum(1)
-    missing = torch.zeros_like(reads[0]) if mask is None else (read & ~mask).sum()
-    return torch.stack([lengths.sum(), lengths.amax(), reads.sum(), reads.amax(), missing]).tolist()
-
-
 def hooked(module: nn.Module) -> bool:
     """Whether a hook would see packed rows; those that transformers leaves on modules to capture outputs are idle."""
     if "forward" in vars(module):
@@ -139,15 +113,15 @@ def hooked(module: nn.Module) -> bool:
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
-def encoder_of(head: nn.Module) -> nn.Module | None:
-    """The packing encoder of `head`, if nothing but the head can see what comes out of it."""
+def packs_unseen(head: nn.Module) -> bool:
+    """Whether the encoder of `head` packs, and nothing but the head can see what comes out of it."""
     model = head.bert
     if type(model) is not BertModel or not isinstance(model.encoder, _PackingEncoder):
-        return None
+        return False
     pooler = model.pooler
     if pooler is not None and (type(pooler) is not BertPooler or hooked(pooler)):
-        return None
-    return None if hooked(model) or hooked(model.encoder) else model.encoder
+        return False
+    return not (hooked(model) or hooked(model.encoder))
 
 
 class FastBertEncoder(_PackingEncoder, BertEncoder):

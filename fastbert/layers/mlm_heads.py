@@ -22,9 +22,10 @@ from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops
 from fastbert.dispatch import is_plain, refused, tensor_reason
-from fastbert.layers.encoder import encoder_of, hooked
+from fastbert.layers.counts import count
+from fastbert.layers.encoder import hooked, packs_unseen
 from fastbert.layers.packing import Rows, rows_of
-from fastbert.layers.reading import reading
+from fastbert.layers.reading import Reading
 
 IGNORED = -100
 _Arguments = dict[str, Any]
@@ -88,31 +89,35 @@ def _read(
     labelled = targets != ignored
     if without and with_first:
         labelled[:, :1] = True  # without a label it has no loss; it is read all the same
-    compiling = torch.compiler.is_compiling()
-    encoder = None if compiling else encoder_of(module)
-    with reading(encoder, labelled, alone=without) as told:
-        outputs = module.bert(**arguments, return_dict=True)
+    told = Reading(labelled, alone=without)
+    extra = {"reading": told} if packs_unseen(module) else {}
+    outputs = module.bert(**arguments, return_dict=True, **extra)
     hidden = outputs.last_hidden_state
     logits = None
     if not without:
         hidden = head.transform(hidden)
         logits = head.decoder(hidden)
-    # A compiler needs sizes that do not depend on the labels: it gets all rows, of which most are ignored.
-    if not compiling:
-        hidden, targets = _labelled(hidden, targets, labelled, told.rows)
+    hidden, targets = _labelled(hidden, targets, labelled, told.rows, ignored)
     if without:
         hidden = head.transform(hidden)
     return outputs, logits, _loss(head.decoder, hidden, targets, **options)
 
 
-def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
-    """The rows [N, H] that have a label, and the labels [N]. One synchronisation, unless the encoder counted them."""
+def _labelled(
+    hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None, ignored: int
+) -> tuple[Tensor, Tensor]:
+    """The rows [N, H] that have a label, and the labels [N]. One synchronisation, unless the encoder counted them.
+
+    A compiler needs sizes that do not depend on the labels: it gets all rows, of which most are ignored.
+    """
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
     if rows is None:
-        if not labelled.numel():
-            return hidden.flatten(0, 1), targets.flatten()
-        counts = labelled.sum(1)
-        rows = rows_of(labelled, *torch.stack([counts.sum(), counts.amax()]).tolist())
-    return rows.take(hidden.flatten(0, 1)), targets.flatten()[rows.index.long()]
+        if torch.compiler.is_compiling() or not labelled.numel():
+            return hidden, targets
+        _, room, _ = count(None, labelled, None)
+        rows = rows_of(labelled, room.longest, room.rows)
+    index = rows.index.long()
+    return rows.take(hidden), torch.where(index >= 0, targets[index.clamp(min=0)], ignored)
 
 
 def _loss(decoder: nn.Linear, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:

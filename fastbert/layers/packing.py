@@ -1,6 +1,6 @@
 """Some rows of a [B, S, H] batch one behind the other, so that layers may run on them alone: its tokens, and those read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,22 @@ class Rows:
         """The same rows, counted among those of `outer`, which has them all."""
         if outer.index is None:
             return self
-        index, inverse = outer.inverse[self.index.long()], self.inverse[outer.index.long()]
-        return Rows(index, inverse, self.cu_seqlens, self.max_seqlen)
+        return replace(self, index=_at(outer.inverse, self.index), inverse=_at(self.inverse, outer.index))
+
+
+def _at(numbers: Tensor, index: Tensor) -> Tensor:
+    """numbers[index], -1 where the index is -1."""
+    return torch.where(index >= 0, numbers[index.clamp(min=0).long()], -1)
+
+
+def side_by_side(keys: Rows, queries: Rows) -> tuple[Tensor, Tensor]:
+    """cu_seqlens of both, of one length: where one has more sequences at its end, the other has empty ones."""
+    more = len(keys.cu_seqlens) - len(queries.cu_seqlens)
+    longer = [rows.cu_seqlens for rows in (keys, queries)]
+    if more:
+        shorter = longer[more > 0]
+        longer[more > 0] = torch.cat([shorter, shorter[-1:].expand(abs(more))])
+    return longer[0], longer[1]
 
 
 @dataclass(frozen=True)
@@ -54,17 +68,24 @@ def first_rows(batch: int, seqlen: int, device: torch.device) -> Rows:
     """The first row of each sequence. No synchronisation, as there is one for sure."""
     first = torch.zeros(batch, seqlen, dtype=torch.bool, device=device)
     first[:, 0] = True
-    return rows_of(first, batch, 1)
+    return rows_of(first, 1, batch)
 
 
-def rows_of(chosen: Tensor, count: int, longest: int) -> Rows:
-    """Where a bool [B, S] is true: `count` times, and at most `longest` times in a row of the batch."""
+def rows_of(chosen: Tensor, longest: int, room: int, exact: bool = True) -> Rows:
+    """Where a bool [B, S] is true, at most `longest` times in a row of the batch and `room` times in all.
+
+    exact: `room` times to the row. Otherwise what is left of the room stands for no row (index -1, taken as zeros), and
+    is made sequences of its own, of `longest` at most, behind the others.
+    """
     flat = chosen.flatten()
     places = flat.cumsum(0) - 1
-    # What is not chosen goes to a slot behind the others, which is cut off.
-    slots = torch.where(flat, places, count)
+    # What is not chosen goes to a slot behind the others, which is cut off; so does what the room is too small for.
+    slots = torch.where(flat, places, room).clamp(max=room)
     numbers = torch.arange(len(flat), device=flat.device, dtype=torch.int32)
-    index = numbers.new_empty(count + 1).scatter_(0, slots, numbers)[:count]
-    inverse = torch.where(flat, places, -1).to(torch.int32)
-    ends = chosen.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return Rows(index, inverse, F.pad(ends, (1, 0)), longest)
+    index = numbers.new_full((room + 1,), -1).scatter_(0, slots, numbers)[:room]
+    inverse = torch.where(flat & (places < room), places, -1).to(torch.int32)
+    cu_seqlens = F.pad(chosen.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    if not exact:
+        steps = torch.arange(1, -(-room // max(longest, 1)) + 1, device=flat.device, dtype=torch.int32)
+        cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1] + steps * longest]).clamp(max=room)
+    return Rows(index, inverse, cu_seqlens, longest)

@@ -6,22 +6,19 @@ Each is named as its stock class, which `save_pretrained`, pipelines and Trainer
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert.layers.encoder import encoder_of
-from fastbert.layers.reading import reading
+from fastbert.layers.encoder import packs_unseen
+from fastbert.layers.reading import Reading
 
 
 def _reading_first(stock: type[nn.Module]) -> Any:
     @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        encoder = None if torch.compiler.is_compiling() else encoder_of(self)
-        if encoder is None:
-            return stock.forward(self, *args, **kwargs)
-        with reading(encoder, None, alone=True):
-            return stock.forward(self, *args, **kwargs)
+        if packs_unseen(self):
+            kwargs["reading"] = Reading(None, alone=True)
+        return stock.forward(self, *args, **kwargs)
 
     return forward
 

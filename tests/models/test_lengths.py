@@ -1,0 +1,238 @@
+"""fastbert.lengths and LengthsCollator: no synchronisation, shapes that repeat, and nothing left out silently."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+import fastbert
+from fastbert.layers.counts import Given
+from fastbert.layers.plan import packing_of
+from fastbert.layers.reading import Reading
+from tests.models.running import assert_equal, counting, doubled, run
+from tests.models.tiny import BASE, CLASSIFICATION, DEVICE, KINDS, LENGTH, MLM, ROWS, VOCABULARY, make, make_batch
+
+CHOICE = next(kind for kind in KINDS if kind.name == "multiple-choice")
+PRETRAINING = next(kind for kind in KINDS if kind.name == "pretraining")
+KEYWORDS = {"base": {"unpad": True}, "mlm": {"mlm_logits": "none"}, "pretraining": {"mlm_logits": "none"}}
+
+
+def known(kind, batch):
+    """What the host knows of this batch."""
+    facts = {"lengths": batch["attention_mask"].flatten(0, -2).sum(1).tolist()}
+    if kind in (MLM, PRETRAINING):
+        read = batch["labels"] != -100
+        if kind is PRETRAINING:
+            read[:, 0] = True
+        facts["read"] = read.sum(1).tolist()
+    return facts
+
+
+def batch_of(kind, mask="right"):
+    batch = make_batch(kind, mask)
+    if kind in (MLM, PRETRAINING):
+        batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batch
+
+
+def check(kind, batch, **facts):
+    """Equal to eager; whatever the model does with padding, it did pack."""
+    model = make(kind).train()
+    patched = fastbert.patch(copy.deepcopy(model), **KEYWORDS.get(kind.name, {}))
+    with fastbert.lengths(patched, **facts), counting(heads=True) as launched:
+        results = run(patched, batch)
+    assert launched["gather_rows_kernel"] and not encoder_row(patched).fallback_calls
+    eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
+    for tensors in (results, eager, exact):
+        for name in ("logits", "prediction_logits"):
+            if kind in (MLM, PRETRAINING):
+                tensors.pop(name, None)
+        if kind is BASE:
+            tensors["last_hidden_state"] = tensors["last_hidden_state"][batch["attention_mask"].bool()]
+            del tensors["pooler_output"]
+    if kind is not BASE:
+        assert_equal(results, eager, exact)
+    else:
+        torch.testing.assert_close(results["last_hidden_state"], eager["last_hidden_state"], rtol=1e-4, atol=1e-4)
+    return patched
+
+
+def encoder_row(model):
+    (row,) = [row for row in fastbert.report(model).rows if row.hf_class == "BertEncoder"]
+    return row
+
+
+@pytest.mark.parametrize("bucket", [1, 8])
+@pytest.mark.parametrize("kind", [BASE, CLASSIFICATION, CHOICE, MLM, PRETRAINING], ids=str)
+def test_given_lengths(kind, bucket):
+    batch = batch_of(kind)
+    model = check(kind, batch, **known(kind, batch), bucket=bucket)
+    assert not any("given" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("budget", [ROWS * LENGTH, 41])
+@pytest.mark.parametrize("kind", [BASE, CLASSIFICATION, MLM, PRETRAINING], ids=str)
+def test_a_budget(kind, budget):
+    check(kind, batch_of(kind), token_budget=budget, read_budget=budget)
+
+
+@pytest.mark.parametrize("mask", ["none", "holes", "one token"])
+def test_other_masks(mask):
+    batch = make_batch(CLASSIFICATION, mask)
+    lengths = batch["attention_mask"].sum(1).tolist() if mask != "none" else [LENGTH] * ROWS
+    check(CLASSIFICATION, batch, lengths=lengths, bucket=4)
+
+
+GIVEN = {
+    "lengths": Given(lengths=(4, 2), read=(2, 1)),
+    "buckets": Given(lengths=(4, 2), read=(2, 1), bucket=8),
+    "budgets": Given(token_budget=16, read_budget=8),
+}
+
+
+@pytest.mark.parametrize("read", ["first", "labelled"])
+@pytest.mark.parametrize("given", GIVEN)
+def test_no_synchronisation(given, read):
+    """On the meta device, where a tensor has no value: whoever asks for one fails."""
+    mask = torch.empty(2, 5, dtype=torch.bool, device="meta")
+    told = Reading(None if read == "first" else mask.clone(), alone=True)
+    packing = packing_of(mask, told, GIVEN[given], 2, 5, mask.device)
+    tokens, reads = {"lengths": (6, 3), "buckets": (8, 8), "budgets": (16, 8)}[given]
+    assert packing.tokens.index.shape == (tokens,)
+    assert packing.read.index.shape == (2 if read == "first" else reads,)
+    with pytest.raises(Exception, match="meta"):
+        packing_of(mask, told, Given(), 2, 5, mask.device)
+
+
+def test_one_synchronisation_counts_all(monkeypatch):
+    """Tokens, positions that are read, and whether one of those is padding."""
+    asked, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: asked.append(x) or tolist(x))
+    mask = make_batch(MLM)["attention_mask"].bool()
+    packing = packing_of(mask, Reading(mask.clone(), alone=True), Given(), ROWS, LENGTH, mask.device)
+    assert len(asked) == 1 and len(packing.tokens.index) == int(mask.sum())
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"lengths": [LENGTH, LENGTH - 4]}, {"lengths": [LENGTH - 1, LENGTH - 2]}, {"token_budget": 3}],
+    ids=["too few", "as many in all, too short a longest", "too small a budget"],
+)
+def test_numbers_that_are_wrong_stop(facts):
+    model = fastbert.patch(make(CLASSIFICATION))
+    with fastbert.lengths(model, **facts), pytest.raises(RuntimeError, match="lengths"):
+        model(**make_batch(CLASSIFICATION))  # 9 and 6 tokens
+
+
+def test_a_read_position_that_is_padding_stops():
+    model = fastbert.patch(make(CLASSIFICATION))
+    with fastbert.lengths(model, token_budget=50), pytest.raises(RuntimeError, match="padding is read"):
+        model(**make_batch(CLASSIFICATION, "left"))
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ({}, "lengths: expected the tokens of each row"),
+        ({"lengths": [3, -1]}, "lengths: expected integers from 0 on"),
+        ({"lengths": [3.0]}, "lengths: expected integers"),
+        ({"lengths": [3], "bucket": 0}, "bucket: expected an integer from 1 on, got 0"),
+        ({"token_budget": -1}, "token_budget: expected"),
+        ({"token_budget": 2.5}, "token_budget: expected"),
+    ],
+)
+def test_bad_numbers(facts, message):
+    with pytest.raises(ValueError, match=message), fastbert.lengths(fastbert.patch(make(CLASSIFICATION)), **facts):
+        pass
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 6, 1], [9, 10]])
+def test_numbers_that_do_not_fit_the_batch(lengths):
+    model = fastbert.patch(make(CLASSIFICATION))
+    expected = f"lengths: expected {ROWS} numbers from 0 to {LENGTH}"
+    with fastbert.lengths(model, lengths), pytest.raises(ValueError, match=expected):
+        model(**make_batch(CLASSIFICATION))
+    model(**make_batch(CLASSIFICATION))
+
+
+def test_a_model_that_does_not_pack():
+    for model in (make(), fastbert.patch(make()), fastbert.patch(make(CLASSIFICATION), unpad=False)):
+        with pytest.raises(ValueError, match="model: expected one whose encoder packs"), fastbert.lengths(model, [9, 6]):
+            pass
+    with pytest.raises(TypeError), fastbert.lengths("bert", [9, 6]):
+        pass
+
+
+def test_blocks_nest():
+    model = fastbert.patch(make(CLASSIFICATION))
+    with fastbert.lengths(model, [9, 6]):
+        with fastbert.lengths(model, token_budget=50):
+            assert model.bert.encoder.given.token_budget == 50
+        assert model.bert.encoder.given.lengths == (9, 6)
+    assert model.bert.encoder.given is None
+
+
+@pytest.mark.parametrize("kind", [CLASSIFICATION, MLM], ids=str)
+def test_compiled_with_a_budget(kind):
+    """Whole, and once for batches of other lengths."""
+    model = make(kind, num_hidden_layers=1).train()
+    patched = fastbert.patch(copy.deepcopy(model), **KEYWORDS.get(kind.name, {}))
+    torch.compiler.reset()
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager", dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    with fastbert.lengths(patched, token_budget=ROWS * LENGTH, read_budget=ROWS * LENGTH), counting(heads=True) as launched:
+        for mask in ("right", "holes", "one token"):
+            batch = batch_of(kind, mask)
+            if kind is MLM:
+                batch["labels"][:, 0] = 3
+            loss = compiled(**batch).loss
+            torch.testing.assert_close(loss, model(**batch).loss)
+    loss.backward()
+    assert launched["gather_rows_kernel"] == 3 * (3 + (kind is MLM))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert patched.bert.encoder.layer[0].output.dense.weight.grad.isfinite().all()
+
+
+def test_a_collator_tells_the_trainer_s_model(tmp_path, monkeypatch):
+    """Its numbers reach the encoder; a stock model takes the same batches."""
+
+    class Tokenizer:  # as much of one as DataCollatorWithPadding asks for
+        def pad(self, features, **_):
+            return {name: torch.stack([f[name] for f in features]) for name in features[0]}
+
+    rows = [{name: tensor[i].cpu() for name, tensor in make_batch(CLASSIFICATION).items()} for i in range(ROWS)]
+    seen = []
+    monkeypatch.setattr("fastbert.layers.encoder.packing_of", lambda *a: seen.append(a[2].lengths) or packing_of(*a))
+    losses = []
+    for patched in (False, True):
+        model = make(CLASSIFICATION)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=ROWS, report_to=[], disable_tqdm=True,
+            use_cpu=DEVICE.type == "cpu", dataloader_pin_memory=False, save_strategy="no", logging_steps=1, seed=1,
+        )  # fmt: skip
+        collator = fastbert.LengthsCollator(DataCollatorWithPadding(Tokenizer()))
+        trainer = Trainer(
+            model=fastbert.patch(model) if patched else model, args=arguments, train_dataset=rows, data_collator=collator
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert [sorted(lengths) for lengths in seen] == [[6, 9]] * 2
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.0, atol=1e-5)
+
+
+def test_what_the_collator_counts():
+    batch = batch_of(PRETRAINING)
+    batch["labels"][:, 0] = -100
+    counted = fastbert.LengthsCollator(lambda _: dict(batch))([])
+    labelled = (batch["labels"] != -100).sum(1)
+    assert counted["lengths"] == [9, 6] and counted["read_lengths"] == (labelled + 1).tolist()
+    del batch["next_sentence_label"]
+    batch["labels"][:, -1] = VOCABULARY - 1
+    causal = fastbert.LengthsCollator(lambda _: dict(batch), causal=True)([])
+    assert causal["read_lengths"] == (batch["labels"][:, 1:] != -100).sum(1).tolist()
+    model = fastbert.patch(make(MLM).train(), mlm_logits="none")
+    batch = batch_of(MLM)
+    torch.testing.assert_close(
+        model(**fastbert.LengthsCollator(lambda _: dict(batch))([])).loss, make(MLM)(**batch).loss
+    )
