@@ -41,6 +41,8 @@ class Variant:
     @property
     def name(self) -> str:
         extra = f"p={self.p}" if self.op.startswith("dropout") else self.activation
+        if self.op == "gather_rows":
+            extra = "rows"
         if self.op == "attention":
             extra = f"{self.mask} p={self.p}"
         return f"{self.op} {self.dtype} {self.width} {extra}"
@@ -121,6 +123,22 @@ def _bias_gelu(variant: Variant) -> None:
     x, bias = _meta(TOKENS, variant.width, dtype=dtype), _meta(variant.width, dtype=dtype)
     y = op._launch_fwd(x, bias, variant.activation)
     op._launch_bwd(y, x, bias, variant.activation, True)
+
+
+def _gather_rows_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "gather_rows")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for width in (384, 768, 1023, 1024):
+            yield variant(dtype, width)
+    yield variant("fp64", 1024)
+
+
+def _gather_rows(variant: Variant) -> None:
+    """Every row is taken; the backward is the same kernel."""
+    from fastbert.kernels import gather_rows as op
+
+    x = _meta(TOKENS, variant.width, dtype=DTYPES[variant.dtype])
+    op._launch(x, _meta(TOKENS, dtype=torch.int32), _meta(TOKENS, dtype=torch.int32))
 
 
 def _gelu_layernorm_variants() -> Iterator[Variant]:
@@ -248,6 +266,7 @@ def _linear_cross_entropy(variant: Variant) -> None:
 CASES: dict[str, Case] = {
     "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
     "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
+    "gather_rows": Case(_gather_rows_variants, _gather_rows),
     "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),
     "adamw": Case(_adamw_variants, _adamw),
     "attention": Case(_attention_variants, _attention),

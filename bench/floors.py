@@ -19,6 +19,7 @@ TENSORS = {
         "forward": ("q", "k", "v", "out"),
         "backward": ("q", "k", "v", "out", "dout", "dq", "dk", "dv"),
     },
+    "gather_rows": {"forward": ("x", "y"), "backward": ("dy", "dx")},
     "linear_cross_entropy": {"forward": ("hidden",), "backward": ("hidden", "dhidden")},
 }
 # Products of attention, each of 2 operations a score and element of a head: as exact arithmetic needs them, and as each

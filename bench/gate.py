@@ -23,7 +23,7 @@ def autocast(workload: Workload, device: str) -> AbstractContextManager:
 
 
 def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> str | None:
-    """What is wrong with the lane's model, or None. `called` is in eval mode, so that dropout is off, and stays so."""
+    """What is wrong with the lane's model, or None. `called` has no dropout, see `without_dropout`."""
     lengths = workload.lengths.of_batch(ROWS, workload.seqlen, workload.fill)
     labels = workload.mode == "train"
     batch = make(workload.head, called.config, lengths, workload.seqlen, 99, device, labels=labels)
@@ -35,12 +35,23 @@ def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> s
     eager = _run(workload, stock, batch, device)
     with torch.autocast(device, enabled=False):
         exact = run(copy.deepcopy(stock).double(), batch, workload.mode == "train")
+    if called.training:  # a lane that trains without them returns no logits
+        for name in [name for name in eager if name.endswith("logits") and name not in found]:
+            del eager[name], exact[name]
     try:
         assert_equal(*(_readable(results, batch) for results in (found, eager, exact)))
     except AssertionError as failure:
         lines = str(failure).splitlines()
         return f"{len(lines)} tensors differ from eager: {lines[0]}"
     return None
+
+
+def without_dropout(model: nn.Module, training: bool) -> nn.Module:
+    """In training mode, because what is timed is: a model may return other things, and take other ways, in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train(training)
 
 
 def _run(workload: Workload, model: nn.Module, batch: dict[str, torch.Tensor], device: str) -> Tensors:

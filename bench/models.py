@@ -15,6 +15,7 @@ from transformers import BertConfig
 
 import fastbert
 from bench.batches import HEADS
+from bench.flops import MLM_HEADS
 from bench.lengths import Lengths
 from bench.peers import require
 from fastbert.tasks import TASKS
@@ -41,13 +42,23 @@ LONG = {"max_position_embeddings": 2048}  # position embeddings beyond BERT's 51
 
 @dataclass(frozen=True)
 class Lane:
-    """How a stock model becomes this lane's: its attention in transformers, fastbert or not, compiled or not."""
+    """How a stock model becomes this lane's: its attention in transformers, fastbert or not and with which switches,
+    compiled or not."""
 
     attention: str = "sdpa"
     fast: bool = False
     compiled: bool = False
     peer: str | None = None
     optimizer: str = "torch fused"
+    unpad: bool | str = "auto"
+    mlm_logits: str = "full"
+
+    def suits(self, workload: "Workload") -> bool:
+        """Whether it differs, under this workload, from the lane that it is named after."""
+        training = workload.mode == "train"
+        return (training or self.optimizer == Lane.optimizer) and (
+            self.mlm_logits == "full" or (training and workload.head in MLM_HEADS)
+        )
 
 
 LANES = {
@@ -57,6 +68,9 @@ LANES = {
     "flash_attention_2": Lane("flash_attention_2", peer="flash_attention_2"),
     "fastbert": Lane(fast=True),
     "fastbert + compile": Lane(fast=True, compiled=True),
+    "fastbert, padded": Lane(fast=True, unpad=False),
+    "fastbert, packed": Lane(fast=True, unpad=True),
+    "fastbert, packed, no logits": Lane(fast=True, unpad=True, mlm_logits="none"),
     "fastbert + its AdamW": Lane(fast=True, optimizer="fastbert"),
 }
 
@@ -101,7 +115,7 @@ def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
     model = model.to(device, torch.bfloat16 if workload.precision == "bf16" else torch.float32)
     model.set_attn_implementation(lane.attention)
     if lane.fast:
-        fastbert.patch(model)
+        fastbert.patch(model, unpad=lane.unpad, mlm_logits=lane.mlm_logits)
     return model
 
 

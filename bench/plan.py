@@ -9,8 +9,9 @@ from bench import models, ops, suite
 from bench.isolate import Outcome, run_job
 from bench.models import Workload
 
-FIRST_LANES = ("fastbert", "stock")
-OTHER_LANES = ("stock + compile", "fastbert + compile", "fastbert + its AdamW", "eager", "flash_attention_2")
+FIRST_LANES = ("fastbert", "stock", "fastbert, packed, no logits")
+SECOND_LANES = ("stock + compile", "fastbert + compile")
+OTHER_LANES = ("fastbert, packed", "fastbert, padded", "fastbert + its AdamW", "eager", "flash_attention_2")
 CASES_A_JOB = 8
 TESTS_SHARE = 0.3  # of the budget, for the correctness tests
 
@@ -73,22 +74,23 @@ def _everything(budget: float) -> Iterator[Job]:
     yield ceilings_job()
     yield Job("tests: pytest -m gpu", suite.run, TESTS_SHARE * budget)
     workloads = list(models.headline())
-    for lanes in (FIRST_LANES, OTHER_LANES[:2], OTHER_LANES[2:]):
+    for lanes in (FIRST_LANES, SECOND_LANES, OTHER_LANES):
         for workload in workloads:
             for lane in lanes:
-                if models.LANES[lane].optimizer != models.Lane.optimizer and workload.mode != "train":
-                    continue  # without an optimizer it is the lane it is named after
-                yield model_job(workload, lane, details=workload.mode == "train")
+                if models.LANES[lane].suits(workload):
+                    yield model_job(workload, lane, details=workload.mode == "train")
     yield from op_jobs(list(ops.cases(dtypes=("bf16",))))
     yield optimizer_job("BERT-base", "BERT-large")
     for job in tune_jobs("sm_90"):
         yield worker_job(f"tune: {job['kernel']} {job['dtype']} {job['width']}", 120.0, 30.0, kind="tune", **job)
     for workload in models.scaling():
         for lane in FIRST_LANES:
-            yield model_job(workload, lane, details=False)
+            if models.LANES[lane].suits(workload):
+                yield model_job(workload, lane, details=False)
     for workload in models.grid():
         for lane in FIRST_LANES:
-            yield model_job(workload, lane, details=False)
+            if models.LANES[lane].suits(workload):
+                yield model_job(workload, lane, details=False)
     yield from op_jobs(list(ops.cases(dtypes=("fp16", "fp32"))))
 
 
@@ -99,7 +101,12 @@ def dry_plan() -> Iterator[Job]:
     training = models.tiny(Workload("tiny", "mlm", "train", 4, 16, 0.5))
     inference = replace(training, head="classification", mode="infer", fill=1.0)
     yield Job("tests: pytest -m gpu", partial(suite.run, selection=("-m", "gpu", "tests/kernels/test_gpu.py")), 120.0)
-    for workload, lane in ((training, "fastbert"), (training, "stock"), (inference, "fastbert")):
+    for workload, lane in (
+        (training, "fastbert"),
+        (training, "stock"),
+        (training, "fastbert, packed, no logits"),
+        (inference, "fastbert"),
+    ):
         yield model_job(workload, lane, details=True)
     yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in ops.tiny_cases()], directions=["both"])
     yield optimizer_job("tiny")

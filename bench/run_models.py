@@ -120,7 +120,7 @@ def _breakdown(step: "Trainer") -> dict[str, Any]:
 
 def _gated(workload: Workload, lane: Lane, device: str, called: nn.Module) -> str | None:
     """The gate on fresh weights of the same lane: the timed model has already taken a step."""
-    model = models.make(workload, lane, device).eval()
+    model = gate.without_dropout(models.make(workload, lane, device), workload.mode == "train")
     wrong = gate.problem(workload, models.compiled(model, lane), lane.fast, device)
     del model
     gc.collect()
@@ -130,7 +130,7 @@ def _gated(workload: Workload, lane: Lane, device: str, called: nn.Module) -> st
 def losses(workload: Workload, lane: Lane, lengths: list[int], device: str) -> list[float]:
     """The first losses without dropout: the same weights, batches and optimizer in every lane."""
     step = Trainer(workload, lane, lengths, device)
-    step.model.eval()  # BERT in eval mode is BERT without dropout
+    gate.without_dropout(step.model, training=True)
     return [loss.item() for loss in [step(i) for i in range(STEPS[device])]]
 
 

@@ -60,7 +60,8 @@ def model_jobs(
     if source is not None:
         workloads = [replace(workload, lengths=source) for workload in workloads]
     measuring = [] if dry_run else [ceilings_job()]
-    return measuring + [model_job(w, lane, details=True) for w in workloads for lane in lanes or models.LANES]
+    pairs = [(w, name) for w in workloads for name in lanes or models.LANES if lanes or models.LANES[name].suits(w)]
+    return measuring + [model_job(workload, name, details=True) for workload, name in pairs]
 
 
 def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> Lengths | None:

@@ -150,7 +150,7 @@ def _cells(rows: list[Row]) -> tuple[str, ...]:
     for row in rows:
         fallbacks.update(row.fallback_calls)
     return (
-        _span([row.module for row in rows]),
+        _span([row.module or "(the model)" for row in rows]),
         first.hf_class,
         first.kernel or "-",
         first.state,

@@ -38,11 +38,8 @@ def gather_rows_kernel(
     row_mask, col_mask = rows < n_rows, cols < N_COLS
 
     sources = tl.load(index_ptr + rows, row_mask, other=-1)
-    x = tl.load(
-        x_ptr + tile_offsets(sources, cols, x_row_stride, x_col_stride),
-        (sources >= 0)[:, None] & col_mask[None, :],
-        other=0.0,
-    )
+    taken = (sources >= 0)[:, None] & col_mask[None, :]
+    x = tl.load(x_ptr + tile_offsets(sources, cols, x_row_stride, x_col_stride), taken, other=0.0)
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), x, row_mask[:, None] & col_mask[None, :])
 
 

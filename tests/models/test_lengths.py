@@ -1,6 +1,8 @@
 """fastbert.lengths and LengthsCollator: no synchronisation, shapes that repeat, and nothing left out silently."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,3 +238,18 @@ def test_what_the_collator_counts():
     torch.testing.assert_close(
         model(**fastbert.LengthsCollator(lambda _: dict(batch))([])).loss, make(MLM)(**batch).loss
     )
+
+
+def test_the_readme_s_snippet():
+    section = (Path(__file__).parents[2] / "README.md").read_text().partition("## Leave out padding")[2].partition("\n## ")[0]
+    (snippet,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    names = {
+        "fastbert": fastbert,
+        "model": fastbert.patch(make(CLASSIFICATION)),
+        "batch": make_batch(CLASSIFICATION),
+        "collator": lambda _: make_batch(CLASSIFICATION),
+    }
+    with counting(heads=True) as launched:
+        exec(snippet, names)
+    assert launched["gather_rows_kernel"] == 2 * 3
+    assert names["collator"]([])["lengths"] == [9, 6]

@@ -173,7 +173,8 @@ def test_a_copy_is_patched_and_independent(way):
     assert launched == expected_launches(model)
     fastbert.unpatch(copied)
     assert classes(copied) == classes(make()) and classes(model) != classes(copied)
-    assert fastbert.report(model).rows[2].kernel_calls == 1, "a copy's calls are its own"
+    calls = {row.kernel_calls for row in fastbert.report(model).rows if row.kernel}
+    assert calls == {1}, "a copy's calls are its own"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -144,6 +144,20 @@ def test_without_padding_and_read_everywhere_nothing_is_packed(mask, reason):
     padded(make(BASE), batch, reason, unpad=True)
 
 
+def test_true_and_question_answering():
+    """Stock's loss is a softmax over padding too, so zeros there change it; the logits of tokens are equal."""
+    kind = next(kind for kind in KINDS if kind.name == "question-answering")
+    model, batch = make(kind), make_batch(kind)
+    stock = model(**batch)
+    result = fastbert.patch(copy.deepcopy(model), unpad=True)(**batch)
+    real = batch["attention_mask"].bool()
+    bias = model.qa_outputs.bias
+    for i, name in enumerate(("start_logits", "end_logits")):
+        torch.testing.assert_close(result[name][real], stock[name][real])
+        assert (result[name][~real] == bias[i]).all() and not torch.equal(stock[name][~real], result[name][~real])
+    assert abs(result.loss - stock.loss) > 1e-4
+
+
 def test_the_encoder_called_by_others_than_the_head_is_seen_everywhere():
     """Features are often taken from model.bert."""
     model, batch = make(CLASSIFICATION), make_batch(CLASSIFICATION, labels=False)
