@@ -1,0 +1,110 @@
+"""Hypothesis over whole models: any small BertConfig, batch and switches, and patched equals eager."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+import fastbert
+from tests.models.running import assert_equal, doubled, run
+from tests.models.tiny import KINDS, make, make_batch
+
+WIDTHS = [(16, 1), (24, 2), (40, 2), (48, 3), (9, 1)]
+ACTIVATIONS = ["gelu", "gelu_new", "relu", "silu", "tanh"]
+# Whose outputs at padded positions, or losses over them, `unpad=True` may change.
+SEES_PADDING = ("base", "question-answering")
+
+
+@st.composite
+def calls(draw):
+    kind = draw(st.sampled_from(KINDS))
+    hidden, heads = draw(st.sampled_from(WIDTHS))
+    config = {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": draw(st.sampled_from([1, 17, 32, 64])),
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "hidden_act": draw(st.sampled_from(ACTIVATIONS)),
+        "chunk_size_feed_forward": draw(st.sampled_from([0, 0, 3])),
+        "type_vocab_size": 2,
+    }
+    if kind.name != "clm" and draw(st.integers(0, 4)) == 0:
+        config |= {"is_decoder": True, "use_cache": draw(st.booleans())}
+    return {
+        "kind": kind,
+        "config": config,
+        "dtype": draw(st.sampled_from([torch.float64, torch.float32, torch.float32, torch.float16])),
+        "attention": draw(st.sampled_from(["eager", "sdpa"])),
+        "mask": draw(st.sampled_from(["none", "right", "right", "left", "holes", "one token", "4-D"])),
+        "seed": draw(st.integers(0, 2**31)),
+        "training": draw(st.booleans()),
+        "labels": draw(st.integers(0, 3)) > 0,
+        "without": draw(st.sampled_from([(), ("token_type_ids",)])),
+        "positions": draw(st.booleans()),
+        "embeds": draw(st.booleans()),
+        "flags": draw(st.sampled_from([{}, {}, {"output_hidden_states": True}, {"output_attentions": True}])),
+        "checkpointed": draw(st.integers(0, 3)) == 0,
+        "patch": {
+            "unpad": draw(st.sampled_from(["auto", True, False])),
+            "mlm_logits": draw(st.sampled_from(["full", "none"])),
+        },
+    }
+
+
+def batch_of(call, model):
+    batch = make_batch(call["kind"], call["mask"], seed=call["seed"], labels=call["labels"])
+    shape = batch["input_ids"].shape
+    for name in call["without"]:
+        del batch[name]
+    if call["positions"]:
+        batch["position_ids"] = torch.randint(24, (shape[0] if len(shape) == 2 else shape[0] * shape[1], shape[-1]))
+        batch["position_ids"] = batch["position_ids"].view(shape).to(model.device)
+    if call["embeds"]:
+        embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+        batch["inputs_embeds"] = embeds.requires_grad_()
+    mask = batch.get("attention_mask")
+    if "labels" in batch and mask is not None and batch["labels"].shape == mask.shape:
+        batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
+    return batch | call["flags"]
+
+
+def settled(call):
+    """Without what the switches are documented to change."""
+    patch, unpads = dict(call["patch"]), call["mask"] in ("none", "right", "one token")
+    if patch["unpad"] is True and (call["kind"].name in SEES_PADDING or not unpads or not call["labels"]):
+        patch["unpad"] = False
+    return patch
+
+
+@given(call=calls())
+@settings(max_examples=25)
+def test_any_small_model(call):
+    check(call)
+
+
+@pytest.mark.long
+@given(call=calls())
+@settings(max_examples=400)
+def test_many_small_models(call):
+    check(call)
+
+
+def check(call):
+    note(str(call))
+    model = make(call["kind"], call["dtype"], call["attention"], seed=call["seed"] % 1000, **call["config"])
+    model.train(call["training"])
+    if call["checkpointed"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch, patch = batch_of(call, model), settled(call)
+    results = run(fastbert.patch(copy.deepcopy(model), **patch), batch)
+    eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
+    mask = batch.get("attention_mask")
+    for tensors in (results, eager, exact):
+        for name in [name for name, x in tensors.items() if name.endswith("logits")]:
+            if patch["mlm_logits"] == "none" and name not in results:
+                del tensors[name]
+            elif patch["unpad"] is True and mask is not None and tensors[name].shape[:2] == mask.shape:
+                tensors[name] = tensors[name][mask.bool()]
+    assert_equal(results, eager, exact)
