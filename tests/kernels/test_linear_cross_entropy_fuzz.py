@@ -10,6 +10,7 @@ from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from .layouts import LAYOUTS
 from .linear_cross_entropy import WAYS, check, chunk_rows, chunks_of, make_inputs, run
 from .ops import DEVICE
+from .test_linear_cross_entropy_memory import WEIGHT_LAYOUTS
 
 DTYPES = [torch.float64, torch.float32, torch.float16]
 ROW_RESULTS = ("y", "dhidden")
@@ -24,7 +25,8 @@ def calls(draw):
     wide = dtype == torch.float16 and (smoothing > 0 or draw(st.booleans()))
     return {
         "n_rows": n_rows,
-        "n_cols": draw(st.one_of(st.integers(1, 130), st.sampled_from([255, 256, 257]))),
+        # of few classes the gradients are almost all cancellation, in eager as well; gradcheck covers those
+        "n_cols": draw(st.one_of(st.integers(16, 130), st.sampled_from([255, 256, 257]))),
         "width": draw(st.integers(1, 48)),
         "dtype": dtype,
         "bias": draw(st.booleans()),
@@ -32,7 +34,7 @@ def calls(draw):
         "scale": 10.0 ** draw(st.floats(-2.0, 0.5) if dtype == torch.float16 else st.floats(-4.0, 2.0)),
         "ignored": draw(st.sampled_from([0.0, 0.3, 0.9])),
         "rows": draw(st.sampled_from([None, n_rows, -(-n_rows // 2)])),
-        "layouts": [draw(st.sampled_from(LAYOUTS)) for _ in range(2)],
+        "layouts": [draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(WEIGHT_LAYOUTS))],
         "frozen": tuple(name for name in ("hidden", "weight", "bias") if draw(st.integers(0, 3)) == 3),
         "values": draw(st.integers(0, 2**31)),
         "options": {

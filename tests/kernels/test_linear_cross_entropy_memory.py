@@ -18,8 +18,16 @@ from .test_memory import guards_of, poisoned_outputs
 REDUCTIONS = [("mean", "kept"), ("sum", "formed"), ("none", "formed")]
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("weight", LAYOUTS, ids=lambda f: "weight_" + f.__name__)
+def one_column(weight):
+    """Column stride 0. Not expanded, of which all classes would be one, and the gradient of hidden nothing but rounding."""
+    return weight[:, :1].expand_as(weight)
+
+
+WEIGHT_LAYOUTS = [one_column if layout is expanded else layout for layout in LAYOUTS]
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("weight", WEIGHT_LAYOUTS, ids=lambda f: "weight_" + f.__name__)
 @pytest.mark.parametrize("hidden", LAYOUTS, ids=lambda f: "hidden_" + f.__name__)
 @pytest.mark.parametrize("reduction, way", REDUCTIONS)
 def test_layouts(reduction, way, hidden, weight):
@@ -83,7 +91,7 @@ def test_the_same_bits_every_time(reduction, way):
 
 
 class Allocated(TorchDispatchMode):
-    """The most elements of any tensor that an operation gave, and the operation."""
+    """The most bytes of any tensor that an operation gave, and the operation."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +101,7 @@ class Allocated(TorchDispatchMode):
         found = function(*arguments, **(options or {}))
         for tensor in torch.utils._pytree.tree_leaves(found):
             if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, (tensor.untyped_storage().nbytes() // tensor.element_size(), str(function)))
+                self.largest = max(self.largest, (tensor.untyped_storage().nbytes(), str(function)))
         return found
 
 
@@ -105,7 +113,7 @@ def test_never_all_logits_at_once(reduction, grad, monkeypatch):
     inputs, labels = make_inputs(2048, 101, 4, ignored=0.9)
     with Allocated() as allocated, nullcontext() if grad else torch.no_grad():
         run(linear_cross_entropy, inputs, labels, frozen=() if grad else NAMES, reduction=reduction)
-    assert 0 < allocated.largest[0] <= 256 * padded(101) < 2048 * 101 / 4, allocated.largest
+    assert 0 < allocated.largest[0] <= 256 * padded(101) * 4 < 2048 * 101, allocated.largest
 
 
 @pytest.mark.no_launch
