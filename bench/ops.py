@@ -98,9 +98,9 @@ class Op:
 @cache
 def table() -> dict[str, Op]:
     """OPS, by name. A function, because importing the lanes imports triton, whose interpreter is chosen before that."""
-    from bench import attention_lanes, row_lanes
+    from bench import attention_lanes, decoder_lanes, row_lanes
 
-    return row_lanes.OPS | {"attention": attention_lanes.OP}
+    return row_lanes.OPS | {"attention": attention_lanes.OP, "linear_cross_entropy": decoder_lanes.OP}
 
 
 def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:
@@ -111,11 +111,12 @@ def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-NAMES = ("attention", "dropout_add_layernorm", "bias_gelu", "gelu_layernorm")
+NAMES = ("attention", "dropout_add_layernorm", "bias_gelu", "gelu_layernorm", "linear_cross_entropy")
 WITH_DROPOUT = ("attention", "dropout_add_layernorm")
 SEQLENS = (512, 128, 2048, 64, 256, 1024)  # what matters most first
 TOKENS = 16384
-TINY = {"attention": (64, 2, 24), "dropout_add_layernorm": (48, 2, 9), "bias_gelu": (48, 2, 9), "gelu_layernorm": (48, 2, 9)}
+LABELLED = {512: 16384, 128: 4096, 64: 2457, 256: 614}  # rows of linear_cross_entropy, in place of sequences' lengths
+TINY = {"attention": (64, 2, 24)} | dict.fromkeys(NAMES[1:], (48, 2, 9))
 
 
 def cases(names: tuple[str, ...] = NAMES, dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Case]:
@@ -124,7 +125,10 @@ def cases(names: tuple[str, ...] = NAMES, dtypes: tuple[str, ...] = ("bf16", "fp
         for seqlen in SEQLENS if dtype == "bf16" else SEQLENS[:2]:
             for hidden in floors.MODELS.values():
                 for name in names:
-                    yield from _of_shape(Case(name, dtype, hidden, TOKENS // seqlen, seqlen))
+                    if name != "linear_cross_entropy":
+                        yield from _of_shape(Case(name, dtype, hidden, TOKENS // seqlen, seqlen))
+                    elif seqlen in LABELLED:
+                        yield Case(name, dtype, hidden, 1, LABELLED[seqlen])
 
 
 def _of_shape(case: Case) -> Iterator[Case]:

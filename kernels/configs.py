@@ -91,12 +91,14 @@ _ADAMW: Table = {
     4: {8192: Config(16, 4, 1024)},
     8: {8192: Config(16, 4, 512)},
 }
-# A row of logits a program, so many of its columns at once; a warp's lanes load neighbours (chunk is all warps' columns).
+# A row of logits a program, BLOCK_N columns of it at once. Wide programs and few of them at a time, though more would
+# hide latency better: the second pass over the rows in flight is meant to find them in the cache (24 MiB of H200's 50).
 _LINEAR_CROSS_ENTROPY: Table = {
     2: {8192: Config(1, 8, 8192, chunk=2048)},
     4: {8192: Config(1, 8, 4096, chunk=1024)},
     8: {8192: Config(1, 8, 2048, chunk=512)},
 }
+_BLACKWELL_LINEAR_CROSS_ENTROPY: Table = _LINEAR_CROSS_ENTROPY | {2: {8192: Config(1, 8, 4096, chunk=2048)}}
 _LINEAR_CROSS_ENTROPY_REDUCE: Table = {size: {8192: Config(2048, 8, 1)} for size in (2, 4, 8)}
 _LINEAR_CROSS_ENTROPY_SCALE: Table = {
     2: {8192: Config(8, 4, 256)},
@@ -161,7 +163,9 @@ TABLES: dict[str, dict[str, Table]] = {
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
     "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),
-    "linear_cross_entropy": _everywhere(_LINEAR_CROSS_ENTROPY) | _interpreted(Config(32, 1, 1024, chunk=256)),
+    "linear_cross_entropy": _everywhere(_LINEAR_CROSS_ENTROPY)
+    | {"sm_100": _BLACKWELL_LINEAR_CROSS_ENTROPY}
+    | _interpreted(Config(32, 1, 1024, chunk=256)),
     "linear_cross_entropy_reduce": _everywhere(_LINEAR_CROSS_ENTROPY_REDUCE) | _interpreted(Config(1024, 1, 1)),
     "linear_cross_entropy_scale": _everywhere(_LINEAR_CROSS_ENTROPY_SCALE) | _interpreted(Config(128, 1, 1024)),
     "attention_backward_rows": _everywhere(_ATTENTION_ROWS) | _interpreted(Config(64, 1)),

@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from .launch import accumulator_torch, as_rows, check_dtype, differentiable
+from .launch import DTYPES, accumulator_torch, as_rows, check_dtype, differentiable
 from .linear_cross_entropy_rows import (
     accumulate,
     check_on_cpu,
@@ -387,7 +387,7 @@ def linear_cross_entropy(
         ValueError: shapes that do not fit, a dtype that has no kernel, an unknown reduction, a smoothing outside [0, 1].
         IndexError: on a CPU, a label that is no class. On a GPU the device stops with an assertion, as in torch.
     """
-    _check(hidden, weight, bias, labels, reduction, label_smoothing)
+    _check(hidden, weight, bias, labels, reduction, label_smoothing, out_dtype or hidden.dtype)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     rows, targets = as_rows(hidden), labels.reshape(-1).contiguous()
     settings = (ignore_index, reduction, float(label_smoothing), out_dtype or hidden.dtype)
@@ -402,7 +402,13 @@ def linear_cross_entropy(
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str, label_smoothing: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    reduction: str,
+    label_smoothing: float,
+    out_dtype: torch.dtype,
 ) -> None:
     check_dtype("hidden", hidden)
     if hidden.dim() == 0:
@@ -422,3 +428,5 @@ def _check(
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    if out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype: expected float64, float32, float16 or bfloat16, got {out_dtype}")

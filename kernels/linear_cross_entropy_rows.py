@@ -85,7 +85,7 @@ def linear_cross_entropy_fwd_kernel(
     CHUNKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    LOWEST: tl.constexpr = -3.4028234663852886e38 if ACC == tl.float32 else -1.7976931348623157e308
+    LOWEST: tl.constexpr = -3.4028234663852886e38 if tl.float32 == ACC else -1.7976931348623157e308
     TILE: tl.constexpr = CHUNKS * BLOCK_N
     END: tl.constexpr = N_COLS // TILE * TILE  # up to here tiles are whole
     tile_cols = chunked_columns(CHUNKS, BLOCK_N, VECTOR)

@@ -25,6 +25,7 @@ SUPPORT = {
     "configs",
     "device_math",
     "launch",
+    "linear_cross_entropy_rows",
     "reference",
 }
 

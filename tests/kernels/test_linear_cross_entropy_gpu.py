@@ -1,0 +1,161 @@
+"""linear_cross_entropy on a GPU: bfloat16 at BERT's sizes, memory, races, streams, CUDA graphs, no synchronisation."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastbert.kernels import linear_cross_entropy as module
+from fastbert.kernels import reference
+from fastbert.kernels.linear_cross_entropy import LEAST_ROWS, linear_cross_entropy, rows_a_chunk
+
+from .cases import dtype_name
+from .linear_cross_entropy import WAYS, check, chunk_rows, make_inputs, run
+from .ops import DEVICE
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPE = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=dtype_name)
+VOCABULARY = 30522
+
+
+@DTYPE
+@pytest.mark.parametrize("n_cols", [2, 101, 28996, VOCABULARY, VOCABULARY + 1])
+@pytest.mark.parametrize("reduction, way", [("mean", "kept"), ("mean", "formed"), ("none", "formed")])
+def test_bound(reduction, way, n_cols, dtype):
+    check(*make_inputs(257, n_cols, 768, dtype), rows=chunk_rows(way, 100), reduction=reduction, label_smoothing=0.1)
+
+
+@DTYPE
+@pytest.mark.parametrize("n_rows", [1, 614, 4099])
+@pytest.mark.parametrize("width", [768, 1024])
+def test_bound_as_it_ships(width, n_rows, dtype):
+    """No chunk size imposed: one chunk up to LEAST_ROWS + width, several beyond."""
+    inputs, labels = make_inputs(n_rows, VOCABULARY, width, dtype, ignored=0.1)
+    rows = None if n_rows <= LEAST_ROWS + width else rows_a_chunk(n_rows)
+    check(inputs, labels, rows=rows)
+
+
+def peak_bytes(function, inputs, labels):
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function(**leaves, labels=labels).backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=dtype_name)
+@pytest.mark.parametrize("n_rows", [4096, 8192, 16384])
+def test_a_quarter_of_eagers_memory(n_rows, dtype):
+    """At its highest, gradients included."""
+    inputs, labels = make_inputs(n_rows, VOCABULARY, 768, dtype)
+    ours, eager = (peak_bytes(f, inputs, labels) for f in (linear_cross_entropy, reference.linear_cross_entropy))
+    assert ours <= eager / 4, f"{ours / 2**20:.0f} MiB against eager's {eager / 2**20:.0f}"
+
+
+@pytest.mark.parametrize("n_rows", [64, 614, 2457, 4096, 16384])
+def test_no_slower_than_eager(n_rows):
+    """Sanity, not a benchmark: forward and backward together, bf16, BERT-base."""
+    from triton.testing import do_bench
+
+    inputs, labels = make_inputs(n_rows, VOCABULARY, 768, BF16, ignored=0.0)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+
+    def step(function):
+        torch.autograd.grad(function(**leaves, labels=labels), tuple(leaves.values()))
+
+    ours, eager = (do_bench(lambda f=f: step(f)) for f in (linear_cross_entropy, reference.linear_cross_entropy))
+    assert ours <= 1.05 * eager, f"{ours:.3f} ms against eager's {eager:.3f} ms"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_repeated_fifty_times_the_bits_are_the_same(way, monkeypatch):
+    """A race between the passes over a row in place, or a sum by atomics, shows sooner or later."""
+    inputs, labels = make_inputs(1500, VOCABULARY, 128, BF16)
+    if way == "formed":
+        monkeypatch.setattr(module, "LEAST_ROWS", 200)
+    first = run(linear_cross_entropy, inputs, labels)
+    for _ in range(50):
+        again = run(linear_cross_entropy, inputs, labels)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("least", [LEAST_ROWS, 64])
+def test_no_synchronisation_and_a_cuda_graph(least, reduction, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_ROWS", least)
+    inputs, labels = make_inputs(257, 1025, 64, BF16)
+    for _ in range(2):
+        run(linear_cross_entropy, inputs, labels, reduction=reduction)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(linear_cross_entropy, inputs, labels, reduction=reduction)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(linear_cross_entropy, inputs, labels, reduction=reduction)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(linear_cross_entropy, inputs, labels, reduction=reduction)
+    for _ in range(3):
+        inputs["hidden"].normal_()
+        graph.replay()
+        expected = run(linear_cross_entropy, inputs, labels, reduction=reduction)
+        assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_on_a_side_stream():
+    inputs, labels = make_inputs(1500, 1025, 64, BF16)
+    expected = run(linear_cross_entropy, inputs, labels)
+    late = {name: torch.zeros_like(t) for name, t in inputs.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for name, t in inputs.items():
+            late[name].copy_(t)
+        results = run(linear_cross_entropy, late, labels)
+    stream.synchronize()
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_under_autocast_as_a_decoder_calls_it():
+    """float32 parameters cast by the caller, a float32 loss, gradients back in float32."""
+    inputs, labels = make_inputs(614, VOCABULARY, 768, FP32)
+
+    def cast(hidden, weight, bias, labels):
+        half = (t.to(BF16) for t in (hidden, weight, bias))
+        return linear_cross_entropy(*half, labels, out_dtype=FP32)
+
+    def stock(hidden, weight, bias, labels):
+        with torch.autocast("cuda", BF16):
+            return F.cross_entropy(F.linear(hidden, weight, bias), labels)
+
+    ours, eager = run(cast, inputs, labels), run(stock, inputs, labels)
+    exact = run(reference.linear_cross_entropy, {k: t.double() for k, t in inputs.items()}, labels)
+    for name in ("dhidden", "dweight", "dbias"):
+        error, theirs = ((r[name] - exact[name]).norm() for r in (ours, eager))
+        assert error <= 1.1 * theirs, name
+
+
+@pytest.mark.no_launch  # in a process of its own, which the assertion ends
+def test_a_label_that_is_no_class_stops_the_device():
+    program = """
+import torch
+from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+h, w = torch.randn(4, 8, device="cuda"), torch.randn(5, 8, device="cuda")
+linear_cross_entropy(h, w, None, torch.tensor([0, 1, 7, 2], device="cuda"))
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode != 0 and "assert" in (done.stderr + done.stdout).lower()

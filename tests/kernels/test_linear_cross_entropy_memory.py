@@ -1,0 +1,148 @@
+"""What linear_cross_entropy reads, writes and holds: any layout, nothing beside its tensors, never all logits at once."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbert.kernels import linear_cross_entropy as module
+from fastbert.kernels.linear_cross_entropy import LEAST_ROWS, MOST_CHUNKS, linear_cross_entropy, rows_a_chunk
+from fastbert.kernels.linear_cross_entropy_rows import padded
+
+from .layouts import LAYOUTS, expanded, guarded, offset, sliced, transposed
+from .linear_cross_entropy import NAMES, WAYS, check, chunk_rows, chunks_of, make_inputs, run
+from .ops import DEVICE, assert_same
+from .test_memory import guards_of, poisoned_outputs
+
+REDUCTIONS = [("mean", "kept"), ("sum", "formed"), ("none", "formed")]
+
+
+def one_column(weight):
+    """Column stride 0. Not expanded, of which all classes would be one, and the gradient of hidden nothing but rounding."""
+    return weight[:, :1].expand_as(weight)
+
+
+WEIGHT_LAYOUTS = [one_column if layout is expanded else layout for layout in LAYOUTS]
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("weight", WEIGHT_LAYOUTS, ids=lambda f: "weight_" + f.__name__)
+@pytest.mark.parametrize("hidden", LAYOUTS, ids=lambda f: "hidden_" + f.__name__)
+@pytest.mark.parametrize("reduction, way", REDUCTIONS)
+def test_layouts(reduction, way, hidden, weight):
+    inputs, labels = make_inputs(9, 37)
+    inputs |= {"hidden": hidden(inputs["hidden"]), "weight": weight(inputs["weight"])}
+    check(inputs, labels, rows=chunk_rows(way, 4), reduction=reduction)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_labels_and_bias_of_any_stride(way):
+    inputs, labels = make_inputs(9, 37)
+    inputs["bias"] = torch.stack([inputs["bias"], inputs["bias"] * torch.nan], dim=1)[:, 0]
+    labels = torch.stack([labels, labels * 0 + 99], dim=1)[:, 0]
+    check(inputs, labels, rows=chunk_rows(way, 4))
+    check(inputs, labels[:1].expand(9), rows=chunk_rows(way, 4), reduction="none")
+
+
+@pytest.mark.parametrize("layout", [transposed, expanded, offset], ids=lambda f: f.__name__)
+def test_three_dimensions(layout):
+    inputs, labels = make_inputs((3, 4), 13)
+    inputs["hidden"] = layout(inputs["hidden"].reshape(12, -1)).reshape(3, 4, -1).transpose(0, 1).contiguous().transpose(0, 1)
+    check(inputs, labels.t().contiguous().t(), rows=5)
+
+
+@pytest.mark.parametrize("n_rows, n_cols", [(1, 1), (5, 13), (33, 257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction, way", REDUCTIONS)
+def test_reads_and_writes_stay_inside(reduction, way, dtype, n_rows, n_cols, monkeypatch):
+    """Inputs between bands of NaN; whatever is allocated is NaN first, the buffer and its padding too."""
+    inputs, labels = make_inputs(n_rows, n_cols, dtype=dtype)
+    labels[-1] = n_cols - 1
+    with chunks_of(chunk_rows(way, 20)):
+        plain = run(linear_cross_entropy, inputs, labels, reduction=reduction)
+        with poisoned_outputs(monkeypatch) as given:
+            fenced = run(linear_cross_entropy, {k: guarded(t) for k, t in inputs.items()}, labels, reduction=reduction)
+    assert_same(fenced, plain)
+    assert given and all(t.isfinite().all() for t in fenced.values())
+    for tensor in given:
+        assert guards_of(tensor).isnan().all(), f"written outside of {tuple(tensor.shape)}"
+
+
+@pytest.mark.parametrize("reduction, way", REDUCTIONS)
+def test_inputs_are_not_overwritten_and_not_returned(reduction, way):
+    inputs, labels = make_inputs(9, 37)
+    dy = torch.full((9,) if reduction == "none" else (), 0.5, device=DEVICE)
+    read = inputs | {"labels": labels, "dy": dy}
+    before = {name: tensor.clone() for name, tensor in read.items()}
+    with chunks_of(chunk_rows(way, 4)):
+        results = run(linear_cross_entropy, inputs, labels, dy, reduction=reduction)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read.items())
+    storages = [t.untyped_storage().data_ptr() for t in (*read.values(), *results.values())]
+    assert len(set(storages)) == len(storages)
+
+
+@pytest.mark.parametrize("reduction, way", REDUCTIONS)
+def test_the_same_bits_every_time(reduction, way):
+    inputs, labels = make_inputs(33, 101, dtype=torch.float16)
+    with chunks_of(chunk_rows(way, 8)):
+        first, second = (run(linear_cross_entropy, inputs, labels, reduction=reduction) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes of any tensor that an operation gave, and the operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = (0, "nothing")
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        for tensor in torch.utils._pytree.tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, (tensor.untyped_storage().nbytes(), str(function)))
+        return found
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_never_all_logits_at_once(reduction, grad, monkeypatch):
+    """Nor a quarter of them: of 2048 rows with chunks as of 16384, the largest tensor is a chunk's logits."""
+    monkeypatch.setattr(module, "LEAST_ROWS", 128)
+    inputs, labels = make_inputs(2048, 101, 4, ignored=0.9)
+    with Allocated() as allocated, nullcontext() if grad else torch.no_grad():
+        run(linear_cross_entropy, inputs, labels, frozen=() if grad else NAMES, reduction=reduction)
+    assert 0 < allocated.largest[0] <= 256 * padded(101) * 4 < 2048 * 101, allocated.largest
+
+
+@pytest.mark.no_launch
+def test_the_rows_of_a_chunk():
+    for n_rows in (*range(1, 70000, 211), 8 * LEAST_ROWS, 2**20, 2**24 + 1):
+        size = rows_a_chunk(n_rows)
+        assert size % 64 == 0 and size <= max(LEAST_ROWS, n_rows // MOST_CHUNKS + 64), n_rows
+        assert -(-n_rows // size) <= max(MOST_CHUNKS, 1), n_rows
+        # No chunk is a stub: cuBLAS is slow on those, and dW is read and written for each.
+        assert n_rows <= LEAST_ROWS or size > LEAST_ROWS / 2, n_rows
+    assert rows_a_chunk(0) >= 0
+
+
+@pytest.mark.long
+def test_offsets_past_two_to_the_31():
+    """Rows of the buffer whose offsets no 32 bits hold."""
+    from fastbert.kernels.linear_cross_entropy_rows import launch_rows
+
+    n_cols = 2**30 + 64
+    if DEVICE.type == "cpu":
+        pytest.skip("the interpreter would take hours for rows of 2**30 columns")
+    logits = torch.zeros(3, n_cols, dtype=torch.float16, device=DEVICE)
+    labels, losses = torch.tensor([0, 5, n_cols - 1], device=DEVICE), torch.empty(3, device=DEVICE)
+    launch_rows(logits, None, labels, losses, None, -100, 0.0, True, 1.0)
+    torch.testing.assert_close(losses, torch.full_like(losses, float(torch.tensor(float(n_cols)).log())))
+    assert logits[2, -1] == -1 and logits[2, 0] == 0
+
+
+@pytest.mark.parametrize("layout", [sliced, expanded], ids=lambda f: f.__name__)
+def test_a_gradient_a_row_of_any_stride(layout):
+    inputs, labels = make_inputs(9, 37)
+    check(inputs, labels, layout(torch.randn(9, 1, device=DEVICE))[:, 0], rows=4, reduction="none")
