@@ -98,9 +98,10 @@ class Op:
 @cache
 def table() -> dict[str, Op]:
     """OPS, by name. A function, because importing the lanes imports triton, whose interpreter is chosen before that."""
-    from bench import attention_lanes, decoder_lanes, row_lanes
+    from bench import attention_lanes, decoder_lanes, packing_lanes, row_lanes
 
-    return row_lanes.OPS | {"attention": attention_lanes.OP, "linear_cross_entropy": decoder_lanes.OP}
+    others = {"attention": attention_lanes.OP, "gather_rows": packing_lanes.OP, "linear_cross_entropy": decoder_lanes.OP}
+    return row_lanes.OPS | others
 
 
 def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-NAMES = ("attention", "dropout_add_layernorm", "bias_gelu", "gelu_layernorm", "linear_cross_entropy")
+NAMES = ("attention", "dropout_add_layernorm", "bias_gelu", "gelu_layernorm", "gather_rows", "linear_cross_entropy")
 WITH_DROPOUT = ("attention", "dropout_add_layernorm")
 SEQLENS = (512, 128, 2048, 64, 256, 1024)  # what matters most first
 TOKENS = 16384
@@ -133,7 +134,7 @@ def cases(names: tuple[str, ...] = NAMES, dtypes: tuple[str, ...] = ("bf16", "fp
 
 def _of_shape(case: Case) -> Iterator[Case]:
     """Dropout on and off for what has it; padding for attention, where a row over tokens is a row."""
-    fills = (1.0, 0.5) if case.op == "attention" else (1.0,)
+    fills = {"attention": (1.0, 0.5), "gather_rows": (0.5,)}.get(case.op, (1.0,))
     for fill in fills:
         for p in (0.1, 0.0) if case.op in WITH_DROPOUT else (0.0,):
             yield replace(case, fill=fill, p=p)
