@@ -142,14 +142,13 @@ def dropout_add_layernorm_bwd_kernel(
         rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
 
         x_hat = tl.where(col_mask, (z - mean) * rstd, 0.0)
-        if sums_ptr is not None:
-            dweight += dy * x_hat
-            dbias += dy
         dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS)
         dx = dz
         if P_DROP > 0:
             dx = dropout(dz, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
         if sums_ptr is not None:
+            dweight += dy * x_hat
+            dbias += dy
             dx_bias += tl.where(col_mask, dx, 0.0)
 
         tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask)
