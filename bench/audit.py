@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ __all__ = ["CASES", "BASELINE", "compare", "read", "run", "severity", "write"]
 BASELINE = Path(__file__).parent / "results/audit.json"
 BATCH = 8  # variants a task: nvdisasm's start is shared, and two workers still end together
 HOT_LOOP_GROWTH = 1.10
+# The only keys that may spill, and no more than the baseline says: rows and tiles that are larger than the registers of
+# a multiprocessor, see bench/NOTES.md. float64 is there for gradcheck.
+ACCEPTED_SPILLS = (
+    "* attention fp64 64 *",
+    "* backward *_layernorm fp64 4096 *",
+    "* *_layernorm fp64 8192 *",
+    "sm_100 backward gelu_layernorm mixed 8192 gelu",
+)
 Record = dict[str, Any]
 
 
@@ -107,9 +116,13 @@ def compare(baseline: list[Record], records: list[Record]) -> list[str]:
     return sorted(problems)
 
 
+def may_spill(key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in ACCEPTED_SPILLS)
+
+
 def _regressions(before: Record, now: Record) -> Iterator[str]:
     for what in ("spills", "local_bytes"):
-        if now[what] > before[what]:
+        if now[what] > (before[what] if may_spill(now["key"]) else 0):
             yield f"spill: {what} {before[what]} -> {now[what]}"
     if now["shared_bytes"] > now["shared_limit"]:
         yield f"shared memory {now['shared_bytes']} over the limit of {now['shared_limit']}"

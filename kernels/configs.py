@@ -39,7 +39,7 @@ Table = dict[int, dict[int, Config]]
 # A row held by one warp needs no shared memory and no barrier for its sums, and no lane of it idles at 768.
 _LAYERNORM_FORWARD: Table = {
     2: {512: Config(2, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 4), 8192: Config(1, 8)},
-    4: {512: Config(1, 1), 1024: Config(1, 1), 2048: Config(1, 4), 4096: Config(1, 8), 8192: Config(1, 16)},
+    4: {512: Config(1, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 8), 8192: Config(1, 16)},
     8: {512: Config(1, 2), 1024: Config(1, 4), 2048: Config(1, 8), 4096: Config(1, 16), 8192: Config(1, 16)},
 }
 # A warp a row again up to 1024 columns. A thread keeps three float32 sums a column, so 32 columns a thread are the
@@ -56,6 +56,7 @@ _LAYERNORM_BACKWARD: Table = {
     },
     4: {
         512: Config(4, 4, None, 3, chunk=128),
+        768: Config(4, 4, None, 2, chunk=128),
         1024: Config(4, 4, None, 2, chunk=128),
         2048: Config(1, 4, None, 2, chunk=512),
         4096: Config(1, 8, None, 1, chunk=1024),
@@ -69,6 +70,38 @@ _LAYERNORM_BACKWARD: Table = {
         8192: Config(1, 32, None, 1, chunk=2048),
     },
 }
+# The compiler for sm_100 asks for more registers: two warps share a row of 1024 columns of 4 bytes. BERT-base's 768 fit.
+_BLACKWELL_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
+    2: _LAYERNORM_BACKWARD[2] | {512: Config(8, 4, None, 2, chunk=256)},
+    4: _LAYERNORM_BACKWARD[4] | {1024: Config(2, 4, None, 3, chunk=256), 8192: Config(1, 8, None, 1, chunk=2048)},
+}
+# gelu_layernorm's activation and its slope take registers as well; 8192 columns fit as one chunk.
+_GELU_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
+    2: _LAYERNORM_BACKWARD[2] | {8192: Config(1, 8, None, 1)},
+    4: _LAYERNORM_BACKWARD[4] | {8192: Config(1, 8, None, 1)},
+}
+_AMPERE_GELU_LAYERNORM_BACKWARD: Table = _GELU_LAYERNORM_BACKWARD | {
+    4: _GELU_LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256)}
+}
+_BLACKWELL_GELU_LAYERNORM_BACKWARD: Table = _AMPERE_GELU_LAYERNORM_BACKWARD | {
+    4: _AMPERE_GELU_LAYERNORM_BACKWARD[4] | {8192: Config(1, 8, None, 1, chunk=4096)}
+}
+# For rows that are no multiple of 16 bytes. They are loaded an element at a time, and a thread's columns then share no
+# Philox call, so a row goes to more warps than elsewhere.
+_LAYERNORM_FORWARD_UNEVEN: Table = {
+    size: {512: Config(1, 1), 1024: Config(1, 2), 2048: Config(1, 4), 4096: Config(1, 8), 8192: Config(1, 16)}
+    for size in (2, 4)
+} | {8: _LAYERNORM_FORWARD[8]}
+_LAYERNORM_BACKWARD_UNEVEN: Table = {
+    size: {
+        512: Config(1, 2, None, 8),
+        1024: Config(1, 4, None, 4),
+        2048: Config(1, 8, None, 2),
+        4096: Config(1, 16, None, 1),
+        8192: Config(1, 8, None, 1),
+    }
+    for size in (2, 4)
+} | {8: _LAYERNORM_BACKWARD[8]}
 _BIAS_GELU_FORWARD: Table = {
     2: {8192: Config(4, 2, 512)},
     4: {8192: Config(4, 4, 512)},
@@ -115,7 +148,8 @@ _64_BIT: Table = {8: {64: Config(16, 16, 16, num_stages=1), 256: Config(16, 32, 
 _WIDE_ATTENTION: dict[str, Table] = {
     "forward": {4: {64: Config(32, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
     "backward_kv": {4: {64: Config(16, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
-    "backward_q": {4: {64: Config(32, 4, 16, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
+    # Two passes over the keys, with their tiles in shared memory: with one stage Triton loads them into registers.
+    "backward_q": {4: {64: Config(32, 4, 16, num_stages=2), 256: Config(16, 4, 16, num_stages=2)}} | _64_BIT,
 }
 _HOPPER_ATTENTION: dict[str, Table] = {
     "forward": {2: {32: Config(128, 4, 64, num_stages=3), 63: Config(64, 4, 64, num_stages=2), 64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
@@ -159,7 +193,15 @@ def _attention(part: str) -> dict[str, Table]:
 TABLES: dict[str, dict[str, Table]] = {
     "gather_rows": _everywhere(_GATHER_ROWS) | _interpreted(Config(32, 1, 1024)),
     "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
-    "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD) | _interpreted(Config(32, 1, None, 1)),
+    "layernorm_forward_uneven": _everywhere(_LAYERNORM_FORWARD_UNEVEN) | _interpreted(Config(32, 1)),
+    "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD)
+    | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD}
+    | _interpreted(Config(32, 1, None, 1)),
+    "gelu_layernorm_backward": _everywhere(_GELU_LAYERNORM_BACKWARD)
+    | {"sm_80": _AMPERE_GELU_LAYERNORM_BACKWARD, "sm_100": _BLACKWELL_GELU_LAYERNORM_BACKWARD}
+    | _interpreted(Config(32, 1, None, 1)),
+    "layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
+    "gelu_layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
     "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),

@@ -211,7 +211,7 @@ def _launch_bwd(
     dy, x = as_rows(dy), as_rows(x)
     n_rows, n_cols = x.shape
     widest = dy if dy.element_size() > x.element_size() else x
-    config = choose("layernorm_backward", widest, n_cols)
+    config = choose("gelu_layernorm_backward", widest, n_cols)
     programs = resident_programs(config, x, triton.cdiv(n_rows, config.BLOCK_M))
     chunks, block_n = config.chunks(n_cols)
     sums = mean.new_empty(programs, 3, n_cols) if sum_columns and x.numel() else mean.new_zeros(1, 3, n_cols)

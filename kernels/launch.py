@@ -61,7 +61,13 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def choose(kernel: str, like: Tensor, width: int) -> Config:
-    """The frozen configuration of `kernel` for rows of `width` elements of this tensor's type and device."""
+    """The frozen configuration of `kernel` for rows of `width` elements of this tensor's type and device.
+
+    A kernel may have a second table, its name and _uneven, for rows that no 16 bytes divide.
+    """
+    uneven = f"{kernel}_uneven"
+    if uneven in TABLES and width * like.element_size() % 16:
+        kernel = uneven
     name = _recording[0] if _recording else architecture(like.device)
     by_width = TABLES[kernel][name][like.element_size()]
     return by_width[next((limit for limit in by_width if limit >= width), max(by_width))]

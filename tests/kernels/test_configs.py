@@ -1,38 +1,43 @@
 """The shipped tables, and every tile in them, run on a few rows: a GPU's tile shapes under the interpreter too."""
 
+import itertools
+
 import pytest
 import torch
 
 from fastbert.kernels import launch
 from fastbert.kernels.configs import ARCHITECTURES, TABLES
 
-from .ops import BIAS_GELU, DEVICE, OPS, check, make_inputs, run, seed_tensor
+from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, run, seed_tensor
 
 DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 MULTIPROCESSORS = 2  # so that a few rows fill every program and come round again
 
 
 def kernels_of(op):
-    table = "bias_gelu" if op is BIAS_GELU else "layernorm"
-    return f"{table}_forward", f"{table}_backward"
+    forward = "bias_gelu_forward" if op is BIAS_GELU else "layernorm_forward"
+    return forward, "layernorm_backward" if op is DROPOUT_ADD_LAYERNORM else f"{op.name}_backward"
 
 
 def tiles():
     """(op, architecture, element size, width): each pair of configurations once, at the narrowest width it serves."""
     parameters, seen = [], set()
     for op in OPS:
-        forward, backward = kernels_of(op)
         for architecture in ARCHITECTURES:
-            for itemsize in DTYPES:
-                tables = TABLES[forward][architecture][itemsize], TABLES[backward][architecture][itemsize]
+            for itemsize, uneven in itertools.product(DTYPES, ("", "_uneven")):
+                names = [f"{name}{uneven}" for name in kernels_of(op)]
+                if not TABLES.keys() >= set(names):
+                    continue  # the op has one table for all widths
+                tables = [TABLES[name][architecture][itemsize] for name in names]
                 limits = sorted({*tables[0], *tables[1]})
-                for below, limit in zip([36, *limits], limits, strict=False):
+                for below, limit in zip([32, *limits], limits, strict=False):
                     pair = tuple(table[min(w for w in table if w >= limit)] for table in tables)
-                    shapes = tuple((c.BLOCK_M, c.BLOCK_N, c.programs_per_multiprocessor) for c in pair)
-                    if (op, itemsize, limit, shapes) not in seen:
-                        seen.add((op, itemsize, limit, shapes))
-                        name = f"{op}-{architecture}-{8 * itemsize}bit-{limit}"
-                        parameters.append(pytest.param(op, architecture, itemsize, below + 1, id=name))
+                    shapes = tuple((c.BLOCK_M, c.BLOCK_N, c.chunk, c.programs_per_multiprocessor) for c in pair)
+                    if (op, itemsize, uneven, limit, shapes) not in seen:
+                        seen.add((op, itemsize, uneven, limit, shapes))
+                        name = f"{op}-{architecture}-{8 * itemsize}bit-{limit}{uneven}"
+                        width = below + 1 if uneven or op is BIAS_GELU else below + 16 // itemsize
+                        parameters.append(pytest.param(op, architecture, itemsize, width, id=name))
     return parameters
 
 
@@ -51,8 +56,7 @@ def as_on(monkeypatch):
 def test_shipped_tiles(op, architecture, itemsize, width, as_on, monkeypatch):
     """Several programs, each with a full block and some with one more that is not full."""
     as_on(architecture)
-    table = TABLES[kernels_of(op)[1]][architecture][itemsize]
-    config = table[min(w for w in table if w >= width)]
+    config = launch.choose(kernels_of(op)[1], torch.empty(0, dtype=DTYPES[itemsize]), width)
     rows = config.BLOCK_M * (MULTIPROCESSORS * config.programs_per_multiprocessor + 1) + 1
     programs = []
 
@@ -90,8 +94,8 @@ def test_tables_are_complete(kernel, architecture):
             sizes = (config.BLOCK_M, config.num_warps, config.BLOCK_N or 1)
             assert all(size > 0 and size & (size - 1) == 0 for size in sizes), config
             assert config.num_warps <= 32
-            assert (config.BLOCK_N is None) == kernel.startswith("layernorm")
-            sums = kernel.endswith("backward")  # over rows, which a fixed number of programs share
+            assert (config.BLOCK_N is None) == ("layernorm" in kernel)
+            sums = "backward" in kernel  # over rows, which a fixed number of programs share
             assert (config.programs_per_multiprocessor is None) == (not sums)
 
 

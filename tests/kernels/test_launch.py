@@ -79,9 +79,22 @@ def test_a_width_takes_the_first_row_that_holds_it(kernel, name, dtype, monkeypa
     like = torch.empty(0, dtype=dtype)
     table = TABLES[kernel][name][like.element_size()]
     limits = sorted(table)
+    step = 16 // like.element_size() if f"{kernel}_uneven" in TABLES else 1
     for below, limit in zip([0, *limits], limits, strict=False):
-        assert choose(kernel, like, below + 1) is choose(kernel, like, limit) is table[limit]
-    assert choose(kernel, like, limits[-1] + 1) is table[limits[-1]]
+        assert choose(kernel, like, below + step) is choose(kernel, like, limit) is table[limit]
+    assert choose(kernel, like, limits[-1] + step) is table[limits[-1]]
+
+
+@no_launch
+@pytest.mark.parametrize("dtype, even", [(torch.float32, 4), (torch.float16, 8)], ids=str)
+def test_rows_that_16_bytes_do_not_divide_have_a_table_of_their_own(dtype, even, monkeypatch):
+    monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+    like = torch.empty(0, dtype=dtype)
+    for kernel in ("layernorm_forward", "layernorm_backward", "gelu_layernorm_backward"):
+        plain, uneven = (TABLES[name]["sm_90"][like.element_size()][1024] for name in (kernel, f"{kernel}_uneven"))
+        assert plain != uneven
+        for width in range(1024 - 2 * even, 1025):
+            assert choose(kernel, like, width) is (uneven if width % even else plain)
 
 
 @no_launch
