@@ -115,7 +115,9 @@ def _curves(axes: Axes, results: TrainResults) -> None:
             axes.plot(steps, _running_mean(losses), color=colour(lane.lane), label=f"{lane.lane}, running mean", **style)
         else:
             axes.plot(steps, losses, color=colour(lane.lane), label=lane.lane, **style)
-        points = [*((point.step, point.loss) for point in lane.evaluations), (len(losses), lane.final_eval_loss)]
+        points = list({point.step: point.loss for point in lane.evaluations}.items())
+        if not points or points[-1][0] != len(losses):
+            points.append((len(losses), lane.final_eval_loss))
         marker = {"marker": "o", "markersize": 9, "alpha": 0.55} if i == 0 else {"marker": "x", "markersize": 6}
         label = f"{lane.lane}, evaluation"
         axes.plot(*zip(*points, strict=True), color=colour(lane.lane), linestyle="none", label=label, **marker)
@@ -128,6 +130,8 @@ def _difference(axes: Axes, stock: LaneRecord, fast: LaneRecord) -> None:
     axes.axhline(0.0, color="#9aa5b1", linewidth=0.8)
     marker = "." if len(apart) < NOISY else ""
     axes.plot(range(1, len(apart) + 1), apart, color=colour("fastbert"), linewidth=1.0, marker=marker)
+    if not any(apart):
+        axes.set_ylim(-1e-6, 1e-6)
     axes.set_ylabel("fastbert − stock")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 

@@ -19,6 +19,7 @@ from bench.train_records import LANES, DataRecord, Settings, TrainResults
 from fastbert.errors import InputError
 
 SETTINGS = "settings.json"
+SplitRows = tuple[list[Row], list[Row], list[str]]
 
 
 def run_all(settings: Settings, out: Path, lanes: Sequence[str], resume: bool, advance: Advance) -> TrainResults:
@@ -28,9 +29,10 @@ def run_all(settings: Settings, out: Path, lanes: Sequence[str], resume: bool, a
         InputError: data, model or folder cannot be used; nothing was trained.
     """
     datasets.disable_caching()
-    _claim(settings, out, lanes, resume)
-    source = open_source(settings.model or None)
-    work, data = prepare(settings, source, out)
+    _check_folder(settings, out, lanes, resume)
+    rows = read_rows(settings)
+    work, data = prepare(settings, open_source(settings.model or None), rows, out)
+    _mark(settings, out)
     records = [run(work, lane, advance, resume) for lane in lanes]
     config = work.start.config
     dropout = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout or 0.0)
@@ -42,10 +44,10 @@ def run_all(settings: Settings, out: Path, lanes: Sequence[str], resume: bool, a
     return results
 
 
-def prepare(settings: Settings, source: Any, out: Path) -> tuple[Work, DataRecord]:
+def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tuple[Work, DataRecord]:
     """Everything that both lanes share."""
     task, tokenizer = settings.task, source.tokenizer
-    train_rows, eval_rows, labels = read_rows(settings)
+    train_rows, eval_rows, labels = rows
     train, evaluation = Dataset.from_list(train_rows), Dataset.from_list(eval_rows)
     lengths, unknown = train_encode.lengths(train, task, tokenizer)
     most = source.config.max_position_embeddings
@@ -69,7 +71,7 @@ def prepare(settings: Settings, source: Any, out: Path) -> tuple[Work, DataRecor
     return Work(settings, model, tokenizer, *features, compute, out), data
 
 
-def read_rows(settings: Settings) -> tuple[list[Row], list[Row], list[str]]:
+def read_rows(settings: Settings) -> SplitRows:
     """Rows to train on, rows to evaluate with, and the labels of the first."""
     task = settings.task
     rows = train_data.read(task, Path(settings.data))
@@ -106,24 +108,24 @@ def choose_limit(asked: int, lengths: Sequence[int], most: int) -> tuple[int, st
     return max(limit, SHORTEST), "the 95th percentile"
 
 
-def _claim(settings: Settings, out: Path, lanes: Sequence[str], resume: bool) -> None:
-    """Make the folder this run's, or hold that it belongs to the run that is to go on."""
-    path = out / SETTINGS
-    chosen = dataclasses.asdict(settings)
-    if resume:
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError):
-            raise InputError(f"--resume: there is no run in {out} to go on with") from None
-        other = [name for name in chosen if before.get(name) != chosen[name]]
-        if other:
-            name = other[0]
-            raise InputError(f"--resume: the run in {out} has {name} {before.get(name)!r}, this one {chosen[name]!r}")
+def _check_folder(settings: Settings, out: Path, lanes: Sequence[str], resume: bool) -> None:
+    """InputError unless the folder is free, or holds the very run that is to go on."""
+    if not resume:
+        if any(checkpoints(out / lane) or (out / lane / RECORD).exists() for lane in lanes):
+            raise InputError(f"--out: {out} holds a run already: --resume goes on with it, another folder starts anew")
         return
-    if any(checkpoints(out / lane) or (out / lane / RECORD).exists() for lane in lanes):
-        raise InputError(f"--out: {out} holds a run already: --resume goes on with it, another folder starts anew")
+    try:
+        before = json.loads((out / SETTINGS).read_text())
+    except (OSError, ValueError):
+        raise InputError(f"--resume: there is no run in {out} to go on with") from None
+    for name, value in dataclasses.asdict(settings).items():
+        if before.get(name) != value:
+            raise InputError(f"--resume: the run in {out} has {name} {before.get(name)!r}, this one {value!r}")
+
+
+def _mark(settings: Settings, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(chosen, indent=1) + "\n")
+        (out / SETTINGS).write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"--out: cannot write into {out}: {error.strerror}") from None
