@@ -31,11 +31,8 @@ class Rows(torch.utils.data.Dataset):
 
     def __init__(self, features: Dataset, seed: int, kept: tuple[str, ...]) -> None:
         self.features = features.select_columns([name for name in features.column_names if name in kept])
+        # Not by a set_epoch for accelerate's loader: in the epoch that a resumed run begins in it is not called.
         self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's loader."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.features)

@@ -47,10 +47,10 @@ class Work:
 
 
 class Watch(TrainerCallback):
-    """Times a step and its fullest moment on a GPU, and tells the progress bar."""
+    """Times a step and its fullest moment on a GPU, tells the rows their epoch and the progress bar the step."""
 
-    def __init__(self, lane: str, advance: Advance) -> None:
-        self.lane, self.advance = lane, advance
+    def __init__(self, lane: str, rows: Rows, advance: Advance) -> None:
+        self.lane, self.rows, self.advance = lane, rows, advance
         self.seconds: list[float] = []
         self.peak_bytes: int | None = None
         self.first_step = 0
@@ -58,6 +58,9 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step = state.global_step
         self.advance(self.lane, state.global_step, None)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.epoch = int(state.epoch or 0)
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
@@ -88,12 +91,13 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         extra["optimizer_cls_and_kwargs"] = fastbert.trainer_optimizer(chosen)
     task = TASKS[work.settings.task]
     train, evaluation = Collator(work.settings.task, work.tokenizer), Collator(work.settings.task, work.tokenizer)
-    watch = Watch(lane, advance)
+    rows = Rows(work.train, work.settings.seed, task.kept)
+    watch = Watch(lane, rows, advance)
     trainer = _Trainer(
         model=model,
         args=chosen,
         data_collator=train,
-        train_dataset=Rows(work.train, work.settings.seed, task.kept),
+        train_dataset=rows,
         eval_dataset=Rows(work.evaluation, work.settings.seed, task.kept),
         processing_class=work.tokenizer,
         compute_metrics=work.compute,
@@ -102,6 +106,8 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         **extra,
     )
     trainer.evaluation_collator = evaluation
+    # BERT's forward takes num_items_in_batch and ignores it; Trainer would then sum a step's losses for their mean.
+    trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     before = counts.total()
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder, work.settings.steps) if resume else None)

@@ -65,7 +65,7 @@ def masked_batches(tokenizer, epoch=0, seed=0):
     ids = [5 + i % 200 for i in range(400)]
     row = {"input_ids": ids, "token_type_ids": [0] * 400, "attention_mask": [1] * 400, "special_tokens_mask": [0] * 400}
     rows = Rows(Dataset.from_list([row] * 64), seed, tuple(row))
-    rows.set_epoch(epoch)
+    rows.epoch = epoch
     return Collator("mlm", tokenizer)([rows[i] for i in range(64)])
 
 
