@@ -23,7 +23,7 @@ def require() -> None:
     """InputError that names the packages that are missing."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
-        raise InputError(f"not installed: {', '.join(missing)}; pip install -e '.[bench]' brings what is needed")
+        raise InputError(f"not installed: {', '.join(missing)}; mend it with: pip install {' '.join(missing)}")
 
 
 def settings(gpu: bool, **options: Any) -> Settings:

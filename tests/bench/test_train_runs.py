@@ -213,7 +213,7 @@ def test_half_precision_needs_a_gpu(train):
 def test_a_missing_package_is_one_line(train, monkeypatch):
     monkeypatch.setitem(train_options.NEEDED, "no_such_module", "no-such-package")
     code, text, _ = train("mlm")
-    assert code == 2 and "error: not installed: no-such-package; pip install" in text
+    assert code == 2 and "error: not installed: no-such-package; mend it with: pip install no-such-package" in text
 
 
 def test_settings_can_be_read_beside_the_results(train, tmp_path):
