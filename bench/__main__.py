@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import audit as audits
+from bench import train
 from bench.tables import audit_table, floor_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -238,6 +239,9 @@ def report(
     if found:
         for path in reports.write(found, out or results[0].parent):
             console.print(f"{path}")
+
+
+app.command()(train.train)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""For the tests of `python -m bench train`: small files of real text, a tiny BERT with a tokenizer of these, and the call."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+
+DATA = Path(__file__).parents[1] / "data/train"
+FILES = {
+    "classification": DATA / "classification.tsv",
+    "matching": DATA / "matching.tsv",
+    "ner": DATA / "ner.tsv",
+    "qa": DATA / "qa.json",
+    "multiple-choice": DATA / "multiple-choice.csv",
+    "mlm": DATA / "text.txt",
+    "pretraining": DATA / "text.txt",
+    "clm": DATA / "text.txt",
+}
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece of the test files: common words whole, others in pieces, as in BERT's own."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=list(SPECIAL.values()), show_progress=False)
+    tokenizer.train([str(path) for path in sorted(DATA.iterdir())], trainer)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+
+
+def save_model(folder: Path) -> Path:
+    """A BERT of one layer, 16 wide, that was never trained."""
+    tokenizer = make_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=48,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    """Exit code and output of `python -m bench train …` in this process."""
+    done = CliRunner().invoke(app, ["train", *(str(argument) for argument in arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+    return done.exit_code, done.output
