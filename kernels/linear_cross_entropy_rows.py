@@ -189,7 +189,7 @@ def linear_cross_entropy_reduce_kernel(
 
 
 @triton.jit
-def linear_cross_entropy_scale_kernel(
+def linear_cross_entropy_bwd_scale_kernel(
     x_ptr,
     dloss_ptr,
     scale_ptr,
@@ -316,7 +316,7 @@ def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
     config = choose("linear_cross_entropy_scale", widest, n_cols)
     assert config.BLOCK_N is not None
     launch(
-        linear_cross_entropy_scale_kernel,
+        linear_cross_entropy_bwd_scale_kernel,
         triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N),
         config,
         x,

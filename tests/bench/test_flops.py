@@ -53,6 +53,14 @@ def test_stated_bytes(op, direction, moved):
     assert ops.Case(op, "bf16", 768, 4, 512).moved(direction) == moved
 
 
+def test_the_decoder_counts_rows_and_classes():
+    case = ops.Case("linear_cross_entropy", "bf16", 768, 1, 614)
+    assert case.operations("forward") == 2 * 614 * 768 * 30522
+    assert case.operations("backward") == 2 * case.operations("forward")
+    tiny = next(ops.tiny_cases(("linear_cross_entropy",)))
+    assert tiny.operations("forward") == 2 * 18 * 48 * 101
+
+
 def test_attention_counts_pairs_of_one_sequence():
     full = ops.Case("attention", "bf16", 768, 4, 512)
     assert full.operations("forward") == 4 * (4 * 512**2 * 64) * 12

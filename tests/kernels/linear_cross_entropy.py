@@ -17,7 +17,7 @@ from tests.numerics import assert_close
 from .ops import DEVICE
 
 NAMES = ("hidden", "weight", "bias")
-FORWARD, REDUCE, SCALE = (f"linear_cross_entropy_{part}_kernel" for part in ("fwd", "reduce", "scale"))
+FORWARD, REDUCE, SCALE = (f"linear_cross_entropy_{part}_kernel" for part in ("fwd", "reduce", "bwd_scale"))
 WAYS = ("kept", "formed")  # how a mean or a sum is differentiated; reduction "none" has a way of its own
 
 Inputs = dict[str, Tensor | None]

@@ -13,7 +13,6 @@ from fastbert.kernels.linear_cross_entropy import LEAST_ROWS, linear_cross_entro
 
 from .cases import dtype_name
 from .linear_cross_entropy import WAYS, check, chunk_rows, make_inputs, run
-from .ops import DEVICE
 
 pytestmark = pytest.mark.gpu
 
