@@ -137,7 +137,7 @@ def access_bytes(instruction: Instruction) -> int:
 
 def access_widths(ptx: str) -> Widths:
     """Bytes a lane of each global access in PTX, by "ld" or "st" and the pointer's name in the source line."""
-    files = {number: _source(Path(path)).read_text().splitlines() for number, path in _PTX_FILE.findall(ptx)}
+    files = {number: _lines(Path(path)) for number, path in _PTX_FILE.findall(ptx)}
     widths: Widths = {}
     source: tuple[str, int] | None = None
     for event in _PTX_EVENT.finditer(ptx):
@@ -150,13 +150,15 @@ def access_widths(ptx: str) -> Widths:
     return widths
 
 
-def _source(path: Path) -> Path:
-    """Our own copy of a file of kernels: Triton's cache may hold the PTX from a checkout that is gone.
+def _lines(path: Path) -> list[str]:
+    """The lines of our own copy of a file of kernels: Triton's cache may hold the PTX from a checkout that is gone.
 
-    The cache's key holds the text of a kernel and its line, but not where its file lies.
+    The cache's key holds the text of a kernel and its line, but not where its file lies. Of another file that is gone
+    (Triton's own library beside that checkout) there are none: it loads and stores no tensor of a kernel's by name.
     """
     ours = _KERNELS / path.name
-    return ours if ours.exists() else path
+    source = ours if ours.exists() else path
+    return source.read_text().splitlines() if source.exists() else []
 
 
 def _pointer_name(lines: list[str], number: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from bench import audit, floors
+from bench import audit, floors, sass
 from bench.cases import CASES
 from bench.floors import floor_microseconds, stated_bytes
 from fastbert.kernels.configs import ARCHITECTURES
@@ -55,6 +55,12 @@ def test_each_regression_is_found(change):
 def test_a_case_that_appears_or_goes_is_found():
     assert "not in the baseline" in audit.compare([], [GOOD])[0]
     assert "no longer compiled" in audit.compare([GOOD], [])[0]
+
+
+def test_ptx_from_a_checkout_that_is_gone_is_read():
+    """Triton's cache may hold such; what its own library loads has no name there."""
+    ptx = '.file 1 "/gone/triton/language/standard.py"\n.loc 1 3 0\nld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];'
+    assert sass.access_widths(ptx) == {("ld", "?"): [16]}
 
 
 def test_floor_is_stated_bytes_over_the_copy_bandwidth():
