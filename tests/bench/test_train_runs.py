@@ -227,3 +227,13 @@ def test_the_command_line_leaves_the_interpreter_to_be_chosen():
     """triton reads TRITON_INTERPRET when it is first imported: that has to come after the command has set it."""
     command = [sys.executable, "-c", "import sys, bench.__main__; sys.exit('triton' in sys.modules)"]
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_gpu_gives_times(dtype, train):
+    code, text, results = train("mlm", "--steps", 12, "--dropout", 0, "--dtype", dtype, "--lr", 1e-3)
+    assert code == 0, text
+    for lane in results.lanes:
+        assert lane.seconds.rounds == 12 - train_lanes.WARM_UP and lane.tokens_per_second > 0 and lane.peak_bytes > 0
+    assert "not measured" not in text
