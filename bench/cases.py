@@ -250,10 +250,11 @@ def _linear_cross_entropy(variant: Variant) -> None:
 def _embedding_layernorm_variants() -> Iterator[Variant]:
     variant = partial(Variant, "embedding_layernorm")
     for width in HIDDEN:
-        for dtype in ("bf16", "fp16", "fp32"):
+        for dtype in ("bf16", "fp32"):
             yield variant(dtype, width, p=0.1)
-        yield variant("bf16", width)
-    for width in BUCKETS:
+    yield variant("bf16", 768)
+    yield variant("fp16", 768, p=0.1)
+    for width in (512, 2048, 8192):
         yield variant("fp64", width, p=0.1)
 
 

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert.layers import attention, embeddings, encoder, intermediate, mlm_heads, pooled_heads, prediction_head, residual_norm
+from fastbert.layers import (
+    attention,
+    embeddings,
+    encoder,
+    intermediate,
+    mlm_heads,
+    pooled_heads,
+    prediction_head,
+    residual_norm,
+)
 
 
 @dataclass(frozen=True)

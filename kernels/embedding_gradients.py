@@ -216,7 +216,7 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
         partials_ptr=partials,
         dtable_ptr=dtable,
         n_pieces=n_pieces,
-        VECTOR=16 // partials.element_size(),
+        VECTOR=16 // dtable.element_size(),
         BLOCK_M=JOINED,
         **shared,
     )

@@ -24,6 +24,7 @@ SUPPORT = {
     "attention_tiles",
     "configs",
     "device_math",
+    "embedding_gradients",
     "launch",
     "reference",
 }
