@@ -14,6 +14,7 @@ from torch import Tensor
 # Odd on purpose: packed rows come in any number, and divisibility must not be what makes a kernel good.
 TOKENS = 16383
 BATCH, SEQLEN, HEADS = 32, 509, 12  # attention's; as odd
+EMBEDDED = 127  # the length of embedded sequences, of which TOKENS is a multiple
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # Every bucket's own width (a power of two), BERT's 384 (MiniLM) and 768 (base) inside theirs, and one that no vector
@@ -40,7 +41,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        extra = f"p={self.p}" if self.op.startswith("dropout") else self.activation
+        extra = f"p={self.p}" if self.op in ("dropout_add_layernorm", "embedding_layernorm") else self.activation
         if self.op == "gather_rows":
             extra = "rows"
         if self.op == "attention":
@@ -59,6 +60,8 @@ class Case:
 SHORT = (
     "dropout_add_layernorm bf16 768 p=0.1",
     "bias_gelu bf16 3072 gelu",
+    "embedding_layernorm bf16 768 p=0.1",
+    "gather_rows bf16 768 rows",
     "gelu_layernorm bf16 768 gelu",
     "adamw fp32 1 plain",
     "attention bf16 64 key p=0.0",
@@ -263,9 +266,36 @@ def _linear_cross_entropy(variant: Variant) -> None:
         op.launch_rows(logits, bias, labels, losses, dlosses, -100, smoothing, extra != "loss", op.gradient_scale(dtype))
 
 
+def _embedding_layernorm_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "embedding_layernorm")
+    for width in HIDDEN:
+        for dtype in ("bf16", "fp32"):
+            yield variant(dtype, width, p=0.1)
+    yield variant("bf16", 768)
+    yield variant("fp16", 768, p=0.1)
+    for width in (512, 2048, 8192):
+        yield variant("fp64", width, p=0.1)
+
+
+def _embedding_layernorm(variant: Variant) -> None:
+    """As many words as tokens, so that what is read of them counts as the floor does: a row a token."""
+    from fastbert.kernels import embedding_layernorm as op
+
+    dtype = DTYPES[variant.dtype]
+    words, positions, types, vector = (
+        _meta(*shape, variant.width, dtype=dtype) for shape in ((TOKENS,), (512,), (2,), ())
+    )
+    ids = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int64)
+    seed = _meta(dtype=torch.int64) if variant.p else None
+    read = (ids, ids, None, seed, 0, 0)
+    y, mean, rstd = op._launch_fwd(words, positions, types, vector, vector, *read, 1e-12, variant.p, dtype, True)
+    op._launch_bwd(y, words, positions, types, vector, mean, rstd, *read, variant.p, True, True, True, True)
+
+
 CASES: dict[str, Case] = {
     "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
     "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
+    "embedding_layernorm": Case(_embedding_layernorm_variants, _embedding_layernorm),
     "gather_rows": Case(_gather_rows_variants, _gather_rows),
     "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),
     "adamw": Case(_adamw_variants, _adamw),

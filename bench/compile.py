@@ -146,7 +146,7 @@ def _of_rows(
     """What is counted by element of a [tokens, width] tensor: the kernel passes once over memory."""
     arguments = launched.arguments
     columns = arguments.get("CHUNKS", 1) * arguments.get("BLOCK_N", arguments.get("BLOCK_D", 1))
-    elements = arguments["BLOCK_M"] * min(columns, variant.width)
+    elements = arguments["BLOCK_M"] * arguments.get("AT_ONCE", 1) * min(columns, variant.width)
     lanes_per_element = launched.config.num_warps * LANES / elements
     big = launched.big(variant)
     names = {TILES} if variant.op == "attention" else set(big)

@@ -13,6 +13,10 @@ TENSORS = {
         "forward": ("x", "residual", "z", "y"),
         "backward": ("dy", "z", "dx", "dresidual"),
     },
+    "embedding_layernorm": {
+        "forward": ("word", "type", "position", "y"),
+        "backward": ("dy", "word", "type", "position", "dz", "dz of each word", "dz of each position"),
+    },
     "bias_gelu": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
     "gelu_layernorm": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
     "attention": {

@@ -15,6 +15,7 @@ try:
     from fastbert.kernels.attention_checks import MAX_HEAD_SIZE
     from fastbert.kernels.bias_gelu import bias_gelu
     from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
+    from fastbert.kernels.embedding_layernorm import embedding_layernorm
     from fastbert.kernels.gather_rows import gather_rows
     from fastbert.kernels.gelu_layernorm import gelu_layernorm
     from fastbert.kernels.launch import INTERPRETED, MAX_WIDTH
@@ -22,6 +23,7 @@ try:
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
     attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = linear_cross_entropy = None
+    embedding_layernorm = None
 
 _bounds = WeakTensorKeyDictionary()
 
@@ -43,6 +45,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "dropout_add_layernorm",
+    "embedding_layernorm",
     "gather_rows",
     "gelu_layernorm",
     "key_bounds",

@@ -54,7 +54,7 @@ def patch(
         intermediate: BertIntermediate, on `bias_gelu`.
         mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`, and the loss of BertForMaskedLM, BertForPreTraining
             and BertLMHeadModel, on `linear_cross_entropy`, from the positions that have a label.
-        embeddings: BertEmbeddings. No kernel yet: changes nothing.
+        embeddings: BertEmbeddings, on `embedding_layernorm`.
         unpad: whether BertEncoder runs on the real tokens alone, packed before its first layer and unpacked after its
             last: "auto" where no output can show it (heads that read the first position only, and then the last layer
             runs for that position only), True everywhere, with zeros where padding is, False nowhere. One

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert.layers import attention, encoder, intermediate, mlm_heads, pooled_heads, prediction_head, residual_norm
+from fastbert.layers import (
+    attention,
+    embeddings,
+    encoder,
+    intermediate,
+    mlm_heads,
+    pooled_heads,
+    prediction_head,
+    residual_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,13 @@ class Entry:
 
 
 ENTRIES = (
+    Entry(
+        bert.BertEmbeddings,
+        embeddings.FastBertEmbeddings,
+        "embedding_layernorm",
+        "embeddings",
+        embeddings.unsupported,
+    ),
     Entry(
         bert.BertSelfAttention,
         attention.FastBertSelfAttention,
@@ -98,7 +114,7 @@ BY_FAST = {
 }
 
 # Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.
-STOCK_ONLY = (bert.BertEmbeddings, bert.BertPooler)
+STOCK_ONLY = (bert.BertPooler,)
 
 
 def encoders_with_a_reader(model: nn.Module, mlm: bool) -> set[nn.Module]:

@@ -14,6 +14,7 @@ class Config:
 
     num_stages: how many iterations of a loop are in flight, where that is not left to Triton.
     chunk: how many columns of a row the program's warps load at once, where it is not all of them.
+    at_once: how many rows a sum over rows reads at once.
     """
 
     BLOCK_M: int
@@ -22,6 +23,7 @@ class Config:
     programs_per_multiprocessor: int | None = None
     chunk: int | None = None
     num_stages: int | None = None
+    at_once: int | None = None
 
     def chunks(self, width: int) -> tuple[int, int]:
         """How a row of `width` columns falls into chunks: their number and their columns, both powers of two."""
@@ -111,6 +113,17 @@ _GATHER_ROWS: Table = {
     2: {8192: Config(4, 4, 1024)},
     4: {8192: Config(4, 4, 512)},
     8: {8192: Config(4, 4, 256)},
+}
+# Places of the sorted tokens a program (most of them idle), and the columns of a row of which each lane loads 16 bytes.
+_EMBEDDING_RUNS: Table = {
+    2: {256: Config(1, 1, 256, at_once=8), 512: Config(1, 2, 512, at_once=8), 8192: Config(1, 4, 1024, at_once=8)},
+    4: {256: Config(1, 2, 256, at_once=8), 8192: Config(1, 4, 512, at_once=8)},
+    8: {8192: Config(1, 4, 256, at_once=4)},
+}
+_EMBEDDING_SUMS: Table = {
+    2: {8192: Config(1, 4, 256, 8, at_once=8)},
+    4: {8192: Config(1, 4, 128, 8, at_once=8)},
+    8: {8192: Config(1, 4, 64, 8, at_once=8)},
 }
 _BIAS_GELU_BACKWARD: Table = {
     2: {8192: Config(4, 4, 512, 6)},
@@ -202,6 +215,8 @@ TABLES: dict[str, dict[str, Table]] = {
     | _interpreted(Config(32, 1, None, 1)),
     "layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
     "gelu_layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
+    "embedding_runs": _everywhere(_EMBEDDING_RUNS) | _interpreted(Config(32, 1, 1024, at_once=8)),
+    "embedding_sums_backward": _everywhere(_EMBEDDING_SUMS) | _interpreted(Config(32, 1, 1024, 1, at_once=2)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
     "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),

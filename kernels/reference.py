@@ -42,6 +42,32 @@ def dropout_add_layernorm(
     return _layer_norm(x + residual, weight, bias, eps, out_dtype)
 
 
+def embedding_layernorm(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    offset: int = 0,
+    padding_idx: int | None = None,
+    eps: float = 1e-12,
+    p: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])), eager's sums in their order."""
+    rows = words if ids is None else F.embedding(ids, words, padding_idx)
+    if position_ids is None:
+        position_ids = torch.arange(offset, offset + rows.shape[-2], device=words.device)
+    type_rows = types[0] if token_type_ids is None else F.embedding(token_type_ids, types)
+    y = _layer_norm(rows + type_rows + F.embedding(position_ids, positions), weight, bias, eps, out_dtype)
+    return y if p == 0.0 else torch.where(keep, y * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
+
+
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
     """activation(x + bias)."""
     return ACTIVATIONS[activation](x if bias is None else x + bias.to(x.dtype))

@@ -24,6 +24,7 @@ SUPPORT = {
     "attention_tiles",
     "configs",
     "device_math",
+    "embedding_gradients",
     "launch",
     "linear_cross_entropy_rows",
     "reference",

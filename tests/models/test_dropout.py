@@ -84,6 +84,7 @@ class Replayed(nn.Module):
 
 def dropouts(model):
     """Those in the kernels, in the order of their calls."""
+    yield model.bert.embeddings
     for layer in model.bert.encoder.layer:
         yield layer.attention.output
         yield layer.output
@@ -91,18 +92,18 @@ def dropouts(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_stock_under_the_same_masks_is_equal(dtype, monkeypatch):
-    kernel = importlib.import_module("fastbert.kernels.dropout_add_layernorm")
     seeds = []
-    draw = kernel.draw_seed
-    monkeypatch.setattr(kernel, "draw_seed", lambda device: seeds.append(draw(device)) or seeds[-1])
+    for name in ("embedding_layernorm", "dropout_add_layernorm"):
+        kernel = importlib.import_module(f"fastbert.kernels.{name}")
+        draw = kernel.draw_seed
+        monkeypatch.setattr(kernel, "draw_seed", lambda device, draw=draw: seeds.append(draw(device)) or seeds[-1])
 
     model, batch = make(MLM, dtype, hidden_dropout_prob=P).train(), make_batch()
-    model.bert.embeddings.dropout.p = 0.0  # no kernel has it yet, and its bits are torch's own
     patched = fastbert.patch(copy.deepcopy(model))
     with counting() as launched:
         results = run(patched, batch)
     assert launched == expected_launches(model)
-    assert len(seeds) == len({int(seed) for seed in seeds}) == 4, "every dropout draws a seed of its own"
+    assert len(seeds) == len({int(seed) for seed in seeds}) == 5, "every dropout draws a seed of its own"
 
     shape = (*batch["input_ids"].shape, model.config.hidden_size)
     for module, seed in zip(dropouts(model), seeds, strict=True):

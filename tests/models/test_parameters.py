@@ -79,6 +79,7 @@ def test_frozen(frozen):
     expected = expected_launches(model, backward=False)
     expected += launches_of("bias_gelu", 0, layers) + launches_of("attention", 0, layers)
     expected += launches_of("dropout_add_layernorm", 0, 2 * layers)
+    expected += launches_of("embedding_layernorm", 0, any(p.requires_grad for p in model.bert.embeddings.parameters()))
     results = check(model, make_batch(CLASSIFICATION), expected=expected)
     gradients = {name for name in results if name.startswith("gradient")}
     assert gradients == {f"gradient of {name}" for name, _ in model.named_parameters() if not is_frozen(name)}

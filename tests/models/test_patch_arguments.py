@@ -18,7 +18,7 @@ SWITCHES = {
     "intermediate": ["bias_gelu"],
     "mlm_head": ["gelu_layernorm", "linear_cross_entropy"],
     "attention": ["attention"],
-    "embeddings": [],
+    "embeddings": ["embedding_layernorm"],
 }
 
 
