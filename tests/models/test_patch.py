@@ -173,7 +173,7 @@ def test_a_copy_is_patched_and_independent(way):
     assert launched == expected_launches(model)
     fastbert.unpatch(copied)
     assert classes(copied) == classes(make()) and classes(model) != classes(copied)
-    assert {row.kernel_calls for row in fastbert.report(model).rows if row.kernel and "Bert" in row.hf_class} == {1}, "a copy's calls are its own"
+    assert {row.kernel_calls for row in fastbert.report(model).rows if row.kernel} == {1}, "a copy's calls are its own"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
