@@ -33,7 +33,7 @@ def test_every_bert_part_has_its_row():
     }
     assert {name: report[name].kernel for name in kernels} == kernels
     assert report[layer + "output"].hf_class == "BertOutput", "the stock class is named, not ours"
-    assert len(report) == 3 + 2 * 4
+    assert len(report) == 4 + 2 * 4
 
 
 def test_before_and_after_patching_nothing_is_active():
