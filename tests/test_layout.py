@@ -25,6 +25,7 @@ SUPPORT = {
     "configs",
     "device_math",
     "embedding_gradients",
+    "embedding_rows",
     "launch",
     "linear_cross_entropy_rows",
     "reference",
