@@ -21,7 +21,7 @@ def written(folder, content, name="file.tsv"):
         ("classification", 16, {"text": "The soup was hot and the bread was fresh", "label": "good"}),
         ("matching", 14, {"second": "At dawn the boat left the harbour", "label": "1", "row": 2}),
         ("ner", 13, {"tags": ["B-PER", "I-PER", "O", "O", "B-LOC", "O", "O"]}),
-        ("qa", 12, {"question": "When was the bridge built?", "answers": ["1357"], "starts": [36]}),
+        ("qa", 12, {"question": "When was the bridge built?", "answers": ["1357"], "starts": [38]}),
         ("multiple-choice", 12, {"text": "The rain began, so she", "choice": 0, "row": 2}),
         ("mlm", 6, {"row": 1}),
         ("clm", 6, {"row": 1}),
