@@ -29,6 +29,7 @@ ACCEPTED_SPILLS = (
     "* backward *_layernorm fp64 4096 *",
     "* *_layernorm fp64 8192 *",
     "sm_100 backward gelu_layernorm mixed 8192 gelu",
+    "sm_90 backward embedding_layernorm fp32 8192 *",
 )
 Record = dict[str, Any]
 

@@ -98,10 +98,14 @@ class Op:
 @cache
 def table() -> dict[str, Op]:
     """OPS, by name. A function, because importing the lanes imports triton, whose interpreter is chosen before that."""
-    from bench import attention_lanes, decoder_lanes, packing_lanes, row_lanes
+    from bench import attention_lanes, decoder_lanes, embedding_lanes, packing_lanes, row_lanes
 
-    others = {"attention": attention_lanes.OP, "gather_rows": packing_lanes.OP, "linear_cross_entropy": decoder_lanes.OP}
-    return row_lanes.OPS | others
+    return row_lanes.OPS | {
+        "attention": attention_lanes.OP,
+        "embedding_layernorm": embedding_lanes.OP,
+        "gather_rows": packing_lanes.OP,
+        "linear_cross_entropy": decoder_lanes.OP,
+    }
 
 
 def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:
@@ -112,8 +116,16 @@ def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:
     return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-NAMES = ("attention", "dropout_add_layernorm", "bias_gelu", "gelu_layernorm", "gather_rows", "linear_cross_entropy")
-WITH_DROPOUT = ("attention", "dropout_add_layernorm")
+NAMES = (
+    "attention",
+    "dropout_add_layernorm",
+    "bias_gelu",
+    "gelu_layernorm",
+    "gather_rows",
+    "linear_cross_entropy",
+    "embedding_layernorm",
+)
+WITH_DROPOUT = ("attention", "dropout_add_layernorm", "embedding_layernorm")
 SEQLENS = (512, 128, 2048, 64, 256, 1024)  # what matters most first
 TOKENS = 16384
 LABELLED = {512: 16384, 128: 4096, 64: 2457, 256: 614}  # rows of linear_cross_entropy, in place of sequences' lengths
