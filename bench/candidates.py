@@ -6,7 +6,7 @@ The closest to the present entry come first, so that a run that is cut short has
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,20 +18,32 @@ ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Entry:
-    """A table of configs.py: the op and direction that show its time, BERT's widths, and what may vary."""
+    """A table of configs.py: the op and direction that show its time, BERT's widths, and what may vary.
+
+    extra: what else the audit's variant of it is, where that is not the op's plain one.
+    """
 
     op: str
     direction: str
     widths: tuple[int, ...]
     choices: dict[str, tuple[int, ...]]
+    function: str
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
-_HIDDEN, _FEED_FORWARD, _HEAD_SIZES = (1024, 768, 384), (4096, 3072, 1536), (64,)
+_HIDDEN, _FEED_FORWARD, _HEAD_SIZES, _VOCABULARY = (1024, 768, 384), (4096, 3072, 1536), (64,), (30522,)
+_DROPPED = {"p": 0.1}
 _TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
 ENTRIES = {
-    "attention_forward": Entry("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}),
-    "attention_backward_kv": Entry("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}),
-    "attention_backward_q": Entry("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}),
+    "attention_forward": Entry(
+        "attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}, "attention_fwd_kernel", _DROPPED
+    ),
+    "attention_backward_kv": Entry(
+        "attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_kv_kernel", _DROPPED
+    ),
+    "attention_backward_q": Entry(
+        "attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED
+    ),
     "layernorm_backward": Entry(
         "dropout_add_layernorm",
         "backward",
@@ -42,8 +54,29 @@ ENTRIES = {
             "programs_per_multiprocessor": (1, 2, 3, 4),
             "chunk": (128, 256, 512),
         },
+        "dropout_add_layernorm_bwd_kernel",
+        _DROPPED,
     ),
-    "layernorm_forward": Entry("dropout_add_layernorm", "forward", _HIDDEN, {"BLOCK_M": (1, 2, 4), "num_warps": (1, 2, 4, 8)}),
+    "layernorm_forward": Entry(
+        "dropout_add_layernorm",
+        "forward",
+        _HIDDEN,
+        {"BLOCK_M": (1, 2, 4), "num_warps": (1, 2, 4, 8)},
+        "dropout_add_layernorm_fwd_kernel",
+        _DROPPED,
+    ),
+    "gelu_layernorm_backward": Entry(
+        "gelu_layernorm",
+        "backward",
+        _HIDDEN,
+        {
+            "BLOCK_M": (2, 4, 8),
+            "num_warps": (4, 8),
+            "programs_per_multiprocessor": (1, 2, 3, 4),
+            "chunk": (128, 256, 512),
+        },
+        "gelu_layernorm_bwd_kernel",
+    ),
     "bias_gelu_backward": Entry(
         "bias_gelu",
         "backward",
@@ -54,12 +87,45 @@ ENTRIES = {
             "num_warps": (4, 8),
             "programs_per_multiprocessor": (2, 4, 6, 8),
         },
+        "bias_gelu_bwd_kernel",
     ),
     "bias_gelu_forward": Entry(
         "bias_gelu",
         "forward",
         _FEED_FORWARD,
         {"BLOCK_M": (1, 2, 4, 8), "BLOCK_N": (256, 512, 1024), "num_warps": (2, 4, 8)},
+        "bias_gelu_fwd_kernel",
+    ),
+    "gather_rows": Entry(
+        "gather_rows",
+        "forward",
+        _HIDDEN,
+        {"BLOCK_M": (1, 2, 4, 8), "BLOCK_N": (256, 512, 1024), "num_warps": (2, 4, 8)},
+        "gather_rows_kernel",
+    ),
+    "linear_cross_entropy": Entry(
+        "linear_cross_entropy",
+        "both",
+        _VOCABULARY,
+        {"BLOCK_N": (2048, 4096, 8192), "chunk": (1024, 2048), "num_warps": (4, 8, 16)},
+        "linear_cross_entropy_fwd_kernel",
+        {"activation": "gradient"},
+    ),
+    "embedding_runs": Entry(
+        "embedding_layernorm",
+        "backward",
+        _HIDDEN,
+        {"BLOCK_N": (256, 512, 1024), "at_once": (4, 8, 16), "num_warps": (2, 4, 8)},
+        "embedding_layernorm_bwd_runs_kernel",
+        _DROPPED,
+    ),
+    "embedding_sums_backward": Entry(
+        "embedding_layernorm",
+        "backward",
+        _HIDDEN,
+        {"BLOCK_N": (128, 256, 512), "at_once": (4, 8, 16), "num_warps": (2, 4, 8)},
+        "embedding_layernorm_bwd_sums_kernel",
+        _DROPPED,
     ),
 }
 

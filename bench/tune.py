@@ -72,10 +72,10 @@ def audited(job: tuple[str, str, str, int, Config]) -> dict[str, Any]:
 
     kernel, architecture, dtype, width, config = job
     entry = ENTRIES[kernel]
-    variant = Variant(entry.op, dtype, width, **({} if entry.op == "bias_gelu" else {"p": 0.1}))
+    variant = Variant(entry.op, dtype, width, **entry.extra)
     with shipped(kernel, architecture, dtype, config):
         launches = compiling.record(architecture, variant)
-    (launched,) = [one for one in launches if one.kernel.__name__ == kernel_name(kernel)]
+    launched = next(one for one in launches if one.kernel.__name__ == entry.function)
     try:
         compiled = compiling.compile_launch(architecture, launched)
     except Exception as error:
@@ -83,13 +83,6 @@ def audited(job: tuple[str, str, str, int, Config]) -> dict[str, Any]:
     tool = str(compiling._TOOLS / "nvdisasm")
     (listing,) = sass.disassemble([sass.code(compiled.asm["cubin"])], ARCHITECTURES[architecture].nvdisasm_name, tool)
     return compiling.describe(architecture, variant, launched, compiled, listing)
-
-
-def kernel_name(kernel: str) -> str:
-    """The jit function of a table of configs.py: "layernorm_forward" is shared, and tuned on dropout_add_layernorm."""
-    part = kernel.split("_", 1)[1] if kernel.startswith("attention") else kernel.rpartition("_")[2]
-    part = part.replace("forward", "fwd").replace("backward", "bwd")
-    return f"{ENTRIES[kernel].op}_{part}_kernel"
 
 
 class _Timer:
@@ -101,9 +94,9 @@ class _Timer:
         from bench.ops import Case, table
 
         entry = ENTRIES[kernel]
-        hidden = {"attention": 1024, "bias_gelu": width // 4}.get(entry.op, width)
+        hidden = {"attention": 1024, "bias_gelu": width // 4, "linear_cross_entropy": 1024}.get(entry.op, width)
         batch, seqlen = ROWS["attention" if entry.op == "attention" else "rows"]
-        self.case = Case(entry.op, dtype, hidden, batch, seqlen, p=0.0 if entry.op == "bias_gelu" else 0.1)
+        self.case = Case(entry.op, dtype, hidden, batch, seqlen, p=entry.extra.get("p", 0.0))
         self.inputs = run_ops.make_inputs(self.case)
         self.lane = table()[entry.op].lanes["fastbert"]
         self.checker = Checker(table()[entry.op], self.case, self.inputs[0])
