@@ -95,11 +95,14 @@ def _mode_reason() -> str | None:
     return None
 
 
-def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether `module` is exactly a `cls` whose call does nothing but `cls.forward`: no hooks, nothing replaced."""
+def is_plain(module: nn.Module, cls: type[nn.Module], idle: str | None = None) -> bool:
+    """Whether `module` is exactly a `cls` whose call does nothing but `cls.forward`: no hooks, nothing replaced.
+
+    Forward hooks of the name `idle` are those that do nothing here.
+    """
     return (
         type(module) is cls
-        and not module._forward_hooks
+        and all(idle and getattr(hook, "__name__", None) == idle for hook in module._forward_hooks.values())
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks

@@ -236,7 +236,8 @@ def _small_tables(
     dpositions, dtypes = dz.new_empty(0), dz.new_empty(0)
     if (needs_positions and one_for_all) or (needs_types and few):
         n_types = types.shape[0] if needs_types and few and token_type_ids is not None else 1
-        type_ids = token_type_ids.expand(shape).reshape(-1) if n_types > 1 else None
+        # An expanded [1, 1] has a flat view of stride 0.
+        type_ids = token_type_ids.expand(shape).reshape(-1).contiguous() if n_types > 1 else None
         sums = by_places(dz, seqlen if needs_positions and one_for_all else GROUPS, type_ids, n_types)
         if needs_types and few:
             dtypes = torch.zeros(types.shape, dtype=types.dtype, device=types.device)

@@ -26,7 +26,10 @@ def _reason_of_parts(module: nn.Module, words: bool) -> str | None:
 
 
 def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
-    if not is_plain(embedding, nn.Embedding) or type(embedding.weight) not in (nn.Parameter, Tensor):
+    # Gradient checkpointing hooks the words so that their rows require a gradient: of a table that does, they do.
+    weight = getattr(embedding, "weight", None)
+    idle = "make_inputs_require_grads" if getattr(weight, "requires_grad", False) else None
+    if not is_plain(embedding, nn.Embedding, idle) or type(embedding.weight) not in (nn.Parameter, Tensor):
         return f"{name} is a {type(embedding).__name__}, or has hooks"
     if embedding.sparse:
         return f"{name} with sparse gradients"

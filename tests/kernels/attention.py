@@ -125,6 +125,7 @@ def _keep_for(inputs: Inputs, options: dict[str, Any]) -> Tensor:
     batch = inputs["q"].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     longest_q = options.get("max_seqlen_q", longest)
     lengths = [inputs["q"].shape[1] if longest_q is None else longest_q, inputs["k"].shape[1] if longest is None else longest]
+    lengths = [max(1, n) for n in lengths]
     return drawn_keep(batch, inputs["q"].shape[-2], *lengths, options["p"], options["seed"])
 
 

@@ -19,7 +19,8 @@ ROW_RESULTS = ("y", "dhidden")
 @st.composite
 def calls(draw):
     dtype = draw(st.sampled_from(DTYPES))
-    n_rows = draw(st.integers(1, 32))
+    # Of a row or two float16's roundings do not average: eager may be exact by luck.
+    n_rows = draw(st.integers(8 if dtype == torch.float16 else 1, 32))
     smoothing = draw(st.sampled_from([0.0, 0.0, 0.1]))
     # eager's smoothing adds all of a row's log-probabilities up in float16, where that overflows
     wide = dtype == torch.float16 and (smoothing > 0 or draw(st.booleans()))

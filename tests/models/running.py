@@ -128,17 +128,17 @@ def doubled(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: double(value) for name, value in batch.items()}
 
 
-def assert_equal(results: Tensors, eager: Tensors, reference: Tensors) -> None:
+def assert_equal(results: Tensors, eager: Tensors, reference: Tensors, computed: torch.dtype = torch.float64) -> None:
     """The rule of `fastbert.verify`, for every tensor that any of the three runs has.
 
     A gradient that is zero in exact arithmetic (a key's bias, a bias that all choices share) is what is left where
     terms cancelled. Such noise has no size of its own: it is measured by the largest tensor, in roundings of the
-    coarsest type in the model (autocast computes float32 gradients in float16).
+    coarsest type in the model (autocast computes float32 gradients in float16: `computed` says so where no result shows it).
     """
     assert results
     sizes = {name: float(x.abs().max()) for name, x in reference.items() if x.is_floating_point() and x.numel()}
     coarsest = max(torch.finfo(x.dtype).eps for x in results.values() if x.is_floating_point())
-    noise = coarsest * max(sizes.values())
+    noise = max(coarsest, torch.finfo(computed).eps) * max(sizes.values())
     failures = []
     for comparison in _compare_all(results, eager, reference):
         name = comparison.name

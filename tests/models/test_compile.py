@@ -136,5 +136,6 @@ def test_export_holds_the_operations():
     assert len(operations) == 4
     with counting() as launched:
         output = exported.module()(**batch).last_hidden_state
-    assert launched == expected_launches(model, backward=False)
+    # While it exports, torch gives the embeddings' tables a type of its own, so they stay stock.
+    assert launched == expected_launches(model, backward=False, without=["embedding_layernorm"])
     torch.testing.assert_close(output, model(**batch).last_hidden_state)

@@ -36,7 +36,7 @@ def calls(draw):
         "kind": kind,
         "config": config,
         "dtype": draw(st.sampled_from([torch.float64, torch.float32, torch.float32, torch.float16])),
-        "attention": draw(st.sampled_from(["eager", "sdpa"])),
+        "attention": draw(st.sampled_from(["eager", "sdpa"])),  # with weights asked for, eager: stock's SDPA has none
         "mask": draw(st.sampled_from(["none", "right", "right", "left", "holes", "one token", "4-D"])),
         "seed": draw(st.integers(0, 2**31)),
         "training": draw(st.booleans()),
@@ -79,7 +79,7 @@ def settled(call):
 
 
 @given(call=calls())
-@settings(max_examples=25)
+@settings(max_examples=25, derandomize=True)
 def test_any_small_model(call):
     check(call)
 
@@ -93,7 +93,8 @@ def test_many_small_models(call):
 
 def check(call):
     note(str(call))
-    model = make(call["kind"], call["dtype"], call["attention"], seed=call["seed"] % 1000, **call["config"])
+    attention = "eager" if "output_attentions" in call["flags"] else call["attention"]
+    model = make(call["kind"], call["dtype"], attention, seed=call["seed"] % 1000, **call["config"])
     model.train(call["training"])
     if call["checkpointed"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

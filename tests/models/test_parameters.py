@@ -95,7 +95,8 @@ def test_activation_of_the_config(name):
     if name not in ACT2FN:
         pytest.skip("not in this release of transformers")
     try:
-        model = make(hidden_act=name)
+        # Its one parameter's gradient is one number, which eager in float32 may get exact by luck.
+        model = make(hidden_act=name, dtype=torch.float64 if name == "prelu" else torch.float32)
         run(model, make_batch())
     except Exception as error:
         pytest.skip(f"stock BERT does not run with it here: {error}")
