@@ -26,14 +26,15 @@ def packing_of(
     if torch.compiler.is_compiling() and not (known and (read is None or reads is not None)):
         return _COMPILED if alone or read is None else "torch.compile, and the labels were not given a budget"
     _check(mask, tokens, read, reads)
+    padding = False
     if not known or (read is not None and reads is None):
         tokens, reads, padding = _counted(mask, tokens, told, reads)
-        if padding:
-            return "a position that is padding is read"
     elif mask is not None and alone:
         torch._assert_async(~missing(mask, told), "lengths: given, but a position that is padding is read")
     if tokens is not None and tokens.rows == 0:
         return "a batch of padding alone"
+    if padding:
+        return "a position that is padding is read"
     if read is not None:
         told.rows = _rows(read, reads)
     whole = mask is None or tokens == Room(batch * seqlen, seqlen)

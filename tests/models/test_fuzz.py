@@ -65,6 +65,8 @@ def batch_of(call, model):
         embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
         batch["inputs_embeds"] = embeds.requires_grad_()
     mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 4:
+        batch["attention_mask"] = mask.to(model.dtype)  # stock adds it to the scores as it is
     if "labels" in batch and mask is not None and batch["labels"].shape == mask.shape:
         batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
     return batch | call["flags"]
