@@ -99,7 +99,7 @@ def test_report_prints_the_table(small_model, tmp_path):
     data = tmp_path / "rows.json"
     done = fastbert_command("report", str(small_model), "--json", str(data), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    assert "fastbert on BertForTokenClassification: 8 of 8" in done.stdout
+    assert "fastbert on BertForTokenClassification: 9 of 9" in done.stdout
     assert {row["kernel"] for row in json.loads(data.read_text())} == {
         None,
         "attention",
