@@ -103,8 +103,9 @@ def test_report_prints_the_table(small_model, tmp_path):
     assert {row["kernel"] for row in json.loads(data.read_text())} == {
         None,
         "attention",
-        "dropout_add_layernorm",
         "bias_gelu",
+        "dropout_add_layernorm",
+        "embedding_layernorm",
     }
 
 
