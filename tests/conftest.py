@@ -10,40 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.interpreter import improve
+
 GPU = torch.cuda.is_available()
-
-
-def _replace_language_once() -> None:
-    """Let the interpreter replace triton.language's functions once a launch.
-
-    It does so again in every jit function that a kernel calls, to the same effect: 40 % of the time of these tests.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    replace = interpreter._patch_lang
-    replaced: set[str] = set()
-
-    class Nothing:
-        def restore(self) -> None:
-            pass
-
-    def replace_once(function):
-        modules = {value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core}
-        if modules <= replaced:
-            return Nothing()
-        replaced.update(modules)
-        scope = replace(function)
-        restore = scope.restore
-
-        def restore_and_forget() -> None:  # called when a launch ends, not when a function does
-            replaced.clear()
-            restore()
-
-        scope.restore = restore_and_forget
-        return scope
-
-    interpreter._patch_lang = replace_once
 
 
 if not GPU:
@@ -52,7 +21,7 @@ if not GPU:
         raise pytest.UsageError("triton was imported before tests/conftest.py could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
 
-    _replace_language_once()
+    improve()
 
 # One thread a process: the tensors are small, and pytest-xdist runs a process a core.
 torch.set_num_threads(1)
