@@ -102,7 +102,9 @@ def test_a_lane_without_kernels_fails(train, monkeypatch):
     assert code == 1 and "no kernel of fastbert was launched" in text
 
 
-@pytest.mark.parametrize(("lane", "batch", "accumulation"), [("stock", 2, 2), ("fastbert", 4, 1)])
+@pytest.mark.parametrize(
+    ("lane", "batch", "accumulation"), [("stock", 2, 2), pytest.param("fastbert", 4, 1, marks=pytest.mark.long)]
+)
 def test_resumed_is_as_if_never_stopped(lane, batch, accumulation, train, monkeypatch, tmp_path):
     """In the middle of the second epoch, with dropout and masks: all that is drawn has to go on."""
     few = tmp_path / "few.txt"
