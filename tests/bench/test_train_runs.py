@@ -47,6 +47,7 @@ def train(model, tmp_path):
     return call
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("task", FILES)
 def test_every_task(task, train, tmp_path, launches):
     code, text, results = train(task, "--steps", STEPS, "--dropout", 0)

@@ -90,6 +90,7 @@ def test_opcheck(kind):
     opcheck_both(inputs_of(kind), options_of(kind))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["plain", "dropped"])
 def test_opcheck_of_layouts(kind, layout):

@@ -53,6 +53,7 @@ FIVE = (CONTIGUOUS, TRANSPOSED, SLICED, EXPANDED, OFFSET)
 OF_KEYS = {EXPANDED: shared_heads}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dy_layout", FIVE, ids=lambda f: "dy_" + f.__name__)
 @pytest.mark.parametrize("layout", FIVE, ids=lambda f: "q_" + f.__name__)
 def test_every_pair_of_layouts(layout, dy_layout):

@@ -313,6 +313,7 @@ def opcheck(op, *arguments):
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4, results
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", [None, sliced, expanded, transposed], ids=lambda f: getattr(f, "__name__", "plain"))
 @pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
 def test_opcheck(embeds, layout):
@@ -329,6 +330,7 @@ def test_opcheck(embeds, layout):
         opcheck(ops.embedding_layernorm_backward, dy, *tables, mean, mean.exp(), *read, *dropout, 0.3, *needs)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_compile(positions, embeds):

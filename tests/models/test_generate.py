@@ -25,6 +25,7 @@ def generate(model, **keywords):
     return model.generate(**batch, max_new_tokens=NEW_TOKENS, **keywords)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_generate_gives_stocks_tokens(way, cache):

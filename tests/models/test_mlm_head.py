@@ -61,6 +61,7 @@ def head_row(model):
     return row
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("unpad", ["auto", True, False])
 @pytest.mark.parametrize("mlm_logits", ["full", "none"])
 @pytest.mark.parametrize("kind", HEADS, ids=str)
@@ -68,6 +69,7 @@ def test_training_is_equal(kind, mlm_logits, unpad):
     check(make(kind).train(), batch_of(kind), mlm_logits=mlm_logits, unpad=unpad)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mlm_logits", ["full", "none"])
 @pytest.mark.parametrize("mask", ["none", "left", "holes", "4-D"])
 @pytest.mark.parametrize("kind", [MLM, PRETRAINING], ids=str)
@@ -295,6 +297,7 @@ def test_pretraining_without_the_second_label_has_no_loss():
     assert outputs.loss is None and outputs.prediction_logits.shape == (ROWS, LENGTH, VOCABULARY)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mlm_logits", ["full", "none"])
 @pytest.mark.parametrize("kind", HEADS, ids=str)
 def test_compiled_whole(kind, mlm_logits):

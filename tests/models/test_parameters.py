@@ -90,6 +90,7 @@ def fused_launches(model, fused):
     return expected_launches(model, without=() if fused else ("bias_gelu", "gelu_layernorm"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", sorted(set(ACT2FN) | FUSED))
 def test_activation_of_the_config(name):
     if name not in ACT2FN:

@@ -6,6 +6,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from .environments import Environment, run
 
 # Imports the modules it is given, and says what was found where.
@@ -74,6 +76,7 @@ def site_packages(environment: Environment) -> Path:
     return folder
 
 
+@pytest.mark.long  # .ci/run installs it so
 def test_editable(environment: Environment, tree: Path, elsewhere: Path) -> None:
     environment.install("--editable", tree)
     check_installed(environment, tree, elsewhere, tree / "fastbert")
