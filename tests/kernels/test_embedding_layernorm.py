@@ -12,6 +12,7 @@ from fastbert.kernels.launch import MAX_WIDTH, counts
 from tests.numerics import assert_close
 
 from .layouts import LAYOUTS, expanded, guarded, sliced, transposed
+from .opchecking import opcheck
 from .ops import DEVICE, assert_same, double, drawn_mask, run, seed_tensor
 from .test_memory import guards_of, poisoned_outputs
 
@@ -306,11 +307,6 @@ def test_a_second_derivative_raises():
     (dwords,) = torch.autograd.grad(embedding_layernorm(**inputs, **options).sin().sum(), words, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         dwords.sum().backward()
-
-
-def opcheck(op, *arguments):
-    results = torch.library.opcheck(op.default, arguments)
-    assert set(results.values()) == {"SUCCESS"} and len(results) == 4, results
 
 
 @pytest.mark.parametrize("layout", [None, sliced, expanded, transposed], ids=lambda f: getattr(f, "__name__", "plain"))

@@ -8,8 +8,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import fastbert
+from fastbert.kernels.launch import recording
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
-from tests.models.tiny import BASE, CLM, KINDS, MLM, make, make_batch
+from tests.models.tiny import CLASSIFICATION, CLM, KINDS, make, make_batch
+
+NINE = [kind for i, kind in enumerate(KINDS) if kind.cls not in {other.cls for other in KINDS[:i]}]
+
+
+def _long_unless(short):
+    return [] if short else [pytest.mark.long]
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +36,40 @@ def compiled(model, **keywords):
     return torch.compile(model, fullgraph=True, backend="aot_eager", **keywords)
 
 
-# Without labels for the decoder: transformers logs a warning in its loss, which breaks stock's graph.
-@pytest.mark.parametrize(("kind", "labels"), [(BASE, True), (CLM, False), (MLM, True), (KINDS[-1], True)], ids=str)
-def test_equal_with_every_gradient(kind, labels):
-    model, batch = make(kind, num_hidden_layers=1), make_batch(kind, labels=labels) | {"use_cache": False}
+LENGTHS = (9, 7, 12, 5, 16, 3, 11, 6, 14, 8)
+# dynamic=True compiles once, the default once for the first length and once for all others: five and ten seconds a class.
+# The losses of sequence classification are torch's own.
+CLASSES = [
+    *(pytest.param(kind, True, id=f"{kind}-dynamic", marks=_long_unless(kind in NINE)) for kind in KINDS),
+    *(pytest.param(kind, None, id=f"{kind}-automatic", marks=_long_unless(kind is CLASSIFICATION)) for kind in KINDS),
+]
+
+
+@pytest.mark.parametrize(("kind", "dynamic"), CLASSES)
+def test_ten_lengths_of_every_class(kind, dynamic):
+    """No break, equal with every gradient, and no graph for a length that is neither the first nor the second."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model = make(kind, num_hidden_layers=1).train()
     patched = fastbert.patch(copy.deepcopy(model))
-    with counting() as launched:
-        results = run(compiled(patched), batch)
-    assert launched == expected_launches(model)
+    fast, frames = torch.compile(patched, fullgraph=True, backend=counter, dynamic=dynamic), []
+    for length in LENGTHS[:2]:
+        batch = batch_of(kind, length)
+        with counting() as launched:
+            results = run(fast, batch)
+        assert launched == expected_launches(model)
+        results = {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
+        assert_equal(results, run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch)))
+        frames.append(counter.frame_count)
+    with recording("sm_90", lambda *launch: None):  # which graph serves does not depend on what the kernels compute
+        for length in LENGTHS[2:]:
+            fast(**batch_of(kind, length))
+    assert [*frames, counter.frame_count] == ([1, 1, 1] if dynamic else [1, 2, 2])
     assert not counters["graph_break"]
-    results = {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
-    assert_equal(results, run(copy.deepcopy(model), batch), run(model.double(), doubled(batch)))
+
+
+def batch_of(kind, length):
+    batch = make_batch(kind, length=length)
+    return batch | ({"use_cache": False} if kind is CLM else {})
 
 
 def test_one_graph_for_forward_and_one_for_backward():
@@ -126,16 +156,3 @@ def test_what_has_no_kernel_compiles_too():
         results = run(compiled(fastbert.patch(copy.deepcopy(model))), make_batch(), backward=False)
     assert launched == expected_launches(model, backward=False, without=["bias_gelu", "gelu_layernorm"])
     torch.testing.assert_close(results, run(model, make_batch(), backward=False))
-
-
-def test_export_holds_the_operations():
-    model = fastbert.patch(make(BASE, num_hidden_layers=1))
-    batch = make_batch(BASE)
-    exported = torch.export.export(model, (), batch)
-    operations = [str(node.target) for node in exported.graph.nodes if "fastbert" in str(node.target)]
-    assert len(operations) == 4
-    with counting() as launched:
-        output = exported.module()(**batch).last_hidden_state
-    # While it exports, torch gives the embeddings' tables a type of its own, so they stay stock.
-    assert launched == expected_launches(model, backward=False, without=["embedding_layernorm"])
-    torch.testing.assert_close(output, model(**batch).last_hidden_state)
