@@ -1,4 +1,7 @@
-"""Many heads and large strides: more programs than an axis of a grid has room for, and offsets past 2**31 elements."""
+"""Many heads and large strides: more programs than an axis of a grid has room for, and offsets past 2**31 elements.
+
+Real tensors of so many: test_gpu_sizes.py.
+"""
 
 import subprocess
 import sys

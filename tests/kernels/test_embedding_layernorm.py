@@ -429,7 +429,7 @@ def test_wrong_arguments(argument, change):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, HALF, SINGLE], ids=str)
-@pytest.mark.parametrize("width", [37, 384, 768, 1024, 1500, 4096])
+@pytest.mark.parametrize("width", [768, 1500])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_on_a_gpu(positions, width, dtype):
     """BERT's vocabulary, half of the tokens of one word, in the dtypes and at the sizes that are trained."""

@@ -65,7 +65,7 @@ def check_embedding_layernorm(elements: int, dtype: torch.dtype) -> None:
     """As many tokens as that, and a table of so many words, of which the last tokens are the last."""
     width, length = 768, 64
     n_rows = elements // (width * length) + 2
-    inputs = {"words": normal(elements // width + length, width, dtype=dtype)}
+    inputs = {"words": normal(elements // width + 2 * length, width, dtype=dtype)}
     inputs |= {name: normal(n, width, dtype=dtype) for name, n in (("positions", length), ("types", 2))}
     inputs |= {name: normal(width, dtype=dtype) for name in ("weight", "bias")}
     ids = torch.randint(len(inputs["words"]) - length, (n_rows, length), device=DEVICE)
@@ -136,7 +136,7 @@ def test_every_op_has_a_size():
 @pytest.mark.parametrize("op", CHECKS)
 def test_checks_run_anywhere(op):
     """The checks themselves, of small tensors, where there is no GPU."""
-    CHECKS[op](2000, torch.float32)
+    CHECKS[op](200, torch.float32)
 
 
 @pytest.mark.gpu
@@ -144,7 +144,7 @@ def test_checks_run_anywhere(op):
 def test_more_elements_than_an_int32_counts(op):
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    if free < 80 * 2**30:
-        pytest.skip(f"needs 80 GiB of GPU memory, {free / 2**30:.0f} are free")
+    if free < 50 * 2**30:
+        pytest.skip(f"needs 50 GiB of GPU memory, {free / 2**30:.0f} are free")
     CHECKS[op](PAST + 2**20, torch.bfloat16)
     torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 import fastbert
 from fastbert.kernels.launch import recording
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
-from tests.models.tiny import CLASSIFICATION, CLM, KINDS, make, make_batch
+from tests.models.tiny import CLASSIFICATION, CLM, KINDS, LENGTH, make, make_batch
 
 NINE = [kind for i, kind in enumerate(KINDS) if kind.cls not in {other.cls for other in KINDS[:i]}]
 
@@ -36,38 +36,48 @@ def compiled(model, **keywords):
     return torch.compile(model, fullgraph=True, backend="aot_eager", **keywords)
 
 
-LENGTHS = (9, 7, 12, 5, 16, 3, 11, 6, 14, 8)
-# dynamic=True compiles once, the default once for the first length and once for all others: five and ten seconds a class.
-# The losses of sequence classification are torch's own.
-CLASSES = [
-    *(pytest.param(kind, True, id=f"{kind}-dynamic", marks=_long_unless(kind in NINE)) for kind in KINDS),
-    *(pytest.param(kind, None, id=f"{kind}-automatic", marks=_long_unless(kind is CLASSIFICATION)) for kind in KINDS),
-]
+def assert_equal_with_every_gradient(fast, model, batch):
+    """`fast` is `model` patched and compiled; one launch for each module that has a kernel, in each direction."""
+    with counting() as launched:
+        results = run(fast, batch)
+    assert launched == expected_launches(model)
+    results = {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
+    assert_equal(results, run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch)))
 
 
-@pytest.mark.parametrize(("kind", "dynamic"), CLASSES)
-def test_ten_lengths_of_every_class(kind, dynamic):
-    """No break, equal with every gradient, and no graph for a length that is neither the first nor the second."""
+@pytest.mark.parametrize("kind", NINE, ids=str)
+def test_every_class_is_one_graph(kind):
+    model = make(kind, num_hidden_layers=1).train()
+    assert_equal_with_every_gradient(compiled(fastbert.patch(copy.deepcopy(model))), model, batch_of(kind))
+    assert not counters["graph_break"]
+
+
+LENGTHS = (LENGTH, 7, 12, 5, 16, 3, 11, 6, 14, 8)
+
+
+# Ten seconds of tracing each. The encoder below them is the same, and the losses of sequence classification are torch's.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind is CLASSIFICATION else [pytest.mark.long]) for kind in KINDS], ids=str
+)
+def test_ten_lengths(kind):
+    """A graph for the first, one for all others: nobody need say that lengths vary."""
     counter = CompileCounterWithBackend("aot_eager")
     model = make(kind, num_hidden_layers=1).train()
-    patched = fastbert.patch(copy.deepcopy(model))
-    fast, frames = torch.compile(patched, fullgraph=True, backend=counter, dynamic=dynamic), []
+    fast = torch.compile(fastbert.patch(copy.deepcopy(model)), fullgraph=True, backend=counter)
+    frames = []
     for length in LENGTHS[:2]:
-        batch = batch_of(kind, length)
-        with counting() as launched:
-            results = run(fast, batch)
-        assert launched == expected_launches(model)
-        results = {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
-        assert_equal(results, run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch)))
+        assert_equal_with_every_gradient(fast, model, batch_of(kind, length))
         frames.append(counter.frame_count)
     with recording("sm_90", lambda *launch: None):  # which graph serves does not depend on what the kernels compute
         for length in LENGTHS[2:]:
             fast(**batch_of(kind, length))
-    assert [*frames, counter.frame_count] == ([1, 1, 1] if dynamic else [1, 2, 2])
+            frames.append(counter.frame_count)
+    assert frames == [1] + [2] * 9
+    assert_equal_with_every_gradient(fast, model, batch_of(kind, LENGTHS[2]))
     assert not counters["graph_break"]
 
 
-def batch_of(kind, length):
+def batch_of(kind, length=LENGTH):
     batch = make_batch(kind, length=length)
     return batch | ({"use_cache": False} if kind is CLM else {})
 

@@ -33,25 +33,20 @@ def wide(seed=0, **overrides):
 
 
 class Text:
-    """Sequences in which a token decides the next but for one time in ten, so that there is something to learn.
+    """Sequences of a topic each, of which there are 31 with four words, so that there is something to learn.
 
     15 % of the tokens are masked (3 stands for [MASK]) and labelled; every second row ends in padding.
     """
 
     def __init__(self):
-        self.rows, self.length = SIZES["rows"], SIZES["length"]
-        self.following = torch.randperm(VOCABULARY - 4, generator=torch.Generator().manual_seed(0)) + 4
+        self.shape = (SIZES["rows"], SIZES["length"])
 
     def batch(self, seed):
         generator = torch.Generator().manual_seed(seed)
-        tokens = [torch.randint(4, VOCABULARY, (self.rows,), generator=generator)]
-        for _ in range(self.length - 1):
-            strays = torch.rand(self.rows, generator=generator) < 0.1
-            others = torch.randint(4, VOCABULARY, (self.rows,), generator=generator)
-            tokens.append(torch.where(strays, others, self.following[tokens[-1] - 4]))
-        ids = torch.stack(tokens, 1)
+        topics = torch.randint((VOCABULARY - 4) // 4, self.shape[:1], generator=generator)
+        ids = 4 + 4 * topics[:, None] + torch.randint(4, self.shape, generator=generator)
         mask = torch.ones_like(ids)
-        mask[::2, self.length // 2 :] = 0
+        mask[::2, self.shape[1] // 2 :] = 0
         chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & mask.bool()
         chosen[:, 1] = True
         read, labels = ids.masked_fill(chosen, 3) * mask, ids.masked_fill(~chosen, -100)
@@ -82,11 +77,11 @@ def parity(stock, patched, first):
     """Why the final losses (one a seed) are not those of the same training, or None.
 
     Dropout draws other bits, so runs differ as two seeds do. The means over the seeds may differ by three times the
-    standard error of their difference, and all runs have to have learnt: to have halved the `first` loss.
+    standard error of their difference, and all runs have to have learnt: to be a nat below the `first` loss.
     """
     error = math.sqrt((statistics.variance(stock) + statistics.variance(patched)) / len(stock))
     difference = abs(statistics.fmean(stock) - statistics.fmean(patched))
-    if not max(stock + patched) < first / 2:
+    if not all(loss < first - 1 for loss in stock + patched):
         return f"a run did not learn: {stock} and {patched} from {first}"
     return None if difference <= 3 * error else f"{difference} between the means, {error} is the standard error"
 
@@ -97,7 +92,7 @@ def parity(stock, patched, first):
         ([1.0, 1.2, 1.1], None),
         ([1.2, 1.3, 1.1], None),
         ([1.6, 1.7, 1.8], "between the means"),
-        ([1.0, 1.1, 3.5], "did not learn"),
+        ([1.0, 1.1, 5.5], "did not learn"),
         ([1.0, 1.1, math.nan], "did not learn"),
     ],
 )
