@@ -95,6 +95,13 @@ def _mode_reason() -> str | None:
     return None
 
 
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is torch's own, or what torch.export lets stand for one."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return True
+    return torch.compiler.is_exporting() and type(tensor) is torch._subclasses.FakeTensor
+
+
 def is_plain(module: nn.Module, cls: type[nn.Module], idle: str | None = None) -> bool:
     """Whether `module` is exactly a `cls` whose call does nothing but `cls.forward`: no hooks, nothing replaced.
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, refused, tensor_reason
+from fastbert.dispatch import is_plain, is_plain_tensor, refused, tensor_reason
 from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason
 
 _IDS = (torch.int64, torch.int32)
@@ -29,7 +29,7 @@ def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
     # Gradient checkpointing hooks the words so that their rows require a gradient: of a table that does, they do.
     weight = getattr(embedding, "weight", None)
     idle = "make_inputs_require_grads" if getattr(weight, "requires_grad", False) else None
-    if not is_plain(embedding, nn.Embedding, idle) or type(embedding.weight) not in (nn.Parameter, Tensor):
+    if not is_plain(embedding, nn.Embedding, idle) or not is_plain_tensor(embedding.weight):
         return f"{name} is a {type(embedding).__name__}, or has hooks"
     if embedding.sparse:
         return f"{name} with sparse gradients"

@@ -21,7 +21,7 @@ from transformers.models.bert import modeling_bert as bert
 from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, refused, tensor_reason
+from fastbert.dispatch import is_plain, is_plain_tensor, refused, tensor_reason
 from fastbert.layers.counts import count
 from fastbert.layers.encoder import hooked, packs_unseen
 from fastbert.layers.packing import Rows, rows_of
@@ -42,7 +42,7 @@ def unsupported(module: nn.Module) -> str | None:
     if type(predictions) is not bert.BertLMPredictionHead or hooked(predictions):
         return f"its prediction head is a {type(predictions).__name__}, or has hooks"
     decoder = predictions.decoder
-    if not is_plain(decoder, nn.Linear) or type(decoder.weight) not in (nn.Parameter, Tensor):
+    if not is_plain(decoder, nn.Linear) or not is_plain_tensor(decoder.weight):
         return f"its decoder is a {type(decoder).__name__}, or has hooks"
     if tuple(decoder.weight.shape) != (module.config.vocab_size, decoder.in_features):
         return f"its decoder's weight is {tuple(decoder.weight.shape)}, which is not the vocabulary's size"

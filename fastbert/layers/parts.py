@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from fastbert import ops
-from fastbert.dispatch import is_plain
+from fastbert.dispatch import is_plain, is_plain_tensor
 
 # By name: not every supported transformers release has every class.
 _ACTIVATION_CLASSES = {
@@ -67,7 +67,7 @@ def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     A Linear that is not plainly nn.Linear (LoRA, 4-bit, DTensor, parametrised, hooked) is called as the module
     that it is, with its bias, and nothing is left to add.
     """
-    if is_plain(linear, nn.Linear) and type(linear.weight) in (nn.Parameter, Tensor):
+    if is_plain(linear, nn.Linear) and is_plain_tensor(linear.weight):
         return F.linear(x, linear.weight), linear.bias
     return linear(x), None
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert.dispatch import is_plain
+from fastbert.dispatch import is_plain, is_plain_tensor
 
 
 def project(x: Tensor, linears: tuple[nn.Linear, ...], head_size: int) -> tuple[Tensor, ...]:
@@ -29,7 +29,7 @@ def _side_by_side(linears: tuple[nn.Linear, ...]) -> bool:
     first = linears[0]
     return all(
         is_plain(linear, nn.Linear)
-        and type(linear.weight) in (nn.Parameter, Tensor)
+        and is_plain_tensor(linear.weight)
         and linear.weight.shape == first.weight.shape
         and linear.weight.dtype == first.weight.dtype
         and linear.weight.device == first.weight.device

@@ -281,15 +281,3 @@ def test_wrong_arguments(change, message):
     change = {name: t if t.device.type == "meta" else t.to(DEVICE) for name, t in change.items()}
     with pytest.raises(ValueError, match=message):
         adamw([make([(3,)])[0]._replace(**change)], GROUPS)
-
-
-@pytest.mark.gpu
-def test_more_elements_than_an_int32_counts():
-    n = 2**31 + 5000
-    tensors = [torch.ones(n, dtype=torch.bfloat16, device=DEVICE) for _ in range(4)]
-    parameters = [Parameter(*tensors, torch.zeros((), device=DEVICE))]
-    expected = [Parameter(*[t[-10000:].clone() for t in tensors], torch.zeros((), device=DEVICE))]
-    adamw(parameters, GROUPS)
-    reference.adamw(expected, GROUPS)
-    assert torch.equal(parameters[0].param[-10000:], expected[0].param)
-    assert torch.equal(parameters[0].param[:10000], expected[0].param)

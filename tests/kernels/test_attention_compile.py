@@ -7,6 +7,7 @@ from fastbert.kernels.attention import attention, bounds_of
 
 from .attention import BACKWARD, FORWARD, make_inputs, normal
 from .layouts import guarded
+from .opchecking import opcheck
 from .ops import DEVICE, run, seed_tensor
 from .test_attention_layouts import every_second, heads_first, shared_heads
 
@@ -69,11 +70,6 @@ def arguments_of(inputs, options):
         options["mask"] = options["mask"].expand(2, 2, 5, 5)
     last = (options.get("causal", False), 8**-0.5, options.get("p", 0.0))
     return *inputs.values(), *(options.get(name) for name in NAMES), *last
-
-
-def opcheck(op, *arguments):
-    results = torch.library.opcheck(op.default, arguments)
-    assert set(results.values()) == {"SUCCESS"} and len(results) == 4, results
 
 
 def opcheck_both(inputs, options, dout=torch.clone):

@@ -1,4 +1,7 @@
-"""Many heads and large strides: more programs than an axis of a grid has room for, and offsets past 2**31 elements."""
+"""Many heads and large strides: more programs than an axis of a grid has room for, and offsets past 2**31 elements.
+
+Real tensors of so many: test_gpu_sizes.py.
+"""
 
 import subprocess
 import sys
@@ -11,7 +14,7 @@ from fastbert.kernels.configs import ARCHITECTURES
 from fastbert.kernels.launch import recording
 
 from .attention import BACKWARD, FORWARD, check, make_inputs
-from .ops import DEVICE, run
+from .ops import run
 from .test_large_offsets import ROOT
 
 PLACES = [(name, dim) for name in ("q", "k", "v", "dy", "mask") for dim in range(4)]
@@ -77,20 +80,3 @@ def test_arguments_past_32_bits_stay_whole():
 @pytest.mark.parametrize("batch, heads", [(4096, 16), (1, 65537)])
 def test_more_heads_than_an_axis_holds(batch, heads):
     check(make_inputs(batch, 16, heads, 16, torch.float16), p=0.1)
-
-
-@pytest.mark.gpu
-@pytest.mark.long
-def test_tensors_of_more_than_2_to_the_31_elements():
-    """Real ones: the last batch row alone gives the bits that it has in the whole, outputs and gradients."""
-    free, _ = torch.cuda.mem_get_info()
-    if free < 60 * 2**30:
-        pytest.skip(f"needs 60 GiB of GPU memory, {free / 2**30:.0f} are free")
-    shape = (4200, 512, 16, 64)
-    inputs = {name: torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for name in ("q", "k", "v")}
-    dy = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
-    assert dy.numel() > 2**31
-    whole = run(attention, inputs, dy)
-    last = run(attention, {name: x[-1:] for name, x in inputs.items()}, dy[-1:])
-    for name, result in last.items():
-        assert torch.equal(whole[name][-1:], result) and result.any(), name

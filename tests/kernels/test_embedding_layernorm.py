@@ -12,6 +12,7 @@ from fastbert.kernels.launch import MAX_WIDTH, counts
 from tests.numerics import assert_close
 
 from .layouts import LAYOUTS, expanded, guarded, sliced, transposed
+from .opchecking import opcheck
 from .ops import DEVICE, assert_same, double, drawn_mask, run, seed_tensor
 from .test_memory import guards_of, poisoned_outputs
 
@@ -308,11 +309,6 @@ def test_a_second_derivative_raises():
         dwords.sum().backward()
 
 
-def opcheck(op, *arguments):
-    results = torch.library.opcheck(op.default, arguments)
-    assert set(results.values()) == {"SUCCESS"} and len(results) == 4, results
-
-
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", [None, sliced, expanded, transposed], ids=lambda f: getattr(f, "__name__", "plain"))
 @pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
@@ -435,7 +431,7 @@ def test_wrong_arguments(argument, change):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, HALF, SINGLE], ids=str)
-@pytest.mark.parametrize("width", [37, 384, 768, 1024, 1500, 4096])
+@pytest.mark.parametrize("width", [768, 1500])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_on_a_gpu(positions, width, dtype):
     """BERT's vocabulary, half of the tokens of one word, in the dtypes and at the sizes that are trained."""

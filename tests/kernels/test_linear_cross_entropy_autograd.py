@@ -8,6 +8,7 @@ from fastbert.kernels.linear_cross_entropy_rows import padded
 
 from .layouts import contiguous, expanded, sliced, transposed
 from .linear_cross_entropy import FORWARD, NAMES, WAYS, chunk_rows, chunks_of, make_inputs, run
+from .opchecking import opcheck
 from .ops import DEVICE
 
 OPS = torch.ops.fastbert
@@ -68,11 +69,6 @@ def test_gradients_add_up_over_calls():
         linear_cross_entropy(**leaves, labels=labels).backward()
     for name, leaf in leaves.items():
         assert torch.equal(leaf.grad, 2 * once["d" + name]), name
-
-
-def opcheck(op, *arguments):
-    results = torch.library.opcheck(op.default, arguments)
-    assert set(results.values()) == {"SUCCESS"} and len(results) == 4, results
 
 
 def tensors(layout=contiguous, dtype=torch.float32, n_rows=5, grad=True):

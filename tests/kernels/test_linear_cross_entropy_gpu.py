@@ -1,4 +1,4 @@
-"""linear_cross_entropy on a GPU: bfloat16 at BERT's sizes, memory, races, streams, CUDA graphs, no synchronisation."""
+"""linear_cross_entropy on a GPU: 16-bit types at BERT's sizes, memory, autocast, labels that are no class."""
 
 import subprocess
 import sys
@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbert.kernels import linear_cross_entropy as module
 from fastbert.kernels import reference
 from fastbert.kernels.linear_cross_entropy import LEAST_ROWS, linear_cross_entropy, rows_a_chunk
 
 from .cases import dtype_name
-from .linear_cross_entropy import WAYS, check, chunk_rows, make_inputs, run
+from .linear_cross_entropy import check, chunk_rows, make_inputs, run
 
 pytestmark = pytest.mark.gpu
 
@@ -69,63 +68,6 @@ def test_no_slower_than_eager(n_rows):
 
     ours, eager = (do_bench(lambda f=f: step(f)) for f in (linear_cross_entropy, reference.linear_cross_entropy))
     assert ours <= 1.05 * eager, f"{ours:.3f} ms against eager's {eager:.3f} ms"
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_repeated_fifty_times_the_bits_are_the_same(way, monkeypatch):
-    """A race between the passes over a row in place, or a sum by atomics, shows sooner or later."""
-    inputs, labels = make_inputs(1500, VOCABULARY, 128, BF16)
-    if way == "formed":
-        monkeypatch.setattr(module, "LEAST_ROWS", 200)
-    first = run(linear_cross_entropy, inputs, labels)
-    for _ in range(50):
-        again = run(linear_cross_entropy, inputs, labels)
-        assert all(torch.equal(again[name], first[name]) for name in first)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("least", [LEAST_ROWS, 64])
-def test_no_synchronisation_and_a_cuda_graph(least, reduction, monkeypatch):
-    monkeypatch.setattr(module, "LEAST_ROWS", least)
-    inputs, labels = make_inputs(257, 1025, 64, BF16)
-    for _ in range(2):
-        run(linear_cross_entropy, inputs, labels, reduction=reduction)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(linear_cross_entropy, inputs, labels, reduction=reduction)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run(linear_cross_entropy, inputs, labels, reduction=reduction)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run(linear_cross_entropy, inputs, labels, reduction=reduction)
-    for _ in range(3):
-        inputs["hidden"].normal_()
-        graph.replay()
-        expected = run(linear_cross_entropy, inputs, labels, reduction=reduction)
-        assert all(torch.equal(results[name], expected[name]) for name in expected)
-
-
-def test_on_a_side_stream():
-    inputs, labels = make_inputs(1500, 1025, 64, BF16)
-    expected = run(linear_cross_entropy, inputs, labels)
-    late = {name: torch.zeros_like(t) for name, t in inputs.items()}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        for name, t in inputs.items():
-            late[name].copy_(t)
-        results = run(linear_cross_entropy, late, labels)
-    stream.synchronize()
-    assert all(torch.equal(results[name], expected[name]) for name in expected)
 
 
 def test_under_autocast_as_a_decoder_calls_it():

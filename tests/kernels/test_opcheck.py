@@ -3,10 +3,15 @@
 The shapes and strides that the fake implementations promise are the ones the kernels give, for any input.
 """
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
 from .layouts import contiguous, expanded, sliced, transposed
+from .opchecking import opcheck, registered
 from .ops import DEVICE, seed_tensor
 
 LAYOUTS = [contiguous, sliced, expanded, transposed]
@@ -19,12 +24,6 @@ def rows(shape=(5, 12), dtype=torch.float32, grad=True, layout=contiguous):
 
 def vector(n=12, dtype=torch.float32, grad=True):
     return torch.randn(n, device=DEVICE).to(dtype).requires_grad_(grad)
-
-
-def opcheck(op, *arguments):
-    results = torch.library.opcheck(op.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}, results
-    assert len(results) == 4, results
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
@@ -119,3 +118,23 @@ def test_without_anything_to_save():
     opcheck(OPS.dropout_add_layernorm, *(x, x.clone(), weight, weight, None, None, 1e-12, 0.0, torch.float32, False))
     opcheck(OPS.bias_gelu, x, None, "relu")
     opcheck(OPS.gelu_layernorm, x, weight, weight, None, "gelu_tanh", 1e-12, torch.float16, False)
+
+
+def checked(source: str) -> Iterator[str]:
+    """The ops that a test's source hands to `opcheck`, by name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "opcheck":
+            (op, *_) = node.args
+            assert isinstance(op, ast.Attribute), ast.unparse(node)
+            yield op.attr
+
+
+@pytest.mark.no_launch
+def test_every_op_is_checked_somewhere():
+    found = {name for path in Path(__file__).parent.glob("test_*.py") for name in checked(path.read_text())}
+    assert found == registered()
+
+
+@pytest.mark.no_launch
+def test_an_op_that_nobody_checks_is_noticed():
+    assert set(checked("def test():\n    opcheck(OPS.one, 1)\n    other(OPS.two, 2)")) == {"one"}

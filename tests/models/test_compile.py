@@ -8,8 +8,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import fastbert
+from fastbert.kernels.launch import recording
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
-from tests.models.tiny import BASE, CLM, KINDS, MLM, make, make_batch
+from tests.models.tiny import CLASSIFICATION, CLM, KINDS, LENGTH, make, make_batch
+
+NINE = [kind for i, kind in enumerate(KINDS) if kind.cls not in {other.cls for other in KINDS[:i]}]
+
+
+def _long_unless(short):
+    return [] if short else [pytest.mark.long]
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +36,50 @@ def compiled(model, **keywords):
     return torch.compile(model, fullgraph=True, backend="aot_eager", **keywords)
 
 
-# Without labels for the decoder: transformers logs a warning in its loss, which breaks stock's graph.
-@pytest.mark.parametrize(("kind", "labels"), [(BASE, True), (CLM, False), (MLM, True), (KINDS[-1], True)], ids=str)
-def test_equal_with_every_gradient(kind, labels):
-    model, batch = make(kind, num_hidden_layers=1), make_batch(kind, labels=labels) | {"use_cache": False}
-    patched = fastbert.patch(copy.deepcopy(model))
+def assert_equal_with_every_gradient(fast, model, batch):
+    """`fast` is `model` patched and compiled; one launch for each module that has a kernel, in each direction."""
     with counting() as launched:
-        results = run(compiled(patched), batch)
+        results = run(fast, batch)
     assert launched == expected_launches(model)
-    assert not counters["graph_break"]
     results = {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
-    assert_equal(results, run(copy.deepcopy(model), batch), run(model.double(), doubled(batch)))
+    assert_equal(results, run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch)))
+
+
+@pytest.mark.parametrize("kind", NINE, ids=str)
+def test_every_class_is_one_graph(kind):
+    model = make(kind, num_hidden_layers=1).train()
+    assert_equal_with_every_gradient(compiled(fastbert.patch(copy.deepcopy(model))), model, batch_of(kind))
+    assert not counters["graph_break"]
+
+
+LENGTHS = (LENGTH, 7, 12, 5, 16, 3, 11, 6, 14, 8)
+
+
+# Ten seconds of tracing each. The encoder below them is the same, and the losses of sequence classification are torch's.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind is CLASSIFICATION else [pytest.mark.long]) for kind in KINDS], ids=str
+)
+def test_ten_lengths(kind):
+    """A graph for the first, one for all others: nobody need say that lengths vary."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model = make(kind, num_hidden_layers=1).train()
+    fast = torch.compile(fastbert.patch(copy.deepcopy(model)), fullgraph=True, backend=counter)
+    frames = []
+    for length in LENGTHS[:2]:
+        assert_equal_with_every_gradient(fast, model, batch_of(kind, length))
+        frames.append(counter.frame_count)
+    with recording("sm_90", lambda *launch: None):  # which graph serves does not depend on what the kernels compute
+        for length in LENGTHS[2:]:
+            fast(**batch_of(kind, length))
+            frames.append(counter.frame_count)
+    assert frames == [1] + [2] * 9
+    assert_equal_with_every_gradient(fast, model, batch_of(kind, LENGTHS[2]))
+    assert not counters["graph_break"]
+
+
+def batch_of(kind, length=LENGTH):
+    batch = make_batch(kind, length=length)
+    return batch | ({"use_cache": False} if kind is CLM else {})
 
 
 def test_one_graph_for_forward_and_one_for_backward():
@@ -126,16 +166,3 @@ def test_what_has_no_kernel_compiles_too():
         results = run(compiled(fastbert.patch(copy.deepcopy(model))), make_batch(), backward=False)
     assert launched == expected_launches(model, backward=False, without=["bias_gelu", "gelu_layernorm"])
     torch.testing.assert_close(results, run(model, make_batch(), backward=False))
-
-
-def test_export_holds_the_operations():
-    model = fastbert.patch(make(BASE, num_hidden_layers=1))
-    batch = make_batch(BASE)
-    exported = torch.export.export(model, (), batch)
-    operations = [str(node.target) for node in exported.graph.nodes if "fastbert" in str(node.target)]
-    assert len(operations) == 4
-    with counting() as launched:
-        output = exported.module()(**batch).last_hidden_state
-    # While it exports, torch gives the embeddings' tables a type of its own, so they stay stock.
-    assert launched == expected_launches(model, backward=False, without=["embedding_layernorm"])
-    torch.testing.assert_close(output, model(**batch).last_hidden_state)

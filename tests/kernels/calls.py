@@ -1,0 +1,185 @@
+"""One table of calls, at least one of every op: what test_gpu_calls.py repeats, captures and delays for all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastbert.kernels.adamw import adamw
+from fastbert.kernels.adamw_table import Hyperparameters, Parameter, Tables
+from fastbert.kernels.attention import attention
+from fastbert.kernels.embedding_layernorm import embedding_layernorm
+from fastbert.kernels.gather_rows import gather_rows
+from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+
+from . import attention as attention_inputs
+from . import linear_cross_entropy as cross_entropy
+from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, make_inputs, run, seed_tensor
+
+Tensors = dict[str, Tensor]
+Step = Callable[[Tensors], Tensors]
+Make = Callable[[bool, torch.dtype, int | None], tuple[Tensors, Step]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """`make(small, dtype, width)`: inputs by name, and a step of them: outputs and gradients by name, inputs left alone.
+
+    All tensors that a step reads are among the inputs, the seed of dropout too: without it, one is drawn. `width` is that
+    of the configurations' tables: a row's, attention's head size, the vocabulary's; None where it does not matter.
+    """
+
+    op: str  # its name in bench/cases.py
+    variant: str
+    make: Make
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.variant}".strip()
+
+
+def _present(results: dict[str, Tensor | None]) -> Tensors:
+    return {name: tensor for name, tensor in results.items() if tensor is not None}
+
+
+def _rows(op: Op, p: float = 0.0) -> Make:
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        shape = (5, width or 24) if small else (4099, width or 768)
+        inputs = make_inputs(op, shape, dtype)
+        names = tuple(inputs)
+        inputs["dy"] = torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+        if p:
+            inputs["seed"] = seed_tensor(7)
+
+        def step(given: Tensors) -> Tensors:
+            options = {"p": p, "seed": given.get("seed")} if p else {}
+            return _present(run(op.call, {name: given[name] for name in names}, given["dy"], **options))
+
+        return inputs, step
+
+    return make
+
+
+def _gather_rows(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+    rows, width = (7, width or 24) if small else (4099, width or 768)
+    taken = rows // 2
+    index = torch.cat([torch.randperm(rows)[:taken], torch.tensor([-1, -1])])
+    inverse = torch.full((rows,), -1)
+    inverse[index[:taken]] = torch.arange(taken)
+    inputs = {"x": torch.randn(rows, width).to(DEVICE, dtype), "dy": torch.randn(len(index), width).to(DEVICE, dtype)}
+    inputs |= {"index": index.to(DEVICE, torch.int32), "inverse": inverse.to(DEVICE, torch.int32)}
+
+    def step(given: Tensors) -> Tensors:
+        indices = {"index": given["index"], "inverse": given["inverse"]}
+        return _present(run(gather_rows, {"x": given["x"]}, given["dy"], **indices))
+
+    return inputs, step
+
+
+def _embedding_layernorm(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+    """Half of the tokens are one word, as [MASK] or [PAD] is, so that partial sums are added up too."""
+    shape, vocabulary = ((2, 5), 13) if small else ((32, 128), 30522)
+    width = width or (24 if small else 768)
+    sizes = {"words": (vocabulary,), "positions": (shape[1],), "types": (2,), "weight": (), "bias": ()}
+    inputs = {name: torch.randn(*size, width).to(DEVICE, dtype) for name, size in sizes.items()}
+    ids = torch.randint(vocabulary, shape)
+    ids[:, shape[1] // 2 :] = 7
+    inputs |= {"ids": ids.to(DEVICE), "token_type_ids": torch.randint(2, shape).to(DEVICE), "seed": seed_tensor(7)}
+    inputs["dy"] = torch.randn(*shape, width).to(DEVICE, dtype)
+
+    def step(given: Tensors) -> Tensors:
+        options = {"ids": given["ids"], "token_type_ids": given["token_type_ids"], "p": 0.1, "seed": given.get("seed")}
+        return _present(run(embedding_layernorm, {name: given[name] for name in sizes}, given["dy"], **options))
+
+    return inputs, step
+
+
+def _attention(variant: str) -> Make:
+    """Masks are inputs; what is no tensor (causal, p, the longest sequence) stays."""
+
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        batch, length, heads = (2, 5, 2) if small else (8, 512, 12)
+        head_size = width or (8 if small else 64)
+        inputs = attention_inputs.make_inputs(batch, length, heads, head_size, dtype)
+        inputs["dy"] = attention_inputs.normal(batch, length, heads, head_size, dtype=dtype)
+        options: dict[str, object] = {}
+        if variant == "padded, dropped":
+            lengths = torch.randint(1, length + 1, (batch, 1), device=DEVICE)
+            inputs |= {"key_mask": torch.arange(length, device=DEVICE) < lengths, "seed": seed_tensor(7)}
+            options = {"p": 0.1}
+        elif variant == "causal":
+            options = {"causal": True}
+        elif variant == "general mask":
+            inputs["mask"] = torch.rand(batch, 1, length, length, device=DEVICE) > 0.1
+        else:
+            assert variant == "packed, dropped", variant
+            inputs = {name: x.flatten(0, 1) for name, x in inputs.items()}
+            inputs["cu_seqlens"] = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=DEVICE)
+            inputs["seed"] = seed_tensor(7)
+            options = {"p": 0.1, "max_seqlen": length}
+
+        def step(given: Tensors) -> Tensors:
+            tensors = {name: x for name, x in given.items() if name not in ("q", "k", "v", "dy")}
+            return _present(run(attention, {name: given[name] for name in "qkv"}, given["dy"], **tensors, **options))
+
+        return inputs, step
+
+    return make
+
+
+def _linear_cross_entropy(variant: str) -> Make:
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        n_rows, n_cols, hidden = (5, width or 11, 24) if small else (1500, width or 30522, 128)
+        inputs, labels = cross_entropy.make_inputs(n_rows, n_cols, hidden, dtype)
+        rows = -(-n_rows // 3) if variant == "formed" else None
+        options = {"reduction": "none"} if variant == "none" else {}
+
+        def step(given: Tensors) -> Tensors:
+            tensors = {name: given[name] for name in cross_entropy.NAMES}
+            with cross_entropy.chunks_of(rows):
+                return _present(cross_entropy.run(linear_cross_entropy, tensors, given["labels"], **options))
+
+        return inputs | {"labels": labels}, step
+
+    return make
+
+
+def _adamw(amsgrad: bool) -> Make:
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        shape = (37,) if small else (4099, 769)
+        names = ("param", "grad", "exp_avg", *(("max_exp_avg_sq",) if amsgrad else ()))
+        inputs = {name: torch.randn(shape).to(DEVICE, dtype) for name in names}
+        inputs |= {"exp_avg_sq": torch.rand(shape).to(DEVICE, dtype), "step": torch.tensor(3.0, device=DEVICE)}
+        spares: list[Tensor] = []  # a graph can allocate no pinned memory, and what it copies from has to stay
+        kept: list[Tables] = []
+
+        def step(given: Tensors) -> Tensors:
+            state = {name: x.clone() for name, x in given.items()}
+            capturing = DEVICE.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            tables = Tables(spares if capturing else None)
+            adamw([Parameter(**state)], [Hyperparameters()], tables=tables)
+            if capturing:
+                kept.append(tables)
+            elif DEVICE.type == "cuda" and not spares:
+                spares.extend(tables.spares())
+            return state
+
+        return inputs, step
+
+    return make
+
+
+CALLS = (
+    Call("dropout_add_layernorm", "dropped", _rows(DROPOUT_ADD_LAYERNORM, 0.1)),
+    Call("bias_gelu", "", _rows(BIAS_GELU)),
+    Call("gelu_layernorm", "", _rows(GELU_LAYERNORM)),
+    Call("gather_rows", "", _gather_rows),
+    Call("embedding_layernorm", "dropped", _embedding_layernorm),
+    *(
+        Call("attention", variant, _attention(variant))
+        for variant in ("padded, dropped", "causal", "general mask", "packed, dropped")
+    ),
+    *(Call("linear_cross_entropy", way, _linear_cross_entropy(way)) for way in (*cross_entropy.WAYS, "none")),
+    Call("adamw", "", _adamw(False)),
+    Call("adamw", "amsgrad", _adamw(True)),
+)

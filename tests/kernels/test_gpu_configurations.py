@@ -1,0 +1,183 @@
+"""Every configuration that ships, within the bound: each entry of the tables in kernels/configs.py, on this GPU.
+
+Entries for an older architecture run here too, as they would run on one; those for a newer one may not fit this GPU's
+shared memory and are skipped.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from bench.cases import CASES
+from fastbert.kernels import configs, launch
+from fastbert.kernels.configs import ARCHITECTURES, TABLES
+from fastbert.kernels.launch import recording
+
+from . import attention, linear_cross_entropy, test_adamw, test_embedding_layernorm, test_gather_rows
+from .calls import CALLS, Call
+from .cases import dtype_name
+from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, check, make_inputs
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+_LAYERNORM = ("layernorm_forward", "layernorm_backward")
+_ATTENTION = ("attention_forward", "attention_backward_kv", "attention_backward_q")
+# By the name of the call: what a forward and a backward read their configurations from.
+TABLES_OF = {
+    "dropout_add_layernorm dropped": _LAYERNORM,
+    "bias_gelu": ("bias_gelu_forward", "bias_gelu_backward"),
+    "gelu_layernorm": ("layernorm_forward", "gelu_layernorm_backward"),
+    "gather_rows": ("gather_rows",),
+    "embedding_layernorm dropped": (*_LAYERNORM, "embedding_runs", "embedding_sums_backward"),
+    "attention padded, dropped": (*_ATTENTION, "attention_backward_rows"),
+    "attention general mask": tuple(f"{table}_masked" for table in _ATTENTION),
+    "linear_cross_entropy kept": ("linear_cross_entropy", "linear_cross_entropy_scale"),
+    "linear_cross_entropy none": ("linear_cross_entropy", "linear_cross_entropy_reduce"),
+    "adamw": ("adamw",),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    call: Call
+    architecture: str
+    dtype: torch.dtype
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.call}-{self.architecture}-{dtype_name(self.dtype)}-{self.width}"
+
+
+def entries() -> Iterator[Entry]:
+    """One for each combination of configurations that some width gets: at the widest such, and at one less.
+
+    One less is a row that no 16 bytes divide, which has tables of its own. Where two architectures share a configuration
+    the older one stands for both.
+    """
+    seen = set()
+    calls = {str(call): call for call in CALLS}
+    for name, tables in TABLES_OF.items():
+        for architecture in ARCHITECTURES:
+            for itemsize, dtype in DTYPES.items():
+                limits = {limit for table in tables for limit in TABLES[table][architecture][itemsize]}
+                for width in sorted(limits | {limit - 1 for limit in limits}):
+                    chosen = chosen_for(tables, architecture, dtype, width)
+                    if (name, dtype, *map(id, chosen)) not in seen:
+                        seen.add((name, dtype, *map(id, chosen)))
+                        yield Entry(calls[name], architecture, dtype, width)
+
+
+def chosen_for(tables: tuple[str, ...], architecture: str, dtype: torch.dtype, width: int) -> list[configs.Config]:
+    like = torch.empty((), dtype=dtype, device="meta")
+    with recording(architecture, lambda *_: None):
+        return [launch.choose(table, like, width) for table in tables]
+
+
+def recorded(entry: Entry) -> set[int]:
+    """The identities of the configurations that the call launches with; nothing runs."""
+    inputs, step = entry.call.make(True, entry.dtype, entry.width)
+    found: set[int] = set()
+    with recording(entry.architecture, lambda kernel, programs, config, arguments: found.add(id(config))):
+        step(inputs)
+    return found
+
+
+ENTRIES = list(entries())
+
+
+@pytest.mark.no_launch
+def test_every_configuration_has_an_entry():
+    """Of those that any tensor is launched with: the entries' calls choose every one of them."""
+    found = set().union(*map(recorded, ENTRIES))
+    missing = [
+        (table, architecture, itemsize, width)
+        for table, by_architecture in TABLES.items()
+        for architecture in ARCHITECTURES
+        for itemsize, rows in by_architecture[architecture].items()
+        for width, config in rows.items()
+        if id(config) not in found
+    ]
+    assert not missing, missing
+    assert {entry.call.op for entry in ENTRIES} == set(CASES)
+
+
+def check_rows(op: Op, p: float = 0.0) -> Callable[[int, torch.dtype], object]:
+    """More blocks of rows than programs: 1,031 of them."""
+    return lambda width, dtype: check(op, make_inputs(op, (ROWS, width), dtype), **({"p": p} if p else {}))
+
+
+def check_embedding_layernorm(width: int, dtype: torch.dtype) -> None:
+    inputs, options = test_embedding_layernorm.make((8, ROWS // 8), width, dtype, vocabulary=1000, positions="of each sequence")
+    options["ids"][:, ::2] = 7
+    test_embedding_layernorm.check(inputs, options | {"p": 0.1})
+
+
+def check_gather_rows(width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(ROWS, width, dtype=torch.float64).to(DEVICE, dtype)
+    test_gather_rows.check(x, *test_gather_rows.indices(ROWS, ROWS // 2, 3))
+
+
+def check_attention(masked: bool) -> Callable[[int, torch.dtype], None]:
+    def check_at(head_size: int, dtype: torch.dtype) -> None:
+        for length in LENGTHS:
+            seen = torch.rand(2, 1, length, length, device=DEVICE) > 0.1
+            seen[..., 0] = True
+            options = {"mask": seen} if masked else {"key_mask": seen[:, 0, 0]}
+            attention.check(attention.make_inputs(2, length, 2, head_size, dtype), p=0.1, **options)
+
+    return check_at
+
+
+def check_linear_cross_entropy(reduction: str) -> Callable[[int, torch.dtype], object]:
+    def check_at(n_cols: int, dtype: torch.dtype) -> object:
+        inputs, labels = linear_cross_entropy.make_inputs(ROWS // 4, n_cols, 64, dtype)
+        return linear_cross_entropy.check(inputs, labels, reduction=reduction)
+
+    return check_at
+
+
+def check_adamw(width: int, dtype: torch.dtype) -> None:
+    parameters = test_adamw.make([(ROWS, 67), (7,), ()], dtype, amsgrad=True)
+    expected = test_adamw.copies(parameters)
+    test_adamw.adamw(parameters, test_adamw.GROUPS)
+    test_adamw.reference.adamw(expected, test_adamw.GROUPS)
+    test_adamw.assert_same(parameters, expected)
+
+
+ROWS, LENGTHS = 1031, (70, 257)
+CHECKS: dict[str, Callable[[int, torch.dtype], object]] = {
+    "dropout_add_layernorm dropped": check_rows(DROPOUT_ADD_LAYERNORM, 0.1),
+    "bias_gelu": check_rows(BIAS_GELU),
+    "gelu_layernorm": check_rows(GELU_LAYERNORM),
+    "gather_rows": check_gather_rows,
+    "embedding_layernorm dropped": check_embedding_layernorm,
+    "attention padded, dropped": check_attention(masked=False),
+    "attention general mask": check_attention(masked=True),
+    "linear_cross_entropy kept": check_linear_cross_entropy("mean"),
+    "linear_cross_entropy none": check_linear_cross_entropy("none"),
+    "adamw": check_adamw,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_checks_run_anywhere(name, monkeypatch):
+    """The checks themselves, where there is no GPU."""
+    monkeypatch.setitem(globals(), "ROWS", 17)
+    monkeypatch.setitem(globals(), "LENGTHS", (5,))
+    CHECKS[name](8, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, marks=[pytest.mark.long] if entry.dtype == torch.float64 else []) for entry in ENTRIES],
+    ids=str,
+)
+def test_bound_of_every_configuration(entry, monkeypatch):
+    """float64, which is there for gradcheck, in the long run."""
+    mine = launch.architecture(DEVICE)
+    if ARCHITECTURES.index(entry.architecture) > ARCHITECTURES.index(mine):
+        pytest.skip(f"this GPU takes the tables of {mine}")
+    monkeypatch.setattr(launch, "architecture", lambda device: entry.architecture)
+    CHECKS[str(entry.call)](entry.width, entry.dtype)

@@ -1,0 +1,150 @@
+"""More elements than an int32 counts, in real tensors on a GPU: what comes last is right there too."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.cases import CASES
+from fastbert.kernels import reference
+from fastbert.kernels.adamw import adamw
+from fastbert.kernels.adamw_table import Hyperparameters, Parameter
+from fastbert.kernels.attention import attention
+from fastbert.kernels.embedding_layernorm import embedding_layernorm
+from fastbert.kernels.gather_rows import gather_rows
+from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+from tests.numerics import assert_close
+
+from . import linear_cross_entropy as cross_entropy
+from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, run
+
+PAST = 2**31
+GROUPS = [Hyperparameters(lr=0.1)]  # of a step that shows in bfloat16
+ROWS = 40  # as many of the last rows are looked at
+Check = Callable[[int, torch.dtype], None]  # with tensors of so many elements
+
+
+def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+def assert_last(whole: dict[str, Tensor | None], alone: dict[str, Tensor | None], names: tuple[str, ...]) -> None:
+    """The last rows have the bits that they have by themselves; and those are not zeros."""
+    for name in names:
+        assert alone[name].any() and torch.equal(whole[name][-len(alone[name]) :], alone[name]), name
+
+
+def check_rows(op: Op) -> Check:
+    def check(elements: int, dtype: torch.dtype) -> None:
+        width = 768
+        n_rows = elements // width + ROWS
+        inputs = {name: normal(n_rows, width, dtype=dtype) for name in op.rows}
+        inputs |= {name: normal(width, dtype=dtype) for name in op.vectors}
+        dy = normal(n_rows, width, dtype=dtype)
+        whole = run(op.call, inputs, dy)
+        last = {name: x[-ROWS:] if name in op.rows else x for name, x in inputs.items()}
+        assert_last(whole, run(op.call, last, dy[-ROWS:]), ("y", *(f"d{name}" for name in op.rows)))
+
+    return check
+
+
+def check_gather_rows(elements: int, dtype: torch.dtype) -> None:
+    """From past 2^31 and to past it: all rows, turned round."""
+    width = 768
+    n_rows = elements // width + ROWS
+    x, dy = (normal(n_rows, width, dtype=dtype) for _ in range(2))
+    index = torch.arange(n_rows - 1, -1, -1, dtype=torch.int32, device=DEVICE)
+    results = run(gather_rows, {"x": x}, dy, index=index, inverse=index)
+    for name, source in (("y", x), ("dx", dy)):
+        assert torch.equal(results[name][:ROWS], source[-ROWS:].flip(0)), name
+        assert torch.equal(results[name][-ROWS:], source[:ROWS].flip(0)), name
+
+
+def check_embedding_layernorm(elements: int, dtype: torch.dtype) -> None:
+    """As many tokens as that, and a table of so many words, of which the last tokens are the last."""
+    width, length = 768, 64
+    n_rows = elements // (width * length) + 2
+    inputs = {"words": normal(elements // width + 2 * length, width, dtype=dtype)}
+    inputs |= {name: normal(n, width, dtype=dtype) for name, n in (("positions", length), ("types", 2))}
+    inputs |= {name: normal(width, dtype=dtype) for name in ("weight", "bias")}
+    ids = torch.randint(len(inputs["words"]) - length, (n_rows, length), device=DEVICE)
+    ids[-1] = torch.arange(len(inputs["words"]) - length, len(inputs["words"]), device=DEVICE)
+    dy = normal(n_rows, length, width, dtype=dtype)
+    whole = run(embedding_layernorm, inputs, dy, ids=ids)
+    alone = run(embedding_layernorm, inputs | {"words": inputs["words"][-length:]}, dy[-1:], ids=ids[-1:] - ids[-1, 0])
+    assert_last(whole, alone, ("y", "dwords"))
+
+
+def check_attention(elements: int, dtype: torch.dtype) -> None:
+    length, heads, head_size = (512, 16, 64) if elements >= PAST else (6, 2, 8)
+    shape = (elements // (length * heads * head_size) + 2, length, heads, head_size)
+    inputs = {name: normal(*shape, dtype=dtype) for name in ("q", "k", "v")}
+    dy = normal(*shape, dtype=dtype)
+    whole = run(attention, inputs, dy)
+    alone = run(attention, {name: x[-1:] for name, x in inputs.items()}, dy[-1:])
+    assert_last(whole, alone, ("y", "dq", "dk", "dv"))
+
+
+def check_linear_cross_entropy(elements: int, dtype: torch.dtype) -> None:
+    """A chunk of so many logits, against plain PyTorch on its last rows."""
+    n_rows, width = ROWS + 960, 64
+    n_cols = elements // n_rows + 8
+    inputs, labels = cross_entropy.make_inputs(n_rows, 1, width, dtype, ignored=0.0)
+    inputs |= {"weight": normal(n_cols, width, dtype=dtype) / 8, "bias": normal(n_cols, dtype=dtype)}
+    labels.random_(0, n_cols)
+    results = cross_entropy.run(linear_cross_entropy, inputs, labels, reduction="sum")
+    losses = linear_cross_entropy(**inputs, labels=labels, reduction="none")
+    found = {"y": losses[-ROWS:], "dhidden": results["dhidden"][-ROWS:]}
+
+    def last(cast: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        tensors = {name: cast(x) for name, x in inputs.items()} | {"hidden": cast(inputs["hidden"][-ROWS:])}
+        expected = cross_entropy.run(reference.linear_cross_entropy, tensors, labels[-ROWS:], reduction="none")
+        return {name: expected[name] for name in found}
+
+    assert_close(found, last(lambda x: x), last(Tensor.double), relative_fp32=None)
+
+
+def check_adamw(elements: int, dtype: torch.dtype) -> None:
+    """The step's tensors hold one number throughout, so that the first and the last elements end alike."""
+    tensors = [torch.ones(elements + 5000, dtype=dtype, device=DEVICE) for _ in range(4)]
+    expected = [Parameter(*[x[-1000:].clone() for x in tensors], torch.zeros((), device=DEVICE))]
+    adamw([Parameter(*tensors, torch.zeros((), device=DEVICE))], GROUPS)
+    adamw(expected, GROUPS)
+    for changed, alone in ((0, expected[0].param), (2, expected[0].exp_avg), (3, expected[0].exp_avg_sq)):
+        assert torch.equal(tensors[changed][-1000:], alone) and torch.equal(tensors[changed][:1000], alone)
+    assert not (expected[0].param == 1).any()
+
+
+CHECKS: dict[str, Check] = {
+    "dropout_add_layernorm": check_rows(DROPOUT_ADD_LAYERNORM),
+    "bias_gelu": check_rows(BIAS_GELU),
+    "gelu_layernorm": check_rows(GELU_LAYERNORM),
+    "gather_rows": check_gather_rows,
+    "embedding_layernorm": check_embedding_layernorm,
+    "attention": check_attention,
+    "linear_cross_entropy": check_linear_cross_entropy,
+    "adamw": check_adamw,
+}
+
+
+@pytest.mark.no_launch
+def test_every_op_has_a_size():
+    assert CHECKS.keys() == CASES.keys()
+
+
+@pytest.mark.parametrize("op", CHECKS)
+def test_checks_run_anywhere(op):
+    """The checks themselves, of small tensors, where there is no GPU."""
+    CHECKS[op](200, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", CHECKS)
+def test_more_elements_than_an_int32_counts(op):
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < 50 * 2**30:
+        pytest.skip(f"needs 50 GiB of GPU memory, {free / 2**30:.0f} are free")
+    CHECKS[op](PAST + 2**20, torch.bfloat16)
+    torch.cuda.empty_cache()
