@@ -92,7 +92,8 @@ def test_any_legal_call(dtypes, data):
 
 
 @pytest.mark.long
-@settings(max_examples=1000)
+@pytest.mark.timeout(7200)
+@settings(max_examples=500)
 @given(call=calls([torch.float64]))
 def test_other_calls_each_time(call):
     check_call(call)

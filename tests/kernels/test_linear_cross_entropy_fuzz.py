@@ -55,7 +55,8 @@ def test_any_legal_call(call):
 
 
 @pytest.mark.long
-@settings(max_examples=1000)
+@pytest.mark.timeout(7200)
+@settings(max_examples=500)
 @given(call=calls([torch.float64]))
 def test_other_calls_each_time(call):
     """In float64, where eager's luck in a small case decides nothing."""
