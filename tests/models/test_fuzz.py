@@ -118,6 +118,8 @@ def a_call(kind, config, **changes):
 FOUND = [
     # A decoder's first tokens are padding and see no key.
     a_call("base", {"is_decoder": True, "use_cache": False}, attention="sdpa", mask="left"),
+    # Multiple choice flattens whatever mask it is given to [rows, keys], and stock reads the first rows.
+    a_call("multiple-choice", {"num_hidden_layers": 1}, mask="4-D", training=False),
 ]
 
 
