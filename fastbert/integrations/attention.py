@@ -52,6 +52,8 @@ def key_mask_or_general(
     """The mask for `attention_forward`: bool [batch, keys] where padding is all there is to say (causality is the
     module's own), else a bool [batch, 1, queries, keys]. Looks at no value on the device."""
     padding = attention_mask is None or attention_mask.dim() == 2
+    if attention_mask is not None and padding:
+        attention_mask = attention_mask[:batch_size]  # multiple choice flattens a 4-D mask to more rows; stock reads these
     if padding and mask_function is bidirectional_mask_function:
         return _key_mask(attention_mask, kv_length, kv_offset)
     aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length

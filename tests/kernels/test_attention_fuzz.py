@@ -88,8 +88,19 @@ def seen(*shape):
 @settings(derandomize=True)
 @given(data=st.data())
 def test_any_legal_call(dtypes, data):
-    call = data.draw(calls(dtypes))
-    note(call)
+    check_call(data.draw(calls(dtypes)))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@settings(max_examples=500)
+@given(call=calls([torch.float64]))
+def test_other_calls_each_time(call):
+    check_call(call)
+
+
+def check_call(call):
+    note(str(call))
     torch.manual_seed(call["values"])
     dtype, layouts = call["dtype"], call["layouts"]
     if call["packed"]:

@@ -14,6 +14,7 @@ from tests.numerics import assert_close
 from .layouts import LAYOUTS, expanded, guarded, sliced, transposed
 from .opchecking import opcheck
 from .ops import DEVICE, assert_same, double, drawn_mask, run, seed_tensor
+from .test_attention_memory import fenced
 from .test_memory import guards_of, poisoned_outputs
 
 FORWARD, ROWS, RUNS, JOINS, SUMS = (
@@ -273,13 +274,14 @@ def test_memory(shape, width, positions, embeds, monkeypatch):
     inputs, options = make(shape, width, embeds=embeds, positions=positions, vocabulary=4)
     dy, dropout = torch.randn(*shape, width, device=DEVICE), {"p": 0.3, "seed": seed_tensor(7)}
     plain = run(embedding_layernorm, inputs, dy, **options, **dropout)
-    fenced = {name: guarded(tensor) for name, tensor in inputs.items()}
-    before = {name: tensor.clone() for name, tensor in fenced.items()}
+    between = {name: guarded(tensor) for name, tensor in inputs.items()}
+    ids = {name: fenced(value, 1) for name, value in options.items()}
+    before = {name: tensor.clone() for name, tensor in between.items()}
     with poisoned_outputs(monkeypatch) as allocated:
-        results = run(embedding_layernorm, fenced, guarded(dy), **options, **dropout)
+        results = run(embedding_layernorm, between, guarded(dy), **ids, **dropout)
     assert_same(results, plain)
     assert all(tensor.isfinite().all() for tensor in results.values())
-    assert all(torch.equal(fenced[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(between[name], tensor) for name, tensor in before.items())
     for tensor in allocated:
         assert guards_of(tensor).isnan().all(), f"written outside of {tuple(tensor.shape)}"
 

@@ -5,17 +5,55 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from bench.cases import CASES
+from fastbert.kernels.launch import INTERPRETED
 
 from .ops import OPS
+from .overflow import overflow_checks
 
-pytestmark = [pytest.mark.long, pytest.mark.no_launch]  # launched in a process of its own, and counted there
+pytestmark = pytest.mark.no_launch  # launched in a process of its own, and counted there
 
 ROOT = Path(__file__).parents[2]
+OTHERS = CASES.keys() - {op.name for op in OPS} - {"attention"}  # whose are in test_attention_offsets.py
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("op, name", [(op, name) for op in OPS for name in (*op.rows, "dy")], ids=str)
 def test_rows_or_columns_far_apart(op, name, layout):
     command = [sys.executable, "-m", "tests.kernels.large_offsets", op.name, layout, name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "right\n"), f"exit {done.returncode}\n{done.stderr[-2000:]}"
+
+
+def test_other_ops_far_apart():
+    """All places of the ops that are not in ops.py, in one process."""
+    command = [sys.executable, "-m", "tests.kernels.places_large_offsets"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    places = done.stdout.splitlines()
+    assert done.returncode == 0, f"exit {done.returncode} after {places}\n{done.stderr[-2000:]}"
+    assert len(places) == 15 and {place.split()[0] for place in places} == OTHERS
+
+
+@triton.jit
+def narrow_kernel(x_ptr, y_ptr, x_row_stride, CUT: tl.constexpr):
+    """What the checks have to find: an offset that is computed in 32 bits, or cut down to them."""
+    rows = tl.arange(0, 4)
+    offsets = (rows.to(tl.int64) * x_row_stride).to(tl.int32) if CUT else rows * x_row_stride
+    tl.store(y_ptr + rows, tl.load(x_ptr + offsets, rows < 0, other=1.0))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the checks are the interpreter's")
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_overflow_checks_find_what_wraps(cut):
+    x, y = torch.zeros(4), torch.zeros(4)
+    with overflow_checks():
+        narrow_kernel[(1,)](x, y, 2**29, CUT=cut)
+        assert y.all()
+        with pytest.raises(InterpreterError, match="int32 does not hold"):
+            narrow_kernel[(1,)](x, y, 2**30, CUT=cut)

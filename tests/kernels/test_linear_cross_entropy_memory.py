@@ -13,6 +13,7 @@ from fastbert.kernels.linear_cross_entropy_rows import padded
 from .layouts import LAYOUTS, expanded, guarded, offset, sliced, transposed
 from .linear_cross_entropy import NAMES, WAYS, check, chunk_rows, chunks_of, make_inputs, run
 from .ops import DEVICE, assert_same
+from .test_attention_memory import fenced
 from .test_memory import guards_of, poisoned_outputs
 
 REDUCTIONS = [("mean", "kept"), ("sum", "formed"), ("none", "formed")]
@@ -56,15 +57,17 @@ def test_three_dimensions(layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction, way", REDUCTIONS)
 def test_reads_and_writes_stay_inside(reduction, way, dtype, n_rows, n_cols, monkeypatch):
-    """Inputs between bands of NaN; whatever is allocated is NaN first, the buffer and its padding too."""
+    """Inputs between bands of NaN, labels between such as are no class; whatever is allocated is NaN first, the buffer and
+    its padding too."""
     inputs, labels = make_inputs(n_rows, n_cols, dtype=dtype)
     labels[-1] = n_cols - 1
     with chunks_of(chunk_rows(way, 20)):
         plain = run(linear_cross_entropy, inputs, labels, reduction=reduction)
         with poisoned_outputs(monkeypatch) as given:
-            fenced = run(linear_cross_entropy, {k: guarded(t) for k, t in inputs.items()}, labels, reduction=reduction)
-    assert_same(fenced, plain)
-    assert given and all(t.isfinite().all() for t in fenced.values())
+            guarded_inputs = {k: guarded(t) for k, t in inputs.items()}
+            results = run(linear_cross_entropy, guarded_inputs, fenced(labels, n_cols), reduction=reduction)
+    assert_same(results, plain)
+    assert given and all(t.isfinite().all() for t in results.values())
     for tensor in given:
         assert guards_of(tensor).isnan().all(), f"written outside of {tuple(tensor.shape)}"
 

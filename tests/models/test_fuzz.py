@@ -1,10 +1,14 @@
-"""Hypothesis over whole models: any small BertConfig, batch and switches, and patched equals eager."""
+"""Hypothesis over whole models: any small BertConfig, batch and switches, and patched equals eager.
+
+At each commit the same examples, in the long run new ones. One that fails is kept by adding it to FOUND, as the test prints
+it: those run each time, before any other.
+"""
 
 import copy
 
 import pytest
 import torch
-from hypothesis import given, note, settings
+from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 
 import fastbert
@@ -80,6 +84,52 @@ def settled(call):
     return patch
 
 
+def a_call(kind, config, **changes):
+    """As calls() draws them: the simplest one, but for what is said."""
+    plain = {
+        "kind": next(k for k in KINDS if k.name == kind),
+        "config": {
+            "hidden_size": 16,
+            "num_attention_heads": 1,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "hidden_act": "gelu",
+            "chunk_size_feed_forward": 0,
+            "type_vocab_size": 2,
+        }
+        | config,
+        "dtype": torch.float64,
+        "attention": "eager",
+        "mask": "none",
+        "seed": 0,
+        "training": True,
+        "labels": True,
+        "without": (),
+        "positions": False,
+        "embeds": False,
+        "flags": {},
+        "checkpointed": False,
+        "patch": {"unpad": "auto", "mlm_logits": "full"},
+    }
+    assert changes.keys() <= plain.keys()
+    return plain | changes
+
+
+FOUND = [
+    # A decoder's first tokens are padding and see no key.
+    a_call("base", {"is_decoder": True, "use_cache": False}, attention="sdpa", mask="left"),
+    # Multiple choice flattens whatever mask it is given to [rows, keys], and stock reads the first rows.
+    a_call("multiple-choice", {"num_hidden_layers": 1}, mask="4-D", training=False),
+]
+
+
+def with_those_found(test):
+    for call in FOUND:
+        test = example(call=call)(test)
+    return test
+
+
+@with_those_found
 @given(call=calls())
 @settings(max_examples=25, derandomize=True)
 def test_any_small_model(call):
@@ -87,6 +137,7 @@ def test_any_small_model(call):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(7200)
 @given(call=calls())
 @settings(max_examples=400)
 def test_many_small_models(call):
@@ -102,6 +153,11 @@ def check(call):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch, patch = batch_of(call, model), settled(call)
     results = run(fastbert.patch(copy.deepcopy(model), **patch), batch)
+    decoder = call["kind"].name == "clm" or call["config"].get("is_decoder")
+    if decoder and call["mask"] not in ("none", "right"):
+        # Tokens before the first that counts see no key: stock's SDPA gives zeros there, eager and a patched model the
+        # average (CONTRIBUTING.md), so it is compared with eager.
+        model.set_attn_implementation("eager")
     eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
     mask = batch.get("attention_mask")
     for tensors in (results, eager, exact):

@@ -1,0 +1,97 @@
+"""Every kernel's offsets in 64 bits, read off what Triton makes of it: `python -m tests.kernels.lint_offsets [--all]`.
+
+Each case of bench/cases.py is launched as the audit launches it, on tensors of more than 2**31 elements that take no
+memory and with every stride as long as 32 bits hold, lowered to Triton's IR for sm_90 and searched by ranges.py. A line of
+JSON a kernel: its name, the variant and what was found; without --all only of variants that differ in more than their dtype
+and width. In a process of its own: under the interpreter nothing compiles.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+
+from bench import cases
+from bench.compile import Launch, compile_launch, record
+from fastbert.kernels.configs import Config
+from tests.kernels.ranges import wrapped_offsets
+
+ARCHITECTURE = "sm_90"
+TOKENS = cases.EMBEDDED * 2**17  # of 384 columns and more
+SIZES = {"adamw": {"TOKENS": 2**33}, "attention": {"BATCH": 2**14}}
+STRIDE = 2**31 - 128
+# Of token ids, which the launcher makes contiguous: their offsets are numbers of tokens, and those fit in 32 bits.
+OF_TOKENS = ("position_batch_stride", "type_batch_stride")
+
+
+def lower(source: Any, target: Any = None, options: Any = None, **_: Any) -> str:
+    """triton.compile, up to the first stage and without its cache: a fiftieth of the time."""
+    backend = triton.compiler.make_backend(target)
+    options, context, stages = backend.parse_options(options), ir.context(), {}
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    backend.add_stages(stages, options, source.language)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    return str(stages["ttir"](source.make_ir(target, options, functions, modules, context), {}))
+
+
+def findings(launched: Launch) -> list[str]:
+    strides = {n: STRIDE for n in launched.arguments if n.endswith("_stride") and n not in OF_TOKENS}
+    arguments = launched.arguments | strides
+    text = compile_launch(ARCHITECTURE, replace(launched, arguments=arguments))
+    integers = {name: value for name, value in arguments.items() if type(value) is int}
+    return wrapped_offsets(text, integers, launched.programs)
+
+
+def launches(every: bool) -> Iterator[tuple[str, Launch]]:
+    seen = set()
+    for op, case in cases.CASES.items():
+        with patch.multiple(cases, **({"TOKENS": TOKENS} | SIZES.get(op, {}))):
+            for variant in case.variants():
+                form = replace(variant, dtype="", width=0)
+                if form in seen and not every:
+                    continue
+                seen.add(form)
+                for launched in record(ARCHITECTURE, variant):
+                    yield variant.name, launched
+
+
+@triton.jit
+def narrow_kernel(x_ptr, y_ptr, x_row_stride, WHICH: tl.constexpr, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What the search has to find: offsets in 32 bits, of numbers that are multiplied there or cut down afterwards."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if WHICH == "a stride":
+        offsets = rows * x_row_stride
+    elif WHICH == "a width":
+        offsets = (rows * N_COLS).to(tl.int64)
+    elif WHICH == "cut":
+        offsets = (rows.to(tl.int64) * x_row_stride).to(tl.int32)
+    elif WHICH == "loaded":
+        offsets = tl.load(y_ptr + rows) * N_COLS
+    elif WHICH == "counted":
+        offsets = rows
+        for row in range(0, tl.num_programs(0) * BLOCK_M):
+            offsets = row * N_COLS + rows % N_COLS
+    else:
+        offsets = rows.to(tl.int64) * x_row_stride + rows % N_COLS
+    tl.store(y_ptr + offsets, tl.load(x_ptr + rows))
+
+
+def planted() -> Iterator[tuple[str, Launch]]:
+    for which in ("a stride", "a width", "cut", "loaded", "counted", "none"):
+        x = torch.empty(1, dtype=torch.int32, device="meta")
+        arguments = {"x_ptr": x, "y_ptr": x, "x_row_stride": 768, "WHICH": which, "N_COLS": 768, "BLOCK_M": 4}
+        yield which, Launch(narrow_kernel, TOKENS // 4, Config(4, 4), arguments)
+
+
+if __name__ == "__main__":
+    with patch.object(triton.compiler, "compile", lower):
+        for name, launched in (*planted(), *launches(every="--all" in sys.argv)):
+            print(json.dumps([launched.kernel.__name__, name, findings(launched)]), flush=True)
