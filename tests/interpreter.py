@@ -119,21 +119,32 @@ def _erf_of_arrays() -> None:
 
 
 def _check_overflows() -> None:
-    """Let a sum or a product of signed integers that does not fit its type fail: an offset past 2**31, for one.
+    """Let a sum, difference, product or cast of signed integers that leaves its type raise: an offset past 2**31.
 
-    The interpreter computes all of that at every operation, in eleven others, and then drops it unless it debugs.
-    Unsigned integers wrap on purpose, in the generators of random bits.
+    A GPU wraps without a word. The interpreter computes the check at every operation, in eleven others, and drops it
+    unless it debugs. Unsigned integers wrap on purpose, in the generators of random bits.
     """
+    import triton.language as tl
     from triton.language.semantic import TritonSemantic
+    from triton.runtime.interpreter import InterpreterBuilder
 
     operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+    cast = InterpreterBuilder.cast_impl
 
-    def check(self, lhs, rhs, binary_op) -> None:
-        scalar = lhs.type.scalar
-        if scalar.int_bitwidth >= 64 or not scalar.is_int_signed():
-            return
-        exact = operations[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
-        fits = exact.min() >= scalar.get_int_min_value() and exact.max() <= scalar.get_int_max_value()
-        assert fits, f"{scalar} overflow detected for operation {binary_op.__name__}"
+    def raise_unless_it_fits(values: np.ndarray, scalar: tl.dtype, what: str) -> None:
+        if values.min() < scalar.get_int_min_value() or values.max() > scalar.get_int_max_value():
+            raise OverflowError(f"{what} gives {values.max()}, which {scalar} does not hold")
+
+    def check(self, left, right, operation) -> None:
+        scalar = left.type.scalar
+        if scalar.int_bitwidth < 64 and scalar.is_int_signed():
+            exact = operations[operation.__name__](left.handle.data, right.handle.data, dtype=np.int64)
+            raise_unless_it_fits(exact, scalar, operation.__name__)
+
+    def checked_cast(self, source, to):
+        if source.dtype.scalar == tl.int64 and to.scalar == tl.int32:
+            raise_unless_it_fits(source.data, tl.int32, "a cast")
+        return cast(self, source, to)
 
     TritonSemantic.binary_op_sanitize_overflow_impl = check
+    InterpreterBuilder.cast_impl = checked_cast
