@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .device_math import (
     block_rows,
     chunked_columns,
@@ -27,6 +28,7 @@ from .device_math import (
     offsets,
     tile_offsets,
 )
+from .failures import or_plain
 from .launch import (
     accumulator,
     accumulator_torch,
@@ -162,6 +164,7 @@ def dropout_add_layernorm_bwd_kernel(
         tl.store(row + 2 * N_COLS, tl.sum(dx_bias, axis=1)[:, None, :], col_mask)
 
 
+@or_plain(plain.dropout_add_layernorm)
 def _launch_fwd(
     x: Tensor,
     residual: Tensor,
@@ -218,6 +221,7 @@ def _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, sa
     return y, z, mean, torch.empty_like(mean)
 
 
+@or_plain(plain.dropout_add_layernorm_backward)
 def _launch_bwd(
     dy: Tensor,
     z: Tensor,

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .embedding_gradients import GROUPS, MOST_TYPES, by_places, by_runs
 from .embedding_rows import embedding_layernorm_bwd_kernel, embedding_layernorm_fwd_kernel
+from .failures import or_plain
 from .launch import (
     MAX_WIDTH,
     accumulator,
@@ -94,6 +96,7 @@ def _check_range(ids: Tensor | None, table: Tensor) -> None:
             raise IndexError("index out of range in self")
 
 
+@or_plain(plain.embedding_layernorm)
 def _launch_fwd(
     words: Tensor,
     positions: Tensor,
@@ -172,11 +175,42 @@ def _launch_bwd(
     needs_types: bool,
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = dy, words, positions, types, weight, mean, rstd, ids, token_type_ids, position_ids, seed, offset, p
+    dz, sums = _launch_rows_bwd(*given, needs_words or needs_positions or needs_types, needs_sums)
+    dwords = dz.new_empty(0)
+    if needs_words and ids is None:
+        dwords = dz.view(words.shape).to(words.dtype)
+    elif needs_words:
+        dwords = by_runs(dz, ids.reshape(-1), words.shape[0], padding_idx, words.dtype)
+    dpositions, dtypes = _small_tables(
+        dz, dy.shape[:-1], positions, types, token_type_ids, position_ids, offset, needs_positions, needs_types
+    )
+    return dwords, dpositions, dtypes, sums
+
+
+@or_plain(plain.embedding_layernorm_backward)
+def _launch_rows_bwd(
+    dy: Tensor,
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    seed: Tensor | None,
+    offset: int,
+    p: float,
+    needs_dz: bool,
+    needs_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum that was normalised, [T, H], and those of weight and bias, [2, H]."""
     tables = words, positions, types
-    shape, n_cols = dy.shape[:-1], dy.shape[-1]
+    n_cols = dy.shape[-1]
     dy = as_rows(dy)
     n_rows = dy.shape[0]
-    needs_dz = needs_words or needs_positions or needs_types
     dz = torch.empty((n_rows, n_cols) if needs_dz else (0,), dtype=_z_dtype(*tables), device=dy.device)
     widest = max((dy, *tables), key=Tensor.element_size)
     config = choose("layernorm_backward", widest, n_cols)
@@ -206,16 +240,7 @@ def _launch_bwd(
         CHUNKS=chunks,
         BLOCK_N=block_n,
     )
-    nothing = dz.new_empty(0)
-    dwords = nothing
-    if needs_words and ids is None:
-        dwords = dz.view(words.shape).to(words.dtype)
-    elif needs_words:
-        dwords = by_runs(dz, ids.reshape(-1), words.shape[0], padding_idx, words.dtype)
-    dpositions, dtypes = _small_tables(
-        dz, shape, positions, types, token_type_ids, position_ids, offset, needs_positions, needs_types
-    )
-    return dwords, dpositions, dtypes, sums.sum(0)
+    return dz, sums.sum(0)
 
 
 def _small_tables(

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .device_math import block_rows, tile_offsets
+from .failures import or_plain
 from .launch import check_dtype, choose, differentiable, launch
 
 __all__ = ["gather_rows"]
@@ -43,6 +45,7 @@ def gather_rows_kernel(
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), x, row_mask[:, None] & col_mask[None, :])
 
 
+@or_plain(plain.gather_rows)
 def _launch(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     y = _allocate(x, index, inverse)
     n_rows, n_cols = y.shape

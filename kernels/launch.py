@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from .configs import ARCHITECTURES, TABLES, Config
+from .failures import KernelFailed, is_of_the_kernel, move_cache
 
 logger = logging.getLogger("fastbert")
 
@@ -85,21 +86,32 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments: Any) -> None:
-    """Run `kernel` on `programs` programs, on the device of `like` even when another is current."""
+    """Run `kernel` on `programs` programs, on the device of `like` even when another is current.
+
+    Raises:
+        KernelFailed: it could not be compiled or launched.
+    """
     if programs == 0:
         return
     if _recording:
         return _recording[1](kernel, programs, config, arguments)
-    counts[kernel.__name__] += 1
     options = {"num_warps": config.num_warps}
     if config.num_stages is not None:
         options["num_stages"] = config.num_stages
     # One axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
-    if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
+    try:
+        if like.is_cuda and like.device.index != torch.cuda.current_device():
+            with torch.cuda.device(like.device):
+                kernel[(programs,)](**arguments, **options)
+        else:
             kernel[(programs,)](**arguments, **options)
-    else:
-        kernel[(programs,)](**arguments, **options)
+    except Exception as error:
+        if move_cache(error):
+            return launch(kernel, programs, config, like, **arguments)
+        if is_of_the_kernel(error):
+            raise KernelFailed(kernel.__name__, error) from error
+        raise
+    counts[kernel.__name__] += 1
 
 
 class NotTwice(torch.autograd.Function):
