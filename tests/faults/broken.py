@@ -2,12 +2,13 @@
 
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
+
+import fastbert.kernels.adamw  # noqa: F401  the optimizer imports it in its first step
 
 # What triton raises where a kernel does not compile, does not fit, does not assemble or is not taken by the driver, and
 # what a machine without a C compiler makes of the first launch.
@@ -22,28 +23,36 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 
 class Broken:
-    """A kernel whose launch raises; `attempts` counts them."""
+    """A kernel whose launches raise after the first `good`; `attempts` counts those."""
 
-    def __init__(self, name: str, error: Callable[[], Exception]) -> None:
+    def __init__(self, name: str, error: Callable[[], Exception], good: int) -> None:
         self.__name__ = name
         self.error = error
+        self.good = good
         self.attempts = 0
+        self.kernel: Any = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def start(**arguments: Any) -> None:
+            if self.good:
+                self.good -= 1
+                return self.kernel[grid](**arguments)
             self.attempts += 1
             raise self.error()
 
         return start
 
 
-def break_kernels(monkeypatch: Any, names: Any, error: Callable[[], Exception] = ERRORS["resources"]) -> dict[str, Broken]:
-    """Break the kernels of these names, wherever a module holds them."""
-    broken = {name: Broken(name, error) for name in names}
+def break_kernels(
+    monkeypatch: Any, names: Iterable[str], error: Callable[[], Exception] = ERRORS["resources"], good: int = 0
+) -> dict[str, Broken]:
+    """Break the kernels of these names, wherever a module holds them, after `good` launches each."""
+    broken = {name: Broken(name, error, good) for name in names}
     found = set()
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("fastbert.kernels."):
             for name in broken.keys() & vars(module).keys():
+                broken[name].kernel = getattr(module, name)
                 monkeypatch.setattr(module, name, broken[name])
                 found.add(name)
     assert found == broken.keys(), broken.keys() - found

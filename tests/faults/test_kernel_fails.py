@@ -23,6 +23,7 @@ def kernels_of(case, part):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.one_in(3)
 def test_is_right_all_the_same(name, part, dtype, monkeypatch):
     case = cases(dtype)[name]
     broken = break_kernels(monkeypatch, kernels_of(case, part))
@@ -33,6 +34,7 @@ def test_is_right_all_the_same(name, part, dtype, monkeypatch):
 @pytest.mark.parametrize("p", [0.3, 1.0])
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", WITH_DROPOUT)
+@pytest.mark.one_in(3)
 def test_dropout_is_that_of_the_kernel(name, part, p, monkeypatch):
     """The mask is read off the working kernel; a backward of the one and a forward of the other share it."""
     case = cases()[name]
