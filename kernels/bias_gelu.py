@@ -215,7 +215,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
         [..., F], contiguous, the dtype of x.
 
     Raises:
-        ValueError: a bias of another length, a dtype or an activation that has no kernel.
+        ValueError: a bias of another length or on another device, a dtype or an activation that has no kernel.
     """
     check_dtype("x", x)
     if x.dim() == 0:

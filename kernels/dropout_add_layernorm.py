@@ -33,6 +33,7 @@ from .launch import (
     accumulator,
     accumulator_torch,
     as_rows,
+    check_device,
     check_dtype,
     check_layernorm,
     choose,
@@ -351,10 +352,12 @@ def dropout_add_layernorm(
         [..., H], contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
     """
     check_layernorm(x, weight, bias, x_bias)
     check_dtype("residual", residual)
+    check_device("residual", residual, x)
+    check_device("seed", seed, x)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     if not 0.0 <= p <= 1.0:

@@ -25,6 +25,7 @@ from .launch import (
     accumulator,
     accumulator_torch,
     as_rows,
+    check_device,
     check_dtype,
     check_vector,
     choose,
@@ -363,12 +364,13 @@ def embedding_layernorm(
         [..., S, H], contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
         IndexError: an id outside of its table; on a GPU a failed device assertion instead, as in torch.
     """
     tables = {"words": words, "positions": positions, "types": types}
     for name, table in tables.items():
         check_dtype(name, table)
+        check_device(name, table, words)
         rows = name == "words" and ids is None
         if table.dim() < 2 or (table.dim() > 2 and not rows) or table.shape[-1] > MAX_WIDTH:
             expected = "[..., S, H]" if rows else "[rows, H]"
@@ -377,9 +379,11 @@ def embedding_layernorm(
             raise ValueError(f"{name}: expected rows of {words.shape[-1]}, got {tuple(table.shape)}")
     check_vector("weight", weight, words)
     check_vector("bias", bias, words)
+    check_device("seed", seed, words)
     shape = words.shape[:-1] if ids is None else ids.shape
     for name, indices in (("ids", ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         _check_indices(name, indices, shape)
+        check_device(name, indices, words)
     seqlen = shape[-1]
     if position_ids is None and not 0 <= offset <= positions.shape[0] - seqlen:
         raise ValueError(f"offset: {positions.shape[0]} positions do not reach from {offset} for {seqlen} tokens")

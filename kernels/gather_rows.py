@@ -16,7 +16,7 @@ from torch import Tensor
 from . import plain
 from .device_math import block_rows, tile_offsets
 from .failures import or_plain
-from .launch import check_dtype, choose, differentiable, launch
+from .launch import check_device, check_dtype, choose, differentiable, launch
 
 __all__ = ["gather_rows"]
 
@@ -99,7 +99,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         [N, H], contiguous, the dtype of x.
 
     Raises:
-        ValueError: x that is no matrix, a dtype that has no kernel, indices that are not int32 vectors.
+        ValueError: x that is no matrix, a dtype that has no kernel, indices that are not int32 vectors beside x.
     """
     check_dtype("x", x)
     if x.dim() != 2:
@@ -108,4 +108,5 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         if vector.dtype != torch.int32 or vector.dim() != 1 or (length is not None and vector.shape[0] != length):
             expected = "[N]" if length is None else f"[{length}]"
             raise ValueError(f"{name}: expected int32 {expected}, got {vector.dtype} {tuple(vector.shape)}")
+        check_device(name, vector, x)
     return _call(x, index.contiguous(), inverse.contiguous())

@@ -310,7 +310,7 @@ def gelu_layernorm(
         [..., H], contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype or an activation that has no kernel, H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype or an activation that has no kernel, H over 8192.
     """
     check_layernorm(x, weight, bias, x_bias)
     check_activation(activation)

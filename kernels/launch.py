@@ -199,6 +199,12 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {tensor.dtype}")
 
 
+def check_device(name: str, tensor: Tensor | None, like: Tensor) -> None:
+    """Raise ValueError unless `tensor` is None or where `like` is: elsewhere its address would mean something else."""
+    if tensor is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+
+
 def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> None:
     """Raise ValueError unless x is [..., H] with H <= MAX_WIDTH and the vectors are [H]."""
     check_dtype("x", x)
@@ -209,10 +215,11 @@ def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | No
 
 
 def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
-    """Raise ValueError unless `vector` is None or has one element a column of x."""
+    """Raise ValueError unless `vector` is None or has one element a column of x, on its device."""
     if vector is None:
         return
     check_dtype(name, vector)
+    check_device(name, vector, x)
     if vector.shape != x.shape[-1:]:
         raise ValueError(f"{name}: expected shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}")
 
