@@ -1,6 +1,7 @@
 """Kernels that fail, put in the place of those that work."""
 
 import ast
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,19 +24,20 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 
 class Broken:
-    """A kernel whose launches raise after the first `good`; `attempts` counts those."""
+    """A kernel whose launches raise, `bad` of them after the first `good`; `attempts` counts those that raised."""
 
-    def __init__(self, name: str, error: Callable[[], Exception], good: int) -> None:
+    def __init__(self, name: str, error: Callable[[], Exception], good: int, bad: float) -> None:
         self.__name__ = name
         self.error = error
         self.good = good
+        self.bad = bad
         self.attempts = 0
         self.kernel: Any = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def start(**arguments: Any) -> None:
-            if self.good:
-                self.good -= 1
+            if self.good or self.attempts >= self.bad:
+                self.good = max(0, self.good - 1)
                 return self.kernel[grid](**arguments)
             self.attempts += 1
             raise self.error()
@@ -44,10 +46,14 @@ class Broken:
 
 
 def break_kernels(
-    monkeypatch: Any, names: Iterable[str], error: Callable[[], Exception] = ERRORS["resources"], good: int = 0
+    monkeypatch: Any,
+    names: Iterable[str],
+    error: Callable[[], Exception] = ERRORS["resources"],
+    good: int = 0,
+    bad: float = math.inf,
 ) -> dict[str, Broken]:
-    """Break the kernels of these names, wherever a module holds them, after `good` launches each."""
-    broken = {name: Broken(name, error, good) for name in names}
+    """Break `bad` launches of the kernels of these names, after `good` of each, wherever a module holds them."""
+    broken = {name: Broken(name, error, good, bad) for name in names}
     found = set()
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("fastbert.kernels."):

@@ -7,6 +7,7 @@ import pytest
 
 from .processes import COMPILE, start
 
+PROCESSES = 16
 # Importing takes each process another while: they wait for each other, so that they compile at the same time.
 READY = """
 Path(sys.argv[1], f"ready-{sys.argv[2]}").touch()
@@ -41,9 +42,9 @@ def together(program, n, folder):
     return [out.strip() for out, _ in outcomes]
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(16, marks=pytest.mark.long)])
-def test_compiling(n, tmp_path):
-    printed = together(COMPILE + READY + "print(compile_once(), failures.reasons)", n, tmp_path)
+@pytest.mark.long
+def test_compiling(tmp_path):
+    printed = together(COMPILE + READY + "print(compile_once(), failures.reasons)", PROCESSES, tmp_path)
     assert len(set(printed)) == 1 and printed[0].endswith(" {}")
 
 
@@ -51,5 +52,5 @@ def test_compiling(n, tmp_path):
 @pytest.mark.long
 def test_launching(tmp_path):
     program = LAUNCH + READY + "print(hashlib.sha256(bias_gelu(x).cpu().numpy()).hexdigest(), failures.reasons)"
-    printed = together(program, 16, tmp_path)
+    printed = together(program, PROCESSES, tmp_path)
     assert len(set(printed)) == 1 and printed[0].endswith(" {}")

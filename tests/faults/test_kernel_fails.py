@@ -98,6 +98,15 @@ def test_what_is_no_fault_of_the_kernel_is_raised(error, monkeypatch):
     assert not failures.reasons
 
 
+def test_strict_raises(monkeypatch):
+    """As tests and benchmarks have it."""
+    case = cases()["bias_gelu gelu"]
+    monkeypatch.setattr(failures, "strict", True)
+    break_kernels(monkeypatch, case.forward)
+    with pytest.raises(failures.KernelFailed, match="bias_gelu_fwd_kernel could not be compiled or launched"):
+        case.run()
+
+
 def test_wrong_arguments_are_raised(monkeypatch):
     """Checks come before the launch, and stay with the twin."""
     case = cases()["linear_cross_entropy mean"]

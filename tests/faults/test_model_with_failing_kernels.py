@@ -1,6 +1,7 @@
 """Whole models whose kernels fail: outputs, losses and gradients stay, and the report says which kernel and why."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.models.running import KERNELS, assert_equal, doubled, launches_of, ru
 from tests.models.tiny import MLM, make, make_batch
 
 from .broken import break_kernels
+from .cases import cases
 
 FORWARD = {name for kernel in KERNELS.values() for name in launches_of(kernel, 1, 0)}
 BACKWARD = {name for kernel in KERNELS.values() for name in launches_of(kernel, 0, 1)}
@@ -79,11 +81,9 @@ def test_report_names_the_kernel(monkeypatch):
 
 def test_in_a_compiled_model(monkeypatch):
     """The custom ops hold the same launchers, so a compiled model goes on too."""
-    from .cases import cases
-
     case = cases()["bias_gelu gelu"]
     torch._dynamo.reset()
     broken = break_kernels(monkeypatch, (*case.forward, *case.backward))
     compiled = torch.compile(case.call, backend="aot_eager", fullgraph=True)
-    case.check(type(case)(**vars(case) | {"call": compiled}).run())
+    case.check(replace(case, call=compiled).run())
     assert failures.reasons.keys() == broken.keys()

@@ -1,6 +1,7 @@
 """NaN and infinities: they come through where eager lets them through, and nowhere else."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import fastbert
 from tests.models.running import assert_equal, counting, doubled, run
 from tests.models.tiny import BASE, make, make_batch
+from tests.numerics import assert_close
 
 from .cases import cases
 
@@ -21,6 +23,42 @@ def poisoned(x, bad):
     return x
 
 
+def eager_attention(q, k, v, *, key_mask=None, mask=None, causal=False, cu_seqlens=None, max_seqlen=None):
+    """As transformers has it. The reference clamps scores to the lowest number, which is where they differ here."""
+    if cu_seqlens is not None:
+        parts = [slice(*cu_seqlens[i : i + 2].tolist()) for i in range(len(cu_seqlens) - 1)]
+        return torch.cat([eager_attention(*(x[rows].unsqueeze(0) for x in (q, k, v)))[0] for rows in parts])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril(k.shape[1] - q.shape[1])
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None, :]
+    added = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~seen, torch.finfo(q.dtype).min)
+    weights = (scores + added + (0.0 if mask is None else mask.to(q.dtype))).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def check(case):
+    """Not finite where eager is not, and nowhere else; the rest as ever.
+
+    What is masked or ignored may be read by eager, whose masks are numbers that are added, and not by the kernel: there
+    the kernel may be the one that stays finite.
+    """
+    if case.name.startswith("attention"):
+        case = replace(case, reference=eager_attention)
+    found = case.run(), case.eager(), case.eager(exact=True)
+    names = [name for name, tensor in found[0].items() if tensor is not None]
+    for name in names:
+        ours, eager = (tensors[name].isfinite() for tensors in found[:2])
+        assert not (eager & ~ours).any(), f"{name}: eager is finite where the kernel is not"
+        if case.name != "attention" and not (case.name.startswith("linear_cross_entropy") and name != "y"):
+            assert not (ours & ~eager).any(), f"{name}: the kernel is finite where eager is not"
+    assert not all(found[1][name].isfinite().all() for name in names)
+    everywhere = {name: torch.stack([tensors[name].isfinite() for tensors in found]).all(0) for name in names}
+    assert_close(*({name: torch.where(everywhere[name], tensors[name], 0.0) for name in names} for tensors in found))
+
+
 @pytest.mark.parametrize("bad", BAD, ids=str)
 @pytest.mark.parametrize(
     ("name", "argument"), [(name, argument) for name, case in cases().items() for argument in (*case.inputs, "dy")]
@@ -29,10 +67,20 @@ def poisoned(x, bad):
 def test_an_op_is_as_eager(name, argument, bad):
     case = cases()[name]
     if argument == "dy":
-        case = type(case)(**vars(case) | {"dy": poisoned(case.dy, bad)})
+        case = replace(case, dy=poisoned(case.dy, bad))
     else:
         case.inputs[argument] = poisoned(case.inputs[argument], bad)
-    case.check(case.run())
+    check(case)
+
+
+def test_a_class_that_is_ruled_out_has_no_gradient():
+    """A bias of -inf: no loss and no gradient from it where it is no label."""
+    case = cases()["linear_cross_entropy mean"]
+    case.options["labels"].clamp_(max=3)
+    case.inputs["bias"][5] = -torch.inf
+    results = case.run()
+    case.check(results)
+    assert all(tensor.isfinite().all() for tensor in results.values()) and not results["dweight"][5].any()
 
 
 # Of an op: an input, a row of it that goes bad, and the rows of output and gradient that do not read it.

@@ -1,5 +1,6 @@
 """Triton that is missing, too old, or cannot write its cache: a word that says so, and the model runs."""
 
+import errno
 import importlib.util
 import logging
 import os
@@ -78,6 +79,21 @@ def unwritable(tmp_path):
     return tmp_path / "file" / "cache"
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR])
+def test_another_cache_is_taken_once(number, monkeypatch, caplog, launches):
+    case = cases()["bias_gelu gelu"]
+    (broken,) = break_kernels(monkeypatch, case.forward, lambda: OSError(number, os.strerror(number)), bad=1).values()
+    monkeypatch.setattr(failures.move_cache, "folder", None)
+    with triton.knobs.cache.scope(), caplog.at_level(logging.WARNING, "fastbert"):
+        former = triton.knobs.cache.dir
+        case.check(case.run())
+        assert os.path.isdir(triton.knobs.cache.dir) and triton.knobs.cache.dir != former
+    (record,) = caplog.records
+    assert former in record.message and "TRITON_CACHE_DIR" in record.message
+    assert broken.attempts == 1 and not failures.reasons and launches()["bias_gelu_fwd_kernel"] == 1
+
+
+@pytest.mark.long
 def test_a_cache_that_cannot_be_written(tmp_path):
     """Triton itself raises NotADirectoryError or PermissionError from its first compilation."""
     cache = unwritable(tmp_path)
