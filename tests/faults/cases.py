@@ -76,8 +76,8 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
     weight = {"weight": 0.3 * normal(WIDTH, at=3.0), "bias": normal(WIDTH)}
     labels = integers(CLASSES, ROWS)
     labels[1] = -100
-    index = torch.tensor([3, -1, 0, 4], dtype=torch.int32, device=DEVICE)
-    inverse = torch.tensor([2, -1, -1, 0, 3], dtype=torch.int32, device=DEVICE)
+    index = torch.tensor([3, 1, -1, 4], dtype=torch.int32, device=DEVICE)
+    inverse = torch.tensor([-1, 1, -1, 0, 3], dtype=torch.int32, device=DEVICE)
     key_mask = torch.tensor([[True] * 4 + [False], [False] * 5], device=DEVICE)
     bounds = torch.tensor([0, 2, 2, ROWS], dtype=torch.int32, device=DEVICE)
     loss = {"forward": tuple(f"linear_cross_entropy_{part}_kernel" for part in ("fwd", "reduce"))}
