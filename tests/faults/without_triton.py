@@ -27,7 +27,7 @@ def check(word: str) -> None:
             loss.backward()
             steps.step()
             steps.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
     assert losses[:2] == losses[2:]
     state = patched.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
