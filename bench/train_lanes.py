@@ -25,6 +25,7 @@ from bench.train_model import arguments
 from bench.train_records import Evaluation, LaneRecord, Settings
 from bench.train_tasks import TASKS
 from fastbert.errors import InputError
+from fastbert.kernels import failures
 from fastbert.kernels.launch import counts
 
 RECORD = "lane.json"
@@ -110,6 +111,7 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     before = counts.total()
+    failures.strict = True  # no time of plain PyTorch under a kernel's name
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder, work.settings.steps) if resume else None)
     launches = counts.total() - before
     judged = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}

@@ -106,6 +106,7 @@ def environment() -> dict[str, Any]:
     facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
     facts |= {package: version(package) for package in ("triton", "transformers", "peft", "sentence-transformers")}
     facts["kernels"] = ops.MISSING or ("in Triton's interpreter" if ops.INTERPRETED else "compiled, on CUDA tensors")
+    facts["Triton's cache"] = _cache_of_triton(ops)
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
@@ -114,6 +115,20 @@ def environment() -> dict[str, Any]:
         facts["GPU"] = "none"
     facts |= {name: os.environ.get(name, "not set") for name in ("FASTBERT_DISABLE", "TRITON_INTERPRET")}
     return facts
+
+
+def _cache_of_triton(ops: Any) -> str:
+    """Where compiled kernels are kept, and whether they can be."""
+    if ops.MISSING:
+        return "none"
+    import triton
+
+    folder = existing = Path(triton.knobs.cache.dir)
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return str(folder)
+    return f"{folder}, which cannot be written: set TRITON_CACHE_DIR to a folder that can"
 
 
 def _use_interpreter_without_gpu() -> None:

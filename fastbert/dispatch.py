@@ -1,8 +1,10 @@
 """Each call decides: may these tensors go to a kernel, and if not, why not. The tally is what `report` shows."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,6 +47,19 @@ def refused(module: nn.Module, reason: str | None) -> bool:
         else:
             tally.fallbacks[reason] += 1
     return reason is not None
+
+
+def run(module: nn.Module, op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """op(...) for a call that was not refused. If a kernel failed and plain PyTorch stood in, it is tallied so."""
+    if torch.compiler.is_compiling():
+        return op(*arguments, **options)
+    before = ops.failures.stood_in
+    result = op(*arguments, **options)
+    if ops.failures.stood_in != before:
+        tally, kernel = _calls[module], ops.failures.last
+        tally.kernel -= 1
+        tally.fallbacks[f"{kernel} failed: {ops.failures.reasons[kernel]}"] += 1
+    return result
 
 
 def tensor_reason(*tensors: Tensor) -> str | None:

@@ -1,4 +1,6 @@
-"""The kernels' public functions; or, where triton cannot be imported, the reason that there are none."""
+"""The kernels' public functions; or, where triton cannot be imported or is too old, the reason that there are none."""
+
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -9,8 +11,24 @@ INTERPRETED = False
 MAX_WIDTH = 0
 
 MAX_HEAD_SIZE = 0
+# What torch 2.9 brings, the oldest torch that is supported. Older ones compile something else, or nothing.
+OLDEST_TRITON = (3, 5)
+
+
+def check_triton() -> None:
+    """Raise ImportError for a triton that is too old. One whose version is unknown is taken as it is."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # under another name, or not there: importing it will tell
+        return
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if len(numbers) == 2 and numbers < OLDEST_TRITON:
+        raise ImportError(f"triton {version} is too old, {'.'.join(map(str, OLDEST_TRITON))} or newer is needed")
+
 
 try:
+    check_triton()
+    from fastbert.kernels import failures
     from fastbert.kernels.attention import attention, bounds_of
     from fastbert.kernels.attention_checks import MAX_HEAD_SIZE
     from fastbert.kernels.bias_gelu import bias_gelu
@@ -23,7 +41,7 @@ try:
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
     attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = linear_cross_entropy = None
-    embedding_layernorm = None
+    embedding_layernorm = failures = None
 
 _bounds = WeakTensorKeyDictionary()
 
@@ -46,6 +64,7 @@ __all__ = [
     "bias_gelu",
     "dropout_add_layernorm",
     "embedding_layernorm",
+    "failures",
     "gather_rows",
     "gelu_layernorm",
     "key_bounds",

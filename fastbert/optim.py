@@ -23,7 +23,8 @@ class AdamW(torch.optim.AdamW):
     Arguments, checks, parameter groups, hooks, closures and schedulers are torch's, and so is the state: a state_dict
     of either loads into the other. There is one launch for each device and combination of dtypes, amsgrad and 16-byte
     alignment among the parameters. A learning rate that changes every step recompiles and rebuilds nothing. Where no
-    kernel can run (a CPU, float8, a GPU older than sm_80), torch's own AdamW steps on the same state.
+    kernel can run (a CPU, float8, a GPU older than sm_80, a kernel that does not compile), torch's own AdamW steps on the
+    same state.
 
     Numerics: elements are computed in float32 (float64 parameters in float64) and rounded where they are stored, which
     is what torch's `fused=True` does; float32 parameters and state stay within 1e-6 of torch's over 100 steps. In
@@ -135,8 +136,10 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
 
+        from fastbert import ops
         from fastbert.dispatch import device_reason
 
+        failed = ops.failures is not None and "adamw_kernel" in ops.failures.reasons
         fast: list[tuple] = []
         for index, group in enumerate(self.param_groups):
             stock = []
@@ -144,14 +147,20 @@ class AdamW(torch.optim.AdamW):
                 if param.grad is None:
                     continue
                 state = self._state_of(param, group)
-                if device_reason(param.device, param.dtype) is None:
+                if not failed and device_reason(param.device, param.dtype) is None:
                     fast.append((param, state, index))
                 else:
                     stock.append((param, state))
             if stock:
                 self._step_stock(stock, group)
         if fast:
-            self._step_fast(fast)
+            try:
+                self._step_fast(fast)
+            except ops.failures.KernelFailed as failure:
+                if ops.failures.strict:
+                    raise
+                ops.failures.note(failure)
+                self._step_left([fast[i] for i in failure.left])
         return loss
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -206,6 +215,13 @@ class AdamW(torch.optim.AdamW):
         )
         if not capturing and not self._spares and found[0][0].is_cuda and self.param_groups[0]["capturable"]:
             self._spares = tables.spares()
+
+    def _step_left(self, found: list[tuple]) -> None:
+        """torch's own functions for parameters (with state and number of their group) that the kernel failed at."""
+        for index, group in enumerate(self.param_groups):
+            stock = [(param, state) for param, state, own in found if own == index]
+            if stock:
+                self._step_stock(stock, group)
 
     def _step_stock(self, found: list[tuple], group: dict[str, Any]) -> None:
         """torch's own functions, on the same state."""

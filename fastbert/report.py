@@ -120,7 +120,7 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
 
     tally = calls(module)
     fell_back = bool(tally.fallbacks) and not tally.kernel
-    reason = "; ".join(tally.fallbacks)
+    reason = "; ".join([*tally.fallbacks, *_backward_reasons(entry.kernel)])
     return Row(
         name,
         entry.stock.__name__,
@@ -130,6 +130,14 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
         tally.kernel,
         dict(tally.fallbacks),
     )
+
+
+def _backward_reasons(kernel: str) -> list[str]:
+    """Why a backward kernel is not used: its failures, which belong to the process and to no module."""
+    from fastbert import ops
+
+    failed = ops.failures.reasons.items() if ops.failures else ()
+    return [f"{name} failed: {why}" for name, why in failed if name.startswith(f"{kernel}_bwd")]
 
 
 def _stock_row(name: str, cls: type, kernel: str | None, reason: str) -> Row:

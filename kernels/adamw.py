@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adamw_table import COLUMNS, Hyperparameters, LaunchTable, Parameter, Tables
+from .failures import KernelFailed
 from .launch import accumulator, check_dtype, launch
 
 __all__ = ["adamw"]
@@ -239,10 +240,15 @@ def adamw(
 
     Raises:
         ValueError: a dtype without a kernel; a tensor of another size or on another device than its parameter.
+        KernelFailed: a launch did not come about; its attribute `left` has the indices of the parameters that did not step.
     """
     for parameter in parameters:
         check_dtype("param", parameter.param)
     tables = Tables() if tables is None else tables
     tables.refresh(parameters, groups)
-    for table in tables.launches:
-        _launch(table, grad_scale, found_inf)
+    for done, table in enumerate(tables.launches):
+        try:
+            _launch(table, grad_scale, found_inf)
+        except KernelFailed as failure:
+            failure.left = [index for other in tables.launches[done:] for index in other.indices]
+            raise

@@ -127,7 +127,7 @@ class LaunchTable:
         self.hyperparameters = Upload(kind.device, spares)
         self.done = torch.zeros((), dtype=torch.int32, device=kind.device)
         self.copies: list[Copy] = []
-        self._indices = indices
+        self.indices = indices
         self._numbers: list[list[float]] | None = None
         self._copy_other_layouts(parameters)
         sizes = [parameters[i].param.numel() for i in indices]
@@ -135,7 +135,7 @@ class LaunchTable:
 
     def _copy_other_layouts(self, parameters: Sequence[Parameter]) -> None:
         """A tensor whose memory is laid out unlike its parameter's is stood in for by a copy."""
-        for row, i in enumerate(self._indices):
+        for row, i in enumerate(self.indices):
             param = parameters[i].param
             layout = param if _is_dense(param) else torch.empty_like(param)
             for column, name in enumerate(POINTERS):
@@ -145,7 +145,7 @@ class LaunchTable:
 
     def send_rows(self, host: Tensor) -> None:
         """Upload this launch's rows of the table of all parameters."""
-        rows = host[self._indices]
+        rows = host[self.indices]
         for row, column, _, copy in self.copies:
             rows[row, column] = copy.data_ptr()
         self.rows.send(rows)

@@ -19,11 +19,13 @@ import torch
 import triton
 from torch import Tensor
 
+from . import plain_attention
 from .attention_backward import attention_bwd_kv_kernel, attention_bwd_rows_kernel
 from .attention_backward_q import attention_bwd_q_kernel
 from .attention_checks import check_inputs, check_masks
 from .attention_forward import attention_fwd_kernel
 from .configs import Config
+from .failures import or_plain
 from .launch import INTERPRETED, accumulator, accumulator_torch, choose, differentiable, draw_seed, launch
 
 __all__ = ["attention"]
@@ -87,6 +89,7 @@ def _choose(kernel: str, q: Tensor, mask: Tensor | None = None) -> Config:
     return choose(kernel if mask is None else f"{kernel}_masked", q, q.shape[-1])
 
 
+@or_plain(plain_attention.attention)
 def _launch_fwd(
     q: Tensor,
     k: Tensor,
@@ -192,6 +195,7 @@ def _launch_bwd_packed(dout, q, k, v, *rest):
     return _launch_bwd_into(buffer.unbind(-3), dout, q, k, v, *rest)
 
 
+@or_plain(plain_attention.attention_backward, after=_launch_fwd)
 def _launch_bwd_into(
     grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed,
     max_seqlen, max_seqlen_q, causal, scale, p,

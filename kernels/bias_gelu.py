@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .device_math import activation as activate
 from .device_math import activation_backward, block_rows, tile_offsets
+from .failures import or_plain
 from .launch import (
     accumulator,
     accumulator_torch,
@@ -107,6 +109,7 @@ def bias_gelu_bwd_kernel(
         tl.store(sums_ptr + row_program.to(tl.int64) * N_COLS + cols, tl.sum(dbias, axis=0), col_mask)
 
 
+@or_plain(plain.bias_gelu)
 def _launch_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     y = _allocate_fwd(x, bias, activation)
     x = as_rows(x)
@@ -136,6 +139,7 @@ def _allocate_fwd(x, bias, activation):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+@or_plain(plain.bias_gelu_backward)
 def _launch_bwd(
     dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, sum_columns: bool
 ) -> tuple[Tensor, Tensor]:
@@ -211,7 +215,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
         [..., F], contiguous, the dtype of x.
 
     Raises:
-        ValueError: a bias of another length, a dtype or an activation that has no kernel.
+        ValueError: a bias of another length or on another device, a dtype or an activation that has no kernel.
     """
     check_dtype("x", x)
     if x.dim() == 0:

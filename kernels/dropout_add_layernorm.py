@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .device_math import (
     block_rows,
     chunked_columns,
@@ -27,10 +28,12 @@ from .device_math import (
     offsets,
     tile_offsets,
 )
+from .failures import or_plain
 from .launch import (
     accumulator,
     accumulator_torch,
     as_rows,
+    check_device,
     check_dtype,
     check_layernorm,
     choose,
@@ -162,6 +165,7 @@ def dropout_add_layernorm_bwd_kernel(
         tl.store(row + 2 * N_COLS, tl.sum(dx_bias, axis=1)[:, None, :], col_mask)
 
 
+@or_plain(plain.dropout_add_layernorm)
 def _launch_fwd(
     x: Tensor,
     residual: Tensor,
@@ -218,6 +222,7 @@ def _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, sa
     return y, z, mean, torch.empty_like(mean)
 
 
+@or_plain(plain.dropout_add_layernorm_backward)
 def _launch_bwd(
     dy: Tensor,
     z: Tensor,
@@ -347,10 +352,12 @@ def dropout_add_layernorm(
         [..., H], contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
     """
     check_layernorm(x, weight, bias, x_bias)
     check_dtype("residual", residual)
+    check_device("residual", residual, x)
+    check_device("seed", seed, x)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     if not 0.0 <= p <= 1.0:

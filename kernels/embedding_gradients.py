@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .device_math import block_rows, columns, offsets
+from .failures import or_plain
 from .launch import accumulator, accumulator_torch, choose, launch, resident_programs
 
 PIECE = 32  # places of the sorted order that one sum is over at most
@@ -170,6 +172,7 @@ def embedding_layernorm_bwd_sums_kernel(
     tl.store(sums_ptr + offsets(rows, cols[None, None, :], N_COLS, 1), sums, stored)
 
 
+@or_plain(plain.by_runs)
 def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype: torch.dtype) -> Tensor:
     """The gradient [n_table_rows, H] of a table from dz [T, H] and the rows of it that were read, ids [T].
 
@@ -223,6 +226,7 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
     return dtable
 
 
+@or_plain(plain.by_places)
 def by_places(dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int) -> Tensor:
     """Sums [n_inner, n_types, H], in float32 or float64, of dz [T, H] seen as [outer, n_inner, H] over its outer axis.
 

@@ -16,13 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .embedding_gradients import GROUPS, MOST_TYPES, by_places, by_runs
 from .embedding_rows import embedding_layernorm_bwd_kernel, embedding_layernorm_fwd_kernel
+from .failures import or_plain
 from .launch import (
     MAX_WIDTH,
     accumulator,
     accumulator_torch,
     as_rows,
+    check_device,
     check_dtype,
     check_vector,
     choose,
@@ -94,6 +97,7 @@ def _check_range(ids: Tensor | None, table: Tensor) -> None:
             raise IndexError("index out of range in self")
 
 
+@or_plain(plain.embedding_layernorm)
 def _launch_fwd(
     words: Tensor,
     positions: Tensor,
@@ -172,11 +176,42 @@ def _launch_bwd(
     needs_types: bool,
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = dy, words, positions, types, weight, mean, rstd, ids, token_type_ids, position_ids, seed, offset, p
+    dz, sums = _launch_rows_bwd(*given, needs_words or needs_positions or needs_types, needs_sums)
+    dwords = dz.new_empty(0)
+    if needs_words and ids is None:
+        dwords = dz.view(words.shape).to(words.dtype)
+    elif needs_words:
+        dwords = by_runs(dz, ids.reshape(-1), words.shape[0], padding_idx, words.dtype)
+    dpositions, dtypes = _small_tables(
+        dz, dy.shape[:-1], positions, types, token_type_ids, position_ids, offset, needs_positions, needs_types
+    )
+    return dwords, dpositions, dtypes, sums
+
+
+@or_plain(plain.embedding_layernorm_backward)
+def _launch_rows_bwd(
+    dy: Tensor,
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    seed: Tensor | None,
+    offset: int,
+    p: float,
+    needs_dz: bool,
+    needs_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the sum that was normalised, [T, H], and those of weight and bias, [2, H]."""
     tables = words, positions, types
-    shape, n_cols = dy.shape[:-1], dy.shape[-1]
+    n_cols = dy.shape[-1]
     dy = as_rows(dy)
     n_rows = dy.shape[0]
-    needs_dz = needs_words or needs_positions or needs_types
     dz = torch.empty((n_rows, n_cols) if needs_dz else (0,), dtype=_z_dtype(*tables), device=dy.device)
     widest = max((dy, *tables), key=Tensor.element_size)
     config = choose("layernorm_backward", widest, n_cols)
@@ -206,16 +241,7 @@ def _launch_bwd(
         CHUNKS=chunks,
         BLOCK_N=block_n,
     )
-    nothing = dz.new_empty(0)
-    dwords = nothing
-    if needs_words and ids is None:
-        dwords = dz.view(words.shape).to(words.dtype)
-    elif needs_words:
-        dwords = by_runs(dz, ids.reshape(-1), words.shape[0], padding_idx, words.dtype)
-    dpositions, dtypes = _small_tables(
-        dz, shape, positions, types, token_type_ids, position_ids, offset, needs_positions, needs_types
-    )
-    return dwords, dpositions, dtypes, sums.sum(0)
+    return dz, sums.sum(0)
 
 
 def _small_tables(
@@ -338,12 +364,13 @@ def embedding_layernorm(
         [..., S, H], contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
         IndexError: an id outside of its table; on a GPU a failed device assertion instead, as in torch.
     """
     tables = {"words": words, "positions": positions, "types": types}
     for name, table in tables.items():
         check_dtype(name, table)
+        check_device(name, table, words)
         rows = name == "words" and ids is None
         if table.dim() < 2 or (table.dim() > 2 and not rows) or table.shape[-1] > MAX_WIDTH:
             expected = "[..., S, H]" if rows else "[rows, H]"
@@ -352,9 +379,11 @@ def embedding_layernorm(
             raise ValueError(f"{name}: expected rows of {words.shape[-1]}, got {tuple(table.shape)}")
     check_vector("weight", weight, words)
     check_vector("bias", bias, words)
+    check_device("seed", seed, words)
     shape = words.shape[:-1] if ids is None else ids.shape
     for name, indices in (("ids", ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         _check_indices(name, indices, shape)
+        check_device(name, indices, words)
     seqlen = shape[-1]
     if position_ids is None and not 0 <= offset <= positions.shape[0] - seqlen:
         raise ValueError(f"offset: {positions.shape[0]} positions do not reach from {offset} for {seqlen} tokens")

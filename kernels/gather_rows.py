@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .device_math import block_rows, tile_offsets
-from .launch import check_dtype, choose, differentiable, launch
+from .failures import or_plain
+from .launch import check_device, check_dtype, choose, differentiable, launch
 
 __all__ = ["gather_rows"]
 
@@ -43,6 +45,7 @@ def gather_rows_kernel(
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), x, row_mask[:, None] & col_mask[None, :])
 
 
+@or_plain(plain.gather_rows)
 def _launch(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     y = _allocate(x, index, inverse)
     n_rows, n_cols = y.shape
@@ -96,7 +99,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         [N, H], contiguous, the dtype of x.
 
     Raises:
-        ValueError: x that is no matrix, a dtype that has no kernel, indices that are not int32 vectors.
+        ValueError: x that is no matrix, a dtype that has no kernel, indices that are not int32 vectors beside x.
     """
     check_dtype("x", x)
     if x.dim() != 2:
@@ -105,4 +108,5 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         if vector.dtype != torch.int32 or vector.dim() != 1 or (length is not None and vector.shape[0] != length):
             expected = "[N]" if length is None else f"[{length}]"
             raise ValueError(f"{name}: expected int32 {expected}, got {vector.dtype} {tuple(vector.shape)}")
+        check_device(name, vector, x)
     return _call(x, index.contiguous(), inverse.contiguous())

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .device_math import activation as activate
 from .device_math import (
     activation_backward,
@@ -25,6 +26,7 @@ from .device_math import (
     offsets,
     tile_offsets,
 )
+from .failures import or_plain
 from .launch import (
     accumulator,
     accumulator_torch,
@@ -150,6 +152,7 @@ def gelu_layernorm_bwd_kernel(
         tl.store(row + 2 * N_COLS, tl.sum(dx_bias, axis=1)[:, None, :], col_mask)
 
 
+@or_plain(plain.gelu_layernorm)
 def _launch_fwd(
     x: Tensor,
     weight: Tensor,
@@ -197,6 +200,7 @@ def _allocate_fwd(x, weight, bias, x_bias, activation, eps, out_dtype, save):
     return y, mean, torch.empty_like(mean)
 
 
+@or_plain(plain.gelu_layernorm_backward)
 def _launch_bwd(
     dy: Tensor,
     x: Tensor,
@@ -306,7 +310,7 @@ def gelu_layernorm(
         [..., H], contiguous.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype or an activation that has no kernel, H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype or an activation that has no kernel, H over 8192.
     """
     check_layernorm(x, weight, bias, x_bias)
     check_activation(activation)

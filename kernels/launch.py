@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from .configs import ARCHITECTURES, TABLES, Config
+from .failures import KernelFailed, is_of_the_kernel, move_cache
 
 logger = logging.getLogger("fastbert")
 
@@ -85,21 +86,32 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments: Any) -> None:
-    """Run `kernel` on `programs` programs, on the device of `like` even when another is current."""
+    """Run `kernel` on `programs` programs, on the device of `like` even when another is current.
+
+    Raises:
+        KernelFailed: it could not be compiled or launched.
+    """
     if programs == 0:
         return
     if _recording:
         return _recording[1](kernel, programs, config, arguments)
-    counts[kernel.__name__] += 1
     options = {"num_warps": config.num_warps}
     if config.num_stages is not None:
         options["num_stages"] = config.num_stages
     # One axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
-    if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
+    try:
+        if like.is_cuda and like.device.index != torch.cuda.current_device():
+            with torch.cuda.device(like.device):
+                kernel[(programs,)](**arguments, **options)
+        else:
             kernel[(programs,)](**arguments, **options)
-    else:
-        kernel[(programs,)](**arguments, **options)
+    except Exception as error:
+        if move_cache(error):
+            return launch(kernel, programs, config, like, **arguments)
+        if is_of_the_kernel(error):
+            raise KernelFailed(kernel.__name__, error) from error
+        raise
+    counts[kernel.__name__] += 1
 
 
 class NotTwice(torch.autograd.Function):
@@ -187,6 +199,12 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {tensor.dtype}")
 
 
+def check_device(name: str, tensor: Tensor | None, like: Tensor) -> None:
+    """Raise ValueError unless `tensor` is None or where `like` is: elsewhere its address would mean something else."""
+    if tensor is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+
+
 def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> None:
     """Raise ValueError unless x is [..., H] with H <= MAX_WIDTH and the vectors are [H]."""
     check_dtype("x", x)
@@ -197,10 +215,11 @@ def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | No
 
 
 def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
-    """Raise ValueError unless `vector` is None or has one element a column of x."""
+    """Raise ValueError unless `vector` is None or has one element a column of x, on its device."""
     if vector is None:
         return
     check_dtype(name, vector)
+    check_device(name, vector, x)
     if vector.shape != x.shape[-1:]:
         raise ValueError(f"{name}: expected shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}")
 

@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from .launch import DTYPES, accumulator_torch, as_rows, check_dtype, differentiable
+from .launch import DTYPES, accumulator_torch, as_rows, check_device, check_dtype, differentiable
 from .linear_cross_entropy_rows import (
     accumulate,
     check_on_cpu,
@@ -384,7 +384,8 @@ def linear_cross_entropy(
         [], or [...] for reduction "none".
 
     Raises:
-        ValueError: shapes that do not fit, a dtype that has no kernel, an unknown reduction, a smoothing outside [0, 1].
+        ValueError: shapes or devices that do not fit, a dtype that has no kernel, an unknown reduction, a smoothing outside
+            [0, 1].
         IndexError: on a CPU, a label that is no class. On a GPU the device stops with an assertion, as in torch.
     """
     _check(hidden, weight, bias, labels, reduction, label_smoothing, out_dtype or hidden.dtype)
@@ -420,6 +421,8 @@ def _check(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
+        check_device(name, tensor, hidden)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64, got {labels.dtype}")
     if labels.shape != hidden.shape[:-1]:

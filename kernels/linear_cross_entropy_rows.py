@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .device_math import block_rows, chunked_columns, columns, offsets, tile_offsets
+from .failures import or_plain
 from .launch import accumulator, as_rows, choose, launch
 
 __all__: list[str] = []
@@ -230,6 +232,7 @@ def pad_bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else F.pad(bias, (0, padded(bias.shape[0]) - bias.shape[0])).contiguous()
 
 
+@or_plain(plain.cross_entropy_rows)
 def launch_rows(
     logits: Tensor,
     bias: Tensor | None,
@@ -275,6 +278,7 @@ def launch_rows(
     )
 
 
+@or_plain(plain.cross_entropy_reduce)
 def launch_reduce(
     losses: Tensor, labels: Tensor, n_cols: int, ignore_index: int, reduction: str, loss: Tensor | None, scale: Tensor | None
 ) -> None:
@@ -305,6 +309,7 @@ def launch_reduce(
         torch._assert_async(in_range, f"linear_cross_entropy: a label is neither {ignore_index} nor in [0, {n_cols})")
 
 
+@or_plain(plain.scaled)
 def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x * dloss * scale as a contiguous tensor of `dtype`; dloss and scale are one number each, on the device."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)

@@ -26,8 +26,12 @@ SUPPORT = {
     "device_math",
     "embedding_gradients",
     "embedding_rows",
+    "failures",
     "launch",
     "linear_cross_entropy_rows",
+    "plain",
+    "plain_attention",
+    "plain_dropout",
     "reference",
 }
 

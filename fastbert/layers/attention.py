@@ -8,7 +8,7 @@ from transformers import EncoderDecoderCache
 from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfAttention
 
 from fastbert import ops
-from fastbert.dispatch import refused, tensor_reason
+from fastbert.dispatch import refused, run, tensor_reason
 from fastbert.integrations.attention import attend, former_name, mask_reason, wants_weights
 from fastbert.layers.packing import Packing, side_by_side
 from fastbert.layers.parts import dropout_reason
@@ -114,7 +114,7 @@ def _reads_packing(module: nn.Module) -> bool:
 def _attended_at(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **bounds: Any) -> Tensor:
     q, k, v = (x.squeeze(0) for x in (q, k, v))
     p = module.dropout.p if module.training else 0.0
-    out = ops.attention(q, k, v, causal=module.is_causal, scale=module.scaling, p=p, **bounds)
+    out = run(module, ops.attention, q, k, v, causal=module.is_causal, scale=module.scaling, p=p, **bounds)
     return out.flatten(1).unsqueeze(0)
 
 
@@ -137,5 +137,5 @@ def _reason(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> s
 
 def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Any) -> Tensor:
     p = module.dropout.p if module.training else 0.0
-    out = attend(q, k, v, mask, module.is_causal, module.scaling, p)
+    out = run(module, attend, q, k, v, mask, module.is_causal, module.scaling, p)
     return out.reshape(*shape[:-1], -1)

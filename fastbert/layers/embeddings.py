@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, is_plain_tensor, refused, tensor_reason
+from fastbert.dispatch import is_plain, is_plain_tensor, refused, run, tensor_reason
 from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason
 
 _IDS = (torch.int64, torch.int32)
@@ -70,7 +70,9 @@ class FastBertEmbeddings(BertEmbeddings):
         words = self.word_embeddings.weight if input_ids is not None else inputs_embeds
         positions, types = self.position_embeddings.weight, self.token_type_embeddings.weight
         dtype = torch.promote_types(torch.promote_types(words.dtype, types.dtype), positions.dtype)
-        return ops.embedding_layernorm(
+        return run(
+            self,
+            ops.embedding_layernorm,
             words,
             positions,
             types,

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertModel, BertPooler
 
 from fastbert import ops
-from fastbert.dispatch import refused, tensor_reason
+from fastbert.dispatch import refused, run, tensor_reason
 from fastbert.integrations.attention import wants_weights
 from fastbert.layers.attention import FastBertSelfAttention, flash_keywords, packed_reason
 from fastbert.layers.counts import Given
@@ -36,7 +36,7 @@ class _PackingEncoder:
         if refused(self, packing if isinstance(packing, str) else None):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         shape = hidden_states.shape
-        packed = packing.tokens.take(hidden_states.flatten(0, 1)).unsqueeze(0)
+        packed = run(self, packing.tokens.take, hidden_states.flatten(0, 1)).unsqueeze(0)
         for layer in self.layer if packing.read is None else self.layer[:-1]:
             packed = layer(packed, None, None, packing=packing)
         rows = packing.tokens

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from fastbert import ops
-from fastbert.dispatch import refused, tensor_reason
+from fastbert.dispatch import refused, run, tensor_reason
 from fastbert.layers.parts import activation_reason, kernel_activation, product
 
 
@@ -20,4 +20,4 @@ class FastBertIntermediate(BertIntermediate):
         if refused(self, unsupported(self) or tensor_reason(hidden_states)):
             return super().forward(hidden_states)
         x, bias = product(self.dense, hidden_states)
-        return ops.bias_gelu(x, bias, activation=kernel_activation(self.intermediate_act_fn))
+        return run(self, ops.bias_gelu, x, bias, activation=kernel_activation(self.intermediate_act_fn))

@@ -21,7 +21,7 @@ from transformers.models.bert import modeling_bert as bert
 from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, is_plain_tensor, refused, tensor_reason
+from fastbert.dispatch import is_plain, is_plain_tensor, refused, run, tensor_reason
 from fastbert.layers.counts import count
 from fastbert.layers.encoder import hooked, packs_unseen
 from fastbert.layers.packing import Rows, rows_of
@@ -100,7 +100,7 @@ def _read(
     hidden, targets = _labelled(hidden, targets, labelled, told.rows, ignored)
     if without:
         hidden = head.transform(hidden)
-    return outputs, logits, _loss(head.decoder, hidden, targets, **options)
+    return outputs, logits, run(module, _loss, head.decoder, hidden, targets, **options)
 
 
 def _labelled(

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
 from fastbert import ops
-from fastbert.dispatch import refused, tensor_reason
+from fastbert.dispatch import refused, run, tensor_reason
 from fastbert.layers.parts import (
     activation_reason,
     kernel_activation,
@@ -27,7 +27,9 @@ class FastBertPredictionHeadTransform(BertPredictionHeadTransform):
         if refused(self, unsupported(self) or tensor_reason(hidden_states, norm.weight, norm.bias)):
             return super().forward(hidden_states)
         x, x_bias = product(self.dense, hidden_states)
-        return ops.gelu_layernorm(
+        return run(
+            self,
+            ops.gelu_layernorm,
             x,
             norm.weight,
             norm.bias,

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
 
 from fastbert import ops
-from fastbert.dispatch import refused, tensor_reason
+from fastbert.dispatch import refused, run, tensor_reason
 from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason, product
 
 
@@ -20,7 +20,9 @@ class _FastResidualNorm:
             return super().forward(hidden_states, input_tensor)
         x, x_bias = product(self.dense, hidden_states)
         dtype = torch.promote_types(x.dtype, input_tensor.dtype)
-        return ops.dropout_add_layernorm(
+        return run(
+            self,
+            ops.dropout_add_layernorm,
             x,
             input_tensor,
             self.LayerNorm.weight,

@@ -1,0 +1,67 @@
+"""Kernels that fail, put in the place of those that work."""
+
+import ast
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+import fastbert.kernels.adamw  # noqa: F401  the optimizer imports it in its first step
+
+# What triton raises where a kernel does not compile, does not fit, does not assemble or is not taken by the driver, and
+# what a machine without a C compiler makes of the first launch.
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "compilation": lambda: CompilationError("x = 1\ny = z", ast.Name("z", lineno=2, col_offset=4), "z is not defined"),
+    "resources": lambda: OutOfResources(300_000, 232_448, "shared memory"),
+    "ptxas": lambda: PTXASError("Internal Triton PTX codegen error"),
+    "driver": lambda: RuntimeError("Triton Error [CUDA]: invalid argument"),
+    "compiler": lambda: RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    "passes": lambda: RuntimeError("PassManager::run failed"),
+}
+
+
+class Broken:
+    """A kernel whose launches raise, `bad` of them after the first `good`; `attempts` counts those that raised."""
+
+    def __init__(self, name: str, error: Callable[[], Exception], good: int, bad: float) -> None:
+        self.__name__ = name
+        self.error = error
+        self.good = good
+        self.bad = bad
+        self.attempts = 0
+        self.kernel: Any = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def start(**arguments: Any) -> None:
+            if self.good or self.attempts >= self.bad:
+                self.good = max(0, self.good - 1)
+                return self.kernel[grid](**arguments)
+            self.attempts += 1
+            raise self.error()
+
+        return start
+
+
+def break_kernels(
+    monkeypatch: Any,
+    names: Iterable[str],
+    error: Callable[[], Exception] = ERRORS["resources"],
+    good: int = 0,
+    bad: float = math.inf,
+) -> dict[str, Broken]:
+    """Break `bad` launches of the kernels of these names, after `good` of each, wherever a module holds them."""
+    broken = {name: Broken(name, error, good, bad) for name in names}
+    found = set()
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("fastbert.kernels."):
+            for name in broken.keys() & vars(module).keys():
+                broken[name].kernel = getattr(module, name)
+                monkeypatch.setattr(module, name, broken[name])
+                found.add(name)
+    assert found == broken.keys(), broken.keys() - found
+    return broken
+
+

@@ -1,0 +1,55 @@
+"""AdamW whose kernel fails: torch's own functions take the step, of those parameters that have not taken it."""
+
+import logging
+
+import pytest
+import torch
+
+from fastbert.kernels import failures
+from tests.optim.stepping import assert_same, give_gradients, make_params, pair, params_of, run
+
+from .broken import break_kernels
+
+KERNEL = "adamw_kernel"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"amsgrad": True, "maximize": True}], ids=["", "amsgrad"])
+def test_is_torchs(arguments, monkeypatch, caplog, launches):
+    (broken,) = break_kernels(monkeypatch, [KERNEL]).values()
+    ours, theirs = pair(**arguments)
+    with caplog.at_level(logging.WARNING, "fastbert"):
+        run(ours, theirs, steps=4)
+    assert_same(ours, theirs)
+    (record,) = caplog.records
+    assert KERNEL in record.message and broken.attempts == 1 and not launches()
+
+
+def test_goes_on_where_the_kernel_worked(monkeypatch, launches):
+    ours, theirs = pair()
+    broken = break_kernels(monkeypatch, [KERNEL], good=2)
+    run(ours, theirs, steps=4)
+    assert_same(ours, theirs)
+    assert launches() == {KERNEL: 2} and broken[KERNEL].attempts == 1
+
+
+def test_no_parameter_steps_twice(monkeypatch, launches):
+    """float32 and float64 are a launch each, of which the second fails."""
+    ours, theirs = pair([*make_params(), *make_params(dtype=torch.float64)])
+    broken = break_kernels(monkeypatch, [KERNEL], good=1)
+    run(ours, theirs, steps=1)
+    assert launches() == {KERNEL: 1} and broken[KERNEL].attempts == 1
+    assert all(float(ours.state[param]["step"]) == 1.0 for param in params_of(ours))
+    assert_same(ours, theirs)
+
+
+def test_scaled_gradients(monkeypatch):
+    break_kernels(monkeypatch, [KERNEL])
+    ours, theirs = pair(theirs={"fused": True})
+    for optimizer in (ours, theirs):
+        give_gradients(optimizer)
+        optimizer.grad_scale = torch.tensor(4.0, device=params_of(optimizer)[0].device)
+        for found in (0.0, 1.0):
+            optimizer.found_inf = torch.tensor(found, device=optimizer.grad_scale.device)
+            optimizer.step()
+    assert_same(ours, theirs)
+    assert KERNEL in failures.reasons

@@ -1,0 +1,127 @@
+"""A kernel that does not compile or launch: plain PyTorch computes the same, in that call and all later ones."""
+
+import logging
+
+import pytest
+import torch
+from triton.runtime.errors import InterpreterError
+
+from fastbert.kernels import failures
+from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+from tests.kernels.linear_cross_entropy import chunks_of
+
+from .broken import ERRORS, break_kernels
+from .cases import NAMES, WITH_DROPOUT, cases
+
+PARTS = ("forward", "backward", "both")
+
+
+def kernels_of(case, part):
+    return {"forward": case.forward, "backward": case.backward, "both": (*case.forward, *case.backward)}[part]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.one_in(3)
+def test_is_right_all_the_same(name, part, dtype, monkeypatch):
+    case = cases(dtype)[name]
+    broken = break_kernels(monkeypatch, kernels_of(case, part))
+    case.check(case.run())
+    assert broken.keys() & failures.reasons.keys()
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", WITH_DROPOUT)
+@pytest.mark.one_in(3)
+def test_dropout_is_that_of_the_kernel(name, part, p, monkeypatch):
+    """The mask is read off the working kernel; a backward of the one and a forward of the other share it."""
+    case = cases()[name]
+    keep = case.keep(p, torch.tensor(1234, device=case.dy.device))
+    assert p == 1.0 or 0 < keep.sum() < keep.numel()
+    eager = [case.eager(p, exact) for exact in (False, True)]
+    break_kernels(monkeypatch, kernels_of(case, part))
+    results = case.run(p)
+    monkeypatch.setattr(type(case), "eager", lambda self, p, exact=False: eager[exact])
+    case.check(results, p)
+    assert failures.reasons
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_loss_whose_gradients_are_formed_in_chunks(part, monkeypatch):
+    case = cases()["linear_cross_entropy sum"]
+    assert case.call is linear_cross_entropy
+    break_kernels(monkeypatch, kernels_of(case, part))
+    with chunks_of(2):
+        case.check(case.run())
+    assert failures.reasons
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_says_so_once(error, monkeypatch, caplog, launches):
+    case = cases()["bias_gelu gelu"]
+    (broken,) = break_kernels(monkeypatch, case.forward, ERRORS[error]).values()
+    with caplog.at_level(logging.WARNING, "fastbert"):
+        for _ in range(3):
+            case.check(case.run())
+    (record,) = caplog.records
+    assert "bias_gelu_fwd_kernel" in record.message and "fastbert env" in record.message
+    assert type(ERRORS[error]()).__name__ in record.message
+    assert broken.attempts == 1  # nothing is compiled again
+    assert launches() == {"bias_gelu_bwd_kernel": 3}  # and what works goes on
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        InterpreterError("IndexError()"),
+    ],
+    ids=lambda error: str(error)[-20:],
+)
+def test_what_is_no_fault_of_the_kernel_is_raised(error, monkeypatch):
+    """Memory that ran out, and a device on which nothing runs any more: plain PyTorch would fare no better."""
+    case = cases()["bias_gelu gelu"]
+
+    def raised():
+        raise error
+
+    break_kernels(monkeypatch, case.forward, raised)
+    with pytest.raises(type(error)):
+        case.run()
+    assert not failures.reasons
+
+
+def test_strict_raises(monkeypatch):
+    """As tests and benchmarks have it."""
+    case = cases()["bias_gelu gelu"]
+    monkeypatch.setattr(failures, "strict", True)
+    break_kernels(monkeypatch, case.forward)
+    with pytest.raises(failures.KernelFailed, match="bias_gelu_fwd_kernel could not be compiled or launched"):
+        case.run()
+
+
+def test_wrong_arguments_are_raised(monkeypatch):
+    """Checks come before the launch, and stay with the twin."""
+    case = cases()["linear_cross_entropy mean"]
+    break_kernels(monkeypatch, case.forward)
+    for labels in (torch.full_like(case.options["labels"], 7), torch.full_like(case.options["labels"], -1)):
+        with pytest.raises(IndexError):
+            case.call(**case.inputs, labels=labels)
+    with pytest.raises(ValueError, match="labels"):
+        case.call(**case.inputs, labels=case.options["labels"].int())
+
+
+def test_ids_outside_of_their_table_are_raised(monkeypatch):
+    case = cases()["embedding_layernorm"]
+    break_kernels(monkeypatch, case.forward)
+    case.check(case.run())
+    for name in ("ids", "token_type_ids"):
+        with pytest.raises(IndexError):
+            case.call(**case.inputs, **case.options | {name: case.options[name] + 100})

@@ -1,0 +1,89 @@
+"""Whole models whose kernels fail: outputs, losses and gradients stay, and the report says which kernel and why."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.models.bert import modeling_bert as bert
+
+import fastbert
+from fastbert.kernels import failures
+from tests.models.running import KERNELS, assert_equal, doubled, launches_of, run
+from tests.models.tiny import MLM, make, make_batch
+
+from .broken import break_kernels
+from .cases import cases
+
+FORWARD = {name for kernel in KERNELS.values() for name in launches_of(kernel, 1, 0)}
+BACKWARD = {name for kernel in KERNELS.values() for name in launches_of(kernel, 0, 1)}
+TABLES = {f"embedding_layernorm_bwd_{part}_kernel" for part in ("runs", "sums")}
+HEADS = {f"linear_cross_entropy_{part}_kernel" for part in ("fwd", "reduce", "bwd_scale")}
+PACKING = {"gather_rows_kernel"}
+EVERY = FORWARD | BACKWARD | TABLES | HEADS | PACKING
+
+
+@pytest.mark.parametrize("broken", [FORWARD | HEADS, BACKWARD | TABLES, EVERY], ids=["forward", "backward", "every"])
+@pytest.mark.parametrize("unpad", [False, True], ids=["padded", "packed"])
+@pytest.mark.one_in(2)
+def test_is_equal_to_stock(unpad, broken, monkeypatch, launches):
+    model, batch = make(MLM), make_batch(MLM)
+    # Without a hidden state in sight, so that zeros at padded positions show nowhere.
+    options = {"unpad": True, "mlm_logits": "none"} if unpad else {"unpad": False}
+    model.train()
+    patched = fastbert.patch(copy.deepcopy(model), **options)
+    attempts = break_kernels(monkeypatch, broken)
+    results = [run(patched, batch) for _ in range(2)]
+    assert failures.reasons.keys() <= broken and not launches().keys() & broken
+    assert all(kernel.attempts <= 1 for kernel in attempts.values())
+    eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
+    for found in (eager, exact):
+        found.pop("logits" if unpad else "", None)
+    for found in results:
+        assert_equal(found, eager, exact)
+
+
+@pytest.mark.parametrize(("kernels", "good"), [(FORWARD, 1), (BACKWARD, 0)], ids=["forward", "backward"])
+def test_a_step_with_dropout_and_checkpoints_goes_on(kernels, good, monkeypatch):
+    """Kernels that fail in mid-step: a recomputed forward draws the dropout of the one before, whoever computes it."""
+    settings = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "num_hidden_layers": 1}
+    model, batch = fastbert.patch(make(MLM, **settings)).train(), make_batch(MLM)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step(model, batch):
+        torch.manual_seed(7)
+        return run(model, batch)
+
+    intact = step(copy.deepcopy(model), batch)
+    with monkeypatch.context() as patch:  # in float64 the interpreter takes longest
+        break_kernels(patch, EVERY)
+        exact = step(copy.deepcopy(model).double(), doubled(batch))
+    failures.forget()
+    broken = break_kernels(monkeypatch, kernels, good=good)
+    assert_equal(step(model, batch), intact, exact)
+    assert failures.reasons.keys() <= kernels and any(kernel.attempts for kernel in broken.values())
+
+
+def test_report_names_the_kernel(monkeypatch):
+    model = fastbert.patch(make(MLM))
+    break_kernels(monkeypatch, ["bias_gelu_fwd_kernel", "gelu_layernorm_bwd_kernel"])
+    for _ in range(2):
+        run(model, make_batch(MLM))
+    rows = {row.hf_class: row for row in fastbert.report(model).rows}
+    fell_back, backward = rows[bert.BertIntermediate.__name__], rows[bert.BertPredictionHeadTransform.__name__]
+    assert fell_back.state == "fell back" and fell_back.kernel_calls == 0
+    ((reason, calls),) = fell_back.fallback_calls.items()
+    assert calls == 2 and "bias_gelu_fwd_kernel failed: OutOfResources: out of resource: shared memory" in reason
+    assert backward.state == "active" and backward.kernel_calls == 2 and not backward.fallback_calls
+    assert "gelu_layernorm_bwd_kernel failed: OutOfResources" in backward.reason
+    assert "bias_gelu_fwd_kernel failed" in str(fastbert.report(model))
+
+
+def test_in_a_compiled_model(monkeypatch):
+    """The custom ops hold the same launchers, so a compiled model goes on too."""
+    case = cases()["bias_gelu gelu"]
+    torch._dynamo.reset()
+    broken = break_kernels(monkeypatch, (*case.forward, *case.backward))
+    compiled = torch.compile(case.call, backend="aot_eager", fullgraph=True)
+    case.check(replace(case, call=compiled).run())
+    assert failures.reasons.keys() == broken.keys()

@@ -1,0 +1,136 @@
+"""Triton that is missing, too old, or cannot write its cache: a word that says so, and the model runs."""
+
+import errno
+import importlib.util
+import logging
+import os
+import stat
+import sys
+from importlib import metadata
+
+import pytest
+import triton
+
+from fastbert import cli, ops
+from fastbert.kernels import failures
+
+from .broken import break_kernels
+from .cases import cases
+from .processes import COMPILE, start
+
+
+def fresh_ops():
+    """fastbert.ops as it comes out of another import, beside the one that is in use."""
+    spec = importlib.util.spec_from_file_location("fastbert_ops_again", ops.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version", ["2.1.0", "3.4.0", "3.4.1+git0d2e3f", "3.0.0.post1"])
+def test_too_old(version, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda package: version)
+    found = fresh_ops()
+    assert f"the kernels cannot be imported: triton {version} is too old, 3.5 or newer is needed" == found.MISSING
+    assert found.bias_gelu is None and found.attention is None
+
+
+@pytest.mark.parametrize("version", ["3.5.0", "3.5.1+gitab12", "3.10.0", "4.0", "unknown"])
+def test_new_enough(version, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda package: version)
+    assert fresh_ops().MISSING is None
+
+
+def test_under_another_name(monkeypatch):
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert fresh_ops().MISSING is None
+
+
+def test_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastbert.kernels.attention", None)
+    assert fresh_ops().MISSING.startswith("the kernels cannot be imported: ")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["missing", "too old"])
+def test_a_model_trains_without(how, tmp_path):
+    """Stock to the bit, AdamW as torch's, and the reason in report and in `fastbert env`."""
+    hidden = 'sys.modules["triton"] = None' if how == "missing" else 'metadata.version = older'
+    program = f"""
+import sys
+from importlib import metadata
+version = metadata.version
+older = lambda package: "3.1.0" if package == "triton" else version(package)
+{hidden}
+from tests.faults.without_triton import check
+check("{'too old' if how == 'too old' else 'triton'}")
+"""
+    process = start(program, cache=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0 and out.strip() == "checked", err[-3000:]
+
+
+def unwritable(tmp_path):
+    """A folder below a file: nobody can make it, not even root."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "cache"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR])
+def test_another_cache_is_taken_once(number, monkeypatch, caplog, launches):
+    case = cases()["bias_gelu gelu"]
+    (broken,) = break_kernels(monkeypatch, case.forward, lambda: OSError(number, os.strerror(number)), bad=1).values()
+    monkeypatch.setattr(failures.move_cache, "folder", None)
+    with triton.knobs.cache.scope(), caplog.at_level(logging.WARNING, "fastbert"):
+        former = triton.knobs.cache.dir
+        case.check(case.run())
+        assert os.path.isdir(triton.knobs.cache.dir) and triton.knobs.cache.dir != former
+    (record,) = caplog.records
+    assert former in record.message and "TRITON_CACHE_DIR" in record.message
+    assert broken.attempts == 1 and not failures.reasons and launches()["bias_gelu_fwd_kernel"] == 1
+
+
+@pytest.mark.long
+def test_a_cache_that_cannot_be_written(tmp_path):
+    """Triton itself raises NotADirectoryError or PermissionError from its first compilation."""
+    cache = unwritable(tmp_path)
+    program = COMPILE + "print(compile_once(), failures.reasons, triton.knobs.cache.dir, len(launch.counts))"
+    process = start(program, cache=cache, TMPDIR=str(tmp_path))
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    digest, reasons, folder, launched = out.split()
+    assert len(digest) == 64 and reasons == "{}" and launched == "1"
+    assert folder.startswith(str(tmp_path / "fastbert-triton-"))
+    assert err.count("cannot be written") == 1 and str(cache) in err and "TRITON_CACHE_DIR" in err
+    assert not os.path.exists(folder)  # gone with the process
+
+
+def test_no_folder_at_all_can_be_written(monkeypatch, caplog):
+    """Neither the cache nor a temporary one: plain PyTorch, after one line for the cache and one for the kernel."""
+    case = cases()["bias_gelu gelu"]
+    monkeypatch.setattr(failures.move_cache, "folder", None)
+    (broken,) = break_kernels(monkeypatch, case.forward, lambda: PermissionError(13, "Permission denied")).values()
+    with triton.knobs.cache.scope(), caplog.at_level(logging.WARNING, "fastbert"):
+        for _ in range(2):
+            case.check(case.run())
+        assert failures.move_cache.folder.name == triton.knobs.cache.dir
+    cache, kernel = (record.message for record in caplog.records)
+    assert "TRITON_CACHE_DIR" in cache and "bias_gelu_fwd_kernel" in kernel and "PermissionError" in kernel
+    assert broken.attempts == 2
+
+
+def test_env_says_where_the_cache_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "there" / "yet"))
+    assert cli.environment()["Triton's cache"] == str(tmp_path / "not" / "there" / "yet")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(unwritable(tmp_path)))
+    assert "cannot be written: set TRITON_CACHE_DIR" in cli.environment()["Triton's cache"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_env_asks_for_permission(tmp_path, monkeypatch):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    assert "cannot be written" in cli.environment()["Triton's cache"]
