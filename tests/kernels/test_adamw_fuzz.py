@@ -25,6 +25,8 @@ def calls(draw):
     sizes = st.integers(0, 40)
     shapes = st.tuples() | st.tuples(sizes) | st.tuples(sizes, sizes) | st.just((3000,))
     share = st.floats(0.0, 0.999)
+    # in float16 eager rounds a smaller eps to zero, and divides by it where a square is zero as well
+    eps = [1e-3, 1e-2] if dtype == torch.float16 else [1e-12, 1e-8, 1e-3]
     return {
         "shapes": draw(st.lists(shapes, min_size=1, max_size=4)),
         "dtype": dtype,
@@ -39,7 +41,7 @@ def calls(draw):
                 draw(st.sampled_from([0.0, 1e-5, 1e-2, 1.0])),
                 draw(share),
                 draw(share),
-                draw(st.sampled_from([1e-12, 1e-8, 1e-3])),
+                draw(st.sampled_from(eps)),
                 draw(st.sampled_from([0.0, 0.01, 0.5])),
                 draw(st.booleans()),
             )
