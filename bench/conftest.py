@@ -11,6 +11,10 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     torch.set_num_threads(1)
 
+    from fastbert.interpreter import hurry
+
+    hurry()
+
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Our files are called bench_*.py, so that `pytest` without a folder never takes them for tests."""

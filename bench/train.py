@@ -123,9 +123,13 @@ def _choose_interpreter() -> bool:
     """Whether there is a GPU; without one Triton's interpreter runs the kernels, unless the caller has chosen."""
     import torch
 
+    from fastbert.interpreter import hurry
+
     if torch.cuda.is_available():
         return True
     if "TRITON_INTERPRET" not in os.environ:
         os.environ["TRITON_INTERPRET"] = "1"
         err.print("no NVIDIA GPU here: Triton's interpreter runs fastbert's kernels, slowly; take few steps", soft_wrap=True)
+    if os.environ["TRITON_INTERPRET"] == "1":
+        hurry()
     return False

@@ -135,12 +135,16 @@ def _use_interpreter_without_gpu() -> None:
     """Without a GPU, let Triton's interpreter run the kernels; triton must not be imported yet for that."""
     import torch
 
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET", "0") != "0":
+    from fastbert.interpreter import hurry
+
+    if torch.cuda.is_available():
         return
-    os.environ["TRITON_INTERPRET"] = "1"
-    if "triton" in sys.modules:  # too late in this process
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if os.environ.get("TRITON_INTERPRET", "0") == "0":
+        os.environ["TRITON_INTERPRET"] = "1"
+        if "triton" in sys.modules:  # too late in this process
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     err.print("no NVIDIA GPU here: Triton's interpreter runs the kernels on the CPU, on small inputs", soft_wrap=True)
+    hurry()
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Proof on the user's own batch: patched against eager, outputs, loss and every parameter gradient."""
 
 import copy
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.numerics import Comparison, compare
+from fastbert.numerics import Comparison, compare, largest
 from fastbert.patch import _check_model, patched, unpatch
 from fastbert.report import Report, report
 
@@ -281,8 +282,8 @@ def _compare_all(
 
 
 def _scale(tensor: Tensor) -> float:
-    finite = tensor[tensor.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
+    size = largest(tensor)
+    return size if math.isfinite(size) else largest(tensor[tensor.isfinite()])
 
 
 def _error(tensor: Tensor, reference: Tensor) -> float:

@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.interpreter import improve
-
 GPU = torch.cuda.is_available()
 
 
@@ -21,7 +19,11 @@ if not GPU:
         raise pytest.UsageError("triton was imported before tests/conftest.py could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
 
-    improve()
+    from fastbert.interpreter import hurry
+    from tests.interpreter import check_overflows
+
+    hurry()
+    check_overflows()
 
 # One thread a process: the tensors are small, and pytest-xdist runs a process a core.
 torch.set_num_threads(1)

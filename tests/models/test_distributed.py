@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastbert
-from tests.interpreter import improve
+from fastbert.interpreter import hurry
 from tests.models.tiny import MLM, make, make_batch
 
 WORLD = 2
@@ -32,7 +32,7 @@ def stock_gradients():
 
 def worker(rank, port, work):
     # A process of its own: nothing that conftest.py did holds here.
-    improve()
+    hurry()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
