@@ -11,7 +11,7 @@ import pytest
 from tests.mutation import trees
 from tests.mutation.fault import ROOT, Fault
 from tests.mutation.faults import FAULTS
-from tests.mutation.run import Job, Outcome, run
+from tests.mutation.run import Job, Outcome, by_file, run
 from tests.mutation.witness import Statement, statement
 from tests.test_layout import audit_cases, functions
 
@@ -90,10 +90,23 @@ def test_what_is_a_kill(outcome, killer):
     assert outcome.killer == killer
 
 
-def test_tests_that_did_not_run_did_not_pass():
-    assert Outcome(0, SAW, 0, 0, False, "").passed
-    assert not Outcome(0, Statement(started=["t"]), 0, 0, False, "").passed  # skipped, all of them
-    assert not Outcome(5, Statement(), 0, 0, False, "").passed
+@pytest.mark.parametrize(
+    ("code", "passed", "missing"),
+    [
+        (0, ["a.py::t[1]", "b.py::u"], []),
+        (0, ["a.py::t"], ["b.py"]),  # all of b.py's were skipped
+        (1, ["a.py::t", "b.py::u"], ["a.py::t", "b.py"]),
+        (5, [], ["a.py::t", "b.py"]),
+    ],
+)
+def test_tests_that_did_not_run_did_not_pass(code, passed, missing):
+    outcome = Outcome(code, Statement(passed=passed), 0, 0, False, "")
+    assert outcome.not_passed(("a.py::t", "b.py", "-k", "t or u")) == missing
+
+
+def test_runs_without_faults_are_by_file():
+    selections = [("a.py::t",), ("a.py", "-k", "u"), ("a.py::v", "b.py::w"), ("a.py::t",), ("a.py", "-k", "u")]
+    assert by_file(selections) == [("a.py::t", "a.py::v"), ("b.py::w",), ("a.py", "-k", "u")]
 
 
 ENDS = {
@@ -113,10 +126,10 @@ def test_how_runs_end(tmp_path):
         (tmp_path / name / "test_it.py").write_text(text)
 
     def job(name):
-        return Job(lambda: tmp_path / name, ("test_it.py",), 3, lambda outcome, tree: outcomes.update({tree.name: outcome}))
+        return Job(lambda: tmp_path / name, ("test_it.py",), lambda outcome, tree: outcomes.update({tree.name: outcome}), 3)
 
     run(map(job, ENDS), 2)
-    assert {name for name, outcome in outcomes.items() if outcome.passed} == {"passes"}
+    assert {name for name, outcome in outcomes.items() if outcome.code == 0} == {"passes"}
     assert {name: outcome.killer for name, outcome in outcomes.items() if outcome.killer} == {
         "fails": "test_it.py::test",
         "hangs": "test_it.py::test (hung)",

@@ -28,8 +28,6 @@ from tests.mutation.fault import ROOT, Fault
 from tests.mutation.faults import FAULTS
 
 console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-# Processor seconds that a run may take beside ten times those of the same tests without a fault.
-PATIENCE = 30.0
 
 
 def main(
@@ -62,44 +60,42 @@ def main(
 class Session:
     faults: list[Fault]
     folder: Path
-    costs: dict[tuple[str, ...], float] = field(default_factory=dict)  # processor seconds of tests without a fault
     broken: int = 0
     killed: list[Fault] = field(default_factory=list)
 
     def run(self, at_once: int) -> None:
-        # After the environment is set, and here so that --list is quick.
-        import torch  # noqa: F401
+        # What every fork would import by itself. Here, so that --list is quick.
+        import hypothesis  # noqa: F401
+        import torch.fx.experimental.symbolic_shapes  # noqa: F401
         import transformers.models.bert.modeling_bert  # noqa: F401
-        import triton  # noqa: F401
+        import triton.runtime.interpreter  # noqa: F401
 
         from tests.mutation import run
 
         self.base = trees.copy(ROOT, self.folder / "base")
         run.run(self._without_faults(), at_once)
         if self.broken:
-            console.print(f"[red]{self.broken} of the chosen tests do not pass without a fault: nothing was planted.[/]")
+            console.print(f"[red]{self.broken} of these do not pass without a fault: none was planted.[/]")
             raise typer.Exit(1)
         run.run(self._with_faults(), at_once)
 
     def _without_faults(self) -> Iterator:
-        from tests.mutation.run import Job, Outcome
+        from tests.mutation.run import Job, Outcome, by_file
 
-        chosen = list(dict.fromkeys(fault.tests for fault in self.faults))
-        for number, tests in enumerate(chosen, 1):
+        groups = by_file([fault.tests for fault in self.faults])
+        for number, tests in enumerate(groups, 1):
 
             def done(outcome: Outcome, tree: Path, tests: tuple[str, ...] = tests, number: int = number) -> None:
-                self.costs[tests] = outcome.cpu_seconds
-                word = f"{len(outcome.seen.passed)} passed" if outcome.passed else f"exit code {outcome.code}"
-                self._say(number, len(chosen), word, outcome.passed, " ".join(tests), outcome.cpu_seconds)
-                if not outcome.passed:
-                    self.broken += 1
+                missing = outcome.not_passed(tests)
+                self.broken += bool(missing)
+                word = f"{missing[0]} did not pass" if missing else f"{len(outcome.seen.passed)} passed without a fault"
+                self._say(number, len(groups), word, not missing, tests[0].partition("::")[0], outcome.cpu_seconds)
+                if missing:
                     console.print(Text(outcome.output[-3000:]))
-                # What Python compiled on the way serves the copies to come.
-                if not any((self.base / "fastbert").glob("__pycache__")):
-                    shutil.copytree(tree, self.base, symlinks=True, dirs_exist_ok=True, ignore=_all_but_compiled)
+                trees.keep_compiled(tree, self.base)
                 shutil.rmtree(tree)
 
-            yield Job(lambda: self._copy(), tests, 600, done)
+            yield Job(self._copy, tests, done)
 
     def _with_faults(self) -> Iterator:
         from tests.mutation.run import Job, Outcome
@@ -122,17 +118,13 @@ class Session:
                     console.print(Text(outcome.output[-3000:]))
                 shutil.rmtree(tree)
 
-            yield Job(prepare, fault.tests, PATIENCE + 10 * self.costs[fault.tests], done)
+            yield Job(prepare, fault.tests, done)
 
     def _copy(self) -> Path:
         return trees.copy(self.base, Path(tempfile.mkdtemp(dir=self.folder)) / "tree")
 
     def _say(self, number: int, of: int, word: str, good: bool, what: str, seconds: float) -> None:
         console.print(Text.assemble(f"{number:3}/{of} ", (f"{word} ", "green" if good else "red"), f"{what} {seconds:.1f} s"))
-
-
-def _all_but_compiled(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if (Path(folder) / name).is_file() and not name.endswith(".pyc")]
 
 
 def _listed(faults: list[Fault]) -> Table:

@@ -20,9 +20,13 @@ import pytest
 from tests.mutation.fault import ROOT
 from tests.mutation.witness import Statement, Witness, statement
 
-WALL_SECONDS = 900  # for a run that waits for ever; one that computes for ever meets its limit of processor time
-# With always the same examples, so that a fault is killed today if it was yesterday.
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-o", "addopts=--import-mode=importlib")
+# A run that computes for ever meets the first limit, one that waits for ever the second. The first is processor time, of
+# which a busy machine takes no more: a slow run must not pass for one that hangs.
+CPU_SECONDS, WALL_SECONDS = 240, 1800
+# Always the same examples, so that a fault is killed today if it was yesterday; and only the plugins that tests need,
+# for each fork loads them again.
+PLUGINS = ("-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider")
+OPTIONS = ("-x", "-q", *PLUGINS, "--hypothesis-seed=0", "-o", "addopts=--import-mode=importlib")
 ANOTHER_TREE = 70  # exit code of a fork that imported fastbert from elsewhere
 
 
@@ -37,9 +41,12 @@ class Outcome:
     hung: bool
     output: str
 
-    @property
-    def passed(self) -> bool:
-        return self.code == 0 and bool(self.seen.passed)
+    def not_passed(self, arguments: tuple[str, ...]) -> list[str]:
+        """Of pytest's arguments those of which no test passed, or all if something went wrong."""
+        named = [argument for argument in arguments if "/" in argument or argument.endswith(".py")]
+        if self.code != 0:
+            return named
+        return [name for name in named if not any(test.startswith(name) for test in self.seen.passed)]
 
     @property
     def killer(self) -> str | None:
@@ -60,12 +67,12 @@ class Outcome:
 
 @dataclass
 class Job:
-    """pytest with `arguments` in the tree that `prepare` makes; limit: seconds of processor time."""
+    """pytest with `arguments` in the tree that `prepare` makes, and at most so many seconds of processor time."""
 
     prepare: Callable[[], Path]
     arguments: tuple[str, ...]
-    limit: float
     done: Callable[[Outcome, Path], None]
+    limit: int = CPU_SECONDS
 
 
 @dataclass
@@ -74,6 +81,19 @@ class _Running:
     tree: Path
     started: float
     hung: bool = False
+
+
+def by_file(selections: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The same tests in fewer runs: node ids by their file; arguments with options stay as they are."""
+    files: dict[str, dict[str, None]] = {}
+    others: dict[tuple[str, ...], None] = {}
+    for selection in selections:
+        if any(argument.startswith("-") for argument in selection):
+            others[selection] = None
+            continue
+        for argument in selection:
+            files.setdefault(argument.partition("::")[0], {})[argument] = None
+    return [*map(tuple, files.values()), *others]
 
 
 def run(jobs: Iterator[Job], at_once: int) -> None:
@@ -131,7 +151,7 @@ def _fork(tree: Path, job: Job) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(job.limit), int(job.limit) + 10))
+        resource.setrlimit(resource.RLIMIT_CPU, (job.limit, job.limit + 10))
         code = _pytest(tree, job.arguments)
     except BaseException:
         traceback.print_exc()
@@ -145,7 +165,7 @@ def _pytest(tree: Path, arguments: tuple[str, ...]) -> int:
     for name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:
         del sys.modules[name]
     sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
-    os.environ["PYTHONPATH"] = str(tree)  # for what a test starts
+    os.environ |= {"PYTHONPATH": str(tree), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the first for what a test starts
     code = pytest.main([*OPTIONS, *arguments], plugins=[Witness(tree / "seen.txt")])
     package = sys.modules.get("fastbert")
     if package is not None and not Path(package.__file__).is_relative_to(tree):

@@ -22,6 +22,15 @@ def plant(fault: Fault, tree: Path) -> None:
         compiled.unlink()
 
 
+def keep_compiled(tree: Path, base: Path) -> None:
+    """Give `base` what Python compiled in `tree`, for the copies to come."""
+    for compiled in tree.rglob("__pycache__/*.pyc"):
+        kept = base / compiled.relative_to(tree)
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copy2(compiled, kept)
+
+
 def problems(faults: list[Fault]) -> list[str]:
     """A line for each fault that cannot be planted in today's tree."""
     found = []

@@ -22,7 +22,7 @@ FAULTS = (
         "a subclass, which stays stock, is not shown",
         before="elif isinstance(module, tuple(BY_STOCK)):",
         after="elif False:",
-        tests=(f"{REPORT}::test_a_layer_that_differs_has_a_line_of_its_own", f"{REPORT}::test_every_bert_part_has_its_row"),
+        tests=("tests/models/test_patch.py::test_a_users_subclass_is_left_alone",),
     ),
     _report(
         "a switch that is off is not given as the reason",
