@@ -114,6 +114,7 @@ def run(jobs: Iterator[Job], at_once: int) -> None:
     finally:
         for pid in running:
             _kill(pid)
+            os.waitpid(pid, 0)  # before the trees go that it writes to
 
 
 def _end(pid: int, run: _Running) -> bool:

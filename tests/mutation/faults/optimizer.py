@@ -132,10 +132,10 @@ FAULTS = (
         tests=(f"{OPTIMIZER}::test_groups_that_differ_in_amsgrad",),
     ),
     _optimizer(
-        "a state_dict hands out the optimizer's own steps",
-        before='own = {i: found["state"][i] | {"step": step.clone()}',
-        after='own = {i: found["state"][i] | {"step": step + 1}',
-        tests=(f"{STATE}::test_steps_are_saved_on_the_cpu",),
+        "a master starts at 0",
+        before='state["master"] = param.detach().to(dtype=dtype, copy=True)',
+        after='state["master"] = torch.zeros_like(param, dtype=dtype)',
+        tests=(f"{STATE}::test_master_weights",),
     ),
     _optimizer(
         "torch's own AdamW, where no kernel runs, does not maximize",
