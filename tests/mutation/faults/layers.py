@@ -67,13 +67,13 @@ FAULTS = (
         "attention never drops",
         before="p = module.dropout.p if module.training else 0.0\n    out = attend(",
         after="p = 0.0\n    out = attend(",
-        tests=(f"{DROPOUT}::test_stock_under_the_same_masks_is_equal",),
+        tests=(f"{DROPOUT}::test_attention_drops_in_training_only",),
     ),
     _attention(
         "packed attention drops in evaluation",
         before="p = module.dropout.p if module.training else 0.0\n    out = ops.attention(",
         after="p = module.dropout.p\n    out = ops.attention(",
-        tests=(f"{DROPOUT}::test_off_is_bitwise_without",),
+        tests=(f"{DROPOUT}::test_attention_drops_in_training_only",),
     ),
     _attention(
         "an attention that is chosen after patching is not obeyed",
@@ -85,10 +85,7 @@ FAULTS = (
         "cached keys of cross-attention are made again and appended",
         before="past_key_values.is_updated[self.layer_idx] = True",
         after="past_key_values.is_updated[self.layer_idx] = False",
-        tests=(
-            "tests/models/test_generate.py::test_cross_attentions_and_both_caches",
-            "tests/models/test_generate.py::test_encoder_and_decoder_in_one_model",
-        ),
+        tests=("tests/models/test_generate.py::test_keys_of_the_encoder_are_cached_once",),
     ),
     _projection(
         "the three projections lose their biases",
@@ -138,10 +135,11 @@ FAULTS = (
         after="causal=False,",
         tests=("tests/models/test_generate.py::test_cache_is_equal",),
     ),
-    _integration(
-        "a mask that the caller changes keeps its old bounds",
-        before="return padded.to(torch.bool).view(padded.shape)",
-        after="return padded.to(torch.bool)",
+    Fault(
+        "every layer works out the mask's bounds",
+        file="fastbert/ops.py",
+        before="if key_mask not in _bounds:",
+        after="if True:",
         tests=(f"{ATTENTION}::test_bounds_of_a_mask_are_worked_out_once_a_forward",),
     ),
     _integration(
