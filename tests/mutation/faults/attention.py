@@ -43,7 +43,7 @@ FAULTS = (
         "reading ends one key before the last valid one",
         before="end = tl.minimum(end, tl.load(key_bounds_ptr + batch * 3 + 2))",
         after="end = tl.minimum(end, tl.load(key_bounds_ptr + batch * 3 + 2) - 1)",
-        tests=(f"{MASKS}::test_padding",),
+        tests=(f"{MASKS}::test_the_last_valid_key_at_the_edge_of_a_block",),
     ),
     _tiles(
         "a row that sees no key is not marked as one",

@@ -57,10 +57,10 @@ FAULTS = (
         tests=(f"{TESTS}::test_offset",),
     ),
     _rows(
-        "the position is added before the type: another rounding than eager's",
-        before="((word + type_).to(SUM).to(ACC) + position)",
-        after="((word + position).to(SUM).to(ACC) + type_)",
-        tests=(f"{TESTS}::test_every_way_to_name_rows",),
+        "every sequence has the types of the first",
+        before="named_rows(type_ids_ptr, batch * type_batch_stride + place, token_mask, n_types)",
+        after="named_rows(type_ids_ptr, place, token_mask, n_types)",
+        tests=(TESTS, "-k", "test_every_way_to_name_rows and float32"),
     ),
     _rows(
         "the backward drops by another seed than the forward",
