@@ -26,7 +26,7 @@ CPU_SECONDS, WALL_SECONDS = 240, 1800
 # Always the same examples, so that a fault is killed today if it was yesterday; and only the plugins that tests need,
 # for each fork loads them again.
 PLUGINS = ("-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider")
-OPTIONS = ("-x", "-q", *PLUGINS, "--hypothesis-seed=0", "-o", "addopts=--import-mode=importlib")
+OPTIONS = ("-x", "-q", *PLUGINS, "--hypothesis-seed=0", "--timeout=0", "-o", "addopts=--import-mode=importlib")
 ANOTHER_TREE = 70  # exit code of a fork that imported fastbert from elsewhere
 
 
