@@ -36,7 +36,7 @@ FAULTS = (
         "configs of a failed swap stay",
         before="        for module, config in configs_before.items():\n            module.config = config\n",
         after="",
-        tests=(f"{ATOMIC}::test_patch_that_is_interrupted", f"{ATOMIC}::test_unpatch_that_is_interrupted"),
+        tests=(f"{ATOMIC}::test_configs_that_are_interrupted",),
     ),
     _patch(
         "calls are counted on after a second patch",
