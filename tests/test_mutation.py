@@ -5,6 +5,7 @@ import re
 import signal
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -42,12 +43,13 @@ def test_every_op_has_two_in_the_short_form():
 
 
 def test_every_test_exists():
+    tests_of = cache(functions)
     for fault in FAULTS:
         named = [argument for argument in fault.tests if argument.startswith("tests/")]
         assert named, fault.name
         for argument in named:
             path, _, test = argument.partition("::")
-            known = functions(ROOT / path)
+            known = tests_of(ROOT / path)
             assert not test or test.partition("[")[0] in known, f"{fault.name}: there is no {argument}"
         if "-k" in fault.tests:
             words = re.findall(r"test_\w+", fault.tests[fault.tests.index("-k") + 1])

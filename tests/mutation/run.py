@@ -43,7 +43,7 @@ class Outcome:
 
     def not_passed(self, arguments: tuple[str, ...]) -> list[str]:
         """Of pytest's arguments those of which no test passed, or all if something went wrong."""
-        named = [argument for argument in arguments if "/" in argument or argument.endswith(".py")]
+        named = [argument for argument in arguments if ".py" in argument]
         if self.code != 0:
             return named
         return [name for name in named if not any(test.startswith(name) for test in self.seen.passed)]
