@@ -6,6 +6,8 @@ from tests.mutation.fault import Fault
 
 TESTS = "tests/kernels/test_attention.py"
 MASKS = "tests/kernels/test_attention_masks.py"
+PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
+CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
 DROPOUT = "tests/kernels/test_attention_dropout.py"
 PACKED = "tests/kernels/test_attention_packed.py"
 
@@ -18,20 +20,20 @@ FAULTS = (
         "the key mask is dropped",
         before="tl.load(key_mask_ptr + k_index, inside, other=0) != 0",
         after="tl.load(key_mask_ptr + k_index, inside, other=0) >= 0",
-        tests=(f"{MASKS}::test_padding",),
+        tests=PADDING,
         short=True,
     ),
     _tiles(
         "causal is off by one",
         before="k_index <= q_index + (seqlen_k - seqlen_q)",
         after="k_index < q_index + (seqlen_k - seqlen_q)",
-        tests=(f"{MASKS}::test_causal_and_padding",),
+        tests=CAUSAL,
     ),
     _tiles(
         "an added mask is not in units of log2",
         before="tl.where(mask <= LOWEST, 0, mask).to(scores.dtype) * LOG2E)",
         after="tl.where(mask <= LOWEST, 0, mask).to(scores.dtype))",
-        tests=(f"{MASKS}::test_added_masks",),
+        tests=(MASKS, "-k", "test_added_masks and float32-float32"),
     ),
     _tiles(
         "a mask's strides are exchanged",
@@ -97,13 +99,13 @@ FAULTS = (
         "the key mask is the first sequence's",
         before="key_mask_ptr += batch * max_seqlen_k",
         after="key_mask_ptr += batch * 0",
-        tests=(f"{MASKS}::test_padding",),
+        tests=PADDING,
     ),
     _forward(
         "keys are taken to be valid to the end of their block",
         before="every = every // BLOCK_N * BLOCK_N",
         after="every = tl.cdiv(every, BLOCK_N) * BLOCK_N",
-        tests=(f"{MASKS}::test_padding",),
+        tests=PADDING,
     ),
     _forward(
         "softmax without the maximum",
@@ -133,7 +135,7 @@ FAULTS = (
         "values are read by the strides of the keys",
         before='**_strides("v", v),\n        **_mask_strides(mask),\n        n_heads=n_heads,',
         after='**_strides("v", k),\n        **_mask_strides(mask),\n        n_heads=n_heads,',
-        tests=("tests/kernels/test_attention_layouts.py::test_four_strides",),
+        tests=("tests/kernels/test_attention_layouts.py", "-k", "test_four_strides and float64"),
     ),
     _op(
         "the last valid key is past the end",

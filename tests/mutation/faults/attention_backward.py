@@ -6,6 +6,8 @@ from tests.mutation.fault import Fault
 
 TESTS = "tests/kernels/test_attention.py"
 MASKS = "tests/kernels/test_attention_masks.py"
+PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
+CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
 DROPOUT = "tests/kernels/test_attention_dropout.py"
 
 _keys = partial(Fault, file="kernels/attention_backward.py", op="attention")
@@ -29,7 +31,7 @@ FAULTS = (
         "dq is made with the key mask of the first sequence",
         before="key_mask_ptr += batch * max_seqlen_k",
         after="key_mask_ptr += batch * 0",
-        tests=(f"{MASKS}::test_padding",),
+        tests=PADDING,
     ),
     _keys(
         "dk is scaled twice",
@@ -56,19 +58,19 @@ FAULTS = (
         "blocks of keys are skipped one too early",
         before="past = block * BLOCK_N >= tl.load(key_bounds_ptr + batch * 3 + 2)",
         after="past = (block + 1) * BLOCK_N >= tl.load(key_bounds_ptr + batch * 3 + 2)",
-        tests=(f"{MASKS}::test_padding",),
+        tests=PADDING,
     ),
     _keys(
         "queries start one block of keys too late where there are more keys than queries",
         before="start = tl.maximum(block * BLOCK_N - (seqlen_k - seqlen_q), 0) // BLOCK_M * BLOCK_M",
         after="start = tl.maximum(block * BLOCK_N, 0) // BLOCK_M * BLOCK_M",
-        tests=(f"{MASKS}::test_causal_and_padding",),
+        tests=CAUSAL,
     ),
     _keys(
         "the block on the diagonal is not masked",
         before="(block + 1) * BLOCK_N - 1 - (seqlen_k - seqlen_q), 0), BLOCK_M) * BLOCK_M",
         after="block * BLOCK_N - (seqlen_k - seqlen_q), 0), BLOCK_M) * BLOCK_M",
-        tests=(f"{MASKS}::test_causal_and_padding",),
+        tests=CAUSAL,
     ),
     _keys(
         "keys have no gradient of a row that averages all of them",
