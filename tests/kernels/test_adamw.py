@@ -102,6 +102,13 @@ def test_more_programs_than_one_a_tensor(monkeypatch):
     assert [p.step.item() for p in parameters] == [4.0, 5.0, 6.0, 7.0]
 
 
+def test_steps_of_many_tensors_are_counted():
+    """One program counts them all, 128 at a time."""
+    parameters = make([(1,)] * 129)
+    adamw(parameters, GROUPS)
+    assert [p.step.item() for p in parameters] == [4.0 + i for i in range(129)]
+
+
 def test_grad_scale_divides_and_stores_the_gradient():
     parameters = make()
     expected = copies(parameters)

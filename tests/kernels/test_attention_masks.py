@@ -76,6 +76,15 @@ def test_a_row_that_sees_no_key_is_the_average_of_all(kind, dtype, p):
     assert results["dq"][1].any() and results["dk"][1].any() and results["dv"][1].any()
 
 
+@pytest.mark.parametrize("valid", [1, 15, 16, 17, 32, 33])
+def test_the_last_valid_key_at_the_edge_of_a_block(valid):
+    """One key more or less is a block more or less to read; every kernel has its own loop over them."""
+    key_mask = (torch.arange(40) < valid).expand(2, -1).to(DEVICE)
+    frozen = ("q", "k") if valid == 1 else ()  # as in test_padding
+    with tiles((16, 16)):
+        check(make_inputs(2, 40, 1, 8), key_mask=key_mask, frozen=frozen)
+
+
 FORMS = [*itertools.product((1, 2), (1, 3), (1, 7), (1, 37)), (7, 37), (37,), (3, 1, 37)]
 
 

@@ -391,12 +391,12 @@ def test_any_legal_call(call, layouts, frozen, p, eps, pad, values):
 
 
 @pytest.mark.no_launch
-@pytest.mark.parametrize("name", ["ids", "token_type_ids", "position_ids"])
-@pytest.mark.parametrize("value", [-1, 1000])
+@pytest.mark.parametrize("name, table", [("ids", "words"), ("token_type_ids", "types"), ("position_ids", "positions")])
+@pytest.mark.parametrize("value", [-1, "the row after the last", 1000])
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion on a GPU ends the process")
-def test_an_id_outside_of_its_table(value, name):
+def test_an_id_outside_of_its_table(value, name, table):
     inputs, options = make(positions="of each sequence")
-    options[name][1, 2] = value
+    options[name][1, 2] = len(inputs[table]) if isinstance(value, str) else value
     with pytest.raises(IndexError, match="index out of range"):
         embedding_layernorm(**inputs, **options)
 

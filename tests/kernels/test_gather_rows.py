@@ -10,6 +10,7 @@ from fastbert.kernels.launch import recording
 from .layouts import LAYOUTS, guarded
 from .opchecking import opcheck
 from .ops import DEVICE
+from .test_memory import guards_of, poisoned_outputs
 
 DTYPES = [torch.float64, torch.float32, torch.float16]
 KERNEL = "gather_rows_kernel"
@@ -68,6 +69,18 @@ def test_rows_that_nobody_takes_are_not_read_and_get_no_gradient():
     assert y.isfinite().all()
     y.sum().backward()
     assert not x.grad[inverse < 0].any() and (x.grad[inverse >= 0] == 1).all()
+
+
+@pytest.mark.parametrize("rows, taken, width", [(1, 1, 1), (7, 5, 37), (65, 33, 48)])
+def test_writes_stay_inside(rows, taken, width, monkeypatch):
+    index, inverse = indices(rows, taken, extra=1)
+    x = torch.randn(rows, width, device=DEVICE, requires_grad=True)
+    with poisoned_outputs(monkeypatch) as given:
+        y = gather_rows(x, index, inverse)
+        torch.autograd.grad(y, x, torch.ones(y.shape, device=DEVICE))
+    assert len(given) == 2
+    for tensor in given:
+        assert tensor.isfinite().all() and guards_of(tensor).isnan().all(), f"written outside of {tuple(tensor.shape)}"
 
 
 @pytest.mark.no_launch

@@ -198,9 +198,20 @@ def test_gradient_of_the_product_is_the_buffer_of_the_backward(monkeypatch):
     assert model.encoder.layer[0].attention.self.key.weight.grad.isfinite().all()
 
 
-def test_gradients_of_other_origin_are_stacked():
-    q, k, v = project(torch.randn(2, 5, 8), linears(), 4)
-    (2 * q + k * k + v.sum()).sum().backward()
+@pytest.mark.parametrize("places", ["apart", "in another order", "one for all", "one number"])
+def test_gradients_of_other_origin_are_stacked(places):
+    """Slices of one buffer are that buffer only in their order and place."""
+    x, modules = torch.randn(2, 5, 8, requires_grad=True), linears()
+    q, k, v = torch.randn(2, 5, 3, 2, 4).unbind(-3)
+    upstream = {
+        "apart": [q.clone(), k.clone(), v.clone()],
+        "in another order": [v, k, q],
+        "one for all": [q, q, q],
+        "one number": [torch.tensor(2.0).expand_as(q)] * 3,  # as a sum's gradient
+    }[places]
+    (expected,) = torch.autograd.grad([m(x).unflatten(-1, (2, 4)) for m in modules], x, upstream)
+    (found,) = torch.autograd.grad(project(x, modules, 4), x, upstream)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("form", ["bool", "additive", "broadcast"])

@@ -63,6 +63,15 @@ def test_only_the_dropout_modules_own_mode_counts():
     assert_bitwise(run(model, make_batch()), plain)
 
 
+@pytest.mark.parametrize("unpad", [False, True], ids=["padded", "packed"])
+def test_attention_drops_in_training_only(unpad):
+    """By itself: no other dropout hides one that is left out."""
+    plain = run(fastbert.patch(make(), unpad=unpad), make_batch())
+    model = fastbert.patch(make(attention_probs_dropout_prob=P), unpad=unpad)
+    assert_bitwise(run(model.eval(), make_batch()), plain)
+    assert not torch.equal(run(model.train(), make_batch())["loss"], plain["loss"])
+
+
 def test_a_changed_p_is_obeyed():
     model = fastbert.patch(make(hidden_dropout_prob=P)).train()
     for module in model.modules():

@@ -81,6 +81,19 @@ def test_cross_attentions_and_both_caches():
     } <= results.keys()
 
 
+def test_keys_of_the_encoder_are_cached_once():
+    """Appended again at every step they would weigh the same, in a cache that grows."""
+    model = fastbert.patch(decoder(add_cross_attention=True))
+    ids = make_batch(CLM, labels=False)["input_ids"]
+    states = torch.randn(ROWS, 5, model.config.hidden_size, device=model.device)
+    with torch.no_grad():
+        whole = model(ids, encoder_hidden_states=states).logits[:, -2:]
+        cache = model(ids[:, :-2], encoder_hidden_states=states, use_cache=True).past_key_values
+        continued = model(ids[:, -2:], encoder_hidden_states=states, past_key_values=cache).logits
+    torch.testing.assert_close(continued, whole)
+    assert [layer.keys.shape[2] for layer in cache.cross_attention_cache.layers] == [5, 5]
+
+
 def test_encoder_and_decoder_in_one_model():
     model = EncoderDecoderModel(encoder=make(BASE), decoder=decoder(add_cross_attention=True)).eval()
     batch = make_batch(MLM)

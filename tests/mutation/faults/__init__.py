@@ -1,0 +1,33 @@
+"""Every fault, a file an area."""
+
+from tests.mutation.fault import Fault
+from tests.mutation.faults import (
+    attention,
+    attention_backward,
+    elementwise,
+    embeddings,
+    layernorm,
+    layers,
+    linear_cross_entropy,
+    mlm_head,
+    optimizer,
+    packing,
+    patching,
+    reports,
+)
+
+AREAS = (
+    layernorm,
+    elementwise,
+    embeddings,
+    attention,
+    attention_backward,
+    linear_cross_entropy,
+    optimizer,
+    layers,
+    mlm_head,
+    packing,
+    patching,
+    reports,
+)
+FAULTS: tuple[Fault, ...] = tuple(fault for area in AREAS for fault in area.FAULTS)

@@ -1,0 +1,152 @@
+"""attention's forward: masks, the running softmax, dropout's bits, packed rows, and its launcher."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+TESTS = "tests/kernels/test_attention.py"
+MASKS = "tests/kernels/test_attention_masks.py"
+PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
+CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
+DROPOUT = "tests/kernels/test_attention_dropout.py"
+PACKED = "tests/kernels/test_attention_packed.py"
+
+_op = partial(Fault, file="kernels/attention.py", op="attention")
+_forward = partial(Fault, file="kernels/attention_forward.py", op="attention")
+_tiles = partial(Fault, file="kernels/attention_tiles.py", op="attention")
+
+FAULTS = (
+    _tiles(
+        "the key mask is dropped",
+        before="tl.load(key_mask_ptr + k_index, inside, other=0) != 0",
+        after="tl.load(key_mask_ptr + k_index, inside, other=0) >= 0",
+        tests=PADDING,
+        short=True,
+    ),
+    _tiles(
+        "causal is off by one",
+        before="k_index <= q_index + (seqlen_k - seqlen_q)",
+        after="k_index < q_index + (seqlen_k - seqlen_q)",
+        tests=CAUSAL,
+    ),
+    _tiles(
+        "an added mask is not in units of log2",
+        before="tl.where(mask <= LOWEST, 0, mask).to(scores.dtype) * LOG2E)",
+        after="tl.where(mask <= LOWEST, 0, mask).to(scores.dtype))",
+        tests=(MASKS, "-k", "test_added_masks and float32-float32"),
+    ),
+    _tiles(
+        "a mask's strides are exchanged",
+        before="q_index.to(tl.int64) * mask_q_stride + k_index.to(tl.int64) * mask_k_stride",
+        after="q_index.to(tl.int64) * mask_k_stride + k_index.to(tl.int64) * mask_q_stride",
+        tests=(f"{MASKS}::test_layouts_of_masks",),
+    ),
+    _tiles(
+        "reading ends one key before the last valid one",
+        before="end = tl.minimum(end, tl.load(key_bounds_ptr + batch * 3 + 2))",
+        after="end = tl.minimum(end, tl.load(key_bounds_ptr + batch * 3 + 2) - 1)",
+        tests=(f"{MASKS}::test_the_last_valid_key_at_the_edge_of_a_block",),
+    ),
+    _tiles(
+        "a row that sees no key is not marked as one",
+        before="none = top <= MASKED_SCORE",
+        after="none = top < MASKED_SCORE",
+        tests=(f"{MASKS}::test_a_row_that_sees_no_key_is_the_average_of_all",),
+    ),
+    _tiles(
+        "what the float32 backward reads lacks the softmax's sum",
+        before="tl.where(none, 1.0, 1.0 / total)",
+        after="tl.where(none, 1.0, 1.0)",
+        tests=(f"{TESTS}::test_scale",),
+    ),
+    _tiles(
+        "what the float16 backward reads lacks the softmax's sum",
+        before='tl.where(none, float("inf"), top + tl.log2(total))',
+        after='tl.where(none, float("inf"), top)',
+        tests=(f"{PACKED}::test_dtypes_and_head_sizes",),
+    ),
+    _tiles(
+        "a packed sequence reads its neighbour's first row",
+        before="length = tl.load(cu_seqlens_ptr + batch + 1) - first",
+        after="length = tl.load(cu_seqlens_ptr + batch + 1) - first + 1",
+        tests=(f"{PACKED}::test_sequences_do_not_see_each_other",),
+    ),
+    _tiles(
+        "offsets of rows are 32 bits wide",
+        before="rows.to(tl.int64)[:, None] * row_stride",
+        after="rows.to(tl.int32)[:, None] * row_stride",
+        tests=("tests/kernels/test_attention_offsets.py::test_elements_far_apart[q-1]", "-m", "long"),
+    ),
+    _tiles(
+        "every head drops the same probabilities",
+        before="head = (rows * 0).to(tl.uint32) + head.to(tl.uint32)",
+        after="head = (rows * 0).to(tl.uint32)",
+        tests=(
+            f"{DROPOUT}::test_heads_are_numbered_through_the_batch",
+            "tests/kernels/test_attention_dropout_statistics.py::test_heads_are_uncorrelated",
+        ),
+    ),
+    _tiles(
+        "a block of keys drops what the first block drops",
+        before="group = ((keys & 7) | ((keys >> 4) << 3)) + (first_key >> 1)",
+        after="group = ((keys & 7) | ((keys >> 4) << 3)) + (first_key * 0)",
+        tests=(
+            f"{DROPOUT}::test_the_mask_depends_on_query_and_key_alone",
+            "tests/kernels/test_attention_dropout_statistics.py::test_far_queries_and_keys_are_uncorrelated",
+        ),
+    ),
+    _forward(
+        "the key mask is the first sequence's",
+        before="key_mask_ptr += batch * max_seqlen_k",
+        after="key_mask_ptr += batch * 0",
+        tests=PADDING,
+    ),
+    _forward(
+        "keys are taken to be valid to the end of their block",
+        before="every = every // BLOCK_N * BLOCK_N",
+        after="every = tl.cdiv(every, BLOCK_N) * BLOCK_N",
+        tests=PADDING,
+    ),
+    _forward(
+        "softmax without the maximum",
+        before="new_top = tl.maximum(top, tl.max(scores, axis=1) * (SCALE * LOG2E))",
+        after="new_top = tl.maximum(top, tl.max(scores, axis=1) * 0.0)",
+        tests=(f"{TESTS}::test_scores_past_what_an_exponential_holds",),
+    ),
+    _forward(
+        "what was summed before a higher score came is not rescaled",
+        before="acc = acc * rescale[:, None]",
+        after="acc = acc * tl.minimum(rescale + 1.0, 1.0)[:, None]",
+        tests=(f"{TESTS}::test_a_top_score_that_grows_from_block_to_block",),
+    ),
+    _forward(
+        "what dropout keeps is not scaled",
+        before="out = acc * (KEEP_SCALE / tl.where(total == 0, 1.0, total))[:, None]",
+        after="out = acc * (1.0 / tl.where(total == 0, 1.0, total))[:, None]",
+        tests=(f"{DROPOUT}::test_what_is_kept_is_scaled",),
+    ),
+    _forward(
+        "a sequence without keys divides by 0",
+        before="tl.where(total == 0, 1.0, total)",
+        after="total",
+        tests=(f"{PACKED}::test_queries_of_a_sequence_without_keys_are_zero",),
+    ),
+    _op(
+        "values are read by the strides of the keys",
+        before='**_strides("v", v),\n        **_mask_strides(mask),\n        n_heads=n_heads,',
+        after='**_strides("v", k),\n        **_mask_strides(mask),\n        n_heads=n_heads,',
+        tests=("tests/kernels/test_attention_layouts.py", "-k", "test_four_strides and float64"),
+    ),
+    _op(
+        "the last valid key is past the end",
+        before="end = torch.where(key_mask, places + 1, 0).amax(1)",
+        after="end = torch.where(key_mask, places, 0).amax(1)",
+        tests=(f"{MASKS}::test_bounds",),
+    ),
+    _op(
+        "float32 products are TF32 whatever torch is told",
+        before='return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"',
+        after='return "tf32"',
+        tests=(f"{TESTS}::test_the_precision_of_float32_products_is_torchs",),
+    ),
+)

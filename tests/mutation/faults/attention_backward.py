@@ -1,0 +1,81 @@
+"""attention's gradients."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+TESTS = "tests/kernels/test_attention.py"
+MASKS = "tests/kernels/test_attention_masks.py"
+PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
+CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
+DROPOUT = "tests/kernels/test_attention_dropout.py"
+
+_keys = partial(Fault, file="kernels/attention_backward.py", op="attention")
+_queries = partial(Fault, file="kernels/attention_backward_q.py", op="attention")
+
+FAULTS = (
+    _queries(
+        "dq lacks the scale",
+        before="store_tile(dq_rows, dq * SCALE,",
+        after="store_tile(dq_rows, dq,",
+        tests=(f"{TESTS}::test_scale",),
+        short=True,
+    ),
+    _queries(
+        "delta is summed before dropout",
+        before="P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta += tl.sum(",
+        after="0.0, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta += tl.sum(",
+        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+    ),
+    _queries(
+        "dq is made with the key mask of the first sequence",
+        before="key_mask_ptr += batch * max_seqlen_k",
+        after="key_mask_ptr += batch * 0",
+        tests=PADDING,
+    ),
+    _keys(
+        "dk is scaled twice",
+        before="store_tile(dk_rows, dk * SCALE,",
+        after="store_tile(dk_rows, dk * SCALE * SCALE,",
+        tests=(f"{TESTS}::test_scale",),
+    ),
+    _keys(
+        "dv is not rescaled for what dropout keeps",
+        before="store_tile(dv_rows, dv * KEEP_SCALE,",
+        after="store_tile(dv_rows, dv,",
+        tests=(
+            f"{DROPOUT}::test_what_is_kept_is_scaled",
+            f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",
+        ),
+    ),
+    _keys(
+        "the backward drops by another seed than the forward",
+        before="keys = row_keys(tl.load(seed_ptr), sequence_head, rows)",
+        after="keys = row_keys(tl.load(seed_ptr) + 1, sequence_head, rows)",
+        tests=(f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",),
+    ),
+    _keys(
+        "blocks of keys are skipped one too early",
+        before="past = block * BLOCK_N >= tl.load(key_bounds_ptr + batch * 3 + 2)",
+        after="past = (block + 1) * BLOCK_N >= tl.load(key_bounds_ptr + batch * 3 + 2)",
+        tests=PADDING,
+    ),
+    _keys(
+        "queries start one block of keys too late where there are more keys than queries",
+        before="start = tl.maximum(block * BLOCK_N - (seqlen_k - seqlen_q), 0) // BLOCK_M * BLOCK_M",
+        after="start = tl.maximum(block * BLOCK_N, 0) // BLOCK_M * BLOCK_M",
+        tests=CAUSAL,
+    ),
+    _keys(
+        "the block on the diagonal is not masked",
+        before="(block + 1) * BLOCK_N - 1 - (seqlen_k - seqlen_q), 0), BLOCK_M) * BLOCK_M",
+        after="block * BLOCK_N - (seqlen_k - seqlen_q), 0), BLOCK_M) * BLOCK_M",
+        tests=CAUSAL,
+    ),
+    _keys(
+        "keys have no gradient of a row that averages all of them",
+        before="start = tl.where(sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL), 0, start)",
+        after="start = tl.where(sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL), start, start)",
+        tests=(f"{MASKS}::test_a_row_that_sees_no_key_is_the_average_of_all",),
+    ),
+)

@@ -1,0 +1,125 @@
+"""bias_gelu, gather_rows, and how every kernel is launched and differentiated."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+BIAS_GELU = "tests/kernels/test_bias_gelu.py"
+GATHER = "tests/kernels/test_gather_rows.py"
+
+_gelu = partial(Fault, file="kernels/bias_gelu.py", op="bias_gelu")
+_maths = partial(Fault, file="kernels/device_math.py", op="bias_gelu")
+_gather = partial(Fault, file="kernels/gather_rows.py", op="gather_rows")
+_launch = partial(Fault, file="kernels/launch.py")
+
+FAULTS = (
+    _maths(
+        "gelu is the tanh approximation",
+        before="y = x * cdf",
+        after="y = x * sigmoid(gelu_tanh_argument(x))",
+        tests=(f"{BIAS_GELU}::test_the_default_is_the_exact_gelu",),
+        short=True,
+    ),
+    _gelu(
+        "the bias gradient lacks the last program's sum",
+        before="return dx, sums.sum(0)",
+        after="return dx, sums[: max(1, len(sums) - 1)].sum(0)",
+        tests=(BIAS_GELU, "-k", "test_matrix and 129x37"),
+        short=True,
+    ),
+    _gelu(
+        "the last block of columns has no program in the forward",
+        before="triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N),",
+        after="triton.cdiv(n_rows, config.BLOCK_M) * max(1, n_cols // config.BLOCK_N),",
+        tests=(BIAS_GELU, "-k", "test_matrix and 2x1500"),
+    ),
+    _gelu(
+        "the bias gradient is the sum of dy",
+        before="dbias += dx",
+        after="dbias += dy",
+        tests=(f"{BIAS_GELU}::test_frozen_inputs",),
+    ),
+    _gelu(
+        "the backward forgets the bias",
+        before="activation_backward(dy, x + bias[None, :], ACTIVATION, EXACT)",
+        after="activation_backward(dy, x, ACTIVATION, EXACT)",
+        tests=(f"{BIAS_GELU}::test_frozen_inputs",),
+    ),
+    _gelu(
+        "the upstream gradient is read by the strides of x",
+        before="dy_col_stride=dy.stride(1)",
+        after="dy_col_stride=x.stride(1)",
+        tests=("tests/kernels/test_layouts.py", "-k", "test_gradient_of_a_sum and bias_gelu"),
+    ),
+    _maths(
+        "gelu's derivative is its gate alone",
+        before="dx = dy * (cdf + x * pdf)",
+        after="dx = dy * cdf",
+        tests=(f"{BIAS_GELU}::test_frozen_inputs",),
+    ),
+    _maths(
+        "relu has a gradient at 0",
+        before="tl.where(x <= 0, 0.0, dy)",
+        after="tl.where(x < 0, 0.0, dy)",
+        tests=(f"{BIAS_GELU}::test_gradient_of_relu_at_zero_is_zero",),
+    ),
+    _maths(
+        "relu makes NaN a 0",
+        before="y = tl.where(x < 0, 0.0, x)",
+        after="y = tl.where(x > 0, x, 0.0)",
+        tests=(f"{BIAS_GELU}::test_nan_and_infinity_come_through_as_in_torch",),
+    ),
+    _maths(
+        "a coefficient of the 16-bit gelu is off by one percent",
+        before="0.215696782",
+        after="0.217853750",
+        tests=("tests/kernels/test_device_math.py::test_the_normal_distribution_of_16_bit_types",),
+    ),
+    _gather(
+        "the backward gathers by the forward's index",
+        before="return backward(dy, inverse, index), None, None",
+        after="return backward(dy, index, inverse), None, None",
+        tests=(f"{GATHER}::test_rows_that_nobody_takes_are_not_read_and_get_no_gradient",),
+        short=True,
+    ),
+    _gather(
+        "a negative index takes the row before the first",
+        before="taken = (sources >= 0)[:, None] & col_mask[None, :]",
+        after="taken = (sources >= -1)[:, None] & col_mask[None, :]",
+        tests=(
+            f"{GATHER}::test_nothing_of_something_is_zeros",
+            f"{GATHER}::test_rows_that_nobody_takes_are_not_read_and_get_no_gradient",
+        ),
+        short=True,
+    ),
+    _gather(
+        "rows past the last are written",
+        before="x, row_mask[:, None] & col_mask[None, :])",
+        after="x, (rows <= n_rows)[:, None] & col_mask[None, :])",
+        tests=(f"{GATHER}::test_writes_stay_inside",),
+    ),
+    _gather(
+        "columns are taken to be neighbours",
+        before="x_col_stride=x.stride(1)",
+        after="x_col_stride=1",
+        tests=(f"{GATHER}::test_layouts",),
+    ),
+    _launch(
+        "a second derivative is silently 0",
+        before="return tuple(None if g is None else NotTwice.apply(g.detach().requires_grad_()) for g in found)",
+        after="return found",
+        tests=("tests/kernels/test_gradcheck.py::test_a_second_derivative_raises",),
+    ),
+    _launch(
+        "a width takes the row of the table above its own",
+        before="if limit >= width), max(by_width))]",
+        after="if limit > width), max(by_width))]",
+        tests=("tests/kernels/test_launch.py::test_a_width_takes_the_first_row_that_holds_it",),
+    ),
+    _launch(
+        "float64 is summed in float32",
+        before="return torch.float64 if dtype == torch.float64 else torch.float32",
+        after="return torch.float32",
+        tests=("tests/kernels/test_launch.py::test_only_float64_is_summed_in_float64",),
+    ),
+)

@@ -1,0 +1,164 @@
+"""AdamW: the kernel, its tables, the optimizer around it, and parameter groups."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+KERNEL = "tests/kernels/test_adamw.py"
+OPTIMIZER = "tests/optim/test_adamw.py"
+STATE = "tests/optim/test_state_dict.py"
+GROUPS = "tests/optim/test_groups.py"
+
+_kernel = partial(Fault, file="kernels/adamw.py", op="adamw")
+_table = partial(Fault, file="kernels/adamw_table.py", op="adamw")
+_optimizer = partial(Fault, file="fastbert/optim.py")
+_groups = partial(Fault, file="fastbert/groups.py")
+
+FAULTS = (
+    _kernel(
+        "the bias correction is the step before's",
+        before="t = step.to(tl.float64) + 1.0",
+        after="t = tl.maximum(step.to(tl.float64), 1.0)",
+        tests=(f"{OPTIMIZER}::test_groups_with_numbers_of_their_own",),
+        short=True,
+    ),
+    _kernel(
+        "weight decay goes into the gradient",
+        before="    grad *= sign\n",
+        after="    grad = grad * sign + (1.0 - decay) * param\n",
+        tests=(f"{KERNEL}::test_one_step",),
+        short=True,
+    ),
+    _kernel(
+        "amsgrad keeps the largest square of a gradient",
+        before="largest = tl.maximum(largest, exp_avg_sq, ",
+        after="largest = tl.maximum(largest, grad * grad, ",
+        tests=(f"{OPTIMIZER}::test_groups_that_differ_in_amsgrad",),
+    ),
+    _kernel(
+        "eps is inside the root",
+        before="tl.sqrt_rn(largest) * correction + eps)",
+        after="tl.sqrt_rn(largest + eps) * correction)",
+        tests=(f"{KERNEL}::test_one_step",),
+    ),
+    _kernel(
+        "steps are not counted",
+        before="mask, other=0.0) + 1.0, mask)",
+        after="mask, other=0.0) + 0.0, mask)",
+        tests=(f"{KERNEL}::test_one_step",),
+    ),
+    _kernel(
+        "steps are counted of the first 128 tensors alone",
+        before="for first in range(0, n_rows, 128):",
+        after="for first in range(0, 128, 128):",
+        tests=(f"{KERNEL}::test_steps_of_many_tensors_are_counted",),
+    ),
+    _kernel(
+        "maximize is ignored",
+        before="sign = (1.0 - 2.0 * tl.load(group_ptr + 5)).to(ACC)",
+        after="sign = (1.0 - 0.0 * tl.load(group_ptr + 5)).to(ACC)",
+        tests=(f"{OPTIMIZER}::test_groups_with_numbers_of_their_own",),
+    ),
+    _kernel(
+        "found_inf is ignored",
+        before="finite = tl.load(found_inf_ptr) == 0.0",
+        after="finite = tl.load(found_inf_ptr) >= 0.0",
+        tests=(f"{KERNEL}::test_found_inf_changes_nothing",),
+    ),
+    _kernel(
+        "a chunk's last element is left as it is where it is one past a vector",
+        before="if whole < n:",
+        after="if whole + 1 < n:",
+        tests=(f"{KERNEL}::test_one_step", f"{KERNEL}::test_more_programs_than_one_a_tensor"),
+    ),
+    _kernel(
+        "every parameter steps by the first group's numbers",
+        before="group_ptr = hyperparameters_ptr + tl.load(row_ptr + 8) * 6",
+        after="group_ptr = hyperparameters_ptr + tl.load(row_ptr + 8) * 0",
+        tests=(f"{OPTIMIZER}::test_groups_with_numbers_of_their_own",),
+    ),
+    _kernel(
+        "the unscaled gradient is not stored",
+        before="tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask)",
+        after="tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask & False)",
+        tests=(f"{KERNEL}::test_grad_scale_divides_and_stores_the_gradient",),
+    ),
+    _kernel(
+        "the rounded parameter is updated, not its master",
+        before="param = tl.load(master_ptr + offsets, mask, other=0.0).to(ACC)",
+        after="param = tl.load(param_ptr + offsets, mask, other=0.0).to(ACC)",
+        tests=(f"{STATE}::test_master_weights",),
+    ),
+    _table(
+        "a gradient that moved off its 16-byte boundary is still loaded as a vector",
+        before="moved[:, GRAD] = host[:, GRAD] % VECTOR_BYTES != self._host[:, GRAD] % VECTOR_BYTES",
+        after="moved[:, GRAD] = False",
+        tests=(f"{KERNEL}::test_a_gradient_that_moves_off_its_boundary_and_back",),
+    ),
+    _table(
+        "numbers that change are not uploaded",
+        before="if numbers != self._numbers:",
+        after="if self._numbers is None:",
+        tests=(f"{KERNEL}::test_new_numbers_reach_the_kernel",),
+    ),
+    _table(
+        "what a copy stands for is not written back",
+        before="if column != GRAD or unscaled:",
+        after="if column == GRAD and unscaled:",
+        tests=(f"{KERNEL}::test_one_tensor_laid_out_unlike_the_others",),
+    ),
+    _table(
+        "a parameter that is listed twice is updated twice at once",
+        before="seen[id(parameter.param)] += 1",
+        after="seen[id(parameter.param)] += 0",
+        tests=(f"{KERNEL}::test_a_parameter_listed_twice_is_updated_twice",),
+    ),
+    _table(
+        "an empty tensor's step is never counted",
+        before="counts = torch.tensor([max(1, -(-size // chunk)) for size in sizes])",
+        after="counts = torch.tensor([-(-size // chunk) for size in sizes])",
+        tests=(f"{KERNEL}::test_one_step", f"{KERNEL}::test_memory_of_any_form"),
+    ),
+    _optimizer(
+        "masters are loaded in 16 bits",
+        before="self.state[param][name] = saved[name].to(device=param.device, dtype=torch.float32, copy=True)",
+        after="self.state[param][name] = saved[name].to(device=param.device, dtype=param.dtype).float()",
+        tests=(f"{STATE}::test_master_weights_in_a_checkpoint",),
+    ),
+    _optimizer(
+        "amsgrad is the first group's",
+        before='if self.param_groups[index]["amsgrad"] else None',
+        after='if self.param_groups[0]["amsgrad"] else None',
+        tests=(f"{OPTIMIZER}::test_groups_that_differ_in_amsgrad",),
+    ),
+    _optimizer(
+        "a master starts at 0",
+        before='state["master"] = param.detach().to(dtype=dtype, copy=True)',
+        after='state["master"] = torch.zeros_like(param, dtype=dtype)',
+        tests=(f"{STATE}::test_master_weights",),
+    ),
+    _optimizer(
+        "torch's own AdamW, where no kernel runs, does not maximize",
+        before='maximize=group["maximize"],\n        )\n        for (param, state)',
+        after="maximize=False,\n        )\n        for (param, state)",
+        tests=("tests/optim/test_stock.py::test_is_torchs",),
+    ),
+    _groups(
+        "names without decay are matched anywhere in a name",
+        before='not any(name == end or name.endswith("." + end) for end in no_decay)',
+        after="not any(name.endswith(end) for end in no_decay)",
+        tests=(f"{GROUPS}::test_whole_parts_of_names",),
+    ),
+    _groups(
+        "rates decay from below the last layer",
+        before="lr * layer_decay ** (last - int(found[1]))",
+        after="lr * layer_decay ** (last + 1 - int(found[1]))",
+        tests=(f"{GROUPS}::test_layer_decay",),
+    ),
+    _groups(
+        "frozen parameters are in a group",
+        before="for name, parameter in model.named_parameters() if parameter.requires_grad]",
+        after="for name, parameter in model.named_parameters()]",
+        tests=(f"{GROUPS}::test_frozen_are_left_out",),
+    ),
+)

@@ -1,0 +1,70 @@
+"""What report and verify say, and the rule they and the tests judge by."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+REPORT = "tests/models/test_report.py"
+NUMERICS = "tests/test_numerics.py"
+
+_report = partial(Fault, file="fastbert/report.py")
+_dispatch = partial(Fault, file="fastbert/dispatch.py")
+_numerics = partial(Fault, file="fastbert/numerics.py")
+
+FAULTS = (
+    _report(
+        "one fallback makes a module that uses its kernel one that fell back",
+        before="fell_back = bool(tally.fallbacks) and not tally.kernel",
+        after="fell_back = bool(tally.fallbacks)",
+        tests=(f"{REPORT}::test_each_fallback_is_counted_with_its_reason", f"{REPORT}::test_fell_back_is_a_state_of_its_own"),
+    ),
+    _report(
+        "a subclass, which stays stock, is not shown",
+        before="elif isinstance(module, tuple(BY_STOCK)):",
+        after="elif False:",
+        tests=("tests/models/test_patch.py::test_a_users_subclass_is_left_alone",),
+    ),
+    _report(
+        "a switch that is off is not given as the reason",
+        before='return f"{entry.switch}=False" if not switches[entry.switch] else entry.why_stock(module) or "not patched"',
+        after='return entry.why_stock(module) or "not patched"',
+        tests=("tests/models/test_patch_arguments.py::test_a_switch_leaves_its_kernel_out",),
+    ),
+    _report(
+        "calls of layers that share a line are those of the first",
+        before="str(sum(row.kernel_calls for row in rows)),",
+        after="str(first.kernel_calls),",
+        tests=(f"{REPORT}::test_layers_that_agree_share_a_line",),
+    ),
+    _dispatch(
+        "reasons are lost",
+        before="tally.fallbacks[reason] += 1",
+        after='tally.fallbacks["stock"] += 1',
+        tests=(f"{REPORT}::test_each_fallback_is_counted_with_its_reason",),
+    ),
+    _dispatch(
+        "calls are not counted beyond the first",
+        before="tally.kernel += 1",
+        after="tally.kernel = 1",
+        tests=(f"{REPORT}::test_each_call_is_counted",),
+    ),
+    _numerics(
+        "twenty times eager's error passes",
+        before="bound = 2.0 * eager_error",
+        after="bound = 20.0 * eager_error",
+        tests=(f"{NUMERICS}::test_twice_eagers_error_passes_and_more_fails",),
+    ),
+    _numerics(
+        "NaN out of place passes",
+        before="if misplaced.any():",
+        after="if False:",
+        tests=(f"{NUMERICS}::test_a_non_finite_element_of_the_kernels_own_fails",),
+    ),
+    Fault(
+        "verify passes a model of which nothing ran on a kernel",
+        file="fastbert/verify.py",
+        before="return self.kernel_calls > 0 and all(",
+        after="return all(",
+        tests=("tests/test_verify.py::test_nothing_through_a_kernel_is_not_a_pass",),
+    ),
+)
