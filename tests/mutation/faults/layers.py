@@ -26,7 +26,7 @@ FAULTS = (
     ),
     _parts(
         "an adapter on a Linear is bypassed",
-        before="if is_plain(linear, nn.Linear) and type(linear.weight) in (nn.Parameter, Tensor):",
+        before="if is_plain(linear, nn.Linear) and is_plain_tensor(linear.weight):",
         after="if isinstance(linear.weight, Tensor):",
         tests=(OTHERS, "-k", "test_a_linear_that_is_not_plain_is_called and after"),
     ),
@@ -65,14 +65,14 @@ FAULTS = (
     ),
     _attention(
         "attention never drops",
-        before="p = module.dropout.p if module.training else 0.0\n    out = attend(",
-        after="p = 0.0\n    out = attend(",
+        before="p = module.dropout.p if module.training else 0.0\n    out = run(module, attend,",
+        after="p = 0.0\n    out = run(module, attend,",
         tests=(f"{DROPOUT}::test_attention_drops_in_training_only",),
     ),
     _attention(
         "packed attention drops in evaluation",
-        before="p = module.dropout.p if module.training else 0.0\n    out = ops.attention(",
-        after="p = module.dropout.p\n    out = ops.attention(",
+        before="p = module.dropout.p if module.training else 0.0\n    out = run(module, ops.attention,",
+        after="p = module.dropout.p\n    out = run(module, ops.attention,",
         tests=(f"{DROPOUT}::test_attention_drops_in_training_only",),
     ),
     _attention(
@@ -101,8 +101,8 @@ FAULTS = (
     ),
     _projection(
         "hooks on a projection are bypassed",
-        before="is_plain(linear, nn.Linear)\n        and type(linear.weight)",
-        after="isinstance(linear, nn.Linear)\n        and type(linear.weight)",
+        before="is_plain(linear, nn.Linear)\n        and is_plain_tensor(linear.weight)",
+        after="isinstance(linear, nn.Linear)\n        and is_plain_tensor(linear.weight)",
         tests=(f"{ATTENTION}::test_odd_linears_are_called_as_modules",),
     ),
     _embeddings(
