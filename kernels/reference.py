@@ -117,19 +117,22 @@ def attention(
         return torch.cat(parts)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    # Masks are added, as in transformers' eager attention: a row that sees no key is the average of all of them.
+    # Masks are added, as in transformers' eager attention: a row that sees no key is the average of all of them, and
+    # its scores have gradients still.
     lowest = torch.finfo(scores.dtype).min
+    added = torch.zeros((), dtype=scores.dtype, device=q.device)
     seen = torch.ones((), dtype=torch.bool, device=q.device)
     if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask
     elif mask is not None:
-        scores = (scores + mask.to(scores.dtype)).clamp(min=lowest)
+        added = mask.to(scores.dtype)
+        seen = seen & (added > lowest)
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, :]
     if causal:
         seen = seen & torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
-    added = torch.zeros((), dtype=scores.dtype, device=q.device).masked_fill(~seen, lowest)
-    weights = (scores + added).clamp(min=lowest).softmax(-1)
+    masked = lowest + (scores - scores.detach())  # what adding `lowest` rounds to
+    weights = torch.where(seen, (scores + added).clamp(min=lowest), masked).softmax(-1)
     if p > 0.0:
         weights = torch.where(keep, weights * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
