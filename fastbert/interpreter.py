@@ -5,13 +5,12 @@ that merely imports fastbert. The kernels' arithmetic is untouched; each functio
 replaces gives. Written for triton 3.7; another release that lacks one of the functions stays as slow as it is.
 """
 
+import math
 import warnings
 from contextlib import suppress
 from functools import cache
-from math import prod
 
 import numpy as np
-import torch
 
 
 def hurry() -> None:
@@ -89,7 +88,7 @@ def _remember_blocks() -> None:
 
     @cache
     def of_tensor(sizes: tuple[int, ...]):
-        return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(prod(sizes))
+        return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(math.prod(sizes))
 
     def block(self, element_ty, shape) -> None:
         self.element_ty = element_ty
@@ -112,14 +111,13 @@ def _remember_blocks() -> None:
 
 
 def _erf_of_arrays() -> None:
-    """Python's erf was called for one element at a time."""
+    """A function of Python's own stood between NumPy and math.erf, called for each element."""
     from triton.runtime import interpreter
 
     def erf(x: np.ndarray) -> np.ndarray:
-        return torch.erf(torch.from_numpy(np.asarray(x, dtype=np.float64))).numpy()
+        return np.fromiter(map(math.erf, x.ravel().tolist()), x.dtype, x.size).reshape(x.shape)
 
-    interpreter.np_erf_fp32 = lambda x: erf(x).astype(np.float32)
-    interpreter.np_erf_fp64 = erf
+    interpreter.np_erf_fp32 = interpreter.np_erf_fp64 = erf
 
 
 def _drop_unread_checks() -> None:

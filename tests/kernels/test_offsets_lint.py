@@ -33,7 +33,7 @@ def lint(*options):
 def kernels():
     """All that are defined in kernels/: their names end so."""
     sources = "\n".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    return set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
+    return set(re.findall(r"^@triton.jit[^\n]*\ndef (\w+_kernel)\(", sources, re.MULTILINE))
 
 
 @pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.long)], ids=["one-of-each", "all"])

@@ -45,6 +45,7 @@ def assert_equal_with_every_gradient(fast, model, batch):
     assert_equal(results, run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch)))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", NINE, ids=str)
 def test_every_class_is_one_graph(kind):
     model = make(kind, num_hidden_layers=1).train()
