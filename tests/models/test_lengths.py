@@ -10,6 +10,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import fastbert
 from fastbert.layers.counts import Given
+from fastbert.layers.packing import rows_of
 from fastbert.layers.plan import packing_of
 from fastbert.layers.reading import Reading
 from tests.models.running import assert_equal, counting, doubled, run
@@ -77,6 +78,13 @@ def test_given_lengths(kind, bucket):
 @pytest.mark.parametrize("kind", [BASE, CLASSIFICATION, MLM, PRETRAINING], ids=str)
 def test_a_budget(kind, budget):
     check(kind, batch_of(kind), token_budget=budget, read_budget=budget)
+
+
+def test_what_is_left_of_the_room_is_in_sequences_of_its_own():
+    """None longer than the longest, to the end of the room: attention writes no row that is in no sequence."""
+    rows = rows_of(torch.tensor([[True, True, False], [False, True, False]], device=DEVICE), 2, 8, exact=False)
+    assert rows.index.tolist() == [0, 1, 4, -1, -1, -1, -1, -1]
+    assert rows.cu_seqlens.tolist() == [0, 2, 3, 5, 7, 8, 8]
 
 
 @pytest.mark.parametrize("mask", ["none", "holes", "one token"])

@@ -35,7 +35,7 @@ FAULTS = (
         "what is left of the room joins the last sequence",
         before="    if not exact:\n",
         after="    if not exact and False:\n",
-        tests=(f"{LENGTHS}::test_a_budget",),
+        tests=(f"{LENGTHS}::test_what_is_left_of_the_room_is_in_sequences_of_its_own",),
     ),
     _rows(
         "where one has empty sequences at its end, bounds of keys and queries are exchanged",
