@@ -128,7 +128,8 @@ def test_how_runs_end(tmp_path):
         (tmp_path / name / "test_it.py").write_text(text)
 
     def job(name):
-        return Job(lambda: tmp_path / name, ("test_it.py",), lambda outcome, tree: outcomes.update({tree.name: outcome}), 6)
+        seconds = 3 if name == "hangs" else 60
+        return Job(lambda: tmp_path / name, ("test_it.py",), lambda outcome, tree: outcomes.update({tree.name: outcome}), seconds)
 
     run(map(job, ENDS), 2)
     assert {name for name, outcome in outcomes.items() if outcome.code == 0} == {"passes"}
