@@ -129,7 +129,7 @@ def test_how_runs_end(tmp_path):
 
     def job(name):
         seconds = 3 if name == "hangs" else 60
-        return Job(lambda: tmp_path / name, ("test_it.py",), lambda outcome, tree: outcomes.update({tree.name: outcome}), seconds)
+        return Job(lambda: tmp_path / name, ("test_it.py",), lambda ended, tree: outcomes.update({tree.name: ended}), seconds)
 
     run(map(job, ENDS), 2)
     assert {name for name, outcome in outcomes.items() if outcome.code == 0} == {"passes"}
