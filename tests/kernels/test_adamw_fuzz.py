@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, note
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from fastbert.kernels import reference
@@ -80,8 +80,20 @@ def named(parameters):
     return {f"{name} of {i}": getattr(p, name) for i, p in enumerate(parameters) for name in NAMES}
 
 
+@settings(derandomize=True)
 @given(call=calls())
 def test_any_legal_call(call):
+    check_call(call)
+
+
+@pytest.mark.long
+@settings(max_examples=2000)
+@given(call=calls())
+def test_other_calls_each_time(call):
+    check_call(call)
+
+
+def check_call(call):
     note(str(call))
     torch.manual_seed(call["values"])
     form = {name: call[name] for name in ("dtype", "amsgrad", "master", "steps")}
