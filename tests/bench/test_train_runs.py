@@ -61,7 +61,7 @@ def test_every_task(task, train, tmp_path, launches):
     assert len(fast.losses) == STEPS and fast.losses[0] != fast.losses[1]
     assert results.comparison.greatest <= 1e-5 and results.comparison.judged_steps == STEPS
     assert stock.checksums == fast.checksums and len(set(fast.checksums)) == STEPS
-    assert fast.metrics.keys() == METRICS[task] and fast.metrics == pytest.approx(stock.metrics, abs=1e-4)
+    assert fast.metrics.keys() == METRICS[task] and fast.metrics == pytest.approx(stock.metrics, rel=1e-5)
     assert all(f"{name} " in text for name in METRICS[task])
     assert (tmp_path / "out/losses.png").read_bytes()[1:4] == b"PNG"
     if DEVICE.type == "cpu":

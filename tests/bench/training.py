@@ -1,8 +1,9 @@
 """For the tests of `python -m bench train`: small files of real text, a tiny BERT with a tokenizer of these, and the call."""
 
+from collections import Counter
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -23,12 +24,16 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """WordPiece of the test files: common words whole, others in pieces, as in BERT's own."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=list(SPECIAL.values()), show_progress=False)
-    tokenizer.train([str(path) for path in sorted(DATA.iterdir())], trainer)
+    """WordPiece of the test files: common words whole, others in letters. Trained ones differ from process to process."""
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    text = normalizer.normalize_str("\n".join(path.read_text() for path in sorted(DATA.iterdir())))
+    words = Counter(word for word, _ in splitter.pre_tokenize_str(text))
+    letters = sorted({letter for word in words for letter in word})
+    common = sorted(words.keys() - set(letters), key=lambda word: (-words[word], word))[:100]
+    vocabulary = [*SPECIAL.values(), *letters, *(f"##{letter}" for letter in letters), *common]
+    pieces = models.WordPiece({piece: number for number, piece in enumerate(vocabulary)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(pieces)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
     tokenizer.post_processor = processors.BertProcessing(*ends)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
