@@ -14,11 +14,10 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle, _get_np_dtype, _patch_lang, interpreter_semantic
 
-BINARY = """
-    add sub mul truediv floordiv mod fdiv minimum maximum less_than less_equal greater_than greater_equal equal not_equal
-    and_ or_ xor_ shl lshr where
-""".split()
-TYPES = "int1 int32 int64 uint8 uint32 uint64 float16 bfloat16 float32 float64".split()
+ARITHMETIC = ["add", "sub", "mul", "truediv", "floordiv", "mod", "fdiv", "minimum", "maximum"]
+COMPARISONS = ["less_than", "less_equal", "greater_than", "greater_equal", "equal", "not_equal"]
+BINARY = [*ARITHMETIC, *COMPARISONS, "and_", "or_", "xor_", "shl", "lshr", "where"]
+TYPES = ["int1", "int32", "int64", "uint8", "uint32", "uint64", "float16", "bfloat16", "float32", "float64"]
 SHAPES = [((), ()), ((4,), (4,)), ((4,), ()), ((), (2, 4)), ((2, 1), (1, 4)), ((2, 4), (1, 4)), ((4,), (2, 1))]
 CONSTANTS = (0, 1, 3, -2, 70_000, 2**40, 0.0, -0.0, 0.1, 1e300, float("inf"), True)
 
@@ -31,10 +30,10 @@ def cases() -> Iterator[tuple[str, list]]:
     def make(name: str, shape: tuple[int, ...], first: int) -> tl.core.tensor:
         """Small numbers from 1 on, so that nothing overflows and nothing is divided by zero."""
         dtype = getattr(tl, name)
-        values = (np.arange(np.prod(shape, dtype=int)) + first).astype(np.float32 if name == "bfloat16" else _get_np_dtype(dtype))
-        if name == "bfloat16":
-            values = (values.view(np.uint32) >> 16).astype(np.uint16)
-        values = values.reshape(shape or (1,))
+        values = np.arange(first, first + np.prod(shape, dtype=int)).reshape(shape or (1,))
+        if name == "bfloat16":  # NumPy has none: the upper half of float32
+            values = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        values = values.astype(_get_np_dtype(dtype))
         return tl.core.tensor(TensorHandle(values, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
 
     def pointers(shape: tuple[int, ...]) -> tl.core.tensor:

@@ -86,12 +86,12 @@ def test_verify_all_nine_tasks(small_model, tmp_path):
     assert all(result["kernel_calls"] >= 6 for result in results.values())
 
 
-def test_verify_trained_model_on_own_text(tmp_path):
+def test_verify_trained_model_on_own_text(tmp_path, answered):
     text = tmp_path / "text.txt"
     text.write_text("Zwei Zeilen Text.\n\nUnd eine, die länger ist als die andere: 1234 (mit Klammern).\n", "utf-8")
-    done = fastbert_command("verify", "--text", str(text), "--task", "mlm", "--dtype", "fp16")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "a trained BERT" in done.stdout and "EQUAL: 1 of 1 models" in done.stdout
+    code, printed = answered("verify", "--text", str(text), "--task", "mlm", "--dtype", "fp16")
+    assert code == 0, printed
+    assert "a trained BERT" in printed and "EQUAL: 1 of 1 models" in printed
 
 
 def test_verify_without_the_trained_model_says_so(monkeypatch):

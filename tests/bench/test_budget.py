@@ -134,7 +134,7 @@ def summed_up(command):
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         options = ["--test-log", str(log), "--continue-on-collection-errors"]
-        outcome = isolate.run_command([sys.executable, "-m", *command, *options], 12.0, {})
+        outcome = isolate.run_command([sys.executable, "-m", *command, *options], 8.0, {})
         assert outcome.timed_out and log.exists(), outcome.reason
         return suite.summary(log.read_text().splitlines(), outcome.seconds, finished=False)
 

@@ -29,7 +29,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     text = normalizer.normalize_str("\n".join(path.read_text() for path in sorted(DATA.iterdir())))
     words = Counter(word for word, _ in splitter.pre_tokenize_str(text))
     letters = sorted({letter for word in words for letter in word})
-    common = sorted(words.keys() - set(letters), key=lambda word: (-words[word], word))[:100]
+    common = sorted(words.keys() - set(letters), key=lambda word: (-words[word], word))[:150]
     vocabulary = [*SPECIAL.values(), *letters, *(f"##{letter}" for letter in letters), *common]
     pieces = models.WordPiece({piece: number for number, piece in enumerate(vocabulary)}, unk_token="[UNK]")
     tokenizer = Tokenizer(pieces)

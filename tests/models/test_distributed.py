@@ -127,13 +127,14 @@ def test_two_processes(work, on_two_processes):
     on_two_processes(work)
 
 
-def ddp_and_fsdp(rank):
+def ddp_fsdp_and_the_optimizer(rank):
     from fastbert.kernels.launch import counts
+    from tests.optim.test_distributed import sharded
 
-    ddp(rank)
-    counts.clear()
-    fsdp_gradients(rank)
+    for work in (ddp, fsdp_gradients, sharded):
+        counts.clear()
+        work(rank)
 
 
 def test_two_processes_quickly(on_two_processes):
-    on_two_processes(ddp_and_fsdp)
+    on_two_processes(ddp_fsdp_and_the_optimizer)

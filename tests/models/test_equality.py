@@ -25,7 +25,7 @@ def check_kind(kind: Kind, dtype: str, attention: str, training: bool, mask: str
     assert len(results) > len(list(model.parameters()))  # every gradient, and outputs beside them
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -40,7 +40,7 @@ def test_class_is_equal_in_float64(kind):
     check_kind(kind, "fp64", "eager", True, "holes")
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("mask", [mask for mask in MASKS if mask != "right"])
 @pytest.mark.parametrize("kind", [MLM, CLM], ids=str)

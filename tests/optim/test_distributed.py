@@ -1,5 +1,6 @@
 """FSDP2 over gloo: the optimizer steps on the local shards, and the whole is what one stock process makes."""
 
+import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -49,5 +50,6 @@ def sharded(rank):
             torch.testing.assert_close(moment, theirs.state[other]["exp_avg_sq"], rtol=0.0, atol=1e-5, msg=name)
 
 
+@pytest.mark.long  # at each commit test_two_processes_quickly does it, in the same two processes
 def test_sharded(on_two_processes):  # noqa: F811
     on_two_processes(sharded)

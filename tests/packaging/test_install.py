@@ -84,9 +84,7 @@ def test_editable(environment: Environment, tree: Path, elsewhere: Path) -> None
     environment.run("-c", "import kernels; assert 'tree' not in str(kernels.__path__)", cwd=elsewhere)
 
 
-def test_wheel(environment: Environment, tree: Path, elsewhere: Path) -> None:
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", elsewhere, tree], elsewhere)
-    (wheel,) = elsewhere.glob("*.whl")
+def check_wheel(wheel: Path, environment: Environment, tree: Path, elsewhere: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {f"fastbert/{path}" for path in package_files(tree)}
@@ -95,9 +93,9 @@ def test_wheel(environment: Environment, tree: Path, elsewhere: Path) -> None:
     assert "verify" in run([environment.folder / "bin" / "fastbert", "--help"], elsewhere)
 
 
-def test_sdist(environment: Environment, tree: Path, elsewhere: Path) -> None:
-    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", elsewhere, tree], elsewhere)
-    (sdist,) = elsewhere.glob("*.tar.gz")
+def test_sdist_and_the_wheel_of_it(environment: Environment, tree: Path, elsewhere: Path) -> None:
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", elsewhere, tree], elsewhere)
+    (sdist,), (wheel,) = elsewhere.glob("*.tar.gz"), elsewhere.glob("*.whl")
     with tarfile.open(sdist) as archive:
         members = archive.getmembers()
     # The link has become a folder of files: an archive with links would not unpack everywhere.
@@ -107,8 +105,14 @@ def test_sdist(environment: Environment, tree: Path, elsewhere: Path) -> None:
     assert packaged == package_files(tree)
     assert not {name for name in names if name.startswith("tests/")}
     assert {"LICENSE", "README.md", "pyproject.toml"} <= names
-    environment.install(sdist)
-    check_installed(environment, tree, elsewhere, site_packages(environment) / "fastbert")
+    check_wheel(wheel, environment, tree, elsewhere)
+
+
+@pytest.mark.long
+def test_wheel_of_the_tree(environment: Environment, tree: Path, elsewhere: Path) -> None:
+    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", elsewhere, tree], elsewhere)
+    (wheel,) = elsewhere.glob("*.whl")
+    check_wheel(wheel, environment, tree, elsewhere)
 
 
 def test_from_the_root_without_an_install(environment: Environment, tree: Path) -> None:
