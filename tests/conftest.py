@@ -19,12 +19,6 @@ if not GPU:
         raise pytest.UsageError("triton was imported before tests/conftest.py could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
 
-    from fastbert.interpreter import hurry
-    from tests.interpreter import check_overflows
-
-    hurry()
-    check_overflows()
-
 # One thread a process: the tensors are small, and pytest-xdist runs a process a core.
 torch.set_num_threads(1)
 
@@ -39,6 +33,13 @@ settings.load_profile("fastbert")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not GPU and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
+        # Not in a process that only hands tests out to others: importing transformers takes ten seconds.
+        from fastbert.interpreter import hurry
+        from tests.interpreter import check_overflows
+
+        hurry()
+        check_overflows()
     for marker in (
         "gpu: shows what only a GPU can (bf16, streams, races, timing); skipped where there is none",
         "long: takes minutes or gigabytes; runs only when chosen by `pytest -m long`",

@@ -140,6 +140,7 @@ def test_missing_model_directory(refused, command):
     assert refused(command, "./no/such/model") == "error: MODEL: there is no directory ./no/such/model"
 
 
+@pytest.mark.long  # in this process `refused` sees the same
 def test_an_error_is_no_traceback():
     done = fastbert_command("verify", "./no/such/model")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "error: MODEL" in done.stderr

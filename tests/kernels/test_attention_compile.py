@@ -11,7 +11,7 @@ from .opchecking import opcheck
 from .ops import DEVICE, run, seed_tensor
 from .test_attention_layouts import every_second, heads_first, shared_heads
 
-pytestmark = pytest.mark.one_in(2)
+pytestmark = pytest.mark.one_in(3)
 
 OPS = torch.ops.fastbert
 # The op's arguments after q, k and v.
@@ -86,7 +86,7 @@ def test_opcheck(kind):
     opcheck_both(inputs_of(kind), options_of(kind))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["plain", "dropped"])
 def test_opcheck_of_layouts(kind, layout):

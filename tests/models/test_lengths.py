@@ -66,6 +66,7 @@ def encoder_row(model):
     return row
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bucket", [1, 8])
 @pytest.mark.parametrize("kind", [BASE, CLASSIFICATION, CHOICE, MLM, PRETRAINING], ids=str)
 def test_given_lengths(kind, bucket):
@@ -74,6 +75,7 @@ def test_given_lengths(kind, bucket):
     assert not any("given" in vars(module) for module in model.modules())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("budget", [ROWS * LENGTH, 41])
 @pytest.mark.parametrize("kind", [BASE, CLASSIFICATION, MLM, PRETRAINING], ids=str)
 def test_a_budget(kind, budget):

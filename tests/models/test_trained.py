@@ -30,6 +30,7 @@ def encode(folder):
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_hidden_states(folder, dtype):
     model = BertModel.from_pretrained(folder).to(DEVICE, dtype)

@@ -31,6 +31,10 @@ try:
     }
 except metadata.PackageNotFoundError:
     about = None
+# A model may select the attention by name without being patched; with its masks, or padding would be seen.
+from transformers import masking_utils, modeling_utils
+registered = (masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, modeling_utils.ALL_ATTENTION_FUNCTIONS)
+assert all("fastbert" in names for names in registered)
 folder = str(Path(fastbert.__file__).parent.resolve())
 print(json.dumps({"folder": folder, "version": fastbert.__version__, "about": about}))
 """
