@@ -29,7 +29,7 @@ def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
     # Gradient checkpointing hooks the words so that their rows require a gradient: of a table that does, they do.
     weight = getattr(embedding, "weight", None)
     idle = "make_inputs_require_grads" if getattr(weight, "requires_grad", False) else None
-    if not is_plain(embedding, nn.Embedding, idle) or not is_plain_tensor(embedding.weight):
+    if not is_plain(embedding, nn.Embedding, idle):
         return f"{name} is a {type(embedding).__name__}, or has hooks"
     if embedding.sparse:
         return f"{name} with sparse gradients"
@@ -103,6 +103,10 @@ class FastBertEmbeddings(BertEmbeddings):
             return reason
         words = self.word_embeddings.weight if ids is not None else inputs_embeds
         parameters = (self.position_embeddings.weight, self.token_type_embeddings.weight)
+        # Asked at each call: FSDP2 shards the tables, and gathers them for the call.
+        for table in (words, *parameters):
+            if not is_plain_tensor(table):
+                return f"{type(table).__name__} is not a plain tensor"
         reason = tensor_reason(words, *parameters, self.LayerNorm.weight, self.LayerNorm.bias)
         return reason or self._ids_reason(words, ids, token_type_ids, position_ids, past)
 

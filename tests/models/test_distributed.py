@@ -131,7 +131,7 @@ def ddp_fsdp_and_the_optimizer(rank):
     from fastbert.kernels.launch import counts
     from tests.optim.test_distributed import sharded
 
-    for work in (ddp, fsdp_gradients, sharded):
+    for work in (ddp, fsdp_gradients, fsdp_then_patch, sharded):
         counts.clear()
         work(rank)
 

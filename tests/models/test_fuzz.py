@@ -36,10 +36,13 @@ def calls(draw):
     }
     if kind.name != "clm" and draw(st.integers(0, 4)) == 0:
         config |= {"is_decoder": True, "use_cache": draw(st.booleans())}
+    dtypes = [torch.float64, torch.float32, torch.float32, torch.float16]
+    if config["hidden_act"] == "relu":
+        dtypes = dtypes[:3]  # one in some thousand float16 numbers is rounded to the other side of zero: another gradient
     return {
         "kind": kind,
         "config": config,
-        "dtype": draw(st.sampled_from([torch.float64, torch.float32, torch.float32, torch.float16])),
+        "dtype": draw(st.sampled_from(dtypes)),
         "attention": draw(st.sampled_from(["eager", "sdpa"])),  # with weights asked for, eager: stock's SDPA has none
         "mask": draw(st.sampled_from(["none", "right", "right", "left", "holes", "one token", "4-D"])),
         "seed": draw(st.integers(0, 2**31)),
@@ -63,8 +66,8 @@ def batch_of(call, model):
     for name in call["without"]:
         del batch[name]
     if call["positions"]:
-        batch["position_ids"] = torch.randint(24, (shape[0] if len(shape) == 2 else shape[0] * shape[1], shape[-1]))
-        batch["position_ids"] = batch["position_ids"].view(shape).to(model.device)
+        own = torch.Generator().manual_seed(call["seed"])  # or an example that fails does not fail again
+        batch["position_ids"] = torch.randint(24, shape, generator=own).to(model.device)
     if call["embeds"]:
         embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
         batch["inputs_embeds"] = embeds.requires_grad_()
