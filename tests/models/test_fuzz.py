@@ -173,4 +173,16 @@ def check(call):
                 del tensors[name]
             elif patch["unpad"] is True and mask is not None and tensors[name].shape[:2] == mask.shape:
                 tensors[name] = tensors[name][mask.bool()]
-    assert_equal(results, eager, exact)
+    if call["dtype"] == torch.float64:
+        assert_equal_but_for_rounding(results, exact)
+    else:
+        assert_equal(results, eager, exact)
+
+
+def assert_equal_but_for_rounding(results, exact):
+    """In float64 eager is its own reference and errs by nothing, so the rule allows nothing: 64 roundings of the largest."""
+    assert results.keys() == exact.keys()
+    sizes = [float(x.abs().max()) for x in exact.values() if x.is_floating_point() and x.numel()]
+    allowed = 64 * torch.finfo(torch.float64).eps * max(sizes)
+    for name, tensor in results.items():
+        torch.testing.assert_close(tensor, exact[name], rtol=0.0, atol=allowed, msg=lambda text, n=name: f"{n}: {text}")
