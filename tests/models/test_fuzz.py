@@ -173,18 +173,21 @@ def check(call):
                 del tensors[name]
             elif patch["unpad"] is True and mask is not None and tensors[name].shape[:2] == mask.shape:
                 tensors[name] = tensors[name][mask.bool()]
-    in_float64 = [name for name, tensor in results.items() if tensor.dtype == exact[name].dtype == torch.float64]
-    if call["dtype"] == torch.float64:
-        assert_equal_but_for_rounding({name: results.pop(name) for name in in_float64}, exact)
-        eager, exact = ({name: x for name, x in tensors.items() if name not in in_float64} for tensors in (eager, exact))
+    # What eager may have by luck, and the rule then allows nobody else: float64, where it is its own reference, and the
+    # gradient that is one number, left where the rows' errors cancelled.
+    exempt = [name for name, x in results.items() if x.dtype == exact[name].dtype == torch.float64]
+    exempt += [name for name, x in results.items() if name.startswith("gradient") and x.numel() == 1 and name not in exempt]
+    assert_equal_but_for_rounding({name: results.pop(name) for name in exempt}, exact)
+    eager, exact = ({name: x for name, x in tensors.items() if name not in exempt} for tensors in (eager, exact))
+    assert results.keys() == exact.keys()
     if results:
         assert_equal(results, eager, exact)
-    assert results.keys() == exact.keys()
 
 
 def assert_equal_but_for_rounding(results, exact):
-    """In float64 eager is its own reference and errs by nothing, so the rule allows nothing: 64 roundings of the largest."""
-    sizes = [float(x.abs().max()) for x in exact.values() if x.is_floating_point() and x.numel()]
-    allowed = 64 * torch.finfo(torch.float64).eps * max(sizes)
+    """Within 64 roundings of the largest number of all."""
+    largest = max(float(x.abs().max()) for x in exact.values() if x.is_floating_point() and x.numel())
     for name, tensor in results.items():
-        torch.testing.assert_close(tensor, exact[name], rtol=0.0, atol=allowed, msg=lambda text, n=name: f"{n}: {text}")
+        error = (tensor.double() - exact[name].double()).abs().max().item() if tensor.numel() else 0.0
+        assert tensor.shape == exact[name].shape
+        assert error <= 64 * torch.finfo(tensor.dtype).eps * largest, f"{name}: error {error}"
