@@ -27,27 +27,29 @@ def fastbert_command(*arguments: str, **environment: str) -> subprocess.Complete
 
 @pytest.fixture
 def answered(monkeypatch, capsys):
-    """Run the command line in this process, which saves the ten seconds that a new one imports for."""
+    """Run the command line in this process, which saves the ten seconds that a new one imports for.
 
-    def run(*arguments: str) -> tuple[int, str]:
+    Gives the exit code and what was printed, or what was printed as errors.
+    """
+
+    def run(*arguments: str, errors: bool = False) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["fastbert", *arguments])
         with pytest.raises(SystemExit) as stop:
             main()
-        return stop.value.code, capsys.readouterr().out
+        printed = capsys.readouterr()
+        return stop.value.code, printed.err if errors else printed.out
 
     return run
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(answered):
     """Run the command line in this process and hold that it ends with one clear line and exit code 2."""
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["fastbert", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        lines = capsys.readouterr().err.splitlines()
+        code, text = answered(*arguments, errors=True)
+        assert code == 2
+        lines = text.splitlines()
         errors = [line for line in lines if line.lower().startswith("error:")]
         assert len(errors) == 1, lines
         return errors[0]

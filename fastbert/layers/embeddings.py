@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, is_plain_tensor, refused, run, tensor_reason
+from fastbert.dispatch import is_plain, refused, run, tensor_reason
 from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason
 
 _IDS = (torch.int64, torch.int32)
@@ -26,6 +26,7 @@ def _reason_of_parts(module: nn.Module, words: bool) -> str | None:
 
 
 def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
+    # What the weight is, is asked at each call (tensor_reason): FSDP2 shards the tables, and gathers them for the call.
     # Gradient checkpointing hooks the words so that their rows require a gradient: of a table that does, they do.
     weight = getattr(embedding, "weight", None)
     idle = "make_inputs_require_grads" if getattr(weight, "requires_grad", False) else None
@@ -103,10 +104,6 @@ class FastBertEmbeddings(BertEmbeddings):
             return reason
         words = self.word_embeddings.weight if ids is not None else inputs_embeds
         parameters = (self.position_embeddings.weight, self.token_type_embeddings.weight)
-        # Asked at each call: FSDP2 shards the tables, and gathers them for the call.
-        for table in (words, *parameters):
-            if not is_plain_tensor(table):
-                return f"{type(table).__name__} is not a plain tensor"
         reason = tensor_reason(words, *parameters, self.LayerNorm.weight, self.LayerNorm.bias)
         return reason or self._ids_reason(words, ids, token_type_ids, position_ids, past)
 

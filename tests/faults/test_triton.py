@@ -62,7 +62,6 @@ def test_a_model_trains_without(how, tmp_path):
     program = f"""
 import sys
 from importlib import metadata
-from pathlib import Path
 version = metadata.version
 older = lambda package: "3.1.0" if package == "triton" else version(package)
 {hidden}
