@@ -1,9 +1,11 @@
 """Each call decides: may these tensors go to a kernel, and if not, why not. The tally is what `report` shows."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +28,7 @@ class Calls:
 
 # Beside the modules, not on them: a patched module's __dict__ stays that of the stock one.
 _calls: WeakKeyDictionary[nn.Module, Calls] = WeakKeyDictionary()
+_lock = Lock()  # replicas of a module are called by threads of their own and count as one
 
 
 def calls(module: nn.Module) -> Calls:
@@ -38,14 +41,25 @@ def forget(module: nn.Module) -> None:
     _calls.pop(module, None)
 
 
+class Replicated:
+    """Of a fast class: nn.DataParallel makes replicas of it at every call, and their calls count as the module's own."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        with _lock:
+            _calls[replica] = _calls.setdefault(self, Calls())
+        return replica
+
+
 def refused(module: nn.Module, reason: str | None) -> bool:
     """Whether this call goes to stock code, which it does when there is a reason; tallied either way."""
     if not torch.compiler.is_compiling():  # traced once, run many times: a count would be wrong
-        tally = _calls.setdefault(module, Calls())
-        if reason is None:
-            tally.kernel += 1
-        else:
-            tally.fallbacks[reason] += 1
+        with _lock:
+            tally = _calls.setdefault(module, Calls())
+            if reason is None:
+                tally.kernel += 1
+            else:
+                tally.fallbacks[reason] += 1
     return reason is not None
 
 
@@ -57,16 +71,16 @@ def run(module: nn.Module, op: Callable[..., Any], *arguments: Any, **options: A
     result = op(*arguments, **options)
     if ops.failures.stood_in != before:
         tally, kernel = _calls[module], ops.failures.last
-        tally.kernel -= 1
-        tally.fallbacks[f"{kernel} failed: {ops.failures.reasons[kernel]}"] += 1
+        with _lock:
+            tally.kernel -= 1
+            tally.fallbacks[f"{kernel} failed: {ops.failures.reasons[kernel]}"] += 1
     return result
 
 
 def tensor_reason(*tensors: Tensor) -> str | None:
     """Why no kernel can take these tensors together (inputs first, then parameters), or None."""
     first = tensors[0]
-    # Asked whether it exists first: of the meta device, on which models are built, torch refuses to say the rest.
-    autocast = torch.amp.is_autocast_available(first.device.type) and torch.is_autocast_enabled(first.device.type)
+    autocast = _has_autocast(first.device.type) and torch.is_autocast_enabled(first.device.type)
     for tensor in tensors:
         if tensor.device != first.device:
             return f"tensors on {first.device} and {tensor.device}"
@@ -78,6 +92,12 @@ def tensor_reason(*tensors: Tensor) -> str | None:
             return f"{type(tensor).__name__} is not a plain tensor"
     dtype = torch.get_autocast_dtype(first.device.type) if autocast else first.dtype
     return _device_reason(first.device, dtype) or _mode_reason()
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 traces no is_autocast_available
+def _has_autocast(device_type: str) -> bool:
+    """Of the meta device, on which models are built, torch refuses to say whether autocast is on."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 @torch.compiler.assume_constant_result
@@ -117,8 +137,29 @@ def is_plain_tensor(tensor: Tensor) -> bool:
     return torch.compiler.is_exporting() and type(tensor) is torch._subclasses.FakeTensor
 
 
+def _library_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """The forward of a library's class; None if somebody has put another in its place."""
+    code = getattr(cls.forward, "__code__", None)
+    return cls.forward if code and code.co_filename == sys.modules[cls.__module__].__file__ else None
+
+
+# The classes whose work the kernels do in their place, with the forward that each then has to have.
+_LIBRARY = {cls: _library_forward(cls) for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)}
+
+
+def stand_in_for(*classes: type[nn.Module]) -> None:
+    """Let modules of these classes, too, be plain."""
+    _LIBRARY.update({cls: _library_forward(cls) for cls in classes})
+
+
+def replaced(cls: type[nn.Module]) -> bool:
+    """Whether the forward of `cls` is known here and no longer the library's."""
+    return cls in _LIBRARY and cls.forward is not _LIBRARY[cls]
+
+
 def is_plain(module: nn.Module, cls: type[nn.Module], idle: str | None = None) -> bool:
-    """Whether `module` is exactly a `cls` whose call does nothing but `cls.forward`: no hooks, nothing replaced.
+    """Whether `module` is exactly a `cls` whose call does nothing but the library's `cls.forward`: no hooks, nothing
+    replaced on the module or on its class.
 
     Forward hooks of the name `idle` are those that do nothing here.
     """
@@ -129,5 +170,19 @@ def is_plain(module: nn.Module, cls: type[nn.Module], idle: str | None = None) -
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
+        and cls.forward is _LIBRARY.get(cls)
         and not _has_any_global_hook()
     )
+
+
+# Hooks that transformers leaves on modules to capture outputs: they see nothing until outputs are asked for.
+IDLE_HOOKS = ("transformers.utils.output_capturing",)
+
+
+def hooked(module: nn.Module, idle: tuple[str, ...] = IDLE_HOOKS) -> bool:
+    """Whether anything sees what `module` is given or gives, or has replaced its forward; hooks from below the modules
+    `idle` aside."""
+    if "forward" in vars(module) or _has_any_global_hook():
+        return True
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(not (getattr(hook, "__module__", None) or "").startswith(idle) for kind in kinds for hook in kind.values())

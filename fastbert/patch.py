@@ -38,6 +38,7 @@ def patch(
     unpad: bool | str = "auto",
     mlm_logits: str = "full",
     strict: bool = False,
+    untested: bool = False,
 ) -> Model:
     """Swap the Triton kernels into `model`, in place, and return it.
 
@@ -48,8 +49,8 @@ def patch(
 
     Args:
         model: a BertModel or BertFor*, or any module that holds one (PEFT, SentenceTransformer, CrossEncoder).
-        attention: BertSelfAttention and BertCrossAttention, on `attention`. A model patched so has a config of its
-            own, which names "fastbert_over_<former>" as its attention implementation.
+        attention: BertSelfAttention and BertCrossAttention, on `attention`, while the model's attention implementation
+            is one of transformers' own (eager, SDPA, FlashAttention, flex attention), which goes on being named.
         residual_norm: BertSelfOutput and BertOutput, on `dropout_add_layernorm`.
         intermediate: BertIntermediate, on `bias_gelu`.
         mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`, and the loss of BertForMaskedLM, BertForPreTraining
@@ -62,6 +63,9 @@ def patch(
         mlm_logits: "full": outputs hold the logits, as stock's do. "none": training with labels gives None for them, and
             the head, with `unpad` the last layer too, runs for the positions that have a label only.
         strict: raise if any module that has a fast class (and is not switched off) would stay on stock code.
+        untested: use the kernels also in place of forwards that fastbert was not tested against (a newer transformers, a
+            forward replaced by hand), as they are now and for the rest of the process: for whoever has run
+            `fastbert.verify(model, batch, untested=True)`. Such modules stay stock otherwise.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or a switch is not a bool.
@@ -75,16 +79,18 @@ def patch(
         "mlm_head": mlm_head,
         "embeddings": embeddings,
     }
-    _check_arguments(model, switches | {"strict": strict}, unpad, mlm_logits)
+    _check_arguments(model, switches | {"strict": strict, "untested": untested}, unpad, mlm_logits)
     switches |= {"unpad": unpad, "mlm_logits": mlm_logits}
     if os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0"):
         _say_disabled()
         return model
 
-    classes, left_stock = _plan(model, switches)
+    classes, left_stock = _plan(model, switches, untested)
     if strict and left_stock:
         raise UnsupportedModelError("strict=True, and these stay on stock code: " + "; ".join(left_stock))
-    _swap(classes, _plan_configs(model, classes))
+    _swap(classes)
+    if untested:
+        _accept(classes)
     _switches[model] = switches
     return model
 
@@ -100,8 +106,7 @@ def unpatch(model: Model) -> Model:
     from fastbert.registry import BY_FAST
 
     _check_model(model)
-    classes = {module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST}
-    _swap(classes, _plan_configs(model, classes))
+    _swap({module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST})
     _switches.pop(model, None)
     return model
 
@@ -111,14 +116,13 @@ def patched(model: Model, **keywords: object) -> Iterator[Model]:
     """`patch(model, **keywords)` for the length of a with block; then, also on an exception, all is as before it."""
     _check_model(model)
     before = {module: type(module) for module in model.modules()}
-    configs_before = {module: vars(module)["config"] for module in model.modules() if "config" in vars(module)}
     switches_before = _switches.get(model)
     patch(model, **keywords)
     try:
         yield model
     finally:
         unpatch(model)
-        _swap(before, configs_before)
+        _swap(before)
         if switches_before is None:
             _switches.pop(model, None)
         else:
@@ -130,8 +134,9 @@ def switches_of(model: nn.Module) -> dict[str, bool] | None:
     return _switches.get(model)
 
 
-def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, type], list[str]]:
+def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[dict[nn.Module, type], list[str]]:
     """The class that each module should have, and a line for each that would stay stock against the switches."""
+    from fastbert import forwards
     from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, MLM_HEADS, PACKING, encoders_with_a_reader
 
     classes: dict[nn.Module, type] = {}
@@ -150,8 +155,10 @@ def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, 
             wanted = module in with_a_reader if wanted == "auto" else wanted
         reason = None
         if wanted:
-            reason = entry.why_stock(module) if type(module) is entry.stock else entry.unsupported(module)
+            reason = (entry.why_stock if type(module) is entry.stock else entry.why_idle)(module, untested)
         classes[module] = entry.fast if wanted and reason is None else entry.stock
+        if reason is not None and reason == forwards.untested(entry.code, strict=True):
+            _say_untested(reason)
         if reason is not None and entry.kernel is not None:
             left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")
     if not classes:
@@ -159,45 +166,32 @@ def _plan(model: nn.Module, switches: dict[str, bool]) -> tuple[dict[nn.Module, 
     return classes, left_stock
 
 
-def _plan_configs(model: nn.Module, classes: dict[nn.Module, type]) -> dict[nn.Module, Any]:
-    """The config that each module should have: a patched one where some attention will be fast, else the stock one."""
-    from fastbert.integrations.configs import is_patched, patched_config, stock_config
-    from fastbert.registry import BY_FAST
-
-    fast = {module for module, cls in classes.items() if cls in BY_FAST and BY_FAST[cls].switch == "attention"}
-    wanted = {id(module.config) for module in fast}
-    holders = [module for module in model.modules() if hasattr(vars(module).get("config"), "_attn_implementation")]
-    configs: dict[int, Any] = {}
-    for module in holders:
-        config = module.config
-        if id(config) not in configs:
-            if id(config) in wanted:
-                configs[id(config)] = config if is_patched(config) else patched_config(config)
-            else:
-                configs[id(config)] = stock_config(config) if is_patched(config) else config
-    return {module: configs[id(module.config)] for module in holders if configs[id(module.config)] is not module.config}
-
-
-def _swap(classes: dict[nn.Module, type], configs: dict[nn.Module, Any]) -> None:
-    """Set the class and config of every module, or, if one refuses, of none. Whose class changes, its calls start at 0."""
+def _swap(classes: dict[nn.Module, type]) -> None:
+    """Set the class of every module, or, if one refuses, of none. Whose class changes, its calls start at 0."""
     from fastbert.dispatch import forget
 
     before = {module: type(module) for module in classes}
-    configs_before = {module: module.config for module in configs}
     try:
         for module, cls in classes.items():
             module.__class__ = cls
-        for module, config in configs.items():
-            module.config = config
     except BaseException:
         for module, cls in before.items():
             module.__class__ = cls
-        for module, config in configs_before.items():
-            module.config = config
         raise
     for module, cls in classes.items():
         if before[module] is not cls:
             forget(module)
+
+
+def _accept(classes: dict[nn.Module, type]) -> None:
+    """Count the code that the fast classes of `classes` stand in for as tested."""
+    from fastbert import forwards
+    from fastbert.layers.stock import CODE
+    from fastbert.registry import BY_FAST
+
+    for cls in {cls for cls in classes.values() if cls in BY_FAST}:
+        forwards.accept(BY_FAST[cls].code)
+    forwards.accept(CODE["eager attention"])
 
 
 def _nothing_found(model: nn.Module) -> UnsupportedModelError:
@@ -230,3 +224,12 @@ def _check_model(model: object) -> None:
 @cache
 def _say_disabled() -> None:
     logger.warning("FASTBERT_DISABLE is set: fastbert.patch leaves every model as it is")
+
+
+@cache
+def _say_untested(reason: str) -> None:
+    logger.warning(
+        "%s: such modules stay on stock code. fastbert.verify(model, batch, untested=True) tells whether the kernels compute "
+        "the same; then patch(model, untested=True) uses them.",
+        reason,
+    )

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from transformers.models.bert import modeling_bert as bert
 
-from fastbert import ops
+from fastbert import forwards, ops
 from fastbert.layers import (
     attention,
     embeddings,
     encoder,
     intermediate,
     mlm_heads,
+    model,
     pooled_heads,
     prediction_head,
     residual_norm,
 )
+from fastbert.layers.stock import CODE, BertEncoder, BertPooler, stock_class
 
 
 @dataclass(frozen=True)
@@ -29,82 +31,57 @@ class Entry:
     switch: str
     unsupported: Callable[[nn.Module], str | None]
 
-    def why_stock(self, module: nn.Module) -> str | None:
-        """Why swapping the class of a stock `module` would not put the kernel to use, or None."""
+    def why_stock(self, module: nn.Module, untested: bool = False) -> str | None:
+        """Why swapping the class of a stock `module` would not put the kernel to use, or None; with `untested`, whether
+        fastbert was tested against the code that it would stand in for is not asked."""
         if ops.MISSING:  # first: limits of kernels that are not there would read as limits of theirs
             return ops.MISSING
         if "forward" in vars(module):  # accelerate's hooks do that, and have kept the stock forward to call
             return "its forward was replaced on the module itself"
-        return self.unsupported(module)
+        return self.why_idle(module, untested)
+
+    def why_idle(self, module: nn.Module, untested: bool = False) -> str | None:
+        """The same of a module that may have the fast class already."""
+        reason = None if untested else forwards.untested(self.code, strict=True)
+        return reason or self.unsupported(module)
+
+    @property
+    def code(self) -> tuple:
+        """The stock functions that the fast class stands in for or rests on."""
+        return CODE[self.stock.__name__]
+
+
+def _entry(part: Any, name: str, kernel: str | None, switch: str) -> Entry:
+    return Entry(stock_class(name), getattr(part, name), kernel, switch, _unsupported(part))
+
+
+def _unsupported(part: Any) -> Callable[[nn.Module], str | None]:
+    return getattr(part, "unsupported", lambda module: None)
 
 
 ENTRIES = (
-    Entry(
-        bert.BertEmbeddings,
-        embeddings.FastBertEmbeddings,
-        "embedding_layernorm",
-        "embeddings",
-        embeddings.unsupported,
-    ),
-    Entry(
-        bert.BertSelfAttention,
-        attention.FastBertSelfAttention,
-        "attention",
-        "attention",
-        attention.unsupported,
-    ),
-    Entry(
-        bert.BertCrossAttention,
-        attention.FastBertCrossAttention,
-        "attention",
-        "attention",
-        attention.unsupported,
-    ),
-    Entry(
-        bert.BertSelfOutput,
-        residual_norm.FastBertSelfOutput,
-        "dropout_add_layernorm",
-        "residual_norm",
-        residual_norm.unsupported,
-    ),
-    Entry(
-        bert.BertOutput,
-        residual_norm.FastBertOutput,
-        "dropout_add_layernorm",
-        "residual_norm",
-        residual_norm.unsupported,
-    ),
-    Entry(
-        bert.BertIntermediate,
-        intermediate.FastBertIntermediate,
-        "bias_gelu",
-        "intermediate",
-        intermediate.unsupported,
-    ),
-    Entry(
-        bert.BertPredictionHeadTransform,
-        prediction_head.FastBertPredictionHeadTransform,
-        "gelu_layernorm",
-        "mlm_head",
-        prediction_head.unsupported,
-    ),
+    _entry(embeddings, "BertEmbeddings", "embedding_layernorm", "embeddings"),
+    _entry(attention, "BertSelfAttention", "attention", "attention"),
+    _entry(attention, "BertCrossAttention", "attention", "attention"),
+    _entry(residual_norm, "BertSelfOutput", "dropout_add_layernorm", "residual_norm"),
+    _entry(residual_norm, "BertOutput", "dropout_add_layernorm", "residual_norm"),
+    _entry(intermediate, "BertIntermediate", "bias_gelu", "intermediate"),
+    _entry(prediction_head, "BertPredictionHeadTransform", "gelu_layernorm", "mlm_head"),
+    # It makes masks and launches nothing itself, so no report shows it.
+    _entry(model, "BertModel", None, "attention"),
 )
 # unpad=True, and unpad="auto" where a head says what it reads.
-PACKING = Entry(bert.BertEncoder, encoder.FastBertEncoder, "gather_rows", "unpad", encoder.unsupported)
-AUTO_PACKING = Entry(bert.BertEncoder, encoder.AutoFastBertEncoder, "gather_rows", "unpad", encoder.unsupported)
-# Heads that say what they read. They launch nothing themselves, so no report shows them.
+PACKING = Entry(BertEncoder, encoder.Always.BertEncoder, "gather_rows", "unpad", encoder.unsupported)
+AUTO_PACKING = Entry(BertEncoder, encoder.Unseen.BertEncoder, "gather_rows", "unpad", encoder.unsupported)
+# Heads that say what they read. They launch nothing themselves either.
 POOLED_HEADS = tuple(
-    Entry(stock, fast, None, "unpad", pooled_heads.unsupported)
-    for stock, fast in (
-        (bert.BertForSequenceClassification, pooled_heads.BertForSequenceClassification),
-        (bert.BertForNextSentencePrediction, pooled_heads.BertForNextSentencePrediction),
-        (bert.BertForMultipleChoice, pooled_heads.BertForMultipleChoice),
-    )
+    _entry(pooled_heads, name, None, "unpad")
+    for name in ("BertForSequenceClassification", "BertForNextSentencePrediction", "BertForMultipleChoice")
 )
 # By the value of mlm_logits.
 MLM_HEADS = {
     value: tuple(
-        Entry(getattr(bert, name), getattr(fast, name), "linear_cross_entropy", "mlm_head", mlm_heads.unsupported)
+        Entry(stock_class(name), getattr(fast, name), "linear_cross_entropy", "mlm_head", mlm_heads.unsupported)
         for name in ("BertForMaskedLM", "BertForPreTraining", "BertLMHeadModel")
     )
     for value, fast in (("full", mlm_heads.Full), ("none", mlm_heads.WithoutLogits))
@@ -117,14 +94,15 @@ BY_FAST = {
 }
 
 # Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.
-STOCK_ONLY = (bert.BertPooler,)
+STOCK_ONLY = (BertPooler,)
 
 
 def encoders_with_a_reader(model: nn.Module, mlm: bool) -> set[nn.Module]:
     """The encoders in `model` of which a head reads some positions only, MLM heads among them where `mlm`."""
     entries = (*POOLED_HEADS, *(entry for heads in MLM_HEADS.values() if mlm for entry in heads))
     heads = {cls for entry in entries for cls in (entry.stock, entry.fast)}
-    return {module.bert.encoder for module in model.modules() if type(module) in heads}
+    bodies = (getattr(module, "bert", None) for module in model.modules() if type(module) in heads)
+    return {body.encoder for body in bodies if hasattr(body, "encoder")}
 
 
 MODEL_CLASSES = (

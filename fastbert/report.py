@@ -104,6 +104,8 @@ def report(model: nn.Module) -> Report:
             continue  # a head, which only says what it reads
         if cls in BY_FAST:
             rows.append(_swapped_row(name, module, entry))
+        elif (row := _row_by_name(name, module)) is not None:
+            rows.append(row)
         elif cls in BY_STOCK:
             reason = _why_stock(module, entry, switches)
             rows.append(_stock_row(name, cls, None if reason == _SEEN else entry.kernel, reason))
@@ -119,6 +121,10 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
     from fastbert.dispatch import calls
 
     tally = calls(module)
+    # accelerate's hooks replace a forward too, and call the one that was there.
+    if "forward" in vars(module) and not hasattr(module, "_old_forward"):
+        reason = "its forward was replaced on the module itself"
+        return Row(name, entry.stock.__name__, entry.kernel, "untouched", reason, tally.kernel, dict(tally.fallbacks))
     fell_back = bool(tally.fallbacks) and not tally.kernel
     reason = "; ".join([*tally.fallbacks, *_backward_reasons(entry.kernel)])
     return Row(
@@ -130,6 +136,19 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
         tally.kernel,
         dict(tally.fallbacks),
     )
+
+
+def _row_by_name(name: str, module: nn.Module) -> Row | None:
+    """Of an attention that was not patched and selects the kernel by name, as any model of transformers may."""
+    from fastbert.dispatch import Calls, calls
+    from fastbert.integrations.attention import NAME
+
+    tally = calls(module)
+    if getattr(getattr(module, "config", None), "_attn_implementation", None) != NAME or tally == Calls():
+        return None
+    state = "active" if tally.kernel else "fell back"
+    reason = "; ".join(["selected by name", *tally.fallbacks, *_backward_reasons("attention")])
+    return Row(name, type(module).__name__, "attention", state, reason, tally.kernel, dict(tally.fallbacks))
 
 
 def _backward_reasons(kernel: str) -> list[str]:

@@ -4,12 +4,15 @@ import copy
 import math
 import statistics
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastbert.numerics import Comparison, compare, largest
 from fastbert.patch import _check_model, patched, unpatch
@@ -105,7 +108,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
     """Run `batch` through the stock and the patched model and compare all that comes out.
 
     Three copies of the model are run: stock in float64 (float32 for a model of half precision with over 500 million
-    parameters), which is the reference; stock with eager attention in the model's own dtype; and patched, the same.
+    parameters), which is the reference; stock with eager attention in the model's own dtype; and patched, the same. A
+    model whose attention is not transformers' own (a registered function, a module of another class) keeps it in all
+    three.
     Dropout is off in all three, since no two implementations draw the same bits. The rule is that of
     `fastbert.numerics.compare`, with the rounding noise that is usual of eager in this model allowed on top.
     `model` itself is not run: its mode, gradients, hooks and the random number generators stay as they are.
@@ -132,13 +137,11 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
     reference_dtype = torch.float32 if half and size > _LARGE else torch.float64
     batch = _moved(batch, parameter.device, None)
 
+    own = _own_attention(model)
     with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
-        with torch.autocast(parameter.device.type, enabled=False):
-            wide = _quiet_copy(model).to(reference_dtype)
-            reference = _run(wide, _moved(batch, parameter.device, reference_dtype))
-        del wide
-        copied = _quiet_copy(model)
+        copied = _quiet_copy(model, own)
         eager = _run(copied, batch)
+        reference, widened = _reference(_quiet_copy(model, own), batch, reference_dtype)
         with patched(copied, **patch_keywords):
             result = _run(copied, batch)
             after = report(copied)
@@ -148,9 +151,13 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
         gradients = _compare_all(result.gradients, eager.gradients, reference.gradients, loudest)
         diverged = None
         if not all(c.ok for c in (*outputs, *gradients)):
-            diverged = _first_divergence(copied, batch, patch_keywords) or _last_gradient(gradients)
+            diverged = _first_divergence(copied, batch, patch_keywords, widened) or _last_gradient(gradients)
 
     notes = ["dropout was off for the comparison"]
+    if own:
+        notes.append(f"the model's own attention was left in place ({own}), on both sides")
+    if widened:
+        notes.append(f"the model makes tensors of other dtypes, which the run in {reference_dtype} widened")
     if eager.projected:
         notes.append("the model returned no loss: gradients are those of a fixed random projection of its outputs")
     if not gradients:
@@ -176,13 +183,66 @@ class _Run:
     projected: bool
 
 
-def _quiet_copy(model: nn.Module) -> nn.Module:
-    """A stock copy that computes the same each time: eager attention, no dropout, no gradients yet."""
+def _own_attention(model: nn.Module) -> str | None:
+    """What in `model` attends in a way that is not transformers' own, and would not under another implementation's name."""
+    from fastbert.integrations.attention import implementation_reason
+    from fastbert.layers import attention, stock
+
+    known = (stock.BertSelfAttention, stock.BertCrossAttention, attention.BertSelfAttention, attention.BertCrossAttention)
+    for name, module in model.named_modules():
+        attends = getattr(module, "self", None) if isinstance(module, stock.BertAttention) else None
+        if attends is not None and type(attends) not in known:
+            return f"{name}.self is a {type(attends).__name__}"
+        config = getattr(module, "config", None)
+        reason = implementation_reason(getattr(config, "_attn_implementation", None)) if config is not None else None
+        if reason is not None:
+            return reason
+    return None
+
+
+def _reference(wide: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) -> tuple["_Run", bool]:
+    """The run in `dtype`, and whether operands had to be widened, as a forward may make tensors of a dtype of its own."""
+    device = next(wide.parameters()).device
+    with torch.autocast(device.type, enabled=False):
+        wide, batch = wide.to(dtype), _moved(batch, device, dtype)
+        try:
+            return _run(wide, batch), False
+        except RuntimeError:
+            wide.zero_grad(set_to_none=True)
+            with Widened(dtype):
+                return _run(wide, batch), True
+
+
+class Widened(TorchFunctionMode):
+    """Within it, an operation on floating-point tensors of which one is of `dtype` has all of them in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name.startswith("__") or name.endswith("_")  # attributes, and operations in place
+        if not writes and any(self._is_wide(x) for x in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(self._widen, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _is_wide(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.dtype == self.dtype
+
+    def _widen(self, x: Any) -> Any:
+        narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype.itemsize < self.dtype.itemsize
+        return x.to(self.dtype) if narrow else x
+
+
+def _quiet_copy(model: nn.Module, own: str | None) -> nn.Module:
+    """A stock copy that computes the same each time: no dropout, no gradients yet, eager attention but for a model that has
+    its `own`."""
     copied = unpatch(copy.deepcopy(model))
     for module in copied.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "set_attn_implementation"):
+        if not own and hasattr(module, "set_attn_implementation"):
             module.set_attn_implementation("eager")
     copied.zero_grad(set_to_none=True)
     return copied
@@ -290,13 +350,16 @@ def _error(tensor: Tensor, reference: Tensor) -> float:
     return _scale(tensor.to(reference.dtype) - reference)
 
 
-def _first_divergence(model: nn.Module, batch: Mapping[str, Any], patch_keywords: dict[str, Any]) -> str | None:
+def _first_divergence(
+    model: nn.Module, batch: Mapping[str, Any], patch_keywords: dict[str, Any], widened: bool
+) -> str | None:
     """The first module, in the order of their calls, whose output differs though its inputs' modules agree."""
     with torch.no_grad():
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             wide = copy.deepcopy(model).double()
             device = next(model.parameters()).device
-            reference = _traced(wide, _moved(batch, device, torch.float64))
+            with Widened(torch.float64) if widened else nullcontext():
+                reference = _traced(wide, _moved(batch, device, torch.float64))
         eager = _traced(model, batch)
         with patched(model, **patch_keywords):
             result = _traced(model, batch)

@@ -1,9 +1,11 @@
-"""Attention as transformers selects it: an implementation of its AttentionInterface, and the twin that makes its masks.
+"""Attention as transformers selects it by name: an implementation of its AttentionInterface, and the twin that makes its
+masks. `model.set_attn_implementation("fastbert")` works for every model that uses the interface.
 
-`model.set_attn_implementation("fastbert")` works for every model that uses the interface. A patched model's config
-names `fastbert_over_<former>`, so that a copy or a pickle of it still knows what `unpatch` goes back to.
+A patched model does not need it: its config goes on naming what it named, and its attention modules call the kernel where
+that is one of transformers' own implementations of plain softmax attention.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,22 +23,43 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from fastbert import ops
-from fastbert.dispatch import tensor_reason
+from fastbert.dispatch import refused, run, tensor_reason
 
 NAME = "fastbert"
-_OVER = "fastbert_over_"
 # What changes scores in a way that the kernel does not compute.
 _FOREIGN = ("position_bias", "softcap", "s_aux")
+# Where transformers' own implementations of softmax attention, and what makes their masks, are written.
+_OWN = (
+    "transformers.integrations.sdpa_attention",
+    "transformers.integrations.flash_attention",
+    "transformers.integrations.flex_attention",
+)
+_OWN_MASKS = ("transformers.masking_utils",)
 
 
-def patched_name(former: str | None) -> str:
-    """The implementation a patched config names."""
-    return f"{_OVER}{former or 'eager'}"
+@torch.compiler.assume_constant_result
+def implementation_reason(name: str | None) -> str | None:
+    """Why the attention implementation of that name may compute something else than the kernel does, or None.
+
+    Asked at each call: anybody may register a function of his own, under a new name or under one of transformers'.
+    """
+    name = name or "eager"
+    function, masks = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if name == NAME and function is attention_forward:
+        return None
+    if name == "eager" and function is None:
+        from fastbert.layers.stock import untested
+
+        return untested("eager attention") or _foreign(name, masks, _OWN_MASKS)
+    return _foreign(name, function, _OWN) or _foreign(name, masks, _OWN_MASKS)
 
 
-def former_name(name: str | None) -> str | None:
-    """The implementation that a patched config named before; None if it is not a patched one's."""
-    return name.removeprefix(_OVER) if name and name.startswith(_OVER) else None
+def _foreign(name: str, function: Any, modules: tuple[str, ...]) -> str | None:
+    while isinstance(function, partial):  # how a kernel from the hub is registered
+        function = function.func
+    if getattr(function, "__module__", None) in modules:
+        return None
+    return f"attention implementation {name!r} is not one of transformers' own"
 
 
 def key_mask_or_general(
@@ -93,27 +116,35 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' interface: query, key, value [batch, heads, seq, head size] -> [batch, seq, heads, head size].
+    """transformers' interface: query [batch, heads, seq, head size] -> [batch, seq, heads, head size]; key and value may
+    have fewer heads, each for a group of the queries'.
 
-    Where no kernel takes the tensors, the call goes to what the model used before it was patched (SDPA where that is not
-    known). Attention weights are returned where they are asked for, from eager attention.
+    Where no kernel takes the tensors, the call goes to SDPA. Attention weights are returned where they are asked for, from
+    eager attention.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     weights = wants_weights(module, kwargs)
-    foreign = any(kwargs.get(name) is not None for name in _FOREIGN)
-    if not foreign and not weights and attention_reason(query, key, value, attention_mask) is None:
+    reason = "attention weights were asked for" if weights else _foreign_keyword(kwargs)
+    if not refused(module, reason or attention_reason(query, key, value, attention_mask)):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return attend(q, k, v, attention_mask, causal, scaling, dropout), None
-    former = former_name(module.config._attn_implementation) if hasattr(module, "config") else None
-    arguments = (module, query, key, value)
-    if weights or former == "eager":
-        mask = _general_mask(attention_mask, causal and query.shape[2] > 1, query, key)
-        return eager_attention_forward(*arguments, _added(mask, _mask_dtype(module, query)), scaling, dropout, **kwargs)
-    if former and "flash" in former and (attention_mask is None or attention_mask.dim() == 2):
-        return ALL_ATTENTION_FUNCTIONS[former](*arguments, attention_mask, dropout, scaling, is_causal=causal, **kwargs)
-    if attention_mask is not None:
-        attention_mask = _general_mask(attention_mask, causal and query.shape[2] > 1, query, key)
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](*arguments, attention_mask, dropout, scaling, causal, **kwargs)
+        return run(module, attend, q, k, v, attention_mask, causal, scaling, dropout), None
+    mask = attention_mask
+    if mask is not None or weights:
+        mask = _general_mask(mask, causal and query.shape[2] > 1, query, key)
+    if weights:
+        key, value = (_each_head(x, query.shape[1]) for x in (key, value))
+        mask = _added(mask, _mask_dtype(module, query))
+        return eager_attention_forward(module, query, key, value, mask, scaling, dropout, **kwargs)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, dropout, scaling, causal, **kwargs)
+
+
+def _foreign_keyword(kwargs: dict[str, Any]) -> str | None:
+    return next((f"{name}, which the kernel does not compute" for name in _FOREIGN if kwargs.get(name) is not None), None)
+
+
+def _each_head(x: Tensor, heads: int) -> Tensor:
+    """Grouped keys or values [batch, kv heads, seq, head size] repeated for every query head."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -125,8 +156,10 @@ def attention_reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     """Why the kernel does not take this call, or None."""
     if query.shape[-1] > ops.MAX_HEAD_SIZE:
         return f"a head size of {query.shape[-1]}: the kernel takes up to {ops.MAX_HEAD_SIZE}"
-    if not query.dtype == key.dtype == value.dtype or query.shape[1] != key.shape[1] and query.dim() != 4:
+    if not query.dtype == key.dtype == value.dtype:
         return "queries, keys and values differ in dtype"
+    if value.shape[-1] != query.shape[-1] or key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
+        return "queries, keys and values whose heads do not fit"
     return mask_reason(mask) or tensor_reason(query, key, value)
 
 
@@ -190,12 +223,5 @@ def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def register() -> None:
-    """Make the implementation and its masks known to transformers under every name that a config may hold."""
-    formers = {"eager", NAME, *ALL_ATTENTION_FUNCTIONS.keys(), *ALL_MASK_ATTENTION_FUNCTIONS.keys()}
-    for name in [NAME, *(patched_name(former) for former in formers if not former.startswith(_OVER))]:
-        AttentionInterface.register(name, attention_forward)
-        AttentionMaskInterface.register(name, key_mask_or_general)
-
-
-register()
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, key_mask_or_general)

@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache
-from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfAttention
 
 from fastbert import ops
-from fastbert.dispatch import refused, run, tensor_reason
-from fastbert.integrations.attention import attend, former_name, mask_reason, wants_weights
+from fastbert.dispatch import Replicated, refused, run, tensor_reason
+from fastbert.integrations.attention import NAME, attend, implementation_reason, mask_reason, wants_weights
+from fastbert.layers import stock
+from fastbert.layers.masks import HandedMask, keys_of, stock_mask
 from fastbert.layers.packing import Packing, side_by_side
-from fastbert.layers.parts import dropout_reason
 from fastbert.layers.projection import project
 
 _FLASH_KEYWORDS = ("cu_seq_lens_q", "max_length_q", "cu_seq_lens_k", "max_length_k")
@@ -21,62 +20,73 @@ def unsupported(module: nn.Module) -> str | None:
     """Why `module` can never use the kernel as it stands, or None."""
     if module.attention_head_size > ops.MAX_HEAD_SIZE:
         return f"a head size of {module.attention_head_size}: the kernel takes up to {ops.MAX_HEAD_SIZE}"
-    return dropout_reason(module.dropout)
+    return None  # of the dropout stock, too, reads nothing but p
 
 
-class FastBertSelfAttention(BertSelfAttention):
+class BertSelfAttention(Replicated, stock.BertSelfAttention):
     """BertSelfAttention on the attention kernel."""
 
+    @stock.with_signature_of(stock.BertSelfAttention)
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         packing, queries = kwargs.get("packing"), kwargs.get("queries")
         if packing is not None:
-            refused(self, None)  # FastBertEncoder asked packed_reason: stock attention would mix the sequences
+            refused(self, None)  # the encoder asked packed_reason: stock attention would mix the sequences
             return _attended_packed(self, hidden_states, packing, queries), None
-        if refused(self, _reason(self, attention_mask, kwargs) or tensor_reason(hidden_states)):
-            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        reason = tensor_reason(hidden_states) or _reason(self, "BertSelfAttention", attention_mask, args, kwargs)
+        if refused(self, reason):
+            return super().forward(hidden_states, stock_mask(attention_mask), *args, **kwargs)
         q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
-        bounds = _given_bounds(self, attention_mask, past_key_values, kwargs)
+        mask, cache = _kernel_mask(self, attention_mask), _cache(args, kwargs)
+        bounds = _given_bounds(self, attention_mask, cache, kwargs)
         if bounds is not None:
             return _attended_at(self, q, k, v, **bounds), None
-        if past_key_values is not None:
-            cache = past_key_values
-            if isinstance(cache, EncoderDecoderCache):
-                cache = cache.self_attention_cache
-            k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
-        return _attended(self, q, k, v, attention_mask, hidden_states.shape), None
+        if cache is not None:
+            k, v = _cached(self, getattr(cache, "self_attention_cache", cache), k, v, kwargs)
+        return _attended(self, q, k, v, mask, hidden_states.shape), None
 
 
-class FastBertCrossAttention(BertCrossAttention):
+class BertCrossAttention(Replicated, stock.BertCrossAttention):
     """BertCrossAttention on the attention kernel."""
 
+    @stock.with_signature_of(stock.BertCrossAttention)
     def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        attention_mask: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        reason = _reason(self, attention_mask, kwargs) or tensor_reason(hidden_states, encoder_hidden_states)
-        if refused(self, reason):
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, past_key_values, **kwargs)
+        reason = tensor_reason(hidden_states, encoder_hidden_states)
+        if refused(self, reason or _reason(self, "BertCrossAttention", attention_mask, args, kwargs)):
+            return super().forward(hidden_states, encoder_hidden_states, stock_mask(attention_mask), *args, **kwargs)
         (q,) = project(hidden_states, (self.query,), self.attention_head_size)
-        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
-            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+        mask, cache = _kernel_mask(self, attention_mask), _cache(args, kwargs)
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
             k, v = layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
         else:
             k, v = project(encoder_hidden_states, (self.key, self.value), self.attention_head_size)
-            if past_key_values is not None:
-                cache = past_key_values.cross_attention_cache
-                k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
-                past_key_values.is_updated[self.layer_idx] = True
-        return _attended(self, q, k, v, attention_mask, hidden_states.shape), None
+            if cache is not None:
+                k, v = _cached(self, cache.cross_attention_cache, k, v, {})
+                cache.is_updated[self.layer_idx] = True
+        return _attended(self, q, k, v, mask, hidden_states.shape), None
+
+
+def _cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache of a call; transformers renamed the argument in 5.24."""
+    return args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def _cached(module: nn.Module, cache: Any, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """k and v [B, S, heads, head size] put into the cache, and all that it then holds."""
+    more = {}
+    if "cache_position" in kwargs:  # of transformers 5.0, whose static caches are told where to write
+        more["cache_kwargs"] = {"cache_position": kwargs["cache_position"]}
+    k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), module.layer_idx, **more)
+    return k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _attended_packed(module: nn.Module, hidden_states: Tensor, packing: Packing, queries: Tensor | None) -> Tensor:
@@ -92,12 +102,12 @@ def _attended_packed(module: nn.Module, hidden_states: Tensor, packing: Packing,
     return _attended_at(module, q, k, v, **bounds)
 
 
-def _given_bounds(
-    module: nn.Module, mask: Tensor | None, past_key_values: Any, kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
+def _given_bounds(module: nn.Module, mask: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """cu_seqlens and max_seqlen of a [1, T, H] call from a flattening collator, where the model's own implementation
     would have read them (the others ignore them)."""
-    if not _reads_packing(module) or mask is not None or past_key_values is not None or not flash_keywords(kwargs):
+    if isinstance(mask, HandedMask):
+        mask = mask.keys if mask.general is None else mask.general
+    if mask is not None or cache is not None or not _reads_packing(module) or not flash_keywords(kwargs):
         return None
     return {"cu_seqlens": kwargs["cu_seq_lens_q"].to(torch.int32), "max_seqlen": int(kwargs["max_length_q"])}
 
@@ -108,7 +118,7 @@ def flash_keywords(kwargs: dict[str, Any]) -> bool:
 
 
 def _reads_packing(module: nn.Module) -> bool:
-    return "flash" in (former_name(module.config._attn_implementation) or "")
+    return "flash" in (module.config._attn_implementation or "")
 
 
 def _attended_at(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **bounds: Any) -> Tensor:
@@ -120,19 +130,49 @@ def _attended_at(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **bounds: A
 
 def packed_reason(module: nn.Module) -> str | None:
     """Why `module` cannot attend to packed rows, or None."""
-    if former_name(module.config._attn_implementation) is None:
-        return f"attention implementation {module.config._attn_implementation!r} was chosen after patching"
-    return unsupported(module)
+    return (
+        stock.untested("BertSelfAttention")
+        or implementation_reason(module.config._attn_implementation)
+        or unsupported(module)
+    )
 
 
-def _reason(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+def _reason(
+    module: nn.Module, stock_name: str, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    implementation = module.config._attn_implementation or "eager"
+    if reason := stock.untested(stock_name) or implementation_reason(implementation) or unsupported(module):
+        return reason
+    if len(args) > 1:
+        return "more arguments than the forwards have that fastbert was tested against"
     if wants_weights(module, kwargs):
         return "attention weights were asked for"
-    if (reason := packed_reason(module)) is not None:
-        return reason
     if _reads_packing(module) and kwargs.get("position_ids") is not None and kwargs.get("cu_seq_lens_q") is None:
         return "position ids, from which the model's own attention reads where packed sequences start"
+    return _mask_reason(implementation, mask)
+
+
+def _mask_reason(implementation: str, mask: Any) -> str | None:
+    if isinstance(mask, HandedMask):
+        mask = mask.general
+    elif implementation == "eager":
+        return "eager attention returns its weights, and more than the kernels could see them"
+    if isinstance(mask, Tensor):
+        if mask.dtype == torch.bool and implementation == "eager":
+            return "a bool mask, which eager attention adds to the scores as zeros and ones"
+        if mask.dim() == 2 and implementation != NAME and "flash" not in implementation:
+            return "a mask of two dimensions"
     return mask_reason(mask)
+
+
+def _kernel_mask(module: nn.Module, mask: Any) -> Tensor | None:
+    """The mask as `attend` takes it: bool [B, K] for the keys that are seen, or [B, 1, Q, K], or None."""
+    if isinstance(mask, HandedMask):
+        if mask.general is None:
+            return mask.keys
+        mask = mask.general
+    keys = None if module.is_causal else keys_of(mask)
+    return mask if keys is None else keys
 
 
 def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Any) -> Tensor:

@@ -1,19 +1,22 @@
 """BertEmbeddings: three gathers, their sum, LayerNorm and dropout in one kernel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertEmbeddings
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, refused, run, tensor_reason
-from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason
+from fastbert.dispatch import Replicated, is_plain, is_plain_tensor, refused, run, tensor_reason
+from fastbert.layers import stock
+from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason, more_arguments
 
 _IDS = (torch.int64, torch.int32)
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Why `module` can never use the kernel as it stands, or None."""
-    return _reason_of_parts(module, words=True) or _position_reason(module)
+    return _reason_of_parts(module, words=True)
 
 
 def _reason_of_parts(module: nn.Module, words: bool) -> str | None:
@@ -39,35 +42,44 @@ def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
     return f"{name} with scale_grad_by_freq" if embedding.scale_grad_by_freq else None
 
 
-def _position_reason(module: nn.Module) -> str | None:
-    """Asked once, when the model is patched: the kernel counts positions itself and does not read them in the buffer."""
-    positions = getattr(module, "position_ids", None)
-    if positions is None or positions.is_meta or isinstance(positions, torch._subclasses.FakeTensor):
-        return None
-    counted = torch.arange(positions.numel(), device=positions.device).expand_as(positions)
-    return None if torch.equal(positions, counted) else "position_ids of its own"
+# By a buffer: its version when it was looked at, and whether it counts from 0.
+_counting: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-class FastBertEmbeddings(BertEmbeddings):
+def _counts_up(positions: Tensor) -> bool:
+    """Whether the buffer `position_ids` is 0, 1, 2, ...: then the kernel counts for itself, and the gradient of a position
+    needs no sorting. Looked at once, and again when it was replaced or written to; where that cannot be, it is read."""
+    if torch.compiler.is_compiling() or not is_plain_tensor(positions) or positions.is_meta or positions.is_inference():
+        return False
+    known = _counting.get(positions)
+    if known is None or known[0] != positions._version:
+        if positions.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        counted = torch.arange(positions.shape[-1], device=positions.device, dtype=positions.dtype)
+        known = _counting[positions] = positions._version, torch.equal(positions.view(-1), counted)
+    return known[1]
+
+
+class BertEmbeddings(Replicated, stock.BertEmbeddings):
     """BertEmbeddings on the embedding_layernorm kernel."""
 
+    @stock.with_signature_of(stock.BertEmbeddings)
     def forward(
         self,
         input_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        given = input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
-        if refused(self, self._reason(*given)):
-            return super().forward(*given)
-        seqlen = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        if token_type_ids is None and hasattr(self, "token_type_ids"):
-            if position_ids is None:
-                token_type_ids = self.token_type_ids[:, past_key_values_length : past_key_values_length + seqlen]
-            else:
-                token_type_ids = self.token_type_ids.expand(position_ids.shape[0], -1).gather(1, position_ids)
+        given = input_ids, token_type_ids, position_ids, inputs_embeds
+        past, reason = _past(args, kwargs)
+        if reason is None and (reason := self._reason(*given, past)) is None:
+            token_type_ids, position_ids = self._ids(*given, past)
+            reason = self._ids_reason(input_ids, token_type_ids, position_ids, inputs_embeds)
+        if refused(self, reason):
+            return super().forward(*given, *args, **kwargs)
         words = self.word_embeddings.weight if input_ids is not None else inputs_embeds
         positions, types = self.position_embeddings.weight, self.token_type_embeddings.weight
         dtype = torch.promote_types(torch.promote_types(words.dtype, types.dtype), positions.dtype)
@@ -82,7 +94,7 @@ class FastBertEmbeddings(BertEmbeddings):
             ids=input_ids,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
-            offset=0 if position_ids is not None else past_key_values_length,
+            offset=past if position_ids is None else 0,
             padding_idx=None if input_ids is None else self.word_embeddings.padding_idx,
             eps=self.LayerNorm.eps,
             p=self.dropout.p if self.dropout.training else 0.0,
@@ -95,38 +107,58 @@ class FastBertEmbeddings(BertEmbeddings):
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        past: int,
+        past: Any,
     ) -> str | None:
         if (ids is None) == (inputs_embeds is None):
             return "both of input_ids and inputs_embeds, or neither"
-        reason = _reason_of_parts(self, words=ids is not None)
+        reason = stock.untested("BertEmbeddings") or _reason_of_parts(self, words=ids is not None)
         if reason is not None:
             return reason
         words = self.word_embeddings.weight if ids is not None else inputs_embeds
-        parameters = (self.position_embeddings.weight, self.token_type_embeddings.weight)
-        reason = tensor_reason(words, *parameters, self.LayerNorm.weight, self.LayerNorm.bias)
-        return reason or self._ids_reason(words, ids, token_type_ids, position_ids, past)
+        tables = (words, self.position_embeddings.weight, self.token_type_embeddings.weight)
+        fits = words.dim() == 3 if ids is None else ids.dim() == 2
+        if not fits or any(table.shape[-1] != self.LayerNorm.normalized_shape[0] for table in tables):
+            return "shapes that do not fit"
+        if position_ids is None and isinstance(past, Tensor):
+            return "a number of cached tokens on the device"
+        return tensor_reason(*tables, self.LayerNorm.weight, self.LayerNorm.bias)
+
+    def _ids(
+        self,
+        ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        past: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The ids that stock would take, from the buffers where none were given; no position ids: counted from `past`."""
+        end = past + (inputs_embeds if ids is None else ids).shape[1]
+        positions = self.position_ids[:, past:end] if position_ids is None else position_ids
+        if token_type_ids is None and hasattr(self, "token_type_ids"):
+            token_type_ids = self.token_type_ids.expand(positions.shape[0], -1).gather(1, positions)
+        if position_ids is None and end <= self.position_embeddings.num_embeddings and _counts_up(self.position_ids):
+            positions = None
+        return token_type_ids, positions
 
     def _ids_reason(
-        self, words: Tensor, ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, past: int
+        self, ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None
     ) -> str | None:
-        shape = words.shape[:-1] if ids is None else ids.shape
-        width = self.LayerNorm.normalized_shape[0]
-        tables = (words, self.position_embeddings.weight, self.token_type_embeddings.weight)
-        if len(shape) != 2 or any(table.shape[-1] != width for table in tables):
-            return "shapes that do not fit"
+        like = ids if inputs_embeds is None else inputs_embeds
+        shape = like.shape[:2]
         for given in (ids, token_type_ids, position_ids):
             if given is None:
                 continue
             if type(given) is not Tensor and not torch.compiler.is_compiling():
                 return f"{type(given).__name__} is not a plain tensor"
-            if given.dtype not in _IDS or given.device != words.device:
+            if given.dtype not in _IDS or given.device != like.device:
                 return f"ids of {given.dtype} on {given.device}"
             if given.shape not in (shape, (1, shape[1])):
                 return "shapes that do not fit"
-        if position_ids is None:
-            if isinstance(past, Tensor):
-                return "a number of cached tokens on the device"
-            if past + shape[1] > min(self.position_ids.shape[1], self.position_embeddings.num_embeddings):
-                return "more tokens than positions"
         return None
+
+
+def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
+    """How many tokens the cache holds, by either of the names that releases have for it; or why this is another forward."""
+    left = {name: value for name, value in kwargs.items() if name not in ("past_key_values_length", "cache_length")}
+    reason = more_arguments(args[1:], left)
+    return (args[0] if args else next(iter(kwargs.values()), 0)) if reason is None else 0, reason

@@ -7,16 +7,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.models.bert.modeling_bert import BertAttention, BertEncoder, BertLayer, BertModel, BertPooler
 
 from fastbert import ops
-from fastbert.dispatch import refused, run, tensor_reason
+from fastbert.dispatch import Replicated, hooked, refused, run, tensor_reason
 from fastbert.integrations.attention import wants_weights
-from fastbert.layers.attention import FastBertSelfAttention, flash_keywords, packed_reason
+from fastbert.layers import stock
+from fastbert.layers.attention import BertSelfAttention, flash_keywords, packed_reason
+from fastbert.layers.by_row import row_reason
 from fastbert.layers.counts import Given
+from fastbert.layers.masks import HandedMask
+from fastbert.layers.model import BertModel
 from fastbert.layers.packing import Packing
 from fastbert.layers.plan import packing_of
 from fastbert.layers.reading import Reading
@@ -26,11 +28,14 @@ try:
 except ImportError:  # releases that pass output_hidden_states down as a keyword
     _active_collector = None
 
+_CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
 
-class _PackingEncoder:
+
+class _PackingEncoder(Replicated):
     given: Given | None = None  # fastbert.lengths sets it on the module for the length of a block
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    @stock.with_signature_of(stock.BertEncoder)
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         told = kwargs.pop("reading", None)
         packing = self._packing(hidden_states, attention_mask, told, args, kwargs)
         if refused(self, packing if isinstance(packing, str) else None):
@@ -47,7 +52,7 @@ class _PackingEncoder:
     def _packing(
         self,
         hidden_states: Tensor,
-        mask: Tensor | None,
+        mask: Any,
         told: Reading | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -58,40 +63,46 @@ class _PackingEncoder:
             if (counts := kwargs.pop(name, None)) is not None:
                 given = replace(given, **{field: tuple(counts)})
         reason = None if self.ALWAYS or (told and told.alone) else "outputs at padded positions can be seen"
-        reason = reason or self._reason(mask, args, kwargs) or tensor_reason(hidden_states)
+        reason = reason or tensor_reason(hidden_states) or self._reason(mask, args, kwargs)
         if reason is not None:
             return reason
-        packing = packing_of(mask, told, given, *hidden_states.shape[:2], hidden_states.device)
+        packing = packing_of(mask.keys, told, given, *hidden_states.shape[:2], hidden_states.device)
         if isinstance(packing, Packing) and packing.read is not None and self.layer[-1].attention.self.is_causal:
             # The kernel's causal queries are the last of their sequence, not any of it.
             return "a batch without padding" if packing.tokens.index is None else replace(packing, read=None)
         return packing
 
-    def _reason(self, mask: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if mask is not None and (mask.dim() != 2 or mask.dtype != torch.bool):
-            return "a mask between queries and keys"
-        if mask is None and (flash_keywords(kwargs) or kwargs.get("position_ids") is not None):
-            return "position ids or bounds, by which the batch may be packed already"
-        if any(x is not None for x in (*args, kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values"))):
-            return "cross-attention or a cache"
+    def _reason(self, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if (reason := stock.untested("BertEncoder")) is not None:
+            return reason
         if kwargs.get("output_hidden_states") or wants_weights(self, kwargs) or (_active_collector and _active_collector.get()):
             return "hidden states or attention weights were asked for"
+        if any(x is not None for x in (*args, *map(kwargs.get, _CROSS_OR_CACHE))):
+            return "cross-attention or a cache"
         if not len(self.layer):
             return "no layers"
         for layer in self.layer:
             attention = layer.attention
-            if not (type(layer) is BertLayer and type(attention) is BertAttention):
+            if not (type(layer) is stock.BertLayer and type(attention) is stock.BertAttention):
                 return f"a layer that is a {type(layer).__name__}"
-            if type(attention.self) is not FastBertSelfAttention:
+            if type(attention.self) is not BertSelfAttention:
                 return "a layer whose attention is not the kernel's"
             if (reason := packed_reason(attention.self)) is not None:
                 return reason
             if layer.chunk_size_feed_forward:
                 return "a feed-forward in chunks"
-        return "a layer with hooks" if any(hooked(module) for module in self.layer.modules()) else None
+        if (reason := next(filter(None, map(row_reason, self.layer.modules())), None)) is not None:
+            return reason
+        if not isinstance(mask, HandedMask):
+            return "masks that more than the kernels could see"
+        if mask.general is not None:
+            return "a mask between queries and keys"
+        if mask.keys is None and (flash_keywords(kwargs) or kwargs.get("position_ids") is not None):
+            return "position ids or bounds, by which the batch may be packed already"
+        return None
 
 
-def _read_layer(layer: BertLayer, hidden_states: Tensor, packing: Packing) -> Tensor:
+def _read_layer(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
     """The last layer at the rows that are read: [1, T, H] -> [1, N, H]."""
     run = partial(_layer_at_rows, layer, packing=packing)
     if layer.gradient_checkpointing and layer.training:
@@ -99,41 +110,39 @@ def _read_layer(layer: BertLayer, hidden_states: Tensor, packing: Packing) -> Te
     return run(hidden_states)
 
 
-def _layer_at_rows(layer: BertLayer, hidden_states: Tensor, packing: Packing) -> Tensor:
+def _layer_at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
     rows = packing.read.within(packing.tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
     attended, _ = layer.attention.self(hidden_states, packing=packing, queries=rows)
     return layer.feed_forward_chunk(layer.attention.output(attended, rows))
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a hook would see packed rows; those that transformers leaves on modules to capture outputs are idle."""
-    if "forward" in vars(module):
-        return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())
-    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
-
-
 def packs_unseen(head: nn.Module) -> bool:
     """Whether the encoder of `head` packs, and nothing but the head can see what comes out of it."""
     model = head.bert
-    if type(model) is not BertModel or not isinstance(model.encoder, _PackingEncoder):
+    if type(model) not in (BertModel, stock.BertModel) or not isinstance(model.encoder, _PackingEncoder):
         return False
     pooler = model.pooler
-    if pooler is not None and (type(pooler) is not BertPooler or hooked(pooler)):
+    if pooler is not None and (type(pooler) is not stock.BertPooler or hooked(pooler)):
         return False
     return not (hooked(model) or hooked(model.encoder))
 
 
-class FastBertEncoder(_PackingEncoder, BertEncoder):
-    """BertEncoder that packs whatever has padding; zeros come out where padding is."""
+class Always:
+    """unpad=True."""
 
-    ALWAYS = True
+    class BertEncoder(_PackingEncoder, stock.BertEncoder):
+        """BertEncoder that packs whatever has padding; zeros come out where padding is."""
+
+        ALWAYS = True
 
 
-class AutoFastBertEncoder(_PackingEncoder, BertEncoder):
-    """BertEncoder that packs only for a head that says what it reads, so that nobody sees the zeros."""
+class Unseen:
+    """unpad="auto"."""
 
-    ALWAYS = False
+    class BertEncoder(_PackingEncoder, stock.BertEncoder):
+        """BertEncoder that packs only for a head that says what it reads, so that nobody sees the zeros."""
+
+        ALWAYS = False
 
 
 def unsupported(module: nn.Module) -> str | None:

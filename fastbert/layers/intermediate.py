@@ -1,11 +1,13 @@
 """BertIntermediate: a product, then bias and activation in one kernel."""
 
+from typing import Any
+
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertIntermediate
 
 from fastbert import ops
-from fastbert.dispatch import refused, run, tensor_reason
-from fastbert.layers.parts import activation_reason, kernel_activation, product
+from fastbert.dispatch import Replicated, refused, run, tensor_reason
+from fastbert.layers import stock
+from fastbert.layers.parts import activation_reason, kernel_activation, more_arguments, product
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -13,11 +15,13 @@ def unsupported(module: nn.Module) -> str | None:
     return activation_reason(module.intermediate_act_fn)
 
 
-class FastBertIntermediate(BertIntermediate):
+class BertIntermediate(Replicated, stock.BertIntermediate):
     """BertIntermediate on the bias_gelu kernel."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if refused(self, unsupported(self) or tensor_reason(hidden_states)):
-            return super().forward(hidden_states)
+    @stock.with_signature_of(stock.BertIntermediate)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = more_arguments(args, kwargs) or stock.untested("BertIntermediate")
+        if refused(self, reason or unsupported(self) or tensor_reason(hidden_states)):
+            return super().forward(hidden_states, *args, **kwargs)
         x, bias = product(self.dense, hidden_states)
         return run(self, ops.bias_gelu, x, bias, activation=kernel_activation(self.intermediate_act_fn))

@@ -21,13 +21,17 @@ from transformers.models.bert import modeling_bert as bert
 from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, is_plain_tensor, refused, run, tensor_reason
+from fastbert.dispatch import Replicated, hooked, is_plain, is_plain_tensor, refused, run, tensor_reason
+from fastbert.layers import prediction_head
 from fastbert.layers.counts import count
-from fastbert.layers.encoder import hooked, packs_unseen
+from fastbert.layers.encoder import packs_unseen
 from fastbert.layers.packing import Rows, rows_of
 from fastbert.layers.reading import Reading
+from fastbert.layers.stock import BertPredictionHeadTransform, stock_class, untested
 
 IGNORED = -100
+_HEADS = (stock_class("BertOnlyMLMHead"), stock_class("BertPreTrainingHeads"))
+_TRANSFORMS = (BertPredictionHeadTransform, prediction_head.BertPredictionHeadTransform)
 _Arguments = dict[str, Any]
 
 
@@ -36,11 +40,15 @@ def unsupported(module: nn.Module) -> str | None:
     if ops.MISSING is not None:
         return ops.MISSING
     heads = module.cls
-    if type(heads) not in (bert.BertOnlyMLMHead, bert.BertPreTrainingHeads) or hooked(heads):
+    if type(heads) not in _HEADS or hooked(heads):
         return f"its head is a {type(heads).__name__}, or has hooks"
     predictions = heads.predictions
-    if type(predictions) is not bert.BertLMPredictionHead or hooked(predictions):
+    if type(predictions) is not stock_class("BertLMPredictionHead") or hooked(predictions):
         return f"its prediction head is a {type(predictions).__name__}, or has hooks"
+    if getattr(module, "WITHOUT_LOGITS", False):  # then it is called for the labelled rows alone
+        transform = predictions.transform
+        if type(transform) not in _TRANSFORMS or hooked(transform):
+            return f"its transform is a {type(transform).__name__}, or has hooks"
     decoder = predictions.decoder
     if not is_plain(decoder, nn.Linear) or not is_plain_tensor(decoder.weight):
         return f"its decoder is a {type(decoder).__name__}, or has hooks"
@@ -49,7 +57,9 @@ def unsupported(module: nn.Module) -> str | None:
     return None
 
 
-def _reason(module: nn.Module, labels: Tensor, arguments: _Arguments) -> str | None:
+def _reason(module: nn.Module, name: str, labels: Tensor, arguments: _Arguments) -> str | None:
+    if (reason := untested(name) or unsupported(module)) is not None:
+        return reason
     decoder = module.cls.predictions.decoder
     inputs = arguments.get("input_ids")
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
@@ -57,22 +67,24 @@ def _reason(module: nn.Module, labels: Tensor, arguments: _Arguments) -> str | N
         return "labels that are no int64 tensor beside the weights"
     if inputs is None or labels.shape != inputs.shape[:2]:
         return "labels of another shape than the batch"
-    biases = () if decoder.bias is None else (decoder.bias,)
-    return unsupported(module) or tensor_reason(decoder.weight, *biases)
+    return tensor_reason(decoder.weight, *(() if decoder.bias is None else (decoder.bias,)))
 
 
 def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], wants: Callable[..., bool]) -> Any:
     """`stock`'s forward, where `wants(arguments)` from the labelled rows; `finish` makes the output."""
-    signature = inspect.signature(stock.forward)
+    signature, name = inspect.signature(stock.forward), stock.__name__
 
     @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
     @can_return_tuple
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(signature.bind(self, *args, **kwargs).arguments)
+        try:
+            arguments = dict(signature.bind(self, *args, **kwargs).arguments)
+        except TypeError:  # which stock says better
+            return stock.forward(self, *args, **kwargs)
         arguments |= arguments.pop("kwargs", {})
         del arguments["self"]
         labels = arguments.get("labels")
-        if labels is None or not wants(self, arguments) or refused(self, _reason(self, labels, arguments)):
+        if labels is None or not wants(self, arguments) or refused(self, _reason(self, name, labels, arguments)):
             return stock.forward(self, *args, **kwargs)
         return finish(self, arguments)
 
@@ -163,7 +175,6 @@ def _finish_causal(module: nn.Module, arguments: _Arguments) -> CausalLMOutputWi
     return CausalLMOutputWithCrossAttentions(
         loss=loss,
         logits=logits,
-        past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
         cross_attentions=outputs.cross_attentions,
@@ -192,23 +203,23 @@ def _has_causal_loss(module: nn.Module) -> bool:
     return LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
 
 
-_masked = _fast_forward(bert.BertForMaskedLM, _finish_masked, lambda *_: True)
-_pretraining = _fast_forward(bert.BertForPreTraining, _finish_pretraining, _wants_both)
-_causal = _fast_forward(bert.BertLMHeadModel, _finish_causal, _wants_shifted)
+_masked = _fast_forward(stock_class("BertForMaskedLM"), _finish_masked, lambda *_: True)
+_pretraining = _fast_forward(stock_class("BertForPreTraining"), _finish_pretraining, _wants_both)
+_causal = _fast_forward(stock_class("BertLMHeadModel"), _finish_causal, _wants_shifted)
 
 
 class Full:
     """mlm_logits="full"."""
 
-    class BertForMaskedLM(bert.BertForMaskedLM):
+    class BertForMaskedLM(Replicated, stock_class("BertForMaskedLM")):
         WITHOUT_LOGITS = False
         forward = _masked
 
-    class BertForPreTraining(bert.BertForPreTraining):
+    class BertForPreTraining(Replicated, stock_class("BertForPreTraining")):
         WITHOUT_LOGITS = False
         forward = _pretraining
 
-    class BertLMHeadModel(bert.BertLMHeadModel):
+    class BertLMHeadModel(Replicated, stock_class("BertLMHeadModel")):
         WITHOUT_LOGITS = False
         forward = _causal
 
@@ -216,14 +227,14 @@ class Full:
 class WithoutLogits:
     """mlm_logits="none"."""
 
-    class BertForMaskedLM(bert.BertForMaskedLM):
+    class BertForMaskedLM(Replicated, stock_class("BertForMaskedLM")):
         WITHOUT_LOGITS = True
         forward = _masked
 
-    class BertForPreTraining(bert.BertForPreTraining):
+    class BertForPreTraining(Replicated, stock_class("BertForPreTraining")):
         WITHOUT_LOGITS = True
         forward = _pretraining
 
-    class BertLMHeadModel(bert.BertLMHeadModel):
+    class BertLMHeadModel(Replicated, stock_class("BertLMHeadModel")):
         WITHOUT_LOGITS = True
         forward = _causal

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, is_plain_tensor
+from fastbert.dispatch import is_plain, is_plain_tensor, stand_in_for
 
 # By name: not every supported transformers release has every class.
 _ACTIVATION_CLASSES = {
@@ -21,6 +21,7 @@ _ACTIVATION_CLASSES = {
 _BY_CLASS = {
     getattr(activations, name): kernel for name, kernel in _ACTIVATION_CLASSES.items() if hasattr(activations, name)
 } | {nn.ReLU: "relu", nn.SiLU: "silu"}
+stand_in_for(nn.GELU, *_BY_CLASS)
 _BY_FUNCTION = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "silu"}
 
 
@@ -40,7 +41,7 @@ def activation_reason(function: object) -> str | None:
     if kernel_activation(function) is not None:
         return None
     if type(function) is nn.GELU or type(function) in _BY_CLASS:
-        return f"activation {type(function).__name__} has hooks"
+        return f"activation {type(function).__name__} has hooks, or a forward of its own"
     name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", function)
     return f"activation {name} has no kernel"
 
@@ -54,6 +55,11 @@ def layernorm_reason(norm: nn.Module) -> str | None:
     if len(norm.normalized_shape) != 1 or norm.normalized_shape[0] > ops.MAX_WIDTH:
         return f"LayerNorm over {norm.normalized_shape}: the kernels take one axis of up to {ops.MAX_WIDTH}"
     return None
+
+
+def more_arguments(args: tuple, kwargs: dict) -> str | None:
+    """Why a call that gives more than the tested forwards take stays stock, or None."""
+    return "arguments that the forwards do not have that fastbert was tested against" if args or kwargs else None
 
 
 def dropout_reason(dropout: nn.Module) -> str | None:

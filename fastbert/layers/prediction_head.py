@@ -1,15 +1,18 @@
 """BertPredictionHeadTransform: a product, then bias, activation and LayerNorm in one kernel."""
 
+from typing import Any
+
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
 from fastbert import ops
-from fastbert.dispatch import refused, run, tensor_reason
+from fastbert.dispatch import Replicated, refused, run, tensor_reason
+from fastbert.layers import stock
 from fastbert.layers.parts import (
     activation_reason,
     kernel_activation,
     layernorm_dtype,
     layernorm_reason,
+    more_arguments,
     product,
 )
 
@@ -19,13 +22,15 @@ def unsupported(module: nn.Module) -> str | None:
     return layernorm_reason(module.LayerNorm) or activation_reason(module.transform_act_fn)
 
 
-class FastBertPredictionHeadTransform(BertPredictionHeadTransform):
+class BertPredictionHeadTransform(Replicated, stock.BertPredictionHeadTransform):
     """BertPredictionHeadTransform on the gelu_layernorm kernel."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    @stock.with_signature_of(stock.BertPredictionHeadTransform)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         norm = self.LayerNorm
-        if refused(self, unsupported(self) or tensor_reason(hidden_states, norm.weight, norm.bias)):
-            return super().forward(hidden_states)
+        reason = more_arguments(args, kwargs) or stock.untested("BertPredictionHeadTransform") or unsupported(self)
+        if refused(self, reason or tensor_reason(hidden_states, norm.weight, norm.bias)):
+            return super().forward(hidden_states, *args, **kwargs)
         x, x_bias = product(self.dense, hidden_states)
         return run(
             self,

@@ -1,12 +1,14 @@
 """BertSelfOutput and BertOutput: a product, then bias, dropout, residual and LayerNorm in one kernel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
 
 from fastbert import ops
-from fastbert.dispatch import refused, run, tensor_reason
-from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason, product
+from fastbert.dispatch import Replicated, refused, run, tensor_reason
+from fastbert.layers import stock
+from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason, more_arguments, product
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -14,10 +16,12 @@ def unsupported(module: nn.Module) -> str | None:
     return layernorm_reason(module.LayerNorm) or dropout_reason(module.dropout)
 
 
-class _FastResidualNorm:
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        if refused(self, self._reason(hidden_states, input_tensor)):
-            return super().forward(hidden_states, input_tensor)
+class _ResidualNorm(Replicated):
+    @stock.with_signature_of(stock.BertOutput)
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = more_arguments(args, kwargs) or stock.untested(self.STOCK)
+        if refused(self, reason or self._reason(hidden_states, input_tensor)):
+            return super().forward(hidden_states, input_tensor, *args, **kwargs)
         x, x_bias = product(self.dense, hidden_states)
         dtype = torch.promote_types(x.dtype, input_tensor.dtype)
         return run(
@@ -40,9 +44,13 @@ class _FastResidualNorm:
         return reason or tensor_reason(hidden_states, input_tensor, self.LayerNorm.weight, self.LayerNorm.bias)
 
 
-class FastBertSelfOutput(_FastResidualNorm, BertSelfOutput):
+class BertSelfOutput(_ResidualNorm, stock.BertSelfOutput):
     """BertSelfOutput on the dropout_add_layernorm kernel."""
 
+    STOCK = "BertSelfOutput"
 
-class FastBertOutput(_FastResidualNorm, BertOutput):
+
+class BertOutput(_ResidualNorm, stock.BertOutput):
     """BertOutput on the dropout_add_layernorm kernel."""
+
+    STOCK = "BertOutput"

@@ -1,4 +1,4 @@
-"""What only attention brings to the patcher: a config of the model's own, masks by name, one product for q, k and v."""
+"""What only attention brings to the patcher: masks, the implementation that a config names, one product for q, k and v."""
 
 import copy
 import io
@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertModel, EncoderDecoderModel, RobertaConfig, RobertaModel
-from transformers.models.bert import modeling_bert as bert
 
 import fastbert
 from fastbert import ops
-from fastbert.kernels.launch import counts
 from fastbert.layers.projection import project
 from tests.models.running import check, counting
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, config, make, make_batch
@@ -24,59 +22,42 @@ def implementations(model: nn.Module) -> set[str]:
 
 def test_a_model_that_shares_the_config_stays_stock():
     shared = config()
-    teacher, student = BertModel(shared), BertModel(shared)
+    teacher, student = BertModel(shared).eval(), BertModel(shared).eval()
     fastbert.patch(student)
-    assert teacher.config is shared and implementations(teacher) == {"sdpa"}
-    assert implementations(student) == {"fastbert_over_sdpa"}
-    assert len({id(m.config) for m in student.modules() if hasattr(m, "config")}) == 1
-    fastbert.unpatch(student)
-    assert all(m.config is shared for m in student.modules() if hasattr(m, "config"))
+    assert all(m.config is shared for m in (*teacher.modules(), *student.modules()) if hasattr(m, "config"))
     assert shared._attn_implementation == "sdpa"
+    batch = make_batch(BASE, labels=False)
+    with counting() as launched:
+        teacher(**batch)
+    assert not launched
+    with counting() as launched:
+        student(**batch)
+    assert launched["attention_fwd_kernel"] == 2
 
 
 @pytest.mark.parametrize("former", ["eager", "sdpa"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_of_a_patched_model_is_patched_and_can_be_unpatched(former, copied):
     model = fastbert.patch(make(BASE, attention=former))
-    other = copied(model)
-    assert implementations(other) == {f"fastbert_over_{former}"}
-    fastbert.unpatch(other)
-    assert implementations(other) == {former}
-    assert len({id(m.config) for m in other.modules() if hasattr(m, "config")}) == 1
-    assert implementations(model) == {f"fastbert_over_{former}"}, "unpatching the copy changed the original"
+    other, batch = copied(model), make_batch(BASE, labels=False)
+    for each, kernels in ((other, 2), (model, 2), ("unpatched", 0), (model, 2)):
+        each = fastbert.unpatch(other) if each == "unpatched" else each
+        with counting() as launched:
+            each(**batch)
+        assert launched["attention_fwd_kernel"] == kernels
+        assert implementations(each) == {former}
 
 
-def test_attention_left_out_leaves_the_config_alone():
-    model = make(BASE, attention="sdpa")
-    before = model.config
-    fastbert.patch(model, attention=False)
-    assert model.config is before and type(model.encoder.layer[0].attention.self) is bert.BertSelfAttention
-    fastbert.patch(model)
-    assert implementations(model) == {"fastbert_over_sdpa"}
-    fastbert.patch(model, attention=False)
-    assert model.config is before
-
-
-def test_what_is_changed_on_the_patched_config_stays_after_unpatch():
-    model = make(CLM)
-    before = model.config
-    fastbert.patch(model)
-    model.resize_token_embeddings(70)
-    assert model.config.vocab_size == 70 and before.vocab_size != 70
-    fastbert.unpatch(model)
-    assert model.config is before and before.vocab_size == 70 and before._attn_implementation == "eager"
-
-
-def test_an_implementation_chosen_after_patching_is_obeyed():
-    model = fastbert.patch(make(BASE, attention="eager"))
-    model.set_attn_implementation("sdpa")
-    before = counts["attention_fwd_kernel"]
-    model(**make_batch(BASE, labels=False))
-    assert counts["attention_fwd_kernel"] == before
-    row = next(r for r in fastbert.report(model).rows if r.hf_class == "BertSelfAttention")
-    assert row.state == "fell back" and "'sdpa' was chosen after patching" in row.reason
-    fastbert.unpatch(model)
-    assert implementations(model) == {"sdpa"}
+@pytest.mark.parametrize("first,then", [("eager", "sdpa"), ("sdpa", "eager"), ("sdpa", "fastbert")])
+def test_implementations_of_transformers_compute_the_same(first, then):
+    model = fastbert.patch(make(BASE, attention=first))
+    batch = make_batch(BASE, "left", labels=False)
+    before = model(**batch).last_hidden_state
+    model.set_attn_implementation(then)
+    with counting() as launched:
+        after = model(**batch).last_hidden_state
+    assert launched["attention_fwd_kernel"] == 2 and torch.equal(before, after)
+    assert implementations(fastbert.unpatch(model)) == {then}
 
 
 def test_saved_config_names_nothing_of_fastbert(tmp_path):
@@ -222,12 +203,23 @@ def test_general_masks(form):
     seen |= torch.eye(length, dtype=torch.bool)
     lowest = torch.finfo(torch.float32).min
     batch["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, lowest)
-    if form == "bool":
-        stock = make(BASE)(**batch).last_hidden_state
-        batch["attention_mask"] = seen  # SDPA's form, which eager attention would add as 0 and 1
-        torch.testing.assert_close(fastbert.patch(make(BASE))(**batch).last_hidden_state, stock)
+    if form == "bool":  # SDPA's form
+        batch["attention_mask"] = seen
+        check(make(BASE, attention="sdpa"), batch)
     else:
         check(make(BASE), batch)
+
+
+def test_a_bool_mask_that_eager_attention_adds_is_added():
+    model, batch = make(BASE), make_batch(BASE, "none", labels=False)
+    rows, length = batch["input_ids"].shape
+    batch["attention_mask"] = torch.rand(rows, 1, length, length) < 0.6
+    stock = model(**batch).last_hidden_state
+    with counting() as launched:
+        torch.testing.assert_close(fastbert.patch(model)(**batch).last_hidden_state, stock)
+    assert not launched["attention_fwd_kernel"]
+    (row,) = {row.reason for row in fastbert.report(model).rows if row.hf_class == "BertSelfAttention"}
+    assert "zeros and ones" in row
 
 
 def test_whole_model_through_torch_save():

@@ -1,16 +1,19 @@
 """Decoders: a cache, generation, cross-attention; stock's tokens come out."""
 
 import copy
+import inspect
 
 import pytest
 import torch
-from transformers import EncoderDecoderModel
+from transformers import BertModel, EncoderDecoderModel
 
 import fastbert
 from tests.models.running import check, counting, expected_launches, run
 from tests.models.tiny import BASE, CLM, LENGTH, MLM, ROWS, make, make_batch
 
 NEW_TOKENS = 5
+# What transformers calls it, in calls and outputs: the second up to 5.23.
+CACHE = next(name for name in ("cache", "past_key_values") if name in inspect.signature(BertModel.forward).parameters)
 WAYS = {"greedy": {}, "beams": {"num_beams": 3}, "sampled": {"do_sample": True, "top_k": 8}}
 
 
@@ -42,7 +45,7 @@ def test_generate_gives_stocks_tokens(way, cache):
 
 def test_cache_is_equal():
     results = check(decoder(), make_batch(CLM, labels=False) | {"use_cache": True})
-    assert {f"past_key_values[{layer}].{part}" for layer in (0, 1) for part in ("keys", "values")} <= results.keys()
+    assert {f"{CACHE}[{layer}].{part}" for layer in (0, 1) for part in ("keys", "values")} <= results.keys()
 
 
 def test_a_second_step_on_the_cache_is_equal_to_the_whole():
@@ -50,8 +53,8 @@ def test_a_second_step_on_the_cache_is_equal_to_the_whole():
     ids = make_batch(CLM, labels=False)["input_ids"]
     with torch.no_grad():
         whole = model(ids).logits[:, -2:]
-        cache = model(ids[:, :-2], use_cache=True).past_key_values
-        continued = model(ids[:, -2:], past_key_values=cache).logits
+        cache = model(ids[:, :-2], use_cache=True)[CACHE]
+        continued = model(ids[:, -2:], **{CACHE: cache}).logits
     torch.testing.assert_close(continued, whole)
 
 
@@ -76,8 +79,8 @@ def test_cross_attentions_and_both_caches():
     results = check(model, batch, expected=expected_launches(model, without=["attention"]))
     assert {
         "cross_attentions[1]",
-        "past_key_values.cross[1].keys",
-        "past_key_values.self[0].values",
+        f"{CACHE}.cross[1].keys",
+        f"{CACHE}.self[0].values",
     } <= results.keys()
 
 
@@ -88,8 +91,8 @@ def test_keys_of_the_encoder_are_cached_once():
     states = torch.randn(ROWS, 5, model.config.hidden_size, device=model.device)
     with torch.no_grad():
         whole = model(ids, encoder_hidden_states=states).logits[:, -2:]
-        cache = model(ids[:, :-2], encoder_hidden_states=states, use_cache=True).past_key_values
-        continued = model(ids[:, -2:], encoder_hidden_states=states, past_key_values=cache).logits
+        cache = model(ids[:, :-2], encoder_hidden_states=states, use_cache=True)[CACHE]
+        continued = model(ids[:, -2:], encoder_hidden_states=states, **{CACHE: cache}).logits
     torch.testing.assert_close(continued, whole)
     assert [layer.keys.shape[2] for layer in cache.cross_attention_cache.layers] == [5, 5]
 

@@ -3,11 +3,12 @@
 import copy
 
 import pytest
+import torch
 from torch import nn
 
 import fastbert
 from tests.models.running import assert_equal, check, counting, doubled, expected_launches, launches_of, run
-from tests.models.tiny import make, make_batch
+from tests.models.tiny import BASE, CLASSIFICATION, ROWS, make, make_batch
 
 LAYER = "bert.encoder.layer.0."
 HEAD = "cls.predictions.transform."
@@ -66,7 +67,7 @@ PLACES = [(name, "forward") for name in HOOKED] + [
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize(("name", "hook"), PLACES)
 def test_a_hook_added_after_patching_fires(name, hook):
-    model, batch, fired = make(), make_batch(), []
+    model, batch, fired = make(attention="sdpa"), make_batch(), []
     stock = run(copy.deepcopy(model), batch)
     exact = run(copy.deepcopy(model).double(), doubled(batch))
     expected = without_one(model, HOOKED[name])
@@ -93,7 +94,7 @@ def test_a_hook_that_changes_the_output_is_obeyed():
 
 
 def test_a_hook_on_every_module_of_the_process_fires():
-    model, batch = make(), make_batch()
+    model, batch = make(attention="sdpa"), make_batch()
     fastbert.patch(model)
     seen = set()
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
@@ -104,3 +105,58 @@ def test_a_hook_on_every_module_of_the_process_fires():
         handle.remove()
     assert {model.get_submodule(name) for name in HOOKED} <= seen
     assert launched == launches_of("attention", 2, 2), "what attention replaces are no modules"
+
+
+def masks_seen_by(handle_of, model, batch):
+    """Every tensor among the arguments of a module, as its hook sees them."""
+    seen = []
+
+    def keep(module, args, kwargs, *output):
+        named = {**dict(enumerate(args)), **kwargs}
+        seen.append({name: value for name, value in named.items() if "mask" in str(name) or name == 1})
+
+    handle = handle_of(keep)
+    model(**batch)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["encoder", "encoder.layer.0", "encoder.layer.1.attention", "encoder.layer.0.attention.self"])
+@pytest.mark.parametrize("kind", ["forward", "pre-forward"])
+def test_a_hook_sees_the_mask_that_stock_gives(kind, name, attention):
+    model, batch = make(BASE, attention=attention), make_batch(BASE, labels=False)
+    module = model.get_submodule(name)
+    register = {"forward": module.register_forward_hook, "pre-forward": module.register_forward_pre_hook}[kind]
+    stock = masks_seen_by(lambda hook: register(hook, with_kwargs=True), model, batch)
+    patched = masks_seen_by(lambda hook: register(hook, with_kwargs=True), fastbert.patch(model), batch)
+    assert len(stock) == len(patched) == 1 and stock[0].keys() == patched[0].keys()
+    masks = [value for value in stock[0].values() if isinstance(value, torch.Tensor)]
+    assert masks, "the hook saw no mask: it proves nothing"
+    for key, value in stock[0].items():
+        assert type(value) is type(patched[0][key])
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == patched[0][key].dtype and torch.equal(value, patched[0][key])
+
+
+def test_a_hook_on_eager_attention_gets_its_weights():
+    model, batch, seen = make(BASE), make_batch(BASE, labels=False), []
+    for module in (model.encoder.layer[0].attention.self, model.encoder.layer[1].attention):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
+    model(**batch)
+    fastbert.patch(model)(**batch)
+    assert len(seen) == 4 and all(isinstance(weights, torch.Tensor) for weights in seen)
+    for stock, patched in zip(seen[:2], seen[2:], strict=True):
+        torch.testing.assert_close(patched, stock)
+
+
+@pytest.mark.parametrize("name", ["bert.pooler", "bert.encoder.layer.1.attention.output"])
+def test_a_hook_before_the_backward_keeps_the_batch_padded(name):
+    """register_full_backward_pre_hook, the kind that is easiest to overlook."""
+    model, batch, shapes = make(CLASSIFICATION, attention="sdpa"), make_batch(CLASSIFICATION), []
+    fastbert.patch(model)
+    model.get_submodule(name).register_full_backward_pre_hook(lambda module, grads: shapes.extend(g.shape for g in grads))
+    with counting(heads=True) as launched:
+        run(model, batch)
+    assert shapes and all(shape[0] == ROWS for shape in shapes)
+    assert not launched["gather_rows_kernel"]

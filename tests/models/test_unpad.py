@@ -244,8 +244,7 @@ def test_a_hook_on_a_layer_sees_the_padded_batch(name):
 
 
 def test_without_the_attention_kernel_it_stays_padded():
-    # transformers then makes the masks of the model's own attention.
-    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION), "a mask between queries and keys", attention=False)
+    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION), "a layer whose attention is not the kernel's", attention=False)
 
 
 def test_a_cache_stays_padded():

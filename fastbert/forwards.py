@@ -1,0 +1,241 @@
+"""Which of transformers' forwards fastbert was tested against, told by their code and not by the release's number.
+
+A fast class computes what one stock forward computes. Whether the forward that is there now is such a one is settled
+from a digest of its source, in which documentation and annotations do not count, so that most releases add no row to
+the table (data/forwards.json, made by `python -m tests.releases digests`). Owners are handed in: nothing here imports
+transformers, which brings in triton (fastbert/startup.py says why that matters).
+"""
+
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import sys
+from functools import cache
+from importlib import resources
+from types import FunctionType, ModuleType
+
+Pair = tuple[type | ModuleType, str]  # whoever holds the function, and its name there
+
+_FORWARDS = (
+    "BertEmbeddings",
+    "BertSelfAttention",
+    "BertCrossAttention",
+    "BertSelfOutput",
+    "BertAttention",
+    "BertIntermediate",
+    "BertOutput",
+    "BertLayer",
+    "BertEncoder",
+    "BertPooler",
+    "BertPredictionHeadTransform",
+    "BertLMPredictionHead",
+    "BertOnlyMLMHead",
+    "BertOnlyNSPHead",
+    "BertPreTrainingHeads",
+    "BertModel",
+    "BertForPreTraining",
+    "BertLMHeadModel",
+    "BertForMaskedLM",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+    "BertForMultipleChoice",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+)
+# What the table has a digest of, by module.
+COVERED = {
+    "transformers.models.bert.modeling_bert": (
+        *(f"{name}.forward" for name in _FORWARDS),
+        "BertLayer.feed_forward_chunk",
+        "BertModel._create_attention_masks",
+        "eager_attention_forward",
+    ),
+    "transformers.loss.loss_utils": ("ForCausalLMLoss", "fixed_cross_entropy"),
+}
+_MISSING = object()
+
+# The function that was judged last, and its reason.
+_judged: dict[Pair, tuple[object, str | None]] = {}
+# What `accept` was told, by pair and the function's id; the function, which keeps the id its own.
+_accepted: dict[tuple[Pair, int], object] = {}
+# By the id of pairs, in one dictionary a value of `strict`: the pairs, which keep the id theirs; owners; names; the
+# functions when last seen; the first reason.
+_Seen = tuple[tuple[Pair, ...], tuple[object, ...], tuple[str, ...], list[object], str | None]
+_seen: tuple[dict[int, _Seen], dict[int, _Seen]] = {}, {}
+
+
+def covered() -> tuple[Pair, ...]:
+    """Owner and name of everything in COVERED that the installed transformers has."""
+    found: list[Pair] = []
+    for module_name, names in COVERED.items():
+        module = importlib.import_module(module_name)
+        for name in names:
+            class_name, _, attribute = name.rpartition(".")
+            owner = getattr(module, class_name, None) if class_name else module
+            if hasattr(owner, attribute):
+                found.append((owner, attribute))
+    return tuple(found)
+
+
+def digest(function: object) -> str | None:
+    """16 hexadecimal digits that stand for the code of a function of transformers, below its decorators.
+
+    None where a function in the chain of `__wrapped__` does not come from transformers' own files, since it may do
+    anything, and where there is no source to read.
+    """
+    innermost = _innermost(function)
+    if innermost is None:
+        return None
+    try:
+        source = inspect.getsource(innermost.__code__)  # of the function itself would be of what it wraps
+        # A method is read as the body of an if: dedenting could change strings of several lines.
+        tree = ast.parse("if True:\n" + source if source[0].isspace() else source)
+    except (OSError, SyntaxError):
+        return None
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    definition = next(functions, None)  # none: a lambda
+    return None if definition is None else hashlib.sha256(_text(definition).encode()).hexdigest()[:16]
+
+
+def reason(owner: type | ModuleType, name: str, *, strict: bool = False) -> str | None:
+    """Why `owner.name`, as it is now, may not be replaced by a fast one, or None.
+
+    Args:
+        owner: a class, or the module of a function.
+        strict: leave out of account what `accept` was told.
+    """
+    function = getattr(owner, name, _MISSING)
+    pair = owner, name
+    if not strict and (pair, id(function)) in _accepted:
+        return None
+    judged = _judged.get(pair)
+    if judged is None or judged[0] is not function:
+        judged = _judged[pair] = function, _judge(owner, name, function)
+    return judged[1]
+
+
+def untested(pairs: tuple[Pair, ...], *, strict: bool = False) -> str | None:
+    """The first reason of several pairs. Cheap where `pairs` is the same object each time and nothing was replaced.
+
+    Not for torch.compile to trace: whoever calls it there makes its answer a constant.
+    """
+    seen = _seen[strict].get(id(pairs))
+    if seen is not None and seen[0] is pairs:
+        try:  # a context manager would take as long as the rest
+            if list(map(getattr, seen[1], seen[2])) == seen[3]:
+                return seen[4]
+        except AttributeError:
+            pass  # one is gone
+    return _look_again(pairs, strict)
+
+
+def _look_again(pairs: tuple[Pair, ...], strict: bool) -> str | None:
+    owners, names = zip(*pairs, strict=True) if pairs else ((), ())
+    functions = [getattr(*pair, _MISSING) for pair in pairs]
+    found = next((why for owner, name in pairs if (why := reason(owner, name, strict=strict)) is not None), None)
+    if len(_seen[strict]) > 1000:  # somebody makes pairs anew for each call
+        _seen[strict].clear()
+    _seen[strict][id(pairs)] = pairs, owners, names, functions, found
+    return found
+
+
+def accept(pairs: tuple[Pair, ...]) -> None:
+    """Count the functions of `pairs`, as they are now, as tested for the rest of this process."""
+    for pair in pairs:
+        function = getattr(*pair, _MISSING)
+        _accepted[pair, id(function)] = function
+    _seen[False].clear()
+
+
+@cache
+def table() -> dict[str, dict[str, str]]:
+    """The digests by qualified name, each with the first release of transformers that it was seen in."""
+    return json.loads(resources.files("fastbert").joinpath("data/forwards.json").read_text(encoding="utf-8"))
+
+
+def label(owner: type | ModuleType, name: str) -> str:
+    """The name that the table knows `owner.name` by."""
+    return name if isinstance(owner, ModuleType) else f"{owner.__name__}.{name}"
+
+
+def _judge(owner: type | ModuleType, name: str, function: object) -> str | None:
+    what = label(owner, name)
+    if function is _MISSING:
+        return f"{what} is gone (transformers {_release()})"
+    innermost = _innermost(function)
+    if innermost is None:
+        return f"{what} was replaced by {_own_name(function)}"
+    found = digest(function)
+    if found is None:
+        return f"{what} has no source that can be compared with what fastbert was tested against"
+    if found not in table().get(what, ()):
+        return f"{what} is not one that fastbert was tested against (transformers {_release()})"
+    return None
+
+
+def _innermost(function: object) -> FunctionType | None:
+    """What transformers' own decorators are around; None if anything on the way is not transformers'."""
+    folder = os.path.dirname(_transformers().__file__) + os.sep
+    while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folder):
+        if not hasattr(function, "__wrapped__"):
+            return function
+        function = function.__wrapped__
+    return None
+
+
+def _own_name(function: object) -> str:
+    """The name in the source: functools.wraps gives a function the name of the one that it wraps."""
+    code = getattr(function, "__code__", None)
+    return code.co_qualname.rpartition("<locals>.")[2] if code is not None else f"a {type(function).__name__}"
+
+
+def _transformers() -> ModuleType:
+    return sys.modules.get("transformers") or importlib.import_module("transformers")
+
+
+def _release() -> str:
+    return _transformers().__version__
+
+
+_LEFT_OUT = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns"}
+_DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _text(node: object) -> str:
+    """A node written out, the same under every Python: ast.dump and ast.unparse change from release to release.
+
+    Fields that are None or empty are left out, so that a Python that adds one changes nothing.
+    """
+    if isinstance(node, list):
+        return "[" + ",".join(_text(item) for item in node if not _is_declaration(item)) + "]"
+    if not isinstance(node, ast.AST):
+        return f"{type(node).__name__}:{node!r}"
+    kind, fields = type(node).__name__, dict(ast.iter_fields(node))
+    if isinstance(node, ast.AnnAssign):
+        kind, fields = "Assign", {"targets": [node.target], "value": node.value}
+    if isinstance(node, _DOCUMENTED):
+        fields["body"] = node.body[_has_docstring(node) :]
+        fields["decorator_list"] = [_decorator(item) for item in node.decorator_list]
+    shown = (f"{name}={_text(value)}" for name, value in sorted(fields.items()) if _counts(name, value))
+    return f"{kind}({' '.join(shown)})"
+
+
+def _counts(field: str, value: object) -> bool:
+    return field not in _LEFT_OUT and value is not None and value != []
+
+
+def _is_declaration(node: object) -> bool:
+    return isinstance(node, ast.AnnAssign) and node.value is None
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    return ast.get_docstring(node, clean=False) is not None
+
+
+def _decorator(node: ast.expr) -> ast.expr:
+    """Without arguments where they are documentation."""
+    is_documentation = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "auto_docstring"
+    return node.func if is_documentation else node

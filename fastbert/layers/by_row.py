@@ -1,0 +1,45 @@
+"""Which modules of a layer may be called with packed rows, [1, T, H], in place of a batch: those that work row by row."""
+
+from torch import nn
+
+from fastbert.dispatch import hooked, replaced
+from fastbert.layers import attention, intermediate, residual_norm, stock
+
+# A layer's own parts, stock and fast, by the name of what has to be as tested.
+_PARTS = {
+    stock.BertLayer: "BertEncoder",
+    stock.BertAttention: "BertEncoder",
+    attention.BertSelfAttention: "BertSelfAttention",
+    stock.BertSelfOutput: "BertSelfOutput",
+    residual_norm.BertSelfOutput: "BertSelfOutput",
+    stock.BertIntermediate: "BertIntermediate",
+    intermediate.BertIntermediate: "BertIntermediate",
+    stock.BertOutput: "BertOutput",
+    residual_norm.BertOutput: "BertOutput",
+}
+_TORCH = (
+    *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity),
+    *(nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.Mish, nn.Hardtanh, nn.ReLU6),
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
+)
+# Activations; and what stands in for a Linear: adapters, quantized weights, parametrisations.
+_LIBRARIES = (
+    "transformers.activations",
+    "peft.",
+    "bitsandbytes.",
+    "torchao.",
+    "torch.ao.nn.",
+    "torch.nn.utils.parametrize",
+)
+
+
+def row_reason(module: nn.Module) -> str | None:
+    """Why `module` may not be given packed rows, or None."""
+    cls = type(module)
+    if hooked(module):
+        return "a layer with hooks"
+    if cls in _PARTS:
+        return stock.untested(_PARTS[cls])
+    if not (cls in _TORCH or cls.__module__.startswith(_LIBRARIES)) or replaced(cls):
+        return f"a layer with a {cls.__name__} of its own, which may not work row by row"
+    return None

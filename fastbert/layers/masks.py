@@ -1,0 +1,91 @@
+"""The mask that a patched model hands to its own attention, and when it may: nothing but kernels sees it.
+
+Stock makes its masks for the attention implementation that the config names: [B, 1, Q, K], bool or to be added, or [B, K].
+The kernel wants the keys that padding leaves, [B, K], without a tensor of scores' size and without a look at the device. A
+module that is not fastbert's, or a hook, that is between the model and the attention gets what stock would have given it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.dispatch import IDLE_HOOKS, hooked
+from fastbert.layers.stock import BertAttention, BertEncoder, BertLayer, untested
+
+
+@dataclass(frozen=True, eq=False)
+class HandedMask:
+    """What stands in place of `attention_mask` where only fast classes read it.
+
+    keys: bool [B, K], the keys that are no padding; None: all of them. Causality is the module's own.
+    general: what stock would have been given where that says more, such as a caller's own [B, 1, Q, K]; else None.
+    stock: makes the mask that stock would have been given, for a call that no kernel takes.
+    """
+
+    keys: Tensor | None
+    general: Any
+    stock: Callable[[], Any]
+
+
+def stock_mask(mask: Any) -> Any:
+    """The mask as stock's forward wants it."""
+    return mask.stock() if isinstance(mask, HandedMask) else mask
+
+
+def handed(given: Any, keys: Tensor, stock: Callable[[], Any]) -> HandedMask:
+    """The mask over `keys` [B, K, H] from what the caller gave, without a look at its values.
+
+    What is neither a padding mask nor None goes the way that stock lets it go.
+    """
+    if given is None:
+        return HandedMask(None, None, stock)
+    if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1]:
+        # Multiple choice flattens a 4-D mask to more rows than the batch has; stock reads these.
+        seen = given[: keys.shape[0]].to(keys.device, torch.bool)
+        # A tensor of its own even where it is the caller's: what is derived from it is kept by its identity.
+        return HandedMask(seen.view(seen.shape), None, stock)
+    return HandedMask(None, stock(), stock)
+
+
+def keys_of(mask: Any) -> Tensor | None:
+    """The [B, K] of a bool [B, 1, Q, K] whose rows are one, as transformers makes it of padding (an expanded view)."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.bool:
+        return None
+    if mask.shape[1] != 1 or (mask.shape[2] != 1 and mask.stride(2) != 0):
+        return None
+    return mask[:, 0, 0]
+
+
+def only_kernels_see(model: nn.Module, fast: tuple[type, ...]) -> bool:
+    """Whether every module of `model`, a BertModel, that is handed its masks is stock's or, for attention, in `fast`."""
+    encoder = model.encoder
+    if not isinstance(encoder, BertEncoder) or _noticed(encoder) or untested("BertModel"):
+        return False
+    for layer in encoder.layer:
+        if _stock_type(layer) is not BertLayer or _noticed(layer):
+            return False
+        for attention in (layer.attention, getattr(layer, "crossattention", None)):
+            if attention is None:
+                continue
+            if _stock_type(attention) is not BertAttention or _noticed(attention):
+                return False
+            if type(attention.self) not in fast or _noticed(attention.self):
+                return False
+    return True
+
+
+def _stock_type(module: nn.Module) -> type:
+    """The class of `module`; of one that FSDP2 sharded, which gets a class of its own, the one that it had."""
+    cls = type(module)
+    return cls.__mro__[2] if cls.__mro__[1].__module__.startswith(_SHARDING) else cls
+
+
+def _noticed(module: nn.Module) -> bool:
+    return hooked(module, idle=(*IDLE_HOOKS, _SHARDING))
+
+
+# Its hooks gather weights and cast floating-point arguments; masks they hand on.
+_SHARDING = "torch.distributed.fsdp"

@@ -1,0 +1,60 @@
+"""BertModel: where only kernels see its masks, it makes them in the form that they want, and looks at no value to do so.
+
+It is named as its stock class, which `save_pretrained`, pipelines and Trainer look up by name.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import modeling_utils
+
+from fastbert.dispatch import Replicated, tensor_reason
+from fastbert.integrations.attention import implementation_reason
+from fastbert.layers import stock
+from fastbert.layers.attention import BertCrossAttention, BertSelfAttention
+from fastbert.layers.masks import HandedMask, handed, only_kernels_see
+
+
+class BertModel(Replicated, stock.BertModel):
+    def _create_attention_masks(self, *args: Any, **given: Any) -> tuple[Any, Any]:
+        if args or not self._hands_on_masks(given.get("embedding_output")):
+            return super()._create_attention_masks(*args, **given)
+        made = _Made(partial(super()._create_attention_masks, **given))
+        if given.get("cache", given.get("past_key_values")) is not None:
+            # Made now, as layers are about to change how long the cache is.
+            return tuple(HandedMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
+        hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
+        mask = handed(given.get("attention_mask"), hidden, partial(made, 0))
+        if encoder_hidden is None:
+            return mask, given.get("encoder_attention_mask")
+        return mask, handed(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1))
+
+    def _hands_on_masks(self, hidden: Tensor | None) -> bool:
+        return (
+            hidden is not None
+            and implementation_reason(self.config._attn_implementation) is None
+            and tensor_reason(hidden) is None
+            and only_kernels_see(self, (BertSelfAttention, BertCrossAttention))
+        )
+
+
+class _Made:
+    """The masks that stock makes of a call, once, when the first is asked for."""
+
+    def __init__(self, make: Callable[[], tuple[Any, Any]]) -> None:
+        self._make = make
+        self._masks: tuple[Any, Any] | None = None
+
+    def masks(self) -> tuple[Any, Any]:
+        if self._masks is None:
+            self._masks = self._make()
+        return self._masks
+
+    def __call__(self, index: int) -> Any:
+        return self.masks()[index]
+
+
+# transformers knows by the class's name what a model's outputs can record, and learns it when a model is made.
+getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {}).setdefault(str(BertModel), getattr(BertModel, "_can_record_outputs", None))

@@ -1,0 +1,86 @@
+"""transformers' BERT as the installed release has it, and the code in it that each fast class stands in for.
+
+A release may lack or rename what an older one has. A class that is missing is stood in for by one that no module is of,
+so that importing fastbert never fails for it.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.loss import loss_utils
+from transformers.models.bert import modeling_bert as bert
+
+from fastbert import forwards
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def stock_class(name: str) -> type[nn.Module]:
+    """transformers' class of that name."""
+    return getattr(bert, name, None) or type(name, (nn.Module,), {"__module__": bert.__name__})
+
+
+def with_signature_of(cls: type[nn.Module]) -> Callable[[Function], Function]:
+    """Decorates a fast forward, which takes whatever stock's of the release takes: it has that one's signature, too."""
+
+    def decorate(forward: Function) -> Function:
+        forward.__signature__ = inspect.signature(cls.forward)
+        return forward
+
+    return decorate
+
+
+BertAttention = stock_class("BertAttention")
+BertCrossAttention = stock_class("BertCrossAttention")
+BertEmbeddings = stock_class("BertEmbeddings")
+BertEncoder = stock_class("BertEncoder")
+BertIntermediate = stock_class("BertIntermediate")
+BertLayer = stock_class("BertLayer")
+BertModel = stock_class("BertModel")
+BertOutput = stock_class("BertOutput")
+BertPooler = stock_class("BertPooler")
+BertPredictionHeadTransform = stock_class("BertPredictionHeadTransform")
+BertSelfAttention = stock_class("BertSelfAttention")
+BertSelfOutput = stock_class("BertSelfOutput")
+
+_FORWARDS = (
+    "BertCrossAttention",
+    "BertEmbeddings",
+    "BertIntermediate",
+    "BertOutput",
+    "BertPredictionHeadTransform",
+    "BertSelfAttention",
+    "BertSelfOutput",
+)
+_LAYERS = tuple((cls, "forward") for cls in (BertEncoder, BertLayer, BertAttention))
+_PACKED = (*_LAYERS, (BertLayer, "feed_forward_chunk"))
+_READ = ((BertModel, "forward"), (BertPooler, "forward"))
+_MLM = (*_READ, *((stock_class(name), "forward") for name in ("BertLMPredictionHead", "BertPredictionHeadTransform")))
+_CAUSAL = tuple((loss_utils, name) for name in ("ForCausalLMLoss", "fixed_cross_entropy"))
+
+
+def _head(name: str, *more: tuple) -> tuple:
+    return ((stock_class(name), "forward"), *more)
+
+
+# The functions that must be as tested, by the name of the stock class whose fast class rests on them.
+CODE = {name: ((stock_class(name), "forward"),) for name in _FORWARDS} | {
+    "eager attention": ((bert, "eager_attention_forward"),),
+    "BertEncoder": _PACKED,
+    "BertModel": ((BertModel, "forward"), (BertModel, "_create_attention_masks"), *_LAYERS),
+    "BertForSequenceClassification": _head("BertForSequenceClassification", *_READ),
+    "BertForNextSentencePrediction": _head("BertForNextSentencePrediction", *_READ, *_head("BertOnlyNSPHead")),
+    "BertForMultipleChoice": _head("BertForMultipleChoice", *_READ),
+    "BertForMaskedLM": _head("BertForMaskedLM", *_MLM, *_head("BertOnlyMLMHead")),
+    "BertForPreTraining": _head("BertForPreTraining", *_MLM, *_head("BertPreTrainingHeads")),
+    "BertLMHeadModel": _head("BertLMHeadModel", *_MLM, *_head("BertOnlyMLMHead"), *_CAUSAL),
+}
+
+
+@torch.compiler.assume_constant_result
+def untested(name: str) -> str | None:
+    """Why the fast class for the stock class `name` must not stand in for what transformers holds now, or None."""
+    return forwards.untested(CODE[name])
