@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from fastbert.errors import InputError
+from fastbert.interpreted_start import use_interpreter_without_gpu
 
 # transformers and the kernels are imported inside the commands: `verify` may have to switch on Triton's
 # interpreter first, and triton looks at that only when it is first imported.
@@ -49,10 +50,10 @@ def verify(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
 ) -> None:
     """Prove on real text that the patched model computes what the eager one does: exit code 0 if all is equal."""
-    _use_interpreter_without_gpu()
+    use_interpreter_without_gpu(lambda line: err.print(line, soft_wrap=True))
     from fastbert import console_verify
 
-    names = [str(name) for name in task or TaskName]
+    names = [str(name) for name in task] if task else None
     if not console_verify.run(out, err, model, text, names, str(dtype), train, json_file):
         raise typer.Exit(1)
 
@@ -129,22 +130,6 @@ def _cache_of_triton(ops: Any) -> str:
     if existing.is_dir() and os.access(existing, os.W_OK):
         return str(folder)
     return f"{folder}, which cannot be written: set TRITON_CACHE_DIR to a folder that can"
-
-
-def _use_interpreter_without_gpu() -> None:
-    """Without a GPU, let Triton's interpreter run the kernels; triton must not be imported yet for that."""
-    import torch
-
-    from fastbert.interpreter import hurry
-
-    if torch.cuda.is_available():
-        return
-    if os.environ.get("TRITON_INTERPRET", "0") == "0":
-        os.environ["TRITON_INTERPRET"] = "1"
-        if "triton" in sys.modules:  # too late in this process
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    err.print("no NVIDIA GPU here: Triton's interpreter runs the kernels on the CPU, on small inputs", soft_wrap=True)
-    hurry()
 
 
 def main() -> None:

@@ -29,15 +29,15 @@ def run(
     err: Console,
     model: str | None,
     text: Path | None,
-    tasks: list[str],
+    tasks: list[str] | None,
     dtype: str,
     train: bool,
     json_file: Path | None,
 ) -> bool:
-    """Verify each of `tasks`, print the table, and return whether everything was equal.
+    """Verify each of `tasks` (default: all), print the table, and return whether everything was equal.
 
     Raises:
-        InputError: as `Source.open`; or triton missing; or bf16 without a GPU.
+        InputError: as `Source.open` and `check`; or triton missing; or bf16 without a GPU.
     """
     if ops.MISSING:
         raise InputError(ops.MISSING)
@@ -45,6 +45,8 @@ def run(
     if device.type == "cpu" and dtype == "bf16":
         raise InputError("--dtype bf16: Triton's interpreter computes bfloat16 wrongly; this needs a GPU")
     source = Source.open(model, text)
+    tasks = tasks or list(TASKS)
+    source.check(tasks)
     out.print(Text(f"model: {source.name}"))
     batch_size, max_length = _ON_GPU if device.type == "cuda" else _INTERPRETED
 

@@ -11,6 +11,9 @@ _LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
 # as body: it is not fresh.
 _BODY = re.compile(r"(?:^|\.)(?:embeddings|encoder|pooler)\.")
 _PRETRAINED_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
+# What transformers' Trainer leaves out, beside what is in a LayerNorm: Trainer.get_decay_parameter_names, the same in all
+# releases from 5.0 on. Its own is not called, for importing it takes seconds.
+_NEVER_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
 def param_groups(
@@ -19,9 +22,9 @@ def param_groups(
     weight_decay: float = 0.01,
     head_lr: float | None = None,
     layer_decay: float | None = None,
-    no_decay: Sequence[str] = ("bias", "LayerNorm.weight"),
+    no_decay: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: no decay for biases and LayerNorm, a rate for the head, rates that fall with depth.
+    """Groups for an optimizer: no decay for biases and norms, a rate for the head, rates that fall with depth.
 
     A tied weight comes once, with the body of the model it belongs to; frozen parameters are left out. Each group has
     "params", "lr" and "weight_decay", and "name" says what it holds, such as "layer 3, no decay".
@@ -29,13 +32,15 @@ def param_groups(
     Args:
         model: a BertFor*, or any module; wrappers (DDP, PEFT, SentenceTransformer) may stand around it.
         lr: of the body, and of the head without `head_lr`.
-        weight_decay: of every parameter that `no_decay` does not name.
+        weight_decay: of every parameter that decays.
         head_lr: of what from_pretrained left freshly initialised: everything but embeddings, encoder, pooler and the
             pretraining heads (cls.predictions, cls.seq_relationship).
         layer_decay: in (0, 1]: the last encoder layer and the pooler get `lr`, each layer below it `layer_decay` times
             the rate above, the embeddings `layer_decay` times that of layer 0. Heads do not decay.
         no_decay: the last parts of names ("bias" is any parameter of that name, "LayerNorm.weight" those of a module
-            so called) that get no weight decay.
+            so called) that get no weight decay, and all others do. By default those decay that transformers' Trainer
+            decays: none in an nn.LayerNorm, and none whose name, in any case, contains "bias", "layernorm" or "rmsnorm"
+            or has a part that is "norm" or ends with "_norm".
 
     Raises:
         TypeError: `model` is no module, `no_decay` is one string.
@@ -53,10 +58,11 @@ def param_groups(
     if head_lr is not None and not any(_is_head(name) for name, _ in named):
         raise ValueError(f"head_lr: expected parameters beside the pretrained ones, {type(model).__name__} has none")
 
+    without_decay = _without_decay(model, no_decay)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in named:
         part, rate = _part(name, lr, head_lr, layer_decay, max(depths, default=0))
-        decays = not any(name == end or name.endswith("." + end) for end in no_decay)
+        decays = name not in without_decay
         group = groups.setdefault(
             (part, decays),
             {
@@ -68,6 +74,16 @@ def param_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _without_decay(model: nn.Module, no_decay: Sequence[str] | None) -> set[str]:
+    """The names of the parameters that get no weight decay."""
+    names = [name for name, _ in model.named_parameters()]
+    if no_decay is not None:
+        return {name for name in names if any(name == end or name.endswith("." + end) for end in no_decay)}
+    norms = [(at, norm) for at, norm in model.named_modules(remove_duplicate=False) if isinstance(norm, nn.LayerNorm)]
+    inside = {name for at, norm in norms for name, _ in norm.named_parameters(at, remove_duplicate=False)}
+    return inside | {name for name in names if _NEVER_DECAYED.search(name)}
 
 
 def _part(name: str, lr: float, head_lr: float | None, layer_decay: float | None, last: int) -> tuple[str, float]:

@@ -37,8 +37,9 @@ class AdamW(torch.optim.AdamW):
         params: parameters, named parameters, or groups, for example of `fastbert.param_groups`.
         lr, betas: floats, or tensors of one element, which are read on their device.
         eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
-        capturable: steps may be captured in a CUDA graph, after one step outside it that creates the state. The graph
-            holds the numbers of its capture; an lr that has to change between replays is a tensor on the device.
+        capturable: steps may be captured in CUDA graphs, as many as one likes, after one step outside that creates the
+            state. A graph holds the numbers of its capture and the addresses of its gradients, and the optimizer holds
+            nothing for it; an lr that has to change between replays is a tensor on the device.
         foreach, fused: ignored, because they choose among torch's implementations.
         differentiable: False; the kernel has no derivative.
         master_weights: keep fp16 and bf16 parameters' moments and a copy of the parameter ("master") in float32, in
@@ -93,8 +94,6 @@ class AdamW(torch.optim.AdamW):
 
     def _forget_tables(self) -> None:
         self._tables: Any = None
-        self._spares: list[Tensor] = []  # pinned memory for the tables of a graph
-        self._captured: list[Any] = []  # tables that a CUDA graph reads: they stay as they are, and alive
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim.AdamW's: `step` is on the CPU, except in groups that are capturable or fused."""
@@ -144,11 +143,12 @@ class AdamW(torch.optim.AdamW):
         for index, group in enumerate(self.param_groups):
             stock = []
             for param in group["params"]:
-                if param.grad is None:
+                grad = param.grad
+                if grad is None:
                     continue
-                state = self._state_of(param, group)
+                state = self._state_of(param, grad, group)
                 if not failed and device_reason(param.device, param.dtype) is None:
-                    fast.append((param, state, index))
+                    fast.append((param, grad, state, index))
                 else:
                     stock.append((param, state))
             if stock:
@@ -163,15 +163,15 @@ class AdamW(torch.optim.AdamW):
                 self._step_left([fast[i] for i in failure.left])
         return loss
 
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, created when its first gradient comes, as torch does."""
-        if param.grad.is_sparse:
+        if grad.is_sparse:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        if param.is_complex():
-            _device_dtype_check_for_fused(param)  # raises
         state = self.state[param]
         master = _keeps_master(param, group)
         if not state or (master and "master" not in state):
+            if param.is_complex():
+                _device_dtype_check_for_fused(param)  # raises
             if _is_capturing(param):
                 raise RuntimeError("step: a graph captures steps of an optimizer that has its state: step once before")
             _create_state(state, param, group["amsgrad"], master)
@@ -181,29 +181,28 @@ class AdamW(torch.optim.AdamW):
         from fastbert.kernels.adamw import adamw
         from fastbert.kernels.adamw_table import Hyperparameters, Parameter, Tables
 
-        parameters = []
-        for param, state, index in found:
-            distributed = _is_distributed(type(param))
-            tensors = [
+        amsgrad = [group["amsgrad"] for group in self.param_groups]
+        parameters = [
+            Parameter(
                 param,
-                _like(param.grad, param) if distributed else param.grad,
+                grad,
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 state["step"],
-                state["max_exp_avg_sq"] if self.param_groups[index]["amsgrad"] else None,
+                state["max_exp_avg_sq"] if amsgrad[index] else None,
                 state.get("master"),
-            ]
-            if distributed:
-                tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-            parameters.append(Parameter(*tensors, index))
+                index,
+            )
+            for param, grad, state, index in found
+        ]
+        if any(map(_is_distributed, {type(parameter.param) for parameter in parameters})):
+            parameters = [_local(p) if _is_distributed(type(p.param)) else p for p in parameters]
         groups = [
             Hyperparameters(group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
             for group in self.param_groups
         ]
-        capturing = _is_capturing(found[0][0])
-        if capturing:
-            tables = Tables(self._spares)
-            self._captured.append(tables)
+        if _is_capturing(found[0][0]):
+            tables = Tables(captured=True)  # a graph holds on to what is in them by itself
         else:
             tables = self._tables = self._tables or Tables()
         adamw(
@@ -213,13 +212,11 @@ class AdamW(torch.optim.AdamW):
             found_inf=getattr(self, "found_inf", None),
             tables=tables,
         )
-        if not capturing and not self._spares and found[0][0].is_cuda and self.param_groups[0]["capturable"]:
-            self._spares = tables.spares()
 
     def _step_left(self, found: list[tuple]) -> None:
         """torch's own functions for parameters (with state and number of their group) that the kernel failed at."""
         for index, group in enumerate(self.param_groups):
-            stock = [(param, state) for param, state, own in found if own == index]
+            stock = [(param, state) for param, _, state, own in found if own == index]
             if stock:
                 self._step_stock(stock, group)
 
@@ -275,11 +272,12 @@ def _is_distributed(cls: type) -> bool:
     return hasattr(cls, "to_local")
 
 
-def _like(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient, distributed as its parameter is."""
+def _local(parameter: Any) -> Any:
+    """The part of a distributed parameter that is here, with its state; the gradient is distributed as the parameter is."""
+    param, grad = parameter.param, parameter.grad
     if grad.placements != param.placements:
-        return grad.redistribute(param.device_mesh, param.placements)
-    return grad
+        parameter = parameter._replace(grad=grad.redistribute(param.device_mesh, param.placements))
+    return type(parameter)(*(x.to_local() if hasattr(x, "to_local") else x for x in parameter))
 
 
 def _step_on_device(group: dict[str, Any]) -> bool:

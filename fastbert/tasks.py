@@ -5,17 +5,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import BertConfig, PreTrainedTokenizerFast
 from transformers.models.bert import modeling_bert as bert
+
+from fastbert.errors import InputError
 
 Batch = dict[str, Tensor]
 
 
 class Texts:
-    """Lines of text, tokenised as a task needs them: pairs of neighbouring lines, padded to the longest."""
+    """Lines of text, tokenised as a task needs them: pairs of neighbouring lines, padded to the longest.
+
+    Raises:
+        InputError: the tokenizer lacks a token that padding or masking needs.
+    """
 
     def __init__(self, tokenizer: Any, lines: Sequence[str], batch_size: int, max_length: int) -> None:
+        if tokenizer.pad_token_id is None:
+            raise InputError("MODEL: its tokenizer has no padding token; set tokenizer.pad_token and save it again")
         self.tokenizer = tokenizer
         self.lines = [lines[i % len(lines)] for i in range(2 * batch_size)]
         self.batch_size = batch_size
@@ -23,9 +32,7 @@ class Texts:
         self.generator = torch.Generator().manual_seed(0)
 
     def encode(self, first: list[str], second: list[str] | None = None) -> Batch:
-        encoded = self.tokenizer(
-            first, second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        encoded = self.tokenizer(first, second, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         return {name: encoded[name] for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoded}
 
     def singles(self) -> Batch:
@@ -39,6 +46,8 @@ class Texts:
 
     def masked(self, batch: Batch) -> Batch:
         """15 % of the real positions replaced by [MASK] and labelled; the rest labelled -100."""
+        if self.tokenizer.mask_token_id is None:
+            raise InputError("MODEL: its tokenizer has no mask token, which masking words needs; choose other tasks by --task")
         real = batch["attention_mask"].bool()
         chosen = (torch.rand(real.shape, generator=self.generator) < 0.15) & real
         chosen[:, 1] = True  # so that no row is without a label
@@ -108,20 +117,35 @@ class Task:
     config: dict[str, Any]
 
 
+_EVERY = (
+    ("base", "BertModel", _base, {}),
+    ("pretraining", "BertForPreTraining", _pretraining, {}),
+    ("clm", "BertLMHeadModel", _clm, {"is_decoder": True}),
+    ("mlm", "BertForMaskedLM", _mlm, {}),
+    ("nsp", "BertForNextSentencePrediction", _nsp, {}),
+    ("classification", "BertForSequenceClassification", _classification, {}),
+    ("multiple-choice", "BertForMultipleChoice", _multiple_choice, {}),
+    ("ner", "BertForTokenClassification", _ner, {}),
+    ("qa", "BertForQuestionAnswering", _qa, {"num_labels": 2}),
+)
+# A release of transformers may lack one of the classes: the tasks of the others stay.
 TASKS = {
-    task.name: task
-    for task in (
-        Task("base", bert.BertModel, _base, {}),
-        Task("pretraining", bert.BertForPreTraining, _pretraining, {}),
-        Task("clm", bert.BertLMHeadModel, _clm, {"is_decoder": True}),
-        Task("mlm", bert.BertForMaskedLM, _mlm, {}),
-        Task("nsp", bert.BertForNextSentencePrediction, _nsp, {}),
-        Task("classification", bert.BertForSequenceClassification, _classification, {}),
-        Task("multiple-choice", bert.BertForMultipleChoice, _multiple_choice, {}),
-        Task("ner", bert.BertForTokenClassification, _ner, {}),
-        Task("qa", bert.BertForQuestionAnswering, _qa, {"num_labels": 2}),
-    )
+    name: Task(name, getattr(bert, model_class), batch, config)
+    for name, model_class, batch, config in _EVERY
+    if hasattr(bert, model_class)
 }
+
+
+def task_named(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        InputError: transformers lacks its class.
+    """
+    if name not in TASKS:
+        missing = next(model_class for known, model_class, *_ in _EVERY if known == name)
+        raise InputError(f"--task {name}: transformers {transformers.__version__} has no {missing}")
+    return TASKS[name]
 
 
 def word_tokenizer(lines: Sequence[str]) -> PreTrainedTokenizerFast:

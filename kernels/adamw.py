@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .adamw_table import COLUMNS, Hyperparameters, LaunchTable, Parameter, Tables
 from .failures import KernelFailed
-from .launch import accumulator, check_dtype, launch
+from .launch import accumulator, launch
 
 __all__ = ["adamw"]
 
@@ -97,7 +97,7 @@ def _update(
     tl.store(param_ptr + offsets, param.to(param_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def adamw_kernel(
     rows_ptr,
     chunks_ptr,
@@ -194,11 +194,11 @@ def _launch(table: LaunchTable, grad_scale: Tensor | None, found_inf: Tensor | N
     table.copy_in()
     launch(
         adamw_kernel,
-        table.chunks.tensor.shape[0],
+        table.chunks.shape[0],
         config,
         table.like,
         rows_ptr=table.rows.tensor,
-        chunks_ptr=table.chunks.tensor,
+        chunks_ptr=table.chunks,
         hyperparameters_ptr=table.hyperparameters.tensor,
         done_ptr=table.done,
         grad_scale_ptr=grad_scale,
@@ -236,14 +236,13 @@ def adamw(
         groups: hyperparameters; `Parameter.group` is an index into them.
         grad_scale: fp32 []: gradients are divided by it first, and stored so, as torch's fused AdamW does.
         found_inf: fp32 []: where it is not 0, nothing changes.
-        tables: what an earlier call left on the device; brought up to date.
+        tables: what an earlier call left on the device; brought up to date. A call that a CUDA graph captures has
+            Tables(captured=True) of its own.
 
     Raises:
         ValueError: a dtype without a kernel; a tensor of another size or on another device than its parameter.
         KernelFailed: a launch did not come about; its attribute `left` has the indices of the parameters that did not step.
     """
-    for parameter in parameters:
-        check_dtype("param", parameter.param)
     tables = Tables() if tables is None else tables
     tables.refresh(parameters, groups)
     for done, table in enumerate(tables.launches):

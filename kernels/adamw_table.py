@@ -4,23 +4,26 @@
     chunks           int64   [chunks, 2]          a row and the element of it that a program starts at
     hyperparameters  float64 [groups, 6]          uploaded again when a number changed
 
-A step in which nothing moved and no number changed uploads nothing. No upload waits for the device.
+A step in which nothing moved and no number changed uploads nothing. No upload waits for the device. A step that a CUDA
+graph captures has tables of its own, in the graph's memory, and the graph itself holds what is in them.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import choose
+from .launch import check_dtype, choose
 
 # The columns of a row. An absent tensor's pointer is 0, and no program reads it.
 POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
 GRAD = POINTERS.index("grad")
 COLUMNS = len(POINTERS) + 2  # then the number of elements, and the group
 VECTOR_BYTES = 16
+_DTYPE = attrgetter("dtype")
 
 
 class Parameter(NamedTuple):
@@ -64,74 +67,82 @@ class Kind(NamedTuple):
 class Tables:
     """The launches that update a list of parameters, kept from one step to the next.
 
-    `built` counts how often the launches were planned, `uploaded` how often pointers were sent to the device. What a
-    CUDA graph reads must stay, so a captured step has tables of its own, with `spares` of the ones outside the graph.
+    `built` counts how often the launches were planned, `uploaded` how often pointers were sent to the device. `captured`
+    tables are those of one step that a CUDA graph captures: the graph fills them at each replay, so that nothing on the
+    host has to outlive the step.
     """
 
-    def __init__(self, spares: list[Tensor] | None = None) -> None:
-        self._spares = spares or []
+    def __init__(self, captured: bool = False) -> None:
+        self._captured = captured
         self.launches: list[LaunchTable] = []
         self.built = 0
         self.uploaded = 0
-        self._rows: list[int] = []
+        self._pointers: list[list[int]] = []
+        self._forms: list[Any] = []
         self._host = torch.empty(0, COLUMNS, dtype=torch.int64)
-        self._layouts: list[tuple] = []
 
     def refresh(self, parameters: Sequence[Parameter], groups: Sequence[Hyperparameters]) -> None:
         """Bring everything on the device up to date.
 
         Raises:
-            ValueError: a tensor has another size than its parameter, or is on another device.
+            ValueError: a tensor has another size than its parameter, is on another device, or of a dtype without kernel.
         """
-        rows, layouts = _rows(parameters), [(p.param.stride(), p.grad.stride()) for p in parameters]
-        if rows != self._rows or layouts != self._layouts:
-            host = torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
-            if layouts != self._layouts or not self._only_gradients_moved(host):
+        columns = list(zip(*parameters, strict=True))
+        pointers, forms = _pointers(columns), _forms(columns)
+        if pointers != self._pointers or forms != self._forms:
+            if forms == self._forms and self._only_gradients_moved(pointers):
+                self._host[:, GRAD] = torch.tensor(pointers[GRAD])
+            else:
                 self._plan(parameters)
+                sizes = [parameter.param.numel() for parameter in parameters]
+                self._host = torch.tensor([*pointers, sizes, columns[-1]], dtype=torch.int64).t().contiguous()
             for table in self.launches:
-                table.send_rows(host)
+                table.send_rows(self._host)
             self.uploaded += 1
-            self._rows, self._host, self._layouts = rows, host, layouts
+            self._pointers, self._forms = pointers, forms
         for table in self.launches:
             table.set_hyperparameters(groups)
 
-    def _only_gradients_moved(self, host: Tensor) -> bool:
+    def _only_gradients_moved(self, pointers: list[list[int]]) -> bool:
         """And to places as aligned as before, which is what every step without kept gradients sees: no new plan."""
-        if any(table.copies for table in self.launches) or host.shape != self._host.shape:
+        if any(table.copies for table in self.launches):
             return False
-        moved = host != self._host
-        moved[:, GRAD] = host[:, GRAD] % VECTOR_BYTES != self._host[:, GRAD] % VECTOR_BYTES
-        return not bool(moved.any())
+        before, after = list(self._pointers), list(pointers)
+        for moved in (before, after):
+            moved[GRAD] = [pointer % VECTOR_BYTES for pointer in moved[GRAD]]
+        return before == after
 
     def _plan(self, parameters: Sequence[Parameter]) -> None:
         plan = _plan(parameters)
-        self.launches = [LaunchTable(kind, indices, parameters, self._spares) for kind, indices in plan.items()]
+        self.launches = [LaunchTable(kind, indices, parameters, self._captured) for kind, indices in plan.items()]
         self.built += 1
-
-    def spares(self) -> list[Tensor]:
-        """Pinned memory for tables like these: none can be allocated while a graph is captured."""
-        uploads = [upload for t in self.launches for upload in (t.rows, t.chunks, t.hyperparameters)]
-        return [upload.tensor.new_empty(upload.tensor.shape, device="cpu", pin_memory=True) for upload in uploads]
 
 
 class LaunchTable:
     """One launch: which parameters, and their tables on the device."""
 
-    def __init__(self, kind: Kind, indices: list[int], parameters: Sequence[Parameter], spares: list[Tensor]) -> None:
+    def __init__(self, kind: Kind, indices: list[int], parameters: Sequence[Parameter], captured: bool) -> None:
         self.kind = kind
         self.like = parameters[indices[0]].param
         self.config = choose("adamw", self.like, 1)
         self.n_rows = len(indices)
-        self.rows = Upload(kind.device, spares)
-        self.chunks = Upload(kind.device, spares)
-        self.hyperparameters = Upload(kind.device, spares)
+        self.rows = Upload(kind.device, captured)
+        self.hyperparameters = Upload(kind.device, captured)
         self.done = torch.zeros((), dtype=torch.int32, device=kind.device)
         self.copies: list[Copy] = []
         self.indices = indices
         self._numbers: list[list[float]] | None = None
         self._copy_other_layouts(parameters)
-        sizes = [parameters[i].param.numel() for i in indices]
-        self.chunks.send(_chunks(sizes, self.config.BLOCK_M * self.config.BLOCK_N))
+        self.chunks = self._chunks([parameters[i].param.numel() for i in indices], captured)
+
+    def _chunks(self, sizes: list[int], captured: bool) -> Tensor:
+        """Uploaded; or, for a graph, worked out on the device: there are many, and a graph would hold each as a number."""
+        chunk = self.config.BLOCK_M * self.config.BLOCK_N
+        programs = sum(max(1, -(-size // chunk)) for size in sizes)
+        upload, numbers = Upload(self.kind.device, captured), torch.tensor(sizes)
+        if captured:
+            return _chunks(upload.send(numbers), chunk, programs)
+        return upload.send(_chunks(numbers, chunk, programs))
 
     def _copy_other_layouts(self, parameters: Sequence[Parameter]) -> None:
         """A tensor whose memory is laid out unlike its parameter's is stood in for by a copy."""
@@ -183,50 +194,52 @@ class Copy(NamedTuple):
 
 
 class Upload:
-    """A tensor on the device, and the pinned memory that it came from.
+    """A tensor on the device that takes numbers of the host, without waiting for the device.
 
-    torch gives pinned memory out again only when the copy is done. A captured graph copies at every replay, so what it
-    copies from has to live as long as the table.
+    They are copied from pinned memory, which torch gives out again only when the copy is done. In a `captured` step they
+    are arguments of launches instead, which the graph keeps. What a graph copies from would have to be pinned before the
+    capture, for each step anew, and kept for as long as the graph may be replayed, the end of which nobody tells.
     """
 
-    def __init__(self, device: torch.device, spares: list[Tensor]) -> None:
+    def __init__(self, device: torch.device, captured: bool) -> None:
         self.device = device
-        self._spares = spares
+        self.captured = captured
         self.tensor = torch.empty(0)
-        self._host = self.tensor
 
-    def send(self, host: Tensor) -> None:
-        """Make the tensor equal `host`, without waiting for the device."""
+    def send(self, host: Tensor) -> Tensor:
+        """Make the tensor equal `host`; returns it."""
+        if self.captured:
+            self.tensor = torch.zeros(host.shape, dtype=host.dtype, device=self.device)
+            torch._foreach_add_(self.tensor.view(-1).unbind(), host.reshape(-1).tolist())
+            return self.tensor
         if self.tensor.shape != host.shape:
             self.tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
-        self._host = self._pinned(host) if self.device.type == "cuda" else host
-        self.tensor.copy_(self._host, non_blocking=True)
-
-    def _pinned(self, host: Tensor) -> Tensor:
-        for i, spare in enumerate(self._spares):
-            if (spare.shape, spare.dtype) == (host.shape, host.dtype):
-                return self._spares.pop(i).copy_(host)
-        return host.pin_memory()
+        return self.tensor.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
 
 
 def _on_device(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-def _rows(parameters: Sequence[Parameter]) -> list[int]:
-    found = []
-    for param, grad, exp_avg, exp_avg_sq, step, max_exp_avg_sq, master, group in parameters:
-        found += (
-            param.data_ptr(),
-            grad.data_ptr(),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            0 if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(),
-            0 if master is None else master.data_ptr(),
-            step.data_ptr(),
-            param.numel(),
-            group,
-        )
+def _pointers(columns: list[tuple]) -> list[list[int]]:
+    """The tensors' addresses, a list for each of POINTERS."""
+    param, grad, exp_avg, exp_avg_sq, step, *absent, _ = columns
+    found = [list(map(Tensor.data_ptr, column)) for column in (param, grad, exp_avg, exp_avg_sq)]
+    found += ([0 if tensor is None else tensor.data_ptr() for tensor in column] for column in absent)
+    found.append(list(map(Tensor.data_ptr, step)))
+    return found
+
+
+def _forms(columns: list[tuple]) -> list[Any]:
+    """What else launches are planned by, and what may change at the same address: `tensor.data = other`, or a new gradient
+    in the memory of an old one. Another device is another address."""
+    param, grad, exp_avg, exp_avg_sq, step, *absent, group = columns
+    found: list[Any] = [list(map(_DTYPE, column)) for column in (param, grad, exp_avg, exp_avg_sq, step)]
+    found += ([None if tensor is None else tensor.dtype for tensor in column] for column in absent)
+    for column in (param, grad):
+        found += (list(map(Tensor.size, column)), list(map(Tensor.stride, column)))
+    found += (list(map(Tensor.stride, column)) for column in (exp_avg, exp_avg_sq))
+    found.append(group)
     return found
 
 
@@ -260,17 +273,19 @@ def _check(parameter: Parameter) -> None:
         if tensor.shape != (() if name == "step" else param.shape):
             expected = () if name == "step" else tuple(param.shape)
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+        check_dtype(name, tensor)
     if parameter.step.dtype != torch.float32:
         raise ValueError(f"step: expected torch.float32, got {parameter.step.dtype}")
 
 
-def _chunks(sizes: list[int], chunk: int) -> Tensor:
-    """[chunks, 2]: every tensor from its start, `chunk` elements a program. An empty one has a program as well, so
+def _chunks(sizes: Tensor, chunk: int, programs: int) -> Tensor:
+    """[programs, 2]: every tensor from its start, `chunk` elements a program. An empty one has a program as well, so
     that some program counts its step."""
-    counts = torch.tensor([max(1, -(-size // chunk)) for size in sizes])
-    rows = torch.arange(len(sizes)).repeat_interleave(counts)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return torch.stack([rows, (torch.arange(rows.numel()) - first) * chunk], dim=1)
+    counts = ((sizes + (chunk - 1)) // chunk).clamp(min=1)
+    ends = counts.cumsum(0)
+    program = torch.arange(programs, device=sizes.device)
+    row = torch.searchsorted(ends, program, right=True)
+    return torch.stack([row, (program - (ends - counts)[row]) * chunk], dim=1)
 
 
 def _is_dense(tensor: Tensor) -> bool:

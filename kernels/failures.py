@@ -5,12 +5,16 @@
 returns and draws the same dropout from the same seed, so that any of a forward, its backward and a recomputed forward may
 fail alone: the gradients are still those of the outputs. It runs inside the same autograd function and the same custom
 op, so torch.compile and gradient checkpointing notice nothing.
+
+An error that is not the kernel's is raised as it came: a device on which nothing runs any more, or a launch inside the
+capture of a CUDA graph, where much is forbidden that works outside. Nothing is switched off by it.
 """
 
 import errno
 import logging
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -31,6 +35,7 @@ last = ""
 _failed: dict[Callable[..., Any], str] = {}  # launchers, with the kernel of theirs that failed
 
 # Errors of earlier work on the device that a launch is merely the first to hear of, after which nothing runs there.
+# In lower case, as all texts below; some drivers' errors come by name, some by description.
 _OF_THE_DEVICE = (
     "device-side assert",
     "illegal address",
@@ -45,6 +50,23 @@ _OF_THE_DEVICE = (
     "stack error",
     "uncorrectable",
 )
+# The process may use the GPU no more, or not yet again: its context is destroyed, it was forked, or it is ending.
+_OF_THE_CONTEXT = (
+    "busy or unavailable",
+    "context_is_destroyed",
+    "context is destroyed",
+    "deinitialized",
+    "driver shutting down",
+    "initialization error",
+    "invalid_context",
+    "invalid device context",
+    "invalid_handle",
+    "invalid resource handle",
+    "no cuda-capable device",
+    "not_initialized",
+    "re-initialize cuda",
+)
+_OF_A_CAPTURE = "captur"  # "operation not permitted when stream is capturing", cudaErrorStreamCaptureInvalidated, ...
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
@@ -60,11 +82,45 @@ class KernelFailed(RuntimeError):
         super().__init__(f"{kernel} could not be compiled or launched ({self.reason})")
 
 
-def is_of_the_kernel(error: Exception) -> bool:
-    """Whether compiling or launching went wrong, and not the device, its memory, or a kernel's code in the interpreter."""
+def is_of_the_kernel(error: Exception, device: torch.device) -> bool:
+    """Whether compiling or launching went wrong, and not the device, its memory, or a kernel's code in the interpreter.
+
+    While a CUDA graph is captured nothing is taken for the kernel's fault: what fails there may well work outside.
+    """
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, InterpreterError, KernelFailed)):
         return False
-    return not (isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_THE_DEVICE))
+    others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, _OF_A_CAPTURE)
+    return not (_says(error, *others) or _is_capturing(device))
+
+
+def advise(kernel: str, error: Exception, device: torch.device) -> None:
+    """Add to an error that is not the kernel's what can be done about it, where something can."""
+    if _says(error, _OF_A_CAPTURE) or _is_capturing(device):
+        error.add_note(
+            f"fastbert: the launch of {kernel} failed inside a CUDA graph capture. Nothing is switched off by that. Run the "
+            "step once before capturing it, so that its kernels are compiled and loaded, then capture it again."
+        )
+    elif _says(error, *_OF_THE_CONTEXT):
+        error.add_note(
+            f"fastbert: {kernel} cannot be launched because this process has no CUDA context that works: it was destroyed, "
+            "the process was forked after CUDA had been used, or it is ending. Use the GPU in a new process."
+        )
+
+
+def _says(error: Exception, *texts: str) -> bool:
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(part in text for part in texts)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, on the device's current stream; asked only when a launch has failed."""
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:
+        # The default stream cannot be asked while another one captures, and no stream without a context; on the CPU there
+        # may be none to ask.
+        return device.type == "cuda"
 
 
 def move_cache(error: Exception) -> bool:

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from .configs import ARCHITECTURES, TABLES, Config
-from .failures import KernelFailed, is_of_the_kernel, move_cache
+from .failures import KernelFailed, advise, is_of_the_kernel, move_cache
 
 logger = logging.getLogger("fastbert")
 
@@ -90,6 +90,7 @@ def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments
 
     Raises:
         KernelFailed: it could not be compiled or launched.
+        Exception: as it came, if it is no fault of the kernel: of the device, or inside a CUDA graph capture.
     """
     if programs == 0:
         return
@@ -108,8 +109,9 @@ def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments
     except Exception as error:
         if move_cache(error):
             return launch(kernel, programs, config, like, **arguments)
-        if is_of_the_kernel(error):
+        if is_of_the_kernel(error, like.device):
             raise KernelFailed(kernel.__name__, error) from error
+        advise(kernel.__name__, error, like.device)
         raise
     counts[kernel.__name__] += 1
 

@@ -2,13 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForTokenClassification, RobertaConfig, RobertaModel
+from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, BertModel, RobertaConfig, RobertaModel
 
 import fastbert
 from fastbert.cli import main
@@ -167,6 +168,88 @@ def test_model_without_weights(refused, tmp_path):
     BertConfig().save_pretrained(tmp_path)
     _small_source().tokenizer.save_pretrained(tmp_path)
     assert "has no weights" in refused("verify", str(tmp_path))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a tiny model with `config`, and the tokenizer of the trained model, or another; returns the folder."""
+
+    def save(tokenizer=None, **config) -> str:
+        found = tokenizer or AutoTokenizer.from_pretrained(Source.open(None, None).path)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        BertModel(BertConfig(**sizes | {"vocab_size": len(found)} | config)).save_pretrained(tmp_path)
+        found.save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return save
+
+
+@pytest.mark.parametrize("command", ["verify", "report"])
+def test_tokenizer_with_more_words_than_the_model(refused, saved, command):
+    error = refused(command, path := saved(vocab_size=2000))
+    assert f"MODEL: in {path} the tokenizer has 30522 tokens and the model 2000 embeddings" in error
+    assert "resize_token_embeddings(30522)" in error
+
+
+def test_words_that_were_added_to_the_tokenizer_alone(refused, saved):
+    tokenizer = _small_source().tokenizer
+    words = len(tokenizer)
+    tokenizer.add_tokens(["mitochondrion", "ribosome"])
+    assert f"{words + 2} tokens and the model {words} embeddings" in refused("report", saved(tokenizer, vocab_size=words))
+
+
+def test_fewer_words_than_embeddings_are_fine(answered, saved):
+    assert answered("report", saved(vocab_size=30528))[0] == 0
+
+
+def test_model_with_fewer_token_types_than_its_tokenizer(refused, answered, saved):
+    """Which only pairs of texts show; the other tasks go on."""
+    path = saved(type_vocab_size=1)
+    error = refused("verify", path)
+    assert "2 token types and the model has 1 (type_vocab_size)" in error and "task pretraining" in error
+    assert answered("verify", path, "--task", "base")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "report"])
+def test_model_for_very_short_texts(refused, answered, saved, command):
+    path = saved(max_position_embeddings=7)
+    assert "takes texts of 7 tokens (max_position_embeddings); 8 or more are needed" in refused(command, path)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_shortest_texts_are_long_enough_for_every_task(saved, task):
+    source = Source.open(saved(max_position_embeddings=8), None)
+    model, batch = source.load(task, torch.float32, torch.device("cpu"), 2, 24)
+    assert batch["input_ids"].shape[-1] == 8 and model(**batch)
+
+
+@pytest.mark.parametrize(("token", "arguments"), [("mask", ()), ("pad", ("--task", "base"))])
+def test_tokenizer_that_lacks_a_token(refused, saved, token, arguments):
+    tokenizer = _small_source().tokenizer
+    setattr(tokenizer, f"{token}_token", None)
+    assert f"MODEL: its tokenizer has no {token}" in refused("verify", saved(tokenizer), *arguments)
+
+
+def test_weights_that_are_damaged(refused, saved):
+    path = saved()
+    Path(path, "model.safetensors").write_bytes(b"damaged")
+    assert "has no weights that can be read" in refused("verify", path, "--task", "base")
+
+
+def test_a_release_without_one_of_the_classes(refused, answered, monkeypatch):
+    """Its task is left out, and named when it is asked for."""
+    from transformers.models.bert import modeling_bert
+
+    import fastbert.tasks
+
+    names = list(TASKS)
+    with monkeypatch.context() as older:
+        older.delattr(modeling_bert, "BertForNextSentencePrediction")
+        reloaded = runpy.run_path(fastbert.tasks.__file__)
+    assert list(reloaded["TASKS"]) == [name for name in names if name != "nsp"]
+    monkeypatch.delitem(TASKS, "nsp")
+    assert "--task nsp: transformers" in (error := refused("verify", "--task", "nsp"))
+    assert "has no BertForNextSentencePrediction" in error
 
 
 @pytest.mark.parametrize("content", ["", " \n\n"])

@@ -53,3 +53,21 @@ def test_scaled_gradients(monkeypatch):
             optimizer.step()
     assert_same(ours, theirs)
     assert KERNEL in failures.reasons
+
+
+def test_a_captured_step_that_fails_is_raised(monkeypatch, launches):
+    """And the steps after it take the kernel."""
+    ours, theirs = pair()
+    run(ours, theirs, steps=1)
+    with monkeypatch.context() as capturing:
+        error = RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+        break_kernels(capturing, [KERNEL], lambda: error)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        before = {param: param.clone() for param in params_of(ours)}
+        with pytest.raises(RuntimeError, match="stream is capturing"):
+            ours.step()
+    assert KERNEL in error.__notes__[0] and not failures.reasons
+    assert all(torch.equal(param, value) for param, value in before.items())
+    run(ours, theirs, steps=2)
+    assert_same(ours, theirs)
+    assert launches() == {KERNEL: 3}

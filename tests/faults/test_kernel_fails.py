@@ -1,6 +1,7 @@
 """A kernel that does not compile or launch: plain PyTorch computes the same, in that call and all later ones."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -96,6 +97,77 @@ def test_what_is_no_fault_of_the_kernel_is_raised(error, monkeypatch):
     with pytest.raises(type(error)):
         case.run()
     assert not failures.reasons
+
+
+DURING_CAPTURE = (
+    "Triton Error [CUDA]: operation not permitted when stream is capturing",
+    "Triton Error [CUDA]: operation failed due to a previous error during capture",
+    "Triton Error [CUDA]: operation would make the legacy stream depend on a capturing blocking stream",
+    "CUDA error: cudaErrorStreamCaptureUnsupported",
+    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+)
+WITHOUT_CONTEXT = (
+    "Triton Error [CUDA]: context is destroyed",
+    "Triton Error [CUDA]: driver shutting down",
+    "Triton Error [CUDA]: initialization error",
+    "Triton Error [CUDA]: invalid device context",
+    "Triton Error [CUDA]: invalid resource handle",
+    "CUDA_ERROR_DEINITIALIZED",
+)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [(text, "before capturing it") for text in DURING_CAPTURE] + [(text, "in a new process") for text in WITHOUT_CONTEXT],
+)
+def test_what_a_capture_forbids_is_raised_and_disables_nothing(text, advice, strict, monkeypatch, launches):
+    case = cases()["bias_gelu gelu"]
+    error = RuntimeError(text)
+
+    def raised():
+        raise error
+
+    monkeypatch.setattr(failures, "strict", strict)
+    break_kernels(monkeypatch, case.forward, raised, bad=1)
+    with pytest.raises(RuntimeError) as found:
+        case.run()
+    assert found.value is error
+    (note,) = error.__notes__
+    assert case.forward[0] in note and advice in note
+    case.check(case.run())
+    assert not failures.reasons and launches() == dict.fromkeys((*case.forward, *case.backward), 1)
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_no_error_inside_a_capture_disables_a_kernel(error, part, monkeypatch, launches):
+    """Whatever it says: a first compile fails there in many ways, and what stands in would be in the graph for good."""
+    case = cases()["bias_gelu gelu"]
+    made = ERRORS[error]()
+    break_kernels(monkeypatch, kernels_of(case, part), lambda: made, bad=math.inf)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for _ in range(2):
+            with pytest.raises(type(made)) as found:
+                case.run()
+            assert found.value is made and "before capturing it" in made.__notes__[-1]
+    assert not failures.reasons
+    case.check(case.run())
+    assert failures.reasons.keys() == set(kernels_of(case, part)), "outside the capture it is the kernel's fault"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("error", ["compilation", "driver"])
+def test_the_capture_of_a_graph_is_noticed(error, monkeypatch, launches):
+    case = cases()["bias_gelu gelu"]
+    made = ERRORS[error]()
+    break_kernels(monkeypatch, case.forward, lambda: made, bad=1)
+    with pytest.raises(type(made)) as found, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        case.call(**case.inputs, **case.options)
+    assert found.value is made and "before capturing it" in made.__notes__[0]
+    case.call(**case.inputs, **case.options)
+    assert not failures.reasons and launches() == dict.fromkeys(case.forward, 1)
 
 
 def test_strict_raises(monkeypatch):

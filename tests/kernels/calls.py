@@ -101,11 +101,16 @@ def _attention(variant: str) -> Make:
         batch, length, heads = (2, 5, 2) if small else (8, 512, 12)
         head_size = width or (8 if small else 64)
         inputs = attention_inputs.make_inputs(batch, length, heads, head_size, dtype)
+        if variant == "grouped, dropped":
+            inputs |= {name: inputs[name][:, :, : heads // 2].contiguous() for name in "kv"}
         inputs["dy"] = attention_inputs.normal(batch, length, heads, head_size, dtype=dtype)
         options: dict[str, object] = {}
         if variant == "padded, dropped":
             lengths = torch.randint(1, length + 1, (batch, 1), device=DEVICE)
             inputs |= {"key_mask": torch.arange(length, device=DEVICE) < lengths, "seed": seed_tensor(7)}
+            options = {"p": 0.1}
+        elif variant == "grouped, dropped":
+            inputs["seed"] = seed_tensor(7)
             options = {"p": 0.1}
         elif variant == "causal":
             options = {"causal": True}
@@ -150,18 +155,11 @@ def _adamw(amsgrad: bool) -> Make:
         names = ("param", "grad", "exp_avg", *(("max_exp_avg_sq",) if amsgrad else ()))
         inputs = {name: torch.randn(shape).to(DEVICE, dtype) for name in names}
         inputs |= {"exp_avg_sq": torch.rand(shape).to(DEVICE, dtype), "step": torch.tensor(3.0, device=DEVICE)}
-        spares: list[Tensor] = []  # a graph can allocate no pinned memory, and what it copies from has to stay
-        kept: list[Tables] = []
 
         def step(given: Tensors) -> Tensors:
             state = {name: x.clone() for name, x in given.items()}
-            capturing = DEVICE.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            tables = Tables(spares if capturing else None)
+            tables = Tables(captured=DEVICE.type == "cuda" and torch.cuda.is_current_stream_capturing())
             adamw([Parameter(**state)], [Hyperparameters()], tables=tables)
-            if capturing:
-                kept.append(tables)
-            elif DEVICE.type == "cuda" and not spares:
-                spares.extend(tables.spares())
             return state
 
         return inputs, step
@@ -177,7 +175,7 @@ CALLS = (
     Call("embedding_layernorm", "dropped", _embedding_layernorm),
     *(
         Call("attention", variant, _attention(variant))
-        for variant in ("padded, dropped", "causal", "general mask", "packed, dropped")
+        for variant in ("padded, dropped", "causal", "general mask", "packed, dropped", "grouped, dropped")
     ),
     *(Call("linear_cross_entropy", way, _linear_cross_entropy(way)) for way in (*cross_entropy.WAYS, "none")),
     Call("adamw", "", _adamw(False)),

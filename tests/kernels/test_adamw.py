@@ -232,6 +232,58 @@ def test_a_gradient_that_changes_its_strides():
     torch.testing.assert_close(parameters[0].param, expected[0].param, rtol=1e-6, atol=1e-6)
 
 
+def reread_as(tensor, dtype, shape=None, strides=None):
+    """Its values, up to rounding, in another type at the same address; with other `strides`, or cut down to `shape`."""
+    shape, values = shape or tensor.shape, tensor.to(dtype, copy=True)
+    strides = strides or tensor.stride()
+    found = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, shape, strides)
+    return found.copy_(values[tuple(slice(size) for size in shape)])
+
+
+@pytest.mark.parametrize("name", ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "data"])
+def test_a_tensor_that_changes_its_dtype_at_the_same_address(name, in_place):
+    """As memory that the allocator gives out again: the next gradient is in float16."""
+    parameters, tables = make([(40,), (16, 4)], amsgrad=True, master=True, dtype=torch.float32), Tables()
+    adamw(parameters, GROUPS, tables=tables)
+    old = getattr(parameters[1], name)
+    pointer, new = old.data_ptr(), reread_as(old, torch.float16)
+    if in_place:
+        old.data = new
+    else:
+        parameters[1] = parameters[1]._replace(**{name: new})
+    assert getattr(parameters[1], name).data_ptr() == pointer
+    expected = copies(parameters)
+    adamw(parameters, GROUPS, tables=tables)
+    reference.adamw(expected, GROUPS)
+    assert_same(parameters, expected)
+    assert tables.built == 2
+
+
+@pytest.mark.parametrize("name", ["grad", "exp_avg", "exp_avg_sq"])
+def test_a_tensor_that_changes_its_strides_at_the_same_address(name):
+    parameters, tables = make([(16, 20)]), Tables()
+    adamw(parameters, GROUPS, tables=tables)
+    old = getattr(parameters[0], name)
+    parameters[0] = parameters[0]._replace(**{name: reread_as(old, old.dtype, strides=(1, 16))})
+    expected = copies(parameters)
+    adamw(parameters, GROUPS, tables=tables)
+    reference.adamw(expected, GROUPS)
+    assert_same(parameters, expected)
+
+
+@pytest.mark.no_launch
+@pytest.mark.parametrize(("name", "message"), [("grad", r"\(16, 20\), got \(8, 20\)"), ("param", r"\(8, 20\), got \(16, 20\)")])
+def test_a_tensor_that_is_cut_down_at_the_same_address(name, message):
+    """Its strides and the start of its values are what they were: the kernel would read past its end."""
+    parameters, tables = make([(16, 20)]), Tables()
+    tables.refresh(parameters, GROUPS)
+    tensor = getattr(parameters[0], name)
+    tensor.data = reread_as(tensor, tensor.dtype, shape=(8, 20))
+    with pytest.raises(ValueError, match=message):
+        tables.refresh(parameters, GROUPS)
+
+
 def test_new_numbers_reach_the_kernel():
     parameters, tables = make(), Tables()
     expected = copies(parameters)
@@ -282,6 +334,8 @@ def test_nan_gradients_show():
         ({"step": torch.zeros(1)}, r"step: expected shape \(\), got \(1,\)"),
         ({"step": torch.zeros((), dtype=torch.float64)}, "step: expected torch.float32"),
         ({"grad": torch.zeros(3, device="meta")}, "grad: expected a tensor on"),
+        ({"grad": torch.zeros(3, dtype=torch.int64)}, "grad: expected float64, float32, float16 or bfloat16"),
+        ({"exp_avg": torch.zeros(3, dtype=torch.complex64)}, "exp_avg: expected float64, float32"),
     ],
 )
 def test_wrong_arguments(change, message):

@@ -153,6 +153,39 @@ def test_captured_in_a_graph(static):
     assert_same(ours, theirs)
 
 
+def test_captures_in_a_row(monkeypatch):
+    """Each graph keeps its gradients and numbers. No memory is pinned in a capture: not every torch can do that there."""
+    ours, theirs = pair(make_params(LARGE), theirs={"fused": True}, lr=1e-2, capturable=True)
+    run(ours, theirs, steps=1)
+    pin_memory = torch.Tensor.pin_memory
+
+    def pinned(*arguments, **keywords):
+        assert not torch.cuda.is_current_stream_capturing(), "memory is pinned inside a capture"
+        return pin_memory(*arguments, **keywords)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    graphs = []
+    for missing in ((), {1}, {0, 3}, ()):
+        give_gradients(ours, missing=missing)
+        graph, grads = torch.cuda.CUDAGraph(), [param.grad for param in params_of(ours)]
+        with torch.cuda.graph(graph):
+            ours.step()
+        graphs.append((graph, grads, missing))
+    for step, which in enumerate((0, 1, 2, 3, 1, None, 0, 2, 3), start=1):
+        graph, grads, missing = graphs[which] if which is not None else (None, None, ())
+        give_gradients(theirs, step=step, missing=missing)
+        if graph is None:
+            give_gradients(ours, step=step)
+            ours.step()
+        else:
+            for grad, param in zip(grads, params_of(theirs), strict=True):
+                if grad is not None and param.grad is not None:
+                    grad.copy_(param.grad)
+            graph.replay()
+        theirs.step()
+    assert_same(ours, theirs)
+
+
 def test_a_graph_needs_capturable_and_state():
     ours, _ = pair(make_params([(40,)]))
     give_gradients(ours)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fastbert
@@ -95,7 +96,85 @@ def test_whole_parts_of_names():
     model = nn.Module()
     model.antibias = nn.Parameter(torch.zeros(2))
     model.bias = nn.Parameter(torch.zeros(2))
-    assert by_name(model, fastbert.param_groups(model, 1.0)) == {"antibias": (1.0, 0.01), "bias": (1.0, 0.0)}
+    found = by_name(model, fastbert.param_groups(model, 1.0, no_decay=["bias"]))
+    assert found == {"antibias": (1.0, 0.01), "bias": (1.0, 0.0)}
+
+
+def test_everything_decays_where_nothing_is_left_out():
+    model = make(CLASSIFICATION)
+    assert {decay for _, decay in by_name(model, fastbert.param_groups(model, 1.0, no_decay=())).values()} == {0.01}
+
+
+class Norm(nn.Module):
+    """RMSNorm, as models have it in a class of their own: only its name says what it is."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class OwnLayerNorm(nn.LayerNorm):
+    def __init__(self, width):
+        super().__init__(width)
+        self.gain = nn.Linear(1, 1, bias=False)
+
+
+class Tagger(nn.Module):
+    """BERT, a BiLSTM and a CRF."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = make(BASE)
+        self.lstm = nn.LSTM(40, 8, num_layers=2, bidirectional=True, proj_size=4)
+        self.normal = nn.Linear(8, 5)
+        self.transitions = nn.Parameter(torch.zeros(5, 5))
+        self.start_bias = nn.Parameter(torch.zeros(5))
+
+
+class Norms(nn.Module):
+    """Layers of every kind of norm under every kind of name."""
+
+    def __init__(self):
+        super().__init__()
+        for kind in (nn.LayerNorm, OwnLayerNorm, Norm, nn.RMSNorm, nn.BatchNorm1d):
+            names = ("ln", "norm", "norm1", "final_norm", "Norm", "input_layernorm", "LayerNormal", "q_norm", "renorm")
+            self.add_module(kind.__name__.lower()[-6:], nn.ModuleDict({name: kind(4) for name in names}))
+        self.norm = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4), nn.GRUCell(4, 4))
+        self.embedding = nn.EmbeddingBag(7, 4)
+        self.scale, self.norm_scale, self.Bias = (nn.Parameter(torch.ones(4)) for _ in range(3))
+
+
+class Shared(nn.Module):
+    """A norm and weights that several parts use: the first name counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.ModuleList([nn.LayerNorm(4)])
+        self.first.bias = self.second[0].weight
+        self.third = self.second[0]
+        self.last_norm = nn.Linear(4, 4)
+        self.last_norm.weight = self.first.weight
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(lambda kind=kind: make(kind) for kind in KINDS),
+        lambda: fastbert.patch(make(MLM)),
+        Tagger,
+        Norms,
+        Shared,
+        lambda: nn.Sequential(Tagger(), Norms()),
+        lambda: nn.GRU(3, 4),
+    ],
+    ids=[*map(str, KINDS), "patched", "tagger", "norms", "shared", "wrapped", "recurrent"],
+)
+def test_decays_what_trainer_decays(build):
+    """Of the release that is installed, whatever that is."""
+    model = build()
+    decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))
+    expected = {name: (1.0, 0.3 if name in decayed else 0.0) for name, _ in model.named_parameters()}
+    assert by_name(model, fastbert.param_groups(model, 1.0, weight_decay=0.3)) == expected
 
 
 def test_a_wrapped_model():
