@@ -16,6 +16,7 @@ from bench.train_records import DTYPES, LANES, TRUNCATIONS, Settings
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
+LINE = 80  # columns of what is said of the data
 TASKS = ("classification", "matching", "ner", "qa", "multiple-choice", "mlm", "pretraining", "clm")
 TaskName = StrEnum("TaskName", {name.replace("-", "_"): name for name in TASKS})
 LaneName = StrEnum("LaneName", {name: name for name in LANES})
@@ -39,6 +40,7 @@ def train(
     dtype: Annotated[DtypeName | None, typer.Option(help="Autocast's; bf16 by default, fp32 without a GPU.")] = None,
     max_length: Annotated[int, typer.Option(min=0, help="In tokens; 0: the 95th percentile.")] = 0,
     truncation: Annotated[Truncation | None, typer.Option(help="What stays of a text over the limit.")] = None,
+    columns: Annotated[str, typer.Option(help="Which column is which, by name or number: text=review,label=3.")] = "",
     eval_steps: Annotated[int, typer.Option(min=0, help="Evaluate every so many steps; 0: at the end.")] = 0,
     save_steps: Annotated[int, typer.Option(min=0, help="A checkpoint every so many steps; 0: none.")] = 0,
     patience: Annotated[int, typer.Option(min=0, help="Stop after so many evaluations without a lower loss; 0: never.")] = 0,
@@ -71,6 +73,7 @@ def train(
             dtype=str(dtype or ""),
             max_length=max_length,
             truncation=str(truncation or ""),
+            columns=columns,
             eval_steps=eval_steps,
             save_steps=save_steps,
             patience=patience,
@@ -116,20 +119,21 @@ def _run(settings: Settings, out: Path, lanes: list[str], resume: bool) -> Any:
             said = {} if loss is None else {"loss": f"loss {loss:.4f}"}
             progress.update(bars[lane], completed=step, **said)
 
-        return run_all(settings, out, lanes, resume, advance)
+        return run_all(settings, out, lanes, resume, advance, _say)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, width=min(console.width, LINE))
 
 
 def _choose_interpreter() -> bool:
-    """Whether there is a GPU; without one Triton's interpreter runs the kernels, unless the caller has chosen."""
+    """Whether there is a GPU; without one Triton's interpreter runs the kernels."""
     import torch
 
-    from fastbert.interpreter import hurry
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["TRITON_INTERPRET"] = "1"  # before fastbert brings in triton, which spares a second start
+    from fastbert.interpreted_start import use_interpreter_without_gpu
 
-    if torch.cuda.is_available():
-        return True
-    if "TRITON_INTERPRET" not in os.environ:
-        os.environ["TRITON_INTERPRET"] = "1"
-        err.print("no NVIDIA GPU here: Triton's interpreter runs fastbert's kernels, slowly; take few steps", soft_wrap=True)
-    if os.environ["TRITON_INTERPRET"] == "1":
-        hurry()
-    return False
+    use_interpreter_without_gpu(lambda line: err.print(f"{line}; no times are taken", soft_wrap=True))
+    return gpu

@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 from datasets import Dataset
 
-from bench.train_data import Row
+from bench.train_file import Row
 
 IGNORED = -100  # the label that no loss and no metric sees
 PERCENTILE = 95

@@ -117,7 +117,7 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
     judged = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     record = LaneRecord(
         lane=lane,
-        attention=model.config._attn_implementation,
+        attention=_attention_name(model),
         optimizer=_optimizer_name(trainer),
         losses=[entry["loss"] if math.isfinite(entry["loss"]) else None for entry in _entries(trainer, "loss")],
         evaluations=[Evaluation(entry["step"], entry["eval_loss"]) for entry in _entries(trainer, "eval_loss")[:-1]],
@@ -171,6 +171,13 @@ def _early_stopping(settings: Settings) -> list[TrainerCallback]:
 def _entries(trainer: Trainer, name: str) -> list[dict[str, Any]]:
     """The log's entries with `name`, those before a resumption included."""
     return [entry for entry in trainer.state.log_history if name in entry]
+
+
+def _attention_name(model: nn.Module) -> str:
+    """What the config names, and that fastbert ran in its place if it did."""
+    name = model.config._attn_implementation
+    ran = any(row.kernel == "attention" and row.kernel_calls for row in fastbert.report(model).rows)
+    return f"fastbert over {name}" if ran else name
 
 
 def _optimizer_name(trainer: Trainer) -> str:

@@ -16,6 +16,7 @@ NEEDED = {
     "triton": "triton",
 }
 SHORTEST = 8  # tokens of --max-length: a pair with its three special ones, and some text
+WITH_COLUMNS = ("classification", "matching", "ner", "multiple-choice")  # tasks whose files have some
 PIECES = ("mlm", "clm")  # tasks whose texts may be split
 
 
@@ -38,6 +39,8 @@ def settings(gpu: bool, **options: Any) -> Settings:
         raise InputError(f"--dtype {made.dtype}: needs a GPU; without one fp32 alone is right")
     if 0 < made.max_length < SHORTEST:
         raise InputError(f"--max-length: expected {SHORTEST} or more, got {made.max_length}")
+    if made.columns and made.task not in WITH_COLUMNS:
+        raise InputError(f"--columns: a file for {made.task} has no columns; {', '.join(WITH_COLUMNS)} do")
     if made.truncation == "split" and made.task not in PIECES:
         raise InputError(f"--truncation split: cuts the texts of mlm and clm into pieces, not those of {made.task}")
     if made.truncation and made.task == "qa":

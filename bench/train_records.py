@@ -14,7 +14,8 @@ TRUNCATIONS = ("head", "tail", "head+tail", "split")
 class Settings:
     """One run's choices; two runs with equal ones see the same rows in the same order from the same weights.
 
-    `dropout` None: the model's own. `max_length` 0: the 95th percentile. `truncation` "" : the task's default.
+    `dropout` None: the model's own. `max_length` 0: the 95th percentile. `truncation` "": the task's default.
+    `columns` "": known names, or the order of the columns.
     """
 
     task: str
@@ -32,6 +33,7 @@ class Settings:
     dtype: str = "fp32"
     max_length: int = 0
     truncation: str = ""
+    columns: str = ""
     eval_steps: int = 0
     save_steps: int = 0
     patience: int = 0

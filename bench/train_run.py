@@ -9,9 +9,9 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from bench import environment, schema, train_data, train_encode, train_report, train_tasks
+from bench import environment, schema, train_data, train_encode, train_labels, train_report, train_tasks
 from bench.train_compare import compare
-from bench.train_data import Row
+from bench.train_file import Row, Say
 from bench.train_lanes import RECORD, Advance, Work, checkpoints, run
 from bench.train_model import load, open_source
 from bench.train_options import SHORTEST
@@ -22,15 +22,17 @@ SETTINGS = "settings.json"
 SplitRows = tuple[list[Row], list[Row], list[str]]
 
 
-def run_all(settings: Settings, out: Path, lanes: Sequence[str], resume: bool, advance: Advance) -> TrainResults:
-    """Train every lane and write what came out into `out`.
+def run_all(
+    settings: Settings, out: Path, lanes: Sequence[str], resume: bool, advance: Advance, say: Say = print
+) -> TrainResults:
+    """Train every lane and write what came out into `out`; before that `say` what was read, a line each.
 
     Raises:
         InputError: data, model or folder cannot be used; nothing was trained.
     """
     datasets.disable_caching()
     _check_folder(settings, out, lanes, resume)
-    rows = read_rows(settings)
+    rows = read_rows(settings, say)
     work, data = prepare(settings, open_source(settings.model or None), rows, out)
     _mark(settings, out)
     records = [run(work, lane, advance, resume) for lane in lanes]
@@ -71,12 +73,14 @@ def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tupl
     return Work(settings, model, tokenizer, *features, compute, out), data
 
 
-def read_rows(settings: Settings) -> SplitRows:
+def read_rows(settings: Settings, say: Say = print) -> SplitRows:
     """Rows to train on, rows to evaluate with, and the labels of the first."""
     task = settings.task
-    rows = train_data.read(task, Path(settings.data))
+    rows = train_data.read(task, Path(settings.data), columns=settings.columns, say=say)
+    for line in train_labels.lines(rows):
+        say(line)
     if settings.eval_data:
-        train, evaluation = rows, train_data.read(task, Path(settings.eval_data), "--eval-data")
+        train, evaluation = rows, train_data.read(task, Path(settings.eval_data), "--eval-data", settings.columns, say)
         labels = train_tasks.label_names(train)
         train_tasks.check_labels(evaluation, labels, f"--eval-data: {settings.eval_data}")
         _check_endings(train, evaluation, settings.eval_data)

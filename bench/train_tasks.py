@@ -8,7 +8,8 @@ from typing import Any
 from datasets import Dataset
 
 from bench import train_metrics as metrics
-from bench.train_data import Row
+from bench.train_file import Row
+from bench.train_labels import in_order
 from fastbert.errors import InputError
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -51,18 +52,16 @@ TASKS = {
 
 def label_names(rows: list[Row]) -> list[str]:
     """Every label, numbers in their order and words in theirs; empty for a task without labels of its own."""
-    found = {row["label"] for row in rows if "label" in row} | {tag for row in rows for tag in row.get("tags", ())}
-    numbers = all(name.lstrip("-").isdigit() for name in found)
-    return sorted(found, key=int if numbers else None)
+    return in_order({row["label"] for row in rows if "label" in row} | {tag for row in rows for tag in row.get("tags", ())})
 
 
-def check_labels(rows: list[Row], names: list[str], where: str) -> None:
+def check_labels(rows: list[Row], known: list[str], where: str) -> None:
     """InputError for the first row with a label that training has not."""
-    known = set(names)
+    own = set(known)
     for row in rows:
         for name in (*((row["label"],) if "label" in row else ()), *row.get("tags", ())):
-            if name not in known:
-                few = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            if name not in own:
+                few = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "")
                 raise InputError(f"{where}, row {row['row']}: the label {name!r} is none of training's: {few}")
 
 

@@ -70,6 +70,12 @@ def test_a_words_label_stands_at_its_first_token(tokenizer):
     assert any(token[:2] == "##" for own in features for token in tokenizer.convert_ids_to_tokens(own["input_ids"]))
 
 
+def test_a_blank_word_has_no_token_and_shifts_no_label(tokenizer):
+    rows = Dataset.from_list([{"row": 1, "words": ["the", " ", "soup"], "tags": ["O", "O", "B"]}])
+    (own,) = train_encode.encode(rows, "ner", tokenizer, 48, "head", {"O": 0, "B": 1})
+    assert [label for label in own["labels"] if label != IGNORED] == [0, 1]
+
+
 @pytest.mark.parametrize("limit", [28, 48, 200])
 def test_an_answer_is_found_again_from_its_positions(tokenizer, limit):
     rows, features = features_of("qa", tokenizer, limit)

@@ -1,6 +1,7 @@
 """`python -m bench train` from the file to the table and the picture, under every task; resuming, stopping, faults."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -54,7 +55,7 @@ def test_every_task(task, train, tmp_path, launches):
     assert code == 0, text
     stock, fast = results.lanes
     assert stock.lane == "stock" and "fastbert" not in stock.attention and stock.optimizer.startswith("torch AdamW")
-    assert fast.attention == "fastbert_over_sdpa" and fast.optimizer == "fastbert AdamW"
+    assert fast.attention == "fastbert over sdpa" and fast.optimizer == "fastbert AdamW"
     counted = launches()
     assert stock.launches == 0 and fast.launches > counted["adamw_kernel"] == STEPS
     assert counted["attention_fwd_kernel"] == counted["attention_bwd_q_kernel"] + evaluations(results) > STEPS
@@ -224,6 +225,41 @@ def test_settings_can_be_read_beside_the_results(train, tmp_path):
     assert code == 0
     data = json.loads((tmp_path / "out/settings.json").read_text())
     assert data["seed"] == results.settings.seed == 7 and results.comparison is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels itself")
+def test_the_readmes_command_runs_the_kernels_without_a_gpu(model, tmp_path):
+    """In a process whose environment says nothing of the interpreter."""
+    data = tmp_path / "reviews.tsv"
+    data.write_text("Review\tSentiment\n" + FILES["classification"].read_text())
+    command = [sys.executable, "-m", "bench", "train", "--task", "classification", "--data", data, "--model", model]
+    command += ["--steps", "1", "--batch", "2", "--out", tmp_path / "out"]
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = "no NVIDIA GPU here: Triton's interpreter runs the kernels on the CPU, on small inputs; no times are taken"
+    assert done.stderr.count(said) == 1
+    assert train_report.read(tmp_path / "out" / train_report.RESULTS).lanes[1].launches > 0
+    before = done.stdout.partition("14 rows to train on")[0].splitlines()
+    assert before == [
+        "--data: the columns that are read: Review (text), Sentiment (label)",
+        "--data: 16 rows, labels found: bad (7), fair (2), good (7)",
+    ]
+
+
+def test_what_was_read_is_said_in_80_columns(train, tmp_path):
+    long = tmp_path / "many.tsv"
+    long.write_text("".join(f"a text of {i}\ta label of number {i % 20}\n" for i in range(60)))
+    code, text, _ = train("classification", "--lane", "stock", "--steps", 1, "--data", long)
+    lines = text[text.index("--data") :].partition("rows to train on")[0].splitlines()[:-1]
+    assert code == 0 and len(lines) > 5 and max(map(len, lines)) <= 80
+    assert lines[0].startswith("--data: 60 rows, labels found: a label of number 0 (3), ")
+    assert lines[-1] == "warning: 20 labels are many for 60 rows; are these the labels?"
+
+
+def test_columns_are_for_files_that_have_some(train):
+    code, text, _ = train("mlm", "--columns", "text=1")
+    assert code == 2 and "--columns: a file for mlm has no columns; classification, matching, ner" in " ".join(text.split())
 
 
 def test_the_command_line_leaves_the_interpreter_to_be_chosen():

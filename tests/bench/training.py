@@ -56,6 +56,13 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
+def written(folder: Path, content: str | bytes, name: str = "file.tsv") -> Path:
+    """A file of the content."""
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
 def invoke(*arguments: object) -> tuple[int, str]:
     """Exit code and output of `python -m bench train …` in this process."""
     done = CliRunner().invoke(app, ["train", *(str(argument) for argument in arguments)])
