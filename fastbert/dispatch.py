@@ -152,6 +152,18 @@ def stand_in_for(*classes: type[nn.Module]) -> None:
     _LIBRARY.update({cls: _library_forward(cls) for cls in classes})
 
 
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether `module` has a forward of its own. Its class's, which transformers 5.0 leaves there when it has captured
+    outputs, is none."""
+    return "forward" in vars(module) and not repeats_its_class(module)
+
+
+def repeats_its_class(module: nn.Module) -> bool:
+    """Whether the forward of the class stands on `module` itself, too."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
+
+
 def replaced(cls: type[nn.Module]) -> bool:
     """Whether the forward of `cls` is known here and no longer the library's."""
     return cls in _LIBRARY and cls.forward is not _LIBRARY[cls]
@@ -169,7 +181,7 @@ def is_plain(module: nn.Module, cls: type[nn.Module], idle: str | None = None) -
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
+        and not forward_replaced(module)
         and cls.forward is _LIBRARY.get(cls)
         and not _has_any_global_hook()
     )
@@ -182,7 +194,7 @@ IDLE_HOOKS = ("transformers.utils.output_capturing",)
 def hooked(module: nn.Module, idle: tuple[str, ...] = IDLE_HOOKS) -> bool:
     """Whether anything sees what `module` is given or gives, or has replaced its forward; hooks from below the modules
     `idle` aside."""
-    if "forward" in vars(module) or _has_any_global_hook():
+    if forward_replaced(module) or _has_any_global_hook():
         return True
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(not (getattr(hook, "__module__", None) or "").startswith(idle) for kind in kinds for hook in kind.values())

@@ -150,6 +150,12 @@ def accept(pairs: tuple[Pair, ...]) -> None:
     _seen[False].clear()
 
 
+def forget() -> None:
+    """Take back what `accept` was told."""
+    _accepted.clear()
+    _seen[False].clear()
+
+
 @cache
 def table() -> dict[str, dict[str, str]]:
     """The digests by qualified name, each with the first release of transformers that it was seen in."""

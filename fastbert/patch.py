@@ -168,9 +168,12 @@ def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[d
 
 def _swap(classes: dict[nn.Module, type]) -> None:
     """Set the class of every module, or, if one refuses, of none. Whose class changes, its calls start at 0."""
-    from fastbert.dispatch import forget
+    from fastbert.dispatch import forget, repeats_its_class
 
     before = {module: type(module) for module in classes}
+    for module in classes:
+        if repeats_its_class(module):  # which would go on being the former class's
+            del vars(module)["forward"]
     try:
         for module, cls in classes.items():
             module.__class__ = cls

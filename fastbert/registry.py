@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastbert import forwards, ops
+from fastbert.dispatch import forward_replaced
 from fastbert.layers import (
     attention,
     embeddings,
@@ -36,7 +37,7 @@ class Entry:
         fastbert was tested against the code that it would stand in for is not asked."""
         if ops.MISSING:  # first: limits of kernels that are not there would read as limits of theirs
             return ops.MISSING
-        if "forward" in vars(module):  # accelerate's hooks do that, and have kept the stock forward to call
+        if forward_replaced(module):  # accelerate's hooks do that, and have kept the stock forward to call
             return "its forward was replaced on the module itself"
         return self.why_idle(module, untested)
 

@@ -118,11 +118,11 @@ def report(model: nn.Module) -> Report:
 
 
 def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
-    from fastbert.dispatch import calls
+    from fastbert.dispatch import calls, forward_replaced
 
     tally = calls(module)
     # accelerate's hooks replace a forward too, and call the one that was there.
-    if "forward" in vars(module) and not hasattr(module, "_old_forward"):
+    if forward_replaced(module) and not hasattr(module, "_old_forward"):
         reason = "its forward was replaced on the module itself"
         return Row(name, entry.stock.__name__, entry.kernel, "untouched", reason, tally.kernel, dict(tally.fallbacks))
     fell_back = bool(tally.fallbacks) and not tally.kernel

@@ -64,9 +64,7 @@ def _foreign(name: str, function: Any, modules: tuple[str, ...]) -> str | None:
 
 def key_mask_or_general(
     batch_size: int,
-    q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -79,22 +77,31 @@ def key_mask_or_general(
         attention_mask = attention_mask[:batch_size]  # multiple choice flattens a 4-D mask to more rows; stock reads these
     if padding and mask_function is bidirectional_mask_function:
         return _key_mask(attention_mask, kv_length, kv_offset)
-    aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
-    if padding and aligned and mask_function is causal_mask_function:
-        mask = _key_mask(attention_mask, kv_length, kv_offset)
-        if mask is not None or q_length in (1, kv_length):
-            return mask
+    if padding and mask_function is causal_mask_function and kv_offset == 0:
+        q_length, q_offset = _queries(kwargs, kv_length)
+        if q_offset == kv_length - q_length:
+            mask = _key_mask(attention_mask, kv_length, kv_offset)
+            if mask is not None or q_length in (1, kv_length):
+                return mask
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return sdpa_mask(
         batch_size=batch_size,
-        q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         **kwargs,
     )
+
+
+def _queries(kwargs: dict[str, Any], kv_length: int) -> tuple[int, int | None]:
+    """How many queries there are and where they begin; None where only the device knows. transformers 5.0 gives their
+    positions, a tensor, in place of both."""
+    if "cache_position" in kwargs:
+        length = kwargs["cache_position"].shape[0]
+        return length, 0 if length == kv_length else None
+    offset = kwargs.get("q_offset", 0)
+    return kwargs["q_length"], offset if isinstance(offset, int) else None
 
 
 def _key_mask(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
