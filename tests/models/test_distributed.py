@@ -2,6 +2,7 @@
 
 import os
 import socket
+from functools import partial
 
 import pytest
 import torch
@@ -13,20 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastbert
 from fastbert.interpreter import hurry
-from tests.models.tiny import MLM, make, make_batch
+from tests.models.tiny import CLASSIFICATION, MLM, make, make_batch
 
 WORLD = 2
 
 
-def batch_of(rank):
-    return {name: tensor.cpu() for name, tensor in make_batch(MLM, seed=10 + rank).items()}
+def batch_of(rank, kind=MLM):
+    return {name: tensor.cpu() for name, tensor in make_batch(kind, seed=10 + rank).items()}
 
 
-def stock_gradients():
+def stock_gradients(kind=MLM):
     """The mean over the ranks' batches of each rank's gradient, in one process."""
-    model = make().cpu()
+    model = make(kind).cpu()
     for rank in range(WORLD):
-        (model(**batch_of(rank)).loss / WORLD).backward()
+        (model(**batch_of(rank, kind)).loss / WORLD).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -56,18 +57,18 @@ def on_two_processes(monkeypatch):
     return start
 
 
-def assert_gradients(found):
-    stock = stock_gradients()
+def assert_gradients(found, kind=MLM):
+    stock = stock_gradients(kind)
     assert found.keys() == stock.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, stock[name], msg=name)
 
 
-def assert_launched(forward):
+def assert_launched(forward, kind=MLM):
     from fastbert.kernels.launch import counts
     from tests.models.running import expected_launches, of_layers
 
-    assert of_layers(counts) == expected_launches(make(), forward=forward, backward=1), counts
+    assert of_layers(counts) == expected_launches(make(kind), forward=forward, backward=1), counts
 
 
 def ddp(rank, patch_first=True):
@@ -121,6 +122,33 @@ def fsdp_in_half_precision(rank):
         torch.testing.assert_close(gradient, stock[name], rtol=0.05, atol=5e-3, msg=name)
 
 
+def by_accelerate(rank, version):
+    """Wrapped as accelerate's transformer_based_wrap does, which looks the classes of layers up by their stock names."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = fastbert.patch(make(CLASSIFICATION, attention="sdpa").cpu())
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(model)
+    if version == 1:
+        settings = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        parallel = FullyShardedDataParallel(model, auto_wrap_policy=plugin.auto_wrap_policy, **settings)
+        assert len(FullyShardedDataParallel.fsdp_modules(parallel)) == 1 + 3  # the model; its embeddings and two layers
+    else:
+        chosen = tuple(plugin.auto_wrap_policy.keywords["transformer_layer_cls"])
+        for module in [module for module in model.modules() if isinstance(module, chosen)]:
+            fully_shard(module)
+        parallel = fully_shard(model)
+    parallel(**batch_of(rank, CLASSIFICATION)).loss.backward()
+    assert_launched(forward=1, kind=CLASSIFICATION)
+    if version == 1:
+        with FullyShardedDataParallel.summon_full_params(parallel, with_grads=True):
+            found = {name.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for name, p in parallel.named_parameters()}
+    else:
+        found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    assert_gradients(found, CLASSIFICATION)
+
+
 @pytest.mark.parametrize("work", [ddp, ddp_then_patch, fsdp_gradients, fsdp_then_patch, fsdp_in_half_precision])
 @pytest.mark.long
 def test_two_processes(work, on_two_processes):
@@ -131,7 +159,8 @@ def ddp_fsdp_and_the_optimizer(rank):
     from fastbert.kernels.launch import counts
     from tests.optim.test_distributed import sharded
 
-    for work in (ddp, fsdp_gradients, fsdp_then_patch, sharded):
+    accelerate = [partial(by_accelerate, version=version) for version in (1, 2)]
+    for work in (ddp, fsdp_gradients, fsdp_then_patch, *accelerate, sharded):
         counts.clear()
         work(rank)
 
