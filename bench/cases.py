@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Odd on purpose: packed rows come in any number, and divisibility must not be what makes a kernel good.
 TOKENS = 16383
-BATCH, SEQLEN, HEADS = 32, 509, 12  # attention's; as odd
+BATCH, SEQLEN, HEADS, GROUP = 32, 509, 12, 3  # attention's; as odd
 EMBEDDED = 127  # the length of embedded sequences, of which TOKENS is a multiple
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -29,7 +29,8 @@ ACTIVATIONS = ("gelu_tanh", "relu", "silu")
 class Variant:
     """dtype "mixed" is autocast: x in bf16, LayerNorm's input, output and weights in fp32.
 
-    width is the row's, for attention the head size; mask is attention's: none, key, causal, general or packed.
+    width is the row's, for attention the head size; mask is attention's: none, key, causal, general, packed or
+    grouped, which is key with fewer heads of keys and values.
     """
 
     op: str
@@ -174,6 +175,13 @@ def _attention_variants() -> Iterator[Variant]:
     yield variant("bf16", 128, p=0.1, mask="key")
     for head_size in (32, 40, 96, 256):
         yield variant("bf16", head_size, p=0.1, mask="key")
+    for head_size in (64, 128):
+        for p in (0.0, 0.1):
+            yield variant("bf16", head_size, p=p, mask="grouped")
+    yield variant("bf16", 256, p=0.1, mask="grouped")
+    yield variant("fp32", 64, p=0.1, mask="grouped")
+    for head_size, p in ((24, 0.0), (40, 0.1), (72, 0.1)):
+        yield variant("fp16", head_size, p=p, mask="key")
     for dtype in ("fp16", "fp32"):
         for head_size in (64, 128):
             for p in (0.0, 0.1):
@@ -182,16 +190,17 @@ def _attention_variants() -> Iterator[Variant]:
 
 
 def _attention(variant: Variant) -> None:
-    """Self-attention of BERT-base, q, k and v views of one product."""
+    """Self-attention of BERT-base, q, k and v views of one product, whose heads are fewer of k and v where grouped."""
     from fastbert.kernels import attention as op
 
     dtype = DTYPES[variant.dtype]
-    packed, general = variant.mask == "packed", variant.mask == "general"
+    packed, general, key = variant.mask == "packed", variant.mask == "general", variant.mask in ("key", "grouped")
     rows = (BATCH * SEQLEN,) if packed else (BATCH, SEQLEN)
-    q, k, v = _meta(*rows, 3, HEADS, variant.width, dtype=dtype).unbind(-3)
+    kv_heads = HEADS // GROUP if variant.mask == "grouped" else HEADS
+    q, k, v = _meta(*rows, HEADS + 2 * kv_heads, variant.width, dtype=dtype).split([HEADS, kv_heads, kv_heads], -2)
     inputs = {
-        "key_mask": _meta(BATCH, SEQLEN, dtype=torch.bool) if variant.mask == "key" else None,
-        "key_bounds": _meta(BATCH, 3, dtype=torch.int32) if variant.mask == "key" else None,
+        "key_mask": _meta(BATCH, SEQLEN, dtype=torch.bool) if key else None,
+        "key_bounds": _meta(BATCH, 3, dtype=torch.int32) if key else None,
         "mask": _meta(BATCH, 1, SEQLEN, SEQLEN, dtype=dtype).expand(-1, HEADS, -1, -1) if general else None,
         "cu_seqlens": _meta(BATCH + 1, dtype=torch.int32) if packed else None,
         "cu_seqlens_q": None,

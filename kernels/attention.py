@@ -1,6 +1,6 @@
 """out = dropout(softmax(scale Q K' + mask)) V for every head, without the scores ever in memory.
 
-q [B, Sq, heads, D], k and v [B, Sk, heads, D] with any strides (the projections' own output, no transposes), or packed
+q [B, Sq, heads, D], k and v [B, Sk, kv heads, D] with any strides (the projections' own output, no transposes), or packed
 [T, heads, D] with cu_seqlens (and cu_seqlens_q, where the queries are other rows than the keys); out has the shape of
 q, contiguous: ready for the next product.
 
@@ -61,7 +61,21 @@ def _mask_strides(mask: Tensor | None) -> dict[str, int]:
     return {"mask_batch_stride": batch, "mask_head_stride": head, "mask_q_stride": q, "mask_k_stride": k}
 
 
-def _constants(q: Tensor, causal: bool, scale: float, p: float) -> dict[str, object]:
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether the kernels are told that each row of a head starts at a multiple of 16 bytes, in all of these tensors.
+
+    Triton sees it for itself where 16 divides every stride, so at BERT's head sizes nobody has to ask. Where it is not so
+    (a slice whose first element is the third of its storage, a stride of 41), a load of 16 bytes would be an error.
+    """
+    head_size, vector = tensors[0].shape[-1], 16 // tensors[0].element_size()
+    if head_size % 16 == 0 or head_size % vector:
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and not any(stride % vector for stride in x.stride()[:-1]) for x in tensors
+    )
+
+
+def _constants(q: Tensor, k: Tensor, causal: bool, scale: float, p: float) -> dict[str, object]:
     return {
         "SCALE": scale,
         "CAUSAL": causal,
@@ -69,6 +83,7 @@ def _constants(q: Tensor, causal: bool, scale: float, p: float) -> dict[str, obj
         "PRECISION": _precision(q),
         "ACC": accumulator(q.dtype),
         "D": q.shape[-1],
+        "GROUP": q.shape[-2] // k.shape[-2],
         "BLOCK_D": _block_d(q),
     }
 
@@ -84,9 +99,13 @@ def _block_d(q: Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[-1]))  # the matrix unit's shortest side is 16
 
 
-def _choose(kernel: str, q: Tensor, mask: Tensor | None = None) -> Config:
-    """A general mask needs registers for a pointer a score, so its tiles are smaller."""
-    return choose(kernel if mask is None else f"{kernel}_masked", q, q.shape[-1])
+def _choose(kernel: str, q: Tensor, mask: Tensor | None = None, grouped: bool = False) -> Config:
+    """A general mask needs registers for a pointer a score, a loop over heads for what goes round it: smaller tiles."""
+    if grouped:
+        kernel = f"{kernel}_grouped"
+    elif mask is not None:
+        kernel = f"{kernel}_masked"
+    return choose(kernel, q, q.shape[-1])
 
 
 @or_plain(plain_attention.attention)
@@ -140,7 +159,8 @@ def _launch_fwd(
         max_seqlen_q=seqlen_q,
         max_seqlen_k=seqlen_k,
         n_rows=n_rows,
-        **_constants(q, causal, scale, p),
+        **_constants(q, k, causal, scale, p),
+        ALIGNED=_aligned(q, k, v),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
     )
@@ -209,7 +229,7 @@ def _launch_bwd_into(
     n_heads, head_size = q.shape[-2:]
     delta = torch.empty_like(logsumexp[0])
     row_key = torch.empty_like(logsumexp[0], dtype=torch.int32) if p > 0.0 else None
-    constants = _constants(q, causal, scale, p)
+    constants = _constants(q, k, causal, scale, p)
 
     config = _choose("attention_backward_rows", q)
     launch(
@@ -228,6 +248,7 @@ def _launch_bwd_into(
         max_seqlen_q=seqlen_q,
         n_rows=n_rows,
         **{name: constants[name] for name in ("P_DROP", "ACC", "D", "BLOCK_D")},
+        ALIGNED=_aligned(dout, out),
         BLOCK_M=config.BLOCK_M,
     )
     shared = {
@@ -253,6 +274,7 @@ def _launch_bwd_into(
         "max_seqlen_k": seqlen_k,
         "n_rows": n_rows,
         **constants,
+        "ALIGNED": _aligned(q, k, v, dout, dq, dk, dv),
     }
     config = _choose("attention_backward_q", q, mask)
     launch(
@@ -266,10 +288,10 @@ def _launch_bwd_into(
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
     )
-    config = _choose("attention_backward_kv", q, mask)
+    config = _choose("attention_backward_kv", q, mask, grouped=n_heads != k.shape[-2])
     launch(
         attention_bwd_kv_kernel,
-        sequences * n_heads * triton.cdiv(seqlen_k, config.BLOCK_N),
+        sequences * k.shape[-2] * triton.cdiv(seqlen_k, config.BLOCK_N),
         config,
         q,
         **shared,
@@ -340,7 +362,8 @@ def attention(
 
     Args:
         q: [B, Sq, heads, D], or packed [T, heads, D]. fp64, fp32, fp16 or bf16; any strides; D from 1 to 256.
-        k, v: [B, Sk, heads, D], or packed like q.
+        k, v: [B, Sk, kv heads, D], or packed like q. kv heads are as many as q's, or a divisor of that: each then serves a
+            group of q's neighbouring heads (grouped queries; one kv head: multi-query).
         key_mask: bool [B, Sk], true where a key is valid.
         mask: [B or 1, heads or 1, Sq or 1, Sk or 1], leading dimensions may be left out, [Sq, Sk] for one; bool (true
             where seen) or a number added to the scaled score.
@@ -359,7 +382,7 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a dtype that has no kernel, a mask that requires a
-            gradient, D over 256, a scale that is not finite, p outside [0, 1].
+            gradient, heads of k that do not divide q's, D over 256, a scale that is not finite, p outside [0, 1].
     """
     check_inputs(q, k, v, scale, p, seed, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q)
     check_masks(q, k, key_mask, mask, key_bounds)

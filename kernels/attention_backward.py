@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .attention_tiles import (
     LOG2E,
+    SIZES,
     keep_scores,
     load_rows,
     load_softmax,
@@ -27,7 +28,7 @@ from .attention_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_bwd_rows_kernel(
     dout_ptr,
     out_ptr,
@@ -45,6 +46,7 @@ def attention_bwd_rows_kernel(
     P_DROP: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -57,17 +59,16 @@ def attention_bwd_rows_kernel(
     first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
     if cu_seqlens_q_ptr is None:
         dout_ptr += batch * dout_batch_stride
-        out_rows = batch * max_seqlen_q + rows
+        first_row = batch * max_seqlen_q
     else:
-        dout_ptr += first_q.to(tl.int64) * dout_row_stride
-        out_rows = first_q.to(tl.int64) + rows
+        first_row = first_q.to(tl.int64)
+        dout_ptr += first_row * dout_row_stride
     dout_ptr += head * dout_head_stride
+    out_ptr += first_row * (n_heads * D) + head * D
 
-    dout = tile_pointers(dout_ptr, rows, dout_row_stride, dout_col_stride, BLOCK_D)
-    dout = load_tile(dout, rows, seqlen_q, D, BLOCK_D, True).to(ACC)
-    out = tile_pointers(out_ptr + head * D, out_rows, n_heads * D, 1, BLOCK_D)
-    out = load_tile(out, rows, seqlen_q, D, BLOCK_D, True).to(ACC)
-    here = head * n_rows + out_rows
+    dout = load_tile(dout_ptr, rows, dout_row_stride, dout_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED).to(ACC)
+    out = load_tile(out_ptr, rows, n_heads * D, 1, seqlen_q, D, BLOCK_D, True, ALIGNED).to(ACC)
+    here = head * n_rows + first_row + rows
     tl.store(delta_ptr + here, tl.sum(dout * out, axis=1), rows < seqlen_q)
     if P_DROP > 0:
         keys = row_keys(tl.load(seed_ptr), sequence_head, rows)
@@ -106,6 +107,7 @@ def _add_queries(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -116,9 +118,8 @@ def _add_queries(
     keys = first_key + tl.arange(0, BLOCK_N)
     for block in range(first_query, last_query, BLOCK_M):
         rows = block + tl.arange(0, BLOCK_M)
-        q = load_tile(tile_pointers(q_ptr, rows, q_row_stride, q_col_stride, BLOCK_D), rows, seqlen_q, D, BLOCK_D, True)
-        dout = tile_pointers(dout_ptr, rows, dout_row_stride, dout_col_stride, BLOCK_D)
-        dout = load_tile(dout, rows, seqlen_q, D, BLOCK_D, True)
+        q = load_tile(q_ptr, rows, q_row_stride, q_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
+        dout = load_tile(dout_ptr, rows, dout_row_stride, dout_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
         logsumexp, share = load_softmax(logsumexp_ptr, plane, rows, seqlen_q, WIDE)
         delta = load_rows(delta_ptr, rows, seqlen_q)
 
@@ -152,6 +153,67 @@ def _add_queries(
 
 
 @triton.jit
+def _add_heads(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    dout_ptr,
+    logsumexp_ptr,
+    plane,
+    delta_ptr,
+    row_key_ptr,
+    q_row_stride,
+    q_head_stride,
+    q_col_stride,
+    dout_row_stride,
+    dout_head_stride,
+    dout_col_stride,
+    kv_head,
+    n_rows,
+    first_query,
+    last_query,
+    first_key,
+    seqlen_q,
+    seqlen_k,
+    key_mask_ptr,
+    mask_ptr,
+    mask_head_stride,
+    mask_q_stride,
+    mask_k_stride,
+    MASK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    P_DROP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dk and dv with the part of these queries added, of every head that shares the keys, one after the other."""
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        here = head * n_rows
+        head_row_key_ptr, head_mask_ptr = row_key_ptr, mask_ptr
+        if P_DROP > 0:
+            head_row_key_ptr += here
+        if mask_ptr is not None:
+            head_mask_ptr += head * mask_head_stride
+        dk, dv = _add_queries(
+            dk, dv, k, v, q_ptr + head * q_head_stride, dout_ptr + head * dout_head_stride, logsumexp_ptr + here, plane,
+            delta_ptr + here, head_row_key_ptr, q_row_stride, q_col_stride, dout_row_stride, dout_col_stride,
+            first_query, last_query, first_key, seqlen_q, seqlen_k, key_mask_ptr, head_mask_ptr, mask_q_stride, mask_k_stride,
+            MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=SIZES)
 def attention_bwd_kv_kernel(
     q_ptr,
     k_ptr,
@@ -198,6 +260,8 @@ def attention_bwd_kv_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -205,8 +269,8 @@ def attention_bwd_kv_kernel(
     blocks = tl.cdiv(max_seqlen_k, BLOCK_N)
     sequence_head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    batch = (sequence_head // n_heads).to(tl.int64)
-    head = (sequence_head % n_heads).to(tl.int64)
+    batch = (sequence_head // (n_heads // GROUP)).to(tl.int64)
+    kv_head = (sequence_head % (n_heads // GROUP)).to(tl.int64)
     first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
     first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
     if block * BLOCK_N >= seqlen_k:
@@ -226,11 +290,12 @@ def attention_bwd_kv_kernel(
         k_ptr += first_key_row * k_row_stride
         v_ptr += first_key_row * v_row_stride
         dout_ptr += first_row * dout_row_stride
-    q_ptr += head * q_head_stride
-    k_ptr += head * k_head_stride
-    v_ptr += head * v_head_stride
-    dout_ptr += head * dout_head_stride
-    here = head * n_rows + first_row
+    k_ptr += kv_head * k_head_stride
+    v_ptr += kv_head * v_head_stride
+    logsumexp_ptr += first_row
+    delta_ptr += first_row
+    if P_DROP > 0:
+        row_key_ptr += first_row
     plane = n_heads.to(tl.int64) * n_rows
 
     # Queries from `start` on see some key of this block; from `clear` on they see all of it and need no mask.
@@ -247,34 +312,32 @@ def attention_bwd_kv_kernel(
             past = block * BLOCK_N >= tl.load(key_bounds_ptr + batch * 3 + 2)
             start = tl.where(past, seqlen_q, start)
     if mask_ptr is not None:
-        mask_ptr += batch * mask_batch_stride + head * mask_head_stride
+        mask_ptr += batch * mask_batch_stride
         complete = False
         start = 0
     # A row that sees no key averages every key, of this block too.
     start = tl.where(sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL), 0, start)
     clear = tl.where(complete, tl.minimum(clear, seqlen_q), seqlen_q)
 
-    k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, True)
-    v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, True)
+    k = load_tile(k_ptr, keys, k_row_stride, k_col_stride, seqlen_k, D, BLOCK_D, True, ALIGNED)
+    v = load_tile(v_ptr, keys, v_row_stride, v_col_stride, seqlen_k, D, BLOCK_D, True, ALIGNED)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dk, dv = _add_queries(
-        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, plane, delta_ptr + here,
-        row_key_ptr + here if P_DROP > 0 else row_key_ptr,
-        q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, start, clear, block * BLOCK_N, seqlen_q, seqlen_k,
-        key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+    dk, dv = _add_heads(
+        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr, plane, delta_ptr, row_key_ptr, q_row_stride, q_head_stride, q_col_stride,
+        dout_row_stride, dout_head_stride, dout_col_stride, kv_head, n_rows, start, clear, block * BLOCK_N,
+        seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_head_stride, mask_q_stride, mask_k_stride,
+        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, GROUP, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    dk, dv = _add_queries(
-        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr + here, plane, delta_ptr + here,
-        row_key_ptr + here if P_DROP > 0 else row_key_ptr,
-        q_row_stride, q_col_stride, dout_row_stride, dout_col_stride, clear, seqlen_q, block * BLOCK_N, seqlen_q, seqlen_k,
-        key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+    dk, dv = _add_heads(
+        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr, plane, delta_ptr, row_key_ptr, q_row_stride, q_head_stride, q_col_stride,
+        dout_row_stride, dout_head_stride, dout_col_stride, kv_head, n_rows, clear, seqlen_q, block * BLOCK_N,
+        seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_head_stride, mask_q_stride, mask_k_stride,
+        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, GROUP, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     out_rows = first_key_row + keys
-    dk_rows = tile_pointers(dk_ptr + head * D, out_rows, dkv_row_stride, 1, BLOCK_D)
-    dv_rows = tile_pointers(dv_ptr + head * D, out_rows, dkv_row_stride, 1, BLOCK_D)
+    dk_rows = tile_pointers(dk_ptr + kv_head * D, out_rows, dkv_row_stride, 1, BLOCK_D, ALIGNED)
+    dv_rows = tile_pointers(dv_ptr + kv_head * D, out_rows, dkv_row_stride, 1, BLOCK_D, ALIGNED)
     store_tile(dk_rows, dk * SCALE, keys, seqlen_k, D, BLOCK_D)
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     store_tile(dv_rows, dv * KEEP_SCALE, keys, seqlen_k, D, BLOCK_D)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .attention_tiles import (
     LOG2E,
+    SIZES,
     keep_scores,
     load_rows,
     load_softmax,
@@ -50,6 +51,7 @@ def _weights_of_keys(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -58,8 +60,8 @@ def _weights_of_keys(
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     WIDE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth > 16
     keys = block + tl.arange(0, BLOCK_N)
-    k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
-    v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
+    k = load_tile(k_ptr, keys, k_row_stride, k_col_stride, seqlen_k, D, BLOCK_D, MASK, ALIGNED)
+    v = load_tile(v_ptr, keys, v_row_stride, v_col_stride, seqlen_k, D, BLOCK_D, MASK, ALIGNED)
     scores = product(q, tl.trans(k), None, PRECISION, ACC) * (SCALE * LOG2E)
     if MASK:
         scores = mask_scores(
@@ -114,6 +116,7 @@ def _add_keys(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -123,7 +126,7 @@ def _add_keys(
         k, weights, dweights = _weights_of_keys(
             q, dout, logsumexp, share, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
             block, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-            MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         dscores = weights * (dweights - delta[:, None])
         dq = product(dscores.to(k.dtype), k, dq, PRECISION, ACC)
@@ -160,6 +163,7 @@ def _add_delta(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -169,13 +173,13 @@ def _add_delta(
         _, weights, dweights = _weights_of_keys(
             q, dout, logsumexp, share, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
             block, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-            MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         delta += tl.sum(weights * dweights, axis=1)
     return delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_bwd_q_kernel(
     q_ptr,
     k_ptr,
@@ -221,6 +225,8 @@ def attention_bwd_q_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -248,8 +254,8 @@ def attention_bwd_q_kernel(
         v_ptr += first_k.to(tl.int64) * v_row_stride
         dout_ptr += first_row * dout_row_stride
     q_ptr += head * q_head_stride
-    k_ptr += head * k_head_stride
-    v_ptr += head * v_head_stride
+    k_ptr += head // GROUP * k_head_stride
+    v_ptr += head // GROUP * v_head_stride
     dout_ptr += head * dout_head_stride
 
     every, some = visible_keys(
@@ -261,9 +267,8 @@ def attention_bwd_q_kernel(
     if mask_ptr is not None:
         mask_ptr += batch * mask_batch_stride + head * mask_head_stride
 
-    q = load_tile(tile_pointers(q_ptr, rows, q_row_stride, q_col_stride, BLOCK_D), rows, seqlen_q, D, BLOCK_D, True)
-    dout = tile_pointers(dout_ptr, rows, dout_row_stride, dout_col_stride, BLOCK_D)
-    dout = load_tile(dout, rows, seqlen_q, D, BLOCK_D, True)
+    q = load_tile(q_ptr, rows, q_row_stride, q_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
+    dout = load_tile(dout_ptr, rows, dout_row_stride, dout_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
     here = head * n_rows + first_row
     WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
     logsumexp, share = load_softmax(logsumexp_ptr + here, n_heads.to(tl.int64) * n_rows, rows, seqlen_q, WIDE)
@@ -279,24 +284,24 @@ def attention_bwd_q_kernel(
         delta = _add_delta(
             delta, q, dout, logsumexp, share, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
             0, every, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-            False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         delta = _add_delta(
             delta, q, dout, logsumexp, share, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
             every, some, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-            True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         tl.store(delta_ptr + here + rows, delta, rows < seqlen_q)  # dK and dV take it from here
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     dq = _add_keys(
         dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
         0, every, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _add_keys(
         dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,
         every, some, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    dq_rows = tile_pointers(dq_ptr + head * D, first_row + rows, dq_row_stride, 1, BLOCK_D)
+    dq_rows = tile_pointers(dq_ptr + head * D, first_row + rows, dq_row_stride, 1, BLOCK_D, ALIGNED)
     store_tile(dq_rows, dq * SCALE, rows, seqlen_q, D, BLOCK_D)

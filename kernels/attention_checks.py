@@ -18,12 +18,13 @@ def check_inputs(q, k, v, scale, p, seed, cu_seqlens, max_seqlen, cu_seqlens_q, 
         raise ValueError(f"q: expected {'[T, heads, D]' if packed else '[B, S, heads, D]'}, got {tuple(q.shape)}")
     if not 1 <= q.shape[-1] <= MAX_HEAD_SIZE:
         raise ValueError(f"q: expected a head size from 1 to {MAX_HEAD_SIZE}, got {q.shape[-1]}")
+    heads = _kv_heads(q, k)
     if not packed:
-        expected = (q.shape[0], k.shape[1] if k.dim() == 4 else -1, *q.shape[-2:])
+        expected = (q.shape[0], k.shape[1] if k.dim() == 4 else -1, heads, q.shape[-1])
     elif cu_seqlens_q is None:
-        expected = tuple(q.shape)
+        expected = (q.shape[0], heads, q.shape[-1])
     else:
-        expected = (k.shape[0] if k.dim() == 3 else -1, *q.shape[-2:])
+        expected = (k.shape[0] if k.dim() == 3 else -1, heads, q.shape[-1])
     for name, tensor in (("k", k), ("v", v)):
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
@@ -44,6 +45,16 @@ def check_inputs(q, k, v, scale, p, seed, cu_seqlens, max_seqlen, cu_seqlens_q, 
             given = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
             raise ValueError(f"seed: expected an int64 tensor without dimensions, got {given}")
         _check_device("seed", seed, q)
+
+
+def _kv_heads(q: Tensor, k: Tensor) -> int:
+    """How many heads k and v are to have: those of k where they divide q's, of which each then serves as many."""
+    heads = q.shape[-2]
+    if k.dim() != q.dim() or k.shape[-2] == heads:
+        return heads
+    if k.shape[-2] == 0 or heads % k.shape[-2]:
+        raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {k.shape[-2]}")
+    return k.shape[-2]
 
 
 def _check_bounds(name, cu_seqlens, name_of_longest, max_seqlen, q) -> None:

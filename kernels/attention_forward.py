@@ -1,7 +1,7 @@
 """Attention's forward kernel: softmax(scale Q K' + mask) V with the softmax kept running over blocks of keys.
 
-One program computes BLOCK_M queries of one head. Online softmax: Milakov and Gimelshein, arXiv:1805.02867; tiling:
-FlashAttention-2 (Dao, arXiv:2307.08691).
+One program computes BLOCK_M queries of one head; GROUP neighbouring heads of queries share one of keys and values. Online
+softmax: Milakov and Gimelshein, arXiv:1805.02867; tiling: FlashAttention-2 (Dao, arXiv:2307.08691).
 """
 
 import triton
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .attention_tiles import (
     LOG2E,
+    SIZES,
     keep_scores,
     load_tile,
     mask_scores,
@@ -51,6 +52,7 @@ def _attend(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,7 +61,7 @@ def _attend(
     positions = tl.arange(0, BLOCK_M)
     for block in range(first_key, last_key, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
-        k = load_tile(tile_pointers(k_ptr, keys, k_row_stride, k_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
+        k = load_tile(k_ptr, keys, k_row_stride, k_col_stride, seqlen_k, D, BLOCK_D, MASK, ALIGNED)
         scores = product(q, tl.trans(k), None, PRECISION, ACC)
         if MASK:
             scores = mask_scores(
@@ -88,13 +90,13 @@ def _attend(
         if P_DROP > 0:
             keep = keep_scores(row_key[:, None], positions[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
             weights = tl.where(keep, weights, 0.0)
-        v = load_tile(tile_pointers(v_ptr, keys, v_row_stride, v_col_stride, BLOCK_D), keys, seqlen_k, D, BLOCK_D, MASK)
+        v = load_tile(v_ptr, keys, v_row_stride, v_col_stride, seqlen_k, D, BLOCK_D, MASK, ALIGNED)
         acc = product(weights.to(v.dtype), v, acc, PRECISION, ACC)
         top = new_top
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -133,6 +135,8 @@ def attention_fwd_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -159,8 +163,8 @@ def attention_fwd_kernel(
         v_ptr += first_k.to(tl.int64) * v_row_stride
         out_row = first_q.to(tl.int64)
     q_ptr += head * q_head_stride
-    k_ptr += head * k_head_stride
-    v_ptr += head * v_head_stride
+    k_ptr += head // GROUP * k_head_stride
+    v_ptr += head // GROUP * v_head_stride
 
     every, some = visible_keys(
         key_bounds_ptr, mask_ptr, batch, block * BLOCK_M, (block + 1) * BLOCK_M, seqlen_q, seqlen_k, CAUSAL
@@ -171,7 +175,7 @@ def attention_fwd_kernel(
         mask_ptr += batch * mask_batch_stride + head * mask_head_stride
     every = every // BLOCK_N * BLOCK_N
 
-    q = load_tile(tile_pointers(q_ptr, rows, q_row_stride, q_col_stride, BLOCK_D), rows, seqlen_q, D, BLOCK_D, True)
+    q = load_tile(q_ptr, rows, q_row_stride, q_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
     row_key = rows
     if P_DROP > 0:
         row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)
@@ -181,12 +185,12 @@ def attention_fwd_kernel(
     acc, total, top = _attend(
         acc, total, top, q, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride, 0, every,
         rows, row_key, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride, every, some,
         rows, row_key, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
-        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
@@ -194,7 +198,7 @@ def attention_fwd_kernel(
     out = acc * (KEEP_SCALE / tl.where(total == 0, 1.0, total))[:, None]
     out_rows = out_row + rows
     out_head = out_ptr + head * D
-    store_tile(tile_pointers(out_head, out_rows, n_heads * D, 1, BLOCK_D), out, rows, seqlen_q, D, BLOCK_D)
+    store_tile(tile_pointers(out_head, out_rows, n_heads * D, 1, BLOCK_D, False), out, rows, seqlen_q, D, BLOCK_D)
     WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
     here = logsumexp_ptr + head * n_rows + out_row
     store_softmax(here, n_heads.to(tl.int64) * n_rows, rows, seqlen_q, top, total, WIDE)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Not specialised: that 16 divides a length makes no kernel better, and each would be compiled anew for it in mid-training.
+SIZES = ("n_heads", "max_seqlen_q", "max_seqlen_k", "n_rows")
 # The score of a masked key. Finite, so that a row whose keys are all masked is their plain average, as it is in
 # eager, and not NaN; low enough to weigh nothing beside any key that is not masked; the same number in every dtype.
 MASKED_SCORE = tl.constexpr(-(2.0**100))
@@ -24,15 +26,29 @@ def sequence_bounds(cu_seqlens_ptr, batch, seqlen):
 
 
 @triton.jit
-def tile_pointers(ptr, rows, row_stride, col_stride, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] pointers, int64 within."""
+def tile_pointers(ptr, rows, row_stride, col_stride, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+    """[rows, BLOCK_D] pointers, int64 within; ALIGNED: each row starts at a multiple of 16 bytes (its caller knows)."""
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
-    return ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
+    pointers = ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, (1, 16))
+    return pointers
 
 
 @triton.jit
-def load_tile(pointers, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """The tile, 0 outside: past the head size where BLOCK_D rounds it up, past the last row where asked."""
+def load_tile(
+    ptr,
+    rows,
+    row_stride,
+    col_stride,
+    n_rows,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """[rows, BLOCK_D], 0 outside: past the head size where BLOCK_D rounds it up, past the last row where asked."""
+    pointers = tile_pointers(ptr, rows, row_stride, col_stride, BLOCK_D, ALIGNED)
     if CHECK_ROWS and D != BLOCK_D:
         tile = tl.load(pointers, (rows < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     elif CHECK_ROWS:

@@ -34,7 +34,7 @@ from .launch import (
 __all__ = ["bias_gelu"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def bias_gelu_fwd_kernel(
     x_ptr,
     bias_ptr,
@@ -64,7 +64,7 @@ def bias_gelu_fwd_kernel(
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), y.to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_row_programs"])
 def bias_gelu_bwd_kernel(
     dy_ptr,
     x_ptr,

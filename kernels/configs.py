@@ -168,12 +168,14 @@ _HOPPER_ATTENTION: dict[str, Table] = {
     "forward": {2: {32: Config(128, 4, 64, num_stages=3), 63: Config(64, 4, 64, num_stages=2), 64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
     "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(64, 8, 32, num_stages=2)}},
     "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_kv_grouped": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(16, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
 }
 _BLACKWELL_ATTENTION: dict[str, Table] = _HOPPER_ATTENTION | {
     "forward": {2: _HOPPER_ATTENTION["forward"][2] | {128: Config(64, 4, 64, num_stages=2)}},
     "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=1), 256: Config(64, 8, 32, num_stages=2)}},
     "backward_kv": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_kv_grouped": {2: {64: Config(64, 8, 64, num_stages=2), 128: Config(32, 8, 64, num_stages=1), 256: Config(32, 8, 32, num_stages=1)}},
 }
 _AMPERE_ATTENTION: dict[str, Table] = {
     "forward": {2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=3), 256: Config(32, 8, 32, num_stages=2)}},
@@ -193,12 +195,14 @@ def _everywhere(table: Table) -> dict[str, Table]:
 
 
 def _attention(part: str) -> dict[str, Table]:
-    """part may end in _masked: where a table has no such entry, general masks take the one without."""
-
-    plain = part.removesuffix("_masked")
+    """part may end in _masked or _grouped: where a table has no such entry, general masks take the one without, and grouped
+    heads that of general masks."""
+    plain = part.removesuffix("_masked").removesuffix("_grouped")
+    others = (plain,) if part == plain else (f"{plain}_masked", plain)
     tables = {"sm_80": _AMPERE_ATTENTION, "sm_90": _HOPPER_ATTENTION, "sm_100": _BLACKWELL_ATTENTION}
     return {
-        architecture: table.get(part, table[plain]) | _WIDE_ATTENTION[plain] for architecture, table in tables.items()
+        architecture: next(table[name] for name in (part, *others) if name in table) | _WIDE_ATTENTION[plain]
+        for architecture, table in tables.items()
     } | _interpreted(Config(64, 1, 32))
 
 
@@ -227,7 +231,9 @@ TABLES: dict[str, dict[str, Table]] = {
     "linear_cross_entropy_scale": _everywhere(_LINEAR_CROSS_ENTROPY_SCALE) | _interpreted(Config(128, 1, 1024)),
     "attention_backward_rows": _everywhere(_ATTENTION_ROWS) | _interpreted(Config(64, 1)),
 } | {
-    f"attention_{part}{masked}": _attention(f"{part}{masked}")
-    for part in ("forward", "backward_kv", "backward_q")
-    for masked in ("", "_masked")
+    f"attention_{part}": _attention(part)
+    for part in (
+        *("forward", "forward_masked", "backward_kv", "backward_kv_masked", "backward_kv_grouped"),
+        *("backward_q", "backward_q_masked"),
+    )
 }

@@ -47,7 +47,7 @@ from .launch import (
 __all__ = ["dropout_add_layernorm"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def dropout_add_layernorm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -101,7 +101,7 @@ def dropout_add_layernorm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_programs"])
 def dropout_add_layernorm_bwd_kernel(
     dy_ptr,
     z_ptr,

@@ -27,7 +27,7 @@ GROUPS = 32  # sums that types alone are split into, so that enough programs hav
 MOST_TYPES = 4  # sums are kept apart in registers; a table with more rows goes the other way
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_places", "n_table_rows", "skip"])
 def embedding_layernorm_bwd_runs_kernel(
     dz_ptr,
     ids_ptr,
@@ -83,7 +83,7 @@ def embedding_layernorm_bwd_runs_kernel(
     tl.store(partials_ptr + offsets(slots[:, None], cols[None, :], N_COLS, 1), total, parts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pieces", "n_table_rows", "skip"])
 def embedding_layernorm_bwd_joins_kernel(
     ids_ptr,
     partials_ptr,
@@ -122,7 +122,7 @@ def embedding_layernorm_bwd_joins_kernel(
         tl.store(dtable_ptr + offsets(id_, cols, N_COLS, 1), total.to(dtable_ptr.dtype.element_ty), col_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_outer", "n_inner", "n_a_piece", "n_types"])
 def embedding_layernorm_bwd_sums_kernel(
     dz_ptr,
     type_ids_ptr,

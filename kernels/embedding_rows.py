@@ -15,6 +15,8 @@ from .device_math import (
     tile_offsets,
 )
 
+SIZES = ("seqlen", "offset", "n_words", "n_positions", "n_types", "n_rows", "n_programs")  # of which no kernel is compiled anew
+
 
 @triton.jit
 def named_rows(ids_ptr, places, mask, n_table_rows):
@@ -72,7 +74,7 @@ def summed_rows(
     return ((word + type_).to(SUM).to(ACC) + position).to(Z).to(ACC)
 
 
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize=SIZES)
 def embedding_layernorm_fwd_kernel(
     words_ptr,
     positions_ptr,
@@ -151,7 +153,7 @@ def embedding_layernorm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def embedding_layernorm_bwd_kernel(
     dy_ptr,
     words_ptr,

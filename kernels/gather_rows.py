@@ -21,7 +21,7 @@ from .launch import check_device, check_dtype, choose, differentiable, launch
 __all__ = ["gather_rows"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def gather_rows_kernel(
     x_ptr,
     index_ptr,

@@ -43,7 +43,7 @@ from .launch import (
 __all__ = ["gelu_layernorm"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def gelu_layernorm_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -86,7 +86,7 @@ def gelu_layernorm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_programs"])
 def gelu_layernorm_bwd_kernel(
     dy_ptr,
     x_ptr,

@@ -66,7 +66,7 @@ def _dlogits(x, cols, label_cols, row_top, factor, dloss, spread, counted, SMOOT
     return tl.where(counted, dx, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def linear_cross_entropy_fwd_kernel(
     logits_ptr,
     bias_ptr,
@@ -151,7 +151,7 @@ def linear_cross_entropy_fwd_kernel(
             tl.store(dlogits_ptr + offsets(tile_rows, cols, STRIDE, 1), dx, tile_row_mask & (cols < STRIDE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def linear_cross_entropy_reduce_kernel(
     losses_ptr,
     labels_ptr,
@@ -190,7 +190,7 @@ def linear_cross_entropy_reduce_kernel(
         tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def linear_cross_entropy_bwd_scale_kernel(
     x_ptr,
     dloss_ptr,

@@ -15,7 +15,7 @@ def attention(
     """out, and in place of the logsumexp a tensor that only the twin of the backward takes, which does not read it."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for rows, keys, sequences in _sequences(q, cu_seqlens, cu_seqlens_q):
-        parts = _part(q, rows), _part(k, keys), _part(v, keys)
+        parts = _part(q, rows), _of_each_head(_part(k, keys), q), _of_each_head(_part(v, keys), q)
         weights, keep = _weights(*parts[:2], sequences, key_mask, mask, seed, causal, scale, p)
         _part(out, rows).copy_(torch.einsum("bhqk,bkhd->bqhd", dropped(weights, keep, p).to(q.dtype), parts[2]))
     planes = 2 if q.element_size() > 2 else 1
@@ -32,14 +32,16 @@ def attention_backward(
         grad.zero_()
     for rows, keys, sequences in _sequences(q, cu_seqlens, cu_seqlens_q):
         q_, k_, v_, dout_ = _part(q, rows), _part(k, keys), _part(v, keys), _part(dout, rows)
+        k_, v_ = _of_each_head(k_, q), _of_each_head(v_, q)
         weights, keep = _weights(q_, k_, sequences, key_mask, mask, seed, causal, scale, p)
         dweights = dropped(torch.einsum("bqhd,bkhd->bhqk", dout_, v_).to(weights.dtype), keep, p)
         dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
         dscores, weights = dscores.to(q.dtype), dropped(weights, keep, p).to(q.dtype)
         dq, dk, dv = _part(grads[0], rows), _part(grads[1], keys), _part(grads[2], keys)
         dq.copy_(torch.einsum("bhqk,bkhd->bqhd", dscores, k_))
-        dk.copy_(torch.einsum("bhqk,bqhd->bkhd", dscores, q_))
-        dv.copy_(torch.einsum("bhqk,bqhd->bkhd", weights, dout_))
+        group = q.shape[-2] // k.shape[-2]
+        dk.copy_(_summed_by_group(group, dscores, q_))
+        dv.copy_(_summed_by_group(group, weights, dout_))
     return tuple(grads)
 
 
@@ -57,6 +59,16 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None, cu_seqlens_q: Tensor | None
 def _part(x: Tensor, rows: slice | None) -> Tensor:
     """[B, rows, heads, D]; a view."""
     return x if rows is None else x[rows].unsqueeze(0)
+
+
+def _of_each_head(x: Tensor, q: Tensor) -> Tensor:
+    """k or v [B, rows, kv heads, D] with as many heads as q, a group of neighbours the same one."""
+    return x if x.shape[2] == q.shape[-2] else x.repeat_interleave(q.shape[-2] // x.shape[2], 2)
+
+
+def _summed_by_group(group: int, scores: Tensor, rows: Tensor) -> Tensor:
+    """[B, Sk, kv heads, D]: scores [B, heads, Sq, Sk] times rows [B, Sq, heads, D], the heads of a group added up."""
+    return torch.einsum("bhgqk,bqhgd->bkhd", scores.unflatten(1, (-1, group)), rows.unflatten(2, (-1, group)))
 
 
 def _weights(

@@ -104,7 +104,10 @@ def attention(
     key_bounds: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """dropout(softmax(scale q k' + mask)) v; `keep` is [B, heads, Sq, Sk], packed [sequences, heads, max of q, max]."""
+    """dropout(softmax(scale q k' + mask)) v; `keep` is [B, heads, Sq, Sk], packed [sequences, heads, max of q, max].
+
+    Where k and v have fewer heads than q, a group of neighbouring heads of q shares each of theirs.
+    """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         bounds_q = bounds if cu_seqlens_q is None else cu_seqlens_q.tolist()
@@ -115,6 +118,8 @@ def attention(
             kept = None if keep is None else keep[i : i + 1, :, : part[0].shape[1], : part[1].shape[1]]
             parts.append(attention(*part, causal=causal, scale=scale, p=p, keep=kept)[0])
         return torch.cat(parts)
+    if k.shape[2] != q.shape[2]:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     # Masks are added, as in transformers' eager attention: a row that sees no key is the average of all of them, and

@@ -167,6 +167,16 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
             options={"cu_seqlens": bounds, "max_seqlen": ROWS},
             keep=lambda p, seed: drawn_keep(3, 2, ROWS, ROWS, p, seed),
         ),
+        Case(
+            "attention grouped",
+            attention,
+            reference.attention,
+            {"q": rows(2, ROWS, 4, 8), "k": rows(2, ROWS, 2, 8), "v": rows(2, ROWS, 2, 8)},
+            rows(2, ROWS, 4, 8),
+            **attending,
+            options={"key_mask": key_mask, "mask": normal(2, 4, ROWS, ROWS)},
+            keep=lambda p, seed: drawn_keep(2, 4, ROWS, ROWS, p, seed),
+        ),
         *(
             Case(
                 f"linear_cross_entropy {reduction}",

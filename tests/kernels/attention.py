@@ -51,7 +51,7 @@ def tiles(forward: Tile, kv: Tile | None = None, q: Tile | None = None) -> Itera
     shapes |= {"attention_backward_kv": kv or forward, "attention_backward_q": q or kv or forward}
 
     def choose(kernel: str, like: Tensor, width: int) -> Config:
-        shape = shapes[kernel.removesuffix("_masked")]
+        shape = shapes[kernel.removesuffix("_masked").removesuffix("_grouped")]
         return Config(shape[0], 1, shape[1])
 
     with patch.object(module, "choose", choose if INTERPRETED else module.choose):

@@ -65,10 +65,10 @@ def test_a_head_size_without_a_kernel(packed, head_size):
     assert str(head_size) in refused("q", dict.fromkeys("qkv", zeros(*shape, head_size)), **options)
 
 
-@pytest.mark.parametrize("shape", [(), (5, 2, 8), (3, 5, 2, 8), (1, 5, 2, 8), (2, 5, 1, 8), (2, 5, 2, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(), (5, 2, 8), (3, 5, 2, 8), (1, 5, 2, 8), (2, 5, 2, 7)], ids=str)
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_another_shape(name, shape):
-    """Not broadcast, though torch would: the gradient would then have to be summed."""
+    """Not broadcast, though torch would: the gradient would then have to be summed. Heads: test_attention_grouped.py."""
     assert str(tuple(shape)) in refused(name, make_inputs(2, 5, 2, 8) | {name: zeros(*shape)})
 
 
@@ -76,7 +76,7 @@ def test_values_of_another_length_than_the_keys():
     refused("v", make_inputs(2, 5, 2, 8) | {"v": zeros(2, 6, 2, 8)})
 
 
-@pytest.mark.parametrize("shape", [(9, 2, 8), (10, 1, 8), (10, 2, 7), (2, 5, 2, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 2, 8), (10, 3, 8), (10, 2, 7), (2, 5, 2, 8)], ids=str)
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_another_shape_packed(name, shape):
     refused(name, rows() | {name: zeros(*shape)}, cu_seqlens=bounds(), max_seqlen=6)

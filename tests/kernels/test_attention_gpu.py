@@ -65,6 +65,26 @@ def test_bound_of_lengths_that_differ(causal, lengths, dtype):
 
 
 @HALVES
+@pytest.mark.parametrize("head_size", [40, 64, 128])
+@pytest.mark.parametrize("heads", [(12, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "causal", "dropped", "key_mask", "bool mask", "everything"])
+def test_bound_of_grouped_heads(kind, heads, head_size, dtype):
+    inputs = make_inputs(2, 257, heads[0], head_size, dtype)
+    inputs |= {name: normal(2, 257, heads[1], head_size, dtype=dtype) for name in "kv"}
+    check(inputs, **options_of(kind, 2, 257))
+
+
+@HALVES
+@pytest.mark.parametrize("head_size", [8, 24, 40, 56, 72])
+def test_bound_of_head_sizes_that_8_divides(head_size, dtype):
+    """Views of one product, whose rows and heads start at multiples of 16 bytes; and such that start anywhere."""
+    product = normal(2, 129, 3, 3, head_size + 1, dtype=dtype)
+    check(dict(zip("qkv", product[..., :-1].contiguous().unbind(2), strict=True)), p=0.1)
+    check(dict(zip("qkv", product[..., :-1].unbind(2), strict=True)), p=0.1)
+    check(dict(zip("qkv", product[..., 1:].unbind(2), strict=True)), product[:, :, 0, :, 1:], p=0.1)
+
+
+@HALVES
 @pytest.mark.parametrize("layout", [heads_first, head_size_first, every_second, shared_heads], ids=lambda f: f.__name__)
 def test_bound_of_layouts(layout, dtype):
     inputs = {name: layout(x) for name, x in make_inputs(2, 129, 3, 64, dtype).items()}

@@ -32,6 +32,7 @@ TABLES_OF = {
     "embedding_layernorm dropped": (*_LAYERNORM, "embedding_runs", "embedding_sums_backward"),
     "attention padded, dropped": (*_ATTENTION, "attention_backward_rows"),
     "attention general mask": tuple(f"{table}_masked" for table in _ATTENTION),
+    "attention grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
     "linear_cross_entropy kept": ("linear_cross_entropy", "linear_cross_entropy_scale"),
     "linear_cross_entropy none": ("linear_cross_entropy", "linear_cross_entropy_reduce"),
     "adamw": ("adamw",),
@@ -118,13 +119,15 @@ def check_gather_rows(width: int, dtype: torch.dtype) -> None:
     test_gather_rows.check(x, *test_gather_rows.indices(ROWS, ROWS // 2, 3))
 
 
-def check_attention(masked: bool) -> Callable[[int, torch.dtype], None]:
+def check_attention(masked: bool = False, kv_heads: int = 2) -> Callable[[int, torch.dtype], None]:
     def check_at(head_size: int, dtype: torch.dtype) -> None:
         for length in LENGTHS:
             seen = torch.rand(2, 1, length, length, device=DEVICE) > 0.1
             seen[..., 0] = True
             options = {"mask": seen} if masked else {"key_mask": seen[:, 0, 0]}
-            attention.check(attention.make_inputs(2, length, 2, head_size, dtype), p=0.1, **options)
+            inputs = attention.make_inputs(2, length, 2, head_size, dtype)
+            inputs |= {name: inputs[name][:, :, :kv_heads].contiguous() for name in "kv"}
+            attention.check(inputs, p=0.1, **options)
 
     return check_at
 
@@ -152,8 +155,9 @@ CHECKS: dict[str, Callable[[int, torch.dtype], object]] = {
     "gelu_layernorm": check_rows(GELU_LAYERNORM),
     "gather_rows": check_gather_rows,
     "embedding_layernorm dropped": check_embedding_layernorm,
-    "attention padded, dropped": check_attention(masked=False),
+    "attention padded, dropped": check_attention(),
     "attention general mask": check_attention(masked=True),
+    "attention grouped, dropped": check_attention(kv_heads=1),
     "linear_cross_entropy kept": check_linear_cross_entropy("mean"),
     "linear_cross_entropy none": check_linear_cross_entropy("none"),
     "adamw": check_adamw,

@@ -6,6 +6,7 @@ from tests.mutation.faults import (
     attention_backward,
     elementwise,
     embeddings,
+    forwards,
     layernorm,
     layers,
     linear_cross_entropy,
@@ -28,6 +29,7 @@ AREAS = (
     mlm_head,
     packing,
     patching,
+    forwards,
     reports,
 )
 FAULTS: tuple[Fault, ...] = tuple(fault for area in AREAS for fault in area.FAULTS)

@@ -10,6 +10,8 @@ PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few o
 CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
 DROPOUT = "tests/kernels/test_attention_dropout.py"
 PACKED = "tests/kernels/test_attention_packed.py"
+GROUPED = "tests/kernels/test_attention_grouped.py"
+ALIGNMENT = "tests/kernels/test_attention_alignment.py"
 
 _op = partial(Fault, file="kernels/attention.py", op="attention")
 _forward = partial(Fault, file="kernels/attention_forward.py", op="attention")
@@ -136,6 +138,36 @@ FAULTS = (
         before='**_strides("v", v),\n        **_mask_strides(mask),\n        n_heads=n_heads,',
         after='**_strides("v", k),\n        **_mask_strides(mask),\n        n_heads=n_heads,',
         tests=("tests/kernels/test_attention_layouts.py", "-k", "test_four_strides and float64"),
+    ),
+    _forward(
+        "a group's heads read the keys of another group",
+        before="k_ptr += head // GROUP * k_head_stride",
+        after="k_ptr += head % (n_heads // GROUP) * k_head_stride",
+        tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and none"),
+    ),
+    _op(
+        "rows are taken to start at multiples of 16 bytes wherever the tensor does",
+        before="x.data_ptr() % 16 == 0 and x.stride(-1) == 1",
+        after="x.stride(-1) == 1",
+        tests=(f"{ALIGNMENT}::test_one_tensor_that_is_not_aligned",),
+    ),
+    _op(
+        "rows are taken to start at multiples of 16 bytes whatever lies between them",
+        before="not any(stride % vector for stride in x.stride()[:-1])",
+        after="not any(stride % 2 for stride in x.stride()[:-1])",
+        tests=(f"{ALIGNMENT}::test_it_is_true_of_every_address",),
+    ),
+    _op(
+        "dK and dV are written by 16 bytes though dout is read at odd places",
+        before='"ALIGNED": _aligned(q, k, v, dout, dq, dk, dv),',
+        after='"ALIGNED": _aligned(q, k, v, dq, dk, dv),',
+        tests=(f"{ALIGNMENT}::test_an_upstream_gradient_that_is_not_aligned",),
+    ),
+    _tiles(
+        "a model of one head does not compile",
+        before='SIZES = ("n_heads", ',
+        after="SIZES = (",
+        tests=("tests/kernels/test_specialisations.py", "-k", "test_every_kernel_compiles_at_every_kind_of_int and one"),
     ),
     _op(
         "the last valid key is past the end",

@@ -9,6 +9,7 @@ MASKS = "tests/kernels/test_attention_masks.py"
 PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
 CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
 DROPOUT = "tests/kernels/test_attention_dropout.py"
+GROUPED = "tests/kernels/test_attention_grouped.py"
 
 _keys = partial(Fault, file="kernels/attention_backward.py", op="attention")
 _queries = partial(Fault, file="kernels/attention_backward_q.py", op="attention")
@@ -23,8 +24,8 @@ FAULTS = (
     ),
     _queries(
         "delta is summed before dropout",
-        before="P_DROP, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta += tl.sum(",
-        after="0.0, PRECISION, ACC, D, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta += tl.sum(",
+        before="P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta +=",
+        after="0.0, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta +=",
         tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
     ),
     _queries(
@@ -32,6 +33,30 @@ FAULTS = (
         before="key_mask_ptr += batch * max_seqlen_k",
         after="key_mask_ptr += batch * 0",
         tests=PADDING,
+    ),
+    _queries(
+        "dq reads the values of the first group",
+        before="v_ptr += head // GROUP * v_head_stride",
+        after="v_ptr += head * 0",
+        tests=(GROUPED, "-k", "test_against_the_reference and none"),
+    ),
+    _keys(
+        "the last head of a group is left out of dk and dv",
+        before="for member in range(GROUP):",
+        after="for member in range(GROUP - 1 if GROUP > 1 else 1):",
+        tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and none"),
+    ),
+    _keys(
+        "a group's heads are masked as its first",
+        before="head_mask_ptr += head * mask_head_stride",
+        after="head_mask_ptr += kv_head * GROUP * mask_head_stride",
+        tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and by"),
+    ),
+    _keys(
+        "a group's heads drop as its first",
+        before="head_row_key_ptr += here",
+        after="head_row_key_ptr += kv_head * GROUP * n_rows",
+        tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and dropped"),
     ),
     _keys(
         "dk is scaled twice",

@@ -1,0 +1,80 @@
+"""Every kernel at every kind of its int arguments: `python -m tests.kernels.sweep_specialisations [--all]`.
+
+Triton compiles a kernel anew for an int that is 1, which it makes a constant, for one that 16 divides and for any other: one
+that compiles for every model seen so far may not for one of one head. Each case of bench/cases.py is launched as the audit
+launches it, with its ints changed, and lowered to Triton's IR for sm_90. A line of JSON a launch: the kernel, the variant,
+the ints that are told apart so, how often it was lowered, and the changes with which it could not be. Without --all only
+variants that differ in more than their dtype and width, and after the first of a kernel's only 1, of one int in four by itself.
+In a process of its own: under the interpreter nothing compiles.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+import triton
+import triton.language as tl
+
+from bench.compile import Launch, compile_launch
+from fastbert.kernels.configs import Config
+from tests.kernels.lint_offsets import ARCHITECTURE, launches, lower
+
+KINDS = (1, 16, 17)
+ONE_IN = 4
+
+
+def ints(launched: Launch) -> list[str]:
+    """Those that are no constant of the kernel anyway."""
+    constants = {parameter.name for parameter in launched.kernel.params if parameter.is_constexpr}
+    return [name for name, value in launched.arguments.items() if type(value) is int and name not in constants]
+
+
+def specialised(launched: Launch) -> list[str]:
+    return [p.name for p in launched.kernel.params if p.name in ints(launched) and not p.do_not_specialize]
+
+
+def changes(launched: Launch, before: int, every: bool) -> Iterator[dict[str, int]]:
+    """All of a kind at once, then each by itself; `before`: variants of this kernel that were there before."""
+    names = ints(launched)
+    for kind in KINDS if every or not before else KINDS[:1]:
+        yield dict.fromkeys(names, kind)
+    for place, name in enumerate(names):
+        if every or not before or (place + before) % ONE_IN == 0:
+            for kind in KINDS if every else KINDS[:1]:
+                yield {name: kind}
+
+
+def failures(launched: Launch, before: int, every: bool) -> tuple[int, list[str]]:
+    lowered, failed = 0, []
+    for changed in changes(launched, before, every):
+        try:
+            compile_launch(ARCHITECTURE, replace(launched, arguments=launched.arguments | changed))
+            lowered += 1
+        except triton.compiler.errors.CompilationError as error:
+            what = "every int" if len(changed) > 1 else next(iter(changed))
+            failed.append(f"{what} {next(iter(changed.values()))}: {str(error).splitlines()[-1]}")
+    return lowered, failed
+
+
+@triton.jit
+def converting_kernel(y_ptr, n_heads, n_rows, BLOCK_M: tl.constexpr):
+    """What the sweep has to find: an int that is 1 is a constant, and a constant has no `to`."""
+    tl.store(y_ptr + n_heads.to(tl.int64) * n_rows, tl.program_id(0))
+
+
+def planted() -> tuple[str, Launch]:
+    y = torch.empty(1, dtype=torch.int32, device="meta")
+    return "planted", Launch(converting_kernel, 1, Config(4, 4), {"y_ptr": y, "n_heads": 12, "n_rows": 5, "BLOCK_M": 4})
+
+
+if __name__ == "__main__":
+    every, seen = "--all" in sys.argv, Counter[str]()
+    with patch.object(triton.compiler, "compile", lower):
+        for variant, one in (planted(), *launches(every)):
+            name = one.kernel.__name__
+            print(json.dumps([name, variant, specialised(one), *failures(one, seen[name], every)]), flush=True)
+            seen[name] += 1

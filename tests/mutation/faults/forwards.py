@@ -1,0 +1,54 @@
+"""Which stock forwards pass for those that fastbert was tested against."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+TESTS = "tests/test_forwards.py"
+
+_forwards = partial(Fault, file="fastbert/forwards.py")
+
+FAULTS = (
+    _forwards(
+        "a user's function around a stock one passes for it",
+        before="    while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folder):\n",
+        after="    while isinstance(function, FunctionType):\n",
+        tests=(f"{TESTS}::test_what_is_not_transformers_code_is_replaced",),
+    ),
+    _forwards(
+        "only the outermost decorator is judged, not what it is around",
+        before='        if not hasattr(function, "__wrapped__"):\n            return function\n',
+        after="        return function\n",
+        tests=(f"{TESTS}::test_what_is_not_transformers_code_is_replaced",),
+    ),
+    _forwards(
+        "names of arguments do not count",
+        before='_LEFT_OUT = {"ctx",',
+        after='_LEFT_OUT = {"arg", "ctx",',
+        tests=(f"{TESTS}::test_code_changes_the_digest",),
+    ),
+    _forwards(
+        "annotations of assignments count",
+        before="    if isinstance(node, ast.AnnAssign):\n",
+        after="    if isinstance(node, ast.AugAssign):\n",
+        tests=(f"{TESTS}::test_documentation_changes_no_digest",),
+    ),
+    _forwards(
+        "a function that was put on the class later is not looked at",
+        before="    if judged is None or judged[0] is not function:\n",
+        after="    if judged is None:\n",
+        tests=(f"{TESTS}::test_replaced_and_put_back",),
+    ),
+    _forwards(
+        "what one patch accepted is accepted for all",
+        before="    if not strict and (pair, id(function)) in _accepted:\n",
+        after="    if (pair, id(function)) in _accepted:\n",
+        tests=(f"{TESTS}::test_accepted_for_this_process",),
+    ),
+    _forwards(
+        "whoever accepts one function accepts all that come after it",
+        before="    if not strict and (pair, id(function)) in _accepted:\n",
+        after="    if not strict and pair in {accepted for accepted, _ in _accepted}:\n",
+        tests=(f"{TESTS}::test_accepted_for_this_process",),
+    ),
+)
