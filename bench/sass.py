@@ -13,7 +13,8 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w
 _RESOURCE = re.compile(r"\b(REG|STACK|SHARED|LOCAL):(\d+)")
 _PTX_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.M)
 _PTX_EVENT = re.compile(
-    r"^\s*\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)"
+    r"^\s*// (?P<inline>begin|end) inline asm"
+    r"|^\s*\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)"
     r"|(?P<kind>ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(?P<vector>\d))?\.[bfsu](?P<bits>\d+)\b"
     r"|(?P<copy>cp\.async)\.c[ag]\.shared\.global\s*\[[^]]*\],\s*\[[^]]*\],\s*(?P<bytes>0x[0-9a-f]+|\d+)",
     re.M,
@@ -136,13 +137,20 @@ def access_bytes(instruction: Instruction) -> int:
 
 
 def access_widths(ptx: str) -> Widths:
-    """Bytes a lane of each global access in PTX, by "ld" or "st" and the pointer's name in the source line."""
+    """Bytes a lane of each global access in PTX, by "ld" or "st" and the pointer's name in the source line.
+
+    Triton writes an access as inline assembly. Within it triton 3.8 counts the assembly's own lines on from the source's,
+    so only the place before it is the access's.
+    """
     files = {number: _lines(Path(path)) for number, path in _PTX_FILE.findall(ptx)}
     widths: Widths = {}
     source: tuple[str, int] | None = None
+    inline = False
     for event in _PTX_EVENT.finditer(ptx):
-        if event["file"]:
-            source = event["file"], int(event["line"])
+        if event["inline"]:
+            inline = event["inline"] == "begin"
+        elif event["file"]:
+            source = source if inline else (event["file"], int(event["line"]))
         elif source:
             size = int(event["bytes"], 0) if event["copy"] else int(event["vector"] or 1) * int(event["bits"]) // 8
             name = _pointer_name(files[source[0]], source[1])

@@ -1,6 +1,9 @@
-"""What each task is judged by: scikit-learn, seqeval and transformers' SQuAD functions; nothing is fetched."""
+"""What each task is judged by: scikit-learn, seqeval and SQuAD's rule for answers; nothing is fetched."""
 
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +14,6 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction
-from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from bench.train_data import Row
 from bench.train_encode import IGNORED
@@ -19,6 +21,7 @@ from bench.train_encode import IGNORED
 Metrics = dict[str, float]
 Compute = Callable[[EvalPrediction], Metrics]
 LONGEST_ANSWER = 30  # tokens, as in SQuAD's own scripts
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def best(logits: Tensor, labels: Any) -> Tensor:
@@ -103,11 +106,25 @@ def answers(rows: Sequence[Row], features: Sequence[dict[str, Any]]) -> Compute:
                 found[number] = score, text
         said = {n: "" if may_be_none and none[n] > score else text for n, (score, text) in found.items()}
         judged = [(row["answers"] or [""], said[number]) for number, row in by_row.items()]
-        exact = [max(compute_exact(gold, text) for gold in golds) for golds, text in judged]
-        overlap = [max(compute_f1(gold, text) for gold in golds) for golds, text in judged]
+        exact = [max(words(gold) == words(text) for gold in golds) for golds, text in judged]
+        overlap = [max(word_f1(gold, text) for gold in golds) for golds, text in judged]
         return {"exact match": 100 * float(numpy.mean(exact)), "F1": 100 * float(numpy.mean(overlap))}
 
     return compute
+
+
+def words(answer: str) -> list[str]:
+    """An answer as SQuAD's evaluation reads it: lower case, without punctuation, then without articles."""
+    return re.sub(r"\b(a|an|the)\b", " ", answer.lower().translate(_NO_PUNCTUATION)).split()
+
+
+def word_f1(gold: str, answer: str) -> float:
+    """F1 of the words of two answers; of two without a word, or one, whether they agree."""
+    right, said = words(gold), words(answer)
+    if not right or not said:
+        return float(right == said)
+    shared = (Counter(right) & Counter(said)).total()
+    return 2 * shared / (len(right) + len(said))
 
 
 def _span(context: str, spans: list[list[int]], start: numpy.ndarray, end: numpy.ndarray) -> tuple[float, str]:

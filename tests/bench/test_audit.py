@@ -63,6 +63,45 @@ def test_ptx_from_a_checkout_that_is_gone_is_read():
     assert sass.access_widths(ptx) == {("ld", "?"): [16]}
 
 
+# An access under each triton: up to 3.7 and in 3.9 inline assembly has no places of its own.
+PTX = """
+	.loc	1 2 9                           // x.py:2:9
+	mov.b32 	%r5, 0;
+	.loc	1 3 17                          // x.py:3:17
+	// begin inline asm
+{places}	mov.u32 %r1, %r5;
+	@%p1 ld.global.v4.b32 {{ %r1, %r2, %r3, %r4 }}, [ %rd1 + 0 ];
+	// end inline asm
+	// begin inline asm
+{places}	mov.u32 %r1, %r5;
+	@%p1 ld.global.v2.b32 {{ %r1, %r2 }}, [ %rd1 + 0 ];
+	// end inline asm
+	.loc	1 4 9                           // x.py:4:9
+	// begin inline asm
+	@%p1 st.global.v4.b32 [ %rd6 + 0 ], {{ %r22, %r23, %r24, %r25 }};
+	// end inline asm
+	.loc	1 6 9                           // x.py:6:9
+	ld.global.b16 	%rs1, [%rd2];
+	.file	1 "{file}"
+"""
+SOURCE = """def kernel(x_ptr, bias_ptr, y_ptr, z_ptr):
+    offsets = 0
+    x = tl.load(x_ptr + offsets, mask)
+    tl.store(y_ptr + offsets, x)
+
+    z = tl.load(bias_ptr)
+"""
+
+
+@pytest.mark.parametrize("places", ["", "\t.loc\t1 3 17\n", "\t.loc\t1 3 17\n\tmov.u32 %r9, 0;\n\t.loc\t1 6 17\n"])
+def test_accesses_in_the_ptx_of_each_triton(tmp_path, places):
+    """triton 3.8 writes a place a line of the assembly, counted on from the access's."""
+    file = tmp_path / "not_one_of_ours.py"
+    file.write_text(SOURCE)
+    found = sass.access_widths(PTX.format(places=places, file=file))
+    assert found == {("ld", "x"): [16, 8], ("st", "y"): [16], ("ld", "bias"): [2]}
+
+
 def test_floor_is_stated_bytes_over_the_copy_bandwidth():
     assert stated_bytes("dropout_add_layernorm", "forward", 4096, 768, 2) == 4 * 4096 * 768 * 2
     assert stated_bytes("bias_gelu", "backward", 4096, 768, 2) == 3 * 4096 * 3072 * 2

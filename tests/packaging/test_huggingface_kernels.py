@@ -13,6 +13,12 @@ from .environments import Environment
 # Runs in the root: the first entry of sys.path is the checkout, as in `python -m bench` or a notebook started there.
 PROBE = """
 import json, sys
+from importlib import metadata
+
+# transformers imports the releases of it that it knows, the oldest of which may not be out yet.
+import transformers.utils.import_utils as known
+true_version = metadata.version
+metadata.version = lambda name: (true_version(name), known.KERNELS_MIN_VERSION)[name == "kernels"]
 from transformers import BertConfig, BertForMaskedLM
 imported = "kernels" in sys.modules
 import kernels
@@ -30,8 +36,7 @@ print(json.dumps({"imported": imported, "paths": [*kernels.__path__], "file": ke
 
 def test_installed(environment: Environment, tree: Path) -> None:
     found = json.loads(environment.run("-c", PROBE, cwd=tree))
-    # transformers does so for the releases it knows; with another one installed this test would show nothing.
-    assert found["imported"]
+    assert found["imported"]  # or this test would show nothing
     assert found["file"].endswith("kernels/__init__.py")
     assert not [path for path in found["paths"] if Path(path).is_relative_to(tree)]
 

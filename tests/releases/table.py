@@ -1,0 +1,47 @@
+"""The README's table of tested releases, made from the JSON that a run wrote."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from bench.markdown import table
+from tests.releases.matrix import Record
+
+MARKED = re.compile(r"(<!-- releases -->\n).*?(<!-- /releases -->)", re.DOTALL)
+
+
+def render(results: dict[str, Any]) -> str:
+    """A row a release of transformers, a column a release of triton, and what they ran on."""
+    pairs = {(record["transformers"], record["triton"]): record for record in results["pairs"]}
+    rows, columns = (sorted({pair[i] for pair in pairs}, key=Version) for i in (0, 1))
+    cells = [[one, *(_cell(pairs.get((one, other))) for other in columns)] for one in rows]
+    grid = table(["transformers", *(f"triton {other}" for other in columns)], cells)
+    ran_on = sorted({f"torch {r['torch']}, Python {r['python']}" for r in pairs.values() if "torch" in r})
+    return f"{grid}\n\nModel tests in Triton's interpreter; {'; '.join(ran_on)}."
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return "not run"
+    if "error" in record:
+        return f"does not start: {record['error']}"
+    ran = record["passed"] + record["failed"]
+    return f"{ran} passed" if not record["failed"] else f"{record['failed']} of {ran} failed"
+
+
+def fill(text: str, results: dict[str, Any]) -> str:
+    """`text` with the table between its markers.
+
+    Raises:
+        ValueError: `text` has no such markers, or more than one pair.
+    """
+    filled, found = MARKED.subn(lambda marks: f"{marks[1]}{render(results)}\n{marks[2]}", text)
+    if found != 1:
+        raise ValueError(f"expected <!-- releases --> and <!-- /releases --> once, found them {found} times")
+    return filled
+
+
+def update(document: Path, results: dict[str, Any]) -> None:
+    document.write_text(fill(document.read_text(), results))
