@@ -9,7 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastbert import ops
 from fastbert.dispatch import Replicated, is_plain, is_plain_tensor, refused, run, tensor_reason
 from fastbert.layers import stock
-from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason, more_arguments
+from fastbert.layers.parts import OTHER_ARGUMENTS, dropout_reason, given, layernorm_dtype, layernorm_reason
 
 _IDS = (torch.int64, torch.int32)
 
@@ -73,13 +73,13 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        given = input_ids, token_type_ids, position_ids, inputs_embeds
+        inputs = input_ids, token_type_ids, position_ids, inputs_embeds
         past, reason = _past(args, kwargs)
-        if reason is None and (reason := self._reason(*given, past)) is None:
-            token_type_ids, position_ids = self._ids(*given, past)
+        if reason is None and (reason := self._reason(*inputs, past)) is None:
+            token_type_ids, position_ids = self._ids(*inputs, past)
             reason = self._ids_reason(input_ids, token_type_ids, position_ids, inputs_embeds)
         if refused(self, reason):
-            return super().forward(*given, *args, **kwargs)
+            return super().forward(*inputs, *args, **kwargs)
         words = self.word_embeddings.weight if input_ids is not None else inputs_embeds
         positions, types = self.position_embeddings.weight, self.token_type_embeddings.weight
         dtype = torch.promote_types(torch.promote_types(words.dtype, types.dtype), positions.dtype)
@@ -145,20 +145,23 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
     ) -> str | None:
         like = ids if inputs_embeds is None else inputs_embeds
         shape = like.shape[:2]
-        for given in (ids, token_type_ids, position_ids):
-            if given is None:
+        for tensor in (ids, token_type_ids, position_ids):
+            if tensor is None:
                 continue
-            if type(given) is not Tensor and not torch.compiler.is_compiling():
-                return f"{type(given).__name__} is not a plain tensor"
-            if given.dtype not in _IDS or given.device != like.device:
-                return f"ids of {given.dtype} on {given.device}"
-            if given.shape not in (shape, (1, shape[1])):
+            if type(tensor) is not Tensor and not torch.compiler.is_compiling():
+                return f"{type(tensor).__name__} is not a plain tensor"
+            if tensor.dtype not in _IDS or tensor.device != like.device:
+                return f"ids of {tensor.dtype} on {tensor.device}"
+            if tensor.shape not in (shape, (1, shape[1])):
                 return "shapes that do not fit"
         return None
 
 
 def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
     """How many tokens the cache holds, by either of the names that releases have for it; or why this is another forward."""
-    left = {name: value for name, value in kwargs.items() if name not in ("past_key_values_length", "cache_length")}
-    reason = more_arguments(args[1:], left)
-    return (args[0] if args else next(iter(kwargs.values()), 0)) if reason is None else 0, reason
+    if not args and not kwargs:
+        return 0, None
+    for name in ("past_key_values_length", "cache_length"):
+        if (found := given((name,), args, kwargs)) is not None:
+            return found[0], None
+    return 0, OTHER_ARGUMENTS

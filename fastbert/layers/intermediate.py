@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.dispatch import Replicated, refused, run, tensor_reason
 from fastbert.layers import stock
-from fastbert.layers.parts import activation_reason, kernel_activation, more_arguments, product
+from fastbert.layers.parts import OTHER_ARGUMENTS, activation_reason, given, kernel_activation, product
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -19,9 +19,12 @@ class BertIntermediate(Replicated, stock.BertIntermediate):
     """BertIntermediate on the bias_gelu kernel."""
 
     @stock.with_signature_of(stock.BertIntermediate)
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = more_arguments(args, kwargs) or stock.untested("BertIntermediate")
-        if refused(self, reason or unsupported(self) or tensor_reason(hidden_states)):
-            return super().forward(hidden_states, *args, **kwargs)
-        x, bias = product(self.dense, hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = given(("hidden_states",), args, kwargs)
+        if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
+            return super().forward(*args, **kwargs)
+        x, bias = product(self.dense, *inputs)
         return run(self, ops.bias_gelu, x, bias, activation=kernel_activation(self.intermediate_act_fn))
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return stock.untested("BertIntermediate") or unsupported(self) or tensor_reason(hidden_states)

@@ -1,5 +1,7 @@
 """What the fast layers share: the product without its bias, and what LayerNorm, dropout and activation must be."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,9 +59,16 @@ def layernorm_reason(norm: nn.Module) -> str | None:
     return None
 
 
-def more_arguments(args: tuple, kwargs: dict) -> str | None:
-    """Why a call that gives more than the tested forwards take stays stock, or None."""
-    return "arguments that the forwards do not have that fastbert was tested against" if args or kwargs else None
+OTHER_ARGUMENTS = "arguments that the forwards do not have that fastbert was tested against"
+
+
+def given(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """The arguments of these names, in their order; None of a call that has others: an untested forward may take them."""
+    if not kwargs and len(args) == len(names):
+        return args
+    by_name = dict(zip(names, args, strict=False)) | kwargs
+    exactly = len(args) + len(kwargs) == len(names) and by_name.keys() == set(names)
+    return tuple(by_name[name] for name in names) if exactly else None
 
 
 def dropout_reason(dropout: nn.Module) -> str | None:

@@ -8,11 +8,12 @@ from fastbert import ops
 from fastbert.dispatch import Replicated, refused, run, tensor_reason
 from fastbert.layers import stock
 from fastbert.layers.parts import (
+    OTHER_ARGUMENTS,
     activation_reason,
+    given,
     kernel_activation,
     layernorm_dtype,
     layernorm_reason,
-    more_arguments,
     product,
 )
 
@@ -26,12 +27,12 @@ class BertPredictionHeadTransform(Replicated, stock.BertPredictionHeadTransform)
     """BertPredictionHeadTransform on the gelu_layernorm kernel."""
 
     @stock.with_signature_of(stock.BertPredictionHeadTransform)
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = given(("hidden_states",), args, kwargs)
+        if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
+            return super().forward(*args, **kwargs)
         norm = self.LayerNorm
-        reason = more_arguments(args, kwargs) or stock.untested("BertPredictionHeadTransform") or unsupported(self)
-        if refused(self, reason or tensor_reason(hidden_states, norm.weight, norm.bias)):
-            return super().forward(hidden_states, *args, **kwargs)
-        x, x_bias = product(self.dense, hidden_states)
+        x, x_bias = product(self.dense, *inputs)
         return run(
             self,
             ops.gelu_layernorm,
@@ -43,3 +44,7 @@ class BertPredictionHeadTransform(Replicated, stock.BertPredictionHeadTransform)
             eps=norm.eps,
             out_dtype=layernorm_dtype(x.dtype, x.device.type),
         )
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        reason = stock.untested("BertPredictionHeadTransform") or unsupported(self)
+        return reason or tensor_reason(hidden_states, self.LayerNorm.weight, self.LayerNorm.bias)

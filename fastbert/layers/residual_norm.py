@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.dispatch import Replicated, refused, run, tensor_reason
 from fastbert.layers import stock
-from fastbert.layers.parts import dropout_reason, layernorm_dtype, layernorm_reason, more_arguments, product
+from fastbert.layers.parts import OTHER_ARGUMENTS, dropout_reason, given, layernorm_dtype, layernorm_reason, product
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -18,10 +18,11 @@ def unsupported(module: nn.Module) -> str | None:
 
 class _ResidualNorm(Replicated):
     @stock.with_signature_of(stock.BertOutput)
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = more_arguments(args, kwargs) or stock.untested(self.STOCK)
-        if refused(self, reason or self._reason(hidden_states, input_tensor)):
-            return super().forward(hidden_states, input_tensor, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = given(("hidden_states", "input_tensor"), args, kwargs)
+        if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
+            return super().forward(*args, **kwargs)
+        hidden_states, input_tensor = inputs
         x, x_bias = product(self.dense, hidden_states)
         dtype = torch.promote_types(x.dtype, input_tensor.dtype)
         return run(
@@ -38,7 +39,7 @@ class _ResidualNorm(Replicated):
         )
 
     def _reason(self, hidden_states: Tensor, input_tensor: Tensor) -> str | None:
-        reason = unsupported(self)
+        reason = stock.untested(self.STOCK) or unsupported(self)
         if reason is None and hidden_states.shape[:-1] != input_tensor.shape[:-1]:
             reason = "the residual has another shape"
         return reason or tensor_reason(hidden_states, input_tensor, self.LayerNorm.weight, self.LayerNorm.bias)

@@ -160,3 +160,36 @@ def test_a_part_of_a_model_is_patched_alone():
     assert_equal(results, stock, run(make().double(), doubled(batch)))
     fastbert.unpatch(model)
     assert_bitwise(run(model, batch), stock)
+
+
+def replicas_of(model, count):
+    """torch.nn.parallel.replicate, which needs GPUs, on one device."""
+    modules = list(model.modules())
+    places = {module: index for index, module in enumerate(modules)}
+    for _ in range(count):
+        copies = [module._replicate_for_data_parallel() for module in modules]
+        for module, replica in zip(modules, copies, strict=True):
+            replica._former_parameters = {}
+            for name, child in module._modules.items():
+                replica._modules[name] = None if child is None else copies[places[child]]
+            for name, parameter in module._parameters.items():
+                value = None if parameter is None else parameter * 1.0
+                setattr(replica, name, value)
+                replica._former_parameters[name] = value
+        yield copies[0]
+
+
+@pytest.mark.parametrize("kind", [CLASSIFICATION, MLM], ids=str)
+def test_replicas_of_data_parallel_count_as_the_model(kind):
+    model, batch = make(kind, hidden_act="mish").train(), make_batch(kind)
+    expected = model(**batch).loss
+    fastbert.patch(model)
+    losses = [replica(**batch).loss for replica in replicas_of(model, 4)]
+    for loss in losses:
+        torch.testing.assert_close(loss, expected)
+    losses[0].backward()
+    assert all(parameter.grad is not None for parameter in model.bert.encoder.parameters())
+    rows = [row for row in fastbert.report(model).rows if row.kernel]
+    stock = {row.hf_class for row in rows if row.state == "untouched"}
+    assert stock == {"BertIntermediate"} | ({"BertPredictionHeadTransform"} if kind is MLM else set())
+    assert {row.kernel_calls + sum(row.fallback_calls.values()) for row in rows if row.state == "active"} == {4}
