@@ -7,6 +7,7 @@ from tests.mutation.fault import Fault
 DROPOUT = "tests/models/test_dropout.py"
 OTHERS = "tests/models/test_other_modules.py"
 ATTENTION = "tests/models/test_attention.py"
+OTHERS_ATTENTION = "tests/models/test_others_attention.py"
 EMBEDDINGS = "tests/models/test_embeddings.py"
 EQUALITY = "tests/models/test_equality.py"
 
@@ -15,6 +16,7 @@ _attention = partial(Fault, file="fastbert/layers/attention.py")
 _projection = partial(Fault, file="fastbert/layers/projection.py")
 _embeddings = partial(Fault, file="fastbert/layers/embeddings.py")
 _integration = partial(Fault, file="fastbert/integrations/attention.py")
+_masks = partial(Fault, file="fastbert/layers/masks.py")
 _dispatch = partial(Fault, file="fastbert/dispatch.py")
 
 FAULTS = (
@@ -76,15 +78,27 @@ FAULTS = (
         tests=(f"{DROPOUT}::test_attention_drops_in_training_only",),
     ),
     _attention(
-        "an attention that is chosen after patching is not obeyed",
-        before="if former_name(module.config._attn_implementation) is None:",
+        "an attention function of the user's own is never called",
+        before="if reason := stock.untested(stock_name) or implementation_reason(implementation) or unsupported(module):",
+        after="if reason := stock.untested(stock_name) or unsupported(module):",
+        tests=(f"{OTHERS_ATTENTION}::test_a_function_of_ones_own_is_called",),
+    ),
+    _attention(
+        "eager attention's weights are withheld from who could see them",
+        before='elif implementation == "eager":\n        return',
+        after="elif False:\n        return",
+        tests=("tests/models/test_hooks.py::test_a_hook_on_eager_attention_gets_its_weights",),
+    ),
+    _attention(
+        "a bool mask that eager attention would add hides keys",
+        before='if mask.dtype == torch.bool and implementation == "eager":',
         after="if False:",
-        tests=(f"{ATTENTION}::test_an_implementation_chosen_after_patching_is_obeyed",),
+        tests=(f"{ATTENTION}::test_a_bool_mask_that_eager_attention_adds_is_added",),
     ),
     _attention(
         "cached keys of cross-attention are made again and appended",
-        before="past_key_values.is_updated[self.layer_idx] = True",
-        after="past_key_values.is_updated[self.layer_idx] = False",
+        before="cache.is_updated[self.layer_idx] = True",
+        after="cache.is_updated[self.layer_idx] = False",
         tests=("tests/models/test_generate.py::test_keys_of_the_encoder_are_cached_once",),
     ),
     _projection(
@@ -107,9 +121,21 @@ FAULTS = (
     ),
     _embeddings(
         "cached tokens are not counted in positions",
-        before="offset=0 if position_ids is not None else past_key_values_length,",
+        before="offset=past if position_ids is None else 0,",
         after="offset=0,",
         tests=(f"{EMBEDDINGS}::test_cached_tokens_are_counted",),
+    ),
+    _embeddings(
+        "a buffer of positions of the user's own is not read",
+        before="if position_ids is None and end <= self.position_embeddings.num_embeddings and _counts_up(self.position_ids):",
+        after="if position_ids is None and end <= self.position_embeddings.num_embeddings:",
+        tests=("tests/models/test_replaced_code.py::test_buffers_of_ones_own_are_read",),
+    ),
+    _embeddings(
+        "a buffer of positions that is written to is not looked at again",
+        before="if known is None or known[0] != positions._version:",
+        after="if known is None:",
+        tests=("tests/models/test_replaced_code.py::test_a_buffer_that_is_written_to_is_looked_at_again",),
     ),
     _embeddings(
         "the layer forgets which row is padding",
@@ -143,10 +169,35 @@ FAULTS = (
         tests=(f"{ATTENTION}::test_bounds_of_a_mask_are_worked_out_once_a_forward",),
     ),
     _integration(
-        "where attention weights are asked for padding is seen",
-        before="return seen if mask is None else seen & mask[:, None, None, :]",
-        after="return seen",
-        tests=("tests/models/test_arguments_of_forward.py::test_attentions",),
+        "a function registered under one of transformers' names is taken for transformers'",
+        before='if getattr(function, "__module__", None) in modules:',
+        after='if name == "sdpa":',
+        tests=(f"{OTHERS_ATTENTION}::test_a_function_of_ones_own_is_called",),
+    ),
+    _masks(
+        "a module of the user's own gets a mask that it does not know",
+        before="if type(attention.self) not in fast or _noticed(attention.self):",
+        after="if False:",
+        tests=(f"{OTHERS_ATTENTION}::test_a_self_attention_of_ones_own_gets_the_masks_it_knows",),
+    ),
+    _masks(
+        "a hook on a layer sees the kernel's mask",
+        before="if _stock_type(layer) is not BertLayer or _noticed(layer):",
+        after="if _stock_type(layer) is not BertLayer:",
+        tests=("tests/models/test_hooks.py::test_a_hook_sees_the_mask_that_stock_gives",),
+    ),
+    _masks(
+        "rows of more than one kind are taken for a padding mask",
+        before="if mask.shape[1] != 1 or (mask.shape[2] != 1 and mask.stride(2) != 0):",
+        after="if mask.shape[1] != 1:",
+        tests=(f"{ATTENTION}::test_general_masks",),
+    ),
+    Fault(
+        "a module of the user's own in a layer is given packed rows",
+        file="fastbert/layers/by_row.py",
+        before="if not (cls in _TORCH or cls.__module__.startswith(_LIBRARIES)) or replaced(cls):",
+        after="if replaced(cls):",
+        tests=("tests/models/test_replaced_code.py::test_a_module_of_ones_own_in_a_layer_never_sees_packed_rows",),
     ),
     _integration(
         "attention weights that are asked for are not given",
@@ -165,6 +216,18 @@ FAULTS = (
         before="and not _has_any_global_hook()",
         after="",
         tests=("tests/models/test_hooks.py::test_a_hook_on_every_module_of_the_process_fires",),
+    ),
+    _dispatch(
+        "a forward replaced on a class of torch is bypassed",
+        before="and cls.forward is _LIBRARY.get(cls)",
+        after="",
+        tests=("tests/models/test_replaced_code.py", "-k", "test_a_forward_replaced_on_its_class and LayerNorm"),
+    ),
+    _dispatch(
+        "calls of replicas are not counted",
+        before="_calls[replica] = _calls.setdefault(self, Calls())",
+        after="pass",
+        tests=("tests/models/test_wrappers.py::test_replicas_of_data_parallel_count_as_the_model",),
     ),
     _dispatch(
         "types that differ go to a kernel outside of autocast",

@@ -1,4 +1,4 @@
-"""patch, unpatch, and the config that names fastbert's attention."""
+"""patch and unpatch, and what was replaced by hand."""
 
 from functools import partial
 
@@ -7,11 +7,9 @@ from tests.mutation.fault import Fault
 TESTS = "tests/models/test_patch.py"
 ARGUMENTS = "tests/models/test_patch_arguments.py"
 ATOMIC = "tests/models/test_patch_atomic.py"
-ATTENTION = "tests/models/test_attention.py"
 
 _patch = partial(Fault, file="fastbert/patch.py")
 _registry = partial(Fault, file="fastbert/registry.py")
-_configs = partial(Fault, file="fastbert/integrations/configs.py")
 
 FAULTS = (
     _patch(
@@ -21,22 +19,10 @@ FAULTS = (
         tests=(f"{TESTS}::test_a_users_subclass_is_left_alone",),
     ),
     _patch(
-        "unpatch leaves the config that names fastbert's attention",
-        before="stock_config(config) if is_patched(config) else config",
-        after="config",
-        tests=(f"{TESTS}::test_unpatched_is_bitwise_as_before",),
-    ),
-    _patch(
         "half of a failed swap stays",
         before="        for module, cls in before.items():\n            module.__class__ = cls\n",
         after="",
         tests=(f"{ATOMIC}::test_patch_that_is_interrupted",),
-    ),
-    _patch(
-        "configs of a failed swap stay",
-        before="        for module, config in configs_before.items():\n            module.config = config\n",
-        after="",
-        tests=(f"{ATOMIC}::test_configs_that_are_interrupted",),
     ),
     _patch(
         "calls are counted on after a second patch",
@@ -52,8 +38,8 @@ FAULTS = (
     ),
     _patch(
         "leaving the block of patched() leaves a model stock that was patched before",
-        before="        _swap(before, configs_before)\n",
-        after="",
+        before="        unpatch(model)\n        _swap(before)\n",
+        after="        unpatch(model)\n",
         tests=(f"{ATOMIC}::test_patched_restores_what_was_patched_before",),
     ),
     _patch(
@@ -70,32 +56,40 @@ FAULTS = (
     ),
     _patch(
         "unpatch does not forget the switches",
-        before="    _swap(classes, _plan_configs(model, classes))\n    _switches.pop(model, None)\n",
-        after="    _swap(classes, _plan_configs(model, classes))\n",
+        before="if type(module) in BY_FAST})\n    _switches.pop(model, None)\n",
+        after="if type(module) in BY_FAST})\n",
         tests=("tests/models/test_report.py::test_before_and_after_patching_nothing_is_active",),
     ),
     _registry(
         "a forward that was replaced on the module is lost",
-        before='if "forward" in vars(module):',
+        before="if forward_replaced(module):",
         after="if False:",
         tests=("tests/models/test_other_modules.py::test_a_forward_replaced_before_patching_is_kept",),
     ),
-    _configs(
-        "models that share a config share the patched one",
-        before="patched = copy.deepcopy(config)",
-        after="patched = config",
-        tests=(f"{TESTS}::test_a_second_model_on_the_same_config_is_untouched",),
+    _registry(
+        "a forward that was replaced on its class is lost",
+        before="reason = None if untested else forwards.untested(self.code, strict=True)",
+        after="reason = None",
+        tests=("tests/models/test_replaced_code.py::test_strict_raises_and_untested_takes_the_kernel",),
     ),
-    _configs(
-        "a copy that is unpatched keeps fastbert's attention",
-        before="stock._attn_implementation = former",
-        after="pass",
-        tests=(f"{ATTENTION}::test_a_copy_of_a_patched_model_is_patched_and_can_be_unpatched",),
+    _patch(
+        "untested=True changes nothing",
+        before="    if untested:\n        _accept(classes)\n",
+        after="",
+        tests=("tests/models/test_replaced_code.py::test_strict_raises_and_untested_takes_the_kernel",),
     ),
-    _configs(
-        "what was changed while patched is lost",
-        before="if not chosen_by_patch and (name not in then or value != then[name]):",
+    Fault(
+        "a forward that was replaced after patching is bypassed",
+        file="fastbert/layers/stock.py",
+        before="return forwards.untested(CODE[name])",
+        after="return None",
+        tests=("tests/models/test_replaced_code.py", "-k", "test_a_forward_replaced_on_its_class and after and intermediate"),
+    ),
+    Fault(
+        "the report calls a module active whose forward was replaced",
+        file="fastbert/report.py",
+        before='if forward_replaced(module) and not hasattr(module, "_old_forward"):',
         after="if False:",
-        tests=(f"{ATTENTION}::test_what_is_changed_on_the_patched_config_stays_after_unpatch",),
+        tests=("tests/models/test_replaced_code.py", "-k", "test_a_forward_replaced_on_a_module and after and intermediate"),
     ),
 )
