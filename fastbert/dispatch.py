@@ -155,7 +155,7 @@ def stand_in_for(*classes: type[nn.Module]) -> None:
 def forward_replaced(module: nn.Module) -> bool:
     """Whether `module` has a forward of its own. Its class's, which transformers 5.0 leaves there when it has captured
     outputs, is none."""
-    return "forward" in vars(module) and not repeats_its_class(module)
+    return "forward" in module.__dict__ and not repeats_its_class(module)
 
 
 def repeats_its_class(module: nn.Module) -> bool:
@@ -177,7 +177,7 @@ def is_plain(module: nn.Module, cls: type[nn.Module], idle: str | None = None) -
     """
     return (
         type(module) is cls
-        and all(idle and getattr(hook, "__name__", None) == idle for hook in module._forward_hooks.values())
+        and (not module._forward_hooks or _idle(module._forward_hooks, idle))
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
@@ -187,6 +187,10 @@ def is_plain(module: nn.Module, cls: type[nn.Module], idle: str | None = None) -
     )
 
 
+def _idle(hooks: dict[int, Any], idle: str | None) -> bool:
+    return idle is not None and all(getattr(hook, "__name__", None) == idle for hook in hooks.values())
+
+
 # Hooks that transformers leaves on modules to capture outputs: they see nothing until outputs are asked for.
 IDLE_HOOKS = ("transformers.utils.output_capturing",)
 
@@ -194,7 +198,9 @@ IDLE_HOOKS = ("transformers.utils.output_capturing",)
 def hooked(module: nn.Module, idle: tuple[str, ...] = IDLE_HOOKS) -> bool:
     """Whether anything sees what `module` is given or gives, or has replaced its forward; hooks from below the modules
     `idle` aside."""
-    if forward_replaced(module) or _has_any_global_hook():
+    if forward_replaced(module):
         return True
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(not (getattr(hook, "__module__", None) or "").startswith(idle) for kind in kinds for hook in kind.values())
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+        if hooks and any(not (getattr(hook, "__module__", None) or "").startswith(idle) for hook in hooks.values()):
+            return True
+    return _has_any_global_hook()

@@ -46,18 +46,19 @@ def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
 _counting: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _counts_up(positions: Tensor) -> bool:
-    """Whether the buffer `position_ids` is 0, 1, 2, ...: then the kernel counts for itself, and the gradient of a position
-    needs no sorting. Looked at once, and again when it was replaced or written to; where that cannot be, it is read."""
+def _position_reason(module: nn.Module) -> str | None:
+    """Why the kernel must read the buffer `position_ids`; None where it holds 0, 1, 2, ..., so that the kernel can count for
+    itself, and the gradient of a position needs no sorting. Looked at once, and again when it was replaced or written to."""
+    positions = module.position_ids
     if torch.compiler.is_compiling() or not is_plain_tensor(positions) or positions.is_meta or positions.is_inference():
-        return False
+        return "position_ids that cannot be looked at"
     known = _counting.get(positions)
     if known is None or known[0] != positions._version:
         if positions.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
+            return "position_ids that cannot be looked at"
         counted = torch.arange(positions.shape[-1], device=positions.device, dtype=positions.dtype)
         known = _counting[positions] = positions._version, torch.equal(positions.view(-1), counted)
-    return known[1]
+    return None if known[1] else "position_ids of its own"
 
 
 class BertEmbeddings(Replicated, stock.BertEmbeddings):
@@ -74,6 +75,8 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         **kwargs: Any,
     ) -> Tensor:
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds
+        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
+            return type(self).forward(self, *inputs, *args, **kwargs)
         past, reason = _past(args, kwargs)
         if reason is None and (reason := self._reason(*inputs, past)) is None:
             token_type_ids, position_ids = self._ids(*inputs, past)
@@ -136,7 +139,8 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         positions = self.position_ids[:, past:end] if position_ids is None else position_ids
         if token_type_ids is None and hasattr(self, "token_type_ids"):
             token_type_ids = self.token_type_ids.expand(positions.shape[0], -1).gather(1, positions)
-        if position_ids is None and end <= self.position_embeddings.num_embeddings and _counts_up(self.position_ids):
+        fits = end <= self.position_embeddings.num_embeddings
+        if position_ids is None and fits and _position_reason(self) is None:
             positions = None
         return token_type_ids, positions
 

@@ -127,8 +127,8 @@ FAULTS = (
     ),
     _embeddings(
         "a buffer of positions of the user's own is not read",
-        before="if position_ids is None and end <= self.position_embeddings.num_embeddings and _counts_up(self.position_ids):",
-        after="if position_ids is None and end <= self.position_embeddings.num_embeddings:",
+        before="if position_ids is None and fits and _position_reason(self) is None:",
+        after="if position_ids is None and fits:",
         tests=("tests/models/test_replaced_code.py::test_buffers_of_ones_own_are_read",),
     ),
     _embeddings(
@@ -159,7 +159,7 @@ FAULTS = (
         "a decoder sees what comes after",
         before="causal=causal and not general and q_length > 1,",
         after="causal=False,",
-        tests=("tests/models/test_generate.py::test_cache_is_equal",),
+        tests=(EQUALITY, "-k", "test_class_is_equal and clm"),
     ),
     Fault(
         "every layer works out the mask's bounds",
