@@ -171,3 +171,30 @@ def test_batch_on_no_mapping_is_one_clear_error():
 def test_model_without_bert_is_one_clear_error():
     with pytest.raises(fastbert.UnsupportedModelError, match="found Linear"):
         fastbert.verify(nn.Linear(2, 2), {"input": torch.ones(1, 2)})
+
+
+class Tagger(nn.Module):
+    """Pools and scores with tensors that are float32 whatever the model is."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = BertModel(CONFIG)
+        self.score = nn.Linear(CONFIG.hidden_size, 5)
+
+    def forward(self, input_ids, attention_mask, labels):
+        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = torch.zeros(hidden.shape[:2]).masked_fill(attention_mask.bool(), 1.0).unsqueeze(-1)
+        pooled = (hidden * weights).sum(1) / weights.sum(1)
+        logits = self.score(pooled.float() @ torch.eye(pooled.shape[-1])) + torch.arange(5.0)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_module_of_ones_own_that_makes_float32_tensors(wrong, monkeypatch):
+    if wrong:
+        right = ops.bias_gelu
+        monkeypatch.setattr(ops, "bias_gelu", lambda *args, **keywords: 1.001 * right(*args, **keywords))
+    result = fastbert.verify(Tagger(), labelled())
+    assert result.ok is not wrong and result.kernel_calls
+    assert result.reference_dtype == torch.float64 and any("widened" in note for note in result.notes)
+    assert not wrong or "intermediate" in result.first_divergence

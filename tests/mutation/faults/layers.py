@@ -9,6 +9,9 @@ OTHERS = "tests/models/test_other_modules.py"
 ATTENTION = "tests/models/test_attention.py"
 OTHERS_ATTENTION = "tests/models/test_others_attention.py"
 EMBEDDINGS = "tests/models/test_embeddings.py"
+CAUSALITY = "tests/models/test_causality.py"
+MASKS_GIVEN = "tests/models/test_masks_given.py"
+WRAPPED = "tests/models/test_wrapped_forwards.py"
 EQUALITY = "tests/models/test_equality.py"
 
 _parts = partial(Fault, file="fastbert/layers/parts.py")
@@ -176,7 +179,7 @@ FAULTS = (
     ),
     _masks(
         "a module of the user's own gets a mask that it does not know",
-        before="if type(attention.self) not in fast or _noticed(attention.self):",
+        before="if type(attends) not in fast or _noticed(attends):",
         after="if False:",
         tests=(f"{OTHERS_ATTENTION}::test_a_self_attention_of_ones_own_gets_the_masks_it_knows",),
     ),
@@ -191,6 +194,106 @@ FAULTS = (
         before="if mask.shape[1] != 1 or (mask.shape[2] != 1 and mask.stride(2) != 0):",
         after="if mask.shape[1] != 1:",
         tests=(f"{ATTENTION}::test_general_masks",),
+    ),
+    _masks(
+        "a mask means what the model's config says, whatever the attention's own causality",
+        before="if bool(attends.is_causal) != (bool(config.is_decoder) and attention is layer.attention):",
+        after="if False:",
+        tests=(f"{CAUSALITY}::test_causality_that_was_changed_by_hand", f"{CAUSALITY}::test_a_layer_of_another_patched_model"),
+    ),
+    _masks(
+        "a decoder that was made to look both ways looks back",
+        before='if config.is_decoder and not getattr(config, "is_causal", True):',
+        after="if False:",
+        tests=(f"{CAUSALITY}::test_causality_that_was_changed_by_hand",),
+    ),
+    _masks(
+        "a layer whose config names another implementation gets the kernel's masks",
+        before="if attends.config is not config and attends.config._attn_implementation != config._attn_implementation:",
+        after="if False:",
+        tests=(f"{CAUSALITY}::test_a_layer_of_another_patched_model",),
+    ),
+    _masks(
+        "what somebody put in the place of transformers' masks is not called",
+        before='any(getattr(maker, "__module__", _MAKERS_OF) != _MAKERS_OF for maker in makers)',
+        after="False",
+        tests=(f"{MASKS_GIVEN}::test_what_makes_masks_was_replaced",),
+    ),
+    _masks(
+        "a bool mask of the caller's is kept for the backward",
+        before="torch.bool, copy=True)",
+        after="torch.bool)",
+        tests=(f"{MASKS_GIVEN}::test_a_mask_overwritten_before_the_backward",),
+    ),
+    _masks(
+        "a mask of the caller's that eager attention would add is kept for the backward",
+        before="general.clone() if added and general is given and isinstance(given, Tensor) else general",
+        after="general",
+        tests=(f"{MASKS_GIVEN}::test_a_mask_overwritten_before_the_backward",),
+    ),
+    _masks(
+        "a mask with fewer rows than the batch goes to the kernel",
+        before="and len(given) >= len(keys):",
+        after=":",
+        tests=(f"{MASKS_GIVEN}::test_any_form_does_what_stock_does",),
+    ),
+    _attention(
+        "a mask for more keys than there are is cut",
+        before="if mask.dim() and mask.shape[-1] != keys.shape[1] and not cached:",
+        after="if False:",
+        tests=(f"{MASKS_GIVEN}::test_any_form_does_what_stock_does",),
+    ),
+    _attention(
+        "a mask of another type than the scores' is cast",
+        before="if mask.is_floating_point() and mask.dtype != keys.dtype",
+        after="if False",
+        tests=(f"{MASKS_GIVEN}::test_any_form_does_what_stock_does",),
+    ),
+    _attention(
+        "a keyword of the user's is taken for a packing",
+        before="if isinstance(packing, Packing):",
+        after="if packing is not None:",
+        tests=(f"{CAUSALITY}::test_a_column_of_the_users_own_is_passed_over",),
+    ),
+    _integration(
+        "keywords of the attention function have no effect",
+        before="return frozenset(inspect.signature(function).parameters)",
+        after="return frozenset()",
+        tests=(f"{CAUSALITY}::test_a_keyword_of_the_attention_function",),
+    ),
+    Fault(
+        "keywords of the attention function have no effect where the batch is packed",
+        file="fastbert/layers/encoder.py",
+        before="packed_reason(attention.self) or argument_reason(implementation, tuple(kwargs))",
+        after="packed_reason(attention.self)",
+        tests=(f"{CAUSALITY}::test_a_keyword_of_the_attention_function",),
+    ),
+    Fault(
+        "any column called lengths is taken for the number of tokens",
+        file="fastbert/layers/encoder.py",
+        before="if isinstance(kwargs.get(name), Counted):",
+        after="if kwargs.get(name) is not None:",
+        tests=(f"{CAUSALITY}::test_a_column_of_the_users_own_is_passed_over",),
+    ),
+    Fault(
+        "any column called reading is taken for what a head reads",
+        file="fastbert/layers/encoder.py",
+        before='kwargs.pop("reading") if isinstance(kwargs.get("reading"), Reading) else None',
+        after='kwargs.pop("reading", None)',
+        tests=(f"{CAUSALITY}::test_a_column_of_the_users_own_is_passed_over",),
+    ),
+    _embeddings(
+        "a wrapper around a fast forward fails once the model is unpatched",
+        before="if not isinstance(self, Replicated):",
+        after="if False:",
+        tests=(f"{WRAPPED}::test_a_wrapper_outlives_the_patch",),
+    ),
+    Fault(
+        "accelerate's hooks give a forward back that is not the module's any more",
+        file="fastbert/patch.py",
+        before='if getattr(kept, "__func__", None) is before[module].forward:',
+        after="if False:",
+        tests=(f"{WRAPPED}::test_hooks_of_accelerate_outlive_the_patch",),
     ),
     Fault(
         "a module of the user's own in a layer is given packed rows",

@@ -67,4 +67,18 @@ FAULTS = (
         after="return all(",
         tests=("tests/test_verify.py::test_nothing_through_a_kernel_is_not_a_pass",),
     ),
+    Fault(
+        "verify cannot widen what a module of the user's own makes",
+        file="fastbert/verify.py",
+        before="if not writes and any(self._is_wide(x) for x in tree_leaves((args, kwargs))):",
+        after="if False:",
+        tests=("tests/test_verify.py::test_a_module_of_ones_own_that_makes_float32_tensors",),
+    ),
+    Fault(
+        "verify takes the model's own attention away",
+        file="fastbert/verify.py",
+        before="    own = _own_attention(model)\n",
+        after="    own = None\n",
+        tests=("tests/models/test_others_attention.py::test_verify_compares_with_the_models_own_attention",),
+    ),
 )
