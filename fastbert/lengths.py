@@ -64,6 +64,10 @@ def lengths(
                 encoder.given = former
 
 
+class Counted(list):
+    """What `LengthsCollator` counted. A column of a user's own that has the same name is none, and stays unread."""
+
+
 @dataclass(frozen=True)
 class LengthsCollator:
     """A collator whose batches say how long their rows are: forwards of a patched model then need no synchronisation.
@@ -83,7 +87,7 @@ class LengthsCollator:
         batch = self.collator(features)
         mask, labels = batch.get("attention_mask"), batch.get("labels")
         if mask is not None:
-            batch["lengths"] = mask.flatten(0, -2).sum(1).tolist()
+            batch["lengths"] = Counted(mask.flatten(0, -2).sum(1).tolist())
         if isinstance(labels, Tensor) and mask is not None and labels.dim() == 2 and labels.shape == mask.shape:
             read = labels != -100
             if self.causal:
@@ -92,7 +96,7 @@ class LengthsCollator:
             if "next_sentence_label" in batch:
                 read = read.clone()
                 read[:, :1] = True
-            batch["read_lengths"] = read.sum(1).tolist()
+            batch["read_lengths"] = Counted(read.sum(1).tolist())
         return batch
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -184,6 +185,9 @@ def _swap(classes: dict[nn.Module, type]) -> None:
     for module, cls in classes.items():
         if before[module] is not cls:
             forget(module)
+            kept = vars(module).get("_old_forward")  # where accelerate's hooks keep the forward that they give back
+            if getattr(kept, "__func__", None) is before[module].forward:
+                module._old_forward = MethodType(cls.forward, module)
 
 
 def _accept(classes: dict[nn.Module, type]) -> None:

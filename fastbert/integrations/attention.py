@@ -5,7 +5,8 @@ A patched model does not need it: its config goes on naming what it named, and i
 that is one of transformers' own implementations of plain softmax attention.
 """
 
-from functools import partial
+import inspect
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from fastbert.dispatch import refused, run, tensor_reason
 NAME = "fastbert"
 # What changes scores in a way that the kernel does not compute.
 _FOREIGN = ("position_bias", "softcap", "s_aux")
+# What flash and flex attention hand on to the functions that they call.
+_INNER = ("softmax_scale", "deterministic", "query_length", "use_top_left_mask", "kernel_options")
 # Where transformers' own implementations of softmax attention, and what makes their masks, are written.
 _OWN = (
     "transformers.integrations.sdpa_attention",
@@ -52,6 +55,20 @@ def implementation_reason(name: str | None) -> str | None:
 
         return untested("eager attention") or _foreign(name, masks, _OWN_MASKS)
     return _foreign(name, function, _OWN) or _foreign(name, masks, _OWN_MASKS)
+
+
+@torch.compiler.assume_constant_result
+def argument_reason(implementation: str | None, names: tuple[str, ...]) -> str | None:
+    """Why keywords of these names, which models hand on to their attention, may change what it computes, or None."""
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation or "eager") or eager_attention_forward
+    own = _parameters(function)
+    return next((f"{name}, an argument of the attention function" for name in names if name in own), None)
+
+
+@cache
+def _parameters(function: Any) -> frozenset[str]:
+    """What `function` takes by name, and what flash and flex attention look for among the rest."""
+    return frozenset(inspect.signature(function).parameters) - {"kwargs"} | set(_INNER)
 
 
 def _foreign(name: str, function: Any, modules: tuple[str, ...]) -> str | None:

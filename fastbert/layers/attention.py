@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.dispatch import Replicated, refused, run, tensor_reason
-from fastbert.integrations.attention import NAME, attend, implementation_reason, mask_reason, wants_weights
+from fastbert.integrations.attention import NAME, argument_reason, attend, implementation_reason, mask_reason, wants_weights
 from fastbert.layers import stock
 from fastbert.layers.masks import HandedMask, keys_of, stock_mask
 from fastbert.layers.packing import Packing, side_by_side
@@ -30,11 +30,14 @@ class BertSelfAttention(Replicated, stock.BertSelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        packing, queries = kwargs.get("packing"), kwargs.get("queries")
-        if packing is not None:
+        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
+            return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
+        packing = kwargs.get("packing")
+        if isinstance(packing, Packing):  # and no keyword of a user's, which stock passes over
             refused(self, None)  # the encoder asked packed_reason: stock attention would mix the sequences
-            return _attended_packed(self, hidden_states, packing, queries), None
-        reason = tensor_reason(hidden_states) or _reason(self, "BertSelfAttention", attention_mask, args, kwargs)
+            return _attended_packed(self, hidden_states, packing, kwargs.get("queries")), None
+        reason = tensor_reason(hidden_states)
+        reason = reason or _reason(self, "BertSelfAttention", hidden_states, attention_mask, args, kwargs)
         if refused(self, reason):
             return super().forward(hidden_states, stock_mask(attention_mask), *args, **kwargs)
         q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
@@ -59,8 +62,11 @@ class BertCrossAttention(Replicated, stock.BertCrossAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
+            return type(self).forward(self, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         reason = tensor_reason(hidden_states, encoder_hidden_states)
-        if refused(self, reason or _reason(self, "BertCrossAttention", attention_mask, args, kwargs)):
+        reason = reason or _reason(self, "BertCrossAttention", encoder_hidden_states, attention_mask, args, kwargs)
+        if refused(self, reason):
             return super().forward(hidden_states, encoder_hidden_states, stock_mask(attention_mask), *args, **kwargs)
         (q,) = project(hidden_states, (self.query,), self.attention_head_size)
         mask, cache = _kernel_mask(self, attention_mask), _cache(args, kwargs)
@@ -138,21 +144,23 @@ def packed_reason(module: nn.Module) -> str | None:
 
 
 def _reason(
-    module: nn.Module, stock_name: str, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, stock_name: str, keys: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     implementation = module.config._attn_implementation or "eager"
     if reason := stock.untested(stock_name) or implementation_reason(implementation) or unsupported(module):
         return reason
     if len(args) > 1:
         return "more arguments than the forwards have that fastbert was tested against"
+    if reason := argument_reason(implementation, tuple(kwargs)):
+        return reason
     if wants_weights(module, kwargs):
         return "attention weights were asked for"
     if _reads_packing(module) and kwargs.get("position_ids") is not None and kwargs.get("cu_seq_lens_q") is None:
         return "position ids, from which the model's own attention reads where packed sequences start"
-    return _mask_reason(implementation, mask)
+    return _mask_reason(implementation, mask, keys, cached=_cache(args, kwargs) is not None)
 
 
-def _mask_reason(implementation: str, mask: Any) -> str | None:
+def _mask_reason(implementation: str, mask: Any, keys: Tensor, cached: bool) -> str | None:
     if isinstance(mask, HandedMask):
         mask = mask.general
     elif implementation == "eager":
@@ -162,6 +170,10 @@ def _mask_reason(implementation: str, mask: Any) -> str | None:
             return "a bool mask, which eager attention adds to the scores as zeros and ones"
         if mask.dim() == 2 and implementation != NAME and "flash" not in implementation:
             return "a mask of two dimensions"
+        if mask.dim() and mask.shape[-1] != keys.shape[1] and not cached:  # how long a cache is, it says when it is updated
+            return "a mask for another number of keys"
+        if mask.is_floating_point() and mask.dtype != keys.dtype and not torch.is_autocast_enabled(keys.device.type):
+            return f"a mask of {mask.dtype} for scores of {keys.dtype}"
     return mask_reason(mask)
 
 

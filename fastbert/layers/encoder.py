@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from fastbert import ops
 from fastbert.dispatch import Replicated, hooked, refused, run, tensor_reason
-from fastbert.integrations.attention import wants_weights
+from fastbert.integrations.attention import argument_reason, wants_weights
 from fastbert.layers import stock
 from fastbert.layers.attention import BertSelfAttention, flash_keywords, packed_reason
 from fastbert.layers.by_row import row_reason
@@ -22,6 +22,7 @@ from fastbert.layers.model import BertModel
 from fastbert.layers.packing import Packing
 from fastbert.layers.plan import packing_of
 from fastbert.layers.reading import Reading
+from fastbert.lengths import Counted
 
 try:
     from transformers.utils.output_capturing import _active_collector
@@ -36,7 +37,10 @@ class _PackingEncoder(Replicated):
 
     @stock.with_signature_of(stock.BertEncoder)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        told = kwargs.pop("reading", None)
+        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
+            return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
+        # A user's own keywords of these names are handed on, as stock does.
+        told = kwargs.pop("reading") if isinstance(kwargs.get("reading"), Reading) else None
         packing = self._packing(hidden_states, attention_mask, told, args, kwargs)
         if refused(self, packing if isinstance(packing, str) else None):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -60,8 +64,8 @@ class _PackingEncoder(Replicated):
         """How to pack this call, or the reason not to."""
         given = self.given or Given()
         for name, field in (("lengths", "lengths"), ("read_lengths", "read")):  # a collator's, see LengthsCollator
-            if (counts := kwargs.pop(name, None)) is not None:
-                given = replace(given, **{field: tuple(counts)})
+            if isinstance(kwargs.get(name), Counted):
+                given = replace(given, **{field: tuple(kwargs.pop(name))})
         reason = None if self.ALWAYS or (told and told.alone) else "outputs at padded positions can be seen"
         reason = reason or tensor_reason(hidden_states) or self._reason(mask, args, kwargs)
         if reason is not None:
@@ -75,7 +79,8 @@ class _PackingEncoder(Replicated):
     def _reason(self, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if (reason := stock.untested("BertEncoder")) is not None:
             return reason
-        if kwargs.get("output_hidden_states") or wants_weights(self, kwargs) or (_active_collector and _active_collector.get()):
+        captured = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        if captured or wants_weights(self, kwargs) or (_active_collector and _active_collector.get()):
             return "hidden states or attention weights were asked for"
         if any(x is not None for x in (*args, *map(kwargs.get, _CROSS_OR_CACHE))):
             return "cross-attention or a cache"
@@ -87,7 +92,9 @@ class _PackingEncoder(Replicated):
                 return f"a layer that is a {type(layer).__name__}"
             if type(attention.self) is not BertSelfAttention:
                 return "a layer whose attention is not the kernel's"
-            if (reason := packed_reason(attention.self)) is not None:
+            implementation = attention.self.config._attn_implementation
+            reason = packed_reason(attention.self) or argument_reason(implementation, tuple(kwargs))
+            if reason is not None:
                 return reason
             if layer.chunk_size_feed_forward:
                 return "a feed-forward in chunks"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.bert import modeling_bert as bert
 
 from fastbert.dispatch import IDLE_HOOKS, hooked
 from fastbert.layers.stock import BertAttention, BertEncoder, BertLayer, untested
@@ -35,19 +36,20 @@ def stock_mask(mask: Any) -> Any:
     return mask.stock() if isinstance(mask, HandedMask) else mask
 
 
-def handed(given: Any, keys: Tensor, stock: Callable[[], Any]) -> HandedMask:
+def handed(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool) -> HandedMask:
     """The mask over `keys` [B, K, H] from what the caller gave, without a look at its values.
 
-    What is neither a padding mask nor None goes the way that stock lets it go.
+    What is neither a padding mask nor None goes the way that stock lets it go. Nothing of the caller's is kept for the
+    backward that stock does not keep, as he may write to it before: a padding mask, and where masks are `added` (by eager
+    attention) any.
     """
     if given is None:
         return HandedMask(None, None, stock)
-    if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1]:
+    if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1] and len(given) >= len(keys):
         # Multiple choice flattens a 4-D mask to more rows than the batch has; stock reads these.
-        seen = given[: keys.shape[0]].to(keys.device, torch.bool)
-        # A tensor of its own even where it is the caller's: what is derived from it is kept by its identity.
-        return HandedMask(seen.view(seen.shape), None, stock)
-    return HandedMask(None, stock(), stock)
+        return HandedMask(given[: keys.shape[0]].to(keys.device, torch.bool, copy=True), None, stock)
+    general = stock()
+    return HandedMask(None, general.clone() if added and general is given and isinstance(given, Tensor) else general, stock)
 
 
 def keys_of(mask: Any) -> Tensor | None:
@@ -60,9 +62,12 @@ def keys_of(mask: Any) -> Tensor | None:
 
 
 def only_kernels_see(model: nn.Module, fast: tuple[type, ...]) -> bool:
-    """Whether every module of `model`, a BertModel, that is handed its masks is stock's or, for attention, in `fast`."""
-    encoder = model.encoder
-    if not isinstance(encoder, BertEncoder) or _noticed(encoder) or untested("BertModel"):
+    """Whether every module of `model`, a BertModel, that is handed its masks is stock's or, for attention, in `fast`, and
+    reads them as the model means them."""
+    encoder, config = model.encoder, model.config
+    if not isinstance(encoder, BertEncoder) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
+        return False
+    if config.is_decoder and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
         return False
     for layer in encoder.layer:
         if _stock_type(layer) is not BertLayer or _noticed(layer):
@@ -72,7 +77,13 @@ def only_kernels_see(model: nn.Module, fast: tuple[type, ...]) -> bool:
                 continue
             if _stock_type(attention) is not BertAttention or _noticed(attention):
                 return False
-            if type(attention.self) not in fast or _noticed(attention.self):
+            attends = attention.self
+            if type(attends) not in fast or _noticed(attends):
+                return False
+            # A layer of another model, or one whose causality was changed by hand, takes the model's masks in its own way.
+            if bool(attends.is_causal) != (bool(config.is_decoder) and attention is layer.attention):
+                return False
+            if attends.config is not config and attends.config._attn_implementation != config._attn_implementation:
                 return False
     return True
 
@@ -83,9 +94,19 @@ def _stock_type(module: nn.Module) -> type:
     return cls.__mro__[2] if cls.__mro__[1].__module__.startswith(_SHARDING) else cls
 
 
+@torch.compiler.assume_constant_result
+def _masks_replaced() -> bool:
+    """Whether BERT's masks are made by something else than transformers' own functions."""
+    makers = (getattr(bert, name, None) for name in _MAKERS)
+    return any(getattr(maker, "__module__", _MAKERS_OF) != _MAKERS_OF for maker in makers)
+
+
 def _noticed(module: nn.Module) -> bool:
-    return hooked(module, idle=(*IDLE_HOOKS, _SHARDING))
+    return hooked(module, _IDLE)
 
 
+_MAKERS_OF = "transformers.masking_utils"
+_MAKERS = ("create_causal_mask", "create_bidirectional_mask")
 # Its hooks gather weights and cast floating-point arguments; masks they hand on.
 _SHARDING = "torch.distributed.fsdp"
+_IDLE = (*IDLE_HOOKS, _SHARDING)

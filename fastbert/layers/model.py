@@ -26,10 +26,11 @@ class BertModel(Replicated, stock.BertModel):
             # Made now, as layers are about to change how long the cache is.
             return tuple(HandedMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
         hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
-        mask = handed(given.get("attention_mask"), hidden, partial(made, 0))
+        added = (self.config._attn_implementation or "eager") == "eager"
+        mask = handed(given.get("attention_mask"), hidden, partial(made, 0), added)
         if encoder_hidden is None:
             return mask, given.get("encoder_attention_mask")
-        return mask, handed(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1))
+        return mask, handed(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1), added)
 
     def _hands_on_masks(self, hidden: Tensor | None) -> bool:
         return (
