@@ -26,12 +26,10 @@ def unsupported(module: nn.Module) -> str | None:
 class BertSelfAttention(Replicated, stock.BertSelfAttention):
     """BertSelfAttention on the attention kernel."""
 
-    @stock.with_signature_of(stock.BertSelfAttention)
+    @stock.fast_forward_of(stock.BertSelfAttention)
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
-            return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
         packing = kwargs.get("packing")
         if isinstance(packing, Packing):  # and no keyword of a user's, which stock passes over
             refused(self, None)  # the encoder asked packed_reason: stock attention would mix the sequences
@@ -53,7 +51,7 @@ class BertSelfAttention(Replicated, stock.BertSelfAttention):
 class BertCrossAttention(Replicated, stock.BertCrossAttention):
     """BertCrossAttention on the attention kernel."""
 
-    @stock.with_signature_of(stock.BertCrossAttention)
+    @stock.fast_forward_of(stock.BertCrossAttention)
     def forward(
         self,
         hidden_states: Tensor,
@@ -62,8 +60,6 @@ class BertCrossAttention(Replicated, stock.BertCrossAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
-            return type(self).forward(self, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         reason = tensor_reason(hidden_states, encoder_hidden_states)
         reason = reason or _reason(self, "BertCrossAttention", encoder_hidden_states, attention_mask, args, kwargs)
         if refused(self, reason):

@@ -18,10 +18,8 @@ def unsupported(module: nn.Module) -> str | None:
 class BertIntermediate(Replicated, stock.BertIntermediate):
     """BertIntermediate on the bias_gelu kernel."""
 
-    @stock.with_signature_of(stock.BertIntermediate)
+    @stock.fast_forward_of(stock.BertIntermediate)
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
-            return type(self).forward(self, *args, **kwargs)
         inputs = given(("hidden_states",), args, kwargs)
         if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
             return super().forward(*args, **kwargs)

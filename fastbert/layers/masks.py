@@ -45,7 +45,7 @@ def handed(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool) -> H
     """
     if given is None:
         return HandedMask(None, None, stock)
-    if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1] and len(given) >= len(keys):
+    if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1] and given.shape[0] >= keys.shape[0]:
         # Multiple choice flattens a 4-D mask to more rows than the batch has; stock reads these.
         return HandedMask(given[: keys.shape[0]].to(keys.device, torch.bool, copy=True), None, stock)
     general = stock()

@@ -26,10 +26,8 @@ def unsupported(module: nn.Module) -> str | None:
 class BertPredictionHeadTransform(Replicated, stock.BertPredictionHeadTransform):
     """BertPredictionHeadTransform on the gelu_layernorm kernel."""
 
-    @stock.with_signature_of(stock.BertPredictionHeadTransform)
+    @stock.fast_forward_of(stock.BertPredictionHeadTransform)
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
-            return type(self).forward(self, *args, **kwargs)
         inputs = given(("hidden_states",), args, kwargs)
         if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
             return super().forward(*args, **kwargs)

@@ -17,10 +17,8 @@ def unsupported(module: nn.Module) -> str | None:
 
 
 class _ResidualNorm(Replicated):
-    @stock.with_signature_of(stock.BertOutput)
+    @stock.fast_forward_of(stock.BertOutput)
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the module was unpatched since
-            return type(self).forward(self, *args, **kwargs)
         inputs = given(("hidden_states", "input_tensor"), args, kwargs)
         if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
             return super().forward(*args, **kwargs)
