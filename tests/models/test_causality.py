@@ -1,9 +1,11 @@
 """Whether an attention looks back only: the model's config says one thing, a module or a call may say another."""
 
 import copy
+from inspect import signature
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fastbert
 from tests.models.running import assert_equal, counting, doubled, expected_launches, run
@@ -90,6 +92,8 @@ def test_a_keyword_of_the_attention_function(name, mask, unpad):
     results, stock = run(patched, batch), run(copy.deepcopy(model), batch)
     plain = run(copy.deepcopy(model), make_batch(CLASSIFICATION, mask))
     assert_equal(results, stock, run(model.double(), doubled(batch)))
+    if name not in signature(sdpa_attention_forward).parameters:  # position_bias, of which older releases know nothing
+        return
     if name == "position_bias" or mask == "none":  # with a mask SDPA looks at no is_causal
         assert not torch.allclose(plain["logits"], stock["logits"], rtol=1e-3)
     reasons = {reason for row in fastbert.report(patched).rows for reason in row.fallback_calls}
@@ -101,7 +105,7 @@ def test_a_keyword_of_the_attention_function(name, mask, unpad):
 def test_a_keyword_that_stock_refuses(name, attention):
     model = make(CLASSIFICATION, attention=attention)
     for each in (model, fastbert.patch(copy.deepcopy(model))):
-        with pytest.raises(TypeError, match=f"multiple values for .*{name}"):
+        with pytest.raises((TypeError, KeyError), match=name):  # a KeyError in transformers 5.0
             each(**make_batch(CLASSIFICATION), **{name: 1.0})
 
 

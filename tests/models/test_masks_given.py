@@ -87,8 +87,8 @@ def test_what_makes_masks_was_replaced(monkeypatch):
     # Somebody's own, in the place where BERT looks: every token sees its neighbours only.
     near = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs() < 3
 
-    def mine(config, inputs_embeds, attention_mask, **kwargs):
-        return near.expand(len(inputs_embeds), 1, -1, -1)
+    def mine(config, attention_mask, **kwargs):
+        return near.expand(len(attention_mask), 1, -1, -1)
 
     model, batch = make(BASE, attention="sdpa"), make_batch(BASE)
     patched = fastbert.patch(copy.deepcopy(model))

@@ -233,7 +233,7 @@ FAULTS = (
     ),
     _masks(
         "a mask with fewer rows than the batch goes to the kernel",
-        before="and len(given) >= len(keys):",
+        before="and given.shape[0] >= keys.shape[0]:",
         after=":",
         tests=(f"{MASKS_GIVEN}::test_any_form_does_what_stock_does",),
     ),
@@ -282,10 +282,11 @@ FAULTS = (
         after='kwargs.pop("reading", None)',
         tests=(f"{CAUSALITY}::test_a_column_of_the_users_own_is_passed_over",),
     ),
-    _embeddings(
+    Fault(
         "a wrapper around a fast forward fails once the model is unpatched",
-        before="if not isinstance(self, Replicated):",
-        after="if False:",
+        file="fastbert/layers/stock.py",
+        before="if isinstance(self, Replicated):",
+        after="if True:",
         tests=(f"{WRAPPED}::test_a_wrapper_outlives_the_patch",),
     ),
     Fault(
