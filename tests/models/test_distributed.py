@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from functools import partial
 
 import pytest
@@ -41,6 +42,9 @@ def worker(rank, port, work):
         work(rank)
     finally:
         dist.destroy_process_group()
+    # Nothing is left to do, and threads of torch's that still run now and then abort an interpreter that shuts down.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @pytest.fixture
