@@ -19,42 +19,6 @@ from types import FunctionType, ModuleType
 
 Pair = tuple[type | ModuleType, str]  # whoever holds the function, and its name there
 
-_FORWARDS = (
-    "BertEmbeddings",
-    "BertSelfAttention",
-    "BertCrossAttention",
-    "BertSelfOutput",
-    "BertAttention",
-    "BertIntermediate",
-    "BertOutput",
-    "BertLayer",
-    "BertEncoder",
-    "BertPooler",
-    "BertPredictionHeadTransform",
-    "BertLMPredictionHead",
-    "BertOnlyMLMHead",
-    "BertOnlyNSPHead",
-    "BertPreTrainingHeads",
-    "BertModel",
-    "BertForPreTraining",
-    "BertLMHeadModel",
-    "BertForMaskedLM",
-    "BertForNextSentencePrediction",
-    "BertForSequenceClassification",
-    "BertForMultipleChoice",
-    "BertForTokenClassification",
-    "BertForQuestionAnswering",
-)
-# What the table has a digest of, by module.
-COVERED = {
-    "transformers.models.bert.modeling_bert": (
-        *(f"{name}.forward" for name in _FORWARDS),
-        "BertLayer.feed_forward_chunk",
-        "BertModel._create_attention_masks",
-        "eager_attention_forward",
-    ),
-    "transformers.loss.loss_utils": ("ForCausalLMLoss", "fixed_cross_entropy"),
-}
 _MISSING = object()
 
 # The function that was judged last, and its reason.
@@ -67,30 +31,17 @@ _Seen = tuple[tuple[Pair, ...], tuple[object, ...], tuple[str, ...], list[object
 _seen: tuple[dict[int, _Seen], dict[int, _Seen]] = {}, {}
 
 
-def covered() -> tuple[Pair, ...]:
-    """Owner and name of everything in COVERED that the installed transformers has."""
-    found: list[Pair] = []
-    for module_name, names in COVERED.items():
-        module = importlib.import_module(module_name)
-        for name in names:
-            class_name, _, attribute = name.rpartition(".")
-            owner = getattr(module, class_name, None) if class_name else module
-            if hasattr(owner, attribute):
-                found.append((owner, attribute))
-    return tuple(found)
-
-
 def digest(function: object) -> str | None:
     """16 hexadecimal digits that stand for the code of a function of transformers, below its decorators.
 
     None where a function in the chain of `__wrapped__` does not come from transformers' own files, since it may do
     anything, and where there is no source to read.
     """
-    innermost = _innermost(function)
-    if innermost is None:
+    inner = innermost(function)
+    if inner is None:
         return None
     try:
-        source = inspect.getsource(innermost.__code__)  # of the function itself would be of what it wraps
+        source = inspect.getsource(inner.__code__)  # of the function itself would be of what it wraps
         # A method is read as the body of an if: dedenting could change strings of several lines.
         tree = ast.parse("if True:\n" + source if source[0].isspace() else source)
     except (OSError, SyntaxError):
@@ -171,8 +122,8 @@ def _judge(owner: type | ModuleType, name: str, function: object) -> str | None:
     what = label(owner, name)
     if function is _MISSING:
         return f"{what} is gone (transformers {_release()})"
-    innermost = _innermost(function)
-    if innermost is None:
+    inner = innermost(function)
+    if inner is None:
         return f"{what} was replaced by {_own_name(function)}"
     found = digest(function)
     if found is None:
@@ -182,8 +133,14 @@ def _judge(owner: type | ModuleType, name: str, function: object) -> str | None:
     return None
 
 
+def innermost(function: object) -> FunctionType | None:
+    """The function of transformers that its own decorators are around; None if anything on the way is not transformers',
+    such as a user's functools.wraps around one of its functions."""
+    return _innermost(function) if isinstance(function, FunctionType) else None
+
+
+@cache
 def _innermost(function: object) -> FunctionType | None:
-    """What transformers' own decorators are around; None if anything on the way is not transformers'."""
     folder = os.path.dirname(_transformers().__file__) + os.sep
     while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folder):
         if not hasattr(function, "__wrapped__"):

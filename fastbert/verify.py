@@ -139,9 +139,9 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
 
     own = _own_attention(model)
     with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
+        reference, widened = _reference(_quiet_copy(model, own), batch, reference_dtype)  # first: its copy is the largest
         copied = _quiet_copy(model, own)
         eager = _run(copied, batch)
-        reference, widened = _reference(_quiet_copy(model, own), batch, reference_dtype)
         with patched(copied, **patch_keywords):
             result = _run(copied, batch)
             after = report(copied)

@@ -14,6 +14,7 @@ import transformers
 from transformers.models.bert import modeling_bert
 
 from fastbert import forwards
+from fastbert.layers import stock
 
 PLAIN = """
 def forward(self, x, scale=1.0, *args, **kwargs):
@@ -128,11 +129,10 @@ def test_another_python_gives_the_same_digest(released, monkeypatch):
 
 
 def test_the_table_has_all_of_the_installed_release():
-    pairs = forwards.covered()
-    names = [name for names in forwards.COVERED.values() for name in names]
-    assert [forwards.label(*pair) for pair in pairs] == names
+    pairs = stock.covered()
     assert {forwards.reason(*pair) for pair in pairs} == {None}
-    assert sorted(forwards.table()) == sorted(names)
+    assert sorted(forwards.table()) == sorted(forwards.label(*pair) for pair in pairs)
+    assert all(hasattr(*pair) for code in stock.CODE.values() for pair in code)
 
 
 def test_importing_it_imports_nothing_that_brings_triton():
@@ -221,7 +221,7 @@ def test_accepted_for_this_process(put):
 
 
 def test_nothing_is_read_twice(monkeypatch):
-    pairs = forwards.covered()
+    pairs = stock.covered()
     assert forwards.untested(pairs) is None
     monkeypatch.setattr(forwards, "_judge", None)
     monkeypatch.setattr(forwards, "_look_again", None)

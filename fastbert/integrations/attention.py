@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from fastbert import ops
+from fastbert import forwards, ops
 from fastbert.dispatch import refused, run, tensor_reason
 
 NAME = "fastbert"
@@ -74,7 +74,8 @@ def _parameters(function: Any) -> frozenset[str]:
 def _foreign(name: str, function: Any, modules: tuple[str, ...]) -> str | None:
     while isinstance(function, partial):  # how a kernel from the hub is registered
         function = function.func
-    if getattr(function, "__module__", None) in modules:
+    inner = forwards.innermost(function)
+    if inner is not None and inner.__module__ in modules:
         return None
     return f"attention implementation {name!r} is not one of transformers' own"
 

@@ -135,12 +135,12 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         """The ids that stock would take, from the buffers where none were given; no position ids: counted from `past`."""
         end = past + (inputs_embeds if ids is None else ids).shape[1]
         positions = self.position_ids[:, past:end] if position_ids is None else position_ids
-        if token_type_ids is None and hasattr(self, "token_type_ids"):
-            token_type_ids = self.token_type_ids.expand(positions.shape[0], -1).gather(1, positions)
         fits = end <= self.position_embeddings.num_embeddings
-        if position_ids is None and fits and _position_reason(self) is None:
-            positions = None
-        return token_type_ids, positions
+        counted = position_ids is None and fits and _position_reason(self) is None
+        if token_type_ids is None and hasattr(self, "token_type_ids"):
+            types = self.token_type_ids
+            token_type_ids = types[:, past:end] if counted else types.expand(positions.shape[0], -1).gather(1, positions)
+        return token_type_ids, None if counted else positions
 
     def _ids_reason(
         self, ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert import modeling_bert as bert
 
+from fastbert import forwards
 from fastbert.dispatch import IDLE_HOOKS, hooked
 from fastbert.layers.stock import BertAttention, BertEncoder, BertLayer, untested
 
@@ -97,15 +98,13 @@ def _stock_type(module: nn.Module) -> type:
 @torch.compiler.assume_constant_result
 def _masks_replaced() -> bool:
     """Whether BERT's masks are made by something else than transformers' own functions."""
-    makers = (getattr(bert, name, None) for name in _MAKERS)
-    return any(getattr(maker, "__module__", _MAKERS_OF) != _MAKERS_OF for maker in makers)
+    return any(hasattr(bert, name) and forwards.innermost(getattr(bert, name)) is None for name in _MAKERS)
 
 
 def _noticed(module: nn.Module) -> bool:
     return hooked(module, _IDLE)
 
 
-_MAKERS_OF = "transformers.masking_utils"
 _MAKERS = ("create_causal_mask", "create_bidirectional_mask")
 # Its hooks gather weights and cast floating-point arguments; masks they hand on.
 _SHARDING = "torch.distributed.fsdp"

@@ -93,3 +93,8 @@ CODE = {name: ((stock_class(name), "forward"),) for name in _FORWARDS} | {
 def untested(name: str) -> str | None:
     """Why the fast class for the stock class `name` must not stand in for what transformers holds now, or None."""
     return forwards.untested(CODE[name])
+
+
+def covered() -> tuple[forwards.Pair, ...]:
+    """All of CODE that the installed release has: what the table of digests holds."""
+    return tuple(dict.fromkeys(pair for pairs in CODE.values() for pair in pairs if hasattr(*pair)))

@@ -58,7 +58,10 @@ def other_arithmetic(source: str) -> str:
 def masks_elsewhere(source: str) -> str:
     """The model makes its masks under another name, by position."""
     source = source.replace("_create_attention_masks", "_masks")
-    by_position = lambda call: re.sub(r"\w+=(\w+),", r"\1,", call[0])  # noqa: E731
+
+    def by_position(call: re.Match[str]) -> str:
+        return re.sub(r"\w+=(\w+),", r"\1,", call[0])
+
     return re.sub(r"self\._masks\(.*?\n        \)", by_position, source, count=1, flags=re.S)
 
 

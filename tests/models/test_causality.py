@@ -95,7 +95,7 @@ def test_a_keyword_of_the_attention_function(name, mask, unpad):
     if name not in signature(sdpa_attention_forward).parameters:  # position_bias, of which older releases know nothing
         return
     if name == "position_bias" or mask == "none":  # with a mask SDPA looks at no is_causal
-        assert not torch.allclose(plain["logits"], stock["logits"], rtol=1e-3)
+        assert not torch.equal(plain["logits"], stock["logits"]), "the keyword changes nothing: it proves nothing"
     reasons = {reason for row in fastbert.report(patched).rows for reason in row.fallback_calls}
     assert f"{name}, an argument of the attention function" in reasons
 

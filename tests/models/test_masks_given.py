@@ -1,6 +1,7 @@
 """What a caller may do with a mask: give one of any form, and write to it once the forward is over."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_a_mask_overwritten_before_the_backward(form, attention):
     assert_bitwise(backward(overwrite=True), backward(overwrite=False))
 
 
-def test_what_makes_masks_was_replaced(monkeypatch):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_makes_masks_was_replaced(wrapped, monkeypatch):
     # Somebody's own, in the place where BERT looks: every token sees its neighbours only.
     near = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs() < 3
 
@@ -92,6 +94,7 @@ def test_what_makes_masks_was_replaced(monkeypatch):
 
     model, batch = make(BASE, attention="sdpa"), make_batch(BASE)
     patched = fastbert.patch(copy.deepcopy(model))
-    monkeypatch.setattr(bert, "create_bidirectional_mask", mine)
+    original = bert.create_bidirectional_mask
+    monkeypatch.setattr(bert, "create_bidirectional_mask", functools.wraps(original)(mine) if wrapped else mine)
     results, stock = run(patched, batch), run(copy.deepcopy(model), batch)
     assert_equal(results, stock, run(model.double(), doubled(batch)))

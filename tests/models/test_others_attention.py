@@ -4,6 +4,7 @@ Each gets the masks that stock would have given it, and nothing of the kernel's 
 """
 
 import copy
+import functools
 import math
 
 import pytest
@@ -97,8 +98,8 @@ def registered():
             bias = bias.masked_fill(~attention_mask, -1e9)
         return sdpa_attention_forward(module, query, key, value, bias, **kwargs)
 
-    def register(name):
-        AttentionInterface.register(name, with_distance)
+    def register(name, wrapped=False):
+        AttentionInterface.register(name, functools.wraps(sdpa_attention_forward)(with_distance) if wrapped else with_distance)
         AttentionMaskInterface.register(name, sdpa_mask)
         return calls
 
@@ -109,13 +110,14 @@ def registered():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["with_distance", "sdpa"])
-def test_a_function_of_ones_own_is_called(registered, name, when):
+@pytest.mark.parametrize(("name", "wrapped"), [("with_distance", False), ("sdpa", False), ("sdpa", True)])
+def test_a_function_of_ones_own_is_called(registered, name, wrapped, when):
+    # wrapped: it looks like the function of transformers that it calls, down to the name of its module
     model, batch = make(CLASSIFICATION, attention="sdpa"), make_batch(CLASSIFICATION)
     plain = run(copy.deepcopy(model), batch)
     if when == "after":
         fastbert.patch(model)
-    calls = registered(name)
+    calls = registered(name, wrapped)
     model.set_attn_implementation(name)
     stock = fastbert.unpatch(copy.deepcopy(model))
     eager, exact = run(stock, batch), run(copy.deepcopy(stock).double(), doubled(batch))

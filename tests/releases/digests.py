@@ -7,6 +7,7 @@ import transformers
 from packaging.version import Version
 
 from fastbert import forwards
+from fastbert.layers.stock import covered
 
 TABLE = Path(forwards.__file__).parent / "data/forwards.json"
 Table = dict[str, dict[str, str]]
@@ -14,7 +15,7 @@ Table = dict[str, dict[str, str]]
 
 def of_this_release() -> dict[str, str]:
     """Digest by qualified name of all that this release has."""
-    return {forwards.label(*pair): forwards.digest(getattr(*pair)) for pair in forwards.covered()}
+    return {forwards.label(*pair): forwards.digest(getattr(*pair)) for pair in covered()}
 
 
 def added(table: Table, found: dict[str, str], release: str) -> Table:
