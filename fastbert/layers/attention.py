@@ -32,7 +32,7 @@ class BertSelfAttention(Replicated, stock.BertSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         packing = kwargs.get("packing")
         if isinstance(packing, Packing):  # and no keyword of a user's, which stock passes over
-            refused(self, None)  # the encoder asked packed_reason: stock attention would mix the sequences
+            refused(self, None)  # the encoder asked: stock attention would mix the sequences
             return _attended_packed(self, hidden_states, packing, kwargs.get("queries")), None
         reason = tensor_reason(hidden_states)
         reason = reason or _reason(self, "BertSelfAttention", hidden_states, attention_mask, args, kwargs)
@@ -130,20 +130,14 @@ def _attended_at(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **bounds: A
     return out.flatten(1).unsqueeze(0)
 
 
-def packed_reason(module: nn.Module) -> str | None:
-    """Why `module` cannot attend to packed rows, or None."""
-    return (
-        stock.untested("BertSelfAttention")
-        or implementation_reason(module.config._attn_implementation)
-        or unsupported(module)
-    )
-
-
 def _reason(
     module: nn.Module, stock_name: str, keys: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     implementation = module.config._attn_implementation or "eager"
-    if reason := stock.untested(stock_name) or implementation_reason(implementation) or unsupported(module):
+    if reason := stock.untested(stock_name) or unsupported(module):
+        return reason
+    # A model that handed its mask on has asked.
+    if not isinstance(mask, HandedMask) and (reason := implementation_reason(implementation)):
         return reason
     if len(args) > 1:
         return "more arguments than the forwards have that fastbert was tested against"

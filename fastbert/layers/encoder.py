@@ -12,9 +12,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from fastbert import ops
 from fastbert.dispatch import Replicated, hooked, refused, run, tensor_reason
-from fastbert.integrations.attention import argument_reason, wants_weights
+from fastbert.integrations.attention import argument_reason, implementation_reason, wants_weights
 from fastbert.layers import stock
-from fastbert.layers.attention import BertSelfAttention, flash_keywords, packed_reason
+from fastbert.layers.attention import BertSelfAttention, flash_keywords
+from fastbert.layers.attention import unsupported as attention_unsupported
 from fastbert.layers.by_row import row_reason
 from fastbert.layers.counts import Given
 from fastbert.layers.masks import HandedMask
@@ -90,16 +91,17 @@ class _PackingEncoder(Replicated):
                 return f"a layer that is a {type(layer).__name__}"
             if type(attention.self) is not BertSelfAttention:
                 return "a layer whose attention is not the kernel's"
-            implementation = attention.self.config._attn_implementation
-            reason = packed_reason(attention.self) or argument_reason(implementation, tuple(kwargs))
-            if reason is not None:
+            if (reason := attention_unsupported(attention.self)) is not None:
                 return reason
             if layer.chunk_size_feed_forward:
                 return "a feed-forward in chunks"
         if (reason := next(filter(None, map(row_reason, self.layer.modules())), None)) is not None:
             return reason
+        implementation = self.config._attn_implementation
         if not isinstance(mask, HandedMask):
-            return "masks that more than the kernels could see"
+            return implementation_reason(implementation) or "masks that more than the kernels could see"
+        if (reason := argument_reason(implementation, tuple(kwargs))) is not None:
+            return reason
         if mask.general is not None:
             return "a mask between queries and keys"
         if mask.keys is None and (flash_keywords(kwargs) or kwargs.get("position_ids") is not None):

@@ -82,8 +82,8 @@ FAULTS = (
     ),
     _attention(
         "an attention function of the user's own is never called",
-        before="if reason := stock.untested(stock_name) or implementation_reason(implementation) or unsupported(module):",
-        after="if reason := stock.untested(stock_name) or unsupported(module):",
+        before="if not isinstance(mask, HandedMask) and (reason := implementation_reason(implementation)):",
+        after="if False:",
         tests=(f"{OTHERS_ATTENTION}::test_a_function_of_ones_own_is_called",),
     ),
     _attention(
@@ -270,8 +270,8 @@ FAULTS = (
     Fault(
         "keywords of the attention function have no effect where the batch is packed",
         file="fastbert/layers/encoder.py",
-        before="packed_reason(attention.self) or argument_reason(implementation, tuple(kwargs))",
-        after="packed_reason(attention.self)",
+        before="if (reason := argument_reason(implementation, tuple(kwargs))) is not None:",
+        after="if False:",
         tests=(f"{CAUSALITY}::test_a_keyword_of_the_attention_function",),
     ),
     Fault(
