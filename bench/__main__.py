@@ -112,7 +112,8 @@ def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path) -> None:
 
 
 def _conclude(results: Any) -> None:
-    for record in (*results.models, *results.ops):
+    checked = (*results.models, *results.ops, *results.host)
+    for record in checked:
         if record.status == "failed":
             console.print(f"[red]failed its check:[/] {record.case} {record.lane}: {record.reason}", highlight=False)
     if results.tests and (results.tests.failed or results.tests.errors):
@@ -122,7 +123,7 @@ def _conclude(results: Any) -> None:
             console.print(f"[red]{stage.name}:[/] {(stage.reason or '').splitlines()[-1:]}", highlight=False)
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
-    if not reached or any(record.status == "failed" for record in (*results.models, *results.ops)):
+    if not reached or any(record.status == "failed" for record in checked):
         raise typer.Exit(1)
 
 
@@ -187,6 +188,28 @@ def ops(
         raise typer.BadParameter(str(error)) from None
     _start(dry_run)
     _run(jobs, dry_run, budget, out)
+
+
+@app.command()
+def host(
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    seconds: Annotated[float, typer.Option(help="Of timed steps a case.")] = 10.0,
+    rounds: Annotated[int, typer.Option(help="Turns of each lane.")] = 15,
+    compiled: Annotated[bool, typer.Option("--compile", help="With a lane of torch.compile, which takes minutes.")] = False,
+    names: Annotated[bool, typer.Option("--names", help="List the launches of each lane by name.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the results here, for `report`.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 if a lane misses its target.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """The host's time of whole steps as ratios to stock, their launches and peak memory; also on a pretended GPU."""
+    if dry_run and check:
+        raise typer.BadParameter("--check takes a measurement: leave --dry-run out")
+    if seconds <= 0 or rounds < 1:
+        raise typer.BadParameter(f"expected --seconds above 0 and --rounds from 1 on, got {seconds:g} and {rounds}")
+    _start(dry_run)
+    from bench import host_command
+
+    raise typer.Exit(host_command.run(console, only, seconds, rounds, compiled, names, json, check, dry_run))
 
 
 @app.command()

@@ -42,7 +42,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        extra = f"p={self.p}" if self.op in ("dropout_add_layernorm", "embedding_layernorm") else self.activation
+        dropped = self.op in ("dropout_add_layernorm", "embedding_layernorm") and self.activation == "gelu"
+        extra = f"p={self.p}" if dropped else self.activation
         if self.op == "gather_rows":
             extra = "rows"
         if self.op == "attention":
@@ -68,6 +69,7 @@ SHORT = (
     "attention bf16 64 key p=0.0",
     "attention bf16 64 key p=0.1",
     "linear_cross_entropy bf16 30522 gradient",
+    "encoder_layer bf16 3072 gelu",
 )
 
 
@@ -163,7 +165,7 @@ def _gelu_layernorm(variant: Variant) -> None:
     x_dtype, dtype = _dtypes(variant)
     x, vector = _meta(TOKENS, variant.width, dtype=x_dtype), _meta(variant.width, dtype=dtype)
     y, mean, rstd = op._launch_fwd(x, vector, vector, vector, variant.activation, 1e-12, dtype, True)
-    op._launch_bwd(y, x, mean, rstd, vector, vector, variant.activation, True)
+    op._launch_bwd(y, x, mean, rstd, vector, vector, variant.activation, True, vector.dtype)
 
 
 def _attention_variants() -> Iterator[Variant]:
@@ -284,12 +286,17 @@ def _embedding_layernorm_variants() -> Iterator[Variant]:
     yield variant("fp16", 768, p=0.1)
     for width in (512, 2048, 8192):
         yield variant("fp64", width, p=0.1)
+    yield variant("bf16", 1, activation="order")
 
 
 def _embedding_layernorm(variant: Variant) -> None:
     """As many words as tokens, so that what is read of them counts as the floor does: a row a token."""
     from fastbert.kernels import embedding_layernorm as op
+    from fastbert.kernels.embedding_gradients import in_order
 
+    if variant.activation == "order":  # of few ids, wherever those of a batch are more than it takes
+        in_order(_meta(EMBEDDED, dtype=torch.int64))
+        return
     dtype = DTYPES[variant.dtype]
     words, positions, types, vector = (
         _meta(*shape, variant.width, dtype=dtype) for shape in ((TOKENS,), (512,), (2,), ())
@@ -298,10 +305,68 @@ def _embedding_layernorm(variant: Variant) -> None:
     seed = _meta(dtype=torch.int64) if variant.p else None
     read = (ids, ids, None, seed, 0, 0)
     y, mean, rstd = op._launch_fwd(words, positions, types, vector, vector, *read, 1e-12, variant.p, dtype, True)
-    op._launch_bwd(y, words, positions, types, vector, mean, rstd, *read, variant.p, True, True, True, True)
+    op._launch_bwd(y, words, positions, types, vector, mean, rstd, *read, variant.p, dtype, True, True, True, True, True)
+
+
+def _masks_variants(op: str) -> Iterator[Variant]:
+    yield Variant(op, "bool", SEQLEN, activation="rows")
+
+
+def _key_bounds(variant: Variant) -> None:
+    from fastbert.kernels.key_bounds import key_bounds
+
+    key_bounds(_meta(TOKENS, variant.width, dtype=torch.bool))
+
+
+def _row_counts(variant: Variant) -> None:
+    from fastbert.kernels.row_counts import row_counts
+
+    row_counts(*(_meta(TOKENS, variant.width, dtype=torch.bool) for _ in range(2)))
+
+
+def _packed_rows(variant: Variant) -> None:
+    """Of a batch, whose rows an int32 counts."""
+    from fastbert.kernels.packed_rows import packed_rows
+
+    tokens, read = (_meta(BATCH, variant.width, dtype=torch.bool) for _ in range(2))
+    room = BATCH * variant.width, variant.width, False
+    packed_rows(_meta(3, BATCH, dtype=torch.int32), tokens, read, variant.width, *room, False, *room, True)
+
+
+def _encoder_layer_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "encoder_layer")
+    for dtype in ("bf16", "fp16", "fp32", "mixed"):
+        for width in FEED_FORWARD:
+            yield variant(dtype, width)
+    for activation in ACTIVATIONS:
+        yield variant("bf16", 3072, activation=activation)
+        yield variant("fp32", 3072, activation=activation)
+    yield variant("fp64", 3072)
+
+
+def _encoder_layer(variant: Variant) -> None:
+    """What no op launches alone, at the width of the feed-forward: the activation's gradient that makes its output again, and
+    the end of all column sums of a layer. All else that it launches is compiled with the other ops."""
+    from fastbert.kernels import bias_gelu, column_sums
+    from fastbert.kernels.launch import accumulator_torch
+
+    low, dtype = _dtypes(variant)
+    hidden, inner = -(-variant.width // 4), variant.width
+    h, bias, wide = _meta(TOKENS, inner, dtype=low), _meta(inner, dtype=dtype), accumulator_torch(low)
+    work, rows = bias_gelu.backward_work(TOKENS, inner, (inner, 1), (inner, 1), h, variant.activation)
+    sums = _meta(rows, inner, dtype=wide)
+    work.launch(h, dy_ptr=h, x_ptr=h, bias_ptr=bias, dx_ptr=h, y_ptr=_meta(TOKENS, inner, dtype=low), sums_ptr=sums)
+    norms = _meta(rows, 3 * hidden, dtype=wide)
+    vectors = _meta(6 * hidden + inner, dtype=dtype)
+    work = column_sums.work((rows, rows, rows), (3 * hidden, inner, 3 * hidden), sums)
+    work.launch(sums, a_ptr=norms, b_ptr=sums, c_ptr=norms, out_ptr=vectors)
 
 
 CASES: dict[str, Case] = {
+    "encoder_layer": Case(_encoder_layer_variants, _encoder_layer),
+    "key_bounds": Case(partial(_masks_variants, "key_bounds"), _key_bounds),
+    "row_counts": Case(partial(_masks_variants, "row_counts"), _row_counts),
+    "packed_rows": Case(partial(_masks_variants, "packed_rows"), _packed_rows),
     "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
     "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
     "embedding_layernorm": Case(_embedding_layernorm_variants, _embedding_layernorm),

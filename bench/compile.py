@@ -21,6 +21,7 @@ from bench.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_p
 from fastbert.kernels import launch
 
 TILES = "pointers"  # what attention's kernels call whatever they load or store a tile through
+_COLUMN_SUMS = "column_sums_kernel"
 _ADAMW_TENSORS = ("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "MAX_EXP_AVG_SQ", "MASTER")
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -37,6 +38,8 @@ class Launch:
     @property
     def direction(self) -> str:
         """forward, backward, or backward-<part> of an op whose backward is several kernels."""
+        if self.kernel.__name__ == _COLUMN_SUMS:
+            return "backward-sums"
         part = self.kernel.__name__.removesuffix("_kernel").rpartition("_bwd")[2]
         return "forward" if "_bwd" not in self.kernel.__name__ else "backward" + part.replace("_", "-")
 
@@ -46,7 +49,12 @@ class Launch:
         return "max_seqlen_k" in self.arguments
 
     def big(self, variant: Variant) -> dict[str, Tensor]:
-        """The tensors of tokens x width elements, by name without _ptr: those whose bytes are the floor."""
+        """The tensors of tokens x width elements, by name without _ptr: those whose bytes are the floor.
+
+        Of column sums, which read three tensors through one pointer, the one of that width.
+        """
+        if self.kernel.__name__ == _COLUMN_SUMS:
+            return {"here": self.arguments["b_ptr"]}
         elements = (BATCH * SEQLEN * HEADS if variant.op == "attention" else TOKENS) * variant.width
         tensors = {k.removesuffix("_ptr"): v for k, v in self.arguments.items() if isinstance(v, Tensor)}
         return {name: tensor for name, tensor in tensors.items() if tensor.numel() == elements}
@@ -146,7 +154,7 @@ def _of_rows(
     """What is counted by element of a [tokens, width] tensor: the kernel passes once over memory."""
     arguments = launched.arguments
     columns = arguments.get("CHUNKS", 1) * arguments.get("BLOCK_N", arguments.get("BLOCK_D", 1))
-    elements = arguments["BLOCK_M"] * arguments.get("AT_ONCE", 1) * min(columns, variant.width)
+    elements = arguments.get("BLOCK_M", 1) * arguments.get("AT_ONCE", 1) * min(columns, variant.width)
     lanes_per_element = launched.config.num_warps * LANES / elements
     big = launched.big(variant)
     names = {TILES} if variant.op == "attention" else set(big)

@@ -14,6 +14,9 @@ ANY_MARKER = re.compile(r"<!-- /?bench:[\w-]+ -->")
 def fill(text: str, results: Results | None) -> str:
     """`text` with every marked block made anew; "not measured" without results.
 
+    Results of a pretended GPU fill the tables that are called so and leave the others as they are; those of a GPU do not
+    touch these.
+
     Raises:
         ResultsError: results that were not measured, a marker without its partner, or a name that is no table.
     """
@@ -25,7 +28,14 @@ def fill(text: str, results: Results | None) -> str:
     unknown = [block["name"] for block in blocks if block["name"] not in markdown.TABLES]
     if unknown:
         raise ResultsError(f"no table is called {unknown[0]!r}; there are {', '.join(markdown.TABLES)}")
-    return MARKED.sub(lambda block: f"{block[1]}{markdown.named(block['name'], results)}\n{block[3]}", text)
+
+    def anew(block: re.Match[str]) -> str:
+        name = block["name"]
+        if results is not None and results.environment.pretended != (name in markdown.PRETENDED):
+            return block[0]
+        return f"{block[1]}{markdown.named(name, results)}\n{block[3]}"
+
+    return MARKED.sub(anew, text)
 
 
 def write(path: Path, results: Results | None) -> bool:

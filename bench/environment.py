@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import fastbert
+from bench.host_pretended import pretended
 from bench.records import Environment
 
 # nvidia-smi's names; read only, nothing is set.
@@ -43,6 +44,7 @@ def read() -> Environment:
         commit=_commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         clocks=clocks(),
+        pretended=pretended() is not None,
     )
 
 

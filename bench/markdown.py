@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from bench import ceilings, lanes
+from bench import ceilings, host_tables, lanes
 from bench.flops import mfu
 from bench.records import ModelRecord, OpRecord, Results
 from bench.tune import best
@@ -28,6 +28,8 @@ def provenance(results: Results | None) -> str:
     invented = "INVENTED SAMPLE NUMBERS. " if results.invented else ""
     versions = f"torch {here.torch}, triton {here.triton}, transformers {here.transformers}"
     where = f"{here.gpu or 'no GPU'}, driver {here.driver or 'unknown'}, CUDA {here.cuda or 'none'}"
+    if here.pretended:
+        where = f"A pretended {here.gpu} (a stub driver whose launches do nothing, so times are the host's), CUDA {here.cuda}"
     return f"{invented}{where}; {versions}, Python {here.python}; commit {here.commit or 'unknown'}, {here.date[:10]}."
 
 
@@ -164,6 +166,11 @@ def ops_headline(results: Results) -> str:
     return ops(results, lambda r: (r.dtype, r.hidden, r.seqlen) == ("bf16", 1024, 512) and r.direction != "both")
 
 
+def host(results: Results) -> str:
+    """What the host does for a step: its time against stock's, what it launches, and the memory that the step needs."""
+    return table(host_tables.HEADINGS, host_tables.rows(results.host))
+
+
 def tuning(results: Results) -> str:
     rows = []
     for fastest, now in best(results.tuning):
@@ -215,9 +222,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "breakdown": breakdown,
     "losses": losses,
     "ops": ops,
+    "host": host,
+    "host-pretended": host,
     "tuning": tuning,
     "stages": stages,
 }
+PRETENDED = ("host-pretended",)  # what a pretended GPU can say
 
 
 def named(name: str, results: Results | None) -> str:

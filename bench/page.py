@@ -45,6 +45,7 @@ SECTIONS = {
     "losses": "Losses of the lanes",
     "models": "Every model, every lane",
     "ops": "Every op, every lane",
+    "host": "The host: time, launches and memory of a step",
     "tuning": "Tuning",
     "stages": "What was run",
     "environment": "The machine",
@@ -68,7 +69,7 @@ def render(results: Results, pictures: Iterable[Path]) -> str:
 {_warning(results)}
 <div class="cards">{_cards(results)}</div>
 <p>Two lanes are called different only where their quartiles do not overlap. Speeds count real tokens, never padding.
-Every time stands behind a passed check of the same lane.</p>
+Every time but the host's stands behind a passed check of the same lane.</p>
 {images}
 {sections}
 <details><summary>Jobs that failed, with what they printed last</summary>{failures or "<p>none</p>"}</details>

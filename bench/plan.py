@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from bench import models, ops, suite
+from bench import host_cases, models, ops, suite
 from bench.isolate import Outcome, run_job
 from bench.models import Workload
 
@@ -59,6 +59,15 @@ def optimizer_job(*names: str) -> Job:
     return worker_job(f"ops: adamw of {', '.join(names)}", 60.0, kind="optimizers", models=list(names))
 
 
+HOST_CAP = 45.0
+
+
+def host_job() -> Job:
+    """The host's share of as many steps as fit, the most telling ones first; the last of them may still be under way."""
+    names = list(host_cases.CASES)
+    return worker_job("host", HOST_CAP, 25.0, kind="host", names=names, seconds=1.2, rounds=4, budget=0.6 * HOST_CAP)
+
+
 def gpu_plan(budget: float) -> Iterator[Job]:
     """Everything, each thing once. The lanes that decide come before those that complete the picture."""
     names = set()
@@ -73,6 +82,7 @@ def _everything(budget: float) -> Iterator[Job]:
 
     yield ceilings_job()
     yield Job("tests: pytest -m gpu", suite.run, TESTS_SHARE * budget)
+    yield host_job()
     workloads = list(models.headline())
     for lanes in (FIRST_LANES, SECOND_LANES, OTHER_LANES):
         for workload in workloads:
@@ -110,5 +120,6 @@ def dry_plan() -> Iterator[Job]:
         yield model_job(workload, lane, details=True)
     yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in ops.tiny_cases()], directions=["both"])
     yield optimizer_job("tiny")
+    yield worker_job("host", 120.0, kind="host", names=[host_cases.TRAINING.name], tiny=True)
     job = next(tune_jobs("sm_90"))
     yield worker_job("tune: the first", 120.0, kind="tune", **job | {"most": 2})

@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and with what it was measured. None: could not be read."""
+    """Where and with what it was measured. None: could not be read. pretended: the GPU is a stub whose launches do nothing."""
 
     gpu: str | None
     driver: str | None
@@ -52,11 +52,13 @@ class Environment:
     commit: str | None
     date: str
     clocks: dict[str, str] = field(default_factory=dict)
+    pretended: bool = False
 
     @property
     def identity(self) -> tuple[str | None, ...]:
         """What has to be equal for two results to stand in one table."""
-        return self.gpu, self.driver, self.cuda, self.torch, self.triton, self.transformers, self.commit
+        gpu = f"pretended {self.gpu}" if self.pretended else self.gpu
+        return gpu, self.driver, self.cuda, self.torch, self.triton, self.transformers, self.commit
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,24 @@ class ModelRecord(Timed):
 
 
 @dataclass(frozen=True)
+class HostRecord(Timed):
+    """One lane of one step of bench.host: `seconds` of the processor until all of a step is issued, `wall` those that pass.
+
+    runs and wall_runs: the medians of the lane's turns, to be compared with the other lanes' in the same turn. launches: of
+    one step, by kind and name (bench.host_counts). peak_bytes: with weights, gradients and optimizer state.
+    """
+
+    name: str
+    wall: Spread | None
+    wall_runs: list[float]
+    launches: dict[str, dict[str, int]]
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        return (self.name,)
+
+
+@dataclass(frozen=True)
 class TuneRecord(Timed):
     """One candidate configuration of one entry of kernels/configs.py; lane is "present" or "candidate"."""
 
@@ -189,6 +209,7 @@ class Results:
     models: list[ModelRecord] = field(default_factory=list)
     ops: list[OpRecord] = field(default_factory=list)
     tuning: list[TuneRecord] = field(default_factory=list)
+    host: list[HostRecord] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
 
     def ceiling(self, name: str) -> float | None:

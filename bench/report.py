@@ -13,6 +13,7 @@ TITLES = {
     "losses": "Losses of the lanes",
     "models": "Every model",
     "ops": "Every op",
+    "host": "The host: time, launches and memory of a step",
     "tuning": "Tuning",
     "stages": "What was run",
     "environment": "The machine",

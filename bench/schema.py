@@ -10,10 +10,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.records import SCHEMA, STATUSES, Ceiling, ModelRecord, OpRecord, Results, Spread, SuiteRecord, Timed, TuneRecord
+from bench.records import (
+    SCHEMA,
+    STATUSES,
+    Ceiling,
+    HostRecord,
+    ModelRecord,
+    OpRecord,
+    Results,
+    Spread,
+    SuiteRecord,
+    Timed,
+    TuneRecord,
+)
 
 # Which list of Results a record goes to.
-FIELDS = {Ceiling: "ceilings", ModelRecord: "models", OpRecord: "ops", TuneRecord: "tuning"}
+FIELDS = {Ceiling: "ceilings", ModelRecord: "models", OpRecord: "ops", TuneRecord: "tuning", HostRecord: "host"}
+TIMED = [name for kind, name in FIELDS.items() if issubclass(kind, Timed)]
 BY_NAME = {cls.__name__: cls for cls in (*FIELDS, SuiteRecord)}
 
 
@@ -69,7 +82,7 @@ def read_all(paths: Sequence[Path]) -> Results:
             raise ResultsError(
                 f"{path}: measured with {_named(other)}, {first_path} with {_named(first)}: report them one at a time"
             )
-        for name in ("models", "ops", "tuning"):
+        for name in TIMED:
             merged = {_key(record): record for record in getattr(first, name) + getattr(other, name)}
             setattr(first, name, list(merged.values()))
         first.ceilings = list({c.name: c for c in first.ceilings + other.ceilings}.values())
@@ -132,7 +145,7 @@ def _expect(right: bool, where: str, what: str, data: Any) -> None:
 
 
 def _check(results: Results) -> None:
-    for name in ("models", "ops", "tuning"):
+    for name in TIMED:
         for i, record in enumerate(getattr(results, name)):
             check_record(record, results.dry_run, f"results.{name}[{i}]")
     if results.dry_run and results.ceilings:

@@ -44,6 +44,12 @@ def _optimizers(models: list[str]) -> Iterator[Any]:
         yield from optimizers.run(model)
 
 
+def _host(**job: Any) -> Iterator[Any]:
+    from bench import host
+
+    yield from host.run(**job)
+
+
 def _tune(**job: Any) -> Iterator[Any]:
     from bench import tune
 
@@ -54,6 +60,7 @@ def _tune(**job: Any) -> Iterator[Any]:
 KINDS: dict[str, Callable[..., Iterator[Any]]] = {
     "ceilings": _ceilings,
     "model": _model,
+    "host": _host,
     "ops": _ops,
     "optimizers": _optimizers,
     "tune": _tune,

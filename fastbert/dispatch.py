@@ -55,7 +55,9 @@ def refused(module: nn.Module, reason: str | None) -> bool:
     """Whether this call goes to stock code, which it does when there is a reason; tallied either way."""
     if not torch.compiler.is_compiling():  # traced once, run many times: a count would be wrong
         with _lock:
-            tally = _calls.setdefault(module, Calls())
+            tally = _calls.get(module)
+            if tally is None:
+                tally = _calls[module] = Calls()
             if reason is None:
                 tally.kernel += 1
             else:
@@ -91,7 +93,7 @@ def tensor_reason(*tensors: Tensor) -> str | None:
         if type(tensor) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
             return f"{type(tensor).__name__} is not a plain tensor"
     dtype = torch.get_autocast_dtype(first.device.type) if autocast else first.dtype
-    return _device_reason(first.device, dtype) or _mode_reason()
+    return _device_reason(first.device, dtype) or mode_reason()
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 traces no is_autocast_available
@@ -118,7 +120,15 @@ def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if major >= 8 else f"compute capability {major}.{minor}: the kernels need 8.0 or newer"
 
 
-def _mode_reason() -> str | None:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast has products run in, None where it is off."""
+    if not (_has_autocast(device_type) and torch.is_autocast_enabled(device_type)):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def mode_reason() -> str | None:
+    """Why no kernel runs in what torch is doing now, whatever the tensors, or None."""
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing():

@@ -33,15 +33,22 @@ try:
     from fastbert.kernels.attention_checks import MAX_HEAD_SIZE
     from fastbert.kernels.bias_gelu import bias_gelu
     from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
-    from fastbert.kernels.embedding_layernorm import embedding_layernorm
+    from fastbert.kernels.embedding_layernorm import embed, embedding_layernorm
+    from fastbert.kernels.encoder_layer import KERNELS as LAYER_KERNELS
+    from fastbert.kernels.encoder_layer import Settings, Weights
+    from fastbert.kernels.encoder_layer import unchecked as encoder_layer
+    from fastbert.kernels.failures import KernelFailed
     from fastbert.kernels.gather_rows import gather_rows
     from fastbert.kernels.gelu_layernorm import gelu_layernorm
     from fastbert.kernels.launch import INTERPRETED, MAX_WIDTH
     from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+    from fastbert.kernels.packed_rows import packed_rows
+    from fastbert.kernels.row_counts import row_counts
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
     attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = linear_cross_entropy = None
-    embedding_layernorm = failures = None
+    encoder_layer = KernelFailed = LAYER_KERNELS = Settings = Weights = None
+    embed = embedding_layernorm = failures = packed_rows = row_counts = None
 
 _bounds = WeakTensorKeyDictionary()
 
@@ -50,23 +57,32 @@ def key_bounds(key_mask: Tensor) -> Tensor:
     """`bounds_of` a mask, worked out once for all the layers that are given the same tensor."""
     if torch.compiler.is_compiling():
         return bounds_of(key_mask)
-    if key_mask not in _bounds:
-        _bounds[key_mask] = bounds_of(key_mask)
-    return _bounds[key_mask]
+    bounds = _bounds.get(key_mask)
+    if bounds is None:
+        bounds = _bounds[key_mask] = bounds_of(key_mask)
+    return bounds
 
 
 __all__ = [
     "INTERPRETED",
+    "LAYER_KERNELS",
     "MAX_HEAD_SIZE",
     "MAX_WIDTH",
     "MISSING",
+    "KernelFailed",
+    "Settings",
+    "Weights",
     "attention",
     "bias_gelu",
     "dropout_add_layernorm",
+    "embed",
     "embedding_layernorm",
+    "encoder_layer",
     "failures",
     "gather_rows",
     "gelu_layernorm",
     "key_bounds",
     "linear_cross_entropy",
+    "packed_rows",
+    "row_counts",
 ]

@@ -1,8 +1,10 @@
 """AdamW whose step is one kernel over all parameters of all groups."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from operator import is_
 from typing import Any
 
 import torch
@@ -94,6 +96,8 @@ class AdamW(torch.optim.AdamW):
 
     def _forget_tables(self) -> None:
         self._tables: Any = None
+        # Which groups keep masters, as the last step found it; None unless the kernel took parameters of that step.
+        self._masters: list[bool] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim.AdamW's: `step` is on the CPU, except in groups that are capturable or fused."""
@@ -136,9 +140,49 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
 
         from fastbert import ops
-        from fastbert.dispatch import device_reason
 
         failed = ops.failures is not None and "adamw_kernel" in ops.failures.reasons
+        if failed or not self._step_again():
+            self._step_anew(failed)
+        return loss
+
+    def _step_again(self) -> bool:
+        """A step of the same parameters as the last one. It takes whole lists: a loop with questions for each parameter
+        would take longer than torch's optimizer does. False, and nothing has happened, if it is no such step."""
+        groups = self.param_groups
+        if self._masters is None or self._masters != [group["master_weights"] for group in groups]:
+            return False
+        params = [param for group in groups for param in group["params"]]
+        owners = [index for index, group in enumerate(groups) for _ in group["params"]]
+        every = [param.grad for param in params]
+        grads = [grad for grad in every if grad is not None]
+        if len(grads) < len(every):
+            params = [param for param, grad in zip(params, every, strict=True) if grad is not None]
+            owners = [index for index, grad in zip(owners, every, strict=True) if grad is not None]
+        states = self._states_of(params)
+        if not grads or not all(states) or _is_capturing(params[0]):
+            return False
+
+        from fastbert.kernels.adamw import launch_all
+
+        if not self._tables.follow(_columns(params, grads, states, owners, [group["amsgrad"] for group in groups])):
+            return False
+        self._tables.set_hyperparameters(self._hyperparameters())
+        with self._left_to_torch(lambda: list(zip(params, grads, states, owners, strict=True))):
+            launch_all(self._tables, **self._scaling())
+        return True
+
+    def _states_of(self, params: list[Tensor]) -> list[dict[str, Tensor] | None]:
+        states = list(self.state.values())  # in the order in which the parameters first had a gradient
+        if len(states) == len(params) and all(map(is_, self.state, params)):
+            return states
+        return [self.state.get(param) for param in params]
+
+    def _step_anew(self, failed: bool) -> None:
+        """Any step: finds out who steps how, and creates the state of those that had no gradient before."""
+        from fastbert.dispatch import device_reason
+
+        self._masters = None
         fast: list[tuple] = []
         for index, group in enumerate(self.param_groups):
             stock = []
@@ -154,14 +198,10 @@ class AdamW(torch.optim.AdamW):
             if stock:
                 self._step_stock(stock, group)
         if fast:
-            try:
+            with self._left_to_torch(lambda: fast):
                 self._step_fast(fast)
-            except ops.failures.KernelFailed as failure:
-                if ops.failures.strict:
-                    raise
-                ops.failures.note(failure)
-                self._step_left([fast[i] for i in failure.left])
-        return loss
+            if self._tables is not None and not any(_is_distributed(type(param)) for param, *_ in fast):
+                self._masters = [group["master_weights"] for group in self.param_groups]
 
     def _state_of(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, created when its first gradient comes, as torch does."""
@@ -179,7 +219,7 @@ class AdamW(torch.optim.AdamW):
 
     def _step_fast(self, found: list[tuple]) -> None:
         from fastbert.kernels.adamw import adamw
-        from fastbert.kernels.adamw_table import Hyperparameters, Parameter, Tables
+        from fastbert.kernels.adamw_table import Parameter, Tables
 
         amsgrad = [group["amsgrad"] for group in self.param_groups]
         parameters = [
@@ -197,32 +237,44 @@ class AdamW(torch.optim.AdamW):
         ]
         if any(map(_is_distributed, {type(parameter.param) for parameter in parameters})):
             parameters = [_local(p) if _is_distributed(type(p.param)) else p for p in parameters]
-        groups = [
-            Hyperparameters(group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
-            for group in self.param_groups
-        ]
         if _is_capturing(found[0][0]):
             tables = Tables(captured=True)  # a graph holds on to what is in them by itself
         else:
             tables = self._tables = self._tables or Tables()
-        adamw(
-            parameters,
-            groups,
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            tables=tables,
-        )
+        adamw(parameters, self._hyperparameters(), **self._scaling(), tables=tables)
 
-    def _step_left(self, found: list[tuple]) -> None:
-        """torch's own functions for parameters (with state and number of their group) that the kernel failed at."""
-        for index, group in enumerate(self.param_groups):
-            stock = [(param, state) for param, _, state, own in found if own == index]
-            if stock:
-                self._step_stock(stock, group)
+    def _hyperparameters(self) -> list[Any]:
+        from fastbert.kernels.adamw_table import Hyperparameters
+
+        return [
+            Hyperparameters(group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+            for group in self.param_groups
+        ]
+
+    def _scaling(self) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+
+    @contextmanager
+    def _left_to_torch(self, found: Callable[[], list[tuple]]) -> Iterator[None]:
+        """Around the kernel: if it fails, torch's own functions take the step of those of `found` that it left."""
+        from fastbert import ops
+
+        try:
+            yield
+        except ops.failures.KernelFailed as failure:
+            if ops.failures.strict:
+                raise
+            ops.failures.note(failure)
+            stepped = found()
+            left = [stepped[i] for i in failure.left]
+            for index, group in enumerate(self.param_groups):
+                stock = [(param, state) for param, _, state, own in left if own == index]
+                if stock:
+                    self._step_stock(stock, group)
 
     def _step_stock(self, found: list[tuple], group: dict[str, Any]) -> None:
         """torch's own functions, on the same state."""
-        scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+        scaling = self._scaling()
         params = [state.get("master", param) for param, state in found]
         grads = [param.grad.to(own.dtype) for (param, _), own in zip(found, params, strict=True)]
         states = [state for _, state in found]
@@ -250,6 +302,21 @@ class AdamW(torch.optim.AdamW):
         for (param, state), own in zip(found, params, strict=True):
             if "master" in state:
                 param.copy_(own)
+
+
+def _columns(params: list[Tensor], grads: list[Tensor], states: list[Any], owners: list[int], amsgrad: list[bool]) -> Any:
+    """What steps, by columns; `owners` are indices into `amsgrad`."""
+    from fastbert.kernels.adamw_table import Columns
+
+    exp_avg = [state["exp_avg"] for state in states]
+    exp_avg_sq = [state["exp_avg_sq"] for state in states]
+    step = [state["step"] for state in states]
+    largest: list[Tensor | None] | None = None
+    if any(amsgrad):
+        largest = [state["max_exp_avg_sq"] if amsgrad[own] else None for state, own in zip(states, owners, strict=True)]
+    masters = [state.get("master") for state in states]
+    kept = any([master is not None for master in masters])  # a list takes half as long as a generator
+    return Columns(params, grads, exp_avg, exp_avg_sq, step, largest, masters if kept else None, owners)
 
 
 def _create_state(state: dict[str, Tensor], param: Tensor, amsgrad: bool, master: bool) -> None:
@@ -289,7 +356,7 @@ def _is_capturing(param: Tensor) -> bool:
 
 
 def _check_capture(groups: list[dict[str, Any]]) -> None:
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
     if capturing and not all(group["capturable"] for group in groups):
         raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
 

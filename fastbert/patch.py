@@ -150,7 +150,7 @@ def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[d
         if entry is None:
             continue
         entry = mlm_heads.get(entry.stock, entry)
-        wanted = switches[entry.switch]
+        wanted = entry.wanted(switches)
         if entry.stock is PACKING.stock:
             entry = AUTO_PACKING if wanted == "auto" else PACKING
             wanted = module in with_a_reader if wanted == "auto" else wanted

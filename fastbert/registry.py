@@ -13,24 +13,36 @@ from fastbert.layers import (
     embeddings,
     encoder,
     intermediate,
+    layer,
     mlm_heads,
     model,
     pooled_heads,
     prediction_head,
     residual_norm,
+    stock,
 )
 from fastbert.layers.stock import CODE, BertEncoder, BertPooler, stock_class
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stock class and its fast subclass; `unsupported(module)` says why one module must stay stock."""
+    """A stock class and its fast subclass; `unsupported(module)` says why one module must stay stock. Where there are more
+    switches than one, none of them may be off."""
 
     stock: type[nn.Module]
     fast: type[nn.Module]
     kernel: str | None
     switch: str
     unsupported: Callable[[nn.Module], str | None]
+    switches: tuple[str, ...] = ()
+
+    def wanted(self, switches: dict[str, Any]) -> Any:
+        """The value of the switch, False where one of several is off."""
+        return all(switches[name] for name in self.switches) if self.switches else switches[self.switch]
+
+    def off(self, switches: dict[str, Any]) -> str:
+        """The switch that is off."""
+        return next((name for name in self.switches if not switches[name]), self.switch)
 
     def why_stock(self, module: nn.Module, untested: bool = False) -> str | None:
         """Why swapping the class of a stock `module` would not put the kernel to use, or None; with `untested`, whether
@@ -60,12 +72,16 @@ def _unsupported(part: Any) -> Callable[[nn.Module], str | None]:
     return getattr(part, "unsupported", lambda module: None)
 
 
+# One op that launches these ops' kernels.
+LAYER = "attention, dropout_add_layernorm, bias_gelu"
+_INSIDE_LAYERS = ("attention", "residual_norm", "intermediate")
 ENTRIES = (
     _entry(embeddings, "BertEmbeddings", "embedding_layernorm", "embeddings"),
     _entry(attention, "BertSelfAttention", "attention", "attention"),
     _entry(attention, "BertCrossAttention", "attention", "attention"),
     _entry(residual_norm, "BertSelfOutput", "dropout_add_layernorm", "residual_norm"),
     _entry(residual_norm, "BertOutput", "dropout_add_layernorm", "residual_norm"),
+    Entry(stock.BertLayer, layer.BertLayer, LAYER, "attention", lambda module: None, _INSIDE_LAYERS),
     _entry(intermediate, "BertIntermediate", "bias_gelu", "intermediate"),
     _entry(prediction_head, "BertPredictionHeadTransform", "gelu_layernorm", "mlm_head"),
     # It makes masks and launches nothing itself, so no report shows it.
@@ -90,8 +106,7 @@ MLM_HEADS = {
 # Exact types: a user's subclass may have a forward of its own.
 BY_STOCK = {entry.stock: entry for entry in (*ENTRIES, PACKING, *POOLED_HEADS, *MLM_HEADS["full"])}
 BY_FAST = {
-    entry.fast: entry
-    for entry in (*ENTRIES, PACKING, AUTO_PACKING, *POOLED_HEADS, *MLM_HEADS["full"], *MLM_HEADS["none"])
+    entry.fast: entry for entry in (*ENTRIES, PACKING, AUTO_PACKING, *POOLED_HEADS, *MLM_HEADS["full"], *MLM_HEADS["none"])
 }
 
 # Parts of BERT that hold work but have no kernel yet; `report` names them so that nothing is passed over.

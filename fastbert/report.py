@@ -19,7 +19,7 @@ class Row:
     module: str
     hf_class: str
     kernel: str | None
-    state: str  # "active", "fell back" (called, and never through the kernel) or "untouched"
+    state: str  # "active", "fell back" (called, and never through the kernel), "module by module" (of a layer) or "untouched"
     reason: str
     kernel_calls: int
     fallback_calls: dict[str, int]
@@ -63,7 +63,7 @@ class Report:
         return f"<table><caption>{html.escape(self._title())}</caption>{cells('th', _HEADINGS)}{body}</table>"
 
     def _title(self) -> str:
-        with_kernel = [row for row in self.rows if row.kernel]
+        with_kernel = [row for row in self.rows if row.kernel and row.state != _BY_MODULE]
         active = sum(row.state == "active" for row in with_kernel)
         return f"fastbert on {self.model}: {active} of {len(with_kernel)} modules that have a kernel are active"
 
@@ -77,6 +77,7 @@ class Report:
         return [_cells(rows) for rows in groups.values()]
 
 
+_BY_MODULE = "module by module"  # a layer whose own modules have rows
 _HEADINGS = ("module", "Hugging Face class", "kernel", "state", "kernel calls", "fell back", "reason")
 _SEEN = "unpad='auto', and outputs at padded positions can be seen"
 _NUMBERS = ("kernel calls", "fell back")
@@ -84,7 +85,7 @@ _WIDEST = 200  # of a printed table; a terminal's own width is used where rich p
 
 
 def report(model: nn.Module) -> Report:
-    """Say for each BERT module in `model` what it runs on.
+    """Say for each BERT module in `model` what it runs on. A layer that runs as one op is one row, with its kernels.
 
     Returns:
         A `Report`: print it, show it in a notebook, or read its `rows`.
@@ -92,18 +93,24 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    from fastbert.registry import BY_FAST, BY_STOCK, STOCK_ONLY
+    from fastbert.dispatch import Calls, calls
+    from fastbert.registry import BY_FAST, BY_STOCK, LAYER, STOCK_ONLY
 
     _check_model(model)
     switches = switches_of(model)
-    rows = []
+    rows: list[Row] = []
+    inside = None  # of which layer that is one op
     for name, module in model.named_modules():
         cls = type(module)
         entry = BY_FAST.get(cls) or BY_STOCK.get(cls)
         if entry is not None and entry.kernel is None:
             continue  # a head, which only says what it reads
         if cls in BY_FAST:
+            if inside is not None and name.startswith(inside) and calls(module) == Calls():
+                continue
             rows.append(_swapped_row(name, module, entry))
+            if entry.kernel == LAYER:
+                inside = f"{name}." if rows[-1].state == "active" else None
         elif (row := _row_by_name(name, module)) is not None:
             rows.append(row)
         elif cls in BY_STOCK:
@@ -119,6 +126,7 @@ def report(model: nn.Module) -> Report:
 
 def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
     from fastbert.dispatch import calls, forward_replaced
+    from fastbert.registry import LAYER
 
     tally = calls(module)
     # accelerate's hooks replace a forward too, and call the one that was there.
@@ -127,15 +135,30 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
         return Row(name, entry.stock.__name__, entry.kernel, "untouched", reason, tally.kernel, dict(tally.fallbacks))
     fell_back = bool(tally.fallbacks) and not tally.kernel
     reason = "; ".join([*tally.fallbacks, *_backward_reasons(entry.kernel)])
+    state = "active"
+    if entry.kernel == LAYER:
+        ahead = None if tally.kernel or fell_back else _why_by_module(module)
+        if fell_back or ahead:
+            state, reason = _BY_MODULE, ahead or reason
+            fell_back = True
+    elif fell_back:
+        state = "fell back"
     return Row(
         name,
         entry.stock.__name__,
         entry.kernel,
-        "fell back" if fell_back else "active",
+        state,
         reason if tally.kernel or fell_back else "not called yet",
         tally.kernel,
         dict(tally.fallbacks),
     )
+
+
+def _why_by_module(layer: nn.Module) -> str | None:
+    """Why a layer that was not called yet will run module by module, where that is known."""
+    from fastbert.layers.settled import settled
+
+    return settled(layer).reason
 
 
 def _row_by_name(name: str, module: nn.Module) -> Row | None:
@@ -156,7 +179,7 @@ def _backward_reasons(kernel: str) -> list[str]:
     from fastbert import ops
 
     failed = ops.failures.reasons.items() if ops.failures else ()
-    return [f"{name} failed: {why}" for name, why in failed if name.startswith(f"{kernel}_bwd")]
+    return [f"{name} failed: {why}" for name, why in failed if any(name.startswith(f"{op}_bwd") for op in kernel.split(", "))]
 
 
 def _stock_row(name: str, cls: type, kernel: str | None, reason: str) -> Row:
@@ -166,9 +189,9 @@ def _stock_row(name: str, cls: type, kernel: str | None, reason: str) -> Row:
 def _why_stock(module: nn.Module, entry: Any, switches: dict[str, bool] | None) -> str:
     if switches is None:
         return "not patched"
-    if switches[entry.switch] == "auto":
+    if entry.wanted(switches) == "auto":
         return entry.why_stock(module) or _SEEN
-    return f"{entry.switch}=False" if not switches[entry.switch] else entry.why_stock(module) or "not patched"
+    return entry.why_stock(module) or "not patched" if entry.wanted(switches) else f"{entry.off(switches)}=False"
 
 
 def _cells(rows: list[Row]) -> tuple[str, ...]:

@@ -245,6 +245,11 @@ def adamw(
     """
     tables = Tables() if tables is None else tables
     tables.refresh(parameters, groups)
+    launch_all(tables, grad_scale, found_inf)
+
+
+def launch_all(tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """The step that `tables` hold, which are up to date. Raises KernelFailed, as adamw does."""
     for done, table in enumerate(tables.launches):
         try:
             _launch(table, grad_scale, found_inf)

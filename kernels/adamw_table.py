@@ -8,22 +8,23 @@ A step in which nothing moved and no number changed uploads nothing. No upload w
 graph captures has tables of its own, in the graph's memory, and the graph itself holds what is in them.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
-from operator import attrgetter
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .launch import check_dtype, choose
+from .tensor_forms import Forms
 
 # The columns of a row. An absent tensor's pointer is 0, and no program reads it.
 POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
 GRAD = POINTERS.index("grad")
 COLUMNS = len(POINTERS) + 2  # then the number of elements, and the group
 VECTOR_BYTES = 16
-_DTYPE = attrgetter("dtype")
 
 
 class Parameter(NamedTuple):
@@ -37,6 +38,35 @@ class Parameter(NamedTuple):
     max_exp_avg_sq: Tensor | None = None
     master: Tensor | None = None
     group: int = 0
+
+
+class Columns(NamedTuple):
+    """Parameters as lists, one a field of Parameter. The optional ones have None in places, or are None if nobody has it."""
+
+    param: list[Tensor]
+    grad: list[Tensor]
+    exp_avg: list[Tensor]
+    exp_avg_sq: list[Tensor]
+    step: list[Tensor]
+    max_exp_avg_sq: list[Tensor | None] | None
+    master: list[Tensor | None] | None
+    group: list[int]
+
+    @classmethod
+    def of(cls, parameters: Sequence[Parameter]) -> "Columns":
+        param, grad, exp_avg, exp_avg_sq, step, *optional, group = map(list, zip(*parameters, strict=True))
+        present = (column if any(x is not None for x in column) else None for column in optional)
+        return cls(param, grad, exp_avg, exp_avg_sq, step, *present, group)
+
+    def tensors(self) -> tuple[list[Tensor], list[list[bool] | None]]:
+        """All of them, one column after the other, and where the optional ones are."""
+        found = [*self.param, *self.grad, *self.exp_avg, *self.exp_avg_sq, *self.step]
+        present: list[list[bool] | None] = [None, None]
+        for i, column in enumerate((self.max_exp_avg_sq, self.master)):
+            if column is not None:
+                found += [tensor for tensor in column if tensor is not None]
+                present[i] = [tensor is not None for tensor in column]
+        return found, present
 
 
 class Hyperparameters(NamedTuple):
@@ -77,45 +107,84 @@ class Tables:
         self.launches: list[LaunchTable] = []
         self.built = 0
         self.uploaded = 0
-        self._pointers: list[list[int]] = []
-        self._forms: list[Any] = []
+        self._forms: Forms | None = None
+        self._places: tuple = ()
+        self._pointers: list[int] = []
         self._host = torch.empty(0, COLUMNS, dtype=torch.int64)
+        self._numbers: list[float] | None = None
 
     def refresh(self, parameters: Sequence[Parameter], groups: Sequence[Hyperparameters]) -> None:
         """Bring everything on the device up to date.
 
         Raises:
             ValueError: a tensor has another size than its parameter, is on another device, or of a dtype without kernel.
+            RuntimeError: a sparse gradient.
         """
-        columns = list(zip(*parameters, strict=True))
-        pointers, forms = _pointers(columns), _forms(columns)
-        if pointers != self._pointers or forms != self._forms:
-            if forms == self._forms and self._only_gradients_moved(pointers):
-                self._host[:, GRAD] = torch.tensor(pointers[GRAD])
-            else:
-                self._plan(parameters)
-                sizes = [parameter.param.numel() for parameter in parameters]
-                self._host = torch.tensor([*pointers, sizes, columns[-1]], dtype=torch.int64).t().contiguous()
-            for table in self.launches:
-                table.send_rows(self._host)
-            self.uploaded += 1
-            self._pointers, self._forms = pointers, forms
-        for table in self.launches:
-            table.set_hyperparameters(groups)
+        columns = Columns.of(parameters)
+        if not self.follow(columns):
+            self._plan(parameters, columns)
+        self.set_hyperparameters(groups)
 
-    def _only_gradients_moved(self, pointers: list[list[int]]) -> bool:
-        """And to places as aligned as before, which is what every step without kept gradients sees: no new plan."""
+    def follow(self, columns: Columns) -> bool:
+        """Whether the launches that there are will do; where gradients moved, they are told.
+
+        What every step asks first, so it looks at whole columns. Tensors are compared by address and by what may change at
+        the same address.
+        """
+        tensors, present = columns.tensors()
+        if self._forms is None or self._places != (columns.group, present) or not self._forms.same(tensors):
+            return False
+        pointers = list(map(Tensor.data_ptr, tensors))
+        if pointers != self._pointers:
+            gradients = slice(len(columns.param), 2 * len(columns.param))
+            if not self._only_moved(gradients, pointers):
+                return False
+            self._host[:, GRAD] = torch.frombuffer(array("q", pointers[gradients]), dtype=torch.int64)
+            self._send(pointers)
+        return True
+
+    def _only_moved(self, moved: slice, pointers: list[int]) -> bool:
+        """Whether these alone moved, and to places as aligned as before: every step without kept gradients sees that."""
         if any(table.copies for table in self.launches):
             return False
-        before, after = list(self._pointers), list(pointers)
-        for moved in (before, after):
-            moved[GRAD] = [pointer % VECTOR_BYTES for pointer in moved[GRAD]]
-        return before == after
+        before = self._pointers
+        if before[: moved.start] != pointers[: moved.start] or before[moved.stop :] != pointers[moved.stop :]:
+            return False
+        return not any([(old - new) % VECTOR_BYTES for old, new in zip(before[moved], pointers[moved], strict=True)])
 
-    def _plan(self, parameters: Sequence[Parameter]) -> None:
+    def _plan(self, parameters: Sequence[Parameter], columns: Columns) -> None:
+        self._forms, self._numbers = None, None
         plan = _plan(parameters)
         self.launches = [LaunchTable(kind, indices, parameters, self._captured) for kind, indices in plan.items()]
         self.built += 1
+        tensors, present = columns.tensors()
+        rows = [[0 if x is None else x.data_ptr() for x in (getattr(p, name) for name in POINTERS)] for p in parameters]
+        rows = [[*row, p.param.numel(), p.group] for row, p in zip(rows, parameters, strict=True)]
+        self._host = torch.tensor(rows, dtype=torch.int64)
+        self._send(list(map(Tensor.data_ptr, tensors)))
+        self._forms, self._places = Forms(tensors), (columns.group, present)
+
+    def _send(self, pointers: list[int]) -> None:
+        for table in self.launches:
+            table.send_rows(self._host)
+        self._pointers = pointers
+        self.uploaded += 1
+
+    def set_hyperparameters(self, groups: Sequence[Hyperparameters]) -> None:
+        """Upload the numbers if one changed; tensors on a device are copied from there, every time."""
+        numbers = list(chain.from_iterable(groups))
+        tensors: list[tuple[int, Tensor]] = []
+        if any(issubclass(kind, Tensor) for kind in set(map(type, numbers))):
+            tensors = [(place, x) for place, x in enumerate(numbers) if _on_device(x)]
+            numbers = [0.0 if _on_device(x) else float(x) for x in numbers]
+        if numbers != self._numbers:
+            host = torch.tensor(numbers, dtype=torch.float64).view(len(groups), -1)
+            for table in self.launches:
+                table.hyperparameters.send(host)
+            self._numbers = numbers
+        for table in self.launches if tensors else ():
+            flat = table.hyperparameters.tensor.view(-1)
+            torch._foreach_copy_([flat[place] for place, _ in tensors], [x.reshape(()) for _, x in tensors])
 
 
 class LaunchTable:
@@ -131,7 +200,6 @@ class LaunchTable:
         self.done = torch.zeros((), dtype=torch.int32, device=kind.device)
         self.copies: list[Copy] = []
         self.indices = indices
-        self._numbers: list[list[float]] | None = None
         self._copy_other_layouts(parameters)
         self.chunks = self._chunks([parameters[i].param.numel() for i in indices], captured)
 
@@ -156,7 +224,7 @@ class LaunchTable:
 
     def send_rows(self, host: Tensor) -> None:
         """Upload this launch's rows of the table of all parameters."""
-        rows = host[self.indices]
+        rows = host if len(host) == self.n_rows and not self.copies else host[self.indices]
         for row, column, _, copy in self.copies:
             rows[row, column] = copy.data_ptr()
         self.rows.send(rows)
@@ -171,17 +239,6 @@ class LaunchTable:
         for _, column, tensor, copy in self.copies:
             if column != GRAD or unscaled:
                 tensor.copy_(copy)
-
-    def set_hyperparameters(self, groups: Sequence[Hyperparameters]) -> None:
-        """Upload the numbers if one changed; tensors on a device are copied from there, every time."""
-        tensors = [(i, column, x) for i, group in enumerate(groups) for column, x in enumerate(group) if _on_device(x)]
-        numbers = [[0.0 if _on_device(x) else float(x) for x in group] for group in groups]
-        if numbers != self._numbers:
-            self.hyperparameters.send(torch.tensor(numbers, dtype=torch.float64))
-            self._numbers = numbers
-        if tensors:
-            places = [self.hyperparameters.tensor[i, column] for i, column, _ in tensors]
-            torch._foreach_copy_(places, [x.reshape(()) for _, _, x in tensors])
 
 
 class Copy(NamedTuple):
@@ -221,28 +278,6 @@ def _on_device(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
-def _pointers(columns: list[tuple]) -> list[list[int]]:
-    """The tensors' addresses, a list for each of POINTERS."""
-    param, grad, exp_avg, exp_avg_sq, step, *absent, _ = columns
-    found = [list(map(Tensor.data_ptr, column)) for column in (param, grad, exp_avg, exp_avg_sq)]
-    found += ([0 if tensor is None else tensor.data_ptr() for tensor in column] for column in absent)
-    found.append(list(map(Tensor.data_ptr, step)))
-    return found
-
-
-def _forms(columns: list[tuple]) -> list[Any]:
-    """What else launches are planned by, and what may change at the same address: `tensor.data = other`, or a new gradient
-    in the memory of an old one. Another device is another address."""
-    param, grad, exp_avg, exp_avg_sq, step, *absent, group = columns
-    found: list[Any] = [list(map(_DTYPE, column)) for column in (param, grad, exp_avg, exp_avg_sq, step)]
-    found += ([None if tensor is None else tensor.dtype for tensor in column] for column in absent)
-    for column in (param, grad):
-        found += (list(map(Tensor.size, column)), list(map(Tensor.stride, column)))
-    found += (list(map(Tensor.stride, column)) for column in (exp_avg, exp_avg_sq))
-    found.append(group)
-    return found
-
-
 def _plan(parameters: Sequence[Parameter]) -> dict[Kind, list[int]]:
     """Which parameters go into which launch."""
     planned: dict[Kind, list[int]] = {}
@@ -268,6 +303,8 @@ def _check(parameter: Parameter) -> None:
         tensor = getattr(parameter, name)
         if tensor is None:
             continue
+        if tensor.layout is not torch.strided:  # in the words of torch's own
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         if tensor.device != param.device:
             raise ValueError(f"{name}: expected a tensor on {param.device}, as its parameter, got one on {tensor.device}")
         if tensor.shape != (() if name == "step" else param.shape):

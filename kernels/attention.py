@@ -14,9 +14,9 @@ attention_backward.py and attention_backward_q.py.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import plain_attention
@@ -26,28 +26,78 @@ from .attention_checks import check_inputs, check_masks
 from .attention_forward import attention_fwd_kernel
 from .configs import Config
 from .failures import or_plain
-from .launch import INTERPRETED, accumulator, accumulator_torch, choose, differentiable, draw_seed, launch
+from .key_bounds import key_bounds as bounds_of
+from .launch import (
+    INTERPRETED,
+    Work,
+    accumulator,
+    accumulator_torch,
+    cdiv,
+    choose,
+    differentiable,
+    draw_seed,
+    next_power_of_2,
+)
 
 __all__ = ["attention"]
 
 
-def _geometry(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
-    """Sequences, rows of the longest, rows in all."""
-    if cu_seqlens is None:
-        return x.shape[0], x.shape[1], x.shape[0] * x.shape[1]
-    return cu_seqlens.shape[0] - 1, max_seqlen, x.shape[0]
+Strides = tuple[int, int, int, int]  # batch, row, head, column; no batch (0) where rows are packed
 
 
-def _of_queries(
-    cu_seqlens: Tensor | None, cu_seqlens_q: Tensor | None, max_seqlen: int | None, max_seqlen_q: int | None
-) -> tuple[Tensor | None, int | None]:
-    """The queries' own bounds, or the keys' where they are the same rows."""
-    return (cu_seqlens, max_seqlen) if cu_seqlens_q is None else (cu_seqlens_q, max_seqlen_q)
+class Geometry(NamedTuple):
+    """What a call's kernels are told besides its tensors."""
+
+    sequences: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    n_rows: int  # of queries in all
+    n_heads: int
+    kv_heads: int
+    head_size: int
+    q: Strides
+    k: Strides
+    v: Strides
+    mask: tuple[int, int, int, int] | None  # of a general mask: batch, head, query, key
+    causal: bool
+    scale: float
+    p: float
+
+    def numbers(self, like: Tensor) -> dict[str, Any]:
+        """Those that the forward and both of the large kernels of the backward take."""
+        return {
+            **_named("q", self.q),
+            **_named("k", self.k),
+            **_named("v", self.v),
+            **dict(zip(_MASK_STRIDES, self.mask or (0, 0, 0, 0), strict=True)),
+            "n_heads": self.n_heads,
+            "max_seqlen_q": self.max_seqlen_q,
+            "max_seqlen_k": self.max_seqlen_k,
+            "n_rows": self.n_rows,
+            "SCALE": self.scale,
+            "CAUSAL": self.causal,
+            "P_DROP": self.p,
+            "PRECISION": _precision(like.dtype),
+            "ACC": accumulator(like.dtype),
+            "D": self.head_size,
+            "GROUP": self.n_heads // self.kv_heads,
+            "BLOCK_D": _block_d(self.head_size),
+        }
+
+    def choose(self, kernel: str, like: Tensor, grouped: bool = False) -> Config:
+        """A general mask needs registers for a pointer a score, a loop over heads for what goes round it: smaller tiles."""
+        if grouped:
+            kernel = f"{kernel}_grouped"
+        elif self.mask is not None:
+            kernel = f"{kernel}_masked"
+        return choose(kernel, like, self.head_size)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    """The four strides of a tensor as kernel arguments; a packed one has no batch."""
-    batch, row, head, col = x.stride() if x.dim() == 4 else (0, *x.stride())
+_MASK_STRIDES = ("mask_batch_stride", "mask_head_stride", "mask_q_stride", "mask_k_stride")
+
+
+def _named(name: str, strides: Strides) -> dict[str, int]:
+    batch, row, head, col = strides
     return {
         f"{name}_batch_stride": batch,
         f"{name}_row_stride": row,
@@ -56,9 +106,25 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
     }
 
 
-def _mask_strides(mask: Tensor | None) -> dict[str, int]:
-    batch, head, q, k = (0, 0, 0, 0) if mask is None else mask.stride()
-    return {"mask_batch_stride": batch, "mask_head_stride": head, "mask_q_stride": q, "mask_k_stride": k}
+def _strides(x: Tensor) -> Strides:
+    return x.stride() if x.dim() == 4 else (0, *x.stride())
+
+
+def _sizes(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
+    """Sequences, rows of the longest, rows in all."""
+    if cu_seqlens is None:
+        return x.shape[0], x.shape[1], x.shape[0] * x.shape[1]
+    return cu_seqlens.shape[0] - 1, max_seqlen, x.shape[0]
+
+
+def _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p) -> Geometry:
+    if cu_seqlens_q is None:  # the queries are the keys' rows
+        cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
+    sequences, longest_q, n_rows = _sizes(q, cu_seqlens_q, max_seqlen_q)
+    _, longest_k, _ = _sizes(k, cu_seqlens, max_seqlen)
+    heads = q.shape[-2], k.shape[-2], q.shape[-1]
+    strides = _strides(q), _strides(k), _strides(v), None if mask is None else mask.stride()
+    return Geometry(sequences, longest_q, longest_k, n_rows, *heads, *strides, causal, scale, p)
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -75,37 +141,71 @@ def _aligned(*tensors: Tensor) -> bool:
     )
 
 
-def _constants(q: Tensor, k: Tensor, causal: bool, scale: float, p: float) -> dict[str, object]:
-    return {
-        "SCALE": scale,
-        "CAUSAL": causal,
-        "P_DROP": p,
-        "PRECISION": _precision(q),
-        "ACC": accumulator(q.dtype),
-        "D": q.shape[-1],
-        "GROUP": q.shape[-2] // k.shape[-2],
-        "BLOCK_D": _block_d(q),
-    }
-
-
-def _precision(q: Tensor) -> str:
+def _precision(dtype: torch.dtype) -> str:
     """Read at each launch, as torch's own products do: Triton's default would be TF32."""
-    if q.dtype == torch.float64 and not INTERPRETED:
+    if dtype == torch.float64 and not INTERPRETED:
         return "sum"  # triton compiles no float64 product; it is there for gradcheck
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _block_d(q: Tensor) -> int:
-    return max(16, triton.next_power_of_2(q.shape[-1]))  # the matrix unit's shortest side is 16
+def _block_d(head_size: int) -> int:
+    return max(16, next_power_of_2(head_size))  # the matrix unit's shortest side is 16
 
 
-def _choose(kernel: str, q: Tensor, mask: Tensor | None = None, grouped: bool = False) -> Config:
-    """A general mask needs registers for a pointer a score, a loop over heads for what goes round it: smaller tiles."""
-    if grouped:
-        kernel = f"{kernel}_grouped"
-    elif mask is not None:
-        kernel = f"{kernel}_masked"
-    return choose(kernel, q, q.shape[-1])
+def forward_work(geometry: Geometry, like: Tensor, aligned: bool) -> Work:
+    """Of tensors of the dtype and device of `like`; aligned: as `_aligned` says of q, k and v."""
+    config = geometry.choose("attention_forward", like)
+    programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
+    blocks = {"ALIGNED": aligned, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
+    return Work(attention_fwd_kernel, programs, config, geometry.numbers(like) | blocks)
+
+
+def backward_rows_work(geometry: Geometry, like: Tensor, dout: Strides, aligned: bool) -> Work:
+    """aligned: of dout and out."""
+    config = choose("attention_backward_rows", like, geometry.head_size)  # which mask there is, it does not see
+    numbers = {
+        **_named("dout", dout),
+        "n_heads": geometry.n_heads,
+        "max_seqlen_q": geometry.max_seqlen_q,
+        "n_rows": geometry.n_rows,
+        "P_DROP": geometry.p,
+        "ACC": accumulator(like.dtype),
+        "D": geometry.head_size,
+        "ALIGNED": aligned,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_D": _block_d(geometry.head_size),
+    }
+    programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
+    return Work(attention_bwd_rows_kernel, programs, config, numbers)
+
+
+def backward_q_work(geometry: Geometry, like: Tensor, dout: Strides, dq_row_stride: int, aligned: bool) -> Work:
+    """aligned: of q, k, v, dout and the gradients."""
+    config = geometry.choose("attention_backward_q", like)
+    programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
+    return Work(
+        attention_bwd_q_kernel,
+        programs,
+        config,
+        _backward_numbers(geometry, like, dout, aligned, config) | {"dq_row_stride": dq_row_stride},
+    )
+
+
+def backward_kv_work(geometry: Geometry, like: Tensor, dout: Strides, dkv_row_stride: int, aligned: bool) -> Work:
+    """aligned: of q, k, v, dout and the gradients."""
+    config = geometry.choose("attention_backward_kv", like, grouped=geometry.n_heads != geometry.kv_heads)
+    programs = geometry.sequences * geometry.kv_heads * cdiv(geometry.max_seqlen_k, config.BLOCK_N)
+    return Work(
+        attention_bwd_kv_kernel,
+        programs,
+        config,
+        _backward_numbers(geometry, like, dout, aligned, config) | {"dkv_row_stride": dkv_row_stride},
+    )
+
+
+def _backward_numbers(geometry: Geometry, like: Tensor, dout: Strides, aligned: bool, config: Config) -> dict[str, Any]:
+    blocks = {"ALIGNED": aligned, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
+    return geometry.numbers(like) | _named("dout", dout) | blocks
 
 
 @or_plain(plain_attention.attention)
@@ -130,15 +230,8 @@ def _launch_fwd(
     )
     if not q.numel() or not k.numel():
         return out.zero_(), logsumexp.zero_()  # what an empty sum is
-    cu_seqlens_q, max_seqlen_q = _of_queries(cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q)
-    sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens_q, max_seqlen_q)
-    _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
-    n_heads = q.shape[-2]
-    config = _choose("attention_forward", q, mask)
-    launch(
-        attention_fwd_kernel,
-        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
-        config,
+    geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
+    forward_work(geometry, q, _aligned(q, k, v)).launch(
         q,
         q_ptr=q,
         k_ptr=k,
@@ -148,21 +241,9 @@ def _launch_fwd(
         key_mask_ptr=key_mask,
         key_bounds_ptr=key_bounds,
         mask_ptr=mask,
-        cu_seqlens_q_ptr=cu_seqlens_q,
+        cu_seqlens_q_ptr=cu_seqlens if cu_seqlens_q is None else cu_seqlens_q,
         cu_seqlens_k_ptr=cu_seqlens,
         seed_ptr=seed,
-        **_strides("q", q),
-        **_strides("k", k),
-        **_strides("v", v),
-        **_mask_strides(mask),
-        n_heads=n_heads,
-        max_seqlen_q=seqlen_q,
-        max_seqlen_k=seqlen_k,
-        n_rows=n_rows,
-        **_constants(q, k, causal, scale, p),
-        ALIGNED=_aligned(q, k, v),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
     )
     return out, logsumexp
 
@@ -223,33 +304,12 @@ def _launch_bwd_into(
     dq, dk, dv = grads
     if not q.numel() or not k.numel():
         return tuple(grad.zero_() for grad in grads)
-    cu_seqlens_q, max_seqlen_q = _of_queries(cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q)
-    sequences, seqlen_q, n_rows = _geometry(q, cu_seqlens_q, max_seqlen_q)
-    _, seqlen_k, _ = _geometry(k, cu_seqlens, max_seqlen)
-    n_heads, head_size = q.shape[-2:]
+    geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
     delta = torch.empty_like(logsumexp[0])
     row_key = torch.empty_like(logsumexp[0], dtype=torch.int32) if p > 0.0 else None
-    constants = _constants(q, k, causal, scale, p)
-
-    config = _choose("attention_backward_rows", q)
-    launch(
-        attention_bwd_rows_kernel,
-        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
-        config,
-        q,
-        dout_ptr=dout,
-        out_ptr=out,
-        delta_ptr=delta,
-        row_key_ptr=row_key,
-        cu_seqlens_q_ptr=cu_seqlens_q,
-        seed_ptr=seed,
-        **_strides("dout", dout),
-        n_heads=n_heads,
-        max_seqlen_q=seqlen_q,
-        n_rows=n_rows,
-        **{name: constants[name] for name in ("P_DROP", "ACC", "D", "BLOCK_D")},
-        ALIGNED=_aligned(dout, out),
-        BLOCK_M=config.BLOCK_M,
+    bounds = {"cu_seqlens_q_ptr": cu_seqlens if cu_seqlens_q is None else cu_seqlens_q}
+    backward_rows_work(geometry, q, _strides(dout), _aligned(dout, out)).launch(
+        q, dout_ptr=dout, out_ptr=out, delta_ptr=delta, row_key_ptr=row_key, **bounds, seed_ptr=seed
     )
     shared = {
         "q_ptr": q,
@@ -262,45 +322,12 @@ def _launch_bwd_into(
         "key_mask_ptr": key_mask,
         "key_bounds_ptr": key_bounds,
         "mask_ptr": mask,
-        "cu_seqlens_q_ptr": cu_seqlens_q,
+        **bounds,
         "cu_seqlens_k_ptr": cu_seqlens,
-        **_strides("q", q),
-        **_strides("k", k),
-        **_strides("v", v),
-        **_strides("dout", dout),
-        **_mask_strides(mask),
-        "n_heads": n_heads,
-        "max_seqlen_q": seqlen_q,
-        "max_seqlen_k": seqlen_k,
-        "n_rows": n_rows,
-        **constants,
-        "ALIGNED": _aligned(q, k, v, dout, dq, dk, dv),
     }
-    config = _choose("attention_backward_q", q, mask)
-    launch(
-        attention_bwd_q_kernel,
-        sequences * n_heads * triton.cdiv(seqlen_q, config.BLOCK_M),
-        config,
-        q,
-        **shared,
-        dq_ptr=dq,
-        dq_row_stride=dq.stride(-3),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-    )
-    config = _choose("attention_backward_kv", q, mask, grouped=n_heads != k.shape[-2])
-    launch(
-        attention_bwd_kv_kernel,
-        sequences * k.shape[-2] * triton.cdiv(seqlen_k, config.BLOCK_N),
-        config,
-        q,
-        **shared,
-        dk_ptr=dk,
-        dv_ptr=dv,
-        dkv_row_stride=dk.stride(-3),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-    )
+    aligned = _aligned(q, k, v, dout, dq, dk, dv)
+    backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, dq_ptr=dq)
+    backward_kv_work(geometry, q, _strides(dout), dk.stride(-3), aligned).launch(q, **shared, dk_ptr=dk, dv_ptr=dv)
     return dq, dk, dv
 
 
@@ -323,19 +350,6 @@ _op.register_fake(_allocate_fwd)
 _backward_op = torch.library.custom_op("fastbert::attention_backward", _launch_bwd, mutates_args=())
 _backward_op.register_fake(_allocate_bwd)
 _call = differentiable(_launch_fwd, _launch_bwd_packed, _save, _gradients, _op, _backward_op)
-
-
-def bounds_of(key_mask: Tensor) -> Tensor:
-    """What the kernels skip by: int32 [B, 3] of each row of a bool [B, Sk] mask: the first key that is valid (Sk if
-    none is), how many keys lead without a gap, and the end of the last one that is valid. No synchronisation."""
-    seqlen = key_mask.shape[1]
-    if seqlen == 0:
-        return torch.zeros((key_mask.shape[0], 3), dtype=torch.int32, device=key_mask.device)
-    places = torch.arange(seqlen, device=key_mask.device, dtype=torch.int32)
-    first = torch.where(key_mask, places, seqlen).amin(1)
-    leading = torch.where(key_mask, seqlen, places).amin(1)
-    end = torch.where(key_mask, places + 1, 0).amax(1)
-    return torch.stack([first, leading, end], dim=1).to(torch.int32)
 
 
 def attention(

@@ -3,7 +3,8 @@
 x [..., F] with any strides, bias [F]:
 
     forward    reads x; writes y            2TFb bytes
-    backward   reads dy, x; writes dx       3TFb bytes; the bias gradient is summed in the same pass
+    backward   reads dy, x; writes dx       3TFb bytes; the bias gradient is summed in the same pass, and y is made again
+               where that is asked for      1TFb bytes more
 
 Saved: x itself, no copy. The bias gradient is a float32 sum a program, added up in a second pass: no atomics.
 GELU: Hendrycks and Gimpel, arXiv:1606.08415.
@@ -19,15 +20,16 @@ from .device_math import activation as activate
 from .device_math import activation_backward, block_rows, tile_offsets
 from .failures import or_plain
 from .launch import (
+    Work,
     accumulator,
     accumulator_torch,
     as_rows,
+    cdiv,
     check_activation,
     check_dtype,
     check_vector,
     choose,
     differentiable,
-    launch,
     resident_programs,
 )
 
@@ -70,6 +72,7 @@ def bias_gelu_bwd_kernel(
     x_ptr,
     bias_ptr,
     dx_ptr,
+    y_ptr,
     sums_ptr,
     dy_row_stride,
     dy_col_stride,
@@ -100,38 +103,41 @@ def bias_gelu_bwd_kernel(
         dy = tl.load(dy_ptr + tile_offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
         x = tl.load(x_ptr + tile_offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
 
-        dx = activation_backward(dy, x + bias[None, :], ACTIVATION, EXACT)
+        x += bias[None, :]
+        dx = activation_backward(dy, x, ACTIVATION, EXACT)
         if sums_ptr is not None:
             dbias += dx  # 0 in rows past the last, where dy is
-        tl.store(dx_ptr + tile_offsets(rows, cols, N_COLS, 1), dx.to(dx_ptr.dtype.element_ty), mask)
+        out = tile_offsets(rows, cols, N_COLS, 1)
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask)  # dx may be where dy was
+        if y_ptr is not None:  # the forward's result, for a backward that did not keep it
+            tl.store(y_ptr + out, activate(x, ACTIVATION, EXACT).to(y_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
         tl.store(sums_ptr + row_program.to(tl.int64) * N_COLS + cols, tl.sum(dbias, axis=0), col_mask)
+
+
+def forward_work(n_rows: int, n_cols: int, strides: tuple[int, int], like: Tensor, activation: str) -> Work:
+    """Of x [n_rows, n_cols] of the dtype and device of `like`."""
+    config = choose("bias_gelu_forward", like, n_cols)
+    numbers = {
+        "x_row_stride": strides[0],
+        "x_col_stride": strides[1],
+        "n_rows": n_rows,
+        "N_COLS": n_cols,
+        "ACTIVATION": activation,
+        "ACC": accumulator(like.dtype),
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+    }
+    return Work(bias_gelu_fwd_kernel, cdiv(n_rows, config.BLOCK_M) * cdiv(n_cols, config.BLOCK_N), config, numbers)
 
 
 @or_plain(plain.bias_gelu)
 def _launch_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     y = _allocate_fwd(x, bias, activation)
     x = as_rows(x)
-    n_rows, n_cols = x.shape
-    config = choose("bias_gelu_forward", x, n_cols)
-    launch(
-        bias_gelu_fwd_kernel,
-        triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N),
-        config,
-        x,
-        x_ptr=x,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        y_ptr=y,
-        x_row_stride=x.stride(0),
-        x_col_stride=x.stride(1),
-        n_rows=n_rows,
-        N_COLS=n_cols,
-        ACTIVATION=activation,
-        ACC=accumulator(x.dtype),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
-    )
+    work = forward_work(*x.shape, x.stride(), x, activation)
+    work.launch(x, x_ptr=x, bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y)
     return y
 
 
@@ -139,41 +145,46 @@ def _allocate_fwd(x, bias, activation):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def backward_work(
+    n_rows: int, n_cols: int, dy_strides: tuple[int, int], x_strides: tuple[int, int], like: Tensor, activation: str
+) -> tuple[Work, int]:
+    """Of dy and x [n_rows, n_cols], and how many rows of sums it writes."""
+    config = choose("bias_gelu_backward", like, n_cols)
+    col_blocks, row_blocks = cdiv(n_cols, config.BLOCK_N), cdiv(n_rows, config.BLOCK_M)
+    row_programs = cdiv(resident_programs(config, like, row_blocks * col_blocks), max(col_blocks, 1))
+    numbers = {
+        "dy_row_stride": dy_strides[0],
+        "dy_col_stride": dy_strides[1],
+        "x_row_stride": x_strides[0],
+        "x_col_stride": x_strides[1],
+        "n_rows": n_rows,
+        "n_row_programs": row_programs,
+        "N_COLS": n_cols,
+        "ACTIVATION": activation,
+        "ACC": accumulator(like.dtype),
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+    }
+    rows_of_sums = row_programs if n_rows else 0
+    return Work(bias_gelu_bwd_kernel, rows_of_sums * col_blocks, config, numbers), rows_of_sums
+
+
 @or_plain(plain.bias_gelu_backward)
-def _launch_bwd(
-    dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, sum_columns: bool
-) -> tuple[Tensor, Tensor]:
+def _launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, sum_columns: bool) -> tuple[Tensor, Tensor]:
     dx, _ = _allocate_bwd(dy, x, bias, activation, sum_columns)
     dy, x = as_rows(dy), as_rows(x)
-    n_rows, n_cols = x.shape
-    config = choose("bias_gelu_backward", x, n_cols)
-    col_blocks = triton.cdiv(n_cols, config.BLOCK_N)
-    row_blocks = triton.cdiv(n_rows, config.BLOCK_M)
-    row_programs = triton.cdiv(resident_programs(config, x, row_blocks * col_blocks), max(col_blocks, 1))
+    work, row_programs = backward_work(*x.shape, dy.stride(), x.stride(), x, activation)
     dtype = accumulator_torch(x.dtype)
     allocate, rows = (x.new_empty, row_programs) if sum_columns and x.numel() else (x.new_zeros, 1)
-    sums = allocate(rows, n_cols, dtype=dtype)
-    launch(
-        bias_gelu_bwd_kernel,
-        row_programs * col_blocks if x.numel() else 0,
-        config,
+    sums = allocate(rows, x.shape[1], dtype=dtype)
+    work.launch(
         x,
         dy_ptr=dy,
         x_ptr=x,
         bias_ptr=None if bias is None else bias.contiguous(),
         dx_ptr=dx,
+        y_ptr=None,
         sums_ptr=sums if sum_columns else None,
-        dy_row_stride=dy.stride(0),
-        dy_col_stride=dy.stride(1),
-        x_row_stride=x.stride(0),
-        x_col_stride=x.stride(1),
-        n_rows=n_rows,
-        n_row_programs=row_programs,
-        N_COLS=n_cols,
-        ACTIVATION=activation,
-        ACC=accumulator(x.dtype),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N,
     )
     return dx, sums.sum(0)
 

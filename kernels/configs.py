@@ -125,11 +125,18 @@ _EMBEDDING_SUMS: Table = {
     4: {8192: Config(1, 4, 128, 8, at_once=8)},
     8: {8192: Config(1, 4, 64, 8, at_once=8)},
 }
+# BLOCK_M places against BLOCK_N others at once. The element size is that of what is written, int32; the table names the
+# others as well.
+_EMBEDDING_ORDER: Table = dict.fromkeys((2, 4, 8), {8192: Config(16, 4, 128)})
+# Sums in float32 (float64), which has the element size; BLOCK_M of them at once.
+_EMBEDDING_FINISH: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 128)}) | {8: {8192: Config(16, 4, 128)}}
 _BIAS_GELU_BACKWARD: Table = {
     2: {8192: Config(4, 4, 512, 6)},
     4: {8192: Config(2, 4, 512, 6)},
     8: {8192: Config(1, 4, 512, 4)},
 }
+# Columns that neighbours in memory share a program; as many rows at once as keep its loads in flight.
+_COLUMN_SUMS: Table = {4: {8192: Config(32, 4, 64)}, 8: {8192: Config(16, 4, 64)}}
 # A program updates BLOCK_M blocks of BLOCK_N elements of one tensor, one after the other. The element size is the
 # parameter's; widths mean nothing here.
 _ADAMW: Table = {
@@ -151,6 +158,11 @@ _LINEAR_CROSS_ENTROPY_SCALE: Table = {
     4: {8192: Config(8, 4, 256)},
     8: {8192: Config(4, 4, 256)},
 }
+
+
+# A row of a mask a program, BLOCK_N of its bytes at once. The element size is that of what is written, int32; the table
+# names the others as well.
+_MASK_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 512)})
 
 
 # By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
@@ -208,6 +220,7 @@ def _attention(part: str) -> dict[str, Table]:
 
 # The interpreter's time goes by programs and steps, not by elements: tall tiles.
 TABLES: dict[str, dict[str, Table]] = {
+    "mask_rows": _everywhere(_MASK_ROWS) | _interpreted(Config(1, 1, 1024)),
     "gather_rows": _everywhere(_GATHER_ROWS) | _interpreted(Config(32, 1, 1024)),
     "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
     "layernorm_forward_uneven": _everywhere(_LAYERNORM_FORWARD_UNEVEN) | _interpreted(Config(32, 1)),
@@ -221,8 +234,11 @@ TABLES: dict[str, dict[str, Table]] = {
     "gelu_layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
     "embedding_runs": _everywhere(_EMBEDDING_RUNS) | _interpreted(Config(32, 1, 1024, at_once=8)),
     "embedding_sums_backward": _everywhere(_EMBEDDING_SUMS) | _interpreted(Config(32, 1, 1024, 1, at_once=2)),
+    "embedding_order": _everywhere(_EMBEDDING_ORDER) | _interpreted(Config(256, 1, 1024)),
+    "embedding_finish": _everywhere(_EMBEDDING_FINISH) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
+    "column_sums": _everywhere(_COLUMN_SUMS) | _interpreted(Config(32, 1, 1024)),
     "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),
     "linear_cross_entropy": _everywhere(_LINEAR_CROSS_ENTROPY)
     | {"sm_100": _BLACKWELL_LINEAR_CROSS_ENTROPY}

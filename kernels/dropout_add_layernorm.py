@@ -30,17 +30,19 @@ from .device_math import (
 )
 from .failures import or_plain
 from .launch import (
+    Work,
     accumulator,
     accumulator_torch,
     as_rows,
+    cdiv,
     check_device,
     check_dtype,
     check_layernorm,
     choose,
     differentiable,
     draw_seed,
-    launch,
     needs_backward,
+    next_power_of_2,
     resident_programs,
 )
 
@@ -165,6 +167,35 @@ def dropout_add_layernorm_bwd_kernel(
         tl.store(row + 2 * N_COLS, tl.sum(dx_bias, axis=1)[:, None, :], col_mask)
 
 
+def forward_work(
+    n_rows: int,
+    n_cols: int,
+    x_strides: tuple[int, int],
+    residual_strides: tuple[int, int],
+    widest: Tensor,
+    z_dtype: torch.dtype,
+    eps: float,
+    p: float,
+) -> Work:
+    """Of x and residual [n_rows, n_cols]; `widest` is of the dtype of y or z that has more bytes."""
+    config = choose("layernorm_forward", widest, n_cols)
+    numbers = {
+        "x_row_stride": x_strides[0],
+        "x_col_stride": x_strides[1],
+        "residual_row_stride": residual_strides[0],
+        "residual_col_stride": residual_strides[1],
+        "n_rows": n_rows,
+        "N_COLS": n_cols,
+        "EPS": eps,
+        "P_DROP": p,
+        "ACC": accumulator(z_dtype),
+        "VECTOR": 16 // widest.element_size(),
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": next_power_of_2(n_cols),
+    }
+    return Work(dropout_add_layernorm_fwd_kernel, cdiv(n_rows, config.BLOCK_M) if n_cols else 0, config, numbers)
+
+
 @or_plain(plain.dropout_add_layernorm)
 def _launch_fwd(
     x: Tensor,
@@ -180,13 +211,9 @@ def _launch_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, z, mean, rstd = _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save)
     x, residual = as_rows(x), as_rows(residual)
-    n_rows, n_cols = x.shape
     widest = y if y.element_size() > z.element_size() else z
-    config = choose("layernorm_forward", widest, n_cols)
-    launch(
-        dropout_add_layernorm_fwd_kernel,
-        triton.cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
-        config,
+    work = forward_work(*x.shape, x.stride(), residual.stride(), widest, z.dtype, eps, p)
+    work.launch(
         x,
         x_ptr=x,
         residual_ptr=residual,
@@ -198,18 +225,6 @@ def _launch_fwd(
         z_ptr=z,  # empty when nothing is saved; its type still says how z is rounded
         mean_ptr=mean if save else None,
         rstd_ptr=rstd if save else None,
-        x_row_stride=x.stride(0),
-        x_col_stride=x.stride(1),
-        residual_row_stride=residual.stride(0),
-        residual_col_stride=residual.stride(1),
-        n_rows=n_rows,
-        N_COLS=n_cols,
-        EPS=eps,
-        P_DROP=p,
-        ACC=accumulator(z.dtype),
-        VECTOR=16 // widest.element_size(),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=triton.next_power_of_2(n_cols),
     )
     return y, z, mean, rstd
 
@@ -220,6 +235,29 @@ def _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, sa
     z = torch.empty(x.shape if save else (0,), dtype=z_dtype, device=x.device)
     mean = torch.empty(x.shape[:-1] if save else (0,), dtype=accumulator_torch(z_dtype), device=x.device)
     return y, z, mean, torch.empty_like(mean)
+
+
+def backward_work(
+    n_rows: int, n_cols: int, dy_strides: tuple[int, int], widest: Tensor, z_dtype: torch.dtype, p: float
+) -> Work:
+    """Of dy and z [n_rows, n_cols], of which `widest` has the dtype with more bytes. Each program writes a row of sums."""
+    config = choose("layernorm_backward", widest, n_cols)
+    programs = resident_programs(config, widest, cdiv(n_rows, config.BLOCK_M))
+    chunks, block_n = config.chunks(n_cols)
+    numbers = {
+        "dy_row_stride": dy_strides[0],
+        "dy_col_stride": dy_strides[1],
+        "n_rows": n_rows,
+        "n_programs": programs,
+        "N_COLS": n_cols,
+        "P_DROP": p,
+        "ACC": accumulator(z_dtype),
+        "VECTOR": 16 // widest.element_size(),
+        "BLOCK_M": config.BLOCK_M,
+        "CHUNKS": chunks,
+        "BLOCK_N": block_n,
+    }
+    return Work(dropout_add_layernorm_bwd_kernel, programs if n_rows * n_cols else 0, config, numbers)
 
 
 @or_plain(plain.dropout_add_layernorm_backward)
@@ -239,14 +277,9 @@ def _launch_bwd(
     dy = as_rows(dy)
     n_rows, n_cols = dy.shape
     widest = dy if dy.element_size() > z.element_size() else z
-    config = choose("layernorm_backward", widest, n_cols)
-    programs = resident_programs(config, dy, triton.cdiv(n_rows, config.BLOCK_M))
-    chunks, block_n = config.chunks(n_cols)
-    sums = mean.new_empty(programs, 3, n_cols) if sum_columns and dy.numel() else mean.new_zeros(1, 3, n_cols)
-    launch(
-        dropout_add_layernorm_bwd_kernel,
-        programs if dy.numel() else 0,
-        config,
+    work = backward_work(n_rows, n_cols, dy.stride(), widest, z.dtype, p)
+    sums = mean.new_empty(work.programs, 3, n_cols) if sum_columns and dy.numel() else mean.new_zeros(1, 3, n_cols)
+    work.launch(
         dy,
         dy_ptr=dy,
         z_ptr=z,
@@ -257,17 +290,6 @@ def _launch_bwd(
         dx_ptr=dx,
         dresidual_ptr=None if dresidual_dtype is None else dresidual,
         sums_ptr=sums if sum_columns else None,
-        dy_row_stride=dy.stride(0),
-        dy_col_stride=dy.stride(1),
-        n_rows=n_rows,
-        n_programs=programs,
-        N_COLS=n_cols,
-        P_DROP=p,
-        ACC=accumulator(z.dtype),
-        VECTOR=16 // widest.element_size(),
-        BLOCK_M=config.BLOCK_M,
-        CHUNKS=chunks,
-        BLOCK_N=block_n,
     )
     return dx, dresidual, sums.sum(0)
 

@@ -1,14 +1,10 @@
 """Gradients of embedding tables from those of the rows that were read from them: sums over tokens, without atomics.
 
-Two ways from dz [T, H] to a table. Both add in float32, in an order that only the ids decide, and round once:
-
-    runs   ids in any order (words): tokens are sorted by id, so those of one row of the table are a run. A run is cut
-           into pieces at multiples of PIECE places; a piece within a run's ends there writes the row, pieces of a run
-           that crosses such a place leave partial sums, which a second kernel adds up. A [CLS] of ten thousand tokens
-           is then as parallel as any others.
-    sums   tokens whose id follows from their place (positions), or is one of very few (types): dz, seen as
-           [outer, inner, H], is summed over its first axis, apart for each type. Partial sums a piece of that axis,
-           added up afterwards.
+Tokens are sorted by id, so those of one row of the table are a run. A run is cut into pieces at multiples of PIECE places;
+a piece within a run's ends there writes the row, pieces of a run that crosses such a place leave partial sums, which a
+second kernel adds up. A [CLS] of ten thousand tokens is then as parallel as any others. Sums are in float32 (float64), in
+an order that only the ids decide, and are rounded once. Where the ids follow from the place of a token, or are very few,
+embedding_sums.py needs no order.
 """
 
 import torch
@@ -19,12 +15,12 @@ from torch import Tensor
 from . import plain
 from .device_math import block_rows, columns, offsets
 from .failures import or_plain
-from .launch import accumulator, accumulator_torch, choose, launch, resident_programs
+from .launch import accumulator, accumulator_torch, cdiv, choose, launch, next_power_of_2
 
 PIECE = 32  # places of the sorted order that one sum is over at most
 JOINED = 16  # partial sums of a run that are read at once
-GROUPS = 32  # sums that types alone are split into, so that enough programs have work
-MOST_TYPES = 4  # sums are kept apart in registers; a table with more rows goes the other way
+MOST_RANKED = 16384  # ids that one kernel brings into order: the time of a sort's dozen launches
+LARGEST = tl.constexpr(2**31 - 1)  # an id that no table has
 
 
 @triton.jit(do_not_specialize=["n_places", "n_table_rows", "skip"])
@@ -122,54 +118,59 @@ def embedding_layernorm_bwd_joins_kernel(
         tl.store(dtable_ptr + offsets(id_, cols, N_COLS, 1), total.to(dtable_ptr.dtype.element_ty), col_mask)
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_outer", "n_inner", "n_a_piece", "n_types"])
-def embedding_layernorm_bwd_sums_kernel(
-    dz_ptr,
-    type_ids_ptr,
-    sums_ptr,
-    n_tokens,
-    n_outer,
-    n_inner,
-    n_a_piece,
-    n_types,
-    N_COLS: tl.constexpr,
-    TYPES: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+@triton.jit(do_not_specialize=["n_places"])
+def embedding_layernorm_bwd_order_kernel(
+    ids_ptr,
+    sorted_ptr,
+    order_ptr,
+    n_places,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
-    col_mask = cols < N_COLS
-    block = program // n_col_blocks
-    n_inner_blocks = tl.cdiv(n_inner, BLOCK_M)
-    piece = (block // n_inner_blocks).to(tl.int64)
-    # A tile is AT_ONCE steps of the outer axis times BLOCK_M of the inner.
-    tile = tl.arange(0, AT_ONCE * BLOCK_M)
-    inner = (block % n_inner_blocks) * BLOCK_M + tile % BLOCK_M
-    end = tl.minimum((piece + 1) * n_a_piece, n_outer)
-    types = tl.arange(0, TYPES)[:, None, None]
+    places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = places < n_places
+    ids = tl.load(ids_ptr + places, here, other=0).to(tl.int32)
 
-    total = tl.zeros([TYPES, AT_ONCE * BLOCK_M, BLOCK_N], ACC)
-    for step in range(0, n_a_piece, AT_ONCE):
-        outer = piece * n_a_piece + step + tile // BLOCK_M
-        tokens = outer * n_inner + inner
-        mask = (outer < end) & (inner < n_inner) & (tokens < n_tokens)
-        here = offsets(tokens[:, None], cols[None, :], N_COLS, 1)
-        dz = tl.load(dz_ptr + here, mask[:, None] & col_mask[None, :], other=0.0).to(ACC)[None, :, :]
-        if TYPES > 1:
-            ids = tl.load(type_ids_ptr + tokens, mask, other=0)
-            dz = tl.where(ids[None, :, None] == types, dz, 0.0)
-        total += dz
+    # How many come before: those of a smaller id, and of the same one those that are before it already.
+    rank = tl.zeros([BLOCK_M], tl.int64)
+    for start in range(0, n_places, BLOCK_N):
+        others = start + tl.arange(0, BLOCK_N)
+        other_ids = tl.load(ids_ptr + others, others < n_places, other=LARGEST).to(tl.int32)
+        same_first = (others[None, :] < places[:, None]).to(tl.int32)
+        rank += tl.sum((other_ids[None, :] < ids[:, None] + same_first).to(tl.int32), axis=1).to(tl.int64)
 
-    sums = tl.sum(tl.reshape(total, [TYPES, AT_ONCE, BLOCK_M, BLOCK_N]), axis=1)
-    inner = ((block % n_inner_blocks) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :, None]
-    rows = (piece * n_inner + inner) * n_types + types
-    stored = (types < n_types) & (inner < n_inner) & col_mask[None, None, :]
-    tl.store(sums_ptr + offsets(rows, cols[None, None, :], N_COLS, 1), sums, stored)
+    tl.store(sorted_ptr + rank, ids, here)
+    tl.store(order_ptr + rank, places, here)
+
+
+def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [T] in ascending order, int32, and the places that they had; those of one id stay in their order."""
+    if ids.numel() > MOST_RANKED:
+        # The low half of an int64 is as good: ids are rows of a table.
+        narrow = ids.contiguous().view(torch.int32)[::2] if ids.dtype == torch.int64 else ids
+        return narrow.sort(stable=True)
+    return _ranked(ids.contiguous())
+
+
+@or_plain(plain.in_order)
+def _ranked(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """T^2 comparisons, which up to MOST_RANKED take less time than the launches that a sort is made of."""
+    sorted_ids = ids.new_empty(ids.shape, dtype=torch.int32)
+    order = torch.empty_like(sorted_ids)
+    config = choose("embedding_order", order, ids.shape[0])
+    launch(
+        embedding_layernorm_bwd_order_kernel,
+        cdiv(ids.shape[0], config.BLOCK_M),
+        config,
+        ids,
+        ids_ptr=ids,
+        sorted_ptr=sorted_ids,
+        order_ptr=order,
+        n_places=ids.shape[0],
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return sorted_ids, order
 
 
 @or_plain(plain.by_runs)
@@ -179,13 +180,13 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
     Row `skip` stays 0, as do those that nobody read.
     """
     n_places, n_cols = dz.shape
-    dtable = torch.zeros((n_table_rows, n_cols), dtype=dtype, device=dz.device)
-    sorted_ids, order = ids.to(torch.int32).sort(stable=True)
+    dtable = dz.new_zeros((n_table_rows, n_cols), dtype=dtype)
+    sorted_ids, order = in_order(ids)
     config = choose("embedding_runs", dz, n_cols)
-    n_pieces = triton.cdiv(n_places, PIECE)
-    partials = torch.empty((2 * n_pieces, n_cols), dtype=accumulator_torch(dz.dtype), device=dz.device)
-    block_n = min(config.BLOCK_N, triton.next_power_of_2(n_cols))
-    col_blocks = triton.cdiv(n_cols, block_n)
+    n_pieces = cdiv(n_places, PIECE)
+    partials = dz.new_empty((2 * n_pieces, n_cols), dtype=accumulator_torch(dz.dtype))
+    block_n = min(config.BLOCK_N, next_power_of_2(n_cols))
+    col_blocks = cdiv(n_cols, block_n)
     shared = {
         "n_table_rows": n_table_rows,
         "skip": -1 if skip is None else skip,
@@ -196,7 +197,7 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
     }
     launch(
         embedding_layernorm_bwd_runs_kernel,
-        triton.cdiv(n_places, config.BLOCK_M) * col_blocks,
+        cdiv(n_places, config.BLOCK_M) * col_blocks,
         config,
         dz,
         dz_ptr=dz,
@@ -224,43 +225,3 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
         **shared,
     )
     return dtable
-
-
-@or_plain(plain.by_places)
-def by_places(dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int) -> Tensor:
-    """Sums [n_inner, n_types, H], in float32 or float64, of dz [T, H] seen as [outer, n_inner, H] over its outer axis.
-
-    T may end within the outer axis' last step. type_ids [T] are read if n_types > 1.
-    """
-    n_tokens, n_cols = dz.shape
-    n_outer = triton.cdiv(n_tokens, max(n_inner, 1))
-    config = choose("embedding_sums_backward", dz, n_cols)
-    block_n = min(config.BLOCK_N, triton.next_power_of_2(n_cols))
-    blocks = triton.cdiv(n_inner, config.BLOCK_M) * triton.cdiv(n_cols, block_n)
-    steps = triton.cdiv(n_outer, config.at_once)
-    wanted = resident_programs(config, dz, steps * blocks)
-    n_a_piece = triton.cdiv(steps, max(1, wanted // max(blocks, 1))) * config.at_once
-    n_pieces = triton.cdiv(n_outer, max(n_a_piece, 1))
-    sums = torch.empty((n_pieces, n_inner, n_types, n_cols), dtype=accumulator_torch(dz.dtype), device=dz.device)
-    launch(
-        embedding_layernorm_bwd_sums_kernel,
-        n_pieces * blocks,
-        config,
-        dz,
-        dz_ptr=dz,
-        type_ids_ptr=type_ids,
-        sums_ptr=sums,
-        n_tokens=n_tokens,
-        n_outer=n_outer,
-        n_inner=n_inner,
-        n_a_piece=n_a_piece,
-        n_types=n_types,
-        N_COLS=n_cols,
-        TYPES=triton.next_power_of_2(n_types),
-        ACC=accumulator(dz.dtype),
-        VECTOR=16 // dz.element_size(),
-        AT_ONCE=config.at_once,
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_N=block_n,
-    )
-    return sums.sum(0)

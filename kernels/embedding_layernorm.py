@@ -5,26 +5,29 @@ order, T = B * S:
 
     forward    y = dropout((z - mean) * rstd * weight + bias)      reads the rows, writes y             T (3H + H) b bytes
     backward   dz = LayerNorm'(dropout'(dy)), and its sums a row   reads dy, the rows; writes dz, then reads it once for
-               of each table (embedding_gradients.py)              the words and once for positions and types
+               of each table (embedding_gradients.py, _sums.py)    the words and once for positions and types
 
 Saved: a row's mean and rstd in float32; z is gathered again, and the keep mask drawn again. Position ids that are
 a range, or the same for the whole batch, and types that are few need no sorting. No atomics: the same bits each time.
 """
 
+from functools import cache
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import plain
-from .embedding_gradients import GROUPS, MOST_TYPES, by_places, by_runs
+from .embedding_gradients import by_runs
 from .embedding_rows import embedding_layernorm_bwd_kernel, embedding_layernorm_fwd_kernel
+from .embedding_sums import GROUPS, MOST_TYPES, by_places, finish
 from .failures import or_plain
 from .launch import (
     MAX_WIDTH,
     accumulator,
     accumulator_torch,
     as_rows,
+    cdiv,
     check_device,
     check_dtype,
     check_vector,
@@ -33,6 +36,7 @@ from .launch import (
     draw_seed,
     launch,
     needs_backward,
+    next_power_of_2,
     resident_programs,
 )
 
@@ -49,10 +53,9 @@ def _sum_arguments(
     offset: int,
 ) -> dict[str, object]:
     """What both kernels take to make z: summed_rows' arguments."""
-    *batch, seqlen = words.shape[:-1] if ids is None else ids.shape
-    rows = as_rows(words)
-    summed = torch.promote_types(words.dtype, types.dtype)
-    z_dtype = torch.promote_types(summed, positions.dtype)
+    shape = words.shape[:-1] if ids is None else ids.shape
+    rows = words if words.dim() == 2 else as_rows(words)
+    summed, z_dtype = _promoted(words.dtype, types.dtype), _z_dtype(words, positions, types)
     return {
         "words_ptr": rows,
         "positions_ptr": positions.contiguous(),
@@ -62,9 +65,9 @@ def _sum_arguments(
         "type_ids_ptr": None if token_type_ids is None else token_type_ids.contiguous(),
         "words_row_stride": rows.stride(0),
         "words_col_stride": rows.stride(1),
-        "position_batch_stride": _batch_stride(position_ids, batch),
-        "type_batch_stride": _batch_stride(token_type_ids, batch),
-        "seqlen": seqlen,
+        "position_batch_stride": _batch_stride(position_ids, shape),
+        "type_batch_stride": _batch_stride(token_type_ids, shape),
+        "seqlen": shape[-1],
         "offset": offset,
         "n_words": rows.shape[0],
         "n_positions": positions.shape[0],
@@ -76,17 +79,22 @@ def _sum_arguments(
     }
 
 
-def _batch_stride(ids: Tensor | None, batch: list[int]) -> int:
-    """From one sequence's ids to the next one's: 0 where one row of them serves all."""
-    return 0 if ids is None or list(ids.shape[:-1]) != batch else ids.shape[-1]
+def _batch_stride(ids: Tensor | None, shape: torch.Size) -> int:
+    """From one sequence's ids to the next one's: 0 where one row of them serves all of this shape."""
+    return 0 if ids is None or ids.shape != shape else shape[-1]
 
 
+@cache
 def _language_type(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def _z_dtype(words: Tensor, positions: Tensor, types: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(words.dtype, types.dtype), positions.dtype)
+    return _promoted(_promoted(words.dtype, types.dtype), positions.dtype)
+
+
+def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    return one if one == other else torch.promote_types(one, other)  # which is dispatched as an op
 
 
 def _check_range(ids: Tensor | None, table: Tensor) -> None:
@@ -126,7 +134,7 @@ def _launch_fwd(
     config = choose("layernorm_forward", widest, n_cols)
     launch(
         embedding_layernorm_fwd_kernel,
-        triton.cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
+        cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
         config,
         y,
         **_sum_arguments(*tables, ids, token_type_ids, position_ids, offset),
@@ -141,8 +149,9 @@ def _launch_fwd(
         P_DROP=p,
         VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
-        BLOCK_N=triton.next_power_of_2(n_cols),
-        sanitize_overflow=False,  # debug=True asserts that as well as what is asked for
+        BLOCK_N=next_power_of_2(n_cols),
+        debug=True,  # without which the kernel's assertions are left out; told here, as a launch is kept by its arguments
+        sanitize_overflow=False,  # which comes along otherwise
     )
     return y, mean, rstd
 
@@ -150,9 +159,9 @@ def _launch_fwd(
 def _allocate_fwd(words, positions, types, weight, bias, ids, *rest):
     *_, out_dtype, save = rest
     shape = words.shape[:-1] if ids is None else ids.shape
-    y = torch.empty((*shape, words.shape[-1]), dtype=out_dtype, device=words.device)
+    y = words.new_empty((*shape, words.shape[-1]), dtype=out_dtype)
     statistics = accumulator_torch(_z_dtype(words, positions, types))
-    mean = torch.empty(shape if save else (0,), dtype=statistics, device=words.device)
+    mean = words.new_empty(shape if save else (0,), dtype=statistics)
     return y, mean, torch.empty_like(mean)
 
 
@@ -171,22 +180,52 @@ def _launch_bwd(
     offset: int,
     padding_idx: int | None,
     p: float,
+    bias_dtype: torch.dtype,
     needs_words: bool,
     needs_positions: bool,
     needs_types: bool,
-    needs_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the tables, weight and bias; an empty tensor for one that is not asked for."""
     given = dy, words, positions, types, weight, mean, rstd, ids, token_type_ids, position_ids, seed, offset, p
-    dz, sums = _launch_rows_bwd(*given, needs_words or needs_positions or needs_types, needs_sums)
-    dwords = dz.new_empty(0)
+    dz, sums = _launch_rows_bwd(*given, needs_words or needs_positions or needs_types, needs_weight or needs_bias)
+    shape, seqlen = dy.shape[:-1], dy.shape[-2]
+
+    # Positions that all sequences share, and types that are few, are added up by place; others are brought into order.
+    shared = needs_positions and (position_ids is None or position_ids.numel() < shape.numel())
+    few = needs_types and (token_type_ids is None or types.shape[0] <= MOST_TYPES)
+    place_sums = None
+    if shared or few:
+        n_types = types.shape[0] if few and token_type_ids is not None else 1
+        type_ids = token_type_ids.contiguous() if n_types > 1 else None
+        type_batch_stride = _batch_stride(token_type_ids, shape)
+        place_sums = by_places(dz, seqlen if shared else GROUPS, type_ids, n_types, seqlen, type_batch_stride)
+    dwords = dpositions = by_place = dtypes = dweight = dbias = None
+    if shared and position_ids is None:
+        dpositions = by_place = positions.new_empty(positions.shape)
+    elif shared:
+        by_place = place_sums.new_empty(seqlen, dz.shape[1])
+    if few:
+        dtypes = types.new_empty(types.shape)
+    if needs_weight:
+        dweight = weight.new_empty(weight.shape)
+    if needs_bias:
+        dbias = weight.new_empty(weight.shape, dtype=bias_dtype)
+    if place_sums is not None or sums is not None:
+        finish(sums, place_sums, dweight, dbias, by_place, dtypes, offset if position_ids is None else 0)
+
     if needs_words and ids is None:
         dwords = dz.view(words.shape).to(words.dtype)
     elif needs_words:
         dwords = by_runs(dz, ids.reshape(-1), words.shape[0], padding_idx, words.dtype)
-    dpositions, dtypes = _small_tables(
-        dz, dy.shape[:-1], positions, types, token_type_ids, position_ids, offset, needs_positions, needs_types
-    )
-    return dwords, dpositions, dtypes, sums
+    if needs_positions and dpositions is None:
+        read = position_ids if shared else position_ids.expand(shape)
+        dpositions = by_runs(by_place if shared else dz, read.reshape(-1), positions.shape[0], None, positions.dtype)
+    if needs_types and not few:
+        dtypes = by_runs(dz, token_type_ids.expand(shape).reshape(-1), types.shape[0], None, types.dtype)
+    gradients = dwords, dpositions, dtypes, dweight, dbias
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @or_plain(plain.embedding_layernorm_backward)
@@ -206,18 +245,18 @@ def _launch_rows_bwd(
     p: float,
     needs_dz: bool,
     needs_sums: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the sum that was normalised, [T, H], and those of weight and bias, [2, H]."""
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the sum that was normalised, [T, H], and those of weight and bias as sums [n, 2, H]."""
     tables = words, positions, types
     n_cols = dy.shape[-1]
     dy = as_rows(dy)
     n_rows = dy.shape[0]
-    dz = torch.empty((n_rows, n_cols) if needs_dz else (0,), dtype=_z_dtype(*tables), device=dy.device)
+    dz = dy.new_empty((n_rows, n_cols) if needs_dz else (0,), dtype=_z_dtype(*tables))
     widest = max((dy, *tables), key=Tensor.element_size)
     config = choose("layernorm_backward", widest, n_cols)
-    programs = resident_programs(config, dy, triton.cdiv(n_rows, config.BLOCK_M))
+    programs = resident_programs(config, dy, cdiv(n_rows, config.BLOCK_M))
     chunks, block_n = config.chunks(n_cols)
-    sums = mean.new_empty(programs, 2, n_cols) if needs_sums and dy.numel() else mean.new_zeros(1, 2, n_cols)
+    sums = mean.new_empty(programs if dy.numel() else 0, 2, n_cols) if needs_sums else None
     launch(
         embedding_layernorm_bwd_kernel,
         programs if dy.numel() else 0,
@@ -230,7 +269,7 @@ def _launch_rows_bwd(
         weight_ptr=weight.contiguous(),
         seed_ptr=seed,
         dz_ptr=dz if needs_dz else None,
-        sums_ptr=sums if needs_sums else None,
+        sums_ptr=sums,
         dy_row_stride=dy.stride(0),
         dy_col_stride=dy.stride(1),
         n_rows=n_rows,
@@ -241,59 +280,17 @@ def _launch_rows_bwd(
         CHUNKS=chunks,
         BLOCK_N=block_n,
     )
-    return dz, sums.sum(0)
-
-
-def _small_tables(
-    dz: Tensor,
-    shape: torch.Size,
-    positions: Tensor,
-    types: Tensor,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    offset: int,
-    needs_positions: bool,
-    needs_types: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the positions' and types' tables; an empty tensor for one that is not asked for."""
-    seqlen = shape[-1]
-    one_for_all = position_ids is None or position_ids.numel() < shape.numel()
-    few = token_type_ids is None or types.shape[0] <= MOST_TYPES
-    dpositions, dtypes = dz.new_empty(0), dz.new_empty(0)
-    if (needs_positions and one_for_all) or (needs_types and few):
-        n_types = types.shape[0] if needs_types and few and token_type_ids is not None else 1
-        # An expanded [1, 1] has a flat view of stride 0.
-        type_ids = token_type_ids.expand(shape).reshape(-1).contiguous() if n_types > 1 else None
-        sums = by_places(dz, seqlen if needs_positions and one_for_all else GROUPS, type_ids, n_types)
-        if needs_types and few:
-            dtypes = torch.zeros(types.shape, dtype=types.dtype, device=types.device)
-            dtypes[:n_types] = sums.sum(0)
-        if needs_positions and one_for_all:
-            by_position = sums.sum(1)
-            if position_ids is None:
-                dpositions = torch.zeros(positions.shape, dtype=positions.dtype, device=positions.device)
-                dpositions[offset : offset + seqlen] = by_position
-            else:
-                dpositions = by_runs(by_position, position_ids.reshape(-1), positions.shape[0], None, positions.dtype)
-    if needs_positions and not one_for_all:
-        ids = position_ids.expand(shape).reshape(-1)
-        dpositions = by_runs(dz, ids, positions.shape[0], None, positions.dtype)
-    if needs_types and not few:
-        ids = token_type_ids.expand(shape).reshape(-1)
-        dtypes = by_runs(dz, ids, types.shape[0], None, types.dtype)
-    return dpositions, dtypes
+    return dz, sums
 
 
 def _allocate_bwd(dy, words, positions, types, weight, mean, *rest):
-    *_, needs_words, needs_positions, needs_types, _ = rest
-    tables = (words, positions, types)
-    needs = needs_words, needs_positions, needs_types
-    unasked = _z_dtype(*tables)
-    gradients = [
-        torch.empty(table.shape, dtype=table.dtype, device=dy.device) if needed else dy.new_empty(0, dtype=unasked)
-        for table, needed in zip(tables, needs, strict=True)
-    ]
-    return *gradients, mean.new_empty(2, words.shape[-1])
+    bias_dtype, *needs = rest[-6:]
+    like = words, positions, types, weight, weight
+    dtypes = words.dtype, positions.dtype, types.dtype, weight.dtype, bias_dtype
+    return tuple(
+        tensor.new_empty(tensor.shape, dtype=dtype) if needed else dy.new_empty(0)
+        for tensor, dtype, needed in zip(like, dtypes, needs, strict=True)
+    )
 
 
 def _save(ctx, inputs, output):
@@ -309,14 +306,9 @@ def _save(ctx, inputs, output):
 def _gradients(backward, ctx, dy, *_):
     if dy is None:
         return (None,) * 15
-    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
-    *tables, (dweight, dbias) = backward(dy, *saved, *ctx.options, *needs[:3], needs[3] or needs[4])
-    return (
-        *(gradient if needed else None for gradient, needed in zip(tables, needs, strict=False)),
-        dweight.to(saved[3].dtype) if needs[3] else None,
-        dbias.to(ctx.bias_dtype) if needs[4] else None,
-        *(None,) * 10,
-    )
+    needs = ctx.needs_input_grad[:5]
+    gradients = backward(dy, *ctx.saved_tensors, *ctx.options, ctx.bias_dtype, *needs)
+    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *(None,) * 10
 
 
 _op = torch.library.custom_op("fastbert::embedding_layernorm", _launch_fwd, mutates_args=())
@@ -391,25 +383,37 @@ def embedding_layernorm(
         raise ValueError("types: expected at least one row, got none")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
-    if p > 0.0 and seed is None:
+    read = ids, token_type_ids, position_ids, offset, padding_idx
+    return embed(words, positions, types, weight, bias, *read, eps, p, out_dtype or _z_dtype(words, positions, types), seed)
+
+
+def embed(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    offset: int,
+    padding_idx: int | None,
+    eps: float,
+    p: float,
+    out_dtype: torch.dtype,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """embedding_layernorm, of arguments that the caller has checked."""
+    if not p > 0.0:
+        seed = None
+    elif seed is None:
         seed = draw_seed(words.device)
-    return _call(
-        words,
-        positions,
-        types,
-        weight,
-        bias,
-        ids,
-        token_type_ids,
-        position_ids,
-        seed if p > 0.0 else None,
-        offset,
-        padding_idx,
-        eps,
-        p,
-        out_dtype or _z_dtype(words, positions, types),
-        needs_backward(words, positions, types, weight, bias),
-    )[0]
+    save = needs_backward(words, positions, types, weight, bias)
+    read = ids, token_type_ids, position_ids, seed, offset, padding_idx
+    arguments = words, positions, types, weight, bias, *read, eps, p, out_dtype, save
+    if save or torch.compiler.is_compiling():
+        return _call(*arguments)[0]
+    return _launch_fwd(*arguments)[0]
 
 
 def _check_indices(name: str, indices: Tensor | None, shape: torch.Size) -> None:

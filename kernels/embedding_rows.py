@@ -74,7 +74,7 @@ def summed_rows(
     return ((word + type_).to(SUM).to(ACC) + position).to(Z).to(ACC)
 
 
-@triton.jit(debug=True, do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def embedding_layernorm_fwd_kernel(
     words_ptr,
     positions_ptr,

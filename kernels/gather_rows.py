@@ -16,7 +16,7 @@ from torch import Tensor
 from . import plain
 from .device_math import block_rows, tile_offsets
 from .failures import or_plain
-from .launch import check_device, check_dtype, choose, differentiable, launch
+from .launch import cdiv, check_device, check_dtype, choose, differentiable, launch, needs_backward
 
 __all__ = ["gather_rows"]
 
@@ -52,7 +52,7 @@ def _launch(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     config = choose("gather_rows", x, n_cols)
     launch(
         gather_rows_kernel,
-        triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N),
+        cdiv(n_rows, config.BLOCK_M) * cdiv(n_cols, config.BLOCK_N),
         config,
         x,
         x_ptr=x,
@@ -69,7 +69,7 @@ def _launch(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _allocate(x, index, inverse):
-    return torch.empty((index.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
+    return x.new_empty((index.shape[0], x.shape[1]))
 
 
 def _save(ctx, inputs, output):
@@ -109,4 +109,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
             expected = "[N]" if length is None else f"[{length}]"
             raise ValueError(f"{name}: expected int32 {expected}, got {vector.dtype} {tuple(vector.shape)}")
         check_device(name, vector, x)
-    return _call(x, index.contiguous(), inverse.contiguous())
+    index, inverse = index.contiguous(), inverse.contiguous()
+    if torch.compiler.is_compiling() or needs_backward(x):
+        return _call(x, index, inverse)
+    return _launch(x, index, inverse)

@@ -5,8 +5,8 @@ x [..., H] with any strides; x_bias, weight, bias [H]:
     forward    reads x; writes y            2THb bytes
     backward   reads dy, x; writes dx       3THb bytes; the activation is computed again
 
-Saved: x itself, and a row's mean and rstd in float32. Weight gradients are sums a program in float32, added up in a
-second pass: no atomics. Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450.
+Saved: x itself, and a row's mean and rstd in float32. Weight gradients are sums a program in float32, added up and cast in
+a second launch: no atomics. Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450.
 """
 
 import torch
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plain
+from . import column_sums, plain
 from .device_math import activation as activate
 from .device_math import (
     activation_backward,
@@ -210,18 +210,21 @@ def _launch_bwd(
     x_bias: Tensor | None,
     activation: str,
     sum_columns: bool,
+    sums_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    dx, _ = _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns)
+    dx, vectors = _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns, sums_dtype)
+    if not x.numel():
+        return dx, vectors.zero_()
     dy, x = as_rows(dy), as_rows(x)
     n_rows, n_cols = x.shape
     widest = dy if dy.element_size() > x.element_size() else x
     config = choose("gelu_layernorm_backward", widest, n_cols)
     programs = resident_programs(config, x, triton.cdiv(n_rows, config.BLOCK_M))
     chunks, block_n = config.chunks(n_cols)
-    sums = mean.new_empty(programs, 3, n_cols) if sum_columns and x.numel() else mean.new_zeros(1, 3, n_cols)
+    sums = mean.new_empty(programs, 3, n_cols) if sum_columns else None
     launch(
         gelu_layernorm_bwd_kernel,
-        programs if x.numel() else 0,
+        programs,
         config,
         x,
         dy_ptr=dy,
@@ -231,7 +234,7 @@ def _launch_bwd(
         weight_ptr=weight.contiguous(),
         x_bias_ptr=None if x_bias is None else x_bias.contiguous(),
         dx_ptr=dx,
-        sums_ptr=sums if sum_columns else None,
+        sums_ptr=sums,
         dy_row_stride=dy.stride(0),
         dy_col_stride=dy.stride(1),
         x_row_stride=x.stride(0),
@@ -246,11 +249,16 @@ def _launch_bwd(
         CHUNKS=chunks,
         BLOCK_N=block_n,
     )
-    return dx, sums.sum(0)
+    if sums is None:
+        vectors.zero_()
+    else:
+        work = column_sums.work((programs, 0, 0), (3 * n_cols, 0, 0), sums)
+        work.launch(sums, a_ptr=sums, b_ptr=sums, c_ptr=sums, out_ptr=vectors)
+    return dx, vectors
 
 
-def _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean.new_empty(3, x.shape[-1])
+def _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns, sums_dtype):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(3, x.shape[-1], dtype=sums_dtype)
 
 
 def _save(ctx, inputs, output):
@@ -269,7 +277,10 @@ def _gradients(backward, ctx, dy, *_):
     x, mean, rstd, weight, x_bias = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_x_bias = ctx.needs_input_grad[:4]
     sum_columns = needs_weight or needs_bias or needs_x_bias
-    dx, (dweight, dbias, dx_bias) = backward(dy, x, mean, rstd, weight, x_bias, ctx.activation, sum_columns)
+    dtypes = {weight.dtype, ctx.bias_dtype, weight.dtype if x_bias is None else x_bias.dtype}
+    sums_dtype = dtypes.pop() if len(dtypes) == 1 else mean.dtype  # cast where they are added up, if that is one cast
+    dx, vectors = backward(dy, x, mean, rstd, weight, x_bias, ctx.activation, sum_columns, sums_dtype)
+    dweight, dbias, dx_bias = vectors.unbind()
     return (
         dx if needs_x else None,
         dweight.to(weight.dtype) if needs_weight else None,
@@ -315,4 +326,5 @@ def gelu_layernorm(
     check_layernorm(x, weight, bias, x_bias)
     check_activation(activation)
     save = needs_backward(x, weight, bias, x_bias)
-    return _call(x, weight, bias, x_bias, activation, eps, out_dtype or x.dtype, save)[0]
+    call = _call if save or torch.compiler.is_compiling() else _launch_fwd
+    return call(x, weight, bias, x_bias, activation, eps, out_dtype or x.dtype, save)[0]

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
+from . import kept
 from .configs import ARCHITECTURES, TABLES, Config
 from .failures import KernelFailed, advise, is_of_the_kernel, move_cache
 
@@ -22,6 +23,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 # Launches by kernel name. Tests read it: a kernel that was quietly not used must not pass.
 counts: Counter[str] = Counter()
 
+Result = TypeVar("Result")
 Recorder = Callable[[Any, int, Config, dict[str, Any]], None]
 _recording: tuple[str, Recorder] | None = None
 
@@ -38,6 +40,11 @@ def recording(architecture: str, record: Recorder) -> Iterator[None]:
         yield
     finally:
         _recording = None
+
+
+def is_recording() -> bool:
+    """Whether launches are handed to somebody instead of a device."""
+    return _recording is not None
 
 
 @cache
@@ -96,24 +103,66 @@ def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments
         return
     if _recording:
         return _recording[1](kernel, programs, config, arguments)
-    options = {"num_warps": config.num_warps}
-    if config.num_stages is not None:
-        options["num_stages"] = config.num_stages
     # One axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
     try:
-        if like.is_cuda and like.device.index != torch.cuda.current_device():
-            with torch.cuda.device(like.device):
-                kernel[(programs,)](**arguments, **options)
+        if not like.is_cuda:
+            kernel[(programs,)](**arguments, **kept.options(config))
+        elif like.device.index == torch._C._cuda_getDevice():
+            kept.start(kernel, programs, config, like.device, arguments)
         else:
-            kernel[(programs,)](**arguments, **options)
+            with torch.cuda.device(like.device):
+                kept.start(kernel, programs, config, like.device, arguments)
     except Exception as error:
         if move_cache(error):
             return launch(kernel, programs, config, like, **arguments)
-        if is_of_the_kernel(error, like.device):
-            raise KernelFailed(kernel.__name__, error) from error
-        advise(kernel.__name__, error, like.device)
-        raise
+        raise_for(kernel, error, like.device)
     counts[kernel.__name__] += 1
+
+
+def retried(kernel: Any, like: Tensor, compile: Callable[[], Result]) -> Result:
+    """What `compile` returns; with Triton's cache moved where its folder is the reason that it fails.
+
+    Raises:
+        KernelFailed: `kernel` cannot be compiled or loaded.
+    """
+    try:
+        return compile()
+    except Exception as error:
+        if move_cache(error):
+            return retried(kernel, like, compile)
+        raise_for(kernel, error, like.device)
+
+
+def raise_for(kernel: Any, error: Exception, device: torch.device) -> NoReturn:
+    """Raise what came of a launch: as KernelFailed where it is the kernel's fault, else as it is, with advice."""
+    if is_of_the_kernel(error, device):
+        raise KernelFailed(kernel.__name__, error) from error
+    advise(kernel.__name__, error, device)
+    raise error
+
+
+class Work(NamedTuple):
+    """A kernel with all that it is launched with besides its tensors: the same for every call of one shape."""
+
+    kernel: Any
+    programs: int
+    config: Config
+    numbers: dict[str, Any]
+
+    def launch(self, like: Tensor, **tensors: Tensor | None) -> None:
+        """Launch it on the device of `like`; raises what `launch` raises."""
+        launch(self.kernel, self.programs, self.config, like, **tensors, **self.numbers)
+
+
+# Triton's own are made for constants of kernels as well, and take two microseconds.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n; 1 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 1
 
 
 class NotTwice(torch.autograd.Function):

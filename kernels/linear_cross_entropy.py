@@ -12,12 +12,13 @@ mgmalek's efficient_cross_entropy and of Liger-Kernel (arXiv:2410.10989). The ot
 forms the logits again in the backward, tile by tile (Wijmans et al., Cut Your Losses, arXiv:2411.09009): less memory still,
 a third more operations. With V / H = 40 the products are most of the time, so here they are cuBLAS's, each made once.
 
-Speed asks for long chunks: a product of fewer than 1,024 rows is slower, and each chunk but the first reads and writes
-the sum dW, which is float32 when W is in 16 bits. Memory asks for short ones. A chunk is T / 8 rows, and never under 1,024;
-eager keeps three tensors of T rows (Liger's chunks are T H / V rows, 410 of 16,384 for BERT-base). Where T is at most
-1,024 + H the sums would take as much as they save: all dx are kept then as one chunk, and both products wait for the
-backward, which puts its two numbers into h and dh, the small tensors. A loss a row (reduction "none") has a gradient a
-row, which nothing can be multiplied with afterwards: there the backward makes the chunks' logits again.
+Speed asks for long chunks: a chunk is five launches of the host, a product of fewer than 1,024 rows is slower, and each
+chunk but the first reads and writes the sum dW, which is float32 when W is in 16 bits. Memory asks for short ones. A
+chunk is T / 8 rows, or 2,048 if that is more; eager keeps three tensors of T rows (Liger's chunks are T H / V rows, 410
+of 16,384 for BERT-base). Where T is at most 2,048 + H the sums would take as much as they save: all dx are kept then as
+one chunk, and both products wait for the backward, which puts its two numbers into h and dh, the small tensors. A loss
+a row (reduction "none") has a gradient a row, which nothing can be multiplied with afterwards: there the backward makes
+the chunks' logits again.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ from .linear_cross_entropy_rows import (
 
 __all__ = ["linear_cross_entropy"]
 
-LEAST_ROWS, MOST_CHUNKS = 1024, 8
+LEAST_ROWS, MOST_CHUNKS = 2048, 8
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -65,48 +66,73 @@ def _chunks(
     gradient: bool = False,
     scale: float = 1.0,
     buffer: Tensor | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a chunk and what its kernel left in the buffer; in `buffer`, all rows are one chunk."""
+) -> Iterator[Tensor]:
+    """What its kernel left of a chunk's rows in the buffer; in `buffer`, all rows are one chunk."""
     n_rows, n_cols = hidden.shape[0], weight.shape[0]
-    size = n_rows if buffer is not None else min(rows_a_chunk(n_rows), n_rows)
+    if not n_rows:
+        return
+    size = n_rows if buffer is not None else _size(n_rows)
     if buffer is None:
         buffer = torch.empty((size, padded(n_cols)), dtype=weight.dtype, device=weight.device)
-    bias = pad_bias(bias)
-    for start in range(0, n_rows, max(size, 1)):
-        part = slice(start, min(start + size, n_rows))
-        logits = buffer[: part.stop - start, :n_cols]
-        torch.mm(hidden[part], weight.t(), out=logits)
+    bias, transposed = pad_bias(bias, weight.dtype), weight.t()
+    logits = buffer if buffer.shape[1] == n_cols else buffer[:, :n_cols]
+    losses_of, dlosses_of = (None if x is None else x.split(size) for x in (losses, dlosses))
+    for i, (rows, targets) in enumerate(zip(hidden.split(size), labels.split(size), strict=True)):
+        if len(rows) < len(logits):  # the last
+            logits = logits[: len(rows)]
+        torch.mm(rows, transposed, out=logits)
         launch_rows(
             logits,
             bias,
-            labels[part],
-            None if losses is None else losses[part],
-            None if dlosses is None else dlosses[part],
+            targets,
+            None if losses_of is None else losses_of[i],
+            None if dlosses_of is None else dlosses_of[i],
             ignore_index,
             label_smoothing,
             gradient,
             scale,
         )
-        yield part, logits
+        yield logits
+
+
+def _size(n_rows: int) -> int:
+    """Rows of a chunk, of which the last one may have fewer."""
+    return max(min(rows_a_chunk(n_rows), n_rows), 1)
 
 
 class _Gradients:
-    """dhidden, dweight and dbias of chunks, summed up; empty where not needed."""
+    """dhidden, dweight and dbias of chunks of `size` rows, summed up; empty where not needed."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], sums: torch.dtype, scale: float) -> None:
-        self.hidden, self.weight, self.needs, self.alpha = hidden, weight, needs, 1.0 / scale
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], sums: torch.dtype, scale: float, size: int
+    ) -> None:
+        self.weight, self.needs, self.alpha = weight, needs, 1.0 / scale
         new = hidden.new_empty if hidden.shape[0] else hidden.new_zeros
         self.dhidden = new(hidden.shape if needs[0] else 0)
         self.dweight = new(weight.shape if needs[1] else 0, dtype=sums)
-        self.dbias = hidden.new_zeros(weight.shape[0] if needs[2] else 0, dtype=accumulator_torch(weight.dtype))
+        self._hidden = hidden.split(size) if hidden.shape[0] else ()
+        self._dhidden = self.dhidden.split(size)
+        # A row a chunk: adding up comes last, in one launch.
+        rows = len(self._hidden) if needs[2] else 0
+        self._dbias = hidden.new_empty(rows, weight.shape[0], dtype=accumulator_torch(weight.dtype))
+        self._done = 0
 
-    def add(self, part: slice, dlogits: Tensor) -> None:
+    def add(self, dlogits: Tensor) -> None:
+        """Those of the next chunk."""
         if self.needs[0]:
-            accumulate(self.dhidden[part], dlogits, self.weight, self.alpha, True)
+            accumulate(self._dhidden[self._done], dlogits, self.weight, self.alpha, True)
         if self.needs[1]:
-            accumulate(self.dweight, dlogits.t(), self.hidden[part], self.alpha, part.start == 0)
+            accumulate(self.dweight, dlogits.t(), self._hidden[self._done], self.alpha, self._done == 0)
         if self.needs[2]:
-            self.dbias.add_(dlogits.sum(0, dtype=self.dbias.dtype), alpha=self.alpha)
+            torch.sum(dlogits, 0, dtype=self._dbias.dtype, out=self._dbias[self._done])
+        self._done += 1
+
+    @property
+    def dbias(self) -> Tensor:
+        if not self.needs[2]:
+            return self._dbias.view(-1)
+        total = self._dbias[0] if len(self._dbias) == 1 else self._dbias.sum(0)
+        return total if self.alpha == 1.0 else total.mul_(self.alpha)
 
 
 def _reduced(losses: Tensor, labels: Tensor, n_cols: int, ignore_index: int, reduction: str, out_dtype: torch.dtype):
@@ -160,12 +186,12 @@ def _launch_losses_bwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    one_chunk = hidden.shape[0] <= rows_a_chunk(hidden.shape[0])
-    sums = weight.dtype if one_chunk else accumulator_torch(weight.dtype)
-    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, 1.0)
+    size = _size(hidden.shape[0])
+    sums = weight.dtype if hidden.shape[0] <= size else accumulator_torch(weight.dtype)
+    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, 1.0, size)
     options = {"dlosses": dlosses, "gradient": True}
-    for part, dlogits in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
-        found.add(part, dlogits)
+    for dlogits in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
+        found.add(dlogits)
     return found.dhidden, found.dweight.to(weight.dtype), found.dbias.to(weight.dtype)
 
 
@@ -238,8 +264,10 @@ def _launch_kept_bwd(
     dtype = weight.dtype
     if needs_weight:
         hidden = scaled(hidden, dloss, scale, dtype)
-    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), dtype, gradient_scale(dtype))
-    found.add(slice(0, hidden.shape[0]), dlogits[:, : weight.shape[0]])
+    rows, needs = hidden.shape[0], (needs_hidden, needs_weight, needs_bias)
+    found = _Gradients(hidden, weight, needs, dtype, gradient_scale(dtype), max(rows, 1))
+    if rows:
+        found.add(dlogits[:, : weight.shape[0]])
     return scaled(found.dhidden, dloss, scale, dtype), found.dweight, scaled(found.dbias, dloss, scale, dtype)
 
 
@@ -280,10 +308,11 @@ def _launch_formed(
     sums = accumulator_torch(weight.dtype)
     losses = _row_losses(labels, weight, ignore_index, sums)
     factor = gradient_scale(weight.dtype)
-    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, factor)
+    needs = (needs_hidden, needs_weight, needs_bias)
+    found = _Gradients(hidden, weight, needs, sums, factor, _size(hidden.shape[0]))
     options = {"losses": losses, "gradient": True, "scale": factor}
-    for part, dlogits in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
-        found.add(part, dlogits)
+    for dlogits in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
+        found.add(dlogits)
     scalars = _reduced(losses, labels, weight.shape[0], ignore_index, reduction, out_dtype)
     return *scalars, found.dhidden, found.dweight, found.dbias
 

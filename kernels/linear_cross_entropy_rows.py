@@ -11,7 +11,6 @@ Rows of the buffer begin 128 bytes apart or a multiple of that, because V (30522
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -227,9 +226,13 @@ def gradient_scale(dtype: torch.dtype) -> float:
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
-def pad_bias(bias: Tensor | None) -> Tensor | None:
-    """The bias with a buffer's row length, so that it too is loaded 16 bytes at a time."""
-    return None if bias is None else F.pad(bias, (0, padded(bias.shape[0]) - bias.shape[0])).contiguous()
+def pad_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias with a buffer's row length, so that it too is loaded 16 bytes at a time; what is past its end is not used."""
+    if bias is None:
+        return None
+    found = torch.empty(padded(bias.shape[0]), dtype=dtype, device=bias.device)
+    found[: bias.shape[0]].copy_(bias)
+    return found
 
 
 @or_plain(plain.cross_entropy_rows)

@@ -84,12 +84,13 @@ def gelu_layernorm_backward(
     x_bias: Tensor | None,
     activation: str,
     sum_columns: bool,
+    sums_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     inner = _raised(x) if x_bias is None else _raised(x) + x_bias
     a = reference.ACTIVATIONS[activation](inner)
     da, dweight, dbias = _layernorm_backward(dy, a, mean, rstd, weight)
     dx = _activation_backward(da, inner, activation)
-    return dx.to(x.dtype).contiguous(), torch.stack([dweight, dbias, _column_sum(dx)])
+    return dx.to(x.dtype).contiguous(), torch.stack([dweight, dbias, _column_sum(dx)]).to(sums_dtype)
 
 
 def embedding_layernorm(
@@ -132,11 +133,17 @@ def embedding_layernorm_backward(
     needs_dz: bool,
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dz [T, H], the gradient of the sum that was normalised, and [2, H], those of weight and bias."""
+    """dz [T, H], the gradient of the sum that was normalised, and sums [1, 2, H] that are those of weight and bias."""
     z = _embedded(words, positions, types, ids, token_type_ids, position_ids, offset)
     dy = dropped(_raised(dy), keep_mask(seed, dy.shape, p), p)
     dz, dweight, dbias = _layernorm_backward(dy, _raised(z), mean, rstd, weight)
-    return dz.to(z.dtype).reshape(-1, z.shape[-1]), torch.stack([dweight, dbias])
+    return dz.to(z.dtype).reshape(-1, z.shape[-1]), torch.stack([dweight, dbias])[None]
+
+
+def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """ids in ascending order, and the places that they had."""
+    sorted_ids, order = ids.to(torch.int32).sort(stable=True)
+    return sorted_ids, order.to(torch.int32)
 
 
 def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype: torch.dtype) -> Tensor:
@@ -147,13 +154,35 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
     return dtable.to(dtype)
 
 
-def by_places(dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int) -> Tensor:
-    """[n_inner, n_types, H]: the same by a row's place modulo n_inner, and its type."""
+def by_places(
+    dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, seqlen: int, type_batch_stride: int
+) -> Tensor:
+    """[1, n_inner, n_types, H]: the same by a row's place modulo n_inner, and its type."""
     places = torch.arange(dz.shape[0], device=dz.device) % max(n_inner, 1) * n_types
-    if n_types > 1:
-        places = places + type_ids.long()
+    if n_types > 1 and len(dz):
+        ids = type_ids.long().view(-1, seqlen)
+        places = places + ids.expand(dz.shape[0] // seqlen, -1).reshape(-1)
     sums = _raised(dz).new_zeros(n_inner * n_types, dz.shape[1]).index_add_(0, places, _raised(dz))
-    return sums.view(n_inner, n_types, -1)
+    return sums.view(1, n_inner, n_types, dz.shape[1])
+
+
+def finish(
+    sums: Tensor | None,
+    place_sums: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dpositions: Tensor | None,
+    dtypes: Tensor | None,
+    offset: int,
+) -> None:
+    """Column sums of LayerNorm's [n, 2, H] and of the tables' [pieces, inner, types, H], into what is no None."""
+    for i, gradient in enumerate((dweight, dbias)):
+        if gradient is not None:
+            gradient.copy_(sums[:, i].sum(0))
+    if dpositions is not None:
+        dpositions.zero_()[offset : offset + place_sums.shape[1]] = place_sums.sum((0, 2))
+    if dtypes is not None:
+        dtypes.zero_()[: place_sums.shape[2]] = place_sums.sum((0, 1))
 
 
 def cross_entropy_rows(

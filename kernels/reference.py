@@ -212,3 +212,83 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Row index[i] of x as row i, zeros where index[i] is negative. `inverse` says the same from the other side."""
     return torch.where((index >= 0)[:, None], x[index.clamp(min=0).long()], 0.0)
+
+
+def key_bounds(key_mask: Tensor) -> Tensor:
+    """Of each row: the first key that is seen (S if none), how many lead without a gap, the end of the last one seen."""
+    seqlen = key_mask.shape[1]
+    if seqlen == 0:
+        return torch.zeros((key_mask.shape[0], 3), dtype=torch.int32, device=key_mask.device)
+    places = torch.arange(seqlen, device=key_mask.device, dtype=torch.int32)
+    first = torch.where(key_mask, places, seqlen).amin(1)
+    leading = torch.where(key_mask, seqlen, places).amin(1)
+    end = torch.where(key_mask, places + 1, 0).amax(1)
+    return torch.stack([first, leading, end], dim=1).to(torch.int32)
+
+
+def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
+    """int32 [3, B]: tokens of each row, positions that are read (the first where `read` is None, which is not counted), and
+    whether one of those is no token."""
+    either = read if tokens is None else tokens
+    counts = torch.zeros(3, either.shape[0], dtype=torch.int32, device=either.device)
+    if tokens is not None:
+        counts[0] = tokens.sum(1)
+        counts[2] = (~tokens[:, :1] if read is None else read & ~tokens).any(1)
+    if read is not None:
+        counts[1] = read.sum(1)
+    return counts
+
+
+def packed_rows(
+    counts: Tensor,
+    tokens: Tensor | None,
+    read: Tensor | None,
+    seqlen: int,
+    room: int,
+    longest: int,
+    exact: bool = True,
+    first: bool = False,
+    read_room: int = 0,
+    read_longest: int = 0,
+    read_exact: bool = True,
+    check: bool = False,
+) -> list[Tensor]:
+    """cu_seqlens, index and inverse of the tokens, the same of what is read, that among the tokens, and whether all fits."""
+    shape = counts.shape[1], seqlen
+    every = torch.ones(shape, dtype=torch.bool, device=counts.device)
+    rest = 0 if exact else -(-room // max(longest, 1))
+    bounds, index, inverse = _rows_of(every if tokens is None else tokens, room, longest, rest)
+    results = [bounds] if tokens is None else [bounds, index, inverse]
+    if first or read is not None:
+        rest = rest if read_exact else max(rest, -(-read_room // max(read_longest, 1)))
+        chosen = every & (torch.arange(seqlen, device=counts.device) == 0) if read is None else read
+        bounds, read_index, read_inverse = _rows_of(chosen, read_room, read_longest, rest)
+        results += [bounds, read_index, read_inverse]
+        if tokens is not None:
+            results += [_at(inverse, read_index), _at(read_inverse, index)]
+    if check:
+        whole, alone = counts[0].sum(), counts[1].sum()
+        fits = whole == room if exact else whole <= room
+        read_fits = alone == read_room if read_exact else alone <= read_room
+        fits = fits & (counts[0] <= longest).all(), read_fits & (counts[1] <= read_longest).all(), (counts[2] == 0).all()
+        results.append(torch.stack(fits))
+    return results
+
+
+def _rows_of(chosen: Tensor, room: int, longest: int, rest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds of the sequences, and of `rest` more of the `longest` in what is left; which rows, and where each stands."""
+    flat = chosen.flatten()
+    places = flat.cumsum(0) - 1
+    # What is not chosen goes to a slot behind the others, which is cut off; so does what the room is too small for.
+    slots = torch.where(flat, places, room).clamp(max=room)
+    numbers = torch.arange(len(flat), device=flat.device, dtype=torch.int32)
+    index = numbers.new_full((room + 1,), -1).scatter_(0, slots, numbers)[:room].clone()
+    inverse = torch.where(flat & (places < room), places, -1).to(torch.int32)
+    bounds = F.pad(chosen.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    steps = torch.arange(1, rest + 1, device=flat.device, dtype=torch.int32)
+    return torch.cat([bounds, bounds[-1] + steps * longest]).clamp(max=room), index, inverse
+
+
+def _at(numbers: Tensor, index: Tensor) -> Tensor:
+    """numbers[index], -1 where the index is -1."""
+    return torch.where(index >= 0, numbers[index.clamp(min=0).long()], -1) if len(numbers) else index.clone()

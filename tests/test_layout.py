@@ -22,41 +22,54 @@ SUPPORT = {
     "attention_checks",
     "attention_forward",
     "attention_tiles",
+    "bound",
+    "column_sums",
     "configs",
     "device_math",
     "embedding_gradients",
     "embedding_rows",
+    "embedding_sums",
     "failures",
+    "kept",
     "launch",
     "linear_cross_entropy_rows",
     "plain",
     "plain_attention",
     "plain_dropout",
     "reference",
+    "tensor_forms",
 }
 
 
 def complaints(root: Path) -> list[str]:
     """What is missing of each op under `root`: kernel, reference, test, benchmark entry."""
     found = []
-    references = functions(root / "kernels" / "reference.py")
     cases = audit_cases(root / "bench" / "cases.py")
-    for path in sorted((root / "kernels").glob("*.py")):
-        op = path.stem
-        if op in SUPPORT:
-            continue
+    for op, path, reference in ops(root / "kernels"):
+        name, name_of_reference = path.relative_to(root), reference.relative_to(root)
         public = functions(path).get(op)
         if public is None or exports(path) != [op]:
-            found.append(f"kernels/{path.name}: its only export must be the function {op}")
-        if op not in references:
-            found.append(f"kernels/reference.py: no function {op}")
-        elif public is not None and signature(public) != signature(references[op]):
-            found.append(f"kernels/reference.py: {op} does not take what the kernel takes")
+            found.append(f"{name}: its only export must be the function {op}")
+        definition = functions(reference).get(op) if reference.is_file() else None
+        if definition is None:
+            found.append(f"{name_of_reference}: no function {op}")
+        elif public is not None and signature(public) != signature(definition):
+            found.append(f"{name_of_reference}: {op} does not take what the kernel takes")
         if not (root / "tests" / "kernels" / f"test_{op}.py").is_file():
             found.append(f"tests/kernels/test_{op}.py: missing")
         if op not in cases:
             found.append(f"bench/cases.py: no entry for {op} in CASES")
     return found
+
+
+def ops(kernels: Path) -> list[tuple[str, Path, Path]]:
+    """Each op, the file of its public function and that of its reference. An op of several files is a folder."""
+    files = [path for path in sorted(kernels.glob("*.py")) if path.stem not in SUPPORT]
+    folders = sorted(path.parent for path in kernels.glob("*/__init__.py"))
+    return [
+        *((path.stem, path, kernels / "reference.py") for path in files),
+        *((folder.name, folder / "__init__.py", folder / "reference.py") for folder in folders),
+    ]
 
 
 def functions(path: Path) -> dict[str, ast.FunctionDef]:
@@ -115,6 +128,11 @@ def add_a_kernel_alone(root: Path) -> None:
     (root / "kernels" / "twice.py").write_text('__all__ = ["twice"]\n\n\ndef twice(x):\n    return 2 * x\n')
 
 
+def add_a_folder_alone(root: Path) -> None:
+    (root / "kernels" / "thrice").mkdir()
+    (root / "kernels" / "thrice" / "__init__.py").write_text('__all__ = ["thrice"]\n\n\ndef thrice(x):\n    return 3 * x\n')
+
+
 def remove_a_test(root: Path) -> None:
     (root / "tests" / "kernels" / "test_bias_gelu.py").unlink()
 
@@ -125,6 +143,17 @@ def remove_a_test(root: Path) -> None:
         (add_a_kernel_alone, "kernels/reference.py: no function twice"),
         (add_a_kernel_alone, "tests/kernels/test_twice.py: missing"),
         (add_a_kernel_alone, "bench/cases.py: no entry for twice"),
+        (add_a_folder_alone, "kernels/thrice/reference.py: no function thrice"),
+        (add_a_folder_alone, "tests/kernels/test_thrice.py: missing"),
+        (add_a_folder_alone, "bench/cases.py: no entry for thrice"),
+        (
+            edit("kernels/encoder_layer/__init__.py", '__all__ = ["encoder_layer"]', ""),
+            "kernels/encoder_layer/__init__.py: its only export",
+        ),
+        (
+            edit("kernels/encoder_layer/reference.py", "    max_seqlen_q: int | None = None,\n", ""),
+            "kernels/encoder_layer/reference.py: encoder_layer does not",
+        ),
         (remove_a_test, "tests/kernels/test_bias_gelu.py: missing"),
         (edit("kernels/bias_gelu.py", '__all__ = ["bias_gelu"]', ""), "kernels/bias_gelu.py: its only export"),
         (

@@ -3,11 +3,12 @@
 from torch import nn
 
 from fastbert.dispatch import hooked, replaced
-from fastbert.layers import attention, intermediate, residual_norm, stock
+from fastbert.layers import attention, intermediate, layer, residual_norm, stock
 
 # A layer's own parts, stock and fast, by the name of what has to be as tested.
 _PARTS = {
     stock.BertLayer: "BertEncoder",
+    layer.BertLayer: "BertEncoder",
     stock.BertAttention: "BertEncoder",
     attention.BertSelfAttention: "BertSelfAttention",
     stock.BertSelfOutput: "BertSelfOutput",

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from fastbert.layers.reading import Reading
+from fastbert import ops
 
 
 @dataclass(frozen=True)
@@ -42,23 +41,11 @@ class Given:
         return Room(rows, longest, exact=rows == sum(counts))
 
 
-def count(mask: Tensor | None, read: Tensor | None, flag: Tensor | None) -> tuple[Room | None, Room | None, bool]:
-    """The room that is needed for each that is not None, and what the flag says. One synchronisation."""
-    chosen = [x.sum(1) for x in (mask, read) if x is not None]
-    numbers = [f(x) for x in chosen for f in (torch.sum, torch.amax)]
-    found = torch.stack(numbers if flag is None else [*numbers, flag.to(torch.int64)]).tolist()
-    rooms = [Room(*found[2 * i : 2 * i + 2]) for i in range(len(chosen))]
-    tokens = rooms.pop(0) if mask is not None else None
-    return tokens, (rooms.pop(0) if read is not None else None), flag is not None and bool(found[-1])
+def count(mask: Tensor | None, read: Tensor | None, counts: Tensor | None = None) -> tuple[Room | None, Room | None, bool]:
+    """The room that is needed for each that is not None, and whether a position that is read is padding.
 
-
-def missing(mask: Tensor, told: Reading) -> Tensor:
-    """Whether a position that is read is padding."""
-    return (~mask[:, 0]).any() if told.positions is None else (told.positions & ~mask).any()
-
-
-def check_room(name: str, chosen: Tensor, room: Room) -> None:
-    """Stop, on the device and without waiting for it, if the caller was wrong: rows would be left out."""
-    counts = chosen.sum(1)
-    fits = counts.sum() == room.rows if room.exact else counts.sum() <= room.rows
-    torch._assert_async(fits & (counts.amax() <= room.longest), f"{name}: fewer than there are, or not as many")
+    `counts` is what ops.row_counts says, where it was asked. One synchronisation.
+    """
+    of_tokens, of_read, missing = (ops.row_counts(mask, read) if counts is None else counts).tolist()
+    tokens = None if mask is None else Room(sum(of_tokens), max(of_tokens))
+    return tokens, None if read is None else Room(sum(of_read), max(of_read)), any(missing)

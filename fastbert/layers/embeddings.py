@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, is_plain, is_plain_tensor, refused, run, tensor_reason
+from fastbert.dispatch import Replicated, is_plain, is_plain_tensor, refused, replaced, run, tensor_reason
 from fastbert.layers import stock
 from fastbert.layers.parts import OTHER_ARGUMENTS, dropout_reason, given, layernorm_dtype, layernorm_reason
 
@@ -25,7 +26,10 @@ def _reason_of_parts(module: nn.Module, words: bool) -> str | None:
         reason = reason or _embedding_reason(name, getattr(module, name))
         if reason is None and getattr(module, name).padding_idx is not None:
             reason = f"{name} with a padding row"
-    return reason or layernorm_reason(module.LayerNorm) or dropout_reason(module.dropout)
+    reason = reason or layernorm_reason(module.LayerNorm) or dropout_reason(module.dropout)
+    if reason is None and not 0.0 <= module.dropout.p <= 1.0:
+        return f"a dropout of {module.dropout.p}"
+    return reason
 
 
 def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
@@ -40,6 +44,50 @@ def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
     if embedding.max_norm is not None:
         return f"{name} with max_norm"
     return f"{name} with scale_grad_by_freq" if embedding.scale_grad_by_freq else None
+
+
+_PARTS = {
+    "word_embeddings": nn.Embedding,
+    "position_embeddings": nn.Embedding,
+    "token_type_embeddings": nn.Embedding,
+    "LayerNorm": nn.LayerNorm,
+    "dropout": nn.Dropout,
+}
+
+
+def _reason_of_call(module: nn.Module, words: bool) -> str | None:
+    """What `_reason_of_parts` says, asked at each call and in a quarter of its time as long as the answer is None."""
+    parts = module._modules
+    if torch.compiler.is_compiling() or not _are_plain(parts):
+        return _reason_of_parts(module, words)
+    word, position, type_ = (parts[name] for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"))
+    usual = (
+        not (word.sparse or position.sparse or type_.sparse)
+        and not (word.scale_grad_by_freq or position.scale_grad_by_freq or type_.scale_grad_by_freq)
+        and word.max_norm is position.max_norm is type_.max_norm is None
+        and position.padding_idx is type_.padding_idx is None
+        and 0.0 <= parts["dropout"].p <= 1.0
+    )
+    norm = parts["LayerNorm"]
+    vectors, shape = norm._parameters, norm.normalized_shape
+    usual = usual and vectors["weight"] is not None and vectors["bias"] is not None
+    return None if usual and len(shape) == 1 and shape[0] <= ops.MAX_WIDTH else _reason_of_parts(module, words)
+
+
+def _are_plain(parts: dict[str, nn.Module | None]) -> bool:
+    """is_plain of all of them."""
+    for name, cls in _PARTS.items():
+        part = parts.get(name)
+        if (
+            type(part) is not cls
+            or part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+            or "forward" in part.__dict__
+        ):
+            return False
+    return not (_has_any_global_hook() or any(map(replaced, (nn.Embedding, nn.LayerNorm, nn.Dropout))))
 
 
 # By a buffer: its version when it was looked at, and whether it counts from 0.
@@ -61,6 +109,14 @@ def _position_reason(module: nn.Module) -> str | None:
     return None if known[1] else "position_ids of its own"
 
 
+def _tensor_reason(tensors: tuple[Tensor, ...]) -> str | None:
+    """tensor_reason, which looks at one of them where they are all alike."""
+    first = tensors[0]
+    kind, dtype, device = type(first), first.dtype, first.device
+    alike = all(type(tensor) is kind and tensor.dtype is dtype and tensor.device == device for tensor in tensors)
+    return tensor_reason(first) if alike else tensor_reason(*tensors)
+
+
 class BertEmbeddings(Replicated, stock.BertEmbeddings):
     """BertEmbeddings on the embedding_layernorm kernel."""
 
@@ -76,53 +132,55 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
     ) -> Tensor:
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds
         past, reason = _past(args, kwargs)
-        if reason is None and (reason := self._reason(*inputs, past)) is None:
+        tables: tuple[Tensor, ...] = ()
+        if reason is None and (reason := _reason_of_call(self, input_ids is not None)) is None:
+            tables, reason = self._tables(*inputs, past)
+        if reason is None:
             token_type_ids, position_ids = self._ids(*inputs, past)
             reason = self._ids_reason(input_ids, token_type_ids, position_ids, inputs_embeds)
         if refused(self, reason):
             return super().forward(*inputs, *args, **kwargs)
-        words = self.word_embeddings.weight if input_ids is not None else inputs_embeds
-        positions, types = self.position_embeddings.weight, self.token_type_embeddings.weight
-        dtype = torch.promote_types(torch.promote_types(words.dtype, types.dtype), positions.dtype)
+        words, positions, types = tables[:3]
+        dtype = words.dtype
+        if not dtype == types.dtype == positions.dtype:
+            dtype = torch.promote_types(torch.promote_types(dtype, types.dtype), positions.dtype)
         return run(
             self,
-            ops.embedding_layernorm,
-            words,
-            positions,
-            types,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            offset=past if position_ids is None else 0,
-            padding_idx=None if input_ids is None else self.word_embeddings.padding_idx,
-            eps=self.LayerNorm.eps,
-            p=self.dropout.p if self.dropout.training else 0.0,
-            out_dtype=layernorm_dtype(dtype, words.device.type),
+            ops.embed,
+            *tables,
+            input_ids,
+            token_type_ids,
+            position_ids,
+            past if position_ids is None else 0,
+            None if input_ids is None else self.word_embeddings.padding_idx,
+            self.LayerNorm.eps,
+            self.dropout.p if self.dropout.training else 0.0,
+            layernorm_dtype(dtype, words.device.type),
         )
 
-    def _reason(
+    def _tables(
         self,
         ids: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         past: Any,
-    ) -> str | None:
+    ) -> tuple[tuple[Tensor, ...], str | None]:
+        """The words, positions and types, LayerNorm's weight and bias; or why no kernel takes them."""
         if (ids is None) == (inputs_embeds is None):
-            return "both of input_ids and inputs_embeds, or neither"
-        reason = stock.untested("BertEmbeddings") or _reason_of_parts(self, words=ids is not None)
-        if reason is not None:
-            return reason
+            return (), "both of input_ids and inputs_embeds, or neither"
+        if (reason := stock.untested("BertEmbeddings")) is not None:
+            return (), reason
+        norm = self.LayerNorm
         words = self.word_embeddings.weight if ids is not None else inputs_embeds
-        tables = (words, self.position_embeddings.weight, self.token_type_embeddings.weight)
+        tables = words, self.position_embeddings.weight, self.token_type_embeddings.weight, norm.weight, norm.bias
         fits = words.dim() == 3 if ids is None else ids.dim() == 2
-        if not fits or any(table.shape[-1] != self.LayerNorm.normalized_shape[0] for table in tables):
-            return "shapes that do not fit"
+        width = norm.normalized_shape
+        if not fits or any(table.shape[-1:] != width for table in tables) or not tables[2].shape[0]:
+            return (), "shapes that do not fit"
         if position_ids is None and isinstance(past, Tensor):
-            return "a number of cached tokens on the device"
-        return tensor_reason(*tables, self.LayerNorm.weight, self.LayerNorm.bias)
+            return (), "a number of cached tokens on the device"
+        return tables, _tensor_reason(tables)
 
     def _ids(
         self,
@@ -134,13 +192,14 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
     ) -> tuple[Tensor | None, Tensor | None]:
         """The ids that stock would take, from the buffers where none were given; no position ids: counted from `past`."""
         end = past + (inputs_embeds if ids is None else ids).shape[1]
+        if position_ids is None and end <= self.position_embeddings.weight.shape[0] and _position_reason(self) is None:
+            if token_type_ids is None and (types := getattr(self, "token_type_ids", None)) is not None:
+                token_type_ids = types[:, past:end]
+            return token_type_ids, None
         positions = self.position_ids[:, past:end] if position_ids is None else position_ids
-        fits = end <= self.position_embeddings.num_embeddings
-        counted = position_ids is None and fits and _position_reason(self) is None
         if token_type_ids is None and hasattr(self, "token_type_ids"):
-            types = self.token_type_ids
-            token_type_ids = types[:, past:end] if counted else types.expand(positions.shape[0], -1).gather(1, positions)
-        return token_type_ids, None if counted else positions
+            token_type_ids = self.token_type_ids.expand(positions.shape[0], -1).gather(1, positions)
+        return token_type_ids, positions
 
     def _ids_reason(
         self, ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -159,11 +218,16 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         return None
 
 
+_PAST = ("past_key_values_length", "cache_length")
+
+
 def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
     """How many tokens the cache holds, by either of the names that releases have for it; or why this is another forward."""
     if not args and not kwargs:
         return 0, None
-    for name in ("past_key_values_length", "cache_length"):
+    for name in _PAST:
+        if not args and len(kwargs) == 1 and name in kwargs:
+            return kwargs[name], None
         if (found := given((name,), args, kwargs)) is not None:
             return found[0], None
     return 0, OTHER_ARGUMENTS

@@ -17,18 +17,15 @@ from fastbert.layers import stock
 from fastbert.layers.attention import BertSelfAttention, flash_keywords
 from fastbert.layers.attention import unsupported as attention_unsupported
 from fastbert.layers.by_row import row_reason
+from fastbert.layers.capturing import is_recording
 from fastbert.layers.counts import Given
+from fastbert.layers.layer import BertLayer, at_rows
 from fastbert.layers.masks import HandedMask
 from fastbert.layers.model import BertModel
 from fastbert.layers.packing import Packing
 from fastbert.layers.plan import packing_of
 from fastbert.layers.reading import Reading
 from fastbert.lengths import Counted
-
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # releases that pass output_hidden_states down as a keyword
-    _active_collector = None
 
 _CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
 
@@ -46,10 +43,10 @@ class _PackingEncoder(Replicated):
         shape = hidden_states.shape
         packed = run(self, packing.tokens.take, hidden_states.flatten(0, 1)).unsqueeze(0)
         for layer in self.layer if packing.read is None else self.layer[:-1]:
-            packed = layer(packed, None, None, packing=packing)
+            packed = layer(packed, attention_mask, packing=packing)
         rows = packing.tokens
         if packing.read is not None:
-            rows, packed = packing.read, _read_layer(self.layer[-1], packed, packing)
+            rows, packed = packing.read, _read_layer(self.layer[-1], packed, attention_mask, packing)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.put(packed.squeeze(0)).view(shape))
 
     def _packing(
@@ -79,24 +76,19 @@ class _PackingEncoder(Replicated):
         if (reason := stock.untested("BertEncoder")) is not None:
             return reason
         captured = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
-        if captured or wants_weights(self, kwargs) or (_active_collector and _active_collector.get()):
+        if captured or wants_weights(self, kwargs) or is_recording():
             return "hidden states or attention weights were asked for"
         if any(x is not None for x in (*args, *map(kwargs.get, _CROSS_OR_CACHE))):
             return "cross-attention or a cache"
         if not len(self.layer):
             return "no layers"
+        known = mask.settled if isinstance(mask, HandedMask) else {}
         for layer in self.layer:
-            attention = layer.attention
-            if not (type(layer) is stock.BertLayer and type(attention) is stock.BertAttention):
-                return f"a layer that is a {type(layer).__name__}"
-            if type(attention.self) is not BertSelfAttention:
-                return "a layer whose attention is not the kernel's"
-            if (reason := attention_unsupported(attention.self)) is not None:
+            reason = _one_by_one(layer) if layer not in known else "a layer with hooks" if hooked(layer) else None
+            if reason is not None:
                 return reason
             if layer.chunk_size_feed_forward:
                 return "a feed-forward in chunks"
-        if (reason := next(filter(None, map(row_reason, self.layer.modules())), None)) is not None:
-            return reason
         implementation = self.config._attn_implementation
         if not isinstance(mask, HandedMask):
             return implementation_reason(implementation) or "masks that more than the kernels could see"
@@ -109,18 +101,24 @@ class _PackingEncoder(Replicated):
         return None
 
 
-def _read_layer(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
+def _one_by_one(layer: nn.Module) -> str | None:
+    """Why `layer`, of which nothing is known, may not be given packed rows, or None."""
+    attention = layer.attention
+    if not (type(layer) in (stock.BertLayer, BertLayer) and type(attention) is stock.BertAttention):
+        return f"a layer that is a {type(layer).__name__}"
+    if type(attention.self) is not BertSelfAttention:
+        return "a layer whose attention is not the kernel's"
+    return attention_unsupported(attention.self) or next(filter(None, map(row_reason, layer.modules())), None)
+
+
+def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: HandedMask, packing: Packing) -> Tensor:
     """The last layer at the rows that are read: [1, T, H] -> [1, N, H]."""
-    run = partial(_layer_at_rows, layer, packing=packing)
+    if isinstance(layer, BertLayer):
+        return layer(hidden_states, mask, packing=packing, reads=True)
+    run = partial(at_rows, layer, packing=packing)
     if layer.gradient_checkpointing and layer.training:
         return layer._gradient_checkpointing_func(run, hidden_states)
     return run(hidden_states)
-
-
-def _layer_at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
-    rows = packing.read.within(packing.tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
-    attended, _ = layer.attention.self(hidden_states, packing=packing, queries=rows)
-    return layer.feed_forward_chunk(layer.attention.output(attended, rows))
 
 
 def packs_unseen(head: nn.Module) -> bool:

@@ -6,14 +6,15 @@ module that is not fastbert's, or a hook, that is between the model and the atte
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.bert import modeling_bert as bert
 
-from fastbert import forwards
+from fastbert import forwards, ops
 from fastbert.dispatch import IDLE_HOOKS, hooked
 from fastbert.layers.stock import BertAttention, BertEncoder, BertLayer, untested
 
@@ -25,11 +26,20 @@ class HandedMask:
     keys: bool [B, K], the keys that are no padding; None: all of them. Causality is the module's own.
     general: what stock would have been given where that says more, such as a caller's own [B, 1, Q, K]; else None.
     stock: makes the mask that stock would have been given, for a call that no kernel takes.
+    by_module: why the layers that get it run module by module, or None.
+    settled: what has just been looked at of layers, by layer, so that they need not look again.
     """
 
     keys: Tensor | None
     general: Any
     stock: Callable[[], Any]
+    by_module: str | None = None
+    settled: dict[nn.Module, Any] = field(default_factory=dict)
+
+    @cached_property
+    def bounds(self) -> Tensor | None:
+        """ops.bounds_of the keys, for all layers."""
+        return None if self.keys is None else ops.bounds_of(self.keys)
 
 
 def stock_mask(mask: Any) -> Any:
@@ -37,18 +47,18 @@ def stock_mask(mask: Any) -> Any:
     return mask.stock() if isinstance(mask, HandedMask) else mask
 
 
-def handed(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool) -> HandedMask:
+def handed(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool, **more: Any) -> HandedMask:
     """The mask over `keys` [B, K, H] from what the caller gave, without a look at its values.
 
     What is neither a padding mask nor None goes the way that stock lets it go. Nothing of the caller's is kept for the
     backward that stock does not keep, as he may write to it before: a padding mask, and where masks are `added` (by eager
-    attention) any.
+    attention) any. `more`: see HandedMask.
     """
     if given is None:
-        return HandedMask(None, None, stock)
+        return HandedMask(None, None, stock, **more)
     if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1] and given.shape[0] >= keys.shape[0]:
         # Multiple choice flattens a 4-D mask to more rows than the batch has; stock reads these.
-        return HandedMask(given[: keys.shape[0]].to(keys.device, torch.bool, copy=True), None, stock)
+        return HandedMask(given[: keys.shape[0]].to(keys.device, torch.bool, copy=True), None, stock, **more)
     general = stock()
     return HandedMask(None, general.clone() if added and general is given and isinstance(given, Tensor) else general, stock)
 
@@ -62,34 +72,52 @@ def keys_of(mask: Any) -> Tensor | None:
     return mask[:, 0, 0]
 
 
-def only_kernels_see(model: nn.Module, fast: tuple[type, ...]) -> bool:
-    """Whether every module of `model`, a BertModel, that is handed its masks is stock's or, for attention, in `fast`, and
-    reads them as the model means them."""
+def only_kernels_see(
+    model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], settled: Callable[[nn.Module], Any]
+) -> dict[nn.Module, Any] | None:
+    """Whether every module of `model`, a BertModel, that is handed its masks is stock's or one of the fast `layers` and
+    `attentions`, and reads them as the model means them: then what is `settled` of the fast layers, else None."""
     encoder, config = model.encoder, model.config
     if not isinstance(encoder, BertEncoder) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
-        return False
+        return None
     if config.is_decoder and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
-        return False
+        return None
+    found: dict[nn.Module, Any] = {}
     for layer in encoder.layer:
-        if _stock_type(layer) is not BertLayer or _noticed(layer):
-            return False
-        for attention in (layer.attention, getattr(layer, "crossattention", None)):
-            if attention is None:
-                continue
-            if _stock_type(attention) is not BertAttention or _noticed(attention):
-                return False
-            attends = attention.self
-            if type(attends) not in fast or _noticed(attends):
-                return False
-            # A layer of another model, or one whose causality was changed by hand, takes the model's masks in its own way.
-            if bool(attends.is_causal) != (bool(config.is_decoder) and attention is layer.attention):
-                return False
-            if attends.config is not config and attends.config._attn_implementation != config._attn_implementation:
-                return False
-    return True
+        cls = _unsharded_type(layer)
+        if cls not in layers:
+            return None
+        known = settled(layer) if cls is not BertLayer and not torch.compiler.is_compiling() else None
+        if (known is None or any(known.own_hooks) or "forward" in vars(layer)) and _noticed(layer):
+            return None
+        if known is not None and known.reason is None:
+            found[layer] = known
+            if not _means_the_same(known.attention, known.config, config, bool(config.is_decoder)):
+                return None
+        elif not _attention_sees(layer.attention, attentions, config, bool(config.is_decoder)):
+            return None
+        crossattention = layer._modules.get("crossattention")
+        if crossattention is not None and not _attention_sees(crossattention, attentions, config, False):
+            return None
+    return found
 
 
-def _stock_type(module: nn.Module) -> type:
+def _attention_sees(attention: nn.Module, attentions: tuple[type, ...], config: Any, causal: bool) -> bool:
+    if _unsharded_type(attention) is not BertAttention or _noticed(attention):
+        return False
+    attends = attention.self
+    if type(attends) not in attentions or _noticed(attends):
+        return False
+    return _means_the_same(vars(attends), attends.config, config, causal)
+
+
+def _means_the_same(attends: dict[str, Any], own: Any, config: Any, causal: bool) -> bool:
+    """A layer of another model, or one whose causality was changed by hand, takes the model's masks in its own way."""
+    same = own is config or own._attn_implementation == config._attn_implementation
+    return same and bool(attends["is_causal"]) == causal
+
+
+def _unsharded_type(module: nn.Module) -> type:
     """The class of `module`; of one that FSDP2 sharded, which gets a class of its own, the one that it had."""
     cls = type(module)
     return cls.__mro__[2] if cls.__mro__[1].__module__.startswith(_SHARDING) else cls

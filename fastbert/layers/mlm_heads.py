@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import pad as pad_labels
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput
 from transformers.models.bert import modeling_bert as bert
@@ -23,9 +24,9 @@ from transformers.utils.generic import can_return_tuple
 from fastbert import ops
 from fastbert.dispatch import Replicated, hooked, is_plain, is_plain_tensor, refused, run, tensor_reason
 from fastbert.layers import prediction_head
-from fastbert.layers.counts import count
+from fastbert.layers.counts import Room, count
 from fastbert.layers.encoder import packs_unseen
-from fastbert.layers.packing import Rows, rows_of
+from fastbert.layers.packing import Rows, pack
 from fastbert.layers.reading import Reading
 from fastbert.layers.stock import BertPredictionHeadTransform, stock_class, untested
 
@@ -73,18 +74,23 @@ def _reason(module: nn.Module, name: str, labels: Tensor, arguments: _Arguments)
 def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], wants: Callable[..., bool]) -> Any:
     """`stock`'s forward, where `wants(arguments)` from the labelled rows; `finish` makes the output."""
     signature, name = inspect.signature(stock.forward), stock.__name__
+    known = signature.parameters.keys()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
 
     @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
     @can_return_tuple
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, Replicated):  # a wrapper kept this forward, and the model was unpatched since
             return type(self).forward(self, *args, **kwargs)
-        try:
-            arguments = dict(signature.bind(self, *args, **kwargs).arguments)
-        except TypeError:  # which stock says better
-            return stock.forward(self, *args, **kwargs)
-        arguments |= arguments.pop("kwargs", {})
-        del arguments["self"]
+        if not args and (takes_any or kwargs.keys() <= known):
+            arguments = dict(kwargs)
+        else:
+            try:
+                arguments = dict(signature.bind(self, *args, **kwargs).arguments)
+            except TypeError:  # which stock says better
+                return stock.forward(self, *args, **kwargs)
+            arguments |= arguments.pop("kwargs", {})
+            del arguments["self"]
         labels = arguments.get("labels")
         if labels is None or not wants(self, arguments) or refused(self, _reason(self, name, labels, arguments)):
             return stock.forward(self, *args, **kwargs)
@@ -107,19 +113,28 @@ def _read(
     extra = {"reading": told} if packs_unseen(module) else {}
     outputs = module.bert(**arguments, return_dict=True, **extra)
     hidden = outputs.last_hidden_state
+    dtype = _product_dtype(head.decoder.weight, hidden.device.type)
+    weight, bias = (None if x is None else x.to(dtype) for x in (head.decoder.weight, head.decoder.bias))
+    if dtype != head.decoder.weight.dtype:
+        options.setdefault("out_dtype", torch.float32)  # autocast runs cross_entropy in it
     logits = None
     if not without:
-        hidden = head.transform(hidden)
-        logits = head.decoder(hidden)
+        hidden = head.transform(hidden).to(dtype)
+        logits = linear(hidden, weight, bias)
     hidden, targets = _labelled(hidden, targets, labelled, told.rows, ignored)
     if without:
-        hidden = head.transform(hidden)
-    return outputs, logits, run(module, _loss, head.decoder, hidden, targets, **options)
+        hidden = head.transform(hidden).to(dtype)
+    return outputs, logits, run(module, ops.linear_cross_entropy, hidden, weight, bias, targets, **options)
 
 
-def _labelled(
-    hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None, ignored: int
-) -> tuple[Tensor, Tensor]:
+def _product_dtype(weight: Tensor, device_type: str) -> torch.dtype:
+    """What the decoder computes in. Under autocast its weight is cast once for logits and loss, as autocast's cache does."""
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None, ignored: int) -> tuple[Tensor, Tensor]:
     """The rows [N, H] that have a label, and the labels [N]. One synchronisation, unless the encoder counted them.
 
     A compiler needs sizes that do not depend on the labels: it gets all rows, of which most are ignored.
@@ -128,20 +143,14 @@ def _labelled(
     if rows is None:
         if torch.compiler.is_compiling() or not labelled.numel():
             return hidden, targets
-        _, room, _ = count(None, labelled, None)
-        rows = rows_of(labelled, room.longest, room.rows)
-    index = rows.index.long()
-    return rows.take(hidden), torch.where(index >= 0, targets[index.clamp(min=0)], ignored)
-
-
-def _loss(decoder: nn.Linear, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    weight, bias, device = decoder.weight, decoder.bias, hidden.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        options.setdefault("out_dtype", torch.float32)  # autocast runs cross_entropy in it
-    return ops.linear_cross_entropy(hidden, weight, bias, targets, **options)
+        counts = ops.row_counts(None, labelled)
+        _, room, _ = count(None, labelled, counts)
+        batch, seqlen = labelled.shape
+        _, rows, _ = pack(counts, None, labelled, seqlen, Room(batch * seqlen, seqlen), room)
+    if rows.exact:
+        return rows.take(hidden), targets.index_select(0, rows.index)
+    index = rows.index
+    return rows.take(hidden), targets.index_select(0, index.clamp(min=0)).masked_fill_(index < 0, ignored)
 
 
 def _finish_masked(module: nn.Module, arguments: _Arguments) -> MaskedLMOutput:
@@ -169,7 +178,7 @@ def _finish_causal(module: nn.Module, arguments: _Arguments) -> CausalLMOutputWi
     ignored, items = arguments.get("ignore_index", IGNORED), arguments.get("num_items_in_batch")
     targets = arguments.get("shift_labels")
     if targets is None:
-        targets = pad(labels, (0, 1), value=ignored)[..., 1:]
+        targets = pad_labels(labels, (0, 1), value=ignored)[..., 1:]
     options = {"ignore_index": ignored, "reduction": "mean" if items is None else "sum", "out_dtype": torch.float32}
     outputs, logits, loss = _read(module, targets, arguments | {"use_cache": False}, with_first=False, **options)
     if items is not None:

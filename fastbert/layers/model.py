@@ -7,19 +7,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import modeling_utils
 
 from fastbert.dispatch import Replicated, tensor_reason
 from fastbert.integrations.attention import implementation_reason
 from fastbert.layers import stock
 from fastbert.layers.attention import BertCrossAttention, BertSelfAttention
+from fastbert.layers.capturing import is_recording_inside_layers
+from fastbert.layers.layer import BertLayer
 from fastbert.layers.masks import HandedMask, handed, only_kernels_see
+from fastbert.layers.settled import settled
 
 
 class BertModel(Replicated, stock.BertModel):
     def _create_attention_masks(self, *args: Any, **given: Any) -> tuple[Any, Any]:
-        if args or not self._hands_on_masks(given.get("embedding_output")):
+        known = None if args else self._what_kernels_see(given.get("embedding_output"))
+        if known is None:
             return super()._create_attention_masks(*args, **given)
         made = _Made(partial(super()._create_attention_masks, **given))
         if given.get("cache", given.get("past_key_values")) is not None:
@@ -27,18 +31,26 @@ class BertModel(Replicated, stock.BertModel):
             return tuple(HandedMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
         hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
         added = (self.config._attn_implementation or "eager") == "eager"
-        mask = handed(given.get("attention_mask"), hidden, partial(made, 0), added)
+        mask = handed(
+            given.get("attention_mask"), hidden, partial(made, 0), added, settled=known, by_module=self._asks_for_weights()
+        )
         if encoder_hidden is None:
             return mask, given.get("encoder_attention_mask")
         return mask, handed(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1), added)
 
-    def _hands_on_masks(self, hidden: Tensor | None) -> bool:
-        return (
-            hidden is not None
-            and implementation_reason(self.config._attn_implementation) is None
-            and tensor_reason(hidden) is None
-            and only_kernels_see(self, (BertSelfAttention, BertCrossAttention))
-        )
+    def _asks_for_weights(self) -> str | None:
+        asked = getattr(self.config, "output_attentions", False) or is_recording_inside_layers()
+        return "attention weights were asked for" if asked else None
+
+    def _what_kernels_see(self, hidden: Tensor | None) -> dict[nn.Module, Any] | None:
+        """What was looked at of the layers if nothing but fast classes will see the masks of this call, else None."""
+        if hidden is None or implementation_reason(self.config._attn_implementation) or tensor_reason(hidden):
+            return None
+        return only_kernels_see(self, _LAYERS, _ATTENTIONS, settled)
+
+
+_LAYERS = (stock.BertLayer, BertLayer)
+_ATTENTIONS = (BertSelfAttention, BertCrossAttention)
 
 
 class _Made:

@@ -1,12 +1,12 @@
 """Some rows of a [B, S, H] batch one behind the other, so that layers may run on them alone: its tokens, and those read."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops
+from fastbert.layers.counts import Room
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,17 @@ class Rows:
     """N of the R rows of a tensor, in their order, a sequence after the other.
 
     index int32 [N] names the row that each of them is, inverse int32 [R] says the same from the other side (-1: none);
-    both None where all rows are meant. cu_seqlens int32 [sequences + 1] and max_seqlen are attention's.
+    both None where all rows are meant. cu_seqlens int32 [sequences + 1] and max_seqlen are attention's. inner_index and
+    inner_inverse are index and inverse among the tokens that were packed with them, None where those are all rows.
     """
 
     index: Tensor | None
     inverse: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
+    inner_index: Tensor | None = None
+    inner_inverse: Tensor | None = None
+    exact: bool = False  # each of the N is a row
 
     def take(self, x: Tensor) -> Tensor:
         """[R, H] -> [N, H]."""
@@ -31,15 +35,10 @@ class Rows:
         return rows if self.index is None else ops.gather_rows(rows, self.inverse, self.index)
 
     def within(self, outer: "Rows") -> "Rows":
-        """The same rows, counted among those of `outer`, which has them all."""
+        """The same rows, counted among those of `outer`, the tokens that were packed with them."""
         if outer.index is None:
             return self
-        return replace(self, index=_at(outer.inverse, self.index), inverse=_at(self.inverse, outer.index))
-
-
-def _at(numbers: Tensor, index: Tensor) -> Tensor:
-    """numbers[index], -1 where the index is -1."""
-    return torch.where(index >= 0, numbers[index.clamp(min=0).long()], -1)
+        return Rows(self.inner_index, self.inner_inverse, self.cu_seqlens, self.max_seqlen)
 
 
 def side_by_side(keys: Rows, queries: Rows) -> tuple[Tensor, Tensor]:
@@ -60,32 +59,40 @@ class Packing:
     read: Rows | None
 
 
-def every_row(batch: int, seqlen: int, device: torch.device) -> Rows:
-    return Rows(None, None, torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=device), seqlen)
-
-
-def first_rows(batch: int, seqlen: int, device: torch.device) -> Rows:
-    """The first row of each sequence. No synchronisation, as there is one for sure."""
-    first = torch.zeros(batch, seqlen, dtype=torch.bool, device=device)
-    first[:, 0] = True
-    return rows_of(first, 1, batch)
-
-
 def rows_of(chosen: Tensor, longest: int, room: int, exact: bool = True) -> Rows:
     """Where a bool [B, S] is true, at most `longest` times in a row of the batch and `room` times in all.
 
     exact: `room` times to the row. Otherwise what is left of the room stands for no row (index -1, taken as zeros), and
     is made sequences of its own, of `longest` at most, behind the others.
     """
-    flat = chosen.flatten()
-    places = flat.cumsum(0) - 1
-    # What is not chosen goes to a slot behind the others, which is cut off; so does what the room is too small for.
-    slots = torch.where(flat, places, room).clamp(max=room)
-    numbers = torch.arange(len(flat), device=flat.device, dtype=torch.int32)
-    index = numbers.new_full((room + 1,), -1).scatter_(0, slots, numbers)[:room]
-    inverse = torch.where(flat & (places < room), places, -1).to(torch.int32)
-    cu_seqlens = F.pad(chosen.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    if not exact:
-        steps = torch.arange(1, -(-room // max(longest, 1)) + 1, device=flat.device, dtype=torch.int32)
-        cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1] + steps * longest]).clamp(max=room)
-    return Rows(index, inverse, cu_seqlens, longest)
+    counts = ops.row_counts(chosen, None)
+    return pack(counts, chosen, None, chosen.shape[1], Room(room, longest, exact), None)[0]
+
+
+def pack(
+    counts: Tensor,
+    mask: Tensor | None,
+    read: Tensor | None,
+    seqlen: int,
+    tokens: Room,
+    reads: Room | None,
+    check: bool = False,
+) -> tuple[Rows, Rows | None, Tensor | None]:
+    """The tokens of a bool [B, S] mask (None: all positions) and the rows that are read, for which there is room.
+
+    Those are where `read` is true, and without it the first of each row; none where `reads` is None. With `check` a
+    bool [3]: whether `counts`, of both masks, fit the tokens' room and that of what is read, and no padding is read.
+    """
+    alone = () if reads is None else (reads.rows, reads.longest, reads.exact)
+    first = reads is not None and read is None
+    room = tokens.rows, tokens.longest, tokens.exact, first, *(alone or (0, 0, True))
+    bounds, *found = ops.packed_rows(counts, mask, read, seqlen, *room, check)
+    fits = found.pop() if check else None
+    if mask is None:
+        packed = Rows(None, None, bounds, tokens.longest)
+    else:
+        packed, found = Rows(found[0], found[1], bounds, tokens.longest), found[2:]
+    if reads is None:
+        return packed, None, fits
+    bounds, index, inverse, *inner = found
+    return packed, Rows(index, inverse, bounds, reads.longest, *inner), fits

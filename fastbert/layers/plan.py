@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from fastbert.layers.counts import Given, Room, check_room, count, missing
-from fastbert.layers.packing import Packing, Rows, every_row, first_rows, rows_of
+from fastbert import ops
+from fastbert.layers.counts import Given, Room, count
+from fastbert.layers.packing import Packing, pack
 from fastbert.layers.reading import Reading
 
 _COMPILED = "torch.compile needs sizes that do not depend on the mask: fastbert.lengths(model, token_budget=...)"
+_WRONG = "fewer than there are, or not as many"
 
 
 def packing_of(
@@ -22,48 +24,42 @@ def packing_of(
     read = None if told is None else told.positions
     tokens = None if mask is None else given.room("lengths", batch, seqlen)
     reads = None if read is None else given.room("read", batch, seqlen)
-    known = tokens is not None or mask is None
-    if torch.compiler.is_compiling() and not (known and (read is None or reads is not None)):
+    claims = tokens is not None, reads is not None
+    counted = (mask is not None and not claims[0]) or (read is not None and not claims[1])
+    if counted and torch.compiler.is_compiling():
         return _COMPILED if alone or read is None else "torch.compile, and the labels were not given a budget"
-    _check(mask, tokens, read, reads)
+
+    masked = mask is not None or read is not None
+    counts = ops.row_counts(mask, read) if masked else torch.empty(3, batch, dtype=torch.int32, device=device)
     padding = False
-    if not known or (read is not None and reads is None):
-        tokens, reads, padding = _counted(mask, tokens, told, reads)
-    elif mask is not None and alone:
-        torch._assert_async(~missing(mask, told), "lengths: given, but a position that is padding is read")
-    if tokens is not None and tokens.rows == 0:
-        return "a batch of padding alone"
-    if padding:
-        return "a position that is padding is read"
-    if read is not None:
-        told.rows = _rows(read, reads)
+    if counted:
+        found = count(None if claims[0] else mask, None if claims[1] else read, counts)
+        tokens, reads, padding = tokens or found[0], reads or found[1], found[2] and alone
     whole = mask is None or tokens == Room(batch * seqlen, seqlen)
-    if whole and not alone:
-        return "a batch without padding"
-    last: Rows | None = None
-    if alone:
-        last = first_rows(batch, seqlen, device) if read is None else told.rows
-    return Packing(every_row(batch, seqlen, device) if whole else _rows(mask, tokens), last)
+    reason = None
+    if tokens is not None and tokens.rows == 0:
+        reason = "a batch of padding alone"
+    elif padding:
+        reason = "a position that is padding is read"
+    elif whole and not alone:
+        reason = "a batch without padding"
+    if reason is not None and read is None and not claims[0]:
+        return reason
+
+    if alone and read is None:
+        reads = Room(batch, 1)
+    checked = (*claims, alone and mask is not None and not counted)
+    room = Room(batch * seqlen, seqlen) if whole else tokens
+    packed, last, fits = pack(counts, None if whole else mask, read, seqlen, room, reads, any(checked))
+    _stop_unless(fits, checked)
+    if read is not None:
+        told.rows = last  # so that the head need not count again
+    return Packing(packed, last if alone else None) if reason is None else reason
 
 
-def _rows(chosen: Tensor, room: Room) -> Rows:
-    return rows_of(chosen, room.longest, room.rows, room.exact)
-
-
-def _check(mask: Tensor | None, tokens: Room | None, read: Tensor | None, reads: Room | None) -> None:
-    if tokens is not None:
-        check_room("lengths", mask, tokens)
-    if reads is not None:
-        check_room("read", read, reads)
-
-
-def _counted(
-    mask: Tensor | None, tokens: Room | None, told: Reading | None, reads: Room | None
-) -> tuple[Room | None, Room | None, bool]:
-    """What is not known yet, and whether a position that is read is padding. One synchronisation."""
-    read = None if told is None else told.positions
-    unknown = (mask if tokens is None else None, read if reads is None else None)
-    checked = mask is not None and told is not None and told.alone
-    padding = missing(mask, told) if checked else None
-    counted_tokens, counted_reads, found = count(*unknown, padding)
-    return tokens or counted_tokens, reads or counted_reads, found
+def _stop_unless(fits: Tensor | None, checked: tuple[bool, bool, bool]) -> None:
+    """Stop, on the device and without waiting for it, if the caller was wrong: rows would be left out, or zeros read."""
+    wrong = f"lengths: {_WRONG}", f"read: {_WRONG}", "lengths: given, but a position that is padding is read"
+    for i, message in enumerate(wrong):
+        if checked[i]:
+            torch._assert_async(fits[i], message)

@@ -67,6 +67,7 @@ _FORWARDS = (
 _LAYERS = tuple((cls, "forward") for cls in (BertEncoder, BertLayer, BertAttention))
 _PACKED = (*_LAYERS, (BertLayer, "feed_forward_chunk"))
 _READ = ((BertModel, "forward"), (BertPooler, "forward"))
+_INSIDE = tuple((cls, "forward") for cls in (BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput))
 _MLM = (*_READ, *((stock_class(name), "forward") for name in ("BertLMPredictionHead", "BertPredictionHeadTransform")))
 _CAUSAL = tuple((loss_utils, name) for name in ("ForCausalLMLoss", "fixed_cross_entropy"))
 
@@ -79,6 +80,7 @@ def _head(name: str, *more: tuple) -> tuple:
 CODE = {name: ((stock_class(name), "forward"),) for name in _FORWARDS} | {
     "eager attention": ((bert, "eager_attention_forward"),),
     "BertEncoder": _PACKED,
+    "BertLayer": (*_INSIDE, *_LAYERS[1:], (BertLayer, "feed_forward_chunk")),
     "BertModel": ((BertModel, "forward"), (BertModel, "_create_attention_masks"), *_LAYERS),
     "BertForSequenceClassification": _head("BertForSequenceClassification", *_READ),
     "BertForNextSentencePrediction": _head("BertForNextSentencePrediction", *_READ, *_head("BertOnlyNSPHead")),

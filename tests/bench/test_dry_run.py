@@ -84,6 +84,18 @@ def test_ops(tmp_path):
     assert all(record.reason for record in results.ops if record.status == "absent")
 
 
+def test_host(tmp_path):
+    out = tmp_path / "host.json"
+    text = invoke("host", "--dry-run", "--only", "MLM B=64 S=512 training, autocast", "--names", "--json", out)
+    records = {record.lane: record for record in check(tmp_path, out.name).host}
+    assert statuses(records.values()) == dict.fromkeys(("stock", "fastbert", "fastbert, packed, no logits"), "dry-run")
+    stock, ours = records["stock"].launches, records["fastbert"].launches
+    assert stock["ATen"]["aten::_fused_adamw_"] == 1 and not stock["Triton"]
+    assert ours["Triton"]["attention_fwd_kernel"] == ours["Triton"]["adamw_kernel"] == 1
+    assert "aten::set_" not in ours["ATen"], "what the interpreter does is not counted"
+    assert "aten::_fused_adamw_" in text and "not measured (dry run)" in text
+
+
 def test_tune(tmp_path, monkeypatch):
     out = tmp_path / "tune.json"
     entry = replace(candidates.ENTRIES["bias_gelu_forward"], widths=(3072,))  # a width takes twenty seconds
@@ -153,6 +165,9 @@ def test_a_wrong_model_fails_its_gate(monkeypatch):
         (["models", "--head", "multiple-choice", "--batch", "3"], "has to be even"),
         (["ops", "--op", "x"], "known are attention"),
         (["tune", "--kernel", "x"], "known are attention_forward"),
+        (["host", "--only", "x"], "there are SeqCls B=32 S=128 training"),
+        (["host", "--rounds", "0"], "from 1 on"),
+        (["host", "--check"], "leave --dry-run out"),
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, said):
@@ -160,7 +175,7 @@ def test_what_cannot_be_run_is_said(arguments, said):
     assert done.exit_code == 2 and said in " ".join(done.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["gpu", "models", "ops", "tune"])
+@pytest.mark.parametrize("command", ["gpu", "models", "ops", "host", "tune"])
 def test_without_a_gpu_the_floors_are_printed(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, [command])

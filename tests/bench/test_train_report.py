@@ -27,7 +27,8 @@ STOCK = LaneRecord(
     checksums=[1, 2, 3],
 )
 FAST = replace(STOCK, lane="fastbert", launches=30)
-ENVIRONMENT = Environment(**dict.fromkeys(Environment.__annotations__) | {"clocks": {}, "date": "2000-01-01"})
+SET = {"clocks": {}, "date": "2000-01-01", "pretended": False}
+ENVIRONMENT = Environment(**dict.fromkeys(Environment.__annotations__) | SET)
 
 
 def problems(fast, dropout=0.0, dtype="fp32"):

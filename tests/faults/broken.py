@@ -24,7 +24,10 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 
 class Broken:
-    """A kernel whose launches raise, `bad` of them after the first `good`; `attempts` counts those that raised."""
+    """A kernel whose launches raise, `bad` of them after the first `good`; `attempts` counts those that raised.
+
+    Compiling it ahead, as kernels that are bound are, is one of them.
+    """
 
     def __init__(self, name: str, error: Callable[[], Exception], good: int, bad: float) -> None:
         self.__name__ = name
@@ -34,15 +37,26 @@ class Broken:
         self.attempts = 0
         self.kernel: Any = None
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def start(**arguments: Any) -> None:
-            if self.good or self.attempts >= self.bad:
-                self.good = max(0, self.good - 1)
-                return self.kernel[grid](**arguments)
-            self.attempts += 1
-            raise self.error()
+    @property
+    def arg_names(self) -> list[str]:
+        return self.kernel.arg_names
 
-        return start
+    @property
+    def params(self) -> list[Any]:
+        return self.kernel.params
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return lambda **arguments: self._or_raise(self.kernel[grid], **arguments)
+
+    def warmup(self, *arguments: Any, **options: Any) -> Any:
+        return self._or_raise(self.kernel.warmup, *arguments, **options)
+
+    def _or_raise(self, start: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if self.good or self.attempts >= self.bad:
+            self.good = max(0, self.good - 1)
+            return start(*arguments, **options)
+        self.attempts += 1
+        raise self.error()
 
 
 def break_kernels(

@@ -123,7 +123,7 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
             {"words": normal(CLASSES, WIDTH), "positions": normal(6, WIDTH), "types": normal(2, WIDTH), **weight},
             rows(2, ROWS, WIDTH),
             ("embedding_layernorm_fwd_kernel",),
-            tuple(f"embedding_layernorm_bwd{part}_kernel" for part in ("", "_runs", "_sums")),
+            tuple(f"embedding_layernorm_bwd{part}_kernel" for part in ("", "_order", "_runs", "_sums", "_finish")),
             {"ids": integers(CLASSES, 2, ROWS), "token_type_ids": integers(2, 2, ROWS), "padding_idx": 0},
             lambda p, seed: drawn_mask((2, ROWS, WIDTH), p, seed),
         ),

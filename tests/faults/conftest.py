@@ -5,11 +5,14 @@ from collections.abc import Iterator
 import pytest
 
 from fastbert.kernels import failures
+from fastbert.kernels.encoder_layer import plan
 
 
 @pytest.fixture(autouse=True)
 def forgotten(no_stand_in: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(failures, "strict", False)
     failures.forget()
+    plan.forget()
     yield
     failures.forget()
+    plan.forget()

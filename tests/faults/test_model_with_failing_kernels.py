@@ -17,9 +17,9 @@ from .cases import cases
 
 FORWARD = {name for kernel in KERNELS.values() for name in launches_of(kernel, 1, 0)}
 BACKWARD = {name for kernel in KERNELS.values() for name in launches_of(kernel, 0, 1)}
-TABLES = {f"embedding_layernorm_bwd_{part}_kernel" for part in ("runs", "sums")}
+TABLES = {f"embedding_layernorm_bwd_{part}_kernel" for part in ("order", "runs", "sums", "finish")}
 HEADS = {f"linear_cross_entropy_{part}_kernel" for part in ("fwd", "reduce", "bwd_scale")}
-PACKING = {"gather_rows_kernel"}
+PACKING = {f"{op}_kernel" for op in ("gather_rows", "key_bounds", "row_counts", "packed_rows")}
 EVERY = FORWARD | BACKWARD | TABLES | HEADS | PACKING
 
 

@@ -11,7 +11,10 @@ from fastbert.kernels.adamw_table import Hyperparameters, Parameter, Tables
 from fastbert.kernels.attention import attention
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.gather_rows import gather_rows
+from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+from fastbert.kernels.packed_rows import packed_rows
+from fastbert.kernels.row_counts import row_counts
 
 from . import attention as attention_inputs
 from . import linear_cross_entropy as cross_entropy
@@ -74,6 +77,26 @@ def _gather_rows(small: bool, dtype: torch.dtype, width: int | None = None) -> t
         return _present(run(gather_rows, {"x": given["x"]}, given["dy"], **indices))
 
     return inputs, step
+
+
+def _masks(op: Callable[..., Tensor | list[Tensor]], *names: str) -> Make:
+    """Of masks alone: `op` takes them by `names`."""
+
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        shape = (3, 7) if small else (64, 1500)
+
+        def step(given: Tensors) -> Tensors:
+            results = op(*(given[name] for name in names))
+            return {str(i): x for i, x in enumerate([results] if isinstance(results, Tensor) else results)}
+
+        return {name: torch.rand(shape, device=DEVICE) < 0.7 for name in names}, step
+
+    return make
+
+
+def _pack(tokens: Tensor, read: Tensor) -> list[Tensor]:
+    room = tokens.numel(), tokens.shape[1], False
+    return packed_rows(row_counts(tokens, read), tokens, read, tokens.shape[1], *room, False, *room, True)
 
 
 def _embedding_layernorm(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
@@ -172,6 +195,9 @@ CALLS = (
     Call("bias_gelu", "", _rows(BIAS_GELU)),
     Call("gelu_layernorm", "", _rows(GELU_LAYERNORM)),
     Call("gather_rows", "", _gather_rows),
+    Call("key_bounds", "", _masks(key_bounds, "key_mask")),
+    Call("row_counts", "", _masks(row_counts, "tokens", "read")),
+    Call("packed_rows", "", _masks(_pack, "tokens", "read")),
     Call("embedding_layernorm", "dropped", _embedding_layernorm),
     *(
         Call("attention", variant, _attention(variant))

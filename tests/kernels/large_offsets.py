@@ -15,12 +15,14 @@ from .ops import DEVICE, OPS, check, make_inputs
 SHORT, STRIDE = 40, 2**30 + 24  # the third row, or column, begins past 2**31
 
 
-def far_apart(values: Tensor, layout: str, room: int = SHORT) -> Tensor:
-    """float16 rows (or columns) 2**30 elements apart. Only the pages they stand on take memory, not those between.
+def far_apart(values: Tensor, layout: str, room: int = SHORT, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Rows (or columns) of float16, or of `dtype`, 2**30 elements apart.
+
+    Only the pages they stand on take memory, not those between.
 
     `room`: elements of the last row.
     """
-    storage = torch.empty(2 * STRIDE + room, dtype=torch.float16, device=DEVICE)
+    storage = torch.empty(2 * STRIDE + room, dtype=dtype, device=DEVICE)
     assert storage.numel() > 2**31
     return storage.as_strided(values.shape, (STRIDE, 1) if layout == "rows" else (1, STRIDE)).copy_(values)
 

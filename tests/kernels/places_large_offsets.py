@@ -15,7 +15,10 @@ from tests import conftest  # noqa: F401  (chooses the interpreter before triton
 from fastbert.kernels import linear_cross_entropy_rows, reference
 from fastbert.kernels.adamw import _launch
 from fastbert.kernels.adamw_table import Parameter, Tables
+from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.launch import INTERPRETED
+from fastbert.kernels.packed_rows import packed_rows
+from fastbert.kernels.row_counts import row_counts
 from tests.numerics import assert_close
 
 from . import test_adamw, test_embedding_layernorm, test_gather_rows
@@ -51,6 +54,22 @@ def embedding_layernorm(layout: str, name: str) -> None:
     else:
         inputs["words"] = far_apart(inputs["words"], layout)
     test_embedding_layernorm.check(inputs, options, dy)
+
+
+def masks(op: str, layout: str) -> None:
+    """Rows or columns of masks, which are bytes: three, of which the last begins past 2**31."""
+    seen, read = (torch.rand(LAYOUTS[layout]) < rate for rate in (0.7, 0.3))
+    far, far_read = (far_apart(mask, layout, dtype=torch.bool) for mask in (seen, read))
+    if op == "key_bounds":
+        found, expected = [key_bounds(far)], [reference.key_bounds(seen)]
+    elif op == "row_counts":
+        found, expected = [row_counts(far, far_read)], [reference.row_counts(seen, read)]
+    else:
+        counts, length = row_counts(seen, read), seen.shape[1]
+        rooms = int(seen.sum()), length, True, False, int(read.sum()), length
+        found = packed_rows(counts, far, far_read, length, *rooms)
+        expected = reference.packed_rows(counts, seen, read, length, *rooms)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def scaled(layout: str) -> None:
@@ -104,6 +123,7 @@ def adamw() -> None:
 
 
 PLACES: dict[str, Callable[[], None]] = {
+    **{f"{op} {k}": partial(masks, op, k) for op in ("key_bounds", "row_counts", "packed_rows") for k in LAYOUTS},
     **{f"gather_rows {n} {k}": partial(gather_rows, k, n) for n in ("x", "dy") for k in LAYOUTS},
     **{f"embedding_layernorm {n} {k}": partial(embedding_layernorm, k, n) for n in ("words", "embeds", "dy") for k in LAYOUTS},
     **{f"linear_cross_entropy scaled {k}": partial(scaled, k) for k in LAYOUTS},

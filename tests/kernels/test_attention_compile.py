@@ -17,6 +17,7 @@ OPS = torch.ops.fastbert
 # The op's arguments after q, k and v.
 NAMES = ("key_mask", "key_bounds", "mask", "cu_seqlens", "cu_seqlens_q", "seed", "max_seqlen", "max_seqlen_q")
 LAYOUTS = [torch.clone, every_second, shared_heads, heads_first]
+BOUNDS = "key_bounds_kernel"
 KINDS = ["plain", "causal", "dropped", "key_mask", "bool mask", "added mask", "packed", "other rows"]
 
 
@@ -128,7 +129,8 @@ def test_outputs_and_gradients(kind, dtype, launches):
     dy = torch.randn_like(inputs["q"])
     eager = run(attention, inputs, dy, **options)
     results = run(compiled(attention), inputs, dy, **options)
-    assert launches() == {name: 2 for name in (FORWARD, *BACKWARD)}
+    bounds = {BOUNDS: 2} if kind == "key_mask" else {}
+    assert launches() == {name: 2 for name in (FORWARD, *BACKWARD)} | bounds
     for name, result in results.items():
         assert torch.equal(result, eager[name]), name
 
@@ -158,7 +160,7 @@ def test_one_graph_for_every_length(masked, launches):
             options = {"key_mask": torch.rand(2, length, device=DEVICE) > 0.3} if masked else {}
             results, eager = run(function, inputs, dy, **options), run(attention, inputs, dy, **options)
             assert all(torch.equal(results[name], eager[name]) for name in eager)
-    assert launches() == {name: 6 for name in (FORWARD, *BACKWARD)}
+    assert launches() == {name: 6 for name in (FORWARD, *BACKWARD)} | ({BOUNDS: 6} if masked else {})
 
 
 def test_dropout_draws_anew_each_call_and_repeats_with_the_seed():

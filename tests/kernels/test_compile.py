@@ -33,10 +33,10 @@ def test_outputs_and_gradients(op, options, frozen, dtype, launches):
     if options.get("p"):
         options = options | {"seed": seed_tensor(5)}
     eager = run(op.call, inputs, dy, frozen, **options)
-    assert launches() == {op.forward_kernel: 1, op.backward_kernel: 1}
+    assert launches() == dict.fromkeys((op.forward_kernel, *op.backward_kernels), 1)
 
     results = run(compiled(op.call), inputs, dy, frozen, **options)
-    assert launches() == {op.forward_kernel: 2, op.backward_kernel: 2}
+    assert launches() == dict.fromkeys((op.forward_kernel, *op.backward_kernels), 2)
     assert results.keys() == eager.keys()
     for name, result in results.items():
         assert result is eager[name] or torch.equal(result, eager[name]), name
@@ -51,7 +51,7 @@ def test_one_graph_for_every_length(op, launches):
             inputs, dy = make_inputs(op, (2, length, 24)), torch.randn(2, length, 24, device=DEVICE)
             results, eager = run(function, inputs, dy), run(op.call, inputs, dy)
             assert all(torch.equal(results[name], eager[name]) for name in eager)
-    assert launches() == {op.forward_kernel: 6, op.backward_kernel: 6}
+    assert launches() == dict.fromkeys((op.forward_kernel, *op.backward_kernels), 6)
 
 
 def test_dropout_draws_anew_each_call_and_repeats_with_the_seed():

@@ -8,11 +8,22 @@ from fastbert.kernels.adamw import adamw
 from fastbert.kernels.configs import ARCHITECTURES, TABLES
 from fastbert.kernels.linear_cross_entropy_rows import launch_reduce, scaled
 
-from . import linear_cross_entropy, test_adamw, test_embedding_layernorm, test_gather_rows
+from . import (
+    linear_cross_entropy,
+    test_adamw,
+    test_embedding_layernorm,
+    test_gather_rows,
+    test_key_bounds,
+    test_packed_rows,
+    test_row_counts,
+)
 from .ops import DEVICE
 from .test_configs import DTYPES, as_on  # noqa: F401
 
-EMBEDDING = ("layernorm_forward", "layernorm_backward", "embedding_runs", "embedding_sums_backward")
+EMBEDDING = (
+    *("layernorm_forward", "layernorm_backward", "embedding_order", "embedding_runs"),
+    *("embedding_sums_backward", "embedding_finish"),
+)
 
 
 def configured(*names):
@@ -119,10 +130,21 @@ def test_tiles_of_adamw(architecture, itemsize, _, as_on, monkeypatch):  # noqa:
     assert programs == [3]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tiles_of_masks(architecture, as_on):  # noqa: F811
+    """Rows longer than a program takes at once."""
+    as_on(architecture)
+    test_key_bounds.same(torch.rand(3, 1500, device=DEVICE) < 0.9)
+    masks = test_row_counts.masks(3, 1500)
+    test_row_counts.same(*masks)
+    test_packed_rows.same(*test_packed_rows.arguments_of("tokens and read", *masks, 7, 7))
+
+
 @pytest.mark.no_launch
 def test_every_table_is_run():
     """A new table has to be named here or in test_configs.py."""
     elsewhere = {"layernorm", "bias_gelu", "gelu_layernorm", "attention"}
-    ours = {*EMBEDDING, "gather_rows", "adamw"} | {f"linear_cross_entropy{part}" for part in ("", "_reduce", "_scale")}
+    ours = {*EMBEDDING, "gather_rows", "mask_rows", "adamw"}
+    ours |= {f"linear_cross_entropy{part}" for part in ("", "_reduce", "_scale")}
     others = {name for name in TABLES if any(name.startswith(f"{op}_") for op in elsewhere)}
     assert TABLES.keys() == ours | others

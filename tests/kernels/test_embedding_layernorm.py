@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
 
-from fastbert.kernels import embedding_gradients, reference
-from fastbert.kernels.embedding_gradients import MOST_TYPES, PIECE
+from fastbert.kernels import embedding_gradients, embedding_sums, plain, reference
+from fastbert.kernels.embedding_gradients import PIECE
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
+from fastbert.kernels.embedding_sums import MOST_TYPES
 from fastbert.kernels.launch import MAX_WIDTH, counts
 from tests.numerics import assert_close
 
@@ -17,8 +18,9 @@ from .ops import DEVICE, assert_same, double, drawn_mask, run, seed_tensor
 from .test_attention_memory import fenced
 from .test_memory import guards_of, poisoned_outputs
 
-FORWARD, ROWS, RUNS, JOINS, SUMS = (
-    f"embedding_layernorm_{part}_kernel" for part in ("fwd", "bwd", "bwd_runs", "bwd_joins", "bwd_sums")
+FORWARD, ROWS, ORDER, RUNS, JOINS, SUMS, FINISH = (
+    f"embedding_layernorm_{part}_kernel"
+    for part in ("fwd", "bwd", "bwd_order", "bwd_runs", "bwd_joins", "bwd_sums", "bwd_finish")
 )
 TABLES = ("words", "positions", "types")
 NAMES = (*TABLES, "weight", "bias")
@@ -100,7 +102,8 @@ def check(inputs, options, dy=None, frozen=()):
 def test_every_way_to_name_rows(embeds, positions, type_ids, dtype, launches):
     inputs, options = make(dtype=dtype, embeds=embeds, positions=positions, type_ids=type_ids)
     check(inputs, options, frozen=())
-    expected = {FORWARD: 1, ROWS: 1, SUMS: 1, RUNS: (not embeds) + (positions != "counted")}
+    sorted_ = (not embeds) + (positions != "counted")
+    expected = {FORWARD: 1, ROWS: 1, SUMS: 1, FINISH: 1, ORDER: sorted_, RUNS: sorted_}
     assert launches() == {name: n for name, n in expected.items() if n}
 
 
@@ -215,6 +218,42 @@ def test_one_run_longer_than_are_joined_at_once():
     assert not dtable[::2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("places", [1, 5, 300, 1500, embedding_gradients.MOST_RANKED, embedding_gradients.MOST_RANKED + 1])
+@pytest.mark.no_launch
+def test_ids_are_brought_into_order(places, dtype, monkeypatch):
+    """By a kernel, and of more ids by torch's sort: the same, and tokens of one id stay in their order."""
+    monkeypatch.setattr(embedding_gradients, "MOST_RANKED", min(embedding_gradients.MOST_RANKED, 2000))
+    ids = torch.randint(max(2, places // 4), (places,)).to(DEVICE, dtype)
+    for layout in (ids, torch.stack([ids, 1 - ids], 1)[:, 0]):
+        sorted_ids, order = embedding_gradients.in_order(layout)
+        expected, places_ = ids.sort(stable=True)
+        assert sorted_ids.dtype == torch.int32
+        assert torch.equal(sorted_ids, expected.to(torch.int32)) and torch.equal(order.long(), places_)
+
+
+@pytest.mark.parametrize("which", ["all", "weight", "bias", "norm", "positions", "types"])
+@pytest.mark.parametrize("dtype", [HALF, DOUBLE], ids=str)
+def test_many_partial_sums(dtype, which):
+    """More than are read at once, and rows of tables that nobody read: as plain PyTorch adds them up."""
+    acc = DOUBLE if dtype == DOUBLE else SINGLE
+    sums, place_sums = (torch.randn(*shape, 37, dtype=acc, device=DEVICE) for shape in ((70, 2), (3, 45, 2)))
+    if which in ("weight", "bias", "norm"):
+        place_sums = None
+    elif which != "all":
+        sums = None
+    shapes = {"weight": (37,), "bias": (37,), "positions": (51, 37), "types": (4, 37)}
+    asked = {"all": shapes, "norm": ("weight", "bias")}.get(which, (which,))
+    results = []
+    for module in (embedding_sums, plain):
+        out = [torch.full(shape, torch.nan, device=DEVICE, dtype=dtype) if n in asked else None for n, shape in shapes.items()]
+        module.finish(sums, place_sums, *out, 3)
+        results.append([x for x in out if x is not None])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.isfinite().all()
+
+
 def test_every_order_of_the_ids_gives_every_token_its_row():
     """Of each row of a table the tokens are added in their own order, so only they decide the bits."""
     inputs, options = make((2, 40), 8, vocabulary=9)
@@ -324,8 +363,9 @@ def test_opcheck(embeds, layout):
     opcheck(ops.embedding_layernorm, *leaves, *read, *dropout, 1e-12, 0.3, SINGLE, True)
     tables = [tensor.detach() for tensor in leaves[:4]]
     dy, mean = torch.randn(5, 12, device=DEVICE), torch.randn(5, device=DEVICE)
-    for needs in ((True, True, True, True), (False, True, False, True), (False, False, False, True)):
-        opcheck(ops.embedding_layernorm_backward, dy, *tables, mean, mean.exp(), *read, *dropout, 0.3, *needs)
+    for needs in ("11111", "01001", "00010", "10100"):
+        needed = [need == "1" for need in needs]
+        opcheck(ops.embedding_layernorm_backward, dy, *tables, mean, mean.exp(), *read, *dropout, 0.3, HALF, *needed)
 
 
 @pytest.mark.one_in(2)

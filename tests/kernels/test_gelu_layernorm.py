@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.kernels.gelu_layernorm import gelu_layernorm
-from fastbert.kernels.launch import ACTIVATIONS
+from fastbert.kernels.launch import ACTIVATIONS, recording
 
 from .cases import DTYPES, ROWS, dtype_name, matrix, subsets
 from .ops import DEVICE, GELU_LAYERNORM, check, make_inputs, run
@@ -93,3 +94,32 @@ def test_the_default_is_the_exact_gelu():
     inputs = make_inputs(OP, (5, 96), scale=2.0)
     assert torch.equal(gelu_layernorm(**inputs), gelu_layernorm(**inputs, activation="gelu"))
     assert not torch.equal(gelu_layernorm(**inputs), gelu_layernorm(**inputs, activation="gelu_tanh"))
+
+
+VIEWS = ("_unsafe_view", "detach", "empty", "empty_like", "new_empty", "unbind", "view")
+
+
+class Calls(TorchDispatchMode):
+    """What torch computes, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        self.names += [] if name in VIEWS else [name]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.no_launch
+@pytest.mark.parametrize("other, casts", [(HALF, 0), (SINGLE, 2)], ids=str)
+def test_sums_over_rows_are_added_up_and_cast_in_one_launch(other, casts):
+    """Nothing of it is torch's, unless the vectors have dtypes of their own: then those that are in 16 bits are cast."""
+    inputs = make_inputs(OP, (3, 40), HALF, dtypes={"bias": other})
+    leaves, dy = [x.requires_grad_() for x in inputs.values()], torch.ones(3, 40, dtype=HALF, device=DEVICE)
+    kernels = []
+    with recording("sm_90", lambda kernel, *others: kernels.append(kernel.__name__)), Calls() as calls:
+        torch.autograd.grad(gelu_layernorm(**inputs), leaves, dy)
+    assert kernels == ["gelu_layernorm_fwd_kernel", "gelu_layernorm_bwd_kernel", "column_sums_kernel"]
+    assert calls.names == ["_to_copy"] * casts

@@ -15,7 +15,16 @@ from fastbert.kernels import configs, launch
 from fastbert.kernels.configs import ARCHITECTURES, TABLES
 from fastbert.kernels.launch import recording
 
-from . import attention, linear_cross_entropy, test_adamw, test_embedding_layernorm, test_gather_rows
+from . import (
+    attention,
+    linear_cross_entropy,
+    test_adamw,
+    test_embedding_layernorm,
+    test_gather_rows,
+    test_key_bounds,
+    test_packed_rows,
+    test_row_counts,
+)
 from .calls import CALLS, Call
 from .cases import dtype_name
 from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, check, make_inputs
@@ -29,7 +38,13 @@ TABLES_OF = {
     "bias_gelu": ("bias_gelu_forward", "bias_gelu_backward"),
     "gelu_layernorm": ("layernorm_forward", "gelu_layernorm_backward"),
     "gather_rows": ("gather_rows",),
-    "embedding_layernorm dropped": (*_LAYERNORM, "embedding_runs", "embedding_sums_backward"),
+    "key_bounds": ("mask_rows",),
+    "row_counts": ("mask_rows",),
+    "packed_rows": ("mask_rows",),
+    "embedding_layernorm dropped": (
+        *(*_LAYERNORM, "embedding_order", "embedding_runs"),
+        *("embedding_sums_backward", "embedding_finish"),
+    ),
     "attention padded, dropped": (*_ATTENTION, "attention_backward_rows"),
     "attention general mask": tuple(f"{table}_masked" for table in _ATTENTION),
     "attention grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
@@ -119,6 +134,20 @@ def check_gather_rows(width: int, dtype: torch.dtype) -> None:
     test_gather_rows.check(x, *test_gather_rows.indices(ROWS, ROWS // 2, 3))
 
 
+def check_key_bounds(width: int, dtype: torch.dtype) -> None:
+    """Masks have neither a width nor a dtype: the same for every entry."""
+    test_key_bounds.same(torch.rand(64, 3000, device=DEVICE) < 0.9)
+
+
+def check_row_counts(width: int, dtype: torch.dtype) -> None:
+    test_row_counts.same(*test_row_counts.masks(64, 3000))
+
+
+def check_packed_rows(width: int, dtype: torch.dtype) -> None:
+    masks = test_packed_rows.masks(64, 3000)
+    test_packed_rows.same(*test_packed_rows.arguments_of("tokens and read", *masks, 7, 7))
+
+
 def check_attention(masked: bool = False, kv_heads: int = 2) -> Callable[[int, torch.dtype], None]:
     def check_at(head_size: int, dtype: torch.dtype) -> None:
         for length in LENGTHS:
@@ -155,6 +184,9 @@ CHECKS: dict[str, Callable[[int, torch.dtype], object]] = {
     "gelu_layernorm": check_rows(GELU_LAYERNORM),
     "gather_rows": check_gather_rows,
     "embedding_layernorm dropped": check_embedding_layernorm,
+    "key_bounds": check_key_bounds,
+    "row_counts": check_row_counts,
+    "packed_rows": check_packed_rows,
     "attention padded, dropped": check_attention(),
     "attention general mask": check_attention(masked=True),
     "attention grouped, dropped": check_attention(kv_heads=1),

@@ -13,7 +13,10 @@ from fastbert.kernels.adamw_table import Hyperparameters, Parameter
 from fastbert.kernels.attention import attention
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.gather_rows import gather_rows
+from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+from fastbert.kernels.packed_rows import packed_rows
+from fastbert.kernels.row_counts import row_counts
 from tests.numerics import assert_close
 
 from . import linear_cross_entropy as cross_entropy
@@ -59,6 +62,34 @@ def check_gather_rows(elements: int, dtype: torch.dtype) -> None:
     for name, source in (("y", x), ("dx", dy)):
         assert torch.equal(results[name][:ROWS], source[-ROWS:].flip(0)), name
         assert torch.equal(results[name][-ROWS:], source[:ROWS].flip(0)), name
+
+
+def check_key_bounds(elements: int, dtype: torch.dtype) -> None:
+    mask = torch.zeros(elements // 64 + ROWS, 64, dtype=torch.bool, device=DEVICE)
+    mask[-ROWS:] = torch.rand(ROWS, 64, device=DEVICE) < 0.5
+    assert torch.equal(key_bounds(mask)[-ROWS:], reference.key_bounds(mask[-ROWS:]))
+
+
+def check_row_counts(elements: int, dtype: torch.dtype) -> None:
+    masks = [torch.zeros(elements // 64 + ROWS, 64, dtype=torch.bool, device=DEVICE) for _ in range(2)]
+    for mask in masks:
+        mask[-ROWS:] = torch.rand(ROWS, 64, device=DEVICE) < 0.5
+    assert torch.equal(row_counts(*masks)[:, -ROWS:], reference.row_counts(*(mask[-ROWS:] for mask in masks)))
+
+
+def check_packed_rows(elements: int, dtype: torch.dtype) -> None:
+    """Rows of a batch are int32, so there are fewer; those of the mask are as far apart."""
+    shape = (ROWS, min(elements // 64, 2000))
+    mask = torch.rand(shape, device=DEVICE) < 0.5
+    far = torch.empty(elements + shape[1], dtype=torch.bool, device=DEVICE)
+    far = far.as_strided(shape, (elements // (ROWS - 1), 1)).copy_(mask)
+    arguments = shape[1], int(mask.sum()), int(mask.sum(1).max())
+    for one, other in zip(
+        packed_rows(row_counts(far, None), far, None, *arguments),
+        reference.packed_rows(row_counts(mask, None), mask, None, *arguments),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
 
 
 def check_embedding_layernorm(elements: int, dtype: torch.dtype) -> None:
@@ -121,6 +152,9 @@ CHECKS: dict[str, Check] = {
     "bias_gelu": check_rows(BIAS_GELU),
     "gelu_layernorm": check_rows(GELU_LAYERNORM),
     "gather_rows": check_gather_rows,
+    "key_bounds": check_key_bounds,
+    "row_counts": check_row_counts,
+    "packed_rows": check_packed_rows,
     "embedding_layernorm": check_embedding_layernorm,
     "attention": check_attention,
     "linear_cross_entropy": check_linear_cross_entropy,

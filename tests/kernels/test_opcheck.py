@@ -70,7 +70,7 @@ def test_gelu_layernorm(layout):
 def test_gelu_layernorm_backward(layout, sum_columns):
     dy, x, statistics = rows(grad=False, layout=layout), rows(grad=False, layout=sliced), rows((5,), grad=False)
     arguments = (dy, x, statistics, statistics.exp(), vector(grad=False), vector(grad=False))
-    opcheck(OPS.gelu_layernorm_backward, *arguments, "relu", sum_columns)
+    opcheck(OPS.gelu_layernorm_backward, *arguments, "relu", sum_columns, torch.float32)
 
 
 def test_float16_backward():
@@ -78,7 +78,7 @@ def test_float16_backward():
     x, weight, statistics = rows(dtype=torch.float16, grad=False), vector(grad=False), rows((5,), grad=False)
     dy = rows(dtype=torch.float16, grad=False, layout=expanded)
     opcheck(OPS.bias_gelu_backward, dy, x, vector(dtype=torch.float16, grad=False), "gelu", True)
-    opcheck(OPS.gelu_layernorm_backward, dy, x, statistics, statistics.exp(), weight, None, "gelu", True)
+    opcheck(OPS.gelu_layernorm_backward, dy, x, statistics, statistics.exp(), weight, None, "gelu", True, torch.float16)
     arguments = (dy, x, statistics, statistics.exp(), weight, None, 0.0, torch.float16, torch.float32, True)
     opcheck(OPS.dropout_add_layernorm_backward, *arguments)
 
@@ -98,7 +98,7 @@ def test_empty(shape):
         *(x, x, statistics, statistics, weight, None, 0.0, torch.float32, torch.float32, True),
     )
     opcheck(OPS.bias_gelu_backward, x, x, x_bias, "gelu", True)
-    opcheck(OPS.gelu_layernorm_backward, x, x, statistics, statistics, weight, x_bias, "gelu", True)
+    opcheck(OPS.gelu_layernorm_backward, x, x, statistics, statistics, weight, x_bias, "gelu", True, torch.float32)
 
 
 @pytest.mark.parametrize("out", [torch.float32, torch.float16], ids=str)

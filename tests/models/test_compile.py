@@ -91,7 +91,7 @@ def test_one_graph_for_forward_and_one_for_backward():
     assert counter.frame_count == 1
     (graph,) = counter.graphs
     operations = [str(node.target) for node in graph.graph.nodes if "fastbert" in str(node.target)]
-    assert len(operations) == 5 + 1 + 1, operations  # of a layer and the transform; the embeddings; the loss
+    assert len(operations) == 5 + 1 + 1 + 1, operations  # of a layer and the transform; embeddings; key bounds; the loss
 
 
 def test_calls_inside_a_graph_are_not_counted_as_eager_ones():

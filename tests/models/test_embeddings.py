@@ -1,6 +1,7 @@
 """BertEmbeddings on its kernel: what it is given, which tables get gradients, and what stays stock and says why."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def step(model, **changes):
 def test_ids(dtype):
     check(make(MLM, dtype), make_batch())
     _, launched = step(make(MLM, dtype))
-    assert launched == {"fwd", "bwd", "bwd_runs", "bwd_sums"}
+    assert launched == {"fwd", "bwd", "bwd_order", "bwd_runs", "bwd_sums", "bwd_finish"}
 
 
 @pytest.mark.parametrize("batch", [1, ROWS])
@@ -91,7 +92,7 @@ def test_frozen_embeddings_run_no_backward():
     assert launched == {"fwd"}
     model.bert.embeddings.LayerNorm.requires_grad_(True)
     _, launched = step(model)
-    assert launched == {"fwd", "bwd"}
+    assert launched == {"fwd", "bwd", "bwd_finish"}
 
 
 def sparse(embeddings):
@@ -150,6 +151,88 @@ def test_hooks_on_an_embedding_see_its_calls():
     with counting() as launched:
         run(model, make_batch(), backward=False)
     assert launched[f"{OP}_fwd_kernel"] == 1 and seen == [1]
+
+
+def hooked(embeddings):
+    handle = embeddings.LayerNorm.register_forward_hook(lambda *_: None)
+    return handle.remove, "hooks"
+
+
+def hooked_before(embeddings):
+    handle = embeddings.dropout.register_forward_pre_hook(lambda *_: None)
+    return handle.remove, "hooks"
+
+
+def own_forward(embeddings):
+    dropout = embeddings.dropout
+    dropout.forward = lambda x: x
+    return lambda: delattr(dropout, "forward"), "hooks"
+
+
+def padding_row(embeddings):
+    embeddings.position_embeddings.padding_idx = 0
+    return lambda: setattr(embeddings.position_embeddings, "padding_idx", None), "padding row"
+
+
+def another_module(embeddings):
+    before = embeddings.LayerNorm
+    embeddings.LayerNorm = nn.RMSNorm(before.normalized_shape, device=before.weight.device)
+    return lambda: setattr(embeddings, "LayerNorm", before), "RMSNorm"
+
+
+def no_bias(embeddings):
+    before = embeddings.LayerNorm.bias
+    embeddings.LayerNorm.bias = None
+    return lambda: setattr(embeddings.LayerNorm, "bias", before), "without weight or bias"
+
+
+def a_retyped_table(embeddings):
+    embeddings.token_type_embeddings.double()
+    return embeddings.token_type_embeddings.float, "together outside autocast"
+
+
+def another_class_of_tensor(embeddings):
+    before = embeddings.position_embeddings.weight
+    embeddings.position_embeddings.weight = nn.Parameter(before.detach().as_subclass(Mine))
+    return lambda: setattr(embeddings.position_embeddings, "weight", before), "Mine is not a plain tensor"
+
+
+def no_probability(embeddings):
+    before, embeddings.dropout.p = embeddings.dropout.p, 1.5
+    return lambda: setattr(embeddings.dropout, "p", before), "a dropout of 1.5"
+
+
+def narrower(embeddings):
+    before = embeddings.token_type_embeddings
+    embeddings.token_type_embeddings = nn.Embedding(2, 1, device=before.weight.device)
+    return lambda: setattr(embeddings, "token_type_embeddings", before), "do not fit"
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+CHANGES = [hooked, hooked_before, own_forward, padding_row, another_module, no_bias, a_retyped_table, another_class_of_tensor]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, no_probability, narrower], ids=lambda f: f.__name__)
+def test_what_changed_is_noticed_by_the_next_call(change):
+    """And so is that it was changed back."""
+    model = fastbert.patch(make(BASE))
+    embeddings, ids = model.embeddings, make_batch(BASE)["input_ids"]
+
+    def launched():
+        with counting() as found, suppress(RuntimeError, ValueError):  # stock's own
+            embeddings(ids)
+        return found[f"{OP}_fwd_kernel"]
+
+    assert launched() == 1
+    undo, reason = change(embeddings)
+    assert launched() == 0
+    (row,) = [row for row in fastbert.report(model).rows if row.hf_class == "BertEmbeddings"]
+    assert list(row.fallback_calls.values()) == [1] and reason in row.reason
+    undo()
+    assert launched() == 1
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion on a GPU ends the process")

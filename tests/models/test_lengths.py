@@ -9,6 +9,7 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import fastbert
+from fastbert.kernels.launch import recording
 from fastbert.layers.counts import Given
 from fastbert.layers.packing import rows_of
 from fastbert.layers.plan import packing_of
@@ -82,6 +83,12 @@ def test_a_budget(kind, budget):
     check(kind, batch_of(kind), token_budget=budget, read_budget=budget)
 
 
+def test_a_budget_of_what_is_read_alone():
+    """What is read then has more sequences than the tokens."""
+    batch = batch_of(MLM)
+    check(MLM, batch, lengths=known(MLM, batch)["lengths"], read_budget=ROWS * LENGTH)
+
+
 def test_what_is_left_of_the_room_is_in_sequences_of_its_own():
     """None longer than the longest, to the end of the room: attention writes no row that is in no sequence."""
     rows = rows_of(torch.tensor([[True, True, False], [False, True, False]], device=DEVICE), 2, 8, exact=False)
@@ -109,11 +116,12 @@ def test_no_synchronisation(given, read):
     """On the meta device, where a tensor has no value: whoever asks for one fails."""
     mask = torch.empty(2, 5, dtype=torch.bool, device="meta")
     told = Reading(None if read == "first" else mask.clone(), alone=True)
-    packing = packing_of(mask, told, GIVEN[given], 2, 5, mask.device)
+    with recording("sm_90", lambda *_: None):
+        packing = packing_of(mask, told, GIVEN[given], 2, 5, mask.device)
     tokens, reads = {"lengths": (6, 3), "buckets": (8, 8), "budgets": (16, 8)}[given]
     assert packing.tokens.index.shape == (tokens,)
     assert packing.read.index.shape == (2 if read == "first" else reads,)
-    with pytest.raises(Exception, match="meta"):
+    with pytest.raises(Exception, match="meta"), recording("sm_90", lambda *_: None):
         packing_of(mask, told, Given(), 2, 5, mask.device)
 
 
@@ -135,6 +143,13 @@ def test_numbers_that_are_wrong_stop(facts):
     model = fastbert.patch(make(CLASSIFICATION))
     with fastbert.lengths(model, **facts), pytest.raises(RuntimeError, match="lengths"):
         model(**make_batch(CLASSIFICATION))  # 9 and 6 tokens
+
+
+def test_lengths_that_deny_the_padding_stop():
+    """The encoder finds a batch without padding, which it need not pack; it is none."""
+    model = fastbert.patch(make(BASE), unpad=True)
+    with fastbert.lengths(model, [LENGTH] * ROWS), pytest.raises(RuntimeError, match="lengths"):
+        model(**make_batch(BASE, "right"))
 
 
 def test_a_read_position_that_is_padding_stops():

@@ -42,7 +42,7 @@ print(json.dumps({"folder": folder, "version": fastbert.__version__, "about": ab
 
 def package_files(tree: Path) -> set[str]:
     """Every file of the package, as a path below fastbert/; the link counts as the folder it leads to."""
-    linked = {"kernels/" + path.name for path in (tree / "kernels").glob("*.py")}
+    linked = {str(path.relative_to(tree)) for path in (tree / "kernels").rglob("*.py")}
     own = {str(path.relative_to(tree / "fastbert")) for path in (tree / "fastbert").rglob("*") if path.is_file()}
     return linked | {path for path in own if "__pycache__" not in path}
 
@@ -52,6 +52,7 @@ def modules(tree: Path) -> list[str]:
     return [
         "fastbert.__main__",
         *(f"fastbert.kernels.{path.stem}" for path in sorted((tree / "kernels").glob("*.py"))),
+        *(f"fastbert.kernels.{path.parent.name}" for path in sorted((tree / "kernels").glob("*/__init__.py"))),
     ]
 
 

@@ -22,9 +22,10 @@ def test_git_keeps_the_link_a_link() -> None:
 
 
 def test_every_package_folder_is_listed(sources: list[Path]) -> None:
-    folders = {path.parent for path in sources if path.suffix == ".py" and path.parts[0] == "fastbert"}
-    names = {".".join(folder.parts) for folder in folders}
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == names | {"fastbert.kernels"}
+    files = [path for path in sources if path.suffix == ".py"]
+    names = {".".join(path.parent.parts) for path in files if path.parts[0] == "fastbert"}
+    names |= {".".join(("fastbert", *path.parent.parts)) for path in files if path.parts[0] == "kernels"}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == names
 
 
 def test_every_other_file_is_package_data(sources: list[Path]) -> None:

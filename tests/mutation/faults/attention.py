@@ -6,6 +6,7 @@ from tests.mutation.fault import Fault
 
 TESTS = "tests/kernels/test_attention.py"
 MASKS = "tests/kernels/test_attention_masks.py"
+BOUNDS = "tests/kernels/test_key_bounds.py"
 PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
 CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
 DROPOUT = "tests/kernels/test_attention_dropout.py"
@@ -135,8 +136,8 @@ FAULTS = (
     ),
     _op(
         "values are read by the strides of the keys",
-        before='**_strides("v", v),\n        **_mask_strides(mask),\n        n_heads=n_heads,',
-        after='**_strides("v", k),\n        **_mask_strides(mask),\n        n_heads=n_heads,',
+        before="_strides(q), _strides(k), _strides(v), None",
+        after="_strides(q), _strides(k), _strides(k), None",
         tests=("tests/kernels/test_attention_layouts.py", "-k", "test_four_strides and float64"),
     ),
     _forward(
@@ -159,8 +160,8 @@ FAULTS = (
     ),
     _op(
         "dK and dV are written by 16 bytes though dout is read at odd places",
-        before='"ALIGNED": _aligned(q, k, v, dout, dq, dk, dv),',
-        after='"ALIGNED": _aligned(q, k, v, dq, dk, dv),',
+        before="aligned = _aligned(q, k, v, dout, dq, dk, dv)",
+        after="aligned = _aligned(q, k, v, dq, dk, dv)",
         tests=(f"{ALIGNMENT}::test_an_upstream_gradient_that_is_not_aligned",),
     ),
     _tiles(
@@ -169,11 +170,45 @@ FAULTS = (
         after="SIZES = (",
         tests=("tests/kernels/test_specialisations.py", "-k", "test_every_kernel_compiles_at_every_kind_of_int and one"),
     ),
-    _op(
-        "the last valid key is past the end",
-        before="end = torch.where(key_mask, places + 1, 0).amax(1)",
-        after="end = torch.where(key_mask, places, 0).amax(1)",
-        tests=(f"{MASKS}::test_bounds",),
+    *(
+        Fault(says, file="kernels/key_bounds.py", before=before, after=after, tests=(test,), op="key_bounds", short=short)
+        for says, before, after, test, short in (
+            (
+                "the last valid key is past the end",
+                "tl.where(seen, keys + 1, 0)",
+                "tl.where(seen, keys, 0)",
+                f"{MASKS}::test_bounds",
+                True,
+            ),
+            (
+                "only the first thousand keys are looked at",
+                "for start in range(0, seqlen, BLOCK_N):",
+                "for start in range(0, tl.minimum(seqlen, BLOCK_N), BLOCK_N):",
+                f"{BOUNDS}::test_against_the_reference",
+                True,
+            ),
+            (
+                "a key behind the mask's end is seen",
+                "inside, other=0) != 0",
+                "inside, other=1) != 0",
+                f"{BOUNDS}::test_against_the_reference",
+                False,
+            ),
+            (
+                "keys of all masks are taken for neighbours",
+                "keys.to(tl.int64) * mask_k_stride",
+                "keys.to(tl.int64)",
+                f"{BOUNDS}::test_against_the_reference",
+                False,
+            ),
+            (
+                "keys that lead are counted to the last gap",
+                "leading = tl.minimum(leading, tl.where(seen, seqlen, keys))",
+                "leading = tl.where(seen, leading, keys)",
+                f"{BOUNDS}::test_against_the_reference",
+                False,
+            ),
+        )
     ),
     _op(
         "float32 products are TF32 whatever torch is told",

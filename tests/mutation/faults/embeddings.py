@@ -9,30 +9,32 @@ MODEL = "tests/models/test_embeddings.py"
 
 _op = partial(Fault, file="kernels/embedding_layernorm.py", op="embedding_layernorm")
 _rows = partial(Fault, file="kernels/embedding_rows.py", op="embedding_layernorm")
-_sums = partial(Fault, file="kernels/embedding_gradients.py", op="embedding_layernorm")
+_runs = partial(Fault, file="kernels/embedding_gradients.py", op="embedding_layernorm")
+_sums = partial(Fault, file="kernels/embedding_sums.py", op="embedding_layernorm")
+_layer = partial(Fault, file="fastbert/layers/embeddings.py")
 
 FAULTS = (
-    _sums(
+    _runs(
         "partial sums of a word that many tokens are, are never added up",
         before="max(n_pieces - 1, 0) * col_blocks,",
         after="0,",
         tests=(f"{TESTS}::test_runs_longer_than_a_piece",),
         short=True,
     ),
-    _sums(
+    _runs(
         "the padding row has a gradient",
         before='"skip": -1 if skip is None else skip,',
         after='"skip": -1,',
         tests=(f"{MODEL}::test_the_padding_row_has_no_gradient",),
         short=True,
     ),
-    _sums(
+    _runs(
         "of tokens with one id only the first has a gradient",
         before="taken = steps < length[:, None]",
         after="taken = steps < tl.minimum(length, 1)[:, None]",
         tests=(f"{TESTS}::test_shapes",),
     ),
-    _sums(
+    _runs(
         "of the partial sums of a run sixteen are added up at most",
         before="more = tl.sum(same.to(tl.int32), axis=0) == BLOCK_M",
         after="more = tl.sum(same.to(tl.int32), axis=0) < 0",
@@ -68,16 +70,88 @@ FAULTS = (
         after="dy = dropout(dy, keep_mask(tl.load(seed_ptr) + 1, rows, cols, P_DROP), P_DROP)",
         tests=(f"{TESTS}::test_dropout",),
     ),
-    _op(
+    _sums(
         "the gradient of positions starts at row 0",
-        before="dpositions[offset : offset + seqlen] = by_position",
-        after="dpositions[:seqlen] = by_position",
+        before="place = row - offset",
+        after="place = row",
         tests=(f"{TESTS}::test_offset",),
+    ),
+    _sums(
+        "weight and bias have each other's gradient",
+        before="col_mask & (row == 1)",
+        after="col_mask & (row == 0)",
+        tests=(f"{TESTS}::test_shapes",),
+    ),
+    _sums(
+        "of the partial sums only as many as are read at once are added up",
+        before="for start in range(0, n_rows, BLOCK_M):",
+        after="for start in range(0, tl.minimum(n_rows, BLOCK_M), BLOCK_M):",
+        tests=(f"{TESTS}::test_many_partial_sums",),
+    ),
+    _sums(
+        "a position has the gradient of its first type alone",
+        before="n_rows = tl.where((place >= 0) & (place < n_inner), n_pieces * n_types, 0)",
+        after="n_rows = tl.where((place >= 0) & (place < n_inner), n_pieces, 0)",
+        tests=(f"{TESTS}::test_numbers_of_types",),
+    ),
+    _sums(
+        "a type's gradient leaves out the last place",
+        before="tl.where(row < n_types, n_pieces * n_inner, 0)",
+        after="tl.where(row < n_types, n_pieces * n_inner - 1, 0)",
+        tests=(f"{TESTS}::test_shapes",),
+    ),
+    _sums(
+        "types of all sequences are those of the first sequence's neighbours",
+        before="batch.to(tl.int64) * type_batch_stride + place",
+        after="batch.to(tl.int64) * seqlen + place",
+        tests=(TESTS, "-k", "test_every_way_to_name_rows and float32"),
+    ),
+    _runs(
+        "of one id the later token comes first",
+        before="same_first = (others[None, :] < places[:, None]).to(tl.int32)",
+        after="same_first = (others[None, :] > places[:, None]).to(tl.int32)",
+        tests=(f"{TESTS}::test_ids_are_brought_into_order",),
+    ),
+    _runs(
+        "of one id all tokens get one place",
+        before="same_first = (others[None, :] < places[:, None]).to(tl.int32)",
+        after="same_first = (others[None, :] < 0 * places[:, None]).to(tl.int32)",
+        tests=(f"{TESTS}::test_shapes",),
+    ),
+    _runs(
+        "what lies behind the last id counts as a small one",
+        before="other=LARGEST",
+        after="other=0",
+        tests=(f"{TESTS}::test_ids_are_brought_into_order",),
+    ),
+    _runs(
+        "an id is compared with the first thousand alone",
+        before="for start in range(0, n_places, BLOCK_N):",
+        after="for start in range(0, BLOCK_N, BLOCK_N):",
+        tests=(f"{TESTS}::test_ids_are_brought_into_order",),
+    ),
+    _layer(
+        "a hook that was added to a part after patching is not noticed",
+        before="            or part._forward_hooks\n",
+        after="",
+        tests=(f"{MODEL}::test_hooks_on_an_embedding_see_its_calls", f"{MODEL}::test_what_changed_is_noticed_by_the_next_call"),
+    ),
+    _layer(
+        "a padding row of the positions is not noticed",
+        before="        and position.padding_idx is type_.padding_idx is None\n",
+        after="",
+        tests=(f"{MODEL}::test_what_changed_is_noticed_by_the_next_call",),
+    ),
+    _layer(
+        "a table that moved or changed its dtype is not noticed",
+        before="alike = all(type(tensor) is kind and tensor.dtype is dtype and tensor.device == device for tensor in tensors)",
+        after="alike = True",
+        tests=(f"{MODEL}::test_what_changed_is_noticed_by_the_next_call",),
     ),
     _op(
         "types are read by the stride of the positions",
-        before='"type_batch_stride": _batch_stride(token_type_ids, batch)',
-        after='"type_batch_stride": _batch_stride(position_ids, batch)',
+        before='"type_batch_stride": _batch_stride(token_type_ids, shape)',
+        after='"type_batch_stride": _batch_stride(position_ids, shape)',
         tests=(TESTS, "-k", "test_every_way_to_name_rows and float32"),
     ),
     _op(

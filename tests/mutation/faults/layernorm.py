@@ -94,8 +94,8 @@ FAULTS = (
     ),
     _residual(
         "the residual is read by the strides of x",
-        before="residual_row_stride=residual.stride(0)",
-        after="residual_row_stride=x.stride(0)",
+        before="x.stride(), residual.stride(), widest",
+        after="x.stride(), x.stride(), widest",
         tests=("tests/kernels/test_layouts.py", "-k", "test_every_pair_of_layouts and dropout_add_layernorm"),
     ),
     _residual(
@@ -129,6 +129,18 @@ FAULTS = (
         after="x += 0.0",
         tests=(f"{GELU}::test_leading_dimensions",),
         short=True,
+    ),
+    _gelu(
+        "gradients of vectors are rounded to the weight's dtype, whatever theirs is",
+        before="if len(dtypes) == 1 else mean.dtype",
+        after="if len(dtypes) == 1 else weight.dtype",
+        tests=(f"{GELU}::test_sums_over_rows_are_added_up_and_cast_in_one_launch",),
+    ),
+    _gelu(
+        "sums over rows are cast one by one",
+        before="sums_dtype = dtypes.pop() if len(dtypes) == 1 else mean.dtype",
+        after="sums_dtype = mean.dtype",
+        tests=(f"{GELU}::test_sums_over_rows_are_added_up_and_cast_in_one_launch",),
     ),
     _gelu(
         "the gradient of the product's bias stops before the activation",

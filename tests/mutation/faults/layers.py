@@ -124,14 +124,14 @@ FAULTS = (
     ),
     _embeddings(
         "cached tokens are not counted in positions",
-        before="offset=past if position_ids is None else 0,",
-        after="offset=0,",
+        before="past if position_ids is None else 0,",
+        after="0,",
         tests=(f"{EMBEDDINGS}::test_cached_tokens_are_counted",),
     ),
     _embeddings(
         "a buffer of positions of the user's own is not read",
-        before="counted = position_ids is None and fits and _position_reason(self) is None",
-        after="counted = position_ids is None and fits",
+        before="shape[0] and _position_reason(self) is None:",
+        after="shape[0]:",
         tests=("tests/models/test_replaced_code.py::test_buffers_of_ones_own_are_read",),
     ),
     _embeddings(
@@ -142,14 +142,14 @@ FAULTS = (
     ),
     _embeddings(
         "the layer forgets which row is padding",
-        before="padding_idx=None if input_ids is None else self.word_embeddings.padding_idx,",
-        after="padding_idx=None,",
+        before="None if input_ids is None else self.word_embeddings.padding_idx,",
+        after="None,",
         tests=(f"{EMBEDDINGS}::test_the_padding_row_has_no_gradient",),
     ),
     _embeddings(
         "the embeddings drop in evaluation",
-        before="p=self.dropout.p if self.dropout.training else 0.0,",
-        after="p=self.dropout.p,",
+        before="self.dropout.p if self.dropout.training else 0.0,",
+        after="self.dropout.p,",
         tests=(f"{EMBEDDINGS}::test_dropout_is_drawn_in_training_only",),
     ),
     _integration(
@@ -167,7 +167,7 @@ FAULTS = (
     Fault(
         "every layer works out the mask's bounds",
         file="fastbert/ops.py",
-        before="if key_mask not in _bounds:",
+        before="if bounds is None:",
         after="if True:",
         tests=(f"{ATTENTION}::test_bounds_of_a_mask_are_worked_out_once_a_forward",),
     ),

@@ -81,15 +81,27 @@ FAULTS = (
     ),
     _op(
         "each chunk starts the weight's gradient anew",
-        before="self.hidden[part], self.alpha, part.start == 0)",
-        after="self.hidden[part], self.alpha, True)",
+        before="self._hidden[self._done], self.alpha, self._done == 0)",
+        after="self._hidden[self._done], self.alpha, True)",
         tests=(f"{FUZZ}::test_the_length_of_a_chunk",),
     ),
     _op(
         "the bias gradient keeps float16's scale",
-        before="self.dbias.add_(dlogits.sum(0, dtype=self.dbias.dtype), alpha=self.alpha)",
-        after="self.dbias.add_(dlogits.sum(0, dtype=self.dbias.dtype))",
+        before="return total if self.alpha == 1.0 else total.mul_(self.alpha)",
+        after="return total",
         tests=(f"{TESTS}::test_the_losss_own_gradient",),
+    ),
+    _op(
+        "the bias gradient is the first chunk's",
+        before="total = self._dbias[0] if len(self._dbias) == 1 else self._dbias.sum(0)",
+        after="total = self._dbias[0] if len(self._dbias) else self._dbias.sum(0)",
+        tests=(f"{FUZZ}::test_the_length_of_a_chunk",),
+    ),
+    _op(
+        "the last chunk's rows are the buffer's",
+        before="if len(rows) < len(logits):  # the last",
+        after="if len(rows) < len(logits) // 2:  # the last",
+        tests=(f"{FUZZ}::test_the_length_of_a_chunk", TESTS),
     ),
     _op(
         "the weight's gradient is not divided by the labels that count",

@@ -5,20 +5,21 @@ from functools import partial
 from tests.mutation.fault import Fault
 
 TESTS = "tests/models/test_mlm_head.py"
+HOST = "tests/models/test_heads_host.py"
 
 _fault = partial(Fault, file="fastbert/layers/mlm_heads.py")
 
 FAULTS = (
     _fault(
         "the tied weight has no gradient of the loss",
-        before="return ops.linear_cross_entropy(hidden, weight, bias, targets, **options)",
-        after="return ops.linear_cross_entropy(hidden, weight.detach(), bias, targets, **options)",
+        before="run(module, ops.linear_cross_entropy, hidden, weight, bias, targets, **options)",
+        after="run(module, ops.linear_cross_entropy, hidden, weight.detach(), bias, targets, **options)",
         tests=(TESTS, "-k", "test_training_is_equal and False"),
     ),
     _fault(
         "a causal head predicts the token before",
-        before="targets = pad(labels, (0, 1), value=ignored)[..., 1:]",
-        after="targets = pad(labels, (1, 0), value=ignored)[..., :-1]",
+        before="targets = pad_labels(labels, (0, 1), value=ignored)[..., 1:]",
+        after="targets = pad_labels(labels, (1, 0), value=ignored)[..., :-1]",
         tests=(TESTS, "-k", "test_training_is_equal and False"),
     ),
     _fault(
@@ -29,8 +30,8 @@ FAULTS = (
     ),
     _fault(
         "logits have no gradient",
-        before="logits = head.decoder(hidden)",
-        after="logits = head.decoder(hidden.detach())",
+        before="logits = linear(hidden, weight, bias)",
+        after="logits = linear(hidden.detach(), weight, bias)",
         tests=(f"{TESTS}::test_logits_have_their_gradient",),
     ),
     _fault(
@@ -56,5 +57,35 @@ FAULTS = (
         before="return module._loss_function is ForCausalLMLoss",
         after="return True",
         tests=(f"{TESTS}::test_a_loss_of_the_users_own",),
+    ),
+    _fault(
+        "room that is left over has the label of the first row",
+        before="index.clamp(min=0)).masked_fill_(index < 0, ignored)",
+        after="index.clamp(min=0))",
+        tests=(f"{HOST}::test_room_that_is_left_over_has_no_label",),
+    ),
+    _fault(
+        "under autocast the loss is a 16-bit number",
+        before='options.setdefault("out_dtype", torch.float32)',
+        after='options.setdefault("out_dtype", dtype)',
+        tests=(f"{TESTS}::test_under_autocast",),
+    ),
+    _fault(
+        "the decoder's weight is cast for the loss and again for the logits",
+        before="logits = linear(hidden, weight, bias)",
+        after="logits = linear(hidden, head.decoder.weight, head.decoder.bias)",
+        tests=(f"{HOST}::test_autocast_casts_the_weight_once",),
+    ),
+    _fault(
+        "rows are counted twice",
+        before="_, room, _ = count(None, labelled, counts)",
+        after="_, room, _ = count(None, labelled, ops.row_counts(None, labelled))",
+        tests=(f"{HOST}::test_a_head_launches_no_more_than_it_must",),
+    ),
+    _fault(
+        "arguments of names that stock does not know are handed on",
+        before="if not args and (takes_any or kwargs.keys() <= known):",
+        after="if not args:",
+        tests=(f"{HOST}::test_an_argument_of_an_unknown_name",),
     ),
 )

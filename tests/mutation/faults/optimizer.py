@@ -7,12 +7,15 @@ from tests.mutation.fault import Fault
 KERNEL = "tests/kernels/test_adamw.py"
 OPTIMIZER = "tests/optim/test_adamw.py"
 STATE = "tests/optim/test_state_dict.py"
+HOST = "tests/optim/test_host.py"
+FORMS = "tests/kernels/test_tensor_forms.py"
 GROUPS = "tests/optim/test_groups.py"
 CAPTURE = "tests/optim/test_capture.py"
 FAILING = "tests/faults/test_kernel_fails.py"
 
 _kernel = partial(Fault, file="kernels/adamw.py", op="adamw")
 _table = partial(Fault, file="kernels/adamw_table.py", op="adamw")
+_forms = partial(Fault, file="kernels/tensor_forms.py", op="adamw")
 _optimizer = partial(Fault, file="fastbert/optim.py")
 _failures = partial(Fault, file="kernels/failures.py")
 _groups = partial(Fault, file="fastbert/groups.py")
@@ -94,33 +97,69 @@ FAULTS = (
     ),
     _table(
         "a gradient that moved off its 16-byte boundary is still loaded as a vector",
-        before="moved[GRAD] = [pointer % VECTOR_BYTES for pointer in moved[GRAD]]",
-        after="moved[GRAD] = []",
+        before="return not any([(old - new) % VECTOR_BYTES for old, new in zip(before[moved], pointers[moved], strict=True)])",
+        after="return True",
         tests=(f"{KERNEL}::test_a_gradient_that_moves_off_its_boundary_and_back",),
     ),
     _table(
-        "a gradient of another dtype at the same address is read as the one before",
-        before="for column in (param, grad, exp_avg, exp_avg_sq, step)]\n    found +=",
-        after="for column in (param, exp_avg, exp_avg_sq, step)]\n    found +=",
+        "a tensor of another dtype at the same address is read as the one before",
+        before=" or not self._forms.same(tensors):",
+        after=":",
         tests=(f"{KERNEL}::test_a_tensor_that_changes_its_dtype_at_the_same_address",),
     ),
     _table(
         "a master of another dtype at the same address is read as the one before",
-        before="found += ([None if tensor is None else tensor.dtype for tensor in column] for column in absent)",
-        after="found += ([None for tensor in column] for column in absent)",
+        before="found += [tensor for tensor in column if tensor is not None]",
+        after="found += []",
         tests=(f"{KERNEL}::test_a_tensor_that_changes_its_dtype_at_the_same_address",),
     ),
     _table(
-        "a gradient that is cut down at the same address is read past its end",
-        before="found += (list(map(Tensor.size, column)), list(map(Tensor.stride, column)))",
-        after="found += (list(map(Tensor.stride, column)),)",
-        tests=(f"{KERNEL}::test_a_tensor_that_is_cut_down_at_the_same_address",),
+        "a moment that moved is taken for a gradient that did",
+        before=" or before[moved.stop :] != pointers[moved.stop :]:",
+        after=":",
+        tests=(f"{HOST}::test_what_is_changed_by_hand_is_noticed",),
     ),
     _table(
-        "moments that change their strides at the same address are read as before",
-        before="found += (list(map(Tensor.stride, column)) for column in (exp_avg, exp_avg_sq))",
-        after="found += ([] for column in (exp_avg, exp_avg_sq))",
+        "a parameter that changed its group steps by the numbers of the old one",
+        before="self._places != (columns.group, present)",
+        after="self._places[1] != present",
+        tests=(f"{HOST}::test_what_is_changed_by_hand_is_noticed",),
+    ),
+    _table(
+        "gradients that moved are read where they were",
+        before="            self._send(pointers)\n        return True",
+        after="            self._pointers = pointers\n        return True",
+        tests=(f"{KERNEL}::test_tables_are_kept_while_nothing_moves", f"{OPTIMIZER}::test_torchs_own_configurations"),
+    ),
+    _table(
+        "launches planned anew have no numbers",
+        before="self._forms, self._numbers = None, None",
+        after="self._forms = None",
+        tests=(f"{KERNEL}::test_a_gradient_that_moves_off_its_boundary_and_back",),
+    ),
+    _forms(
+        "a tensor that is cut down at the same address is read past its end",
+        before='for name in ("dtype", "device", "layout", "shape")]',
+        after='for name in ("dtype", "device", "layout")]',
+        tests=(f"{KERNEL}::test_a_tensor_that_is_cut_down_at_the_same_address", FORMS),
+    ),
+    _forms(
+        "tensors that change their strides at the same address are read as before",
+        before="found.append([tensor.stride() if tensor.layout is torch.strided else None for tensor in tensors])",
+        after="found.append([])",
         tests=(f"{KERNEL}::test_a_tensor_that_changes_its_strides_at_the_same_address",),
+    ),
+    _forms(
+        "torch's guards are used whatever they notice",
+        before="return TensorGuards if _notices(TensorGuards) else None",
+        after="return TensorGuards",
+        tests=(f"{FORMS}::test_a_release_whose_guards_miss_something",),
+    ),
+    _forms(
+        "fewer tensors than there were are compared with the first of them",
+        before="if self._guards is not None and len(tensors) == self._length and self._guards.check(*tensors):",
+        after="if self._guards is not None and self._guards.check(*tensors):",
+        tests=(f"{FORMS}::test_fewer_more_or_none",),
     ),
     _table(
         "a graph copies its tables from memory of the host",
@@ -163,6 +202,24 @@ FAULTS = (
         before="tables = Tables(captured=True)",
         after="tables = self._tables = self._tables or Tables()",
         tests=(f"{CAPTURE}::test_captures_in_a_row",),
+    ),
+    _optimizer(
+        "a captured step is taken for one like the last",
+        before="or not all(states) or _is_capturing(params[0]):",
+        after="or not all(states):",
+        tests=(f"{CAPTURE}::test_captures_in_a_row",),
+    ),
+    _optimizer(
+        "states in another order than the parameters make every step a slow one",
+        before="        return [self.state.get(param) for param in params]\n",
+        after="        return states\n",
+        tests=(f"{HOST}::test_no_python_function_runs_for_each_parameter",),
+    ),
+    _optimizer(
+        "masters asked for midway are not made",
+        before='self._masters != [group["master_weights"] for group in groups]:',
+        after="len(self._masters) != len(groups):",
+        tests=(f"{HOST}::test_masters_asked_for_midway",),
     ),
     _optimizer(
         "masters are loaded in 16 bits",

@@ -7,59 +7,133 @@ from tests.mutation.fault import Fault
 TESTS = "tests/models/test_unpad.py"
 LENGTHS = "tests/models/test_lengths.py"
 
+PACKED = "tests/kernels/test_packed_rows.py"
+COUNTS = "tests/kernels/test_row_counts.py"
+
+_kernel = partial(Fault, file="kernels/packed_rows.py", op="packed_rows")
+_counting = partial(Fault, file="kernels/row_counts.py", op="row_counts")
 _rows = partial(Fault, file="fastbert/layers/packing.py")
 _plan = partial(Fault, file="fastbert/layers/plan.py")
 _encoder = partial(Fault, file="fastbert/layers/encoder.py")
-_counts = partial(Fault, file="fastbert/layers/counts.py")
 
 FAULTS = (
-    _rows(
+    _kernel(
         "a mask with holes is taken for a length",
-        before="flat = chosen.flatten()",
-        after="flat = (torch.arange(chosen.shape[1], device=chosen.device) < chosen.sum(1, keepdim=True)).flatten()",
-        tests=(f"{TESTS}::test_true_is_equal_at_every_real_position",),
+        before="token = (token != 0).to(tl.int64)",
+        after="token = (numbers - row * seqlen < tl.load(counts_ptr + batch)).to(tl.int64)",
+        tests=(f"{PACKED}::test_against_the_reference", f"{TESTS}::test_true_is_equal_at_every_real_position"),
+        short=True,
     ),
-    _rows(
+    _kernel(
         "padding comes out as the token before it",
-        before="inverse = torch.where(flat & (places < room), places, -1).to(torch.int32)",
-        after="inverse = torch.where(places < room, places, -1).to(torch.int32)",
-        tests=(f"{TESTS}::test_true_gives_zeros_where_padding_is",),
+        before="tl.store(inverse_ptr + numbers, tl.where(packed, places, -1), inside)",
+        after="tl.store(inverse_ptr + numbers, places, inside)",
+        tests=(f"{PACKED}::test_against_the_reference", f"{TESTS}::test_true_gives_zeros_where_padding_is"),
+        short=True,
     ),
-    _rows(
-        "a head that reads the first position gets the last",
-        before="first[:, 0] = True",
-        after="first[:, -1] = True",
+    _kernel(
+        "a head that reads the first position gets the second",
+        before="read = (cols == 0).to(tl.int64)",
+        after="read = (cols == 1).to(tl.int64)",
         tests=(f"{TESTS}::test_without_padding_the_last_layer_runs_at_the_first_rows_still",),
     ),
-    _rows(
+    _kernel(
         "what is left of the room joins the last sequence",
-        before="    if not exact:\n",
-        after="    if not exact and False:\n",
+        before="bounds = tl.minimum(every + steps * longest, room)",
+        after="bounds = tl.minimum(every + steps * 0, room) + tl.where(steps > 0, room - every, 0)",
         tests=(f"{LENGTHS}::test_what_is_left_of_the_room_is_in_sequences_of_its_own",),
+    ),
+    _kernel(
+        "what is left of the room is not filled",
+        before="tl.store(index_ptr + places, tl.full([BLOCK_N], -1, tl.int32), places < room)",
+        after="tl.store(index_ptr + places, tl.full([BLOCK_N], 0, tl.int32), places < room)",
+        tests=(f"{PACKED}::test_against_the_reference",),
+    ),
+    _kernel(
+        "of many rows, those before are added up as far as a program sees at once",
+        before="before += tl.where(rows < batch, count, 0)",
+        after="before += tl.where((rows < batch) & (start == 0), count, 0)",
+        tests=(f"{PACKED}::test_many_rows",),
+    ),
+    _kernel(
+        "rows past the room are written",
+        before="packed = (token != 0) & (places < room)",
+        after="packed = token != 0",
+        tests=(f"{PACKED}::test_what_the_room_is_too_small_for_is_left_out_and_said",),
+    ),
+    _kernel(
+        "a row that is read is looked for among all rows, not among the tokens",
+        before="tl.store(inner_index_ptr + read_places, tl.where(packed, places, -1), taken)",
+        after="tl.store(inner_index_ptr + read_places, numbers.to(tl.int32), taken)",
+        tests=(f"{PACKED}::test_against_the_reference",),
+    ),
+    _kernel(
+        "given lengths that are too small leave tokens out",
+        before="fits = (n_tokens == room) if EXACT else (n_tokens <= room)",
+        after="fits = n_tokens >= 0",
+        tests=(f"{LENGTHS}::test_numbers_that_are_wrong_stop",),
+    ),
+    _kernel(
+        "a given longest row that is too short leaves keys out",
+        before="tl.store(fits_ptr, fits & (most <= longest))",
+        after="tl.store(fits_ptr, fits)",
+        tests=(f"{PACKED}::test_what_is_claimed_is_compared",),
+    ),
+    _counting(
+        "the last block of a row is not counted",
+        before="for start in range(0, seqlen, BLOCK_N):",
+        after="for start in range(0, seqlen - 1023, BLOCK_N):",
+        tests=(f"{COUNTS}::test_against_the_reference",),
+    ),
+    _counting(
+        "a position is read that is padding, and only the last block says so",
+        before="missing |= (read & (token == 0)).to(tl.int32)",
+        after="missing = (read & (token == 0)).to(tl.int32)",
+        tests=(f"{COUNTS}::test_a_read_position_that_is_padding_is_noticed_wherever_it_is",),
+    ),
+    _counting(
+        "where nobody says what is read, no position is",
+        before="read = (cols == 0) & inside",
+        after="read = (cols < 0) & inside",
+        tests=(f"{TESTS}::test_a_row_of_padding_alone_stays_padded",),
+        short=True,
+    ),
+    _counting(
+        "the columns of what is read are taken as far apart as those of the tokens",
+        before="batch * read_batch_stride + cols * read_col_stride",
+        after="batch * read_batch_stride + cols * tokens_col_stride",
+        tests=(f"{COUNTS}::test_layouts",),
+    ),
+    _counting(
+        "how many are read is counted among the tokens",
+        before="n_read += read.to(tl.int32)",
+        after="n_tokens += read.to(tl.int32)",
+        tests=(f"{COUNTS}::test_against_the_reference",),
+        short=True,
     ),
     _rows(
         "where one has empty sequences at its end, bounds of keys and queries are exchanged",
         before="return longer[0], longer[1]",
         after="return longer[more > 0], longer[more <= 0]",
-        tests=(f"{LENGTHS}::test_a_budget", f"{TESTS}::test_auto_is_invisible_where_the_first_position_is_read"),
+        tests=(f"{LENGTHS}::test_a_budget_of_what_is_read_alone",),
     ),
     _plan(
         "a first position that is padding is read",
-        before="padding = missing(mask, told) if checked else None",
-        after="padding = None",
+        before="tokens, reads, padding = tokens or found[0], reads or found[1], found[2] and alone",
+        after="tokens, reads = tokens or found[0], reads or found[1]",
         tests=(f"{TESTS}::test_a_row_of_padding_alone_stays_padded",),
     ),
     _plan(
         "given lengths are believed although a padding position is read",
-        before='torch._assert_async(~missing(mask, told), "lengths: given, but a position that is padding is read")',
-        after="pass",
+        before="checked = (*claims, alone and mask is not None and not counted)",
+        after="checked = (*claims, False)",
         tests=(f"{LENGTHS}::test_a_read_position_that_is_padding_stops",),
     ),
-    _counts(
-        "given lengths that are too small leave tokens out",
-        before="torch._assert_async(fits & (counts.amax() <= room.longest)",
-        after="torch._assert_async(fits | (counts.amax() <= room.longest)",
-        tests=(f"{LENGTHS}::test_numbers_that_are_wrong_stop",),
+    _plan(
+        "given lengths are believed where they say that there is no padding",
+        before="if reason is not None and read is None and not claims[0]:",
+        after="if reason is not None and read is None:",
+        tests=(f"{LENGTHS}::test_lengths_that_deny_the_padding_stop",),
     ),
     _encoder(
         "unpad='auto' packs although everything can be seen",

@@ -1,0 +1,133 @@
+"""BertLayer: all that it computes in one op, where nothing but its result can be seen; else module by module."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.dispatch import Replicated, autocast_dtype, device_reason, mode_reason, refused
+from fastbert.integrations.attention import argument_reason
+from fastbert.layers import stock
+from fastbert.layers.masks import HandedMask
+from fastbert.layers.packing import Packing, side_by_side
+from fastbert.layers.settled import Settled, settled
+
+
+class BertLayer(Replicated, stock.BertLayer):
+    """BertLayer on the encoder_layer op."""
+
+    @stock.fast_forward_of(stock.BertLayer)
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():  # whose graph is of the modules' own ops
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        packing = kwargs.get("packing")
+        if isinstance(packing, Packing):  # and no keyword of a user's
+            return self._packed(hidden_states, attention_mask, packing, bool(kwargs.get("reads")))
+        result = self._attempted(hidden_states, attention_mask, args, kwargs)
+        if refused(self, result if isinstance(result, str) else None):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return result
+
+    def _packed(self, hidden_states: Tensor, mask: Any, packing: Packing, reads: bool) -> Tensor:
+        """hidden_states [1, T, H]; `reads`: the result is of the rows that are read, [1, N, H]."""
+        tokens, queries, longest_read = packing.tokens, None, None
+        cu_seqlens, cu_seqlens_q = tokens.cu_seqlens, None
+        if reads:
+            queries = packing.read.within(tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
+            cu_seqlens, cu_seqlens_q = side_by_side(tokens, packing.read)
+            longest_read = packing.read.max_seqlen
+        bounds = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, longest_read
+        known = mask.settled.pop(self, None) if isinstance(mask, HandedMask) else None
+        result = self._run(known or settled(self), hidden_states, *bounds)
+        if not refused(self, result if isinstance(result, str) else None):
+            return result
+        return at_rows(self, hidden_states, packing) if reads else super().forward(hidden_states, None, packing=packing)
+
+    def _attempted(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
+        """What the op gives for a call that the encoder made, or why it does not take that."""
+        if not isinstance(mask, HandedMask):
+            return "a mask that the model did not hand on"
+        if mask.general is not None:
+            return "a mask between queries and keys"
+        for value in (*args, kwargs.get("past_key_values"), kwargs.get("cache"), kwargs.get("encoder_hidden_states")):
+            if value is not None:
+                return "cross-attention or a cache"
+        known = mask.settled.pop(self, None) or settled(self)  # once: gradient checkpointing comes back later
+        if known.reason is None and (reason := mask.by_module or _asks_for_more(known, kwargs)) is not None:
+            return reason
+        keys = mask.keys
+        if keys is not None and keys.shape != hidden_states.shape[:2]:
+            return "a mask for other rows"
+        return self._run(known, hidden_states, keys, mask.bounds, None, None, None, None, None)
+
+    def _run(self, known: Settled, hidden_states: Tensor, *bounds: Any) -> Tensor | str:
+        """What the op gives, or why it takes no such call."""
+        if known.reason is not None:
+            return known.reason
+        if ops.failures.reasons and (failed := ops.failures.reasons.keys() & ops.LAYER_KERNELS):
+            return f"{min(failed)} failed: {ops.failures.reasons[min(failed)]}"
+        if self.chunk_size_feed_forward:
+            return "a feed-forward in chunks"
+        weights = known.weights()
+        if isinstance(weights, str):
+            return weights
+        low = autocast_dtype(hidden_states.device.type)
+        if (reason := _tensor_reason(hidden_states, weights.query, low)) is not None:
+            return reason
+        settings = known.settings(hidden_states.shape[-1])
+        if isinstance(settings, str):
+            return settings
+        norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
+        try:
+            return ops.encoder_layer(hidden_states, weights, settings, *bounds, low, norm_dtype)
+        except ops.KernelFailed as failure:
+            if ops.failures.strict:
+                raise
+            return f"{failure.kernel} failed: {failure.reason}"
+
+
+def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
+    """A layer module by module at the rows that are read: [1, T, H] -> [1, N, H]."""
+    rows = packing.read.within(packing.tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
+    attended, _ = layer.attention.self(hidden_states, packing=packing, queries=rows)
+    return layer.feed_forward_chunk(layer.attention.output(attended, rows))
+
+
+_POSITIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
+# What encoders hand on to every layer and no attention function takes.
+_PASSED = {"encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "cache_position", "use_cache"}
+_PASSED |= {"output_attentions", "position_ids"}
+
+
+def _asks_for_more(known: Settled, kwargs: dict[str, Any]) -> str | None:
+    """Why keywords ask for what the op does not compute, or None."""
+    if kwargs.get("output_attentions"):
+        return "attention weights were asked for"
+    passed = _PASSED.issuperset(kwargs)
+    if passed and kwargs.get("position_ids") is None:
+        return None
+    implementation = known.config._attn_implementation
+    if not passed and (reason := argument_reason(implementation, tuple(kwargs))) is not None:
+        return reason
+    if implementation and "flash" in implementation and any([kwargs.get(name) is not None for name in _POSITIONS]):
+        return "position ids or bounds, from which the model's own attention reads where packed sequences start"
+    return None
+
+
+def _tensor_reason(hidden_states: Tensor, weight: Tensor, low: torch.dtype | None) -> str | None:
+    """Why the op cannot take these tensors together, or None."""
+    dtype = hidden_states.dtype
+    if type(hidden_states) is not Tensor:
+        return f"{type(hidden_states).__name__} is not a plain tensor"
+    if low is None and weight.dtype != dtype:
+        return f"{dtype} and {weight.dtype} together outside autocast"
+    if weight.device != hidden_states.device:
+        return f"tensors on {hidden_states.device} and {weight.device}"
+    if low is not None and torch.float64 in (dtype, weight.dtype):
+        return "float64, which autocast leaves alone"
+    if not hidden_states.numel():
+        return "an empty batch"
+    if not hidden_states.is_contiguous() or hidden_states.data_ptr() % 16:
+        return "hidden states that are not contiguous, or do not start at a multiple of 16 bytes"
+    return device_reason(hidden_states.device, low or dtype) or mode_reason()

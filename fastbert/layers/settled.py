@@ -1,0 +1,183 @@
+"""What a BertLayer is made of, looked at once, and whether it still is that: asked at each call, in a few microseconds.
+
+The layer's op does the work of all modules inside it, so none of them may be anything else than it seems: a hook, another
+module or class in its place, a forward of somebody's own must be noticed by the next call.
+"""
+
+from operator import attrgetter, itemgetter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastbert import ops
+from fastbert.dispatch import hooked, is_plain, is_plain_tensor
+from fastbert.layers import attention, intermediate, residual_norm, stock
+from fastbert.layers.parts import kernel_activation
+
+_PARTS = {
+    "attention": stock.BertAttention,
+    "attention.self": attention.BertSelfAttention,
+    "attention.output": residual_norm.BertSelfOutput,
+    "intermediate": intermediate.BertIntermediate,
+    "output": residual_norm.BertOutput,
+}
+_LINEARS = (
+    *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    *("intermediate.dense", "output.dense"),
+)
+_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+_DROPOUTS = ("attention.self.dropout", "attention.output.dropout", "output.dropout")
+_UNSUPPORTED = {
+    "attention.self": attention.unsupported,
+    "attention.output": residual_norm.unsupported,
+    "intermediate": intermediate.unsupported,
+    "output": residual_norm.unsupported,
+}
+
+
+class Settled:
+    """`reason` is why the layer's op may not stand in for these modules, or None; both hold while `holds()` says so."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        inside = {name: module for name, module in layer.named_modules() if name}
+        modules = list(inside.values())
+        self._children = [(module._modules, dict(module._modules)) for module in (layer, *modules) if module._modules]
+        self._modules, self._types = modules, list(map(type, modules))
+        self._classes = list(dict.fromkeys(self._types))
+        self._forwards = list(map(_FORWARD, self._classes))
+        self._hooks = [hooks for module in modules for hooks in _hooks_of(module)]
+        self._known_hooks = [dict(hooks) for hooks in self._hooks if hooks]
+        self._dicts = [vars(module) for module in modules]
+        self._known_own = self._own_forwards()
+        self.own_hooks = _hooks_of(layer)
+        self._untested = stock.untested("BertLayer")
+        self.reason = self._untested or _reason(inside)
+        if self.reason is None:
+            self._settle(inside)
+
+    def _settle(self, inside: dict[str, nn.Module]) -> None:
+        order = (*_LINEARS[:4], _NORMS[0], *_LINEARS[4:], _NORMS[1])  # as ops.Weights has them
+        self._parameters = [inside[name]._parameters for name in order]
+        self._seen: tuple[list[Any], ...] | None = None
+        self._unfit: str | None = None
+        self.attention = vars(inside["attention.self"])
+        self.config = inside["attention.self"].config
+        self._dropouts = [vars(inside[name]) for name in _DROPOUTS]
+        self._norms = [vars(inside[name]) for name in _NORMS]
+        self._activates = vars(inside["intermediate"])
+        activation = inside["intermediate"].intermediate_act_fn
+        self._form = vars(activation) if isinstance(activation, nn.GELU) else {}
+        self._activation = self._activates.get("intermediate_act_fn"), self._form.get("approximate")
+        self.activation = kernel_activation(activation)
+
+    def holds(self) -> bool:
+        """Whether nothing that was looked at has changed. What a call reads itself (parameters, numbers, modes) is not."""
+        return (
+            all([children == known for children, known in self._children])
+            and list(map(type, self._modules)) == self._types
+            and list(map(_FORWARD, self._classes)) == self._forwards
+            and list(filter(None, self._hooks)) == self._known_hooks
+            and self._own_forwards() == self._known_own
+            and not _has_any_global_hook()
+            and stock.untested("BertLayer") == self._untested
+            and (
+                self.reason is not None
+                or (self._activates.get("intermediate_act_fn"), self._form.get("approximate")) == self._activation
+            )
+        )
+
+    def _own_forwards(self) -> list[Any]:
+        return [own["forward"] for own in self._dicts if "forward" in own]
+
+    def weights(self) -> Any:
+        """The parameters as they are now (ops.Weights), or why the op does not take them."""
+        try:
+            found = [tensor for own in self._parameters for tensor in _BOTH(own)]
+        except KeyError:
+            return "a replica, or a parameter that was replaced"
+        if list(map(type, found)) != _PARAMETERS and not all(
+            tensor is not None and is_plain_tensor(tensor) for tensor in found
+        ):
+            return "a parameter that is no plain tensor"
+        matrices = _MATRICES(found)
+        seen = (
+            list(map(Tensor.data_ptr, found)),
+            [tensor.dtype for tensor in found],
+            [tensor.shape for tensor in matrices],  # to which the vectors' belong
+            [tensor.is_contiguous() for tensor in matrices],
+        )
+        if seen != self._seen:
+            self._seen, self._unfit = seen, _unfit(ops.Weights._make(found))
+        return self._unfit or ops.Weights._make(found)
+
+    def settings(self, hidden: int) -> Any:
+        """The numbers as they are now (ops.Settings), or why the op does not take them."""
+        attention, (scores, attended, output), (first, second) = self.attention, self._dropouts, self._norms
+        head_size = attention["attention_head_size"]
+        if hidden % head_size:
+            return f"a head size of {head_size}, of which no number fits {hidden}"
+        return ops.Settings(
+            hidden // head_size,
+            self.activation,
+            first["eps"],
+            second["eps"],
+            scores["p"] if attention["training"] else 0.0,
+            attended["p"] if attended["training"] else 0.0,
+            output["p"] if output["training"] else 0.0,
+            attention["is_causal"],
+            attention["scaling"],
+        )
+
+
+_settled: WeakKeyDictionary[nn.Module, Settled] = WeakKeyDictionary()
+
+
+def settled(layer: nn.Module) -> Settled:
+    """What holds of `layer` now."""
+    known = _settled.get(layer)
+    if known is None or not known.holds():
+        known = _settled[layer] = Settled(layer)
+    return known
+
+
+_FORWARD = attrgetter("forward")
+_BOTH = itemgetter("weight", "bias")
+_PARAMETERS = [nn.Parameter] * 16
+_MATRICES = itemgetter(0, 2, 4, 6, 10, 12)
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def _reason(inside: dict[str, nn.Module]) -> str | None:
+    for name, cls in _PARTS.items():
+        module = inside.get(name)
+        if type(module) is not cls:
+            return f"{name} is a {type(module).__name__}"
+        if hooked(module):
+            return f"{name} has hooks, or a forward of its own"
+    for name in _LINEARS:
+        if not is_plain(inside[name], nn.Linear):
+            return f"{name} is a {type(inside[name]).__name__}, or has hooks"
+        if inside[name].bias is None:
+            return f"{name} has no bias"
+    return next((f"{name}: {why}" for name, of in _UNSUPPORTED.items() if (why := of(inside[name]))), None)
+
+
+def _unfit(weights: Any) -> str | None:
+    """Why the op does not take these weights, or None."""
+    first = weights.query
+    inner, hidden = weights.intermediate.shape[0], first.shape[-1]
+    matrices = {"intermediate": (inner, hidden), "output": (hidden, inner), "intermediate_bias": (inner,)}
+    for name, tensor in zip(ops.Weights._fields, weights, strict=True):
+        square = name in ("query", "key", "value", "attention_output")
+        if tuple(tensor.shape) != matrices.get(name, (hidden, hidden) if square else (hidden,)):
+            return f"weights of other shapes: {name} is {tuple(tensor.shape)}"
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            return f"parameters of {first.dtype} on {first.device} and {tensor.dtype} on {tensor.device}"
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            return f"{name} is not contiguous, or does not start at a multiple of 16 bytes"
+    return None

@@ -1,0 +1,252 @@
+"""A whole layer of BERT as one op: y = LN(dropout(gelu(y1 W1' + b1) W2' + b2) + y1), y1 = LN(dropout(a Wo' + bo) + x),
+where a is the attention of x's projections.
+
+Host time is why: on a fast GPU a layer's kernels are done before Python has called its modules one by one. Here a layer is
+a straight line of 27 launches, forward and backward, of kernels that were bound before (plan.py), in one autograd function.
+And some work is only saved in this form: a residual's gradient is added inside a product (6 T H elements of memory traffic),
+the sums of all vectors' gradients end in one launch, and of the activation only the input is kept, since its gradient's own
+pass over memory makes its output again (4 of 16 T H elements a layer for the write of as many, which no switch is worth).
+
+    forward    products 8 T H^2 + 4 T H F operations, attention 4 T S H; kernels between them 14 T H elements
+    backward   twice the products, attention as in attention.py; kernels between them 31 T H elements
+
+Saved: see forward.Saved. Attention, dropout, LayerNorm and the activation are the single ops' own kernels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import failures
+from ..attention import bounds_of
+from ..failures import KernelFailed
+from ..launch import NotTwice, needs_backward
+from . import plain
+from .backward import Gradients, backward
+from .checks import check
+from .forward import Inputs, Saved, draw_seeds, forward
+from .plan import Plan, plan_of
+from .products import Products
+from .settings import Call, Settings, Weights
+
+__all__ = ["encoder_layer"]
+
+# What a layer may launch, by which a failure is told to be one of its own.
+KERNELS = {
+    "attention_fwd_kernel",
+    "attention_bwd_rows_kernel",
+    "attention_bwd_q_kernel",
+    "attention_bwd_kv_kernel",
+    "bias_gelu_fwd_kernel",
+    "bias_gelu_bwd_kernel",
+    "column_sums_kernel",
+    "dropout_add_layernorm_fwd_kernel",
+    "dropout_add_layernorm_bwd_kernel",
+}
+
+
+def encoder_layer(
+    x: Tensor,
+    weights: Weights,
+    settings: Settings,
+    *,
+    key_mask: Tensor | None = None,
+    key_bounds: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    queries: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    product_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """One layer of BERT's encoder.
+
+    Args:
+        x: [B, S, H], or packed [T, H]. fp64, fp32, fp16 or bf16.
+        weights: the layer's parameters, of one dtype.
+        settings: its numbers.
+        key_mask: bool [B, S], true where a key is valid.
+        key_bounds: bounds_of(key_mask), where it is known already.
+        cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T.
+        max_seqlen: length of the longest packed sequence, or more.
+        queries: [N, H], the packed rows that are read, where those are not all: the result is of these alone.
+        cu_seqlens_q, max_seqlen_q: the same of them.
+        product_dtype: of the matrix products and attention, as autocast has it; x's by default.
+        norm_dtype: that LayerNorm returns (autocast asks for float32); by default what its sum has.
+        seed: int64 [6], of which the dropouts take the first, third and fifth; drawn from torch's generator when None and
+            something is dropped.
+
+    Returns:
+        The shape of x, or of queries; contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an activation that has no kernel, a probability outside
+            [0, 1], packed rows with a key_mask.
+    """
+    bounds = key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q
+    dtypes = product_dtype, norm_dtype
+    check(x, weights, settings, *bounds, *dtypes, seed)
+    if key_mask is not None:
+        key_bounds = bounds_of(key_mask) if key_bounds is None else key_bounds
+    masks = (None if tensor is None else aligned(tensor) for tensor in (key_mask, key_bounds, cu_seqlens))
+    key_mask, key_bounds, cu_seqlens = masks
+    x, queries, cu_seqlens_q = (None if tensor is None else aligned(tensor) for tensor in (x, queries, cu_seqlens_q))
+    weights = Weights(*map(aligned, weights))
+    bounds = key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q
+    if settings.drops:
+        seed = draw_seeds(settings, x.device) if seed is None else aligned(seed)
+    with torch.autocast(x.device.type, enabled=False):  # products have the dtype that was asked for
+        try:
+            return unchecked(x, weights, settings, *bounds, *dtypes, seed)
+        except KernelFailed:
+            if failures.strict:
+                raise
+            return plain.forward(x, weights, settings, *bounds, *dtypes, seed)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor` as the layer's kernels take it, contiguous and from a multiple of 16 bytes on; a copy where it is not so."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def unchecked(
+    x: Tensor,
+    weights: Weights,
+    settings: Settings,
+    key_mask: Tensor | None,
+    key_bounds: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    queries: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+    product_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """encoder_layer for arguments that are known to fit and are aligned; `seed` is drawn where it is None, key_bounds are
+    those of the key_mask, and the current device is x's.
+
+    Raises:
+        KernelFailed: a kernel cannot be compiled or loaded, which was noted (failures.reasons). Nothing was computed.
+    """
+    if _elsewhere(x):
+        with torch.cuda.device(x.device):
+            return unchecked(
+                *(x, weights, settings, key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q),
+                *(product_dtype, norm_dtype, seed),
+            )
+    packed = cu_seqlens is not None
+    hidden = x.shape[-1]
+    call = Call(
+        x.numel() // hidden,
+        cu_seqlens.shape[0] - 1 if packed else x.shape[0],
+        max_seqlen if packed else x.shape[1],
+        None if queries is None else queries.numel() // hidden,
+        max_seqlen_q,
+        packed,
+        key_mask is not None,
+        hidden,
+        weights.intermediate.shape[0],
+        x.dtype,
+        weights.query.dtype,
+        product_dtype or x.dtype,
+        norm_dtype,
+        x.device,
+        torch.get_float32_matmul_precision(),
+        needs_backward(x, queries, *weights),
+    )
+    masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens
+    try:
+        plan = plan_of(call, settings)
+        if call.gradient:
+            apply = _Layer.apply if torch._C._are_functorch_transforms_active() else _apply
+            return apply(plan, settings, masks, seed, x, queries, *weights)
+        seed = draw_seeds(settings, x.device) if seed is None else seed
+        y, _ = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
+        return y
+    except KernelFailed as failure:
+        failures.note(failure)
+        raise
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        settings: Settings,
+        masks: tuple[Tensor | None, ...],
+        seed: Tensor | None,
+        x: Tensor,
+        queries: Tensor | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        weights = Weights(*weights)
+        seed = draw_seeds(settings, x.device) if seed is None else seed
+        y, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
+        w = weights
+        ctx.save_for_backward(*saved[:-1], *saved.products, w.attention_norm, w.intermediate_bias, w.output_norm, seed)
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.settings, ctx.masks, ctx.weights = plan, settings, masks, weights
+        ctx.shapes = x.shape, None if queries is None else queries.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * (4 + len(ctx.needs_input_grad[4:]))
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                found = _gradients(ctx, dy)
+            found = [None if g is None else NotTwice.apply(g.detach().requires_grad_()) for g in found]
+        else:
+            found = _gradients(ctx, dy)
+        return *(None,) * 4, *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[4:], strict=True))
+
+
+# Function's own looks for what functorch's transforms may have left in each argument.
+_apply = super(torch.autograd.Function, _Layer).apply
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, of the queries and of each weight, those that are needed and some others."""
+    if _elsewhere(dy):
+        with torch.cuda.device(dy.device):
+            return _gradients(ctx, dy)
+    if torch.is_autocast_enabled(dy.device.type):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _gradients(ctx, dy)
+    *tensors, attention_norm, intermediate_bias, output_norm, seed = ctx.saved_tensors
+    plan, settings = ctx.plan, ctx.settings
+    saved = Saved(*tensors[:8], Products(*tensors[8:]))
+    vectors = {"attention_norm": attention_norm, "intermediate_bias": intermediate_bias, "output_norm": output_norm}
+    weights = ctx.weights._replace(**vectors)
+    inputs = Inputs(saved.x, saved.queries, dy.shape, *ctx.masks)
+    needs_x, needs_queries, *needs_weights = ctx.needs_input_grad[4:]
+    needed = Gradients(needs_x, needs_queries, Weights(*needs_weights))
+    dy = aligned(dy).view(plan.n_rows, plan.call.hidden)
+    try:
+        dx, dqueries, dweights = backward(plan, settings, dy, inputs, saved, weights, seed, needed)
+    except KernelFailed as failure:
+        if failures.strict:
+            raise
+        failures.note(failure)
+        dx, dqueries, *dweights = plain.gradients(plan, settings, dy, inputs, weights, seed)
+    return *(None if d is None else d.view(shape) for d, shape in zip((dx, dqueries), ctx.shapes, strict=True)), *dweights
+
+
+def _inputs(x: Tensor, queries: Tensor | None, masks: tuple[Tensor | None, ...]) -> Inputs:
+    hidden = x.shape[-1]
+    if queries is None:
+        return Inputs(x.view(-1, hidden), None, x.shape, *masks)
+    return Inputs(x.view(-1, hidden), queries.view(-1, hidden), queries.shape, *masks)
+
+
+def _elsewhere(x: Tensor) -> bool:
+    """Whether another device than x's is the current one."""
+    return x.is_cuda and x.device.index != torch._C._cuda_getDevice()

@@ -1,0 +1,83 @@
+"""What runs where a kernel of the layer cannot: its reference, with the bits that dropout draws from the same seed."""
+
+import torch
+from torch import Tensor
+
+from ..launch import accumulator_torch
+from ..plain_dropout import keep_mask, keep_scores
+from .forward import Inputs
+from .plan import Plan
+from .reference import encoder_layer
+from .settings import Settings, Weights
+
+
+def keeps(
+    seed: Tensor | None, settings: Settings, sequences: int, longest_q: int, longest_k: int, shape: torch.Size
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What each dropout keeps; `shape` is that of the result."""
+    p = settings
+    scores = None
+    if p.attention_p > 0.0:
+        scores = keep_scores(seed[0], range(sequences), p.heads, longest_q, longest_k, p.attention_p)
+    first = keep_mask(seed[2], shape, p.attention_output_p) if p.attention_output_p > 0.0 else None
+    return scores, first, keep_mask(seed[4], shape, p.output_p) if p.output_p > 0.0 else None
+
+
+def forward(
+    x: Tensor,
+    weights: Weights,
+    settings: Settings,
+    key_mask: Tensor | None,
+    key_bounds: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    queries: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+    product_dtype: torch.dtype | None,
+    norm_dtype: torch.dtype | None,
+    seed: Tensor | None,
+) -> Tensor:
+    """The op, differentiable."""
+    read = x if queries is None else queries
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    longest = x.shape[1] if cu_seqlens is None else max_seqlen
+    longest_q = longest if queries is None else max_seqlen_q
+    return encoder_layer(
+        x,
+        weights,
+        settings,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        queries=queries,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        product_dtype=product_dtype,
+        norm_dtype=norm_dtype,
+        keep=keeps(seed, settings, sequences, longest_q, longest, read.shape),
+    )
+
+
+def gradients(
+    plan: Plan, settings: Settings, dy: Tensor, inputs: Inputs, weights: Weights, seed: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Of x, of the queries and of each weight, in the type that the kernels compute in; dy [N, H]."""
+    call, wide = plan.call, accumulator_torch(plan.call.product_dtype)
+    x, queries = inputs.x, inputs.queries
+    if not call.packed:
+        x = x.view(call.sequences, call.longest, call.hidden)
+    dtypes = [call.dtype, call.dtype, *(weight.dtype for weight in weights)]
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        leaves = [None if t is None else t.detach().to(wide).requires_grad_() for t in (x, queries, *weights)]
+        y = forward(
+            leaves[0],
+            Weights(*leaves[2:]),
+            settings,
+            *(inputs.key_mask, None, inputs.cu_seqlens, call.longest if call.packed else None),
+            *(leaves[1], None if queries is None else inputs.cu_seqlens_q, call.longest_read),
+            *(None, None, seed),
+        )
+        asked = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(y, asked, dy.to(y.dtype).view(y.shape)))
+    return tuple(None if leaf is None else next(found).to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True))

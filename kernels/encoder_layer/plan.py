@@ -1,0 +1,226 @@
+"""All kernels of a layer for calls of one shape, bound once: what every layer of a model and every step then share."""
+
+from functools import lru_cache, partial
+
+import torch
+
+from .. import attention, bias_gelu, column_sums, dropout_add_layernorm
+from ..bound import Bound, Room, by_address
+from ..launch import Work, accumulator_torch
+from .settings import Call, Settings
+
+PLANS = 256  # kept, the least recently used dropped first; a plan is a few KiB
+
+
+class Plan:
+    """Bound kernels, and how much room a call takes besides its larger tensors.
+
+    rows of the queries, and so of everything after attention, are `n_rows`; widths are H, F and 3 H.
+    """
+
+    def __init__(self, call: Call, settings: Settings) -> None:
+        self.call = call
+        self.n_rows = n = call.rows if call.read_rows is None else call.read_rows
+        low, hidden, inner = call.product_dtype, call.hidden, call.inner
+        # Of each LayerNorm: what it normalises, which is rounded so before its statistics are made, and what it returns.
+        self.z1_dtype = torch.promote_types(low, call.dtype)
+        self.y1_dtype = call.norm_dtype or self.z1_dtype
+        self.z2_dtype = torch.promote_types(low, self.y1_dtype)
+        self.out_dtype = call.norm_dtype or self.z2_dtype
+        # Without dropout, and with one dtype, a gradient is that of both terms of LayerNorm's sum.
+        self.shares1 = settings.attention_output_p == 0.0 and low == call.dtype
+        self.shares2 = settings.output_p == 0.0 and low == self.y1_dtype
+        self.drops = settings.drops
+        self._settings = settings
+        self._like = partial(torch.empty, 0, device=call.device)
+        self._wide = accumulator_torch(low)
+
+        head_size = hidden // settings.heads
+        planes = 2 if low.itemsize > 2 else 1
+        self.softmax = (planes, settings.heads, n), self._wide
+        self.geometry = self._geometry(head_size)
+        vector = 16 // low.itemsize
+        self.aligned = head_size % vector == 0 and head_size % 16 != 0
+        self._bind_forward(n, hidden, inner)
+        if call.gradient:
+            self._bind_backward(n, hidden, inner)
+
+    def _geometry(self, head_size: int) -> attention.Geometry:
+        call, settings = self.call, self._settings
+        hidden = call.hidden
+        read = call.read_rows is not None
+        longest_q = call.longest_read if read else call.longest
+
+        def strides(row: int, longest: int) -> attention.Strides:
+            return 0 if call.packed else longest * row, row, head_size, 1
+
+        keys = strides(2 * hidden if read else 3 * hidden, call.longest)
+        return attention.Geometry(
+            sequences=call.sequences,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=call.longest,
+            n_rows=self.n_rows,
+            n_heads=settings.heads,
+            kv_heads=settings.heads,
+            head_size=head_size,
+            q=strides(hidden, longest_q) if read else keys,
+            k=keys,
+            v=keys,
+            mask=None,
+            causal=settings.causal and longest_q > 1,
+            scale=head_size**-0.5 if settings.scale is None else settings.scale,
+            p=settings.attention_p,
+        )
+
+    def _bind_forward(self, n: int, hidden: int, inner: int) -> None:
+        call, settings = self.call, self._settings
+        low, weight = call.product_dtype, call.weight_dtype
+        like = self._like(dtype=low)
+        self.attention = self._bind(
+            attention.forward_work(self.geometry, like, self.aligned),
+            *{"q_ptr": low, "k_ptr": low, "v_ptr": low, "out_ptr": low, "logsumexp_ptr": self._wide}.items(),
+            *self._masks(),
+            ("seed_ptr", _seed(settings.attention_p)),
+        )
+        self.norm1 = self._bind_norm(
+            call.dtype, self.z1_dtype, self.y1_dtype, settings.attention_eps, settings.attention_output_p
+        )
+        self.norm2 = self._bind_norm(self.y1_dtype, self.z2_dtype, self.out_dtype, settings.output_eps, settings.output_p)
+        work = bias_gelu.forward_work(n, inner, (inner, 1), like, settings.activation)
+        self.gelu = self._bind(work, ("x_ptr", low), ("bias_ptr", weight), ("y_ptr", low))
+        self.statistics1 = (n,), accumulator_torch(self.z1_dtype)
+        self.statistics2 = (n,), accumulator_torch(self.z2_dtype)
+        # What the backward needs of the forward besides the larger tensors; without a backward, what attention writes.
+        shape = n, hidden
+        arrays = [self.softmax]
+        if call.gradient:
+            arrays += [(shape, self.z1_dtype), self.statistics1, self.statistics1]
+            arrays += [(shape, self.z2_dtype), self.statistics2, self.statistics2]
+        self.kept = Room(*arrays)
+
+    def _bind_norm(self, residual: torch.dtype, z: torch.dtype, y: torch.dtype, eps: float, p: float) -> Bound:
+        call, n, hidden = self.call, self.n_rows, self.call.hidden
+        widest = self._like(dtype=max(y, z, key=lambda dtype: dtype.itemsize))
+        statistic = accumulator_torch(z) if call.gradient else None
+        return self._bind(
+            dropout_add_layernorm.forward_work(n, hidden, (hidden, 1), (hidden, 1), widest, z, eps, p),
+            ("x_ptr", call.product_dtype),
+            ("residual_ptr", residual),
+            *((name, call.weight_dtype) for name in ("weight_ptr", "bias_ptr", "x_bias_ptr")),
+            ("seed_ptr", _seed(p)),
+            ("y_ptr", y),
+            ("z_ptr", z),
+            ("mean_ptr", statistic),
+            ("rstd_ptr", statistic),
+        )
+
+    def _bind_backward(self, n: int, hidden: int, inner: int) -> None:
+        call, settings = self.call, self._settings
+        low, weight = call.product_dtype, call.weight_dtype
+        like, wide = self._like(dtype=low), self._wide
+        keys = torch.int32 if settings.attention_p > 0.0 else None
+        longest_q = self.geometry.max_seqlen_q
+        dout = 0 if call.packed else longest_q * hidden, hidden, hidden // settings.heads, 1
+        packed = torch.int32 if call.packed else None
+        self.attention_rows = self._bind(
+            attention.backward_rows_work(self.geometry, like, dout, self.aligned),
+            *{"dout_ptr": low, "out_ptr": low, "delta_ptr": wide, "row_key_ptr": keys}.items(),
+            ("cu_seqlens_q_ptr", packed),
+            ("seed_ptr", _seed(settings.attention_p)),
+        )
+        shared = (
+            *((name, low) for name in ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
+            *{"logsumexp_ptr": wide, "delta_ptr": wide, "row_key_ptr": keys}.items(),
+            *self._masks(),
+        )
+        q_row, k_row = self.geometry.q[1], self.geometry.k[1]
+        work = attention.backward_q_work(self.geometry, like, dout, q_row, self.aligned)
+        self.attention_q = self._bind(work, *shared, ("dq_ptr", low))
+        work = attention.backward_kv_work(self.geometry, like, dout, k_row, self.aligned)
+        self.attention_kv = self._bind(work, *shared, ("dk_ptr", low), ("dv_ptr", low))
+
+        residual1 = None if self.shares1 else call.dtype
+        self.norm1_backward, sums1 = self._bind_norm_backward(
+            self.y1_dtype, self.z1_dtype, residual1, settings.attention_output_p
+        )
+        residual2 = None if self.shares2 else self.y1_dtype
+        self.norm2_backward, sums2 = self._bind_norm_backward(self.out_dtype, self.z2_dtype, residual2, settings.output_p)
+        work, gelu_rows = bias_gelu.backward_work(n, inner, (inner, 1), (inner, 1), like, settings.activation)
+        self.gelu_backward = self._bind(
+            work,
+            *{"dy_ptr": low, "x_ptr": low, "bias_ptr": weight, "dx_ptr": low, "y_ptr": low, "sums_ptr": wide}.items(),
+        )
+        sums = self._like(dtype=wide)
+        self.sums = self._bind(
+            column_sums.work((sums2, gelu_rows, sums1), (3 * hidden, inner, 3 * hidden), sums),
+            *{"a_ptr": wide, "b_ptr": wide, "c_ptr": wide, "out_ptr": weight}.items(),
+        )
+        # LayerNorm's weight, its bias, and the bias of the product before it; the activation's bias between the two.
+        self.vectors = [hidden, hidden, hidden, inner, hidden, hidden, hidden]
+        self.vectors_in_all = sum(self.vectors)
+        arrays = [
+            ((sums2, 3, hidden), wide),
+            ((gelu_rows, inner), wide),
+            ((sums1, 3, hidden), wide),
+            (self.softmax[0][1:], wide),
+        ]
+        if keys is not None:
+            arrays.append((self.softmax[0][1:], keys))
+        self.scratch = Room(*arrays)
+
+    def _bind_norm_backward(
+        self, dy: torch.dtype, z: torch.dtype, dresidual: torch.dtype | None, p: float
+    ) -> tuple[Bound, int]:
+        """The kernel, and how many rows of sums it writes."""
+        call, n, hidden = self.call, self.n_rows, self.call.hidden
+        widest = self._like(dtype=max(dy, z, key=lambda dtype: dtype.itemsize))
+        work = dropout_add_layernorm.backward_work(n, hidden, (hidden, 1), widest, z, p)
+        statistic = accumulator_torch(z)
+        bound = self._bind(
+            work,
+            *{"dy_ptr": dy, "z_ptr": z, "mean_ptr": statistic, "rstd_ptr": statistic}.items(),
+            ("weight_ptr", call.weight_dtype),
+            ("seed_ptr", _seed(p)),
+            ("dx_ptr", call.product_dtype),
+            ("dresidual_ptr", dresidual),
+            ("sums_ptr", statistic),
+        )
+        return bound, work.programs
+
+    def _masks(self) -> tuple[tuple[str, torch.dtype | None], ...]:
+        call = self.call
+        mask = (torch.bool, torch.int32) if call.masked else (None, None)
+        packed = torch.int32 if call.packed else None
+        return (
+            ("key_mask_ptr", mask[0]),
+            ("key_bounds_ptr", mask[1]),
+            ("mask_ptr", None),
+            ("cu_seqlens_q_ptr", packed),
+            ("cu_seqlens_k_ptr", packed),
+        )
+
+    def _bind(self, work: Work, *tensors: tuple[str, torch.dtype | None]) -> Bound:
+        return Bound(work, self._like(dtype=self.call.product_dtype), dict(tensors))
+
+
+def _seed(p: float) -> torch.dtype | None:
+    return torch.int64 if p > 0.0 else None
+
+
+@lru_cache(PLANS)
+def _kept(call: Call, settings: Settings) -> Plan:
+    return Plan(call, settings)
+
+
+def plan_of(call: Call, settings: Settings) -> Plan:
+    """The plan of such calls.
+
+    Raises:
+        KernelFailed: one of its kernels cannot be compiled or loaded.
+    """
+    return _kept(call, settings) if by_address() else Plan(call, settings)
+
+
+def forget() -> None:
+    """Make every plan anew."""
+    _kept.cache_clear()

@@ -1,0 +1,58 @@
+"""The layer's matrix products and their weights, in the dtype that products run in."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .settings import Weights
+
+
+class Products(NamedTuple):
+    """Weights of products; of the three projections side by side: [3 H, H], and their bias [3 H]."""
+
+    projections: Tensor
+    projections_bias: Tensor
+    attention_output: Tensor
+    intermediate: Tensor
+    output: Tensor
+
+
+def products_of(weights: Weights, dtype: torch.dtype) -> Products:
+    """In `dtype`. Made at each call: what would be kept could not be seen to be stale after a write through `.data`."""
+    w = weights
+    projections, biases = (w.query, w.key, w.value), (w.query_bias, w.key_bias, w.value_bias)
+    if w.query.dtype == dtype:
+        return Products(torch.cat(projections), torch.cat(biases), w.attention_output, w.intermediate, w.output)
+    hidden, inner = w.query.shape[1], w.intermediate.shape[0]
+    sizes = [3 * hidden * hidden, hidden * hidden, inner * hidden, hidden * inner, 3 * hidden]
+    parts = torch.empty(sum(sizes), dtype=dtype, device=w.query.device).split(sizes)
+    cast = Products(
+        parts[0].view(3 * hidden, hidden),
+        parts[4],
+        parts[1].view(hidden, hidden),
+        parts[2].view(inner, hidden),
+        parts[3].view(hidden, inner),
+    )
+    into = [*cast.projections.chunk(3), *cast.projections_bias.chunk(3), *cast[2:]]
+    torch._foreach_copy_(into, [*projections, *biases, w.attention_output, w.intermediate, w.output])  # one launch
+    return cast
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`, which may be wider than theirs: 16-bit products are summed in float32 and need no cast then."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in the product's own pass over memory where there is a product of these dtypes."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(a, b))

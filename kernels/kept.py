@@ -1,0 +1,149 @@
+"""Compiled kernels, kept by what they were compiled for, and launched by address.
+
+Triton binds a launch's arguments, tells their classes and looks up its cache in Python: 25 to 50 µs a launch, where the
+driver needs about one. Here a key of the same classes (dtypes, alignments, whether 16 divides a number) finds the compiled
+kernel, whose own launcher takes addresses. A key that is new goes Triton's own way, and so does every launch while
+somebody debugs or instruments kernels.
+"""
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+from .configs import Config
+
+_INT32 = range(-(2**31), 2**31)
+
+
+def _class_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
+    if type(value) is int:
+        return value == 1, value % 16 == 0, value in _INT32
+    return value if value is None or isinstance(value, torch.dtype) else type(value)
+
+
+class Kept(NamedTuple):
+    """A compiled kernel, loaded on its device: launch(programs, 1, 1, stream, *told, *arguments), the arguments as one tuple
+    unless `spread`."""
+
+    binary: Any
+    launch: Any
+    told: tuple[Any, ...]
+    spread: bool
+
+
+class Family:
+    """What has been compiled of one kernel: by device, options and the classes of its arguments."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.names: list[str] = kernel.arg_names
+        self.kept: dict[tuple, Kept] = {}
+        constants = [i for i, param in enumerate(kernel.params) if param.is_constexpr]
+        self._constants = itemgetter(slice(0, 0), *constants)  # always a tuple, whatever their number
+        self._sizes = [i for i, param in enumerate(kernel.params) if param.do_not_specialize]
+        self._others = [i for i in range(len(kernel.params)) if i not in (*constants, *self._sizes)]
+
+    def key(self, values: Sequence[Any], config: Config, device: int) -> tuple:
+        """What Triton compiles anew for. A dtype stands for a tensor whose address 16 divides."""
+        sizes = [values[i] in _INT32 for i in self._sizes]
+        others = [_class_of(values[i]) for i in self._others]
+        return device, config.num_warps, config.num_stages, self._constants(values)[1:], *sizes, *others
+
+    def keep(self, key: tuple, binary: Any) -> Kept:
+        """Keep what Triton compiled for `key`, and load it where it is not yet."""
+        kept = self.kept[key] = _loaded(binary)
+        return kept
+
+
+def _loaded(binary: Any) -> Kept:
+    """Triton's launcher in Python passes what it is given to one in C, whose arguments changed in 3.7. It allocates scratch
+    memory where a kernel asks for it; of ours none does."""
+    run, metadata = binary.run, binary.packed_metadata
+    scratch = getattr(run, "global_scratch_size", True) or getattr(run, "profile_scratch_size", True)
+    if scratch or type(run).__name__ != "CudaLauncher" or getattr(run, "gsan_enabled", False):
+        return Kept(binary, run, (binary.function, metadata, None, None, None), True)
+    told = binary.function, run.launch_cooperative_grid, run.launch_pdl
+    if hasattr(run, "arg_annotations"):
+        return Kept(binary, run.launch, (*told, metadata, *(None,) * 5, run.arg_annotations, run.kernel_signature), False)
+    return Kept(binary, run.launch, (*told, None, None, metadata, None, None, None), True)
+
+
+_families: dict[int, Family] = {}
+
+
+def family(kernel: Any) -> Family:
+    """The one of `kernel`."""
+    found = _families.get(id(kernel))  # a JITFunction's hash is that of its source, which takes as long as a launch
+    if found is None or found.kernel is not kernel:
+        found = _families[id(kernel)] = Family(kernel)
+    return found
+
+
+def is_watched(kernel: Any) -> bool:
+    """Whether this launch is Triton's to make: somebody debugs it, instruments it, hooks it or put another in its place."""
+    return (
+        type(kernel) is not triton.JITFunction
+        or bool(knobs.runtime.debug or knobs.compilation.instrumentation_mode or kernel.debug or kernel.pre_run_hooks)
+        or has_hooks()
+    )
+
+
+def has_hooks() -> bool:
+    """Whether somebody, a profiler for one, is told of each launch."""
+    return (
+        _runtime.launch_enter_hook is not _ENTER
+        or _runtime.launch_exit_hook is not _EXIT
+        or bool(_calls(_ENTER) or _calls(_EXIT))
+    )
+
+
+_runtime = knobs.runtime
+# Triton's own, to which hooks are added; somebody may also put a function of his own in their place.
+_ENTER, _EXIT = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+
+
+def _calls(hook: Any) -> list[Any]:
+    return [] if hook is None else hook.calls
+
+
+def options(config: Config) -> dict[str, int]:
+    """What a configuration tells the compiler besides the kernel's own constants."""
+    found = {"num_warps": config.num_warps}
+    if config.num_stages is not None:
+        found["num_stages"] = config.num_stages
+    return found
+
+
+def start(kernel: Any, programs: int, config: Config, device: torch.device, arguments: dict[str, Any]) -> None:
+    """Launch `kernel` on `device`, which is the current one."""
+    if is_watched(kernel):
+        kernel[(programs,)](**arguments, **options(config))
+        return
+    members = family(kernel)
+    values = [arguments[name] for name in members.names]
+    key = members.key(values, config, device.index)
+    kept = members.kept.get(key)
+    if kept is None:
+        members.keep(key, kernel[(programs,)](**arguments, **options(config)))
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    addresses = tuple([value.data_ptr() if isinstance(value, Tensor) else value for value in values])
+    if kept.spread:
+        kept.launch(programs, 1, 1, stream, *kept.told, *addresses)
+    else:
+        kept.launch(programs, 1, 1, stream, *kept.told, addresses)
+
+
+def compiled(kernel: Any, config: Config, device: torch.device, values: Sequence[Any]) -> Kept:
+    """`kernel` for arguments of these classes (see Family.key), compiled and loaded where it is not yet. Nothing is launched;
+    `device` is the current one."""
+    members = family(kernel)
+    key = members.key(values, config, device.index)
+    return members.kept.get(key) or members.keep(key, kernel.warmup(*values, grid=(1,), **options(config)))

@@ -1,0 +1,281 @@
+"""Which rows of a padded batch stand where, packed one behind the other: an index and its inverse, and the sequences' bounds.
+
+Of the tokens of a [B, S] batch, of the positions of it that are read, and of these among the tokens. With counts [3, B]
+of row_counts, R rows of room for the tokens and N for those that are read:
+
+    forward    2BS bytes read, 4 (2R + 2BS + 2N) written, a program a row: it adds up what the rows before it have
+
+Room that is left over stands for no row (-1), in sequences of its own behind the others; what the room is too small for
+is left out, and `fits` says so. Nothing is saved, and nothing has a gradient.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .failures import or_plain
+from .launch import check_device, choose, launch
+
+__all__ = ["packed_rows"]
+
+
+@triton.jit
+def totals(counts_ptr, batch, n_sequences, BLOCK_N: tl.constexpr):
+    """What the rows before `batch` have together, what all have, and the most that one has."""
+    before = tl.zeros([BLOCK_N], tl.int64)
+    every = tl.zeros([BLOCK_N], tl.int64)
+    most = tl.zeros([BLOCK_N], tl.int64)
+    for start in range(0, n_sequences, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        count = tl.load(counts_ptr + rows, rows < n_sequences, other=0).to(tl.int64)
+        before += tl.where(rows < batch, count, 0)
+        every += count
+        most = tl.maximum(most, count)
+    return tl.sum(before, axis=0), tl.sum(every, axis=0), tl.max(most, axis=0)
+
+
+@triton.jit
+def store_bounds(bounds_ptr, batch, before, every, room, longest, n_sequences, n_bounds, BLOCK_N: tl.constexpr):
+    """Where the sequence of this row starts; and, shared by all rows, where those of the rest of the room do."""
+    tl.store(bounds_ptr + batch, tl.minimum(before, room))
+    for start in range(batch * BLOCK_N, n_bounds - n_sequences, n_sequences * BLOCK_N):
+        steps = start + tl.arange(0, BLOCK_N)
+        bounds = tl.minimum(every + steps * longest, room)
+        tl.store(bounds_ptr + n_sequences + steps, bounds, steps < n_bounds - n_sequences)
+
+
+@triton.jit
+def store_rest(index_ptr, batch, every, room, n_sequences, BLOCK_N: tl.constexpr):
+    """No row for the rest of the room, shared by all programs."""
+    for start in range(every + batch * BLOCK_N, room, n_sequences * BLOCK_N):
+        places = start + tl.arange(0, BLOCK_N)
+        tl.store(index_ptr + places, tl.full([BLOCK_N], -1, tl.int32), places < room)
+
+
+@triton.jit(
+    do_not_specialize=("n_sequences", "seqlen", "room", "longest", "n_bounds", "read_room", "read_longest", "n_read_bounds")
+)
+def packed_rows_kernel(
+    tokens_ptr,
+    read_ptr,
+    counts_ptr,
+    cu_seqlens_ptr,
+    index_ptr,
+    inverse_ptr,
+    read_cu_seqlens_ptr,
+    read_index_ptr,
+    read_inverse_ptr,
+    inner_index_ptr,
+    inner_inverse_ptr,
+    fits_ptr,
+    tokens_batch_stride,
+    tokens_col_stride,
+    read_batch_stride,
+    read_col_stride,
+    n_sequences,
+    seqlen,
+    room,
+    longest,
+    n_bounds,
+    read_room,
+    read_longest,
+    n_read_bounds,
+    EXACT: tl.constexpr,
+    READ_EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    batch = tl.program_id(0)
+    row = batch.to(tl.int64)
+
+    before, every = row * seqlen, n_sequences.to(tl.int64) * seqlen
+    if tokens_ptr is not None:
+        before, every, _ = totals(counts_ptr, batch, n_sequences, BLOCK_N)
+        store_rest(index_ptr, batch, every, room, n_sequences, BLOCK_N)
+    store_bounds(cu_seqlens_ptr, batch, before, every, room, longest, n_sequences, n_bounds, BLOCK_N)
+    read_before, every_read = row, n_sequences.to(tl.int64)
+    if read_ptr is not None:
+        read_before, every_read, _ = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
+        store_rest(read_index_ptr, batch, every_read, read_room, n_sequences, BLOCK_N)
+    if read_index_ptr is not None:
+        store_bounds(
+            read_cu_seqlens_ptr, batch, read_before, every_read, read_room, read_longest, n_sequences, n_read_bounds, BLOCK_N
+        )
+    if inner_index_ptr is not None:
+        store_rest(inner_index_ptr, batch, every_read, read_room, n_sequences, BLOCK_N)
+        store_rest(inner_inverse_ptr, batch, every, room, n_sequences, BLOCK_N)
+
+    for start in range(0, seqlen, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        inside = cols < seqlen
+        numbers = row * seqlen + cols
+        if tokens_ptr is not None:
+            token = tl.load(tokens_ptr + row * tokens_batch_stride + cols.to(tl.int64) * tokens_col_stride, inside, other=0)
+            token = (token != 0).to(tl.int64)
+            places = before + tl.cumsum(token, axis=0) - 1
+            packed = (token != 0) & (places < room)
+            before += tl.sum(token, axis=0)
+            tl.store(index_ptr + places, numbers.to(tl.int32), packed)
+            tl.store(inverse_ptr + numbers, tl.where(packed, places, -1), inside)
+        if read_index_ptr is not None:
+            read = (cols == 0).to(tl.int64)
+            if read_ptr is not None:
+                read = tl.load(read_ptr + row * read_batch_stride + cols.to(tl.int64) * read_col_stride, inside, other=0)
+                read = (read != 0).to(tl.int64)
+            read_places = read_before + tl.cumsum(read, axis=0) - 1
+            taken = (read != 0) & (read_places < read_room)
+            read_before += tl.sum(read, axis=0)
+            tl.store(read_index_ptr + read_places, numbers.to(tl.int32), taken)
+            tl.store(read_inverse_ptr + numbers, tl.where(taken, read_places, -1), inside)
+            if inner_index_ptr is not None:
+                tl.store(inner_index_ptr + read_places, tl.where(packed, places, -1), taken)
+                tl.store(inner_inverse_ptr + places, tl.where(taken, read_places, -1), packed)
+
+    if fits_ptr is not None:
+        if batch == 0:
+            _, n_tokens, most = totals(counts_ptr, batch, n_sequences, BLOCK_N)
+            fits = (n_tokens == room) if EXACT else (n_tokens <= room)
+            tl.store(fits_ptr, fits & (most <= longest))
+            _, n_read, most = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
+            fits = (n_read == read_room) if READ_EXACT else (n_read <= read_room)
+            tl.store(fits_ptr + 1, fits & (most <= read_longest))
+            _, missing, _ = totals(counts_ptr + 2 * n_sequences, batch, n_sequences, BLOCK_N)
+            tl.store(fits_ptr + 2, missing == 0)
+
+
+@or_plain(reference.packed_rows)
+def _launch(
+    counts: Tensor,
+    tokens: Tensor | None,
+    read: Tensor | None,
+    seqlen: int,
+    room: int,
+    longest: int,
+    exact: bool,
+    first: bool,
+    read_room: int,
+    read_longest: int,
+    read_exact: bool,
+    check: bool,
+) -> list[Tensor]:
+    rows = room, longest, exact, first, read_room, read_longest, read_exact
+    results = _allocate(counts, tokens, read, seqlen, *rows, check)
+    placed = _NOWHERE | dict(zip(_pointers(tokens is not None, first or read is not None, check), results, strict=True))
+    read_bounds = placed["read_cu_seqlens_ptr"]
+    n_sequences = counts.shape[1]
+    config = choose("mask_rows", counts, seqlen)
+    launch(
+        packed_rows_kernel,
+        n_sequences,
+        config,
+        counts,
+        tokens_ptr=tokens,
+        read_ptr=read,
+        counts_ptr=counts,
+        **placed,
+        tokens_batch_stride=0 if tokens is None else tokens.stride(0),
+        tokens_col_stride=0 if tokens is None else tokens.stride(1),
+        read_batch_stride=0 if read is None else read.stride(0),
+        read_col_stride=0 if read is None else read.stride(1),
+        n_sequences=n_sequences,
+        seqlen=seqlen,
+        room=room,
+        longest=longest,
+        n_bounds=results[0].shape[0],
+        read_room=read_room,
+        read_longest=read_longest,
+        n_read_bounds=0 if read_bounds is None else read_bounds.shape[0],
+        EXACT=exact,
+        READ_EXACT=read_exact,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return results
+
+
+@cache
+def _pointers(tokens: bool, read: bool, check: bool) -> list[str]:
+    """The kernel's names of what is returned, in its order: what is not asked for is left out."""
+    names = ["cu_seqlens_ptr"]
+    if tokens:
+        names += ["index_ptr", "inverse_ptr"]
+    if read:
+        names += ["read_cu_seqlens_ptr", "read_index_ptr", "read_inverse_ptr"]
+    if tokens and read:
+        names += ["inner_index_ptr", "inner_inverse_ptr"]
+    return [*names, "fits_ptr"] if check else names
+
+
+_NOWHERE = dict.fromkeys(_pointers(True, True, True))
+
+
+def _allocate(counts, tokens, read, seqlen, room, longest, exact, first, read_room, read_longest, read_exact, check):
+    n_sequences = counts.shape[1]
+    rest = 0 if exact else -(-room // max(longest, 1))
+    results = [counts.new_empty(n_sequences + 1 + rest)]
+    if tokens is not None:
+        results += [counts.new_empty(room), counts.new_empty(n_sequences * seqlen)]
+    if first or read is not None:
+        # As many sequences as the tokens have, or more: attention wants both alike.
+        rest = rest if read_exact else max(rest, -(-read_room // max(read_longest, 1)))
+        sizes = n_sequences + 1 + rest, read_room, n_sequences * seqlen
+        results += [counts.new_empty(size) for size in sizes]
+        if tokens is not None:
+            results += [counts.new_empty(read_room), counts.new_empty(room)]
+    if check:
+        results.append(counts.new_empty(3, dtype=torch.bool))
+    return results
+
+
+_op = torch.library.custom_op("fastbert::packed_rows", _launch, mutates_args=())
+_op.register_fake(_allocate)
+
+
+def packed_rows(
+    counts: Tensor,
+    tokens: Tensor | None,
+    read: Tensor | None,
+    seqlen: int,
+    room: int,
+    longest: int,
+    exact: bool = True,
+    first: bool = False,
+    read_room: int = 0,
+    read_longest: int = 0,
+    read_exact: bool = True,
+    check: bool = False,
+) -> list[Tensor]:
+    """The rows of a [B, S] batch that are packed, those that are read, and these among the packed ones.
+
+    Args:
+        counts: int32 [3, B], row_counts(tokens, read); of a mask that is left out here, all the same where there is one
+            and `check` is set.
+        tokens: bool [B, S], any strides: what is packed; None: every position.
+        read: the same, what is read; None: nothing, or with `first` the first position of each row.
+        seqlen: S.
+        room, longest: rows to pack into, and the most that a row of the batch has (B S and S without `tokens`).
+        exact: as many tokens as `room` has; otherwise at most, and the rest is sequences of `longest` that hold no row.
+        read_room, read_longest, read_exact: the same of the rows that are read; B, 1 and True with `first`.
+        check: whether to compare with `counts`.
+
+    Returns:
+        cu_seqlens int32 [sequences + 1]; with `tokens`, index [room], which row of the batch each is (-1: none), and
+        inverse [B S], where each row of the batch stands (-1: nowhere). Then, where anything is read, the same three of
+        what is read, and with `tokens` the index and the inverse of that among the tokens. With `check`, fits bool [3]:
+        whether `room` and `longest` hold, the same of what is read, and whether every position that is read is a token.
+
+    Raises:
+        ValueError: counts or masks of another dtype or shape, or on another device.
+    """
+    if counts.dtype != torch.int32 or counts.dim() != 2 or counts.shape[0] != 3:
+        raise ValueError(f"counts: expected int32 [3, B], got {counts.dtype} {tuple(counts.shape)}")
+    for name, mask in (("tokens", tokens), ("read", read)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (counts.shape[1], seqlen)):
+            expected = (counts.shape[1], seqlen)
+            raise ValueError(f"{name}: expected bool {expected}, got {mask.dtype} {tuple(mask.shape)}")
+        check_device(name, mask, counts)
+    rooms = room, longest, exact, first, read_room, read_longest, read_exact
+    arguments = counts.contiguous(), tokens, read, seqlen, *rooms, check
+    return _op(*arguments) if torch.compiler.is_compiling() else _launch(*arguments)

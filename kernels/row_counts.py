@@ -1,0 +1,114 @@
+"""How many positions each row of a batch has that are tokens, that are read, and whether one that is read is no token.
+
+tokens and read bool [B, S] with any strides, either of which may be left out; counts int32 [3, B]:
+
+    forward    2BS bytes read, a program a row
+
+Nothing is saved, and nothing has a gradient. What is packed by these numbers is packed_rows's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .failures import or_plain
+from .launch import check_device, choose, launch
+
+__all__ = ["row_counts"]
+
+
+@triton.jit(do_not_specialize=["n_sequences", "seqlen"])
+def row_counts_kernel(
+    tokens_ptr,
+    read_ptr,
+    counts_ptr,
+    tokens_batch_stride,
+    tokens_col_stride,
+    read_batch_stride,
+    read_col_stride,
+    n_sequences,
+    seqlen,
+    BLOCK_N: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    n_tokens = tl.zeros([BLOCK_N], tl.int32)
+    n_read = tl.zeros([BLOCK_N], tl.int32)
+    missing = tl.zeros([BLOCK_N], tl.int32)
+
+    for start in range(0, seqlen, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        inside = cols < seqlen
+        cols = cols.to(tl.int64)
+        read = (cols == 0) & inside  # where nobody says what is read, it is the first
+        if read_ptr is not None:
+            read = tl.load(read_ptr + batch * read_batch_stride + cols * read_col_stride, inside, other=0) != 0
+            n_read += read.to(tl.int32)
+        if tokens_ptr is not None:
+            token = tl.load(tokens_ptr + batch * tokens_batch_stride + cols * tokens_col_stride, inside, other=0) != 0
+            n_tokens += token.to(tl.int32)
+            missing |= (read & (token == 0)).to(tl.int32)
+
+    counts_ptr += batch
+    tl.store(counts_ptr, tl.sum(n_tokens, axis=0))
+    tl.store(counts_ptr + n_sequences, tl.sum(n_read, axis=0))
+    tl.store(counts_ptr + 2 * n_sequences.to(tl.int64), tl.max(missing, axis=0))
+
+
+@or_plain(reference.row_counts)
+def _launch(tokens: Tensor | None, read: Tensor | None) -> Tensor:
+    counts = _allocate(tokens, read)
+    either = read if tokens is None else tokens
+    config = choose("mask_rows", counts, either.shape[1])
+    launch(
+        row_counts_kernel,
+        either.shape[0],
+        config,
+        counts,
+        tokens_ptr=tokens,
+        read_ptr=read,
+        counts_ptr=counts,
+        tokens_batch_stride=0 if tokens is None else tokens.stride(0),
+        tokens_col_stride=0 if tokens is None else tokens.stride(1),
+        read_batch_stride=0 if read is None else read.stride(0),
+        read_col_stride=0 if read is None else read.stride(1),
+        n_sequences=either.shape[0],
+        seqlen=either.shape[1],
+        BLOCK_N=config.BLOCK_N,
+    )
+    return counts
+
+
+def _allocate(tokens, read):
+    either = read if tokens is None else tokens
+    return either.new_empty((3, either.shape[0]), dtype=torch.int32)
+
+
+_op = torch.library.custom_op("fastbert::row_counts", _launch, mutates_args=())
+_op.register_fake(_allocate)
+
+
+def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
+    """How many tokens each row has, how many positions that are read, and 1 where one of those is no token.
+
+    Args:
+        tokens: bool [B, S], any strides; None: nobody says, and both their number and what is missing are 0.
+        read: the same; None: the first of each row, of which none is counted.
+
+    Returns:
+        int32 [3, B]. No synchronisation.
+
+    Raises:
+        ValueError: neither of both, masks of another dtype, of two shapes or on two devices.
+    """
+    masks = [(name, mask) for name, mask in (("tokens", tokens), ("read", read)) if mask is not None]
+    if not masks:
+        raise ValueError("tokens: expected bool [B, S] here or for read, got None for both")
+    like = masks[0][1]
+    for name, mask in masks:
+        if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape != like.shape:
+            expected = "[B, S]" if mask is like else f"{tuple(like.shape)}"
+            raise ValueError(f"{name}: expected bool {expected}, got {mask.dtype} {tuple(mask.shape)}")
+        check_device(name, mask, like)
+    return _op(tokens, read) if torch.compiler.is_compiling() else _launch(tokens, read)

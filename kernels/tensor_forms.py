@@ -1,0 +1,86 @@
+"""Whether tensors are what they were a step ago: their types, dtypes, devices, sizes and strides, of a thousand at once.
+
+Any of that can change at the same address: `tensor.data = other`, or a new gradient in the memory of an old one. Asked one
+by one in Python it takes as long as all else that an optimizer does in a step. torch compares them in one call, for the
+guards of its compiler. That call is no public one, so it first has to show that it notices what must be noticed.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ATTRIBUTES = [attrgetter(name) for name in ("dtype", "device", "layout", "shape")]
+_MOST_GUARDS = 8
+
+
+class Forms:
+    """The forms of `tensors`, which are not kept."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._forms = _forms(tensors)
+        self._length = len(tensors)
+        self._guards: Any = None
+        self._guards_left = _MOST_GUARDS  # they take long to make, and see what does not matter here: autocast, requires_grad
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors, in their order, have the same forms."""
+        if self._guards is not None and len(tensors) == self._length and self._guards.check(*tensors):
+            return True
+        if _forms(tensors) != self._forms:
+            return False
+        self._guards = None
+        if self._guards_left:
+            self._guards_left -= 1
+            self._guards = _guards(tensors)
+        return True
+
+
+def _forms(tensors: Sequence[Tensor]) -> list[Any]:
+    found: list[Any] = [list(map(type, tensors)), *(list(map(attribute, tensors)) for attribute in _ATTRIBUTES)]
+    found.append([tensor.stride() if tensor.layout is torch.strided else None for tensor in tensors])
+    return found
+
+
+def _guards(tensors: Sequence[Tensor]) -> Any:
+    """torch's comparison with these tensors; None where there is none, or where it refuses them (one that comes twice)."""
+    kind = _proven()
+    if kind is None:
+        return None
+    found = _make(kind, tensors)
+    return found if found.check(*tensors) else None
+
+
+def _make(kind: Any, tensors: Sequence[Tensor]) -> Any:
+    sizes, strides = ([list(form(tensor)) for tensor in tensors] for form in (Tensor.size, Tensor.stride))
+    return kind(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
+@cache
+def _proven() -> Any:
+    """torch's class, if this release has it and it tells a tensor from each that differs from it in one way."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards if _notices(TensorGuards) else None
+    except Exception:  # whatever another release makes of it
+        return None
+
+
+def _notices(kind: Any) -> bool:
+    like = torch.zeros(4, 6)
+    others = (
+        torch.zeros(4, 6, dtype=torch.float16),
+        torch.zeros(4, 6, dtype=torch.int32),
+        torch.zeros(4, 6, device="meta"),
+        torch.zeros(4, 6).to_sparse(),
+        torch.zeros(6, 4).t(),
+        torch.zeros(3, 6),
+        torch.zeros(24),
+        torch.nn.Parameter(torch.zeros(4, 6)),
+    )
+    guards = _make(kind, [like])
+    return guards.check(torch.ones(4, 6)) is True and not any(guards.check(other) for other in others)

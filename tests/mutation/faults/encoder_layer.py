@@ -1,0 +1,202 @@
+"""A whole layer as one op, and the end of its column sums."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+LAYER = "tests/kernels/test_encoder_layer.py"
+AUTOGRAD = "tests/kernels/test_encoder_layer_autograd.py"
+GRADCHECK = "tests/kernels/test_encoder_layer_gradcheck.py"
+COUNTS = "tests/kernels/test_encoder_layer_counts.py"
+FAILS = "tests/faults/test_encoder_layer_fails.py"
+SUMS = "tests/kernels/test_bound.py"
+
+_of = partial(Fault, op="encoder_layer")
+_op = partial(_of, file="kernels/encoder_layer/__init__.py")
+_forward = partial(_of, file="kernels/encoder_layer/forward.py")
+_backward = partial(_of, file="kernels/encoder_layer/backward.py")
+_plan = partial(_of, file="kernels/encoder_layer/plan.py")
+_products = partial(_of, file="kernels/encoder_layer/products.py")
+_sums = partial(_of, file="kernels/column_sums.py")
+
+FAULTS = (
+    _backward(
+        "the feed-forward's gradient does not join the residual's",
+        before="    add_product(dy1, dh, products.intermediate)\n",
+        after="",
+        tests=(f"{GRADCHECK}::test_gradients[plain]",),
+        short=True,
+    ),
+    _plan(
+        "what attention's output dropped goes without a gradient in the residual too",
+        before="self.shares1 = settings.attention_output_p == 0.0 and low == call.dtype",
+        after="self.shares1 = low == call.dtype",
+        tests=(f"{GRADCHECK}::test_gradients[dropped]",),
+        short=True,
+    ),
+    _plan(
+        "what the feed-forward's output dropped goes without a gradient in the residual too",
+        before="self.shares2 = settings.output_p == 0.0 and low == self.y1_dtype",
+        after="self.shares2 = low == self.y1_dtype",
+        tests=(f"{GRADCHECK}::test_gradients[dropped]",),
+    ),
+    _forward(
+        "both LayerNorms' sums lose the same elements",
+        before="places = seed, seed[2:], seed[4:]",
+        after="places = seed, seed[2:], seed[2:]",
+        tests=(f"{AUTOGRAD}::test_each_dropout_takes_a_seed_of_its_own",),
+    ),
+    _forward(
+        "by address, the second seed is the forward's second number",
+        before="places = first, first + 16, first + 32",
+        after="places = first, first + 8, first + 16",
+        tests=(f"{COUNTS}::test_addresses_are_those_of_the_views_that_the_interpreter_takes",),
+    ),
+    _forward(
+        "by address, columns begin at as many bytes as they are elements",
+        before="first, step = x.data_ptr(), width * x.element_size()",
+        after="first, step = x.data_ptr(), width",
+        tests=(f"{COUNTS}::test_addresses_are_those_of_the_views_that_the_interpreter_takes",),
+    ),
+    _forward(
+        "padding is attended to",
+        before="return mask, bounds, None, queries, keys",
+        after="return None, None, None, queries, keys",
+        tests=(f"{LAYER}::test_padded",),
+    ),
+    _forward(
+        "rows that are read have the first rows as their residual",
+        before="read, queries = inputs.queries, inputs.queries.to(low)",
+        after="read, queries = inputs.x[: plan.n_rows], inputs.queries.to(low)",
+        tests=(f"{LAYER}::test_rows_that_are_read",),
+    ),
+    _products(
+        "queries and keys change places",
+        before="projections, biases = (w.query, w.key, w.value),",
+        after="projections, biases = (w.key, w.query, w.value),",
+        tests=(f"{LAYER}::test_packed",),
+    ),
+    _products(
+        "under autocast the output's weight is the intermediate's memory",
+        before="parts[3].view(hidden, inner),",
+        after="parts[2].view(hidden, inner),",
+        tests=(f"{LAYER}::test_mixed_dtypes",),
+    ),
+    _products(
+        "a product of 16 bits does not join a sum of 32",
+        before="total.add_(torch.mm(a, b))",
+        after="torch.mm(a, b)",
+        tests=(f"{LAYER}::test_mixed_dtypes",),
+    ),
+    _backward(
+        "x's gradient lacks what the projections hand back",
+        before="        if needed.x:\n            add_product(dread, dqkv, products.projections)",
+        after="        if needed.queries:\n            add_product(dread, dqkv, products.projections)",
+        tests=(f"{GRADCHECK}::test_gradients[plain]",),
+    ),
+    _backward(
+        "the queries' gradient is made of the keys' weight",
+        before="add_product(dread, dq, products.projections[: call.hidden])",
+        after="add_product(dread, dq, products.projections[call.hidden : 2 * call.hidden])",
+        tests=(f"{GRADCHECK}::test_gradients[read]",),
+    ),
+    _backward(
+        "the sums of both LayerNorms change places",
+        before="plan.sums(stream, sums2, sums_of_bias, sums1, at(vectors))",
+        after="plan.sums(stream, sums1, sums_of_bias, sums2, at(vectors))",
+        tests=(f"{GRADCHECK}::test_gradients[plain]",),
+    ),
+    _backward(
+        "vectors' gradients have the dtype of products",
+        before="vectors = w.output_norm.new_empty(plan.vectors_in_all)",
+        after="vectors = w.output_norm.new_empty(plan.vectors_in_all, dtype=low)",
+        tests=(f"{LAYER}::test_mixed_dtypes",),
+    ),
+    _backward(
+        "the gradients of keys and values change places",
+        before="plan.attention_kv(stream, *shared, *dparts[1:])",
+        after="plan.attention_kv(stream, *shared, dparts[2], dparts[1])",
+        tests=(f"{GRADCHECK}::test_gradients[plain]",),
+    ),
+    _backward(
+        "the activation is made again over its input, which a second backward needs",
+        before="activated = torch.empty_like(dh)",
+        after="activated = saved.h",
+        tests=(f"{AUTOGRAD}::test_two_backwards_are_bitwise_one_and_write_over_nothing",),
+    ),
+    _backward(
+        "the upstream gradient is written over",
+        before="dout = torch.empty_like(saved.attended)",
+        after="dout = dy",
+        tests=(f"{AUTOGRAD}::test_two_backwards_are_bitwise_one_and_write_over_nothing[plain]",),
+    ),
+    _backward(
+        "a projection's bias that is asked for alone gets nothing",
+        before="any(needed.weights[:6])",
+        after="any(needed.weights[:6:2])",
+        tests=(LAYER, "-k", "test_gradients_that_are_needed and bias"),
+    ),
+    _plan(
+        "the second LayerNorm takes the first one's eps",
+        before="self.out_dtype, settings.output_eps, settings.output_p",
+        after="self.out_dtype, settings.attention_eps, settings.output_p",
+        tests=(f"{LAYER}::test_each_norm_has_its_own_eps",),
+    ),
+    _of(
+        "the activation is made again without its bias",
+        file="kernels/bias_gelu.py",
+        before="activate(x, ACTIVATION, EXACT).to(",
+        after="activate(x - bias[None, :], ACTIVATION, EXACT).to(",
+        tests=(f"{GRADCHECK}::test_gradients[plain]",),
+    ),
+    _of(
+        "of no rows the activation's bias gets what stood in memory",
+        file="kernels/bias_gelu.py",
+        before="rows_of_sums = row_programs if n_rows else 0",
+        after="rows_of_sums = row_programs",
+        tests=(f"{LAYER}::test_nothing",),
+    ),
+    _op(
+        "what is not contiguous is read as if it were",
+        before="    tensor = tensor.contiguous()\n",
+        after="",
+        tests=(f"{LAYER}::test_layouts_of_weights", f"{LAYER}::test_layouts_of_masks_and_seeds"),
+    ),
+    _op(
+        "autocast around it decides on its products",
+        before="with torch.autocast(x.device.type, enabled=False):  # products",
+        after="with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type)):  # products",
+        tests=(f"{AUTOGRAD}::test_autocast_around_it_changes_nothing",),
+    ),
+    _op(
+        "a second derivative is silently 0",
+        before="if torch.is_grad_enabled():  # create_graph=True",
+        after="if False:",
+        tests=(f"{AUTOGRAD}::test_a_second_derivative_raises[plain]",),
+    ),
+    _op(
+        "a gradient that never came is taken for zeros",
+        before="ctx.set_materialize_grads(False)",
+        after="ctx.set_materialize_grads(True)",
+        tests=(f"{AUTOGRAD}::test_no_gradient_arrives",),
+    ),
+    _of(
+        "plain PyTorch's last dropout takes the seed of the one before",
+        file="kernels/encoder_layer/plain.py",
+        before="keep_mask(seed[4], shape, p.output_p)",
+        after="keep_mask(seed[2], shape, p.output_p)",
+        tests=(f"{LAYER}::test_padded", f"{FAILS}::test_is_right_all_the_same"),
+    ),
+    _sums(
+        "the third tensor's sums stand where the second's do",
+        before="out_ptr += A + B",
+        after="out_ptr += A",
+        tests=(f"{SUMS}::test_column_sums",),
+    ),
+    _sums(
+        "rows of a tile that is not full are left out",
+        before="for first in range(0, rows, BLOCK_M):",
+        after="for first in range(0, rows - BLOCK_M + 1, BLOCK_M):",
+        tests=(f"{SUMS}::test_column_sums",),
+    ),
+)

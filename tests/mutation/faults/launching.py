@@ -1,0 +1,74 @@
+"""Compiled kernels that are kept, and kernels that are bound."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+KEPT = "tests/kernels/test_kept.py"
+BOUND = "tests/kernels/test_bound.py"
+
+_kept = partial(Fault, file="kernels/kept.py")
+_bound = partial(Fault, file="kernels/bound.py")
+
+FAULTS = (
+    _kept(
+        "a stride of 1 finds the kernel of another odd one",
+        before="return value == 1, value % 16 == 0, value in _INT32",
+        after="return value % 16 == 0, value in _INT32",
+        tests=(f"{KEPT}::test_one_key_is_one_kernel_of_tritons", f"{KEPT}::test_each_difference_is_another_key"),
+    ),
+    _kept(
+        "a size past 32 bits finds the kernel of a small one",
+        before="sizes = [values[i] in _INT32 for i in self._sizes]",
+        after="sizes = []",
+        tests=(f"{KEPT}::test_an_int_that_is_not_specialised_has_two_classes",),
+    ),
+    _kept(
+        "a tensor at an odd place finds the kernel of 16-byte accesses",
+        before="return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)",
+        after="return value.dtype",
+        tests=(f"{KEPT}::test_one_key_is_one_kernel_of_tritons",),
+    ),
+    _kept(
+        "a kernel that is loaded on one device is launched on another",
+        before="return device, config.num_warps,",
+        after="return config.num_warps,",
+        tests=(f"{KEPT}::test_options_and_devices_have_kernels_of_their_own",),
+    ),
+    _kept(
+        "a constant is no part of the key",
+        before="self._constants(values)[1:], *sizes",
+        after="*sizes",
+        tests=(f"{KEPT}::test_each_difference_is_another_key",),
+    ),
+    _kept(
+        "profilers do not see what is launched by address",
+        before="        or has_hooks()\n",
+        after="",
+        tests=(f"{KEPT}::test_a_hook_that_is_added_is_seen",),
+    ),
+    _kept(
+        "a kernel that wants scratch memory gets none",
+        before='if scratch or type(run).__name__ != "CudaLauncher"',
+        after='if type(run).__name__ != "CudaLauncher"',
+        tests=(f"{KEPT}::test_a_kernel_that_wants_more_is_launched_by_tritons_launcher",),
+    ),
+    _bound(
+        "hooks are not told of bound kernels",
+        before="if kept.has_hooks():",
+        after="if False:",
+        tests=(f"{BOUND}::test_hooks_are_told",),
+    ),
+    _bound(
+        "a bound kernel that fails is no KernelFailed",
+        before="raise_for(self._work.kernel, error, self._like.device)",
+        after="raise",
+        tests=(f"{BOUND}::test_a_kernel_that_fails",),
+    ),
+    _bound(
+        "arrays of one allocation begin anywhere",
+        before="end += -(-torch.Size(shape).numel() * dtype.itemsize // 16) * 16",
+        after="end += torch.Size(shape).numel() * dtype.itemsize",
+        tests=(f"{BOUND}::test_room",),
+    ),
+)
