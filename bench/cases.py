@@ -69,6 +69,9 @@ SHORT = (
     "attention bf16 64 key p=0.0",
     "attention bf16 64 key p=0.1",
     "linear_cross_entropy bf16 30522 gradient",
+    "key_bounds bool 509 rows",
+    "row_counts bool 509 rows",
+    "packed_rows bool 509 rows",
     "encoder_layer bf16 3072 gelu",
 )
 

@@ -170,6 +170,7 @@ def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[d
 def _swap(classes: dict[nn.Module, type]) -> None:
     """Set the class of every module, or, if one refuses, of none. Whose class changes, its calls start at 0."""
     from fastbert.dispatch import forget, repeats_its_class
+    from fastbert.layers import settled
 
     before = {module: type(module) for module in classes}
     for module in classes:
@@ -185,6 +186,7 @@ def _swap(classes: dict[nn.Module, type]) -> None:
     for module, cls in classes.items():
         if before[module] is not cls:
             forget(module)
+            settled.forget(module)
             kept = vars(module).get("_old_forward")  # where accelerate's hooks keep the forward that they give back
             if getattr(kept, "__func__", None) is before[module].forward:
                 module._old_forward = MethodType(cls.forward, module)

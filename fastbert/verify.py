@@ -353,24 +353,39 @@ def _error(tensor: Tensor, reference: Tensor) -> float:
 def _first_divergence(
     model: nn.Module, batch: Mapping[str, Any], patch_keywords: dict[str, Any], widened: bool
 ) -> str | None:
-    """The first module, in the order of their calls, whose output differs though its inputs' modules agree."""
+    """The first module, in the order of their calls, whose output differs though its inputs' modules agree.
+
+    What is inside a layer is looked at where the layer differs: it then runs module by module, and may not differ.
+    """
+    coarse = _first_of(model, batch, patch_keywords, widened, inside=False)
+    fine = _first_of(model, batch, patch_keywords, widened, inside=True)
+    return fine if coarse is None or (fine or "").startswith(f"{coarse}.") else coarse
+
+
+def _first_of(
+    model: nn.Module, batch: Mapping[str, Any], patch_keywords: dict[str, Any], widened: bool, inside: bool
+) -> str | None:
     with torch.no_grad():
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             wide = copy.deepcopy(model).double()
             device = next(model.parameters()).device
             with Widened(torch.float64) if widened else nullcontext():
-                reference = _traced(wide, _moved(batch, device, torch.float64))
-        eager = _traced(model, batch)
+                reference = _traced(wide, _moved(batch, device, torch.float64), inside)
+        eager = _traced(model, batch, inside)
         with patched(model, **patch_keywords):
-            result = _traced(model, batch)
+            result = _traced(model, batch, inside)
     for comparison in _compare_all(result, eager, reference):
         if not comparison.ok:
             return comparison.name
     return None
 
 
-def _traced(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The output of every module that has modules in it, in the order in which they finish."""
+def _traced(model: nn.Module, batch: Mapping[str, Any], inside: bool) -> dict[str, Tensor]:
+    """The output of every module that has modules in it, in the order in which they finish; of those inside layers where
+    `inside`."""
+    from fastbert.layers.stock import BertLayer
+
+    layers = () if inside else tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BertLayer))
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -382,7 +397,8 @@ def _traced(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return hook
 
     # Only these: a hook on a Linear or a LayerNorm would itself send the call to stock code.
-    handles = [m.register_forward_hook(keep(name)) for name, m in model.named_modules() if next(m.children(), None)]
+    seen_of = [m for m in model.named_modules() if next(m[1].children(), None) and not m[0].startswith(layers)]
+    handles = [module.register_forward_hook(keep(name)) for name, module in seen_of]
     try:
         torch.manual_seed(0)
         _call(model, batch)

@@ -199,6 +199,7 @@ def attention_fwd_kernel(
     out_rows = out_row + rows
     out_head = out_ptr + head * D
     store_tile(tile_pointers(out_head, out_rows, n_heads * D, 1, BLOCK_D, False), out, rows, seqlen_q, D, BLOCK_D)
-    WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
-    here = logsumexp_ptr + head * n_rows + out_row
-    store_softmax(here, n_heads.to(tl.int64) * n_rows, rows, seqlen_q, top, total, WIDE)
+    if logsumexp_ptr is not None:  # what a backward needs
+        WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
+        here = logsumexp_ptr + head * n_rows + out_row
+        store_softmax(here, n_heads.to(tl.int64) * n_rows, rows, seqlen_q, top, total, WIDE)

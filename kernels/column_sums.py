@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device_math import block_rows
 from .launch import Work, accumulator, cdiv, choose
 
 __all__ = ["work"]
@@ -31,7 +32,7 @@ def column_sums_kernel(
     """out [A + B + C], the sums over rows of a [a_rows, A], b [b_rows, B] and c [c_rows, C] side by side."""
     a_blocks: tl.constexpr = (A + BLOCK_N - 1) // BLOCK_N
     b_blocks: tl.constexpr = (B + BLOCK_N - 1) // BLOCK_N
-    block = tl.program_id(0)
+    block = tl.program_id(0).to(tl.int64)
     here = a_ptr
     width = A
     rows = a_rows
@@ -50,10 +51,10 @@ def column_sums_kernel(
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < width
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for first in range(0, rows, BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
+    for tile in range(0, tl.cdiv(rows, BLOCK_M)):
+        row = block_rows(tile, BLOCK_M)
         mask = (row < rows)[:, None] & col_mask[None, :]
-        total += tl.load(here + row.to(tl.int64)[:, None] * width + cols[None, :], mask, other=0.0)
+        total += tl.load(here + row[:, None] * width + cols[None, :], mask, other=0.0)
     tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), col_mask)
 
 

@@ -136,7 +136,8 @@ _BIAS_GELU_BACKWARD: Table = {
     8: {8192: Config(1, 4, 512, 4)},
 }
 # Columns that neighbours in memory share a program; as many rows at once as keep its loads in flight.
-_COLUMN_SUMS: Table = {4: {8192: Config(32, 4, 64)}, 8: {8192: Config(16, 4, 64)}}
+# Sums are of 4 bytes or 8, never of 2.
+_COLUMN_SUMS: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 64)}) | {8: {8192: Config(16, 4, 64)}}
 # A program updates BLOCK_M blocks of BLOCK_N elements of one tensor, one after the other. The element size is the
 # parameter's; widths mean nothing here.
 _ADAMW: Table = {

@@ -4,6 +4,7 @@ x, residual [..., H] with any strides; x_bias, weight, bias [H]. With z = dropou
 
     forward    y = (z - mean) * rstd * weight + bias        reads x, residual; writes z, y        4THb bytes
     backward   dz = LayerNorm'(dy); dx = dropout'(dz)       reads dy, z; writes dx, dresidual     4THb bytes
+               y made again where that is asked for         writes y                              1THb bytes more
 
 Saved: z, and a row's mean and rstd in float32. The keep mask is drawn again from the seed, not kept. Without
 dropout and with one dtype dx is dresidual, and the backward writes it once. Weight gradients are sums a program in
@@ -110,9 +111,11 @@ def dropout_add_layernorm_bwd_kernel(
     mean_ptr,
     rstd_ptr,
     weight_ptr,
+    bias_ptr,
     seed_ptr,
     dx_ptr,
     dresidual_ptr,
+    y_ptr,
     sums_ptr,
     dy_row_stride,
     dy_col_stride,
@@ -159,6 +162,9 @@ def dropout_add_layernorm_bwd_kernel(
         tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + here, dz.to(dresidual_ptr.dtype.element_ty), mask)
+        if y_ptr is not None:  # the forward's result, for a backward that did not keep it
+            y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
+            tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
         row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
@@ -286,9 +292,11 @@ def _launch_bwd(
         mean_ptr=mean,
         rstd_ptr=rstd,
         weight_ptr=weight.contiguous(),
+        bias_ptr=None,
         seed_ptr=seed,
         dx_ptr=dx,
         dresidual_ptr=None if dresidual_dtype is None else dresidual,
+        y_ptr=None,
         sums_ptr=sums if sum_columns else None,
     )
     return dx, dresidual, sums.sum(0)

@@ -148,9 +148,7 @@ def embedding_layernorm_bwd_finish_kernel(
 
 
 @or_plain(plain.by_places)
-def by_places(
-    dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, seqlen: int, type_batch_stride: int
-) -> Tensor:
+def by_places(dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, seqlen: int, type_batch_stride: int) -> Tensor:
     """Sums [pieces, n_inner, n_types, H], in float32 or float64, of dz [T, H] seen as [outer, n_inner, H] over its outer axis.
 
     T may end within the outer axis' last step. type_ids are read if n_types > 1: of each sequence of seqlen tokens those that

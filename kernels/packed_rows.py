@@ -22,6 +22,8 @@ from .launch import check_device, choose, launch
 
 __all__ = ["packed_rows"]
 
+SIZES = ("n_sequences", "seqlen", "room", "longest", "n_bounds", "read_room", "read_longest", "n_read_bounds")
+
 
 @triton.jit
 def totals(counts_ptr, batch, n_sequences, BLOCK_N: tl.constexpr):
@@ -56,9 +58,7 @@ def store_rest(index_ptr, batch, every, room, n_sequences, BLOCK_N: tl.constexpr
         tl.store(index_ptr + places, tl.full([BLOCK_N], -1, tl.int32), places < room)
 
 
-@triton.jit(
-    do_not_specialize=("n_sequences", "seqlen", "room", "longest", "n_bounds", "read_room", "read_longest", "n_read_bounds")
-)
+@triton.jit(do_not_specialize=SIZES)
 def packed_rows_kernel(
     tokens_ptr,
     read_ptr,

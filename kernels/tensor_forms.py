@@ -28,9 +28,10 @@ class Forms:
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors, in their order, have the same forms."""
-        if self._guards is not None and len(tensors) == self._length and self._guards.check(*tensors):
+        guards = self._guards  # which another thread may be changing
+        if guards is not None and len(tensors) == self._length and guards.check(*tensors):
             return True
-        if _forms(tensors) != self._forms:
+        if list(map(type, tensors)) != self._forms[0] or _forms(tensors) != self._forms:
             return False
         self._guards = None
         if self._guards_left:

@@ -70,7 +70,7 @@ def _reason_of_call(module: nn.Module, words: bool) -> str | None:
     )
     norm = parts["LayerNorm"]
     vectors, shape = norm._parameters, norm.normalized_shape
-    usual = usual and vectors["weight"] is not None and vectors["bias"] is not None
+    usual = usual and vectors.get("weight") is not None and vectors.get("bias") is not None
     return None if usual and len(shape) == 1 and shape[0] <= ops.MAX_WIDTH else _reason_of_parts(module, words)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, autocast_dtype, device_reason, mode_reason, refused
-from fastbert.integrations.attention import argument_reason
+from fastbert.dispatch import Replicated, autocast_dtype, device_reason, mode_reason, refused, tensor_reason
+from fastbert.integrations.attention import argument_reason, implementation_reason
 from fastbert.layers import stock
 from fastbert.layers.masks import HandedMask
 from fastbert.layers.packing import Packing, side_by_side
@@ -47,7 +47,9 @@ class BertLayer(Replicated, stock.BertLayer):
     def _attempted(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
         """What the op gives for a call that the encoder made, or why it does not take that."""
         if not isinstance(mask, HandedMask):
-            return "a mask that the model did not hand on"
+            implementation = self.attention.self.config._attn_implementation
+            reason = tensor_reason(hidden_states) or implementation_reason(implementation)
+            return reason or "a mask that the model did not hand on"
         if mask.general is not None:
             return "a mask between queries and keys"
         for value in (*args, kwargs.get("past_key_values"), kwargs.get("cache"), kwargs.get("encoder_hidden_states")):
@@ -69,6 +71,8 @@ class BertLayer(Replicated, stock.BertLayer):
             return f"{min(failed)} failed: {ops.failures.reasons[min(failed)]}"
         if self.chunk_size_feed_forward:
             return "a feed-forward in chunks"
+        if "feed_forward_chunk" in vars(self):
+            return "a feed-forward of its own"
         weights = known.weights()
         if isinstance(weights, str):
             return weights

@@ -58,7 +58,8 @@ def handed(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool, **mo
         return HandedMask(None, None, stock, **more)
     if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1] and given.shape[0] >= keys.shape[0]:
         # Multiple choice flattens a 4-D mask to more rows than the batch has; stock reads these.
-        return HandedMask(given[: keys.shape[0]].to(keys.device, torch.bool, copy=True), None, stock, **more)
+        seen = given[: keys.shape[0]].to(keys.device, torch.bool, copy=True, memory_format=torch.contiguous_format)
+        return HandedMask(seen, None, stock, **more)
     general = stock()
     return HandedMask(None, general.clone() if added and general is given and isinstance(given, Tensor) else general, stock)
 
@@ -80,7 +81,8 @@ def only_kernels_see(
     encoder, config = model.encoder, model.config
     if not isinstance(encoder, BertEncoder) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
         return None
-    if config.is_decoder and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
+    causal = bool(config.is_decoder)
+    if causal and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
         return None
     found: dict[nn.Module, Any] = {}
     for layer in encoder.layer:
@@ -88,13 +90,13 @@ def only_kernels_see(
         if cls not in layers:
             return None
         known = settled(layer) if cls is not BertLayer and not torch.compiler.is_compiling() else None
-        if (known is None or any(known.own_hooks) or "forward" in vars(layer)) and _noticed(layer):
+        if (known is None or any(_hooks_of(layer)) or "forward" in vars(layer)) and _noticed(layer):
             return None
         if known is not None and known.reason is None:
             found[layer] = known
-            if not _means_the_same(known.attention, known.config, config, bool(config.is_decoder)):
+            if not _means_the_same(known.attention, known.config, config, causal):
                 return None
-        elif not _attention_sees(layer.attention, attentions, config, bool(config.is_decoder)):
+        elif not _attention_sees(layer.attention, attentions, config, causal):
             return None
         crossattention = layer._modules.get("crossattention")
         if crossattention is not None and not _attention_sees(crossattention, attentions, config, False):
@@ -133,7 +135,11 @@ def _noticed(module: nn.Module) -> bool:
     return hooked(module, _IDLE)
 
 
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 _MAKERS = ("create_causal_mask", "create_bidirectional_mask")
 # Its hooks gather weights and cast floating-point arguments; masks they hand on.
 _SHARDING = "torch.distributed.fsdp"
-_IDLE = (*IDLE_HOOKS, _SHARDING)
+_IDLE = (*IDLE_HOOKS, _SHARDING, "fastbert.verify")  # the last one's hooks see outputs alone

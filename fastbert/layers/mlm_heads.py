@@ -22,7 +22,7 @@ from transformers.models.bert import modeling_bert as bert
 from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, hooked, is_plain, is_plain_tensor, refused, run, tensor_reason
+from fastbert.dispatch import Replicated, autocast_dtype, hooked, is_plain, is_plain_tensor, refused, run, tensor_reason
 from fastbert.layers import prediction_head
 from fastbert.layers.counts import Room, count
 from fastbert.layers.encoder import packs_unseen
@@ -113,10 +113,12 @@ def _read(
     extra = {"reading": told} if packs_unseen(module) else {}
     outputs = module.bert(**arguments, return_dict=True, **extra)
     hidden = outputs.last_hidden_state
-    dtype = _product_dtype(head.decoder.weight, hidden.device.type)
+    # Under autocast the weight is cast once for logits and loss, as autocast's cache does.
+    low = None if head.decoder.weight.dtype == torch.float64 else autocast_dtype(hidden.device.type)
+    dtype = low or head.decoder.weight.dtype
     weight, bias = (None if x is None else x.to(dtype) for x in (head.decoder.weight, head.decoder.bias))
-    if dtype != head.decoder.weight.dtype:
-        options.setdefault("out_dtype", torch.float32)  # autocast runs cross_entropy in it
+    if low is not None:
+        options.setdefault("out_dtype", torch.float32)  # in which autocast runs cross_entropy
     logits = None
     if not without:
         hidden = head.transform(hidden).to(dtype)
@@ -125,13 +127,6 @@ def _read(
     if without:
         hidden = head.transform(hidden).to(dtype)
     return outputs, logits, run(module, ops.linear_cross_entropy, hidden, weight, bias, targets, **options)
-
-
-def _product_dtype(weight: Tensor, device_type: str) -> torch.dtype:
-    """What the decoder computes in. Under autocast its weight is cast once for logits and loss, as autocast's cache does."""
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
 
 
 def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None, ignored: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ from fastbert.layers.settled import settled
 
 class BertModel(Replicated, stock.BertModel):
     def _create_attention_masks(self, *args: Any, **given: Any) -> tuple[Any, Any]:
-        known = None if args else self._what_kernels_see(given.get("embedding_output"))
+        implementation = self.config._attn_implementation or "eager"
+        known = None if args else self._what_kernels_see(given.get("embedding_output"), implementation)
         if known is None:
             return super()._create_attention_masks(*args, **given)
         made = _Made(partial(super()._create_attention_masks, **given))
@@ -30,7 +31,7 @@ class BertModel(Replicated, stock.BertModel):
             # Made now, as layers are about to change how long the cache is.
             return tuple(HandedMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
         hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
-        added = (self.config._attn_implementation or "eager") == "eager"
+        added = implementation == "eager"
         mask = handed(
             given.get("attention_mask"), hidden, partial(made, 0), added, settled=known, by_module=self._asks_for_weights()
         )
@@ -42,9 +43,9 @@ class BertModel(Replicated, stock.BertModel):
         asked = getattr(self.config, "output_attentions", False) or is_recording_inside_layers()
         return "attention weights were asked for" if asked else None
 
-    def _what_kernels_see(self, hidden: Tensor | None) -> dict[nn.Module, Any] | None:
+    def _what_kernels_see(self, hidden: Tensor | None, implementation: str) -> dict[nn.Module, Any] | None:
         """What was looked at of the layers if nothing but fast classes will see the masks of this call, else None."""
-        if hidden is None or implementation_reason(self.config._attn_implementation) or tensor_reason(hidden):
+        if hidden is None or implementation_reason(implementation) or tensor_reason(hidden):
             return None
         return only_kernels_see(self, _LAYERS, _ATTENTIONS, settled)
 

@@ -42,13 +42,11 @@ class Rows:
 
 
 def side_by_side(keys: Rows, queries: Rows) -> tuple[Tensor, Tensor]:
-    """cu_seqlens of both, of one length: where one has more sequences at its end, the other has empty ones."""
-    more = len(keys.cu_seqlens) - len(queries.cu_seqlens)
-    longer = [rows.cu_seqlens for rows in (keys, queries)]
+    """cu_seqlens of both, of one length: what is read has as many sequences as the keys, or more at its end."""
+    bounds, more = keys.cu_seqlens, len(queries.cu_seqlens) - len(keys.cu_seqlens)
     if more:
-        shorter = longer[more > 0]
-        longer[more > 0] = torch.cat([shorter, shorter[-1:].expand(abs(more))])
-    return longer[0], longer[1]
+        bounds = torch.cat([bounds, bounds[-1:].expand(more)])  # empty ones
+    return bounds, queries.cu_seqlens
 
 
 @dataclass(frozen=True)

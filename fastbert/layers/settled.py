@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import ops
 from fastbert.dispatch import hooked, is_plain, is_plain_tensor
+from fastbert.kernels.tensor_forms import Forms
 from fastbert.layers import attention, intermediate, residual_norm, stock
 from fastbert.layers.parts import kernel_activation
 
@@ -51,8 +52,8 @@ class Settled:
         self._known_hooks = [dict(hooks) for hooks in self._hooks if hooks]
         self._dicts = [vars(module) for module in modules]
         self._known_own = self._own_forwards()
-        self.own_hooks = _hooks_of(layer)
         self._untested = stock.untested("BertLayer")
+        self._inside = inside
         self.reason = self._untested or _reason(inside)
         if self.reason is None:
             self._settle(inside)
@@ -60,10 +61,9 @@ class Settled:
     def _settle(self, inside: dict[str, nn.Module]) -> None:
         order = (*_LINEARS[:4], _NORMS[0], *_LINEARS[4:], _NORMS[1])  # as ops.Weights has them
         self._parameters = [inside[name]._parameters for name in order]
-        self._seen: tuple[list[Any], ...] | None = None
-        self._unfit: str | None = None
+        self._fit: tuple[Forms, str | None] | None = None
+        self._addresses: list[int] | None = None
         self.attention = vars(inside["attention.self"])
-        self.config = inside["attention.self"].config
         self._dropouts = [vars(inside[name]) for name in _DROPOUTS]
         self._norms = [vars(inside[name]) for name in _NORMS]
         self._activates = vars(inside["intermediate"])
@@ -83,10 +83,20 @@ class Settled:
             and not _has_any_global_hook()
             and stock.untested("BertLayer") == self._untested
             and (
-                self.reason is not None
-                or (self._activates.get("intermediate_act_fn"), self._form.get("approximate")) == self._activation
+                (self._activates.get("intermediate_act_fn"), self._form.get("approximate")) == self._activation
+                if self.reason is None
+                else (self._untested or _reason(self._inside)) == self.reason
             )
         )
+
+    @property
+    def config(self) -> Any:
+        return self.attention["config"]
+
+    @property
+    def leads_elsewhere(self) -> bool:
+        """Whether something of a user's was found, which may lead back to the layer: what is kept would keep that for good."""
+        return bool(self._known_hooks or self._known_own)
 
     def _own_forwards(self) -> list[Any]:
         return [own["forward"] for own in self._dicts if "forward" in own]
@@ -97,27 +107,28 @@ class Settled:
             found = [tensor for own in self._parameters for tensor in _BOTH(own)]
         except KeyError:
             return "a replica, or a parameter that was replaced"
-        if list(map(type, found)) != _PARAMETERS and not all(
-            tensor is not None and is_plain_tensor(tensor) for tensor in found
-        ):
-            return "a parameter that is no plain tensor"
-        matrices = _MATRICES(found)
-        seen = (
-            list(map(Tensor.data_ptr, found)),
-            [tensor.dtype for tensor in found],
-            [tensor.shape for tensor in matrices],  # to which the vectors' belong
-            [tensor.is_contiguous() for tensor in matrices],
-        )
-        if seen != self._seen:
-            self._seen, self._unfit = seen, _unfit(ops.Weights._make(found))
-        return self._unfit or ops.Weights._make(found)
+        fit = self._fit
+        if fit is None or not fit[0].same(found):
+            if not all(tensor is not None and is_plain_tensor(tensor) for tensor in found):
+                return "a parameter that is no plain tensor"
+            self._fit = fit = Forms(found), _unfit(ops.Weights._make(found))
+        if fit[1] is not None:
+            return fit[1]
+        addresses = list(map(Tensor.data_ptr, found))
+        if addresses != self._addresses:
+            if any(address % 16 for address in addresses):
+                return "a parameter that does not start at a multiple of 16 bytes"
+            self._addresses = addresses
+        return ops.Weights._make(found)
 
     def settings(self, hidden: int) -> Any:
         """The numbers as they are now (ops.Settings), or why the op does not take them."""
         attention, (scores, attended, output), (first, second) = self.attention, self._dropouts, self._norms
-        head_size = attention["attention_head_size"]
-        if hidden % head_size:
-            return f"a head size of {head_size}, of which no number fits {hidden}"
+        head_size, scale = attention["attention_head_size"], attention.get("scaling")
+        if type(scale) is not float:
+            return "a scale of scores that is no float"
+        if hidden % head_size or head_size > ops.MAX_HEAD_SIZE:
+            return f"a head size of {head_size} for {hidden} columns"
         return ops.Settings(
             hidden // head_size,
             self.activation,
@@ -127,7 +138,7 @@ class Settled:
             attended["p"] if attended["training"] else 0.0,
             output["p"] if output["training"] else 0.0,
             attention["is_causal"],
-            attention["scaling"],
+            scale,
         )
 
 
@@ -138,14 +149,21 @@ def settled(layer: nn.Module) -> Settled:
     """What holds of `layer` now."""
     known = _settled.get(layer)
     if known is None or not known.holds():
-        known = _settled[layer] = Settled(layer)
+        known = Settled(layer)
+        if known.leads_elsewhere:
+            forget(layer)
+        else:
+            _settled[layer] = known
     return known
+
+
+def forget(layer: nn.Module) -> None:
+    """Let go of what was looked at."""
+    _settled.pop(layer, None)
 
 
 _FORWARD = attrgetter("forward")
 _BOTH = itemgetter("weight", "bias")
-_PARAMETERS = [nn.Parameter] * 16
-_MATRICES = itemgetter(0, 2, 4, 6, 10, 12)
 
 
 def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -156,15 +174,27 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
     for name, cls in _PARTS.items():
         module = inside.get(name)
         if type(module) is not cls:
-            return f"{name} is a {type(module).__name__}"
+            return _why_not(name, module, cls)
         if hooked(module):
             return f"{name} has hooks, or a forward of its own"
     for name in _LINEARS:
-        if not is_plain(inside[name], nn.Linear):
-            return f"{name} is a {type(inside[name]).__name__}, or has hooks"
-        if inside[name].bias is None:
+        linear = inside.get(name)
+        if not is_plain(linear, nn.Linear):
+            return f"{name} is a {type(linear).__name__}, or has hooks"
+        if linear.bias is None:
             return f"{name} has no bias"
+    for name in _DROPOUTS:
+        dropout = inside.get(name)
+        if dropout is None or "p" not in vars(dropout):
+            return f"{name} is a {type(dropout).__name__}"
     return next((f"{name}: {why}" for name, of in _UNSUPPORTED.items() if (why := of(inside[name]))), None)
+
+
+def _why_not(name: str, module: nn.Module | None, cls: type) -> str:
+    """Why a part is not of the class that the layer needs."""
+    if name in _UNSUPPORTED and type(module) is getattr(stock, cls.__name__):
+        return f"{name}: {_UNSUPPORTED[name](module) or 'not patched'}"
+    return f"{name} is a {type(module).__name__}"
 
 
 def _unfit(weights: Any) -> str | None:
@@ -178,6 +208,6 @@ def _unfit(weights: Any) -> str | None:
             return f"weights of other shapes: {name} is {tuple(tensor.shape)}"
         if tensor.dtype != first.dtype or tensor.device != first.device:
             return f"parameters of {first.dtype} on {first.device} and {tensor.dtype} on {tensor.device}"
-        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-            return f"{name} is not contiguous, or does not start at a multiple of 16 bytes"
+        if not tensor.is_contiguous():
+            return f"{name} is not contiguous"
     return None

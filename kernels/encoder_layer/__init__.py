@@ -4,15 +4,17 @@ where a is the attention of x's projections.
 Host time is why: on a fast GPU a layer's kernels are done before Python has called its modules one by one. Here a layer is
 a straight line of 27 launches, forward and backward, of kernels that were bound before (plan.py), in one autograd function.
 And some work is only saved in this form: a residual's gradient is added inside a product (6 T H elements of memory traffic),
-the sums of all vectors' gradients end in one launch, and of the activation only the input is kept, since its gradient's own
-pass over memory makes its output again (4 of 16 T H elements a layer for the write of as many, which no switch is worth).
+and the sums of all vectors' gradients end in one launch. Of 16 T H elements that a layer would keep, 11 are kept: the
+activation's output and the first LayerNorm's are made again by the kernels of the backward that read their inputs anyway, for
+one write of each (5 of the 45 T H elements that a layer's kernels move besides products), which no switch is worth.
 
     forward    products 8 T H^2 + 4 T H F operations, attention 4 T S H; kernels between them 14 T H elements
-    backward   twice the products, attention as in attention.py; kernels between them 31 T H elements
+    backward   twice the products, attention as in attention.py; kernels between them 32 T H elements
 
 Saved: see forward.Saved. Attention, dropout, LayerNorm and the activation are the single ops' own kernels.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from .checks import check
 from .forward import Inputs, Saved, draw_seeds, forward
 from .plan import Plan, plan_of
 from .products import Products
-from .settings import Call, Settings, Weights
+from .settings import Settings, Weights
 
 __all__ = ["encoder_layer"]
 
@@ -140,30 +142,19 @@ def unchecked(
                 *(x, weights, settings, key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q),
                 *(product_dtype, norm_dtype, seed),
             )
-    packed = cu_seqlens is not None
-    hidden = x.shape[-1]
-    call = Call(
-        x.numel() // hidden,
-        cu_seqlens.shape[0] - 1 if packed else x.shape[0],
-        max_seqlen if packed else x.shape[1],
-        None if queries is None else queries.numel() // hidden,
-        max_seqlen_q,
-        packed,
-        key_mask is not None,
-        hidden,
-        weights.intermediate.shape[0],
-        x.dtype,
-        weights.query.dtype,
-        product_dtype or x.dtype,
-        norm_dtype,
-        x.device,
-        torch.get_float32_matmul_precision(),
-        needs_backward(x, queries, *weights),
+    packed, gradient = cu_seqlens is not None, needs_backward(x, queries, *weights)
+    *outer, hidden = x.shape
+    call = (
+        *(prod(outer), cu_seqlens.shape[0] - 1 if packed else outer[0], max_seqlen if packed else outer[1]),
+        *(None if queries is None else queries.numel() // hidden, max_seqlen_q),
+        *(packed, key_mask is not None, hidden, weights.intermediate.shape[0]),
+        *(x.dtype, weights.query.dtype, product_dtype or x.dtype, norm_dtype, x.device),
+        *(torch.get_float32_matmul_precision(), gradient),
     )
     masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens
     try:
         plan = plan_of(call, settings)
-        if call.gradient:
+        if gradient:
             apply = _Layer.apply if torch._C._are_functorch_transforms_active() else _apply
             return apply(plan, settings, masks, seed, x, queries, *weights)
         seed = draw_seeds(settings, x.device) if seed is None else seed
@@ -206,7 +197,7 @@ class _Layer(torch.autograd.Function):
             found = [None if g is None else NotTwice.apply(g.detach().requires_grad_()) for g in found]
         else:
             found = _gradients(ctx, dy)
-        return *(None,) * 4, *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[4:], strict=True))
+        return *(None,) * 4, *found
 
 
 # Function's own looks for what functorch's transforms may have left in each argument.
@@ -214,7 +205,7 @@ _apply = super(torch.autograd.Function, _Layer).apply
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, of the queries and of each weight, those that are needed and some others."""
+    """Of x, of the queries and of each weight: those that are needed, and some that autograd drops."""
     if _elsewhere(dy):
         with torch.cuda.device(dy.device):
             return _gradients(ctx, dy)
@@ -223,10 +214,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             return _gradients(ctx, dy)
     *tensors, attention_norm, intermediate_bias, output_norm, seed = ctx.saved_tensors
     plan, settings = ctx.plan, ctx.settings
-    saved = Saved(*tensors[:8], Products(*tensors[8:]))
+    saved = Saved(*tensors[:7], Products(*tensors[7:]))
     vectors = {"attention_norm": attention_norm, "intermediate_bias": intermediate_bias, "output_norm": output_norm}
     weights = ctx.weights._replace(**vectors)
-    inputs = Inputs(saved.x, saved.queries, dy.shape, *ctx.masks)
+    inputs = Inputs(saved.x, saved.queries, dy, *ctx.masks)
     needs_x, needs_queries, *needs_weights = ctx.needs_input_grad[4:]
     needed = Gradients(needs_x, needs_queries, Weights(*needs_weights))
     dy = aligned(dy).view(plan.n_rows, plan.call.hidden)
@@ -237,14 +228,14 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             raise
         failures.note(failure)
         dx, dqueries, *dweights = plain.gradients(plan, settings, dy, inputs, weights, seed)
-    return *(None if d is None else d.view(shape) for d, shape in zip((dx, dqueries), ctx.shapes, strict=True)), *dweights
+    return *(None if d is None else d.view(*shape) for d, shape in zip((dx, dqueries), ctx.shapes, strict=True)), *dweights
 
 
 def _inputs(x: Tensor, queries: Tensor | None, masks: tuple[Tensor | None, ...]) -> Inputs:
     hidden = x.shape[-1]
     if queries is None:
-        return Inputs(x.view(-1, hidden), None, x.shape, *masks)
-    return Inputs(x.view(-1, hidden), queries.view(-1, hidden), queries.shape, *masks)
+        return Inputs(x.view(-1, hidden), None, x, *masks)
+    return Inputs(x.view(-1, hidden), queries.view(-1, hidden), queries, *masks)
 
 
 def _elsewhere(x: Tensor) -> bool:

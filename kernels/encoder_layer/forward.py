@@ -3,21 +3,22 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, addmm, empty_like, mm
+from torch import Tensor, empty_like
+from torch.nn.functional import linear
 
-from ..bound import Place, addressing, by_address, stream_of
+from ..bound import Place, addressing, by_address
 from .plan import Plan
 from .products import Products, products_of
 from .settings import Settings, Weights
 
 
 class Inputs(NamedTuple):
-    """x [T, H]; queries [N, H] where they are rows of their own; the shape that the result is to have; what attention sees (as
-    in attention.attention)."""
+    """x [T, H]; queries [N, H] where they are rows of their own; a tensor of the result's shape; what attention sees (as in
+    attention.attention)."""
 
     x: Tensor
     queries: Tensor | None
-    shape: torch.Size
+    like: Tensor
     key_mask: Tensor | None
     key_bounds: Tensor | None
     cu_seqlens_q: Tensor | None
@@ -26,19 +27,21 @@ class Inputs(NamedTuple):
     def masks(self) -> tuple[Place, ...]:
         """In the kernels' order; a mask between queries and keys is none of them."""
         at = addressing()
-        mask, bounds, queries, keys = [None if tensor is None else at(tensor) for tensor in self[3:]]
-        return mask, bounds, None, queries, keys
+        if self.key_mask is not None:
+            return at(self.key_mask), at(self.key_bounds), None, None, None
+        if self.cu_seqlens is not None:
+            return None, None, None, at(self.cu_seqlens_q), at(self.cu_seqlens)
+        return None, None, None, None, None
 
 
 class Saved(NamedTuple):
-    """What the backward reads: 12 T H elements, with F = 4 H. The activation's output, 4 more, is made again there."""
+    """What the backward reads: 11 T H elements, with F = 4 H. The activation's output and y1, 5 more, are made again there."""
 
     x: Tensor
     queries: Tensor | None
     qkv: Tensor  # [T, 3 H]; of queries of their own, the keys and values alone, [T, 2 H]
     q: Tensor | None  # of queries of their own
     attended: Tensor
-    y1: Tensor
     h: Tensor
     kept: Tensor
     products: Products
@@ -77,45 +80,48 @@ def forward(
     plan: Plan, settings: Settings, inputs: Inputs, weights: Weights, seed: Tensor | None
 ) -> tuple[Tensor, Saved | None]:
     """y in the shape of the rows that are read and, where a backward follows (call.gradient), what that needs."""
-    call, at, stream = plan.call, addressing(), stream_of(plan.call.device)
-    low, hidden, w = call.product_dtype, call.hidden, weights
+    at, stream, low, hidden, w = addressing(), plan.stream(), plan.product_dtype, plan.hidden, weights
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     products = products_of(weights, low)
-    x = inputs.x.to(low)
+    x = inputs.x if plan.dtype == low else inputs.x.to(low)
     if inputs.queries is None:
         read, queries, q = inputs.x, None, None
-        qkv = addmm(products.projections_bias, x, products.projections.t())
+        qkv = linear(x, products.projections, products.projections_bias)
         parts = columns(qkv, hidden)
     else:
-        read, queries = inputs.queries, inputs.queries.to(low)
-        q = addmm(products.projections_bias[:hidden], queries, products.projections[:hidden].t())
-        qkv = addmm(products.projections_bias[hidden:], x, products.projections[hidden:].t())
+        read = inputs.queries
+        queries = read if plan.dtype == low else read.to(low)
+        q = linear(queries, products.projections[:hidden], products.projections_bias[:hidden])
+        qkv = linear(x, products.projections[hidden:], products.projections_bias[hidden:])
         parts = at(q), *columns(qkv, hidden)
-    kept = plan.kept.allocate(x)
-    softmax, *saved = plan.kept.places(kept)
-    attended = x.new_empty((plan.n_rows, hidden))
+    softmax, kept, saved1, saved2 = None, None, None, None
+    if plan.gradient:
+        kept = plan.kept.allocate(x)
+        softmax, *saved = plan.kept.places(kept)
+        saved1, saved2 = saved[:3], saved[3:]
+    attended = empty_like(x if queries is None else queries)
     plan.attention(stream, *parts, at(attended), softmax, *inputs.masks(), attention_seed)
-    if not call.gradient:
+    if not plan.gradient:
         q = qkv = None
 
-    projected = mm(attended, products.attention_output.t())
+    projected = linear(attended, products.attention_output)
     y1 = projected if plan.y1_dtype == low else empty_like(projected, dtype=plan.y1_dtype)
-    z, mean, rstd = saved[:3] or (at(y1), None, None)  # without a backward only z's dtype counts
+    z, mean, rstd = saved1 or (at(y1), None, None)  # without a backward only z's dtype counts
     vectors = at(w.attention_norm), at(w.attention_norm_bias), at(w.attention_output_bias)
     plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), z, mean, rstd)
 
-    y1_low = y1.to(low)
-    h = mm(y1_low, products.intermediate.t())
-    activated = empty_like(h) if call.gradient else h
+    y1_low = y1 if plan.y1_dtype == low else y1.to(low)
+    h = linear(y1_low, products.intermediate)
+    activated = empty_like(h) if plan.gradient else h
     plan.gelu(stream, at(h), at(w.intermediate_bias), at(activated))
-    out = mm(activated, products.output.t())
-    if call.gradient:  # autograd's functions must not return views, as which `out` in the shape of x would count
-        y = read.new_empty(inputs.shape, dtype=plan.out_dtype)
+    out = linear(activated, products.output)
+    if plan.gradient:  # autograd's functions must not return views, as which `out` in the shape of x would count
+        y = empty_like(inputs.like, dtype=plan.out_dtype)
     else:
-        y = (out if plan.out_dtype == low else empty_like(out, dtype=plan.out_dtype)).view(inputs.shape)
-    z, mean, rstd = saved[3:] or (at(y), None, None)
+        y = (out if plan.out_dtype == low else empty_like(out, dtype=plan.out_dtype)).view_as(inputs.like)
+    z, mean, rstd = saved2 or (at(y), None, None)
     vectors = at(w.output_norm), at(w.output_norm_bias), at(w.output_bias)
     plan.norm2(stream, at(out), at(y1), *vectors, seed2, at(y), z, mean, rstd)
-    if not call.gradient:
+    if not plan.gradient:
         return y, None
-    return y, Saved(x, queries, qkv, q, attended, y1_low, h, kept, products)
+    return y, Saved(x, queries, qkv, q, attended, h, kept, products)

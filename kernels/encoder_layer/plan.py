@@ -1,11 +1,12 @@
 """All kernels of a layer for calls of one shape, bound once: what every layer of a model and every step then share."""
 
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
 from .. import attention, bias_gelu, column_sums, dropout_add_layernorm
-from ..bound import Bound, Room, by_address
+from ..bound import Bound, Room, by_address, streams
 from ..launch import Work, accumulator_torch
 from .settings import Call, Settings
 
@@ -22,6 +23,9 @@ class Plan:
         self.call = call
         self.n_rows = n = call.rows if call.read_rows is None else call.read_rows
         low, hidden, inner = call.product_dtype, call.hidden, call.inner
+        self.dtype, self.product_dtype, self.weight_dtype = call.dtype, low, call.weight_dtype
+        self.hidden, self.gradient = hidden, call.gradient
+        self.stream = streams(call.device)
         # Of each LayerNorm: what it normalises, which is rounded so before its statistics are made, and what it returns.
         self.z1_dtype = torch.promote_types(low, call.dtype)
         self.y1_dtype = call.norm_dtype or self.z1_dtype
@@ -78,7 +82,8 @@ class Plan:
         like = self._like(dtype=low)
         self.attention = self._bind(
             attention.forward_work(self.geometry, like, self.aligned),
-            *{"q_ptr": low, "k_ptr": low, "v_ptr": low, "out_ptr": low, "logsumexp_ptr": self._wide}.items(),
+            *{"q_ptr": low, "k_ptr": low, "v_ptr": low, "out_ptr": low}.items(),
+            ("logsumexp_ptr", self._wide if call.gradient else None),
             *self._masks(),
             ("seed_ptr", _seed(settings.attention_p)),
         )
@@ -90,13 +95,12 @@ class Plan:
         self.gelu = self._bind(work, ("x_ptr", low), ("bias_ptr", weight), ("y_ptr", low))
         self.statistics1 = (n,), accumulator_torch(self.z1_dtype)
         self.statistics2 = (n,), accumulator_torch(self.z2_dtype)
-        # What the backward needs of the forward besides the larger tensors; without a backward, what attention writes.
-        shape = n, hidden
-        arrays = [self.softmax]
-        if call.gradient:
-            arrays += [(shape, self.z1_dtype), self.statistics1, self.statistics1]
-            arrays += [(shape, self.z2_dtype), self.statistics2, self.statistics2]
-        self.kept = Room(*arrays)
+        if call.gradient:  # what the backward needs of the forward besides the larger tensors
+            z1, z2 = ((n, hidden), self.z1_dtype), ((n, hidden), self.z2_dtype)
+            self.kept = Room(
+                *(self.softmax, z1, self.statistics1, self.statistics1),
+                *(z2, self.statistics2, self.statistics2),
+            )
 
     def _bind_norm(self, residual: torch.dtype, z: torch.dtype, y: torch.dtype, eps: float, p: float) -> Bound:
         call, n, hidden = self.call, self.n_rows, self.call.hidden
@@ -140,11 +144,10 @@ class Plan:
         self.attention_kv = self._bind(work, *shared, ("dk_ptr", low), ("dv_ptr", low))
 
         residual1 = None if self.shares1 else call.dtype
-        self.norm1_backward, sums1 = self._bind_norm_backward(
-            self.y1_dtype, self.z1_dtype, residual1, settings.attention_output_p
-        )
+        dropped = settings.attention_output_p, settings.output_p
+        self.norm1_backward, sums1 = self._bind_norm_backward(self.y1_dtype, self.z1_dtype, residual1, low, dropped[0])
         residual2 = None if self.shares2 else self.y1_dtype
-        self.norm2_backward, sums2 = self._bind_norm_backward(self.out_dtype, self.z2_dtype, residual2, settings.output_p)
+        self.norm2_backward, sums2 = self._bind_norm_backward(self.out_dtype, self.z2_dtype, residual2, None, dropped[1])
         work, gelu_rows = bias_gelu.backward_work(n, inner, (inner, 1), (inner, 1), like, settings.activation)
         self.gelu_backward = self._bind(
             work,
@@ -169,9 +172,9 @@ class Plan:
         self.scratch = Room(*arrays)
 
     def _bind_norm_backward(
-        self, dy: torch.dtype, z: torch.dtype, dresidual: torch.dtype | None, p: float
+        self, dy: torch.dtype, z: torch.dtype, dresidual: torch.dtype | None, y: torch.dtype | None, p: float
     ) -> tuple[Bound, int]:
-        """The kernel, and how many rows of sums it writes."""
+        """The kernel, and how many rows of sums it writes; with y it makes the forward's result again."""
         call, n, hidden = self.call, self.n_rows, self.call.hidden
         widest = self._like(dtype=max(dy, z, key=lambda dtype: dtype.itemsize))
         work = dropout_add_layernorm.backward_work(n, hidden, (hidden, 1), widest, z, p)
@@ -180,9 +183,11 @@ class Plan:
             work,
             *{"dy_ptr": dy, "z_ptr": z, "mean_ptr": statistic, "rstd_ptr": statistic}.items(),
             ("weight_ptr", call.weight_dtype),
+            ("bias_ptr", None if y is None else call.weight_dtype),
             ("seed_ptr", _seed(p)),
             ("dx_ptr", call.product_dtype),
             ("dresidual_ptr", dresidual),
+            ("y_ptr", y),
             ("sums_ptr", statistic),
         )
         return bound, work.programs
@@ -208,17 +213,17 @@ def _seed(p: float) -> torch.dtype | None:
 
 
 @lru_cache(PLANS)
-def _kept(call: Call, settings: Settings) -> Plan:
-    return Plan(call, settings)
+def _kept(call: tuple[Any, ...], settings: Settings) -> Plan:
+    return Plan(Call._make(call), settings)
 
 
-def plan_of(call: Call, settings: Settings) -> Plan:
-    """The plan of such calls.
+def plan_of(call: tuple[Any, ...], settings: Settings) -> Plan:
+    """The plan of such calls; `call` is what a Call is made of.
 
     Raises:
         KernelFailed: one of its kernels cannot be compiled or loaded.
     """
-    return _kept(call, settings) if by_address() else Plan(call, settings)
+    return _kept(call, settings) if by_address() else Plan(Call._make(call), settings)
 
 
 def forget() -> None:

@@ -35,7 +35,7 @@ def test_is_equal_to_stock(unpad, broken, monkeypatch, launches):
     attempts = break_kernels(monkeypatch, broken)
     results = [run(patched, batch) for _ in range(2)]
     assert failures.reasons.keys() <= broken and not launches().keys() & broken
-    assert all(kernel.attempts <= 1 for kernel in attempts.values())
+    assert not {name: k.attempts for name, k in attempts.items() if k.attempts > 1}
     eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
     for found in (eager, exact):
         found.pop("logits" if unpad else "", None)

@@ -10,6 +10,7 @@ from fastbert.kernels.adamw import adamw
 from fastbert.kernels.adamw_table import Hyperparameters, Parameter, Tables
 from fastbert.kernels.attention import attention
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
+from fastbert.kernels.encoder_layer import Settings, encoder_layer
 from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +18,7 @@ from fastbert.kernels.packed_rows import packed_rows
 from fastbert.kernels.row_counts import row_counts
 
 from . import attention as attention_inputs
+from . import encoder_layer as layer_inputs
 from . import linear_cross_entropy as cross_entropy
 from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, make_inputs, run, seed_tensor
 
@@ -155,6 +157,36 @@ def _attention(variant: str) -> Make:
     return make
 
 
+def _encoder_layer(variant: str) -> Make:
+    """`width` is the feed-forward's."""
+
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        batch, length, heads, hidden = (2, 5, 3, 24) if small else (8, 512, 12, 768)
+        shape = (batch, length, hidden) if variant != "packed, dropped" else (batch * length, hidden)
+        inputs = layer_inputs.make_inputs(shape, width or (40 if small else 3072), dtype)
+        names = [name for name, x in inputs.items() if x is not None]
+        inputs = {name: inputs[name] for name in names} | {"dy": torch.randn(shape).to(DEVICE, dtype)}
+        options: dict[str, object] = {"queries": None, "settings": Settings(heads, causal=variant == "causal")}
+        if "dropped" in variant:
+            inputs["seed"] = layer_inputs.seeds()
+            options["settings"] = Settings(heads, attention_p=0.1, attention_output_p=0.1, output_p=0.1)
+        if variant == "padded, dropped":
+            lengths = torch.randint(1, length + 1, (batch, 1), device=DEVICE)
+            inputs["key_mask"] = torch.arange(length, device=DEVICE) < lengths
+        elif variant == "packed, dropped":
+            inputs["cu_seqlens"] = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=DEVICE)
+            options["max_seqlen"] = length
+
+        def step(given: Tensors) -> Tensors:
+            tensors = {name: x for name, x in given.items() if name not in (*names, "dy")}
+            call = layer_inputs.flat(encoder_layer)
+            return _present(run(call, {name: given[name] for name in names}, given["dy"], **tensors, **options))
+
+        return inputs, step
+
+    return make
+
+
 def _linear_cross_entropy(variant: str) -> Make:
     def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
         n_rows, n_cols, hidden = (5, width or 11, 24) if small else (1500, width or 30522, 128)
@@ -203,6 +235,7 @@ CALLS = (
         Call("attention", variant, _attention(variant))
         for variant in ("padded, dropped", "causal", "general mask", "packed, dropped", "grouped, dropped")
     ),
+    *(Call("encoder_layer", variant, _encoder_layer(variant)) for variant in ("padded, dropped", "causal", "packed, dropped")),
     *(Call("linear_cross_entropy", way, _linear_cross_entropy(way)) for way in (*cross_entropy.WAYS, "none")),
     Call("adamw", "", _adamw(False)),
     Call("adamw", "amsgrad", _adamw(True)),

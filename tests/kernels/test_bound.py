@@ -157,7 +157,7 @@ def test_column_sums(dtype):
     out = torch.full((sum(part.shape[1] for part in parts) + 3,), torch.nan, dtype=dtype, device=DEVICE)
     call = Bound(work, parts[0], dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), wide) | {"out_ptr": dtype})
     at = addressing()
-    call(bound.stream_of(DEVICE), *map(at, parts), at(out))
+    call(bound.streams(out.device)(), *map(at, parts), at(out))
     eager, exact = (torch.cat([part.to(kind).sum(0) for part in parts]) for kind in (wide, torch.float64))
     assert_close({"sums": out[:-3]}, {"sums": eager.to(dtype)}, {"sums": exact})
     assert out[-3:].isnan().all()
@@ -232,9 +232,9 @@ def test_a_bound_kernel_runs_and_its_hooks_are_told():
 
     knobs.runtime.launch_enter_hook.add(hook)
     try:
-        call(bound.stream_of(out.device), *places)
+        call(bound.streams(out.device)(), *places)
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
-    call(bound.stream_of(out.device), *places)
+    call(bound.streams(out.device)(), *places)
     torch.cuda.synchronize()
     assert seen == ["column_sums_kernel"]

@@ -11,6 +11,7 @@ from fastbert.kernels.linear_cross_entropy_rows import launch_reduce, scaled
 from . import (
     linear_cross_entropy,
     test_adamw,
+    test_bound,
     test_embedding_layernorm,
     test_gather_rows,
     test_key_bounds,
@@ -140,11 +141,19 @@ def test_tiles_of_masks(architecture, as_on):  # noqa: F811
     test_packed_rows.same(*test_packed_rows.arguments_of("tokens and read", *masks, 7, 7))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tiles_of_column_sums(architecture, dtype, as_on):  # noqa: F811
+    """More rows and columns than a tile has."""
+    as_on(architecture)
+    test_bound.test_column_sums(dtype)
+
+
 @pytest.mark.no_launch
 def test_every_table_is_run():
     """A new table has to be named here or in test_configs.py."""
     elsewhere = {"layernorm", "bias_gelu", "gelu_layernorm", "attention"}
-    ours = {*EMBEDDING, "gather_rows", "mask_rows", "adamw"}
+    ours = {*EMBEDDING, "gather_rows", "mask_rows", "adamw", "column_sums"}
     ours |= {f"linear_cross_entropy{part}" for part in ("", "_reduce", "_scale")}
     others = {name for name in TABLES if any(name.startswith(f"{op}_") for op in elsewhere)}
     assert TABLES.keys() == ours | others

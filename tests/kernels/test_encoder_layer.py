@@ -104,11 +104,15 @@ def test_several_tiles():
     ids=["no sequences", "no tokens", "masked", "one empty sequence", "nothing is read"],
 )
 def test_nothing(shape, options, dtype):
-    """Memory that was used before holds what was there: gradients of nothing are zeros all the same."""
-    used = [torch.full((4096,), torch.nan, device=DEVICE) for _ in range(64)]
-    del used
+    """Gradients of nothing are zeros, whatever stood in memory: so that it holds NaN, torch is to be deterministic."""
     queries = 0 if "cu_seqlens_q" in options else None
-    check(make_inputs(shape, 40, dtype, queries=queries), Settings(3, output_p=0.1), **options)
+    inputs = make_inputs(shape, 40, dtype, queries=queries)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(8, dtype=dtype, device=DEVICE).isnan().all()
+        check(inputs, Settings(3, output_p=0.1), **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # What autocast asks for, and what a model of 16 bits with LayerNorms in float32 is: (x, weights, products, LayerNorm's).
@@ -121,6 +125,10 @@ MIXTURES = [
     (torch.float16, torch.float32, torch.float32, None),
     (torch.float32, torch.float16, None, None),
 ]
+
+
+VECTORS = [name for norm in ("attention", "output") for name in (f"{norm}_norm", f"{norm}_norm_bias")]
+VECTORS += ["attention_output_bias", "intermediate_bias", "output_bias"]
 
 
 def named(dtype):
@@ -136,6 +144,22 @@ def test_mixed_dtypes(settings, dtypes):
     results = check(inputs, settings, key_mask=key_mask, product_dtype=product, norm_dtype=norm)
     for name, gradient in results.items():
         assert name == "y" or gradient is None or gradient.dtype == inputs[name.removeprefix("d")].dtype, name
+    if weights == torch.float32:  # summed in float32, and never rounded to less
+        for name in VECTORS:
+            gradient = results[f"d{name}"]
+            assert not torch.equal(gradient, gradient.half().float()), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [Settings(3), DROPPED], ids=["", "dropped"])
+def test_bfloat16(settings, weights):
+    """Under autocast, and as a model of its own; the interpreter rounds it wrongly."""
+    dtype = weights if weights == torch.bfloat16 else torch.float32
+    inputs = make_inputs((3, 70, 96), 160, dtype, weight_dtype=weights)
+    key_mask = torch.arange(70, device=DEVICE) < torch.tensor([[70], [4], [33]], device=DEVICE)
+    norm = torch.float32 if dtype == torch.float32 else None
+    check(inputs, settings, key_mask=key_mask, product_dtype=torch.bfloat16, norm_dtype=norm)
 
 
 @pytest.mark.parametrize("settings", [Settings(3), DROPPED], ids=["", "dropped"])

@@ -17,6 +17,7 @@ from fastbert.kernels.launch import recording
 
 from . import (
     attention,
+    encoder_layer,
     linear_cross_entropy,
     test_adamw,
     test_embedding_layernorm,
@@ -48,6 +49,7 @@ TABLES_OF = {
     "attention padded, dropped": (*_ATTENTION, "attention_backward_rows"),
     "attention general mask": tuple(f"{table}_masked" for table in _ATTENTION),
     "attention grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
+    "encoder_layer padded, dropped": ("column_sums",),
     "linear_cross_entropy kept": ("linear_cross_entropy", "linear_cross_entropy_scale"),
     "linear_cross_entropy none": ("linear_cross_entropy", "linear_cross_entropy_reduce"),
     "adamw": ("adamw",),
@@ -161,6 +163,13 @@ def check_attention(masked: bool = False, kv_heads: int = 2) -> Callable[[int, t
     return check_at
 
 
+def check_encoder_layer(inner: int, dtype: torch.dtype) -> None:
+    settings = encoder_layer.Settings(2, attention_p=0.1, attention_output_p=0.1, output_p=0.1)
+    for length in LENGTHS:
+        seen = torch.arange(length, device=DEVICE) < torch.tensor([[length], [length // 2 + 1]], device=DEVICE)
+        encoder_layer.check(encoder_layer.make_inputs((2, length, 64), inner, dtype), settings, key_mask=seen)
+
+
 def check_linear_cross_entropy(reduction: str) -> Callable[[int, torch.dtype], object]:
     def check_at(n_cols: int, dtype: torch.dtype) -> object:
         inputs, labels = linear_cross_entropy.make_inputs(ROWS // 4, n_cols, 64, dtype)
@@ -190,6 +199,7 @@ CHECKS: dict[str, Callable[[int, torch.dtype], object]] = {
     "attention padded, dropped": check_attention(),
     "attention general mask": check_attention(masked=True),
     "attention grouped, dropped": check_attention(kv_heads=1),
+    "encoder_layer padded, dropped": check_encoder_layer,
     "linear_cross_entropy kept": check_linear_cross_entropy("mean"),
     "linear_cross_entropy none": check_linear_cross_entropy("none"),
     "adamw": check_adamw,

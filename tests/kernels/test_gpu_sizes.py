@@ -12,13 +12,16 @@ from fastbert.kernels.adamw import adamw
 from fastbert.kernels.adamw_table import Hyperparameters, Parameter
 from fastbert.kernels.attention import attention
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
+from fastbert.kernels.encoder_layer import Settings, encoder_layer
 from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from fastbert.kernels.packed_rows import packed_rows
+from fastbert.kernels.plain_dropout import keep_scores
 from fastbert.kernels.row_counts import row_counts
 from tests.numerics import assert_close
 
+from . import encoder_layer as layer
 from . import linear_cross_entropy as cross_entropy
 from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, run
 
@@ -117,6 +120,25 @@ def check_attention(elements: int, dtype: torch.dtype) -> None:
     assert_last(whole, alone, ("y", "dq", "dk", "dv"))
 
 
+def check_encoder_layer(elements: int, dtype: torch.dtype) -> None:
+    """Queries, keys and values of so many elements, against plain PyTorch on the last sequences."""
+    length, hidden = 64, 64
+    settings = Settings(2, attention_p=0.1)
+    inputs = layer.make_inputs((elements // (3 * length * hidden) + 2, length, hidden), hidden, dtype)
+    dy = normal(*inputs["x"].shape, dtype=dtype)
+    kept = len(inputs["x"]) - 2  # dropout counts sequences, so the last two are given what it kept of them
+    keep = keep_scores(layer.seeds()[0], range(kept, kept + 2), 2, length, length, 0.1), None, None
+    found = run(layer.flat(encoder_layer), inputs, dy, layer.NAMES, settings=settings, seed=layer.seeds())
+    found = {name: None if x is None else x[-2:] for name, x in found.items()}
+
+    def last(cast: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+        tensors = {name: None if x is None else cast(x[-2:] if name == "x" else x) for name, x in inputs.items()}
+        call = layer.flat(layer.reference.encoder_layer)
+        return run(call, tensors, cast(dy[-2:]), layer.NAMES, settings=settings, keep=keep)
+
+    layer.assert_right(found, last(lambda x: x), last(Tensor.double), rounded=dtype.itemsize == 2)
+
+
 def check_linear_cross_entropy(elements: int, dtype: torch.dtype) -> None:
     """A chunk of so many logits, against plain PyTorch on its last rows."""
     n_rows, width = ROWS + 960, 64
@@ -157,6 +179,7 @@ CHECKS: dict[str, Check] = {
     "packed_rows": check_packed_rows,
     "embedding_layernorm": check_embedding_layernorm,
     "attention": check_attention,
+    "encoder_layer": check_encoder_layer,
     "linear_cross_entropy": check_linear_cross_entropy,
     "adamw": check_adamw,
 }

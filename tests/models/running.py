@@ -2,12 +2,13 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
@@ -179,6 +180,22 @@ def _settled(found: Mapping[str, int]) -> dict[str, int]:
 
 _ROWS = "embedding_layernorm_bwd_kernel"
 _OF_HEADS = ("column_sums", "gather_rows", "key_bounds", "linear_cross_entropy", "packed_rows", "row_counts")
+
+
+def rows_in_products(call: Callable[[], Any]) -> list[int]:
+    """How many rows each matrix product in it has, in their order, whichever module asked for it."""
+    rows: list[int] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = op.name().removeprefix("aten::").partition(".")[0]
+            if name in ("mm", "addmm", "addmm_", "bmm"):
+                rows.append([x for x in args if isinstance(x, Tensor)][-2].shape[-2])
+            return op(*args, **kwargs or {})
+
+    with Products():
+        call()
+    return rows
 
 
 def expected_launches(

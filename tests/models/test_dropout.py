@@ -1,13 +1,13 @@
 """Dropout in a model: seeds, nothing drawn when it is off, and stock under the very masks that were drawn."""
 
 import copy
-import importlib
 
 import pytest
 import torch
 from torch import nn
 
 import fastbert
+from fastbert.kernels import embedding_layernorm, encoder_layer
 from tests.kernels.ops import DEVICE, drawn_mask
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
 from tests.models.tiny import MLM, make, make_batch
@@ -102,10 +102,15 @@ def dropouts(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_stock_under_the_same_masks_is_equal(dtype, monkeypatch):
     seeds = []
-    for name in ("embedding_layernorm", "dropout_add_layernorm"):
-        kernel = importlib.import_module(f"fastbert.kernels.{name}")
-        draw = kernel.draw_seed
-        monkeypatch.setattr(kernel, "draw_seed", lambda device, draw=draw: seeds.append(draw(device)) or seeds[-1])
+    draw_seed, draw_seeds = embedding_layernorm.draw_seed, encoder_layer.draw_seeds
+
+    def drawn(*args):
+        of_layer = draw_seeds(*args)
+        seeds.extend((of_layer[2], of_layer[4]))  # as the first is attention's
+        return of_layer
+
+    monkeypatch.setattr(embedding_layernorm, "draw_seed", lambda device: seeds.append(draw_seed(device)) or seeds[-1])
+    monkeypatch.setattr(encoder_layer, "draw_seeds", drawn)
 
     model, batch = make(MLM, dtype, hidden_dropout_prob=P).train(), make_batch()
     patched = fastbert.patch(copy.deepcopy(model))

@@ -77,9 +77,9 @@ def test_key_bounds():
     assert found == {"key_bounds": 1}
 
 
-MASK = torch.arange(9) < torch.tensor([[9], [4], [7]])
-READ = MASK & (torch.arange(9) % 3 == 0)
-LENGTHS, READ_LENGTHS = tuple(MASK.sum(1).tolist()), tuple(READ.sum(1).tolist())
+LENGTHS, READ_LENGTHS = (9, 4, 7), (3, 2, 3)
+MASK = (torch.arange(9) < torch.tensor(LENGTHS)[:, None]).to(DEVICE)
+READ = MASK & (torch.arange(9, device=DEVICE) % 3 == 0)
 TOLD = {
     "told": Given(lengths=LENGTHS, read=READ_LENGTHS),
     "bucket": Given(lengths=LENGTHS, read=READ_LENGTHS, bucket=8),
@@ -91,7 +91,7 @@ COPIES = {"_to_copy": 1} if DEVICE.type == "cuda" else {}
 
 def pack(told, given, mask=MASK):
     """A forward's index work: the packing, what is read among it, and the bounds that the last layer takes."""
-    packing = packing_of(None if mask is None else mask.to(DEVICE), told, given, *MASK.shape, DEVICE)
+    packing = packing_of(mask, told, given, *MASK.shape, DEVICE)
     assert isinstance(packing, Packing)
     if packing.read is not None:
         packing.read.within(packing.tokens)
@@ -102,7 +102,7 @@ def pack(told, given, mask=MASK):
 @pytest.mark.parametrize("given", TOLD)
 @pytest.mark.parametrize("what, asserted", [("first", 2), ("labelled", 3), ("all", 1), ("all, labelled", 2)])
 def test_packing_with_lengths_told(what, asserted, given):
-    labelled = READ.to(DEVICE) if "labelled" in what else None
+    labelled = READ if "labelled" in what else None
     told = None if what == "all" else Reading(labelled, alone="all" not in what)
     with launching() as found:
         packing = pack(told, TOLD[given])
@@ -112,7 +112,7 @@ def test_packing_with_lengths_told(what, asserted, given):
 
 @pytest.mark.parametrize("what", ["first", "labelled", "all"])
 def test_packing_with_lengths_counted(what):
-    told = None if what == "all" else Reading(READ.to(DEVICE) if what == "labelled" else None, alone=True)
+    told = None if what == "all" else Reading(READ if what == "labelled" else None, alone=True)
     with launching() as found:
         pack(told, Given())
     assert found == {"row_counts": 1, "packed_rows": 1} | COPIES

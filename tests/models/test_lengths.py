@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 import fastbert
 from fastbert.kernels.launch import recording
 from fastbert.layers.counts import Given
-from fastbert.layers.packing import rows_of
+from fastbert.layers.packing import rows_of, side_by_side
 from fastbert.layers.plan import packing_of
 from fastbert.layers.reading import Reading
 from tests.models.running import assert_equal, counting, doubled, run
@@ -87,6 +87,15 @@ def test_a_budget_of_what_is_read_alone():
     """What is read then has more sequences than the tokens."""
     batch = batch_of(MLM)
     check(MLM, batch, lengths=known(MLM, batch)["lengths"], read_budget=ROWS * LENGTH)
+
+
+def test_the_keys_have_as_many_sequences_as_what_is_read():
+    """Those at the end are empty."""
+    chosen = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
+    keys, read = rows_of(chosen, 3, 6), rows_of(chosen, 3, 11, exact=False)
+    found = [bounds.tolist() for bounds in side_by_side(keys, read)]
+    assert found == [[0, 3, 6, 6, 6, 6, 6], [0, 3, 6, 9, 11, 11, 11]]
+    assert [bounds.tolist() for bounds in side_by_side(keys, keys)] == [[0, 3, 6]] * 2
 
 
 def test_what_is_left_of_the_room_is_in_sequences_of_its_own():

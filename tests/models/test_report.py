@@ -19,22 +19,61 @@ def rows(model):
     return {row.module: row for row in fastbert.report(model).rows}
 
 
+OUTSIDE = {
+    "": "linear_cross_entropy",
+    "bert.embeddings": "embedding_layernorm",
+    "bert.encoder": None,
+    "cls.predictions.transform": "gelu_layernorm",
+}
+LAYER = "attention, dropout_add_layernorm, bias_gelu"
+INSIDE = {
+    ".attention.self": "attention",
+    ".attention.output": "dropout_add_layernorm",
+    ".intermediate": "bias_gelu",
+    ".output": "dropout_add_layernorm",
+}
+LAYERS = ("bert.encoder.layer.0", "bert.encoder.layer.1")
+
+
 def test_every_bert_part_has_its_row():
     report = rows(fastbert.patch(make()))
-    layer = "bert.encoder.layer.1."
-    kernels = {
-        "": "linear_cross_entropy",
-        "bert.embeddings": "embedding_layernorm",
-        "bert.encoder": None,
-        layer + "attention.self": "attention",
-        layer + "attention.output": "dropout_add_layernorm",
-        layer + "intermediate": "bias_gelu",
-        layer + "output": "dropout_add_layernorm",
-        "cls.predictions.transform": "gelu_layernorm",
-    }
-    assert {name: report[name].kernel for name in kernels} == kernels
-    assert report[layer + "output"].hf_class == "BertOutput", "the stock class is named, not ours"
-    assert len(report) == 4 + 2 * 4
+    assert {name: row.kernel for name, row in report.items()} == OUTSIDE | dict.fromkeys(LAYERS, LAYER)
+    assert report[LAYERS[1]].hf_class == "BertLayer", "the stock class is named, not ours"
+
+
+def by_module(layer):
+    """A layer whose own modules are called, as something is between them."""
+    return layer.output.dense.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_layer_that_runs_module_by_module_has_a_row_for_each(called):
+    model = fastbert.patch(make())
+    by_module(model.bert.encoder.layer[1])
+    if called:
+        run(model, make_batch(), **FORWARD_ONLY)
+    report = rows(model)
+    inside = {LAYERS[1] + name: kernel for name, kernel in INSIDE.items()}
+    assert {name: row.kernel for name, row in report.items()} == OUTSIDE | dict.fromkeys(LAYERS, LAYER) | inside
+    layer = report[LAYERS[1]]
+    assert layer.state == "module by module" and layer.kernel_calls == 0 and "hooks" in layer.reason
+    assert report[LAYERS[0]].state == "active"
+    assert {report[name].hf_class for name in inside} == {"BertSelfAttention", "BertSelfOutput", "BertIntermediate", "BertOutput"}
+    assert "8 of 8 modules" in str(fastbert.report(model)), "its own modules count in place of the layer"
+
+
+def test_modules_that_were_called_keep_their_rows():
+    """Beside that of their layer, which has run as one op since."""
+    model = fastbert.patch(make())
+    handle = by_module(model.bert.encoder.layer[0])
+    run(model, make_batch(), **FORWARD_ONLY)
+    handle.remove()
+    run(model, make_batch(), **FORWARD_ONLY)
+    report = rows(model)
+    layer = report[LAYERS[0]]
+    assert (layer.state, layer.kernel_calls, list(layer.fallback_calls.values())) == ("active", 1, [1])
+    assert {name: report[LAYERS[0] + name].kernel_calls for name in INSIDE} == dict.fromkeys(INSIDE, 1)
+    assert not any(name.startswith(f"{LAYERS[1]}.") for name in report)
 
 
 def test_before_and_after_patching_nothing_is_active():
@@ -82,7 +121,7 @@ def test_fell_back_is_a_state_of_its_own():
     run(model, make_batch(), **FORWARD_ONLY)
     row = rows(model)["cls.predictions.transform"]
     assert row.state == "fell back" and row.kernel_calls == 0 and list(row.fallback_calls.values()) == [1]
-    assert "10 of 11 modules" in str(fastbert.report(model))
+    assert "4 of 5 modules" in str(fastbert.report(model))
 
 
 @pytest.mark.parametrize("again", ["unpatch and patch", "patched twice"])
@@ -106,16 +145,9 @@ def test_layers_that_agree_share_a_line():
     model = fastbert.patch(make(num_hidden_layers=3))
     run(model, make_batch(), **FORWARD_ONLY)
     lines = str(fastbert.report(model)).splitlines()
-    assert lines[0] == "fastbert on BertForMaskedLM: 15 of 15 modules that have a kernel are active"
-    (line,) = [line for line in lines if "BertIntermediate" in line]
-    assert line.split() == [
-        "bert.encoder.layer.0-2.intermediate",
-        "BertIntermediate",
-        "bias_gelu",
-        "active",
-        "3",
-        "0",
-    ]
+    assert lines[0] == "fastbert on BertForMaskedLM: 6 of 6 modules that have a kernel are active"
+    (line,) = [line for line in lines if "BertLayer" in line]
+    assert line.split() == ["bert.encoder.layer.0-2", "BertLayer", *LAYER.split(), "active", "3", "0"]
     assert all(line == line.rstrip() for line in lines)
 
 
@@ -123,10 +155,13 @@ def test_a_layer_that_differs_has_a_line_of_its_own():
     model = fastbert.patch(make(num_hidden_layers=3))
     model.bert.encoder.layer[1].output.LayerNorm.register_forward_hook(lambda *_: None)
     run(model, make_batch(), **FORWARD_ONLY)
-    lines = [line.split() for line in str(fastbert.report(model)).splitlines() if "BertOutput" in line]
-    assert [line[0] for line in lines] == ["bert.encoder.layer.0-2.output", "bert.encoder.layer.1.output"]
-    assert lines[0][3:6] == ["active", "2", "0"]
-    assert lines[1][3:7] == ["fell", "back", "0", "1"] and "hooks" in lines[1]
+    report = str(fastbert.report(model)).splitlines()
+    lines = [line.split() for line in report if "BertLayer" in line]
+    assert [line[0] for line in lines] == ["bert.encoder.layer.0-2", "bert.encoder.layer.1"]
+    assert lines[0][-3:] == ["active", "2", "0"]
+    assert " module by module 0 1 output: LayerNorm " in f" {' '.join(lines[1])} "
+    (line,) = [line.split() for line in report if "BertOutput" in line]
+    assert line[0] == "bert.encoder.layer.1.output" and line[3:7] == ["fell", "back", "0", "1"] and "hooks" in line
 
 
 def test_data_is_plain():
@@ -135,11 +170,11 @@ def test_data_is_plain():
     report = fastbert.report(model)
     data = json.loads(json.dumps(report.to_dicts()))
     assert len(data) == len(report.rows)
-    (row,) = [row for row in data if row["module"].endswith("layer.0.attention.output")]
+    (row,) = [row for row in data if row["module"].endswith("layer.0")]
     assert row == {
-        "module": "bert.encoder.layer.0.attention.output",
-        "hf_class": "BertSelfOutput",
-        "kernel": "dropout_add_layernorm",
+        "module": "bert.encoder.layer.0",
+        "hf_class": "BertLayer",
+        "kernel": LAYER,
         "state": "active",
         "reason": "",
         "kernel_calls": 1,
@@ -160,8 +195,8 @@ def test_notebook_table_is_escaped():
     text = fastbert.report(fastbert.patch(model))._repr_html_()
     assert "&lt;b&gt;&amp;" in text and "<b>" not in text
     assert text.startswith("<table>") and text.endswith("</table>")
-    assert text.count("<tr>") == text.count("</tr>") == 1 + 8  # headings, and eight groups
-    assert "bert.encoder.layer.0-1.output" in text
+    assert text.count("<tr>") == text.count("</tr>") == 1 + 5  # headings, and five groups
+    assert "bert.encoder.layer.0-1<" in text
 
 
 def test_brackets_are_not_taken_for_colours():

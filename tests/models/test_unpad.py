@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbert
-from tests.models.running import assert_bitwise, assert_equal, counting, doubled, run
+from tests.models.running import assert_bitwise, assert_equal, counting, doubled, rows_in_products, run
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, LENGTH, ROWS, make, make_batch
 
 FIRST = ("next-sentence", "regression", "single-label", "multi-label", "multiple-choice")
@@ -87,11 +87,10 @@ def test_true_gives_zeros_where_padding_is(mask):
 
 
 @pytest.mark.parametrize("unpad", ["auto", True])
-def test_rows_that_enter_each_product_are_the_tokens(unpad, monkeypatch):
+def test_rows_that_enter_each_product_are_the_tokens(unpad):
     model, batch = fastbert.patch(make(CLASSIFICATION), unpad=unpad), make_batch(CLASSIFICATION)
-    tokens, rows, linear = int(batch["attention_mask"].sum()), [], F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(x.shape[:-1].numel()) or linear(x, *rest))
-    model(**batch)
+    tokens = int(batch["attention_mask"].sum())
+    rows = rows_in_products(lambda: model(**batch))
     # In a layer: one for q, k and v, the attention's output, the two of the feed-forward. In the last one for q of the
     # first rows, one for all k and v, and the others for the first rows. Then pooler and classifier.
     assert rows == [tokens] * 4 * (model.config.num_hidden_layers - 1) + [ROWS, tokens] + [ROWS] * 5

@@ -16,6 +16,7 @@ PARTS = (
     "",
     "bert.embeddings",
     "bert.encoder",
+    "bert.encoder.layer.0",
     "bert.encoder.layer.0.attention.self",
     "bert.encoder.layer.0.crossattention.self",
     "bert.encoder.layer.0.attention.output",

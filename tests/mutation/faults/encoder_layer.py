@@ -60,14 +60,14 @@ FAULTS = (
     ),
     _forward(
         "padding is attended to",
-        before="return mask, bounds, None, queries, keys",
-        after="return None, None, None, queries, keys",
+        before="return at(self.key_mask), at(self.key_bounds), None, None, None",
+        after="return None, None, None, None, None",
         tests=(f"{LAYER}::test_padded",),
     ),
     _forward(
         "rows that are read have the first rows as their residual",
-        before="read, queries = inputs.queries, inputs.queries.to(low)",
-        after="read, queries = inputs.x[: plan.n_rows], inputs.queries.to(low)",
+        before="read = inputs.queries\n        queries = read if plan.dtype == low else read.to(low)",
+        after="read = inputs.x[: plan.n_rows]\n        queries = inputs.queries.to(low)",
         tests=(f"{LAYER}::test_rows_that_are_read",),
     ),
     _products(
@@ -152,8 +152,8 @@ FAULTS = (
     _of(
         "of no rows the activation's bias gets what stood in memory",
         file="kernels/bias_gelu.py",
-        before="rows_of_sums = row_programs if n_rows else 0",
-        after="rows_of_sums = row_programs",
+        before="config, numbers), rows_of_sums",
+        after="config, numbers), row_programs",
         tests=(f"{LAYER}::test_nothing",),
     ),
     _op(
@@ -195,8 +195,8 @@ FAULTS = (
     ),
     _sums(
         "rows of a tile that is not full are left out",
-        before="for first in range(0, rows, BLOCK_M):",
-        after="for first in range(0, rows - BLOCK_M + 1, BLOCK_M):",
+        before="range(0, tl.cdiv(rows, BLOCK_M))",
+        after="range(0, rows // BLOCK_M)",
         tests=(f"{SUMS}::test_column_sums",),
     ),
 )

@@ -112,10 +112,10 @@ FAULTS = (
         short=True,
     ),
     _rows(
-        "where one has empty sequences at its end, bounds of keys and queries are exchanged",
-        before="return longer[0], longer[1]",
-        after="return longer[more > 0], longer[more <= 0]",
-        tests=(f"{LENGTHS}::test_a_budget_of_what_is_read_alone",),
+        "where what is read has more sequences than the keys, these end before it does",
+        before="    if more:\n",
+        after="    if more < 0:\n",
+        tests=(f"{LENGTHS}::test_the_keys_have_as_many_sequences_as_what_is_read",),
     ),
     _plan(
         "a first position that is padding is read",
