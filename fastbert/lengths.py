@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
-from fastbert.patch import _check_model
+from fastbert.patch import _check_model, switches_of
 
 
 @contextmanager
@@ -100,11 +101,20 @@ class LengthsCollator:
         return batch
 
 
+# By model: what it was patched with when its encoders were looked for, and those that pack.
+_found: WeakKeyDictionary[nn.Module, tuple[object, list[ReferenceType[nn.Module]]]] = WeakKeyDictionary()
+
+
 def _packing_encoders(model: nn.Module) -> list[nn.Module]:
     from fastbert.registry import AUTO_PACKING, PACKING
 
     _check_model(model)
-    found = [module for module in model.modules() if type(module) in (PACKING.fast, AUTO_PACKING.fast)]
+    packing = PACKING.fast, AUTO_PACKING.fast
+    patched_with, known = _found.get(model, (None, []))
+    found = [encoder for encoder in (reference() for reference in known) if type(encoder) in packing]
+    if not found or len(found) != len(known) or patched_with is not switches_of(model):  # a step must not look each time
+        found = [module for module in model.modules() if type(module) in packing]
+        _found[model] = switches_of(model), [ref(encoder) for encoder in found]
     if not found:
         raise ValueError(
             f"model: expected one whose encoder packs (unpad=True, or unpad='auto' and a head that reads some positions "

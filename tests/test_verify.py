@@ -15,6 +15,9 @@ CONFIG = BertConfig(
 )
 
 
+CALLS = 4  # of the embeddings, of the encoder, which packs, and of two layers
+
+
 def classifier() -> BertForSequenceClassification:
     return BertForSequenceClassification(CONFIG)
 
@@ -34,7 +37,7 @@ def labelled():
 def test_equal_model_passes(dtype):
     result = fastbert.verify(classifier().to(dtype), labelled())
     assert result and result.ok, str(result)
-    assert result.kernel_calls == 10
+    assert result.kernel_calls == CALLS
     assert {c.name for c in result.outputs} == {"loss", "logits"}
     assert len(result.gradients) == len(list(classifier().parameters()))
     assert "EQUAL" in str(result) and result.first_divergence is None
@@ -60,12 +63,28 @@ def test_decoder_cache_is_compared():
     assert result.ok, str(result)
 
 
-def test_wrong_forward_is_found_and_named(monkeypatch):
-    right = ops.bias_gelu
-    monkeypatch.setattr(ops, "bias_gelu", lambda *a, **k: right(*a, **k) * 1.01)
-    result = fastbert.verify(classifier(), labelled())
+def wrong(monkeypatch, *names, by=1.01):
+    for name in names:
+        right = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, right=right, **k: right(*a, **k) * by)
+
+
+@pytest.mark.parametrize(
+    ("names", "keywords", "found"),
+    [
+        (["encoder_layer"], {}, "bert.encoder.layer.0"),
+        (["bias_gelu"], {"residual_norm": False}, "bert.encoder.layer.0.intermediate"),
+        (["encoder_layer", "bias_gelu"], {}, "bert.encoder.layer.0.intermediate"),
+        (["embed", "bias_gelu"], {}, "bert.embeddings"),
+    ],
+    ids=str,
+)
+def test_wrong_forward_is_found_and_named(names, keywords, found, monkeypatch):
+    """In a layer that is one op by the layer's name, or closer where its modules by themselves differ, too."""
+    wrong(monkeypatch, *names)
+    result = fastbert.verify(classifier(), labelled(), **keywords)
     assert not result.ok
-    assert result.first_divergence == "bert.encoder.layer.0.intermediate"
+    assert result.first_divergence == found
     assert "DIFFERENT" in str(result) and "DIFFERS" in str(result)
 
 
@@ -90,8 +109,12 @@ def test_wrong_gradient_alone_is_found_and_named(monkeypatch):
 
 
 def test_missing_gradient_is_a_difference(monkeypatch):
-    right = ops.bias_gelu
-    monkeypatch.setattr(ops, "bias_gelu", lambda x, bias, **k: right(x, bias.detach(), **k))
+    right = ops.encoder_layer
+
+    def forgetful(x, weights, *rest):
+        return right(x, weights._replace(intermediate_bias=weights.intermediate_bias.detach()), *rest)
+
+    monkeypatch.setattr(ops, "encoder_layer", forgetful)
     result = fastbert.verify(classifier(), labelled())
     assert [c.name for c in result.gradients if not c.ok] == [
         f"bert.encoder.layer.{i}.intermediate.dense.bias" for i in (0, 1)
@@ -115,7 +138,7 @@ def test_autocast_of_the_caller_is_kept():
     with torch.autocast("cpu", torch.float16):
         result = fastbert.verify(classifier(), labelled())
     assert result.ok, str(result)
-    assert result.kernel_calls == 10
+    assert result.kernel_calls == CALLS
     logits = next(c for c in result.outputs if c.name == "logits")
     assert logits.eager_error > 1e-6, "eager ran in float32: the autocast was lost"
 
@@ -189,12 +212,11 @@ class Tagger(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_module_of_ones_own_that_makes_float32_tensors(wrong, monkeypatch):
-    if wrong:
-        right = ops.bias_gelu
-        monkeypatch.setattr(ops, "bias_gelu", lambda *args, **keywords: 1.001 * right(*args, **keywords))
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_module_of_ones_own_that_makes_float32_tensors(differs, monkeypatch):
+    if differs:
+        wrong(monkeypatch, "encoder_layer", by=1.001)
     result = fastbert.verify(Tagger(), labelled())
-    assert result.ok is not wrong and result.kernel_calls
+    assert result.ok is not differs and result.kernel_calls
     assert result.reference_dtype == torch.float64 and any("widened" in note for note in result.notes)
-    assert not wrong or "intermediate" in result.first_divergence
+    assert not differs or result.first_divergence == "bert.encoder.layer.0"

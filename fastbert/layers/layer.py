@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, autocast_dtype, device_reason, mode_reason, refused, tensor_reason
+from fastbert.dispatch import Replicated, autocast_dtype, device_reason, hooked, mode_reason, refused, tensor_reason
 from fastbert.integrations.attention import argument_reason, implementation_reason
 from fastbert.layers import stock
 from fastbert.layers.masks import HandedMask
@@ -19,11 +19,11 @@ class BertLayer(Replicated, stock.BertLayer):
 
     @stock.fast_forward_of(stock.BertLayer)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():  # whose graph is of the modules' own ops
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
         packing = kwargs.get("packing")
         if isinstance(packing, Packing):  # and no keyword of a user's
             return self._packed(hidden_states, attention_mask, packing, bool(kwargs.get("reads")))
+        if torch.compiler.is_compiling():  # whose graph is of the modules' own ops
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
         result = self._attempted(hidden_states, attention_mask, args, kwargs)
         if refused(self, result if isinstance(result, str) else None):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -31,6 +31,13 @@ class BertLayer(Replicated, stock.BertLayer):
 
     def _packed(self, hidden_states: Tensor, mask: Any, packing: Packing, reads: bool) -> Tensor:
         """hidden_states [1, T, H]; `reads`: the result is of the rows that are read, [1, N, H]."""
+        result = _COMPILING if torch.compiler.is_compiling() else self._attempted_packed(hidden_states, mask, packing, reads)
+        if not refused(self, result if isinstance(result, str) else None):
+            return result
+        return at_rows(self, hidden_states, packing) if reads else super().forward(hidden_states, None, packing=packing)
+
+    def _attempted_packed(self, hidden_states: Tensor, mask: Any, packing: Packing, reads: bool) -> Tensor | str:
+        """What the op gives, or why it does not take such a call."""
         tokens, queries, longest_read = packing.tokens, None, None
         cu_seqlens, cu_seqlens_q = tokens.cu_seqlens, None
         if reads:
@@ -39,17 +46,12 @@ class BertLayer(Replicated, stock.BertLayer):
             longest_read = packing.read.max_seqlen
         bounds = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, longest_read
         known = mask.settled.pop(self, None) if isinstance(mask, HandedMask) else None
-        result = self._run(known or settled(self), hidden_states, *bounds)
-        if not refused(self, result if isinstance(result, str) else None):
-            return result
-        return at_rows(self, hidden_states, packing) if reads else super().forward(hidden_states, None, packing=packing)
+        return self._run(known or settled(self), hidden_states, *bounds)
 
     def _attempted(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
         """What the op gives for a call that the encoder made, or why it does not take that."""
         if not isinstance(mask, HandedMask):
-            implementation = self.attention.self.config._attn_implementation
-            reason = tensor_reason(hidden_states) or implementation_reason(implementation)
-            return reason or "a mask that the model did not hand on"
+            return _why_stocks_mask(self, hidden_states)
         if mask.general is not None:
             return "a mask between queries and keys"
         for value in (*args, kwargs.get("past_key_values"), kwargs.get("cache"), kwargs.get("encoder_hidden_states")):
@@ -91,11 +93,20 @@ class BertLayer(Replicated, stock.BertLayer):
             return f"{failure.kernel} failed: {failure.reason}"
 
 
+_COMPILING = "torch.compile, whose graph is of the modules' own ops"
+
+
 def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
     """A layer module by module at the rows that are read: [1, T, H] -> [1, N, H]."""
     rows = packing.read.within(packing.tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
     attended, _ = layer.attention.self(hidden_states, packing=packing, queries=rows)
     return layer.feed_forward_chunk(layer.attention.output(attended, rows))
+
+
+def _why_stocks_mask(layer: nn.Module, hidden_states: Tensor) -> str:
+    """Why the model did not hand its mask on."""
+    reason = tensor_reason(hidden_states) or implementation_reason(layer.attention.self.config._attn_implementation)
+    return reason or ("a layer with hooks" if hooked(layer) else "a mask that the model did not hand on")
 
 
 _POSITIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")

@@ -160,7 +160,8 @@ def counting(heads: bool = False) -> Iterator[Counter[str]]:
     """`with counting() as launched`: after the block `launched` holds the kernels launched in it, by name.
 
     Those of masks, of packing and of the MLM heads' loss, which depend on the batch, and those that end sums over rows are
-    counted where `heads`. Those that add up the gradients of the embeddings' tables never are: which of them run depends on what the model was given.
+    counted where `heads`. Those that add up the gradients of the embeddings' tables never are: which of them run depends on
+    what the model was given.
     """
     before = counts.copy()
     launched: Counter[str] = Counter()

@@ -9,7 +9,6 @@ import fastbert
 from tests.models.running import run
 from tests.models.tiny import CLASSIFICATION, MLM, ROWS, VOCABULARY, make, make_batch
 
-
 # What torch's own table lacks.
 SAME_AS = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 

@@ -58,7 +58,8 @@ def test_a_layer_that_runs_module_by_module_has_a_row_for_each(called):
     layer = report[LAYERS[1]]
     assert layer.state == "module by module" and layer.kernel_calls == 0 and "hooks" in layer.reason
     assert report[LAYERS[0]].state == "active"
-    assert {report[name].hf_class for name in inside} == {"BertSelfAttention", "BertSelfOutput", "BertIntermediate", "BertOutput"}
+    classes = {"BertSelfAttention", "BertSelfOutput", "BertIntermediate", "BertOutput"}
+    assert {report[name].hf_class for name in inside} == classes
     assert "8 of 8 modules" in str(fastbert.report(model)), "its own modules count in place of the layer"
 
 

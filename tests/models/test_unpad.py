@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fastbert
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, rows_in_products, run
