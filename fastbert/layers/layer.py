@@ -29,14 +29,14 @@ class BertLayer(Replicated, stock.BertLayer):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         return result
 
-    def _packed(self, hidden_states: Tensor, mask: Any, packing: Packing, reads: bool) -> Tensor:
+    def _packed(self, hidden_states: Tensor, mask: HandedMask, packing: Packing, reads: bool) -> Tensor:
         """hidden_states [1, T, H]; `reads`: the result is of the rows that are read, [1, N, H]."""
         result = _COMPILING if torch.compiler.is_compiling() else self._attempted_packed(hidden_states, mask, packing, reads)
         if not refused(self, result if isinstance(result, str) else None):
             return result
         return at_rows(self, hidden_states, packing) if reads else super().forward(hidden_states, None, packing=packing)
 
-    def _attempted_packed(self, hidden_states: Tensor, mask: Any, packing: Packing, reads: bool) -> Tensor | str:
+    def _attempted_packed(self, hidden_states: Tensor, mask: HandedMask, packing: Packing, reads: bool) -> Tensor | str:
         """What the op gives, or why it does not take such a call."""
         tokens, queries, longest_read = packing.tokens, None, None
         cu_seqlens, cu_seqlens_q = tokens.cu_seqlens, None
@@ -45,8 +45,8 @@ class BertLayer(Replicated, stock.BertLayer):
             cu_seqlens, cu_seqlens_q = side_by_side(tokens, packing.read)
             longest_read = packing.read.max_seqlen
         bounds = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, longest_read
-        known = mask.settled.pop(self, None) if isinstance(mask, HandedMask) else None
-        return self._run(known or settled(self), hidden_states, *bounds)
+        known = mask.settled.pop(self, None) or settled(self)
+        return self._run(known, mask, hidden_states, *bounds)
 
     def _attempted(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
         """What the op gives for a call that the encoder made, or why it does not take that."""
@@ -63,9 +63,9 @@ class BertLayer(Replicated, stock.BertLayer):
         keys = mask.keys
         if keys is not None and keys.shape != hidden_states.shape[:2]:
             return "a mask for other rows"
-        return self._run(known, hidden_states, keys, mask.bounds, None, None, None, None, None)
+        return self._run(known, mask, hidden_states, keys, mask.bounds, None, None, None, None, None)
 
-    def _run(self, known: Settled, hidden_states: Tensor, *bounds: Any) -> Tensor | str:
+    def _run(self, known: Settled, mask: HandedMask, hidden_states: Tensor, *bounds: Any) -> Tensor | str:
         """What the op gives, or why it takes no such call."""
         if known.reason is not None:
             return known.reason
@@ -85,8 +85,9 @@ class BertLayer(Replicated, stock.BertLayer):
         if isinstance(settings, str):
             return settings
         norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
+        seed = mask.seed_of(self, hidden_states.device) if settings.drops else None
         try:
-            return ops.encoder_layer(hidden_states, weights, settings, *bounds, low, norm_dtype)
+            return ops.encoder_layer(hidden_states, weights, settings, *bounds, low, norm_dtype, seed)
         except ops.KernelFailed as failure:
             if ops.failures.strict:
                 raise

@@ -28,6 +28,7 @@ class HandedMask:
     stock: makes the mask that stock would have been given, for a call that no kernel takes.
     by_module: why the layers that get it run module by module, or None.
     settled: what has just been looked at of layers, by layer, so that they need not look again.
+    layers: those that will be called with it, once each (gradient checkpointing calls them again).
     """
 
     keys: Tensor | None
@@ -35,6 +36,16 @@ class HandedMask:
     stock: Callable[[], Any]
     by_module: str | None = None
     settled: dict[nn.Module, Any] = field(default_factory=dict)
+    layers: tuple[nn.Module, ...] = ()
+    _seeds: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def seed_of(self, layer: nn.Module, device: torch.device) -> Tensor | None:
+        """int64 [6] for the dropouts of `layer`, the same each time, drawn for all layers at once; None of another layer."""
+        if self.layers and not self._seeds:
+            drawn = torch.randint(2**62, (len(self.layers), 6), device=device)
+            self._seeds.update(zip(self.layers, drawn.unbind(), strict=True))
+        seed = self._seeds.get(layer)
+        return seed if seed is not None and seed.device == device else None
 
     @cached_property
     def bounds(self) -> Tensor | None:

@@ -32,9 +32,10 @@ class BertModel(Replicated, stock.BertModel):
             return tuple(HandedMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
         hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
         added = implementation == "eager"
-        mask = handed(
-            given.get("attention_mask"), hidden, partial(made, 0), added, settled=known, by_module=self._asks_for_weights()
-        )
+        own = self.encoder.layer
+        looked_at = {"settled": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
+        by_module = self._asks_for_weights()
+        mask = handed(given.get("attention_mask"), hidden, partial(made, 0), added, by_module=by_module, **looked_at)
         if encoder_hidden is None:
             return mask, given.get("encoder_attention_mask")
         return mask, handed(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1), added)

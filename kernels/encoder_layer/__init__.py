@@ -25,7 +25,7 @@ from ..attention import bounds_of
 from ..failures import KernelFailed
 from ..launch import NotTwice, needs_backward
 from . import plain
-from .backward import Gradients, backward
+from .backward import Gradients, Vectors, backward
 from .checks import check
 from .forward import Inputs, Saved, draw_seeds, forward
 from .plan import Plan, plan_of
@@ -180,8 +180,7 @@ class _Layer(torch.autograd.Function):
         weights = Weights(*weights)
         seed = draw_seeds(settings, x.device) if seed is None else seed
         y, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
-        w = weights
-        ctx.save_for_backward(*saved[:-1], *saved.products, w.attention_norm, w.intermediate_bias, w.output_norm, seed)
+        ctx.save_for_backward(*saved[:-1], *saved.products, *Vectors.of(weights), seed)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.settings, ctx.masks, ctx.weights = plan, settings, masks, weights
         ctx.shapes = x.shape, None if queries is None else queries.shape
@@ -190,7 +189,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * (4 + len(ctx.needs_input_grad[4:]))
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():  # create_graph=True
             with torch.no_grad():
                 found = _gradients(ctx, dy)
@@ -212,23 +211,21 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
             return _gradients(ctx, dy)
-    *tensors, attention_norm, intermediate_bias, output_norm, seed = ctx.saved_tensors
-    plan, settings = ctx.plan, ctx.settings
-    saved = Saved(*tensors[:7], Products(*tensors[7:]))
-    vectors = {"attention_norm": attention_norm, "intermediate_bias": intermediate_bias, "output_norm": output_norm}
-    weights = ctx.weights._replace(**vectors)
+    tensors, needs, plan, settings = ctx.saved_tensors, ctx.needs_input_grad, ctx.plan, ctx.settings
+    saved, vectors, seed = Saved(*tensors[:7], Products._make(tensors[7:12])), Vectors._make(tensors[12:16]), tensors[16]
     inputs = Inputs(saved.x, saved.queries, dy, *ctx.masks)
-    needs_x, needs_queries, *needs_weights = ctx.needs_input_grad[4:]
-    needed = Gradients(needs_x, needs_queries, Weights(*needs_weights))
-    dy = aligned(dy).view(plan.n_rows, plan.call.hidden)
+    needed = Gradients(needs[4], needs[5], Weights._make(needs[6:]))
+    dy = aligned(dy).view(-1, plan.hidden)
     try:
-        dx, dqueries, dweights = backward(plan, settings, dy, inputs, saved, weights, seed, needed)
+        dx, dqueries, dweights = backward(plan, settings, dy, inputs, saved, vectors, seed, needed)
     except KernelFailed as failure:
         if failures.strict:
             raise
         failures.note(failure)
-        dx, dqueries, *dweights = plain.gradients(plan, settings, dy, inputs, weights, seed)
-    return *(None if d is None else d.view(*shape) for d, shape in zip((dx, dqueries), ctx.shapes, strict=True)), *dweights
+        dx, dqueries, *dweights = plain.gradients(plan, settings, dy, inputs, ctx.weights, seed)
+    shape, queries_shape = ctx.shapes
+    dx = None if dx is None else dx.view(*shape)
+    return dx, None if dqueries is None else dqueries.view(*queries_shape), *dweights
 
 
 def _inputs(x: Tensor, queries: Tensor | None, masks: tuple[Tensor | None, ...]) -> Inputs:

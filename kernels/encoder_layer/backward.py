@@ -24,18 +24,32 @@ class Gradients(NamedTuple):
     weights: Weights
 
 
+class Vectors(NamedTuple):
+    """What the backward's kernels read of the weights."""
+
+    attention_norm: Tensor
+    attention_norm_bias: Tensor
+    intermediate_bias: Tensor
+    output_norm: Tensor
+
+    @classmethod
+    def of(cls, weights: Weights) -> "Vectors":
+        w = weights
+        return cls(w.attention_norm, w.attention_norm_bias, w.intermediate_bias, w.output_norm)
+
+
 def backward(
     plan: Plan,
     settings: Settings,
     dy: Tensor,
     inputs: Inputs,
     saved: Saved,
-    weights: Weights,
+    vectors: Vectors,
     seed: Tensor | None,
     needed: Gradients,
 ) -> Gradients:
-    """`needed` says of each whether it is asked for; of `inputs` the masks are read, of `weights` the vectors."""
-    at, stream, low, w, products = addressing(), plan.stream(), plan.product_dtype, weights, saved.products
+    """`needed` says of each whether it is asked for; of `inputs` the masks are read."""
+    at, stream, low, w, products = addressing(), plan.stream(), plan.product_dtype, vectors, saved.products
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     softmax, z1, mean1, rstd1, z2, mean2, rstd2 = plan.kept.places(saved.kept)
     scratch = plan.scratch.allocate(dy)
@@ -69,10 +83,10 @@ def backward(
     dattended = torch.mm(dprojected, products.attention_output)
     dattention_output = _of_weight(needed.weights.attention_output, dprojected, saved.attended, plan.weight_dtype)
 
-    vectors = w.output_norm.new_empty(plan.vectors_in_all)
-    plan.sums(stream, sums2, sums_of_bias, sums1, at(vectors))
+    dvectors = w.output_norm.new_empty(plan.vectors_in_all)
+    plan.sums(stream, sums2, sums_of_bias, sums1, at(dvectors))
     dnorm2, dnorm2_bias, doutput_bias, dintermediate_bias, dnorm1, dnorm1_bias, dattention_output_bias = split(
-        vectors, plan.vectors
+        dvectors, plan.vectors
     )
     dx, dqueries, dprojections = None, None, (None,) * 6
     if needed.x or needed.queries or any(needed.weights[:6]):

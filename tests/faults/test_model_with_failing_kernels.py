@@ -9,6 +9,7 @@ from transformers.models.bert import modeling_bert as bert
 
 import fastbert
 from fastbert.kernels import failures
+from fastbert.kernels.encoder_layer import KERNELS as LAYER
 from tests.models.running import KERNELS, assert_equal, doubled, launches_of, run
 from tests.models.tiny import MLM, make, make_batch
 
@@ -35,7 +36,10 @@ def test_is_equal_to_stock(unpad, broken, monkeypatch, launches):
     attempts = break_kernels(monkeypatch, broken)
     results = [run(patched, batch) for _ in range(2)]
     assert failures.reasons.keys() <= broken and not launches().keys() & broken
-    assert not {name: k.attempts for name, k in attempts.items() if k.attempts > 1}
+    # Once. In the layer's op by the first forward, or by each backward that is on its way, and by the module's own launcher.
+    layers = 1 + len(patched.bert.encoder.layer)
+    most = {name: layers if "bwd" in name or name == "column_sums_kernel" else 2 for name in LAYER}
+    assert not {name: k.attempts for name, k in attempts.items() if k.attempts > most.get(name, 1)}
     eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
     for found in (eager, exact):
         found.pop("logits" if unpad else "", None)

@@ -39,6 +39,7 @@ BACKWARD = {
 # ATen's calls that launch nothing: memory, and other views of it.
 OF_THE_HOST = {
     "empty.memory_format", "empty_like", "new_empty", "view", "t", "split.Tensor", "split_with_sizes", "unsafe_split.Tensor",
+    "unsafe_split_with_sizes",
     "slice.Tensor", "detach", "unbind.int", "chunk",
 }  # fmt: skip
 
@@ -108,13 +109,13 @@ OF_FORWARD = {  # ATen's calls that launch something, and how many there are tha
 # Of four products two gradients each, two of them added to what a residual hands on; the projections' biases.
 GRADIENTS = {"mm": 6, "addmm_": 2, "sum.dim_IntList": 1}
 OF_BACKWARD = {
-    "plain": (GRADIENTS, 14),
-    "dropped": (GRADIENTS, 15),
-    "masked": (GRADIENTS, 15),
-    "packed": (GRADIENTS, 15),
-    "read": (GRADIENTS | {"mm": 8, "sum.dim_IntList": 2}, 22),
+    "plain": (GRADIENTS, 15),
+    "dropped": (GRADIENTS, 16),
+    "masked": (GRADIENTS, 16),
+    "packed": (GRADIENTS, 16),
+    "read": (GRADIENTS | {"mm": 8, "sum.dim_IntList": 2}, 23),
     # On a GPU four of the products are `mm.dtype` and two `addmm.dtype_out`, and nothing is cast or added.
-    "autocast": ({"mm": 8, "_to_copy": 4, "add_.Tensor": 2, "sum.dim_IntList": 1}, 15),
+    "autocast": ({"mm": 8, "_to_copy": 4, "add_.Tensor": 2, "sum.dim_IntList": 1}, 16),
 }
 
 
