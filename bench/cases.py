@@ -73,6 +73,7 @@ SHORT = (
     "row_counts bool 509 rows",
     "packed_rows bool 509 rows",
     "encoder_layer bf16 3072 gelu",
+    "encoder_layer bf16 768 norm",
 )
 
 
@@ -339,6 +340,8 @@ def _packed_rows(variant: Variant) -> None:
 def _encoder_layer_variants() -> Iterator[Variant]:
     variant = partial(Variant, "encoder_layer")
     for dtype in ("bf16", "fp16", "fp32", "mixed"):
+        for width in HIDDEN:
+            yield variant(dtype, width, p=0.1, activation="norm")
         for width in FEED_FORWARD:
             yield variant(dtype, width)
     for activation in ACTIVATIONS:
@@ -347,12 +350,33 @@ def _encoder_layer_variants() -> Iterator[Variant]:
     yield variant("fp64", 3072)
 
 
+def _norm_made_again(variant: Variant) -> None:
+    from fastbert.kernels import dropout_add_layernorm as op
+    from fastbert.kernels.launch import accumulator_torch
+
+    low, dtype = _dtypes(variant)
+    width, vector, wide = variant.width, _meta(variant.width, dtype=dtype), accumulator_torch(dtype)
+    dy, z, dresidual = (_meta(TOKENS, width, dtype=dtype) for _ in range(3))
+    dx, y = (_meta(TOKENS, width, dtype=low) for _ in range(2))
+    statistics = {name: _meta(TOKENS, dtype=wide) for name in ("mean_ptr", "rstd_ptr")}
+    work = op.backward_work(TOKENS, width, (width, 1), dy, dtype, variant.p)
+    work.launch(
+        dy,
+        **{"dy_ptr": dy, "z_ptr": z, "weight_ptr": vector, "bias_ptr": vector, "seed_ptr": _meta(dtype=torch.int64)},
+        **{"dx_ptr": dx, "dresidual_ptr": dresidual, "y_ptr": y, "sums_ptr": _meta(work.programs, 3, width, dtype=wide)},
+        **statistics,
+    )
+
+
 def _encoder_layer(variant: Variant) -> None:
-    """What no op launches alone, at the width of the feed-forward: the activation's gradient that makes its output again, and
-    the end of all column sums of a layer. All else that it launches is compiled with the other ops."""
+    """What no op launches alone: at the hidden size ("norm") the gradient of the first LayerNorm, which makes its output again;
+    at the width of the feed-forward that of the activation, likewise, and the end of all column sums of a layer. All else
+    that it launches is compiled with the other ops."""
     from fastbert.kernels import bias_gelu, column_sums
     from fastbert.kernels.launch import accumulator_torch
 
+    if variant.activation == "norm":
+        return _norm_made_again(variant)
     low, dtype = _dtypes(variant)
     hidden, inner = -(-variant.width // 4), variant.width
     h, bias, wide = _meta(TOKENS, inner, dtype=low), _meta(inner, dtype=dtype), accumulator_torch(low)

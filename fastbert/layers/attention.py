@@ -20,6 +20,8 @@ def unsupported(module: nn.Module) -> str | None:
     """Why `module` can never use the kernel as it stands, or None."""
     if module.attention_head_size > ops.MAX_HEAD_SIZE:
         return f"a head size of {module.attention_head_size}: the kernel takes up to {ops.MAX_HEAD_SIZE}"
+    if not isinstance(module.scaling, (float, int)):
+        return "a scale of scores that is no number"
     return None  # of the dropout stock, too, reads nothing but p
 
 

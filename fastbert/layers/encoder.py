@@ -82,7 +82,7 @@ class _PackingEncoder(Replicated):
             return "cross-attention or a cache"
         if not len(self.layer):
             return "no layers"
-        known = mask.settled if isinstance(mask, HandedMask) else {}
+        known = mask.ready if isinstance(mask, HandedMask) else {}
         for layer in self.layer:
             reason = _one_by_one(layer) if layer not in known else "a layer with hooks" if hooked(layer) else None
             if reason is not None:

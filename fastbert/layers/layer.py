@@ -11,7 +11,7 @@ from fastbert.integrations.attention import argument_reason, implementation_reas
 from fastbert.layers import stock
 from fastbert.layers.masks import HandedMask
 from fastbert.layers.packing import Packing, side_by_side
-from fastbert.layers.settled import Settled, settled
+from fastbert.layers.settled import Ready, Settled, settled
 
 
 class BertLayer(Replicated, stock.BertLayer):
@@ -45,8 +45,7 @@ class BertLayer(Replicated, stock.BertLayer):
             cu_seqlens, cu_seqlens_q = side_by_side(tokens, packing.read)
             longest_read = packing.read.max_seqlen
         bounds = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, longest_read
-        known = mask.settled.pop(self, None) or settled(self)
-        return self._run(known, mask, hidden_states, *bounds)
+        return self._run(mask.ready.pop(self, None) or Ready(settled(self)), mask, hidden_states, *bounds)
 
     def _attempted(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
         """What the op gives for a call that the encoder made, or why it does not take that."""
@@ -57,33 +56,34 @@ class BertLayer(Replicated, stock.BertLayer):
         for value in (*args, kwargs.get("past_key_values"), kwargs.get("cache"), kwargs.get("encoder_hidden_states")):
             if value is not None:
                 return "cross-attention or a cache"
-        known = mask.settled.pop(self, None) or settled(self)  # once: gradient checkpointing comes back later
-        if known.reason is None and (reason := mask.by_module or _asks_for_more(known, kwargs)) is not None:
+        ready = mask.ready.pop(self, None) or Ready(settled(self))  # once: gradient checkpointing comes back later
+        if ready.settled.reason is None and (reason := mask.by_module or _asks_for_more(ready.settled, kwargs)) is not None:
             return reason
         keys = mask.keys
         if keys is not None and keys.shape != hidden_states.shape[:2]:
             return "a mask for other rows"
-        return self._run(known, mask, hidden_states, keys, mask.bounds, None, None, None, None, None)
+        return self._run(ready, mask, hidden_states, keys, mask.bounds, None, None, None, None, None)
 
-    def _run(self, known: Settled, mask: HandedMask, hidden_states: Tensor, *bounds: Any) -> Tensor | str:
+    def _run(self, ready: Ready, mask: HandedMask, hidden_states: Tensor, *bounds: Any) -> Tensor | str:
         """What the op gives, or why it takes no such call."""
+        known, weights, settings = ready
         if known.reason is not None:
             return known.reason
         if ops.failures.reasons and (failed := ops.failures.reasons.keys() & ops.LAYER_KERNELS):
             return f"{min(failed)} failed: {ops.failures.reasons[min(failed)]}"
-        if self.chunk_size_feed_forward:
-            return "a feed-forward in chunks"
-        if "feed_forward_chunk" in vars(self):
-            return "a feed-forward of its own"
-        weights = known.weights()
-        if isinstance(weights, str):
-            return weights
+        own = vars(self)
+        if own["chunk_size_feed_forward"] or "feed_forward_chunk" in own:
+            return "a feed-forward in chunks, or of its own"
+        if weights is None:
+            weights = known.weights()
+            if isinstance(weights, str):
+                return weights
+            settings = known.settings(hidden_states.shape[-1])
+            if isinstance(settings, str):
+                return settings
         low = autocast_dtype(hidden_states.device.type)
         if (reason := _tensor_reason(hidden_states, weights.query, low)) is not None:
             return reason
-        settings = known.settings(hidden_states.shape[-1])
-        if isinstance(settings, str):
-            return settings
         norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
         seed = mask.seed_of(self, hidden_states.device) if settings.drops else None
         try:
@@ -107,7 +107,8 @@ def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor
 def _why_stocks_mask(layer: nn.Module, hidden_states: Tensor) -> str:
     """Why the model did not hand its mask on."""
     reason = tensor_reason(hidden_states) or implementation_reason(layer.attention.self.config._attn_implementation)
-    return reason or ("a layer with hooks" if hooked(layer) else "a mask that the model did not hand on")
+    reason = reason or settled(layer).reason or ("a layer with hooks" if hooked(layer) else None)
+    return reason or "a mask that the model did not hand on"
 
 
 _POSITIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")

@@ -27,7 +27,7 @@ class HandedMask:
     general: what stock would have been given where that says more, such as a caller's own [B, 1, Q, K]; else None.
     stock: makes the mask that stock would have been given, for a call that no kernel takes.
     by_module: why the layers that get it run module by module, or None.
-    settled: what has just been looked at of layers, by layer, so that they need not look again.
+    ready: what has just been looked at of layers, by layer, so that they need not look again.
     layers: those that will be called with it, once each (gradient checkpointing calls them again).
     """
 
@@ -35,7 +35,7 @@ class HandedMask:
     general: Any
     stock: Callable[[], Any]
     by_module: str | None = None
-    settled: dict[nn.Module, Any] = field(default_factory=dict)
+    ready: dict[nn.Module, Any] = field(default_factory=dict)
     layers: tuple[nn.Module, ...] = ()
     _seeds: dict[nn.Module, Tensor] = field(default_factory=dict)
 
@@ -85,10 +85,11 @@ def keys_of(mask: Any) -> Tensor | None:
 
 
 def only_kernels_see(
-    model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], settled: Callable[[nn.Module], Any]
+    model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], look: Callable[[nn.Module, bool], Any]
 ) -> dict[nn.Module, Any] | None:
     """Whether every module of `model`, a BertModel, that is handed its masks is stock's or one of the fast `layers` and
-    `attentions`, and reads them as the model means them: then what is `settled` of the fast layers, else None."""
+    `attentions`, and reads them as the model means them: then what `look(layer, whether it has hooks)` says of the fast layers
+    that can run as one op, else None."""
     encoder, config = model.encoder, model.config
     if not isinstance(encoder, BertEncoder) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
         return None
@@ -96,16 +97,18 @@ def only_kernels_see(
     if causal and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
         return None
     found: dict[nn.Module, Any] = {}
+    compiling = torch.compiler.is_compiling()
     for layer in encoder.layer:
         cls = _unsharded_type(layer)
         if cls not in layers:
             return None
-        known = settled(layer) if cls is not BertLayer and not torch.compiler.is_compiling() else None
-        if (known is None or any(_hooks_of(layer)) or "forward" in vars(layer)) and _noticed(layer):
+        has_hooks = any(_hooks_of(layer))
+        if (has_hooks or "forward" in vars(layer)) and _noticed(layer):
             return None
-        if known is not None and known.reason is None:
-            found[layer] = known
-            if not _means_the_same(known.attention, known.config, config, causal):
+        ready = None if cls is BertLayer or compiling else look(layer, has_hooks)
+        if ready is not None and ready.settled.reason is None:
+            found[layer] = ready
+            if not _means_the_same(ready.settled.attention, ready.settled.config, config, causal):
                 return None
         elif not _attention_sees(layer.attention, attentions, config, causal):
             return None

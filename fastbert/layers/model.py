@@ -17,7 +17,7 @@ from fastbert.layers.attention import BertCrossAttention, BertSelfAttention
 from fastbert.layers.capturing import is_recording_inside_layers
 from fastbert.layers.layer import BertLayer
 from fastbert.layers.masks import HandedMask, handed, only_kernels_see
-from fastbert.layers.settled import settled
+from fastbert.layers.settled import ready, surroundings
 
 
 class BertModel(Replicated, stock.BertModel):
@@ -33,7 +33,7 @@ class BertModel(Replicated, stock.BertModel):
         hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
         added = implementation == "eager"
         own = self.encoder.layer
-        looked_at = {"settled": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
+        looked_at = {"ready": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
         by_module = self._asks_for_weights()
         mask = handed(given.get("attention_mask"), hidden, partial(made, 0), added, by_module=by_module, **looked_at)
         if encoder_hidden is None:
@@ -48,7 +48,8 @@ class BertModel(Replicated, stock.BertModel):
         """What was looked at of the layers if nothing but fast classes will see the masks of this call, else None."""
         if hidden is None or implementation_reason(implementation) or tensor_reason(hidden):
             return None
-        return only_kernels_see(self, _LAYERS, _ATTENTIONS, settled)
+        look = partial(ready, around=surroundings(), hidden=hidden.shape[-1])
+        return only_kernels_see(self, _LAYERS, _ATTENTIONS, lambda layer, hooked: look(layer, hooked=hooked))
 
 
 _LAYERS = (stock.BertLayer, BertLayer)

@@ -5,7 +5,7 @@ module or class in its place, a forward of somebody's own must be noticed by the
 """
 
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -52,9 +52,9 @@ class Settled:
         self._known_hooks = [dict(hooks) for hooks in self._hooks if hooks]
         self._dicts = [vars(module) for module in modules]
         self._known_own = self._own_forwards()
-        self._untested = stock.untested("BertLayer")
+        self.surroundings = surroundings()
         self._inside = inside
-        self.reason = self._untested or _reason(inside)
+        self.reason = self.surroundings[0] or _reason(inside)
         if self.reason is None:
             self._settle(inside)
 
@@ -80,12 +80,10 @@ class Settled:
             and list(map(_FORWARD, self._classes)) == self._forwards
             and list(filter(None, self._hooks)) == self._known_hooks
             and self._own_forwards() == self._known_own
-            and not _has_any_global_hook()
-            and stock.untested("BertLayer") == self._untested
             and (
                 (self._activates.get("intermediate_act_fn"), self._form.get("approximate")) == self._activation
                 if self.reason is None
-                else (self._untested or _reason(self._inside)) == self.reason
+                else (self.surroundings[0] or _reason(self._inside)) == self.reason
             )
         )
 
@@ -126,7 +124,7 @@ class Settled:
         attention, (scores, attended, output), (first, second) = self.attention, self._dropouts, self._norms
         head_size, scale = attention["attention_head_size"], attention.get("scaling")
         if type(scale) is not float:
-            return "a scale of scores that is no float"
+            return "a scale of scores that is no plain number"
         if hidden % head_size or head_size > ops.MAX_HEAD_SIZE:
             return f"a head size of {head_size} for {hidden} columns"
         return ops.Settings(
@@ -142,13 +140,36 @@ class Settled:
         )
 
 
+class Ready(NamedTuple):
+    """A layer as it is now; weights and settings are None where its call has to look at them itself."""
+
+    settled: Settled
+    weights: Any = None
+    settings: Any = None
+
+
+def ready(layer: nn.Module, around: tuple[str | None, bool], hidden: int, hooked: bool) -> Ready:
+    """All that a call of `layer` for [..., hidden] has to know. Hooks on it, FSDP's, may change what its parameters are before
+    it is called; what the op does not take, the call says."""
+    known = settled(layer, around)
+    if hooked or known.reason is not None:
+        return Ready(known)
+    weights, settings = known.weights(), known.settings(hidden)
+    return Ready(known) if isinstance(weights, str) or isinstance(settings, str) else Ready(known, weights, settings)
+
+
 _settled: WeakKeyDictionary[nn.Module, Settled] = WeakKeyDictionary()
 
 
-def settled(layer: nn.Module) -> Settled:
-    """What holds of `layer` now."""
+def surroundings() -> tuple[str | None, bool]:
+    """What settles the same for all layers: whether the code is what fastbert was tested against, and is unhooked."""
+    return stock.untested("BertLayer"), bool(_has_any_global_hook())
+
+
+def settled(layer: nn.Module, around: tuple[str | None, bool] | None = None) -> Settled:
+    """What holds of `layer` now; `around`: surroundings(), where they were just asked."""
     known = _settled.get(layer)
-    if known is None or not known.holds():
+    if known is None or known.surroundings != (around or surroundings()) or not known.holds():
         known = Settled(layer)
         if known.leads_elsewhere:
             forget(layer)

@@ -90,20 +90,20 @@ FAULTS = (
     ),
     _backward(
         "x's gradient lacks what the projections hand back",
-        before="        if needed.x:\n            add_product(dread, dqkv, products.projections)",
-        after="        if needed.queries:\n            add_product(dread, dqkv, products.projections)",
+        before="        if needed.x:\n            add_product(dread, dqkv, weights)",
+        after="        if needed.queries:\n            add_product(dread, dqkv, weights)",
         tests=(f"{GRADCHECK}::test_gradients[plain]",),
     ),
     _backward(
         "the queries' gradient is made of the keys' weight",
-        before="add_product(dread, dq, products.projections[: call.hidden])",
-        after="add_product(dread, dq, products.projections[call.hidden : 2 * call.hidden])",
+        before="add_product(dread, dq, weights[:hidden])",
+        after="add_product(dread, dq, weights[hidden : 2 * hidden])",
         tests=(f"{GRADCHECK}::test_gradients[read]",),
     ),
     _backward(
         "the sums of both LayerNorms change places",
-        before="plan.sums(stream, sums2, sums_of_bias, sums1, at(vectors))",
-        after="plan.sums(stream, sums1, sums_of_bias, sums2, at(vectors))",
+        before="plan.sums(stream, sums2, sums_of_bias, sums1, at(dvectors))",
+        after="plan.sums(stream, sums1, sums_of_bias, sums2, at(dvectors))",
         tests=(f"{GRADCHECK}::test_gradients[plain]",),
     ),
     _backward(
@@ -147,6 +147,13 @@ FAULTS = (
         file="kernels/bias_gelu.py",
         before="activate(x, ACTIVATION, EXACT).to(",
         after="activate(x - bias[None, :], ACTIVATION, EXACT).to(",
+        tests=(f"{GRADCHECK}::test_gradients[plain]",),
+    ),
+    _of(
+        "the first LayerNorm is made again without its bias",
+        file="kernels/dropout_add_layernorm.py",
+        before="y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)",
+        after="y = x_hat * weight",
         tests=(f"{GRADCHECK}::test_gradients[plain]",),
     ),
     _of(
