@@ -66,7 +66,7 @@ class BertLayer(Replicated, stock.BertLayer):
 
     def _run(self, ready: Ready, mask: HandedMask, hidden_states: Tensor, *bounds: Any) -> Tensor | str:
         """What the op gives, or why it takes no such call."""
-        known, weights, settings = ready
+        known, weights, settings, around = ready
         if known.reason is not None:
             return known.reason
         if ops.failures.reasons and (failed := ops.failures.reasons.keys() & ops.LAYER_KERNELS):
@@ -74,15 +74,16 @@ class BertLayer(Replicated, stock.BertLayer):
         own = vars(self)
         if own["chunk_size_feed_forward"] or "feed_forward_chunk" in own:
             return "a feed-forward in chunks, or of its own"
-        if weights is None:
-            weights = known.weights()
-            if isinstance(weights, str):
-                return weights
-            settings = known.settings(hidden_states.shape[-1])
-            if isinstance(settings, str):
-                return settings
-        low = autocast_dtype(hidden_states.device.type)
-        if (reason := _tensor_reason(hidden_states, weights.query, low)) is not None:
+        if around is None:
+            weights, settings = known.weights(), known.settings(hidden_states.shape[-1])
+            if isinstance(weights, str) or isinstance(settings, str):
+                return weights if isinstance(weights, str) else settings
+            low = autocast_dtype(hidden_states.device.type)
+            reason = _call_reason(hidden_states, weights.query, low)
+        else:
+            low = around.product_dtype
+            reason = None if hidden_states.device == around.device else "hidden states on another device than the model's"
+        if (reason := reason or _tensor_reason(hidden_states, weights.query.dtype, low)) is not None:
             return reason
         norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
         seed = mask.seed_of(self, hidden_states.device) if settings.drops else None
@@ -132,19 +133,22 @@ def _asks_for_more(known: Settled, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _tensor_reason(hidden_states: Tensor, weight: Tensor, low: torch.dtype | None) -> str | None:
-    """Why the op cannot take these tensors together, or None."""
+def _call_reason(hidden_states: Tensor, weight: Tensor, low: torch.dtype | None) -> str | None:
+    """Why no kernel takes such tensors here and now, whatever the layer, or None."""
+    if weight.device != hidden_states.device:
+        return f"tensors on {hidden_states.device} and {weight.device}"
+    return device_reason(hidden_states.device, low or hidden_states.dtype) or mode_reason()
+
+
+def _tensor_reason(hidden_states: Tensor, weight_dtype: torch.dtype, low: torch.dtype | None) -> str | None:
+    """Why the op cannot take these hidden states, or None."""
     dtype = hidden_states.dtype
     if type(hidden_states) is not Tensor:
         return f"{type(hidden_states).__name__} is not a plain tensor"
-    if low is None and weight.dtype != dtype:
-        return f"{dtype} and {weight.dtype} together outside autocast"
-    if weight.device != hidden_states.device:
-        return f"tensors on {hidden_states.device} and {weight.device}"
-    if low is not None and torch.float64 in (dtype, weight.dtype):
+    if low is None and weight_dtype != dtype:
+        return f"{dtype} and {weight_dtype} together outside autocast"
+    if low is not None and torch.float64 in (dtype, weight_dtype):
         return "float64, which autocast leaves alone"
-    if not hidden_states.numel():
-        return "an empty batch"
     if not hidden_states.is_contiguous() or hidden_states.data_ptr() % 16:
         return "hidden states that are not contiguous, or do not start at a multiple of 16 bytes"
-    return device_reason(hidden_states.device, low or dtype) or mode_reason()
+    return None if hidden_states.numel() else "an empty batch"

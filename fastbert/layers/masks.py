@@ -85,10 +85,10 @@ def keys_of(mask: Any) -> Tensor | None:
 
 
 def only_kernels_see(
-    model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], look: Callable[[nn.Module, bool], Any]
+    model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], look: Callable[..., Any]
 ) -> dict[nn.Module, Any] | None:
     """Whether every module of `model`, a BertModel, that is handed its masks is stock's or one of the fast `layers` and
-    `attentions`, and reads them as the model means them: then what `look(layer, whether it has hooks)` says of the fast layers
+    `attentions`, and reads them as the model means them: then what `look(layer, hooked=...)` says of the fast layers
     that can run as one op, else None."""
     encoder, config = model.encoder, model.config
     if not isinstance(encoder, BertEncoder) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
@@ -105,7 +105,7 @@ def only_kernels_see(
         has_hooks = any(_hooks_of(layer))
         if (has_hooks or "forward" in vars(layer)) and _noticed(layer):
             return None
-        ready = None if cls is BertLayer or compiling else look(layer, has_hooks)
+        ready = None if cls is BertLayer or compiling else look(layer, hooked=has_hooks)
         if ready is not None and ready.settled.reason is None:
             found[layer] = ready
             if not _means_the_same(ready.settled.attention, ready.settled.config, config, causal):

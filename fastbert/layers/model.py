@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import modeling_utils
 
-from fastbert.dispatch import Replicated, tensor_reason
+from fastbert.dispatch import Replicated, autocast_dtype, tensor_reason
 from fastbert.integrations.attention import implementation_reason
 from fastbert.layers import stock
 from fastbert.layers.attention import BertCrossAttention, BertSelfAttention
 from fastbert.layers.capturing import is_recording_inside_layers
 from fastbert.layers.layer import BertLayer
 from fastbert.layers.masks import HandedMask, handed, only_kernels_see
-from fastbert.layers.settled import ready, surroundings
+from fastbert.layers.settled import Around, ready, surroundings
 
 
 class BertModel(Replicated, stock.BertModel):
@@ -48,8 +48,9 @@ class BertModel(Replicated, stock.BertModel):
         """What was looked at of the layers if nothing but fast classes will see the masks of this call, else None."""
         if hidden is None or implementation_reason(implementation) or tensor_reason(hidden):
             return None
-        look = partial(ready, around=surroundings(), hidden=hidden.shape[-1])
-        return only_kernels_see(self, _LAYERS, _ATTENTIONS, lambda layer, hooked: look(layer, hooked=hooked))
+        device = hidden.device
+        around = Around(surroundings(), hidden.shape[-1], device, autocast_dtype(device.type))
+        return only_kernels_see(self, _LAYERS, _ATTENTIONS, partial(ready, around=around))
 
 
 _LAYERS = (stock.BertLayer, BertLayer)

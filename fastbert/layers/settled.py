@@ -8,6 +8,7 @@ from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -140,22 +141,35 @@ class Settled:
         )
 
 
+class Around(NamedTuple):
+    """What is the same for all layers in a call of their model: surroundings(), the columns of its hidden states, where they
+    are, and the dtype that autocast has products run in."""
+
+    surroundings: tuple[str | None, bool]
+    hidden: int
+    device: torch.device
+    product_dtype: torch.dtype | None
+
+
 class Ready(NamedTuple):
-    """A layer as it is now; weights and settings are None where its call has to look at them itself."""
+    """A layer as it is now; what is None its call has to look at itself."""
 
     settled: Settled
     weights: Any = None
     settings: Any = None
+    around: Around | None = None
 
 
-def ready(layer: nn.Module, around: tuple[str | None, bool], hidden: int, hooked: bool) -> Ready:
-    """All that a call of `layer` for [..., hidden] has to know. Hooks on it, FSDP's, may change what its parameters are before
-    it is called; what the op does not take, the call says."""
-    known = settled(layer, around)
+def ready(layer: nn.Module, around: Around, hooked: bool) -> Ready:
+    """All that a call of `layer` has to know. Hooks on it, FSDP's, may change what its parameters are before it is called;
+    what the op does not take, the call says."""
+    known = settled(layer, around.surroundings)
     if hooked or known.reason is not None:
         return Ready(known)
-    weights, settings = known.weights(), known.settings(hidden)
-    return Ready(known) if isinstance(weights, str) or isinstance(settings, str) else Ready(known, weights, settings)
+    weights, settings = known.weights(), known.settings(around.hidden)
+    if isinstance(weights, str) or isinstance(settings, str) or weights.query.device != around.device:
+        return Ready(known)
+    return Ready(known, weights, settings, around)
 
 
 _settled: WeakKeyDictionary[nn.Module, Settled] = WeakKeyDictionary()

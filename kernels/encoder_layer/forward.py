@@ -82,15 +82,19 @@ def forward(
     """y in the shape of the rows that are read and, where a backward follows (call.gradient), what that needs."""
     at, stream, low, hidden, w = addressing(), plan.stream(), plan.product_dtype, plan.hidden, weights
     attention_seed, seed1, seed2 = seed_places(seed, settings)
-    products = products_of(weights, low)
+    products = products_of(weights, low, plan.one_by_one)
     x = inputs.x if plan.dtype == low else inputs.x.to(low)
-    if inputs.queries is None:
-        read, queries, q = inputs.x, None, None
+    read = inputs.x if inputs.queries is None else inputs.queries
+    queries = None if inputs.queries is None else read if plan.dtype == low else read.to(low)
+    q = None
+    if plan.one_by_one:
+        q = linear(x if queries is None else queries, w.query, w.query_bias)
+        qkv = linear(x, w.key, w.key_bias), linear(x, w.value, w.value_bias)
+        parts = at(q), *map(at, qkv)
+    elif queries is None:
         qkv = linear(x, products.projections, products.projections_bias)
         parts = columns(qkv, hidden)
     else:
-        read = inputs.queries
-        queries = read if plan.dtype == low else read.to(low)
         q = linear(queries, products.projections[:hidden], products.projections_bias[:hidden])
         qkv = linear(x, products.projections[hidden:], products.projections_bias[hidden:])
         parts = at(q), *columns(qkv, hidden)

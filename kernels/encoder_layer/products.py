@@ -9,18 +9,21 @@ from .settings import Weights
 
 
 class Products(NamedTuple):
-    """Weights of products; of the three projections side by side: [3 H, H], and their bias [3 H]."""
+    """Weights of products; of the three projections side by side: [3 H, H], and their bias [3 H]; or None, where each is a
+    product of its own."""
 
-    projections: Tensor
-    projections_bias: Tensor
+    projections: Tensor | None
+    projections_bias: Tensor | None
     attention_output: Tensor
     intermediate: Tensor
     output: Tensor
 
 
-def products_of(weights: Weights, dtype: torch.dtype) -> Products:
+def products_of(weights: Weights, dtype: torch.dtype, one_by_one: bool) -> Products:
     """In `dtype`. Made at each call: what would be kept could not be seen to be stale after a write through `.data`."""
     w = weights
+    if one_by_one:
+        return Products(None, None, w.attention_output, w.intermediate, w.output)
     projections, biases = (w.query, w.key, w.value), (w.query_bias, w.key_bias, w.value_bias)
     if w.query.dtype == dtype:
         return Products(torch.cat(projections), torch.cat(biases), w.attention_output, w.intermediate, w.output)

@@ -1,0 +1,276 @@
+"""What a call may ask of a layer that is one op, and what surrounds it: modes, threads, copies, memory, checkpointing."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import fastbert
+from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
+from tests.models.test_layer import layer_row, rows
+from tests.models.tiny import BASE, CLASSIFICATION, DEVICE, MLM, make, make_batch
+
+BATCH = make_batch(BASE)
+BY_MODULE = {"attention weights were asked for"}
+
+
+def patched_of(**settings):
+    return fastbert.patch(make(BASE, **settings))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+@pytest.mark.parametrize("by", ["keyword", "config"])
+def test_asked_for_after_a_plain_call(by, asked, attention):
+    if asked == "output_attentions" and attention == "sdpa" and by == "config":
+        pytest.skip("transformers refuses it")
+    model = make(BASE, attention=attention)
+    patched = fastbert.patch(copy.deepcopy(model))
+    plain = run(patched, BATCH)
+    exact = copy.deepcopy(model).double()
+    more = {asked: True} if by == "keyword" else {}
+    for who in (model, patched, exact):
+        setattr(who.config, asked, by == "config")
+    results = run(patched, BATCH | more)
+    assert len(results) > len(plain)
+    assert_equal(results, run(model, BATCH | more), run(exact, doubled(BATCH) | more))
+    for index in (0, 1):
+        row = layer_row(patched, index)
+        assert row.fallback_calls.keys() == (BY_MODULE if asked == "output_attentions" else set())
+    setattr(patched.config, asked, False)
+    assert_bitwise(run(patched, BATCH), plain)
+    assert layer_row(patched).kernel_calls == (2 if asked == "output_attentions" else 3)
+
+
+@pytest.mark.parametrize("kwargs", [False, True])
+def test_a_hook_on_the_layer_sees_and_replaces(kwargs):
+    model = make(BASE, attention="sdpa")
+    patched, exact = fastbert.patch(copy.deepcopy(model)), copy.deepcopy(model).double()
+    seen = []
+
+    def hook(module, args, *more):
+        seen.append((args, more[:-1]))
+        return 2 * more[-1]
+
+    for who in (model, patched, exact):
+        who.encoder.layer[0].register_forward_hook(hook, with_kwargs=kwargs)
+    results, eager = run(patched, BATCH, backward=False), run(model, BATCH, backward=False)
+    assert_equal(results, eager, run(exact, BATCH, backward=False))
+    (args, more), (stock_args, stock_more) = seen[:2]
+    assert list(map(type, args)) == list(map(type, stock_args)) and len(more) == len(stock_more)
+    torch.testing.assert_close(args, stock_args)
+    assert "hooks" in layer_row(patched).reason
+
+
+def test_two_threads_call_one_model():
+    """In modes of their own, while a third one's layer changes now and then."""
+    patched = patched_of(attention="sdpa")
+    expected, wrong = run(patched, BATCH, backward=False), []
+
+    def call(mode):
+        with mode():
+            for _ in range(4):
+                found = run(patched, BATCH, backward=False)
+                wrong.extend(name for name in expected if not torch.equal(found[name], expected[name]))
+
+    def hooks():
+        for _ in range(50):
+            patched.encoder.layer[1].output.register_forward_hook(lambda *_: None).remove()
+
+    threads = [threading.Thread(target=call, args=(mode,)) for mode in (torch.no_grad, torch.enable_grad)]
+    for thread in (*threads, threading.Thread(target=hooks)):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # Module by module the sums come in another order.
+    assert not wrong or sum(layer_row(patched, 1).fallback_calls.values())
+    row = layer_row(patched)
+    assert row.kernel_calls + sum(row.fallback_calls.values()) == 9
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_is_its_own(how):
+    patched = patched_of(attention="sdpa")
+    plain = run(patched, BATCH)
+    if how == "deepcopy":
+        copied = copy.deepcopy(patched)
+    elif how == "pickle":
+        written = pickle.dumps(patched)
+        assert b"settled" not in written and b"Settled" not in written and b"HandedMask" not in written
+        copied = pickle.loads(written)
+    else:
+        torch.save(patched, buffer := io.BytesIO())
+        buffer.seek(0)
+        copied = torch.load(buffer, weights_only=False)
+    assert layer_row(copied).kernel_calls == 0
+    assert_bitwise(run(copied, BATCH), plain)
+    copied.encoder.layer[0].output.dense.weight.data.zero_()
+    copied.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+    run(copied, BATCH)
+    assert_bitwise(run(patched, BATCH), plain)
+    assert layer_row(patched).kernel_calls == 2 and not rows(patched)["encoder.layer.1"].fallback_calls
+
+
+def test_former_weights_are_let_go():
+    """Of which nothing may be kept: not their memory when the model moves, nor a module that was replaced."""
+    patched = patched_of(attention="sdpa")
+    run(patched, BATCH, backward=False)
+    dense = weakref.ref(patched.encoder.layer[1].intermediate.dense)
+    storages = [weakref.ref(p.untyped_storage()) for p in patched.encoder.parameters()]
+    patched.encoder.layer[1].intermediate.dense = copy.deepcopy(dense())
+    run(patched, BATCH, backward=False)
+    patched.to(torch.float64)
+    gc.collect()
+    assert dense() is None
+    assert not any(storage() for storage in storages)
+
+
+@pytest.mark.parametrize("where", ["", "intermediate", "output.dense"])
+def test_what_leads_back_to_the_layer_keeps_no_model(where):
+    """A hook or a forward of somebody's own often holds the model that it is on."""
+    patched = patched_of(attention="sdpa")
+    layer = patched.encoder.layer[0]
+    part = layer.get_submodule(where)
+    if where == "intermediate":
+        forward = part.forward
+        part.forward = lambda *args: forward(*args) if layer else None
+    else:
+        part.register_forward_hook(lambda *_, model=patched: model and None)
+    run(patched, BATCH, backward=False)
+    gone = weakref.ref(layer)
+    del patched, layer, part
+    forward = None  # noqa: F841  in which the lambda above finds the module
+    gc.collect()
+    assert gone() is None
+
+
+def test_modes_give_the_same_numbers():
+    patched = patched_of(attention="sdpa")
+    plain = run(patched, BATCH, backward=False)
+    with torch.no_grad():
+        assert_bitwise(run(patched, BATCH, backward=False), plain)
+    with torch.inference_mode():
+        assert_bitwise(run(patched, BATCH, backward=False), plain)
+        patched.encoder.layer[0].output.dense.weight.data = patched.encoder.layer[0].output.dense.weight.detach().clone()
+        assert_bitwise(run(patched, BATCH, backward=False), plain)
+    with torch.inference_mode():
+        inside = patched_of(attention="sdpa")
+        assert_bitwise(run(inside, BATCH, backward=False), plain)
+    assert layer_row(patched).kernel_calls == 4 and layer_row(inside).kernel_calls == 1
+
+
+FROZEN = {
+    "LayerNorm only": lambda name: "LayerNorm" in name,
+    "biases only": lambda name: name.endswith("bias"),
+    "the last layer": lambda name: "layer.1." in name,
+    "queries": lambda name: "query" in name,
+    "the embeddings": lambda name: "embeddings" in name,
+    "an intermediate bias": lambda name: name == "encoder.layer.0.intermediate.dense.bias",
+}
+
+
+@pytest.mark.parametrize("trained", FROZEN)
+def test_what_is_frozen_has_no_gradient(trained):
+    model = make(BASE, attention="sdpa")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = FROZEN[trained](name)
+    patched = fastbert.patch(copy.deepcopy(model))
+    results = run(patched, BATCH)
+    assert_equal(results, run(model, BATCH), run(copy.deepcopy(model).double(), doubled(BATCH)))
+    assert layer_row(patched).kernel_calls == layer_row(patched, 1).kernel_calls == 1
+
+
+DROPPED = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
+
+
+@pytest.mark.parametrize("asked", [(), ("output_hidden_states",), ("output_attentions",)], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_bit(reentrant, asked):
+    """Of dropout neither; and whatever is recorded of the first pass, the second computes the same."""
+    more = dict.fromkeys(asked, True)
+    model = fastbert.patch(make(BASE, attention="eager", **DROPPED)).train()
+
+    def step():
+        torch.manual_seed(3)
+        return run(model, BATCH | more)
+
+    plain = step()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_bitwise(step(), plain)
+    row = layer_row(model)
+    assert row.kernel_calls == (0 if "output_attentions" in asked else 3), "the forward, and again in the backward"
+
+
+def test_checkpointing_and_packing():
+    model = fastbert.patch(make(CLASSIFICATION, attention="sdpa", **DROPPED)).train()
+    batch = make_batch(CLASSIFICATION)
+
+    def step():
+        torch.manual_seed(3)
+        return run(model, batch)
+
+    plain = step()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_bitwise(step(), plain)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert_bitwise(step(), plain)
+
+
+def test_two_backwards_and_accumulation():
+    model = fastbert.patch(make(MLM, attention="sdpa"))
+    loss = model(**make_batch()).loss
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    assert_bitwise({name: model.get_parameter(name).grad for name in once}, once)
+    loss.backward()
+    assert_bitwise({name: model.get_parameter(name).grad for name in once}, {name: 2 * g for name, g in once.items()})
+
+
+def test_written_between_forward_and_backward():
+    """Stock's error, not the gradient of a weight that was not the forward's."""
+    for model in (make(BASE), fastbert.patch(make(BASE))):
+        out = model(**BATCH).last_hidden_state.sum()
+        with torch.no_grad():
+            model.encoder.layer[0].output.dense.weight.mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+
+
+def test_unpatched_and_patched_again():
+    model, batch = make(MLM, attention="sdpa"), make_batch()
+    stock = run(copy.deepcopy(model), batch)
+    results = []
+    for _ in range(2):
+        with counting() as launched:
+            results.append(run(fastbert.patch(model), batch))
+        assert launched == expected_launches(model)
+        assert rows(model)["bert.encoder.layer.0"].kernel_calls == 1
+        assert_bitwise(run(fastbert.unpatch(model), batch), stock)
+        model.bert.encoder.layer[0].intermediate.dense = copy.deepcopy(model.bert.encoder.layer[0].intermediate.dense)
+    assert_bitwise(*results)
+
+
+def test_what_was_looked_at_is_forgotten_with_the_patch():
+    model = patched_of()
+    run(model, BATCH, backward=False)
+    part = weakref.ref(model.encoder.layer[0].output)
+    fastbert.unpatch(model)
+    model.encoder.layer[0].output = nn.Identity()
+    gc.collect()
+    assert part() is None
+
+
+def test_one_layer_may_stand_in_two_places():
+    model = make(BASE, attention="sdpa").to(DEVICE)
+    model.encoder.layer[1] = model.encoder.layer[0]
+    patched = fastbert.patch(copy.deepcopy(model))
+    assert_equal(run(patched, BATCH), run(model, BATCH), run(copy.deepcopy(model).double(), doubled(BATCH)))
+    assert layer_row(patched).kernel_calls == 2
