@@ -143,13 +143,16 @@ def dropout_add_layernorm_bwd_kernel(
         mask = row_mask & col_mask
         here = offsets(rows, cols, N_COLS, 1)
 
-        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
-        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
         z = tl.load(z_ptr + here, mask, other=0.0).to(ACC)
         mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
 
         x_hat = tl.where(col_mask, (z - mean) * rstd, 0.0)
+        if y_ptr is not None:  # the forward's result, for a backward that did not keep it; at once, for want of registers
+            y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
+            tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask)
+        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
         dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS)
         dx = dz
         if P_DROP > 0:
@@ -162,9 +165,6 @@ def dropout_add_layernorm_bwd_kernel(
         tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + here, dz.to(dresidual_ptr.dtype.element_ty), mask)
-        if y_ptr is not None:  # the forward's result, for a backward that did not keep it
-            y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
-            tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
         row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols

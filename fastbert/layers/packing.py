@@ -1,6 +1,6 @@
 """Some rows of a [B, S, H] batch one behind the other, so that layers may run on them alone: its tokens, and those read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,8 +89,9 @@ def pack(
     if mask is None:
         packed = Rows(None, None, bounds, tokens.longest)
     else:
-        packed, found = Rows(found[0], found[1], bounds, tokens.longest), found[2:]
+        packed, found = Rows(found[0], found[1], bounds, tokens.longest, exact=tokens.exact), found[2:]
     if reads is None:
         return packed, None, fits
     bounds, index, inverse, *inner = found
-    return packed, Rows(index, inverse, bounds, reads.longest, *inner), fits
+    read_rows = Rows(index, inverse, bounds, reads.longest, *inner)
+    return packed, replace(read_rows, exact=reads.exact), fits

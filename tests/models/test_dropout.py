@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert.kernels import embedding_layernorm, encoder_layer
+from fastbert.kernels import embedding_layernorm
+from fastbert.layers.masks import HandedMask
 from tests.kernels.ops import DEVICE, drawn_mask
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
 from tests.models.tiny import MLM, make, make_batch
@@ -102,15 +103,15 @@ def dropouts(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_stock_under_the_same_masks_is_equal(dtype, monkeypatch):
     seeds = []
-    draw_seed, draw_seeds = embedding_layernorm.draw_seed, encoder_layer.draw_seeds
+    draw_seed, seed_of = embedding_layernorm.draw_seed, HandedMask.seed_of
 
     def drawn(*args):
-        of_layer = draw_seeds(*args)
+        of_layer = seed_of(*args)
         seeds.extend((of_layer[2], of_layer[4]))  # as the first is attention's
         return of_layer
 
     monkeypatch.setattr(embedding_layernorm, "draw_seed", lambda device: seeds.append(draw_seed(device)) or seeds[-1])
-    monkeypatch.setattr(encoder_layer, "draw_seeds", drawn)
+    monkeypatch.setattr(HandedMask, "seed_of", drawn)
 
     model, batch = make(MLM, dtype, hidden_dropout_prob=P).train(), make_batch()
     patched = fastbert.patch(copy.deepcopy(model))

