@@ -145,7 +145,7 @@ def severity(record: Record) -> tuple[bool, float, float]:
     """Sorts the worst first: what spills or does not fit, then narrow accesses, then the closest to what can be issued."""
     broken = bool(record["spills"] or record["local_bytes"] or record["shared_bytes"] > record["shared_limit"])
     ceiling = COPY_BYTES_PER_SECOND if "issue_tb_per_second" in record else BF16_OPERATIONS_PER_SECOND
-    issue = record.get("issue_tb_per_second") or record["issue_tflop_per_second"]
+    issue = record["issue_tb_per_second"] if "issue_tb_per_second" in record else record["issue_tflop_per_second"]
     return not broken, record["wide_share"], issue * 1e12 / ceiling
 
 

@@ -50,6 +50,9 @@ except ImportError as error:
     encoder_layer = KernelFailed = LAYER_KERNELS = Settings = Weights = None
     embed = embedding_layernorm = failures = packed_rows = row_counts = None
 
+# Bytes that an address has to be a multiple of where kernels are bound to it; safetensors maps files at any.
+ALIGNMENT = 1 if INTERPRETED else 16
+
 _bounds = WeakTensorKeyDictionary()
 
 

@@ -81,7 +81,7 @@ _BY_MODULE = "module by module"  # a layer whose own modules have rows
 _HEADINGS = ("module", "Hugging Face class", "kernel", "state", "kernel calls", "fell back", "reason")
 _SEEN = "unpad='auto', and outputs at padded positions can be seen"
 _NUMBERS = ("kernel calls", "fell back")
-_WIDEST = 200  # of a printed table; a terminal's own width is used where rich prints it
+_WIDEST = 220  # of a printed table; a terminal's own width is used where rich prints it
 
 
 def report(model: nn.Module) -> Report:

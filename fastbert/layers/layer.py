@@ -149,6 +149,6 @@ def _tensor_reason(hidden_states: Tensor, weight_dtype: torch.dtype, low: torch.
         return f"{dtype} and {weight_dtype} together outside autocast"
     if low is not None and torch.float64 in (dtype, weight_dtype):
         return "float64, which autocast leaves alone"
-    if not hidden_states.is_contiguous() or hidden_states.data_ptr() % 16:
-        return "hidden states that are not contiguous, or do not start at a multiple of 16 bytes"
+    if not hidden_states.is_contiguous() or hidden_states.data_ptr() % ops.ALIGNMENT:
+        return f"hidden states that are not contiguous, or do not start at a multiple of {ops.ALIGNMENT} bytes"
     return None if hidden_states.numel() else "an empty batch"

@@ -115,8 +115,8 @@ class Settled:
             return fit[1]
         addresses = list(map(Tensor.data_ptr, found))
         if addresses != self._addresses:
-            if any(address % 16 for address in addresses):
-                return "a parameter that does not start at a multiple of 16 bytes"
+            if any(address % ops.ALIGNMENT for address in addresses):
+                return f"a parameter that does not start at a multiple of {ops.ALIGNMENT} bytes"
             self._addresses = addresses
         return ops.Weights._make(found)
 
