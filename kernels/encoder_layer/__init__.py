@@ -35,7 +35,7 @@ from .settings import Settings, Weights
 __all__ = ["encoder_layer"]
 
 # What a layer may launch, by which a failure is told to be one of its own.
-KERNELS = {
+KERNELS = (
     "attention_fwd_kernel",
     "attention_bwd_rows_kernel",
     "attention_bwd_q_kernel",
@@ -45,7 +45,7 @@ KERNELS = {
     "column_sums_kernel",
     "dropout_add_layernorm_fwd_kernel",
     "dropout_add_layernorm_bwd_kernel",
-}
+)
 
 
 def encoder_layer(

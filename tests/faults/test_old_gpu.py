@@ -41,7 +41,7 @@ def test_a_model_runs_stock(turing, launches):
     assert_bitwise(run(patched, batch), run(model, batch))
     assert not launches()
     rows = [row for row in fastbert.report(patched).rows if row.kernel]
-    assert rows and all(row.state == "fell back" and row.reason == turing for row in rows)
+    assert rows and all(row.state in ("fell back", "module by module") and row.reason == turing for row in rows)
     assert turing == "compute capability 7.5: the kernels need 8.0 or newer"
 
 

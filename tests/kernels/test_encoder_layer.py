@@ -247,6 +247,22 @@ def test_frozen(launches):
     check(inputs, DROPPED, frozen=[name for name in NAMES if name != "output"], key_mask=MASK)
 
 
+@each_dtype
+@pytest.mark.parametrize(
+    ("shape", "queries", "options"),
+    [
+        ((3, 5, 24), None, {"key_mask": MASK}),
+        ((10, 24), None, PACKED),
+        ((10, 24), 3, READ),
+        ((3, 5, 24), None, {"product_dtype": torch.float16, "norm_dtype": torch.float32}),
+    ],
+    ids=["padded", "packed", "read", "mixed"],
+)
+def test_without_a_gradient(shape, queries, options, dtype):
+    """Which is another way through the forward: in place, and the projections one by one."""
+    check(make_inputs(shape, 40, dtype, queries=queries), DROPPED, frozen=("x", "queries", *NAMES), **options)
+
+
 @pytest.mark.parametrize("settings", [Settings(3), DROPPED], ids=["", "dropped"])
 def test_without_a_gradient_it_is_the_same_and_keeps_nothing(settings):
     inputs = make_inputs((3, 5, 24))

@@ -66,9 +66,15 @@ FAULTS = (
     ),
     _forward(
         "rows that are read have the first rows as their residual",
-        before="read = inputs.queries\n        queries = read if plan.dtype == low else read.to(low)",
-        after="read = inputs.x[: plan.n_rows]\n        queries = inputs.queries.to(low)",
+        before="vectors = at(w.attention_norm), at(w.attention_norm_bias), at(w.attention_output_bias)",
+        after="read, vectors = inputs.x, (at(w.attention_norm), at(w.attention_norm_bias), at(w.attention_output_bias))",
         tests=(f"{LAYER}::test_rows_that_are_read",),
+    ),
+    _forward(
+        "keys and values change places where no gradient is asked for",
+        before="qkv = linear(x, w.key, w.key_bias), linear(x, w.value, w.value_bias)",
+        after="qkv = linear(x, w.value, w.value_bias), linear(x, w.key, w.key_bias)",
+        tests=(f"{LAYER}::test_without_a_gradient",),
     ),
     _products(
         "queries and keys change places",

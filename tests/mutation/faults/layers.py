@@ -179,7 +179,7 @@ FAULTS = (
     ),
     _masks(
         "a module of the user's own gets a mask that it does not know",
-        before="if type(attends) not in fast or _noticed(attends):",
+        before="if type(attends) not in attentions or _noticed(attends):",
         after="if False:",
         tests=(f"{OTHERS_ATTENTION}::test_a_self_attention_of_ones_own_gets_the_masks_it_knows",),
     ),
@@ -191,8 +191,8 @@ FAULTS = (
     ),
     _masks(
         "a hook on a layer sees the kernel's mask",
-        before="if _stock_type(layer) is not BertLayer or _noticed(layer):",
-        after="if _stock_type(layer) is not BertLayer:",
+        before='if (has_hooks or "forward" in vars(layer)) and _noticed(layer):',
+        after="if False:",
         tests=("tests/models/test_hooks.py::test_a_hook_sees_the_mask_that_stock_gives",),
     ),
     _masks(
@@ -203,20 +203,20 @@ FAULTS = (
     ),
     _masks(
         "a mask means what the model's config says, whatever the attention's own causality",
-        before="if bool(attends.is_causal) != (bool(config.is_decoder) and attention is layer.attention):",
-        after="if False:",
+        before='return same and bool(attends["is_causal"]) == causal',
+        after="return same",
         tests=(f"{CAUSALITY}::test_causality_that_was_changed_by_hand", f"{CAUSALITY}::test_a_layer_of_another_patched_model"),
     ),
     _masks(
         "a decoder that was made to look both ways looks back",
-        before='if config.is_decoder and not getattr(config, "is_causal", True):',
+        before='if causal and not getattr(config, "is_causal", True):',
         after="if False:",
         tests=(f"{CAUSALITY}::test_causality_that_was_changed_by_hand",),
     ),
     _masks(
         "a layer whose config names another implementation gets the kernel's masks",
-        before="if attends.config is not config and attends.config._attn_implementation != config._attn_implementation:",
-        after="if False:",
+        before="same = own is config or own._attn_implementation == config._attn_implementation",
+        after="same = True",
         tests=(f"{CAUSALITY}::test_a_layer_of_another_patched_model",),
     ),
     _masks(
@@ -227,8 +227,8 @@ FAULTS = (
     ),
     _masks(
         "a bool mask of the caller's is kept for the backward",
-        before="torch.bool, copy=True)",
-        after="torch.bool)",
+        before="torch.bool, copy=True, memory_format",
+        after="torch.bool, memory_format",
         tests=(f"{MASKS_GIVEN}::test_a_mask_overwritten_before_the_backward",),
     ),
     _masks(

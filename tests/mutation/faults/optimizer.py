@@ -157,8 +157,8 @@ FAULTS = (
     ),
     _forms(
         "fewer tensors than there were are compared with the first of them",
-        before="if self._guards is not None and len(tensors) == self._length and self._guards.check(*tensors):",
-        after="if self._guards is not None and self._guards.check(*tensors):",
+        before="if guards is not None and len(tensors) == self._length and guards.check(*tensors):",
+        after="if guards is not None and guards.check(*tensors):",
         tests=(f"{FORMS}::test_fewer_more_or_none",),
     ),
     _table(

@@ -146,7 +146,7 @@ FAULTS = (
     ),
     _encoder(
         "hidden states that are asked for come out packed",
-        before=" or (_active_collector and _active_collector.get()):",
+        before=" or is_recording():",
         after=":",
         tests=(f"{TESTS}::test_what_would_show_packed_rows_stays_padded",),
     ),
