@@ -30,6 +30,7 @@ ACCEPTED_SPILLS = (
     "* *_layernorm fp64 8192 *",
     "sm_100 backward gelu_layernorm mixed 8192 gelu",
     "sm_90 backward embedding_layernorm fp32 8192 *",
+    "sm_100 backward encoder_layer mixed 8192 norm",
 )
 Record = dict[str, Any]
 

@@ -14,8 +14,6 @@ HEADINGS = (
     "lane",
     "CPU / stock [least, most of a turn]",
     "wall / stock",
-    "CPU, ms",
-    "wall, ms",
     "launches",
     *KINDS,
     "peak, GiB",
@@ -45,15 +43,13 @@ def _row(record: HostRecord, stock: HostRecord | None) -> list[str]:
     launched = [str(n) for n in (kernels(record.launches), *counts)] if record.launches else [""] * (1 + len(KINDS))
     named = [record.name, record.lane]
     if record.seconds is None or record.wall is None:
-        return [*named, lanes.why_not(record), "", "", "", *launched, "", ""]
+        return [*named, lanes.why_not(record), "", *launched, "", ""]
     own = record is stock
     ratios = [] if own else _ratios(record.runs, stock and stock.runs)
     return [
         *named,
         f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else "",
         "" if own else _two(_median(_ratios(record.wall_runs, stock and stock.wall_runs))),
-        _two(record.seconds.median * 1e3),
-        _two(record.wall.median * 1e3),
         *launched,
         "" if record.peak_bytes is None else f"{record.peak_bytes / GIB:.3f}",
         "" if own else _two(peak_ratio(record, stock)),

@@ -104,6 +104,12 @@ def dropout_add_layernorm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, row_mask)
 
 
+@triton.jit
+def _upstream(dy_ptr, rows, cols, mask, col_mask, dy_row_stride, dy_col_stride, ACC: tl.constexpr):
+    dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+    return tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_programs"])
 def dropout_add_layernorm_bwd_kernel(
     dy_ptr,
@@ -143,16 +149,17 @@ def dropout_add_layernorm_bwd_kernel(
         mask = row_mask & col_mask
         here = offsets(rows, cols, N_COLS, 1)
 
+        if y_ptr is None:
+            dy = _upstream(dy_ptr, rows, cols, mask, col_mask, dy_row_stride, dy_col_stride, ACC)
         z = tl.load(z_ptr + here, mask, other=0.0).to(ACC)
         mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
 
         x_hat = tl.where(col_mask, (z - mean) * rstd, 0.0)
-        if y_ptr is not None:  # the forward's result, for a backward that did not keep it; at once, for want of registers
+        if y_ptr is not None:  # the forward's result, for a backward that did not keep it; before dy takes its registers
             y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
             tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask)
-        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
-        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
+            dy = _upstream(dy_ptr, rows, cols, mask, col_mask, dy_row_stride, dy_col_stride, ACC)
         dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS)
         dx = dz
         if P_DROP > 0:

@@ -13,9 +13,10 @@ from torch import nn
 from triton.runtime.interpreter import GridExecutor
 
 import fastbert
+from fastbert.kernels import encoder_layer
 from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
 from tests.models.test_layer import layer_row, rows
-from tests.models.tiny import BASE, CLASSIFICATION, DEVICE, MLM, make, make_batch
+from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 
 BATCH = make_batch(BASE)
 BY_MODULE = {"attention weights were asked for"}
@@ -282,9 +283,13 @@ def test_what_was_looked_at_is_forgotten_with_the_patch():
     assert part() is None
 
 
-def test_one_layer_may_stand_in_two_places():
-    model = make(BASE, attention="sdpa").to(DEVICE)
+def test_one_layer_may_stand_in_two_places(monkeypatch):
+    model = make(BASE, attention="sdpa", **DROPPED)
     model.encoder.layer[1] = model.encoder.layer[0]
     patched = fastbert.patch(copy.deepcopy(model))
     assert_equal(run(patched, BATCH), run(model, BATCH), run(copy.deepcopy(model).double(), doubled(BATCH)))
     assert layer_row(patched).kernel_calls == 2
+    seeds, draw = [], encoder_layer.draw_seeds
+    monkeypatch.setattr(encoder_layer, "draw_seeds", lambda *args: seeds.append(draw(*args)) or seeds[-1])
+    run(patched.train(), BATCH, backward=False)
+    assert len(seeds) == 2 and not torch.equal(*seeds), "it drops something else in each"

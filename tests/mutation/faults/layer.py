@@ -1,0 +1,176 @@
+"""A layer that is one op: what has to be noticed of the modules inside it, and what its call has to refuse."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+CHANGES = "tests/models/test_layer.py"
+CALLS = "tests/models/test_layer_calls.py"
+MASKS_GIVEN = "tests/models/test_masks_given.py"
+VERIFY = "tests/test_verify.py"
+
+_settled = partial(Fault, file="fastbert/layers/settled.py")
+_layer = partial(Fault, file="fastbert/layers/layer.py")
+_masks = partial(Fault, file="fastbert/layers/masks.py")
+_verify = partial(Fault, file="fastbert/verify.py")
+
+
+def _change(name: str) -> tuple[str, ...]:
+    return (f"{CHANGES}::test_a_change_is_noticed_and_its_end[{name}]",)
+
+
+FAULTS = (
+    _settled(
+        "a module that was replaced goes on in the op",
+        before="all([children == known for children, known in self._children])",
+        after="True",
+        tests=_change("refused: subclass of Linear"),
+    ),
+    _settled(
+        "a module that got another class goes on in the op",
+        before="            and list(map(type, self._modules)) == self._types\n",
+        after="",
+        tests=_change("refused: orthogonal"),
+    ),
+    _settled(
+        "a hook that was added after a call never fires",
+        before="            and list(filter(None, self._hooks)) == self._known_hooks\n",
+        after="",
+        tests=(f"{CHANGES}::test_a_hook_inside_fires[forward]",),
+    ),
+    _settled(
+        "a forward that was set on a module after a call is not called",
+        before="            and self._own_forwards() == self._known_own\n",
+        after="",
+        tests=_change("refused: own forward of a Linear"),
+    ),
+    _settled(
+        "a forward that was set on a class after a call is not called",
+        before="            and list(map(_FORWARD, self._classes)) == self._forwards\n",
+        after="",
+        tests=_change("in all: Linear"),
+    ),
+    _settled(
+        "stock's code that was replaced after a call goes on in the op",
+        before="known.surroundings != (around or surroundings()) or ",
+        after="",
+        tests=_change("in all: BertIntermediate"),
+    ),
+    _settled(
+        "an activation that was changed goes on as it was",
+        before='self._form.get("approximate")) == self._activation\n',
+        after='self._form.get("approximate")) != ()\n',
+        tests=(f"{CHANGES}::test_gelus_form_is_read_again",),
+    ),
+    _settled(
+        "what was once refused for its activation stays refused",
+        before="else (self.surroundings[0] or _reason(self._inside)) == self.reason",
+        after="else True",
+        tests=(f"{CHANGES}::test_a_function_as_activation_is_read_again",),
+    ),
+    _settled(
+        "a transposed weight is read as if it were contiguous",
+        before="if not tensor.is_contiguous():",
+        after="if tensor.is_sparse:",
+        tests=_change("refused: transposed"),
+    ),
+    _settled(
+        "an address that 16 does not divide is passed on",
+        before="if any(address % ops.ALIGNMENT for address in addresses):",
+        after="if not all(addresses):",
+        tests=_change("refused: unaligned vector"),
+    ),
+    _settled(
+        "a subclass of Tensor is taken for a plain one",
+        before="if not all(tensor is not None and is_plain_tensor(tensor) for tensor in found):",
+        after="if not all(tensor is not None for tensor in found):",
+        tests=_change("refused: subclass of Tensor"),
+    ),
+    _settled(
+        "attention drops by its dropout's mode, not by its own",
+        before='scores["p"] if attention["training"] else 0.0,',
+        after='scores["p"] if scores["training"] else 0.0,',
+        tests=(f"{CHANGES}::test_one_dropout_by_itself[attention.self.dropout]",),
+    ),
+    _settled(
+        "both LayerNorms have the first one's eps",
+        before='            second["eps"],\n',
+        after='            first["eps"],\n',
+        tests=_change("seen: second eps"),
+    ),
+    _settled(
+        "a hook that leads back to its model keeps it alive",
+        before="        if known.leads_elsewhere:\n",
+        after="        if not known:\n",
+        tests=(f"{CALLS}::test_what_leads_back_to_the_layer_keeps_no_model",),
+    ),
+    _settled(
+        "a scale that is a tensor reaches the kernel",
+        before="if type(scale) is not float:",
+        after="if scale is None:",
+        tests=_change("refused: scaling by a tensor"),
+    ),
+    _layer(
+        "a feed-forward of somebody's own is passed over",
+        before='if own["chunk_size_feed_forward"] or "feed_forward_chunk" in own:',
+        after='if own["chunk_size_feed_forward"]:',
+        tests=_change("refused: own chunk"),
+    ),
+    _layer(
+        "attention weights that the config asks for are not recorded",
+        before="(reason := mask.by_module or _asks_for_more(ready.settled, kwargs))",
+        after="(reason := _asks_for_more(ready.settled, kwargs))",
+        tests=(f"{CALLS}::test_asked_for_after_a_plain_call[config-output_attentions-eager]",),
+    ),
+    _layer(
+        "a mask between queries and keys is ignored",
+        before="        if mask.general is not None:\n",
+        after="        if mask.general is not None and mask.keys is not None:\n",
+        tests=(f"{MASKS_GIVEN}::test_any_form_does_what_stock_does",),
+    ),
+    _masks(
+        "a mask that lies by columns is read by rows",
+        before=", memory_format=torch.contiguous_format",
+        after="",
+        tests=(f"{MASKS_GIVEN}::test_any_form_does_what_stock_does", "-k", "columns"),
+    ),
+    _masks(
+        "all layers drop by one seed",
+        before="zip(self.layers, drawn.unbind(), strict=True)",
+        after="zip(self.layers, [drawn[0]] * len(self.layers), strict=True)",
+        tests=("tests/models/test_dropout.py::test_stock_under_the_same_masks_is_equal",),
+    ),
+    Fault(
+        "a layer in two places drops the same twice",
+        file="fastbert/layers/model.py",
+        before="tuple(known) if len({*own}) == len(own) else ()",
+        after="tuple(known)",
+        tests=(f"{CALLS}::test_one_layer_may_stand_in_two_places",),
+    ),
+    Fault(
+        "what was looked at of a layer outlives its patch",
+        file="fastbert/patch.py",
+        before="            settled.forget(module)\n",
+        after="",
+        tests=(f"{CALLS}::test_what_was_looked_at_is_forgotten_with_the_patch",),
+    ),
+    _verify(
+        "a layer's op is looked at module by module only, and found right",
+        before="coarse = _first_of(model, batch, patch_keywords, widened, inside=False)",
+        after="coarse = _first_of(model, batch, patch_keywords, widened, inside=True)",
+        tests=(f"{VERIFY}::test_wrong_forward_is_found_and_named",),
+    ),
+    _masks(
+        "verify's own hooks send layers module by module",
+        before='_IDLE = (*IDLE_HOOKS, _SHARDING, "fastbert.verify")',
+        after="_IDLE = (*IDLE_HOOKS, _SHARDING)",
+        tests=(f"{VERIFY}::test_wrong_forward_is_found_and_named",),
+    ),
+    Fault(
+        "a title counts a layer whose own modules have rows",
+        file="fastbert/report.py",
+        before="if row.kernel and row.state != _BY_MODULE]",
+        after="if row.kernel]",
+        tests=("tests/models/test_report.py::test_a_layer_that_runs_module_by_module_has_a_row_for_each",),
+    ),
+)
