@@ -176,7 +176,7 @@ def _entries(trainer: Trainer, name: str) -> list[dict[str, Any]]:
 def _attention_name(model: nn.Module) -> str:
     """What the config names, and that fastbert ran in its place if it did."""
     name = model.config._attn_implementation
-    ran = any(row.kernel == "attention" and row.kernel_calls for row in fastbert.report(model).rows)
+    ran = any("attention" in (row.kernel or "").split(", ") and row.kernel_calls for row in fastbert.report(model).rows)
     return f"fastbert over {name}" if ran else name
 
 

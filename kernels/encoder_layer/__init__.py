@@ -2,14 +2,14 @@
 where a is the attention of x's projections.
 
 Host time is why: on a fast GPU a layer's kernels are done before Python has called its modules one by one. Here a layer is
-a straight line of 27 launches, forward and backward, of kernels that were bound before (plan.py), in one autograd function.
+a straight line of 26 launches, forward and backward, of kernels that were bound before (plan.py), in one autograd function.
 And some work is only saved in this form: a residual's gradient is added inside a product (6 T H elements of memory traffic),
 and the sums of all vectors' gradients end in one launch. Of 16 T H elements that a layer would keep, 11 are kept: the
 activation's output and the first LayerNorm's are made again by the kernels of the backward that read their inputs anyway, for
-one write of each (5 of the 45 T H elements that a layer's kernels move besides products), which no switch is worth.
+one write of each (5 of the 44 T H elements that a layer's kernels move besides products), which no switch is worth.
 
-    forward    products 8 T H^2 + 4 T H F operations, attention 4 T S H; kernels between them 14 T H elements
-    backward   twice the products, attention as in attention.py; kernels between them 32 T H elements
+    forward    products 8 T H^2 + 4 T H F operations, attention 4 T S H; kernels between them 16 T H elements
+    backward   twice the products, attention as in attention.py; kernels between them 28 T H elements
 
 Saved: see forward.Saved. Attention, dropout, LayerNorm and the activation are the single ops' own kernels.
 """

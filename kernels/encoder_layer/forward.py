@@ -1,4 +1,4 @@
-"""The layer's forward: nine launches of its own, and one or two for what its weights are made of."""
+"""The layer's forward: ten launches, two of them for weights that lie side by side (without a backward three products do)."""
 
 from typing import NamedTuple
 

@@ -58,13 +58,15 @@ def test_shipped_tiles(op, architecture, itemsize, width, as_on, monkeypatch):
     as_on(architecture)
     config = launch.choose(kernels_of(op)[1], torch.empty(0, dtype=DTYPES[itemsize]), width)
     rows = config.BLOCK_M * (MULTIPROCESSORS * config.programs_per_multiprocessor + 1) + 1
-    programs = []
+    programs, launched = [], launch.launch
 
     def counted(kernel, n, *rest, **arguments):
-        programs.append(n)
-        launch.launch(kernel, n, *rest, **arguments)
+        if kernel.__name__ != "column_sums_kernel":
+            programs.append(n)
+        launched(kernel, n, *rest, **arguments)
 
-    monkeypatch.setattr(f"fastbert.kernels.{op.name}.launch", counted)
+    monkeypatch.setattr(launch, "launch", counted)  # as a Work is launched
+    monkeypatch.setattr(f"fastbert.kernels.{op.name}.launch", counted, raising=False)
     check(op, make_inputs(op, (min(rows, 40), width), DTYPES[itemsize]))
     assert len(programs) == 2 and min(programs) >= 2
 
