@@ -86,19 +86,20 @@ def test_two_threads_call_one_model(monkeypatch):
         with mode():
             for _ in range(4):
                 found = run(patched, BATCH, backward=False)
-                wrong.extend(name for name in expected if not torch.equal(found[name], expected[name]))
+                # Module by module the sums come in another order.
+                wrong.extend(name for name in expected if not torch.allclose(found[name], expected[name], atol=1e-5))
 
     def hooks():
         for _ in range(50):
             patched.encoder.layer[1].output.register_forward_hook(lambda *_: None).remove()
 
     threads = [threading.Thread(target=call, args=(mode,)) for mode in (torch.no_grad, torch.enable_grad)]
-    for thread in (*threads, threading.Thread(target=hooks)):
+    threads.append(threading.Thread(target=hooks))
+    for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    # Module by module the sums come in another order.
-    assert not wrong or sum(layer_row(patched, 1).fallback_calls.values())
+    assert not wrong
     row = layer_row(patched)
     assert row.kernel_calls + sum(row.fallback_calls.values()) == 9
 
