@@ -64,7 +64,7 @@ def small_model(tmp_path_factory) -> Path:
     source = _small_source()
     path = tmp_path_factory.mktemp("model")
     config = BertConfig(**{k: v for k, v in source.config.to_dict().items() if "label" not in k}, num_labels=5)
-    torch.manual_seed(1)  # the verdict is to be the same each time
+    torch.manual_seed(0)  # the verdict is to be the same each time
     BertForTokenClassification(config).save_pretrained(path)
     source.tokenizer.save_pretrained(path)
     return path

@@ -52,10 +52,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in the product's own pass over memory where there is a product of these dtypes."""
-    if a.dtype == total.dtype:
+    """total += a b, in the product's own pass over memory where there is a product of these dtypes that does so."""
+    if a.dtype == total.dtype and adds_last(a):
         total.addmm_(a, b)
     elif a.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(a, b))
+
+
+def adds_last(a: Tensor) -> bool:
+    """Whether a product is summed up before it is added to what is there. cuBLAS does that; on the CPU the terms of a product
+    of one to three rows are added to it one by one, with 2.5 times the rounding."""
+    return a.is_cuda

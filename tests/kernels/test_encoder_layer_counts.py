@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.kernels import bound, kept
-from fastbert.kernels.encoder_layer import Settings, plan, unchecked
+from fastbert.kernels.encoder_layer import Settings, plan, products, unchecked
 from fastbert.kernels.encoder_layer.forward import columns, seed_places
 from fastbert.kernels.launch import INTERPRETED, counts
 
@@ -58,6 +58,7 @@ class Calls(TorchDispatchMode):
 def by_address(monkeypatch):
     """As on a device."""
     monkeypatch.setattr(bound, "INTERPRETED", False)
+    monkeypatch.setattr(products, "adds_last", lambda a: True)
     monkeypatch.setattr(kept, "compiled", lambda *arguments: kept.Kept(None, lambda *places: None, (), True))
     plan.forget()
     yield

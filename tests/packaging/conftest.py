@@ -23,7 +23,7 @@ def environment_without(tmp_path: Path) -> Callable[[str], Environment]:
     def make(name: str) -> Environment:
         rest = tmp_path / "rest"
         rest.mkdir()
-        for folder in site.getsitepackages():
+        for folder in filter(os.path.isdir, site.getsitepackages()):  # Debian names some that are not there
             for entry in Path(folder).iterdir():
                 if entry.name != name and not entry.name.startswith(f"{name}-"):
                     (rest / entry.name).symlink_to(entry)
