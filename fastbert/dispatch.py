@@ -205,12 +205,17 @@ def _idle(hooks: dict[int, Any], idle: str | None) -> bool:
 IDLE_HOOKS = ("transformers.utils.output_capturing",)
 
 
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Its own, of each kind: empty where there are none."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def hooked(module: nn.Module, idle: tuple[str, ...] = IDLE_HOOKS) -> bool:
     """Whether anything sees what `module` is given or gives, or has replaced its forward; hooks from below the modules
     `idle` aside."""
     if forward_replaced(module):
         return True
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+    for hooks in hooks_of(module):
         if hooks and any(not (getattr(hook, "__module__", None) or "").startswith(idle) for hook in hooks.values()):
             return True
     return _has_any_global_hook()

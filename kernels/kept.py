@@ -3,7 +3,8 @@
 Triton binds a launch's arguments, tells their classes and looks up its cache in Python: 25 to 50 µs a launch, where the
 driver needs about one. Here a key of the same classes (dtypes, alignments, whether 16 divides a number) finds the compiled
 kernel, whose own launcher takes addresses. A key that is new goes Triton's own way, and so does every launch while
-somebody debugs or instruments kernels.
+somebody debugs or instruments kernels. Kernels that are bound (bound.py) are debugged or instrumented where that was
+asked for before they were compiled, as Triton's environment variables do.
 """
 
 from collections.abc import Sequence
@@ -49,12 +50,29 @@ class Family:
         self._constants = itemgetter(slice(0, 0), *constants)  # always a tuple, whatever their number
         self._sizes = [i for i, param in enumerate(kernel.params) if param.do_not_specialize]
         self._others = [i for i in range(len(kernel.params)) if i not in (*constants, *self._sizes)]
+        self._unsized = itemgetter(slice(0, 0), *(i for i in range(len(kernel.params)) if i not in self._sizes))
+        self._bound: dict[tuple, Kept] = {}  # by values instead of their classes: as many as there are strides
 
     def key(self, values: Sequence[Any], config: Config, device: int) -> tuple:
         """What Triton compiles anew for. A dtype stands for a tensor whose address 16 divides."""
-        sizes = [values[i] in _INT32 for i in self._sizes]
         others = [_class_of(values[i]) for i in self._others]
-        return device, config.num_warps, config.num_stages, self._constants(values)[1:], *sizes, *others
+        return device, config.num_warps, config.num_stages, self._constants(values)[1:], *self._small(values), *others
+
+    def _small(self, values: Sequence[Any]) -> list[bool]:
+        return [values[i] in _INT32 for i in self._sizes]
+
+    def bound(self, values: Sequence[Any], config: Config, device: int) -> Kept:
+        """What is kept for `values`, in which dtypes stand for tensors; compiled and loaded where it is not yet. What a batch
+        changes are sizes, so this comes at each batch with the same values but for those."""
+        unsized = self._unsized(values)[1:]
+        compiled_for = device, config.num_warps, config.num_stages
+        known = *compiled_for, *self._small(values), unsized, *map(type, unsized)  # 1 and 1.0 are equal
+        found = self._bound.get(known)
+        if found is None:
+            key = self.key(values, config, device)
+            found = self.kept.get(key) or self.keep(key, self.kernel.warmup(*values, grid=(1,), **options(config)))
+            self._bound[known] = found
+        return found
 
     def keep(self, key: tuple, binary: Any) -> Kept:
         """Keep what Triton compiled for `key`, and load it where it is not yet."""
@@ -144,6 +162,4 @@ def start(kernel: Any, programs: int, config: Config, device: torch.device, argu
 def compiled(kernel: Any, config: Config, device: torch.device, values: Sequence[Any]) -> Kept:
     """`kernel` for arguments of these classes (see Family.key), compiled and loaded where it is not yet. Nothing is launched;
     `device` is the current one."""
-    members = family(kernel)
-    key = members.key(values, config, device.index)
-    return members.kept.get(key) or members.keep(key, kernel.warmup(*values, grid=(1,), **options(config)))
+    return family(kernel).bound(values, config, device.index)

@@ -38,14 +38,13 @@ class BertLayer(Replicated, stock.BertLayer):
 
     def _attempted_packed(self, hidden_states: Tensor, mask: HandedMask, packing: Packing, reads: bool) -> Tensor | str:
         """What the op gives, or why it does not take such a call."""
-        tokens, queries, longest_read = packing.tokens, None, None
-        cu_seqlens, cu_seqlens_q = tokens.cu_seqlens, None
+        tokens = packing.tokens
+        layout = None, None, tokens.cu_seqlens, tokens.max_seqlen
         if reads:
             queries = packing.read.within(tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
             cu_seqlens, cu_seqlens_q = side_by_side(tokens, packing.read)
-            longest_read = packing.read.max_seqlen
-        bounds = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, longest_read
-        return self._run(mask.ready.pop(self, None) or Ready(settled(self)), mask, hidden_states, *bounds)
+            layout = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, packing.read.max_seqlen
+        return self._run(mask.ready.pop(self, None) or Ready(settled(self)), mask, hidden_states, *layout)
 
     def _attempted(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
         """What the op gives for a call that the encoder made, or why it does not take that."""
@@ -62,10 +61,10 @@ class BertLayer(Replicated, stock.BertLayer):
         keys = mask.keys
         if keys is not None and keys.shape != hidden_states.shape[:2]:
             return "a mask for other rows"
-        return self._run(ready, mask, hidden_states, keys, mask.bounds, None, None, None, None, None)
+        return self._run(ready, mask, hidden_states, keys, mask.bounds)
 
-    def _run(self, ready: Ready, mask: HandedMask, hidden_states: Tensor, *bounds: Any) -> Tensor | str:
-        """What the op gives, or why it takes no such call."""
+    def _run(self, ready: Ready, mask: HandedMask, hidden_states: Tensor, *layout: Any) -> Tensor | str:
+        """What the op gives, or why it takes no such call; `layout`: see ops.Layout."""
         known, weights, settings, around = ready
         if known.reason is not None:
             return known.reason
@@ -88,7 +87,7 @@ class BertLayer(Replicated, stock.BertLayer):
         norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
         seed = mask.seed_of(self, hidden_states.device) if settings.drops else None
         try:
-            return ops.encoder_layer(hidden_states, weights, settings, *bounds, low, norm_dtype, seed)
+            return ops.encoder_layer(hidden_states, weights, settings, ops.Layout(*layout), low, norm_dtype, seed)
         except ops.KernelFailed as failure:
             if ops.failures.strict:
                 raise

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.models.bert import modeling_bert as bert
 
 from fastbert import forwards, ops
-from fastbert.dispatch import IDLE_HOOKS, hooked
+from fastbert.dispatch import IDLE_HOOKS, hooked, hooks_of
 from fastbert.layers.stock import BertAttention, BertEncoder, BertLayer, untested
 
 
@@ -102,7 +102,7 @@ def only_kernels_see(
         cls = _unsharded_type(layer)
         if cls not in layers:
             return None
-        has_hooks = any(_hooks_of(layer))
+        has_hooks = any(hooks_of(layer))
         if (has_hooks or "forward" in vars(layer)) and _noticed(layer):
             return None
         ready = None if cls is BertLayer or compiling else look(layer, hooked=has_hooks)
@@ -147,10 +147,6 @@ def _masks_replaced() -> bool:
 
 def _noticed(module: nn.Module) -> bool:
     return hooked(module, _IDLE)
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 _MAKERS = ("create_causal_mask", "create_bidirectional_mask")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import ops
-from fastbert.dispatch import hooked, is_plain, is_plain_tensor
+from fastbert.dispatch import hooked, hooks_of, is_plain, is_plain_tensor
 from fastbert.kernels.tensor_forms import Forms
 from fastbert.layers import attention, intermediate, residual_norm, stock
 from fastbert.layers.parts import kernel_activation
@@ -49,7 +49,7 @@ class Settled:
         self._modules, self._types = modules, list(map(type, modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = list(map(_FORWARD, self._classes))
-        self._hooks = [hooks for module in modules for hooks in _hooks_of(module)]
+        self._hooks = [hooks for module in modules for hooks in hooks_of(module)]
         self._known_hooks = [dict(hooks) for hooks in self._hooks if hooks]
         self._dicts = [vars(module) for module in modules]
         self._known_own = self._own_forwards()
@@ -199,10 +199,6 @@ def forget(layer: nn.Module) -> None:
 
 _FORWARD = attrgetter("forward")
 _BOTH = itemgetter("weight", "bias")
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _reason(inside: dict[str, nn.Module]) -> str | None:

@@ -30,7 +30,7 @@ from .checks import check
 from .forward import Inputs, Saved, draw_seeds, forward
 from .plan import Plan, plan_of
 from .products import Products
-from .settings import Settings, Weights
+from .settings import Layout, Settings, Weights
 
 __all__ = ["encoder_layer"]
 
@@ -85,28 +85,25 @@ def encoder_layer(
         The shape of x, or of queries; contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an activation that has no kernel, a probability outside
-            [0, 1], packed rows with a key_mask.
+        ValueError: shapes, dtypes (float64 beside others for one) or devices that do not fit, an activation that has no
+            kernel, a probability outside [0, 1], packed rows with a key_mask.
     """
-    bounds = key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q
+    layout = Layout(key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q)
     dtypes = product_dtype, norm_dtype
-    check(x, weights, settings, *bounds, *dtypes, seed)
-    if key_mask is not None:
-        key_bounds = bounds_of(key_mask) if key_bounds is None else key_bounds
-    masks = (None if tensor is None else aligned(tensor) for tensor in (key_mask, key_bounds, cu_seqlens))
-    key_mask, key_bounds, cu_seqlens = masks
-    x, queries, cu_seqlens_q = (None if tensor is None else aligned(tensor) for tensor in (x, queries, cu_seqlens_q))
-    weights = Weights(*map(aligned, weights))
-    bounds = key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q
+    check(x, weights, settings, layout, *dtypes, seed)
+    if key_mask is not None and key_bounds is None:
+        layout = layout._replace(key_bounds=bounds_of(key_mask))
+    layout = Layout(*(aligned(value) if isinstance(value, Tensor) else value for value in layout))
+    x, weights = aligned(x), Weights(*map(aligned, weights))
     if settings.drops:
         seed = draw_seeds(settings, x.device) if seed is None else aligned(seed)
     with torch.autocast(x.device.type, enabled=False):  # products have the dtype that was asked for
         try:
-            return unchecked(x, weights, settings, *bounds, *dtypes, seed)
+            return unchecked(x, weights, settings, layout, *dtypes, seed)
         except KernelFailed:
             if failures.strict:
                 raise
-            return plain.forward(x, weights, settings, *bounds, *dtypes, seed)
+            return plain.forward(x, weights, settings, layout, *dtypes, seed)
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -119,29 +116,21 @@ def unchecked(
     x: Tensor,
     weights: Weights,
     settings: Settings,
-    key_mask: Tensor | None,
-    key_bounds: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    queries: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | None,
+    layout: Layout,
     product_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
     """encoder_layer for arguments that are known to fit and are aligned; `seed` is drawn where it is None, key_bounds are
-    those of the key_mask, and the current device is x's.
+    those of the key_mask.
 
     Raises:
         KernelFailed: a kernel cannot be compiled or loaded, which was noted (failures.reasons). Nothing was computed.
     """
     if _elsewhere(x):
         with torch.cuda.device(x.device):
-            return unchecked(
-                *(x, weights, settings, key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q),
-                *(product_dtype, norm_dtype, seed),
-            )
+            return unchecked(x, weights, settings, layout, product_dtype, norm_dtype, seed)
+    key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q = layout
     packed, gradient = cu_seqlens is not None, needs_backward(x, queries, *weights)
     *outer, hidden = x.shape
     call = (

@@ -5,25 +5,20 @@ from torch import Tensor
 
 from ..attention_checks import check_inputs, check_masks
 from ..launch import MAX_WIDTH, check_activation, check_device, check_dtype
-from .settings import Settings, Weights
+from .settings import Layout, Settings, Weights
 
 
 def check(
     x: Tensor,
     weights: Weights,
     settings: Settings,
-    key_mask: Tensor | None,
-    key_bounds: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    queries: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | None,
+    layout: Layout,
     product_dtype: torch.dtype | None,
     norm_dtype: torch.dtype | None,
     seed: Tensor | None,
 ) -> None:
     """Raise ValueError unless everything fits x and the settings."""
+    key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q = layout
     check_dtype("x", x)
     packed = cu_seqlens is not None
     if x.dim() != (2 if packed else 3) or not 1 <= x.shape[-1] <= MAX_WIDTH:
@@ -34,6 +29,7 @@ def check(
     for name, dtype in (("product_dtype", product_dtype), ("norm_dtype", norm_dtype)):
         if dtype is not None:
             check_dtype(name, torch.empty(0, dtype=dtype))
+    _check_float64({"x": x.dtype, "weights": weights.query.dtype, "product_dtype": product_dtype, "norm_dtype": norm_dtype})
     if (queries is None) != (cu_seqlens_q is None):
         raise ValueError("queries: expected with cu_seqlens_q, or both None, got one of them")
     read = x
@@ -50,6 +46,14 @@ def check(
     check_device("seed", seed, x)
     if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (6,)):
         raise ValueError(f"seed: expected int64 [6], got {seed.dtype} {list(seed.shape)}")
+
+
+def _check_float64(dtypes: dict[str, torch.dtype | None]) -> None:
+    """What is kept and summed has the width that float32 needs, unless everything is float64."""
+    given = {name: dtype for name, dtype in dtypes.items() if dtype is not None}
+    wide = [name for name, dtype in given.items() if dtype == torch.float64]
+    if wide and len(wide) < len(given):
+        raise ValueError(f"{wide[0]}: expected all dtypes to be float64, or none, got {', '.join(map(str, given.values()))}")
 
 
 def _check_settings(settings: Settings, hidden: int) -> None:

@@ -8,7 +8,7 @@ from ..plain_dropout import keep_mask, keep_scores
 from .forward import Inputs
 from .plan import Plan
 from .reference import encoder_layer
-from .settings import Settings, Weights
+from .settings import Layout, Settings, Weights
 
 
 def keeps(
@@ -27,32 +27,21 @@ def forward(
     x: Tensor,
     weights: Weights,
     settings: Settings,
-    key_mask: Tensor | None,
-    key_bounds: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    queries: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | None,
+    layout: Layout,
     product_dtype: torch.dtype | None,
     norm_dtype: torch.dtype | None,
     seed: Tensor | None,
 ) -> Tensor:
     """The op, differentiable."""
-    read = x if queries is None else queries
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    longest = x.shape[1] if cu_seqlens is None else max_seqlen
-    longest_q = longest if queries is None else max_seqlen_q
+    read = x if layout.queries is None else layout.queries
+    sequences = x.shape[0] if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
+    longest = x.shape[1] if layout.cu_seqlens is None else layout.max_seqlen
+    longest_q = longest if layout.queries is None else layout.max_seqlen_q
     return encoder_layer(
         x,
         weights,
         settings,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-        queries=queries,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
+        **layout._asdict(),
         product_dtype=product_dtype,
         norm_dtype=norm_dtype,
         keep=keeps(seed, settings, sequences, longest_q, longest, read.shape),
@@ -70,12 +59,15 @@ def gradients(
     dtypes = [call.dtype, call.dtype, *(weight.dtype for weight in weights)]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         leaves = [None if t is None else t.detach().to(wide).requires_grad_() for t in (x, queries, *weights)]
+        layout = Layout(
+            *(inputs.key_mask, None, inputs.cu_seqlens, call.longest if call.packed else None),
+            *(leaves[1], None if queries is None else inputs.cu_seqlens_q, call.longest_read),
+        )
         y = forward(
             leaves[0],
             Weights(*leaves[2:]),
             settings,
-            *(inputs.key_mask, None, inputs.cu_seqlens, call.longest if call.packed else None),
-            *(leaves[1], None if queries is None else inputs.cu_seqlens_q, call.longest_read),
+            layout,
             *(None, None, seed),
         )
         asked = [leaf for leaf in leaves if leaf is not None]

@@ -1,6 +1,6 @@
 """All kernels of a layer for calls of one shape, bound once: what every layer of a model and every step then share."""
 
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Plan:
         self.shares2 = settings.output_p == 0.0 and low == self.y1_dtype
         self.drops = settings.drops
         self._settings = settings
-        self._like = partial(torch.empty, 0, device=call.device)
+        self._like = partial(_like, device=call.device)
         self._wide = accumulator_torch(low)
 
         head_size = hidden // settings.heads
@@ -208,6 +208,12 @@ class Plan:
 
     def _bind(self, work: Work, *tensors: tuple[str, torch.dtype | None]) -> Bound:
         return Bound(work, self._like(dtype=self.call.product_dtype), dict(tensors))
+
+
+@cache
+def _like(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of nothing, by whose dtype and device configurations are chosen."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def _seed(p: float) -> torch.dtype | None:

@@ -53,6 +53,18 @@ class Settings(NamedTuple):
         return self.attention_p > 0.0 or self.attention_output_p > 0.0 or self.output_p > 0.0
 
 
+class Layout(NamedTuple):
+    """How the rows of x lie and which of them are read: encoder_layer's arguments of these names."""
+
+    key_mask: Tensor | None = None
+    key_bounds: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    queries: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    max_seqlen_q: int | None = None
+
+
 class Call(NamedTuple):
     """What of a call's tensors decides which kernels run and how; with Settings it names a plan.
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastbert.kernels import failures
-from fastbert.kernels.encoder_layer import KERNELS, Settings, encoder_layer, reference, unchecked
-from tests.kernels.encoder_layer import assert_right, flat, kept, make_inputs, seeds, together
+from fastbert.kernels.encoder_layer import KERNELS, Settings, encoder_layer, reference
+from tests.kernels.encoder_layer import assert_right, direct, flat, kept, make_inputs, seeds, together
 from tests.kernels.ops import DEVICE, double, run
 
 from .broken import ERRORS, break_kernels
@@ -83,9 +83,8 @@ def test_a_layer_is_told(name, monkeypatch):
     """Its modules take over then: each of them has a twin for the kernel that failed alone."""
     inputs, _, options = made("without dropout")
     break_kernels(monkeypatch, [name])
-    options = {name: None for name in ("key_mask", "key_bounds", "cu_seqlens", "max_seqlen", "cu_seqlens_q", "max_seqlen_q")}
     with pytest.raises(failures.KernelFailed, match=name):
-        flat(unchecked)(**inputs, settings=Settings(3), **options)
+        flat(direct)(**inputs, settings=Settings(3))
     assert failures.reasons.keys() == {name}
 
 

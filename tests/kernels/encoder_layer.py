@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.kernels.encoder_layer import encoder_layer, plain, reference
-from fastbert.kernels.encoder_layer.settings import Settings, Weights
+from fastbert.kernels.encoder_layer import encoder_layer, plain, reference, unchecked
+from fastbert.kernels.encoder_layer.settings import Layout, Settings, Weights
 from fastbert.kernels.launch import counts
 from fastbert.verify import _compare_all
 from tests.numerics import assert_close
@@ -66,6 +66,20 @@ def flat(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(x, weights, settings, **rest)
 
     return call
+
+
+def direct(
+    x: Tensor,
+    weights: Weights,
+    settings: Settings,
+    *,
+    product_dtype: torch.dtype | None = None,
+    norm_dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+    **layout: Any,
+) -> Tensor:
+    """The layer as a patched model calls it."""
+    return unchecked(x, weights, settings, Layout(**layout), product_dtype, norm_dtype, seed)
 
 
 def kept(inputs: Mapping[str, Tensor | None], settings: Settings, options: Mapping[str, Any]) -> tuple[Tensor | None, ...]:

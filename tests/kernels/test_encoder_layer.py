@@ -254,13 +254,18 @@ def test_frozen(launches):
         ((3, 5, 24), None, {"key_mask": MASK}),
         ((10, 24), None, PACKED),
         ((10, 24), 3, READ),
-        ((3, 5, 24), None, {"product_dtype": torch.float16, "norm_dtype": torch.float32}),
     ],
-    ids=["padded", "packed", "read", "mixed"],
+    ids=["padded", "packed", "read"],
 )
 def test_without_a_gradient(shape, queries, options, dtype):
     """Which is another way through the forward: in place, and the projections one by one."""
     check(make_inputs(shape, 40, dtype, queries=queries), DROPPED, frozen=("x", "queries", *NAMES), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_mixed_dtypes_without_a_gradient(dtype):
+    options = {"product_dtype": torch.float16, "norm_dtype": torch.float32}
+    check(make_inputs((3, 5, 24), 40, dtype), DROPPED, frozen=("x", *NAMES), **options)
 
 
 @pytest.mark.parametrize("settings", [Settings(3), DROPPED], ids=["", "dropped"])

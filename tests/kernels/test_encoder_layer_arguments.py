@@ -71,6 +71,18 @@ WRONG = [
     ),
     (PADDED, {"product_dtype": torch.int8}, "product_dtype: expected float64, float32, float16 or bfloat16, got torch.int8"),
     (PADDED, {"norm_dtype": torch.int8}, "norm_dtype: expected float64, float32, float16 or bfloat16, got torch.int8"),
+    *(
+        (PADDED, {name: torch.float64}, f"{name}: expected all dtypes to be float64, or none, got {got}")
+        for name, got in (
+            ("product_dtype", "torch.float32, torch.float32, torch.float64"),
+            ("norm_dtype", "torch.float32, torch.float32, torch.float64"),
+        )
+    ),
+    (
+        PADDED,
+        {"x": zeros(2, 5, 24, dtype=torch.float64)},
+        "x: expected all dtypes to be float64, or none, got torch.float64, torch.float32",
+    ),
     (PACKED, {"queries": zeros(3, 24)}, "queries: expected with cu_seqlens_q, or both None, got one of them"),
     (READ, {"queries": None}, "queries: expected with cu_seqlens_q, or both None, got one of them"),
     (

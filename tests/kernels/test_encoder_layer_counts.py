@@ -12,15 +12,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.kernels import bound, kept
-from fastbert.kernels.encoder_layer import Settings, plan, products, unchecked
+from fastbert.kernels.encoder_layer import Settings, plan, products
 from fastbert.kernels.encoder_layer.forward import columns, seed_places
 from fastbert.kernels.launch import INTERPRETED, counts
 
-from .encoder_layer import flat, make_inputs, seeds
+from .encoder_layer import direct, flat, make_inputs, seeds
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels that do nothing stand in for those of a device")
 DROPPED = Settings(3, attention_p=0.1, attention_output_p=0.1, output_p=0.1)
-NOTHING = dict.fromkeys(("key_mask", "key_bounds", "cu_seqlens", "max_seqlen", "cu_seqlens_q", "max_seqlen_q"))
 STARTS = torch.tensor([0, 4, 10], dtype=torch.int32)
 MASKED = {"key_mask": torch.ones(2, 5, dtype=torch.bool), "key_bounds": torch.ones(2, 3, dtype=torch.int32)}
 PACKED = {"cu_seqlens": STARTS, "max_seqlen": 6}
@@ -87,7 +86,7 @@ CALLS = {
 def made_with_inputs(call):
     shape, queries, settings, options = CALLS[call]
     inputs = {name: None if x is None else x.requires_grad_() for name, x in make_inputs(shape, queries=queries).items()}
-    step = partial(flat(unchecked), **inputs, settings=settings, **NOTHING | options)
+    step = partial(flat(direct), **inputs, settings=settings, **options)
     return [x for x in inputs.values() if x is not None], step
 
 
@@ -166,7 +165,7 @@ def test_forward_and_backward(call):
 def test_what_is_frozen_is_not_computed(frozen, launches):
     inputs = make_inputs((2, 5, 24))
     leaves = {name: None if x is None else x.requires_grad_(name not in frozen) for name, x in inputs.items()}
-    y = flat(unchecked)(**leaves, settings=DROPPED, **NOTHING)
+    y = flat(direct)(**leaves, settings=DROPPED)
     needed = [x for x in leaves.values() if x is not None and x.requires_grad]
     dy = torch.ones_like(y)
     kernels, launching, _, _ = counted(lambda: torch.autograd.grad(y, needed, dy))

@@ -231,6 +231,14 @@ def test_a_kernel_is_compiled_ahead_once_and_shared(noting):
     assert start(noting)[0] == "address"
 
 
+@no_launch
+@pytest.mark.parametrize("numbers", [(3.0, 9), (3, 2**40)], ids=["of another type", "past 32 bits"])
+def test_what_differs_is_another_kernel(numbers, noting):
+    device = torch.device("cuda", 0)
+    first, other = (kept.compiled(noting, CONFIG, device, (torch.float32, *n, 8, "gelu")) for n in ((3, 9), numbers))
+    assert first is not other and len(noting.launched) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_launches_of_compiled_kernels(dtype):

@@ -31,7 +31,7 @@ def patched_of(**settings):
 @pytest.mark.parametrize("by", ["keyword", "config"])
 def test_asked_for_after_a_plain_call(by, asked, attention):
     if asked == "output_attentions" and attention == "sdpa" and by == "config":
-        pytest.skip("transformers refuses it")
+        pytest.skip("transformers refuses a config that asks for attention weights of sdpa, which has none")
     model = make(BASE, attention=attention)
     patched = fastbert.patch(copy.deepcopy(model))
     plain = run(patched, BATCH)

@@ -1,5 +1,6 @@
 """Throw-away copies of the source tree, and environments to install them into."""
 
+import os
 import shutil
 import site
 from collections.abc import Callable

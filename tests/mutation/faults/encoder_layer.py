@@ -89,6 +89,19 @@ FAULTS = (
         tests=(f"{LAYER}::test_mixed_dtypes",),
     ),
     _products(
+        "on the CPU a product's terms are added to the sum one by one",
+        before="return a.is_cuda",
+        after="return True",
+        tests=("tests/kernels/test_encoder_layer_products.py::test_a_product_is_summed_up_first",),
+    ),
+    _of(
+        "float64 beside float32 is taken",
+        file="kernels/encoder_layer/checks.py",
+        before="if wide and len(wide) < len(given):",
+        after="if wide and not given:",
+        tests=("tests/kernels/test_encoder_layer_arguments.py::test_wrong_arguments",),
+    ),
+    _products(
         "a product of 16 bits does not join a sum of 32",
         before="total.add_(torch.mm(a, b))",
         after="torch.mm(a, b)",

@@ -19,9 +19,15 @@ FAULTS = (
     ),
     _kept(
         "a size past 32 bits finds the kernel of a small one",
-        before="sizes = [values[i] in _INT32 for i in self._sizes]",
-        after="sizes = []",
+        before="return [values[i] in _INT32 for i in self._sizes]",
+        after="return []",
         tests=(f"{KEPT}::test_an_int_that_is_not_specialised_has_two_classes",),
+    ),
+    _kept(
+        "a number finds the kernel of an equal one of another type",
+        before=", *map(type, unsized)",
+        after="",
+        tests=(f"{KEPT}::test_what_differs_is_another_kernel",),
     ),
     _kept(
         "a tensor at an odd place finds the kernel of 16-byte accesses",
@@ -37,8 +43,8 @@ FAULTS = (
     ),
     _kept(
         "a constant is no part of the key",
-        before="self._constants(values)[1:], *sizes",
-        after="*sizes",
+        before="self._constants(values)[1:], *self._small(values)",
+        after="*self._small(values)",
         tests=(f"{KEPT}::test_each_difference_is_another_key",),
     ),
     _kept(
