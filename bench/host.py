@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -24,7 +24,17 @@ from bench.records import HostRecord, Spread
 from fastbert.kernels import failures, launch
 
 WARM_UP = 3
-Times = list[list[tuple[float, float]]]  # by turn, a step each: seconds of the processor, seconds that passed
+
+
+class StepTime(NamedTuple):
+    """Seconds of the processor, seconds that passed, and the processor's by part of the step."""
+
+    cpu: float
+    wall: float
+    parts: dict[str, float]
+
+
+Times = list[list[StepTime]]  # by turn
 
 
 def run(
@@ -77,7 +87,8 @@ def measure(case: HostCase, seconds: float, rounds: int, compiled: bool, device:
 
 
 def _record(case: HostCase, lane: str, found: dict[str, Any]) -> HostRecord:
-    nothing = {"reason": None, "seconds": None, "runs": [], "wall": None, "wall_runs": [], "peak_bytes": None, "launches": {}}
+    nothing = {"reason": None, "seconds": None, "wall": None, "peak_bytes": None}
+    nothing |= {"runs": [], "wall_runs": [], "parts": {}, "launches": {}}
     return HostRecord(**nothing | found, lane=lane, name=case.name)
 
 
@@ -158,28 +169,36 @@ def _in_turns(case: HostCase, lanes: list[str], seconds: float, rounds: int) -> 
     return failed | {lane: summary(turns) for lane, turns in times.items() if lane not in failed}
 
 
-def turn(step: Callable[[], None], seconds: float) -> list[tuple[float, float]]:
+def turn(step: Step, seconds: float) -> list[StepTime]:
     """Times of steps that take about `seconds` together, each begun on an idle device; the first one is not timed."""
     step()
     found = []
     end = time.perf_counter() + seconds
     while True:
         torch.cuda.synchronize()
-        cpu, start = time.process_time(), time.perf_counter()
-        step()
-        passed = time.perf_counter() - start
-        found.append((time.process_time() - cpu, passed))
+        found.append(_timed(step))
         if time.perf_counter() > end and len(found) > 1:
             torch.cuda.synchronize()
             return found
 
 
+def _timed(step: Step) -> StepTime:
+    ends: dict[str, float] = {}
+    begun, start = time.process_time(), time.perf_counter()
+    step(lambda part: ends.setdefault(part, time.process_time()))
+    passed, ended = time.perf_counter() - start, time.process_time()
+    begins = [begun, *ends.values()]
+    return StepTime(ended - begun, passed, {part: end - begins[i] for i, (part, end) in enumerate(ends.items())})
+
+
 def summary(turns: Times) -> dict[str, Any]:
     """The quartiles of all steps, and the median of each turn."""
-    cpu, wall = ([[step[i] for step in turn] for turn in turns] for i in (0, 1))
+    cpu, wall = ([[getattr(step, clock) for step in turn] for turn in turns] for clock in ("cpu", "wall"))
+    names = turns[0][0].parts
     return {
         "seconds": Spread.of([x for turn in cpu for x in turn]),
         "runs": [statistics.median(turn) for turn in cpu],
         "wall": Spread.of([x for turn in wall for x in turn]),
         "wall_runs": [statistics.median(turn) for turn in wall],
+        "parts": {part: [statistics.median(step.parts[part] for step in turn) for turn in turns] for part in names},
     }

@@ -1,6 +1,6 @@
 """One lane of a step: its model, batch and optimizer, and the call that is measured."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -11,9 +11,14 @@ from bench import batches, gate, models
 from bench.host_cases import LANES, HostCase
 from bench.host_pretended import pretended, true_reads
 
+PARTS = FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+
 
 class Step:
-    """`step()` issues one step of the lane and waits for nothing; call it under `surroundings()`."""
+    """`step()` issues one step of the lane and waits for nothing; call it under `surroundings()`.
+
+    `step(issued)` calls `issued(part)` as soon as a part of the step is.
+    """
 
     def __init__(self, case: HostCase, lane: str, device: str) -> None:
         self.workload, self.device, self.lane = case.workload(), device, LANES[lane]
@@ -41,16 +46,20 @@ class Step:
         with true_reads(self.tokens, self.read) if self.device == "cuda" and pretended() else nullcontext():
             yield
 
-    def __call__(self) -> None:
+    def __call__(self, issued: Callable[[str], object] = lambda part: None) -> None:
         if self.optimizer is None:
             with torch.inference_mode(), self._told(), gate.autocast(self.workload, self.device):
                 self.called(**self.batch)
+            issued(FORWARD)
             return
         with self._told(), gate.autocast(self.workload, self.device):
             loss = self.called(**self.batch).loss
+        issued(FORWARD)
         loss.backward()
+        issued(BACKWARD)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        issued(OPTIMIZER)
 
     def _told(self) -> AbstractContextManager[None]:
         if not self.lane.told:

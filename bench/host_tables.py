@@ -13,6 +13,7 @@ HEADINGS = (
     "case",
     "lane",
     "CPU / stock [least, most of a turn]",
+    "forward, backward, optimizer / stock",
     "wall / stock",
     "launches",
     *KINDS,
@@ -24,6 +25,13 @@ HEADINGS = (
 def cpu_ratio(record: HostRecord, stock: HostRecord | None) -> float | None:
     """The processor's time over stock's: the median of the turns' ratios. None without both."""
     return _median(_ratios(record.runs, stock and stock.runs))
+
+
+def part_ratios(record: HostRecord, stock: HostRecord) -> list[float | None]:
+    """`cpu_ratio` of each part of a step; none where a step has one part."""
+    if len(record.parts) < 2:
+        return []
+    return [_median(_ratios(runs, stock.parts.get(part))) for part, runs in record.parts.items()]
 
 
 def peak_ratio(record: HostRecord, stock: HostRecord | None) -> float | None:
@@ -43,12 +51,13 @@ def _row(record: HostRecord, stock: HostRecord | None) -> list[str]:
     launched = [str(n) for n in (kernels(record.launches), *counts)] if record.launches else [""] * (1 + len(KINDS))
     named = [record.name, record.lane]
     if record.seconds is None or record.wall is None:
-        return [*named, lanes.why_not(record), "", *launched, "", ""]
+        return [*named, lanes.why_not(record), "", "", *launched, "", ""]
     own = record is stock
     ratios = [] if own else _ratios(record.runs, stock and stock.runs)
     return [
         *named,
         f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else "",
+        "" if own or stock is None else ", ".join(_two(ratio) for ratio in part_ratios(record, stock)),
         "" if own else _two(_median(_ratios(record.wall_runs, stock and stock.wall_runs))),
         *launched,
         "" if record.peak_bytes is None else f"{record.peak_bytes / GIB:.3f}",

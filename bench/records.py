@@ -144,12 +144,14 @@ class HostRecord(Timed):
     """One lane of one step of bench.host: `seconds` of the processor until all of a step is issued, `wall` those that pass.
 
     runs and wall_runs: the medians of the lane's turns, to be compared with the other lanes' in the same turn. launches: of
-    one step, by kind and name (bench.host_counts). peak_bytes: with weights, gradients and optimizer state.
+    one step, by kind and name (bench.host_counts). peak_bytes: with weights, gradients and optimizer state. parts: `runs` of
+    each part of a step (bench.host_step.PARTS).
     """
 
     name: str
     wall: Spread | None
     wall_runs: list[float]
+    parts: dict[str, list[float]]
     launches: dict[str, dict[str, int]]
 
     @property

@@ -10,6 +10,7 @@ import torch
 from bench import host, host_cases, host_counts, host_pretended, plan
 from bench.host_cases import CASES, LANES
 from bench.host_pretended import true_reads
+from bench.host_step import BACKWARD, FORWARD, OPTIMIZER, PARTS
 from bench.host_targets import TARGETS
 from fastbert.layers import counts, embeddings, mlm_heads
 from fastbert.layers import plan as packing_plan
@@ -41,11 +42,13 @@ class Device:
             def surroundings(self):
                 yield
 
-            def __call__(self):
+            def __call__(self, issued=str):
                 device.calls.append(self.lane)
                 if device.calls.count(self.lane) == device.fails.get(self.lane):
                     raise torch.OutOfMemoryError("out of memory\nof 80 GiB")
-                device.now += device.cpu[self.lane]
+                for part in PARTS:
+                    device.now += device.cpu[self.lane] / 4 * (1 + (part == BACKWARD))
+                    issued(part)
                 host.launch.counts["kernel"] += self.lane in device.launching
 
         def of_step(step, where):
@@ -79,6 +82,7 @@ def test_lanes_take_turns_and_are_timed_each_by_itself(device):
         cpu = device.cpu[lane]
         assert record.seconds.median == cpu and record.runs == [cpu] * 3
         assert record.wall.median == 2 * cpu and record.wall_runs == [2 * cpu] * 3
+        assert record.parts == {FORWARD: [cpu / 4] * 3, BACKWARD: [cpu / 2] * 3, OPTIMIZER: [cpu / 4] * 3}
         assert record.peak_bytes == 1 << 30 and record.launches["ATen"] == {"add": 3}
     turns = [lane for i, lane in enumerate(device.calls) if i == 0 or device.calls[i - 1] != lane]
     assert turns[-9:] == [STOCK, PADDED, PACKED] * 3
@@ -178,6 +182,7 @@ def test_on_a_gpu():
     ours, stock = records[PADDED], records[STOCK]
     assert ours.status == stock.status == "ok", (ours.reason, stock.reason)
     assert ours.seconds.low > 0 and ours.wall.low > 0 and ours.peak_bytes > 2 * 100e6
+    assert list(ours.parts) == [FORWARD] and ours.parts[FORWARD] == pytest.approx(ours.runs, rel=0.05)
     assert ours.launches["Triton"] and not stock.launches["Triton"]
     assert ours.launches["libraries"] and stock.launches["libraries"] and stock.launches["ATen"]
     assert host_counts.kernels(stock.launches) > 100

@@ -25,6 +25,7 @@ def record(lane, runs=(1e-3, 2e-3), peak=1 << 30, name=host_cases.TRAINING.name,
         name=name,
         wall=spread,
         wall_runs=list(runs),
+        parts={"forward": list(runs), "backward": [2 * x for x in runs], "optimizer": [3 * runs[0], runs[1]]},
         launches=launches or {"ATen": {"add": 300}, "Triton": {"kernel": 79}, "libraries": {"mm": 1}, "copies": {"Memset": 9}},
     )
 
@@ -49,8 +50,8 @@ def test_table():
     ours = record("fastbert, padded", (1e-3, 4e-3), 1 << 29)
     failed = dataclasses.replace(ours, lane="fastbert, packed", status="error", reason="TypeError: x\nmore", seconds=None)
     stock, fast, none = markdown.host(pretended([STOCK, ours, failed])).splitlines()[2:]
-    assert "| 0.38 [0.25, 0.50] | 0.38 | 380 | 300 | 79 | 1 | 9 | 0.500 | 0.50 |" in fast
-    assert "| stock |  |  | 380 |" in stock
+    assert "| 0.38 [0.25, 0.50] | 0.38, 0.38, 0.38 | 0.38 | 380 | 300 | 79 | 1 | 9 | 0.500 | 0.50 |" in fast
+    assert "| stock |  |  |  | 380 |" in stock
     assert "did not run: TypeError: x |" in none and "more" not in none
     assert host_tables.names(ours)[0].split() == ["300", "ATen", "add"]
 
