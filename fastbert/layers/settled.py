@@ -4,6 +4,7 @@ The layer's op does the work of all modules inside it, so none of them may be an
 module or class in its place, a forward of somebody's own must be noticed by the next call.
 """
 
+from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import ops
-from fastbert.dispatch import hooked, hooks_of, is_plain, is_plain_tensor
+from fastbert.dispatch import hooked, is_plain, is_plain_tensor
 from fastbert.kernels.tensor_forms import Forms
 from fastbert.layers import attention, intermediate, residual_norm, stock
 from fastbert.layers.parts import kernel_activation
@@ -45,13 +46,13 @@ class Settled:
     def __init__(self, layer: nn.Module) -> None:
         inside = {name: module for name, module in layer.named_modules() if name}
         modules = list(inside.values())
-        self._children = [(module._modules, dict(module._modules)) for module in (layer, *modules) if module._modules]
+        self._parts = dict(layer._modules)  # not the layer's vars: they hold its hooks, which may lead back to it
+        self._children = [(vars(module), dict(module._modules)) for module in modules if module._modules]
         self._modules, self._types = modules, list(map(type, modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = list(map(_FORWARD, self._classes))
-        self._hooks = [hooks for module in modules for hooks in hooks_of(module)]
-        self._known_hooks = [dict(hooks) for hooks in self._hooks if hooks]
         self._dicts = [vars(module) for module in modules]
+        self._known_hooks = list(map(dict, self._hooks()))
         self._known_own = self._own_forwards()
         self.surroundings = surroundings()
         self._inside = inside
@@ -61,7 +62,7 @@ class Settled:
 
     def _settle(self, inside: dict[str, nn.Module]) -> None:
         order = (*_LINEARS[:4], _NORMS[0], *_LINEARS[4:], _NORMS[1])  # as ops.Weights has them
-        self._parameters = [inside[name]._parameters for name in order]
+        self._with_parameters = [vars(inside[name]) for name in order]
         self._fit: tuple[Forms, str | None] | None = None
         self._addresses: list[int] | None = None
         self.attention = vars(inside["attention.self"])
@@ -73,13 +74,14 @@ class Settled:
         self._activation = self._activates.get("intermediate_act_fn"), self._form.get("approximate")
         self.activation = kernel_activation(activation)
 
-    def holds(self) -> bool:
-        """Whether nothing that was looked at has changed. What a call reads itself (parameters, numbers, modes) is not."""
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether nothing that was looked at in `layer` changed; parameters, numbers and modes a call reads itself."""
         return (
-            all([children == known for children, known in self._children])
+            layer._modules == self._parts
+            and all([own["_modules"] == known for own, known in self._children])
             and list(map(type, self._modules)) == self._types
             and list(map(_FORWARD, self._classes)) == self._forwards
-            and list(filter(None, self._hooks)) == self._known_hooks
+            and self._hooks() == self._known_hooks
             and self._own_forwards() == self._known_own
             and (
                 (self._activates.get("intermediate_act_fn"), self._form.get("approximate")) == self._activation
@@ -97,13 +99,18 @@ class Settled:
         """Whether something of a user's was found, which may lead back to the layer: what is kept would keep that for good."""
         return bool(self._known_hooks or self._known_own)
 
+    def _hooks(self) -> list[dict[int, Any]]:
+        """Of each kind and module, where there are any. The dicts are asked for anew: `_forward_hooks = OrderedDict()` is how
+        hooks are often removed."""
+        return list(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))
+
     def _own_forwards(self) -> list[Any]:
         return [own["forward"] for own in self._dicts if "forward" in own]
 
     def weights(self) -> Any:
         """The parameters as they are now (ops.Weights), or why the op does not take them."""
         try:
-            found = [tensor for own in self._parameters for tensor in _BOTH(own)]
+            found = [tensor for own in self._with_parameters for tensor in _BOTH(own["_parameters"])]
         except KeyError:
             return "a replica, or a parameter that was replaced"
         fit = self._fit
@@ -183,7 +190,7 @@ def surroundings() -> tuple[str | None, bool]:
 def settled(layer: nn.Module, around: tuple[str | None, bool] | None = None) -> Settled:
     """What holds of `layer` now; `around`: surroundings(), where they were just asked."""
     known = _settled.get(layer)
-    if known is None or known.surroundings != (around or surroundings()) or not known.holds():
+    if known is None or known.surroundings != (around or surroundings()) or not known.holds(layer):
         known = Settled(layer)
         if known.leads_elsewhere:
             forget(layer)
@@ -198,6 +205,7 @@ def forget(layer: nn.Module) -> None:
 
 
 _FORWARD = attrgetter("forward")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOTH = itemgetter("weight", "bias")
 
 

@@ -3,6 +3,8 @@ by module; once the change is undone the layer is one op again."""
 
 import copy
 import functools
+import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -67,6 +69,20 @@ def test_a_hook_inside_fires(hook):
     assert layer_row(patched).kernel_calls == 2, "one op again when the hooks are gone"
 
 
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_in_a_new_dict_fires(hook):
+    """`_forward_hooks = OrderedDict()` is how hooks are often removed."""
+    patched, batch, fired = fastbert.patch(make(BASE, num_hidden_layers=1)), make_batch(BASE, length=4), []
+    run(patched, batch, "backward" in hook)
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for module, kind in itertools.product(patched.encoder.layer[0].modules(), kinds):
+        setattr(module, kind, OrderedDict())
+    for name in INSIDE:
+        HOOKS[hook](patched.encoder.layer[0].get_submodule(name), lambda module, *_: fired.append(module) or None)
+    run(patched, batch, "backward" in hook)
+    assert len(fired) == len(INSIDE)
+
+
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 def test_a_hook_on_every_module_of_the_process(kind):
     patched, batch, seen = fastbert.patch(make(BASE, attention="sdpa")), make_batch(BASE, length=4), set()
@@ -116,6 +132,18 @@ def data(name, value):
         before = tensor.data
         tensor.data = value(before)
         return functools.partial(setattr, tensor, "data", before)
+
+    return change
+
+
+def anew(name, registry, child, value):
+    """Its child, a module or a parameter, in a registry of its own, as engines that move parameters make one."""
+
+    def change(layer):
+        module = layer.get_submodule(name)
+        before = getattr(module, registry)
+        setattr(module, registry, {**before, child: value(before[child])})
+        return functools.partial(setattr, module, registry, before)
 
     return change
 
@@ -240,6 +268,8 @@ SEEN = {
     "another part": replaced("intermediate", copy.deepcopy),
     "new parameter": parameter("attention.self.key.weight", lambda w: 1.5 * w),
     "new bias": parameter("output.LayerNorm.bias", lambda b: b + 0.5),
+    "parameters in a new dict": anew("output.dense", "_parameters", "weight", lambda w: nn.Parameter(1.5 * w.detach())),
+    "modules in a new dict": anew("attention.output", "_modules", "LayerNorm", scaled_copy),
     "moved": data("attention.self.query.weight", lambda w: 1.5 * w),
     "written": written,
     "narrower": narrowed(view=False),

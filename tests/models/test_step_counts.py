@@ -13,6 +13,7 @@ import torch
 
 import fastbert
 from fastbert.kernels import embedding_layernorm, tensor_forms
+from fastbert.kernels.encoder_layer import products
 from tests.models.test_launches_outside_layers import interpreter_unseen, launching
 from tests.models.tiny import CLASSIFICATION, DEVICE, MLM, make, make_batch
 
@@ -66,6 +67,7 @@ DROPPED = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 def looked_at_once(monkeypatch):
     """Of what a process does once, or only on the CPU, nothing counts."""
     monkeypatch.setattr(embedding_layernorm, "_check_range", lambda *_: None)
+    monkeypatch.setattr(products, "adds_last", lambda a: True)
     tensor_forms._proven()
 
 

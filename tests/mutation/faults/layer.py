@@ -22,7 +22,7 @@ def _change(name: str) -> tuple[str, ...]:
 FAULTS = (
     _settled(
         "a module that was replaced goes on in the op",
-        before="all([children == known for children, known in self._children])",
+        before='all([own["_modules"] == known for own, known in self._children])',
         after="True",
         tests=_change("refused: subclass of Linear"),
     ),
@@ -34,9 +34,21 @@ FAULTS = (
     ),
     _settled(
         "a hook that was added after a call never fires",
-        before="            and list(filter(None, self._hooks)) == self._known_hooks\n",
+        before="            and self._hooks() == self._known_hooks\n",
         after="",
         tests=(f"{CHANGES}::test_a_hook_inside_fires[forward]",),
+    ),
+    _settled(
+        "a hook in a dict that is not the one of the first call never fires",
+        before="self._dicts = [vars(module) for module in modules]",
+        after="self._dicts = [dict(vars(module)) for module in modules]",
+        tests=(f"{CHANGES}::test_a_hook_in_a_new_dict_fires[forward]",),
+    ),
+    _settled(
+        "parameters are read from the dict of the first call",
+        before="self._with_parameters = [vars(inside[name]) for name in order]",
+        after="self._with_parameters = [dict(vars(inside[name])) for name in order]",
+        tests=_change("seen: parameters in a new dict"),
     ),
     _settled(
         "a forward that was set on a module after a call is not called",
