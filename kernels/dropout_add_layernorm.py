@@ -35,6 +35,7 @@ from .launch import (
     accumulator,
     accumulator_torch,
     as_rows,
+    as_saved,
     cdiv,
     check_device,
     check_dtype,
@@ -334,9 +335,7 @@ def _gradients(backward, ctx, dy, *_):
     shared = ctx.p == 0.0 and x_dtype == residual_dtype
     dx, dresidual, (dweight, dbias, dx_bias) = backward(
         dy,
-        z,
-        mean,
-        rstd,
+        *as_saved(z, mean, rstd),
         weight,
         seed,
         ctx.p,

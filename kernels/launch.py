@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -165,16 +165,46 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 1
 
 
-class NotTwice(torch.autograd.Function):
-    """Hands a gradient on, and raises when that is differentiated in its turn."""
-
+class _NotTwice(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         raise RuntimeError("the kernels have no second derivative: unpatch the model to differentiate a gradient")
+
+
+def not_twice(gradients: Sequence[Tensor | None], sources: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients under create_graph=True: whoever differentiates one in its turn, by whichever of the `sources` that it
+    was made of, is told that this does not go. (torch's once_differentiable knows no sources: where the derivative is asked
+    for by `inputs=`, it is silently zero.)"""
+    sources = [source for source in sources if source is not None and source.requires_grad]
+    return tuple(None if g is None else _NotTwice.apply(g.detach().requires_grad_(), *sources) for g in gradients)
+
+
+def as_saved(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Contiguous, as they were saved: hooks on saved tensors may give them back with other strides."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+class Unpacked:
+    """A backward's context whose saved tensors may be read again, which checkpointing allows once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def check_unbatched(upstream: Iterable[Any]) -> None:
+    """Raise RuntimeError for gradients that stand for many: kernels read memory, which those have not."""
+    if any([isinstance(g, Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstream]):
+        raise RuntimeError(
+            "the kernels take one gradient at a time, not a batch of them (is_grads_batched=True, vectorize=True): "
+            "unpatch the model for that, or call the backward once for each"
+        )
 
 
 def differentiable(
@@ -202,12 +232,13 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
+            check_unbatched(upstream)
+            if not torch.is_grad_enabled():
+                return gradients(backward, ctx, *upstream)
+            ctx = Unpacked(ctx)
             with torch.no_grad():
                 found = gradients(backward, ctx, *upstream)
-            if not torch.is_grad_enabled():
-                return found
-            # create_graph=True. Not once_differentiable: that marks nothing where the upstream gradient is constant.
-            return tuple(None if g is None else NotTwice.apply(g.detach().requires_grad_()) for g in found)
+            return not_twice(found, (*upstream, *ctx.saved_tensors))
 
     op.register_autograd(lambda ctx, *upstream: gradients(backward_op, ctx, *upstream), setup_context=save)
 

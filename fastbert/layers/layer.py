@@ -11,11 +11,14 @@ from fastbert.integrations.attention import argument_reason, implementation_reas
 from fastbert.layers import stock
 from fastbert.layers.masks import HandedMask
 from fastbert.layers.packing import Packing, side_by_side
-from fastbert.layers.settled import Ready, Settled, settled
+from fastbert.layers.settled import Ready, Settled, settled, without
 
 
 class BertLayer(Replicated, stock.BertLayer):
     """BertLayer on the encoder_layer op."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without(vars(self))
 
     @stock.fast_forward_of(stock.BertLayer)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,7 +47,7 @@ class BertLayer(Replicated, stock.BertLayer):
             queries = packing.read.within(tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
             cu_seqlens, cu_seqlens_q = side_by_side(tokens, packing.read)
             layout = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, packing.read.max_seqlen
-        return self._run(mask.ready.pop(self, None) or Ready(settled(self)), mask, hidden_states, *layout)
+        return self._run(self._ready(mask), mask, hidden_states, *layout)
 
     def _attempted(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
         """What the op gives for a call that the encoder made, or why it does not take that."""
@@ -55,13 +58,17 @@ class BertLayer(Replicated, stock.BertLayer):
         for value in (*args, kwargs.get("past_key_values"), kwargs.get("cache"), kwargs.get("encoder_hidden_states")):
             if value is not None:
                 return "cross-attention or a cache"
-        ready = mask.ready.pop(self, None) or Ready(settled(self))  # once: gradient checkpointing comes back later
+        ready = self._ready(mask)
         if ready.settled.reason is None and (reason := mask.by_module or _asks_for_more(ready.settled, kwargs)) is not None:
             return reason
         keys = mask.keys
         if keys is not None and keys.shape != hidden_states.shape[:2]:
             return "a mask for other rows"
         return self._run(ready, mask, hidden_states, keys, mask.bounds)
+
+    def _ready(self, mask: HandedMask) -> Ready:
+        ready = mask.ready.pop(self, None)  # once: gradient checkpointing comes back later
+        return Ready(settled(self)) if ready is None or ready.around is None else ready
 
     def _run(self, ready: Ready, mask: HandedMask, hidden_states: Tensor, *layout: Any) -> Tensor | str:
         """What the op gives, or why it takes no such call; `layout`: see ops.Layout."""
@@ -106,8 +113,9 @@ def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor
 
 def _why_stocks_mask(layer: nn.Module, hidden_states: Tensor) -> str:
     """Why the model did not hand its mask on."""
-    reason = tensor_reason(hidden_states) or implementation_reason(layer.attention.self.config._attn_implementation)
-    reason = reason or settled(layer).reason or ("a layer with hooks" if hooked(layer) else None)
+    known = settled(layer)
+    reason = tensor_reason(hidden_states) or known.reason or implementation_reason(known.config._attn_implementation)
+    reason = reason or ("a layer with hooks" if hooked(layer) else None)
     return reason or "a mask that the model did not hand on"
 
 

@@ -27,7 +27,7 @@ class HandedMask:
     general: what stock would have been given where that says more, such as a caller's own [B, 1, Q, K]; else None.
     stock: makes the mask that stock would have been given, for a call that no kernel takes.
     by_module: why the layers that get it run module by module, or None.
-    ready: what has just been looked at of layers, by layer, so that they need not look again.
+    ready: what has just been looked at of layers, by layer, so that they need not look again where `around` says so.
     layers: those that will be called with it, once each (gradient checkpointing calls them again).
     """
 
@@ -91,12 +91,13 @@ def only_kernels_see(
     `attentions`, and reads them as the model means them: then what `look(layer, hooked=...)` says of the fast layers
     that can run as one op, else None."""
     encoder, config = model.encoder, model.config
-    if not isinstance(encoder, BertEncoder) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
+    if not _is_known(_unsharded_type(encoder)) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
         return None
     causal = bool(config.is_decoder)
     if causal and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
         return None
     found: dict[nn.Module, Any] = {}
+    others = any(hooks_of(encoder))  # whose code runs between the layers, and may change the next ones
     compiling = torch.compiler.is_compiling()
     for layer in encoder.layer:
         cls = _unsharded_type(layer)
@@ -106,6 +107,7 @@ def only_kernels_see(
         if (has_hooks or "forward" in vars(layer)) and _noticed(layer):
             return None
         ready = None if cls is BertLayer or compiling else look(layer, hooked=has_hooks)
+        others = others or has_hooks or ready is None or ready.around is None
         if ready is not None and ready.settled.reason is None:
             found[layer] = ready
             if not _means_the_same(ready.settled.attention, ready.settled.config, config, causal):
@@ -115,7 +117,12 @@ def only_kernels_see(
         crossattention = layer._modules.get("crossattention")
         if crossattention is not None and not _attention_sees(crossattention, attentions, config, False):
             return None
-    return found
+    return {layer: ready._replace(around=None) for layer, ready in found.items()} if others else found
+
+
+def _is_known(encoder: type) -> bool:
+    """Whether it is stock's or a fast one: a class of somebody's own may read its mask."""
+    return encoder is BertEncoder or (issubclass(encoder, BertEncoder) and encoder.__module__.startswith("fastbert."))
 
 
 def _attention_sees(attention: nn.Module, attentions: tuple[type, ...], config: Any, causal: bool) -> bool:

@@ -1,5 +1,6 @@
 """What the fast layers share: the product without its bias, and what LayerNorm, dropout and activation must be."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,23 @@ _BY_FUNCTION = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "sil
 def kernel_activation(function: object) -> str | None:
     """The kernels' name for a model's activation (a module or a function), or None where they have none."""
     if not isinstance(function, nn.Module):
-        return _BY_FUNCTION.get(function)
+        return next((name for known, name in _BY_FUNCTION.items() if function is known), None)  # some cannot be hashed
     if not is_plain(function, type(function)):
         return None
     if type(function) is nn.GELU:
         return "gelu" if function.approximate == "none" else "gelu_tanh"
-    return _BY_CLASS.get(type(function))
+    kernel = _BY_CLASS.get(type(function))
+    return kernel if kernel is None or _acts_as_made(function, kernel) else None
+
+
+def _acts_as_made(function: nn.Module, kernel: str) -> bool:
+    """Whether `act`, which transformers' GELUs call, is what their class sets it to."""
+    act = vars(function).get("act")
+    if act is None or getattr(act, "__func__", None) in vars(type(function)).values():
+        return True
+    if kernel == "gelu":
+        return act is F.gelu
+    return isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}
 
 
 def activation_reason(function: object) -> str | None:
@@ -43,7 +55,7 @@ def activation_reason(function: object) -> str | None:
     if kernel_activation(function) is not None:
         return None
     if type(function) is nn.GELU or type(function) in _BY_CLASS:
-        return f"activation {type(function).__name__} has hooks, or a forward of its own"
+        return f"activation {type(function).__name__} has hooks, or a function of its own"
     name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", function)
     return f"activation {name} has no kernel"
 

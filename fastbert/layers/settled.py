@@ -5,9 +5,9 @@ module or class in its place, a forward of somebody's own must be noticed by the
 """
 
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,12 @@ class Settled:
     def __init__(self, layer: nn.Module) -> None:
         inside = {name: module for name, module in layer.named_modules() if name}
         modules = list(inside.values())
-        self._parts = dict(layer._modules)  # not the layer's vars: they hold its hooks, which may lead back to it
+        self._parts = dict(layer._modules)
         self._children = [(vars(module), dict(module._modules)) for module in modules if module._modules]
         self._modules, self._types = modules, list(map(type, modules))
         self._classes = list(dict.fromkeys(self._types))
-        self._forwards = list(map(_FORWARD, self._classes))
+        self._forwards = self._classes_forwards()
+        self.of = ref(layer)
         self._dicts = [vars(module) for module in modules]
         self._known_hooks = list(map(dict, self._hooks()))
         self._known_own = self._own_forwards()
@@ -70,8 +71,8 @@ class Settled:
         self._norms = [vars(inside[name]) for name in _NORMS]
         self._activates = vars(inside["intermediate"])
         activation = inside["intermediate"].intermediate_act_fn
-        self._form = vars(activation) if isinstance(activation, nn.GELU) else {}
-        self._activation = self._activates.get("intermediate_act_fn"), self._form.get("approximate")
+        self._form = vars(activation) if isinstance(activation, nn.Module) else {}
+        self._activation = self._activates_by()
         self.activation = kernel_activation(activation)
 
     def holds(self, layer: nn.Module) -> bool:
@@ -80,11 +81,11 @@ class Settled:
             layer._modules == self._parts
             and all([own["_modules"] == known for own, known in self._children])
             and list(map(type, self._modules)) == self._types
-            and list(map(_FORWARD, self._classes)) == self._forwards
+            and self._classes_forwards() == self._forwards
             and self._hooks() == self._known_hooks
             and self._own_forwards() == self._known_own
             and (
-                (self._activates.get("intermediate_act_fn"), self._form.get("approximate")) == self._activation
+                self._activates_by() == self._activation
                 if self.reason is None
                 else (self.surroundings[0] or _reason(self._inside)) == self.reason
             )
@@ -94,15 +95,16 @@ class Settled:
     def config(self) -> Any:
         return self.attention["config"]
 
-    @property
-    def leads_elsewhere(self) -> bool:
-        """Whether something of a user's was found, which may lead back to the layer: what is kept would keep that for good."""
-        return bool(self._known_hooks or self._known_own)
-
     def _hooks(self) -> list[dict[int, Any]]:
         """Of each kind and module, where there are any. The dicts are asked for anew: `_forward_hooks = OrderedDict()` is how
         hooks are often removed."""
         return list(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))
+
+    def _activates_by(self) -> tuple[Any, ...]:
+        return self._activates.get("intermediate_act_fn"), self._form.get("approximate"), self._form.get("act")
+
+    def _classes_forwards(self) -> list[Any]:
+        return [getattr(cls, "forward", None) for cls in self._classes]  # TorchScript's have none
 
     def _own_forwards(self) -> list[Any]:
         return [own["forward"] for own in self._dicts if "forward" in own]
@@ -135,14 +137,19 @@ class Settled:
             return "a scale of scores that is no plain number"
         if hidden % head_size or head_size > ops.MAX_HEAD_SIZE:
             return f"a head size of {head_size} for {hidden} columns"
+        ps = (
+            scores["p"] if attention["training"] else 0.0,
+            attended["p"] if attended["training"] else 0.0,
+            output["p"] if output["training"] else 0.0,
+        )
+        if not all([0.0 <= p <= 1.0 for p in ps]):
+            return "a dropout's probability outside of [0, 1]"
         return ops.Settings(
             hidden // head_size,
             self.activation,
             first["eps"],
             second["eps"],
-            scores["p"] if attention["training"] else 0.0,
-            attended["p"] if attended["training"] else 0.0,
-            output["p"] if output["training"] else 0.0,
+            *ps,
             attention["is_causal"],
             scale,
         )
@@ -179,7 +186,9 @@ def ready(layer: nn.Module, around: Around, hooked: bool) -> Ready:
     return Ready(known, weights, settings, around)
 
 
-_settled: WeakKeyDictionary[nn.Module, Settled] = WeakKeyDictionary()
+# On the layer, where the garbage collector sees both: what a module holds may lead back to the layer (a hook, an attribute).
+# Copies of the layer and what is pickled of it leave it out.
+_KEY = "_fastbert_settled"
 
 
 def surroundings() -> tuple[str | None, bool]:
@@ -189,22 +198,22 @@ def surroundings() -> tuple[str | None, bool]:
 
 def settled(layer: nn.Module, around: tuple[str | None, bool] | None = None) -> Settled:
     """What holds of `layer` now; `around`: surroundings(), where they were just asked."""
-    known = _settled.get(layer)
-    if known is None or known.surroundings != (around or surroundings()) or not known.holds(layer):
-        known = Settled(layer)
-        if known.leads_elsewhere:
-            forget(layer)
-        else:
-            _settled[layer] = known
+    known = vars(layer).get(_KEY)
+    if known is None or known.of() is not layer or known.surroundings != (around or surroundings()) or not known.holds(layer):
+        known = vars(layer)[_KEY] = Settled(layer)
     return known
+
+
+def without(own: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a layer's vars without what was looked at."""
+    return {name: value for name, value in own.items() if name != _KEY}
 
 
 def forget(layer: nn.Module) -> None:
     """Let go of what was looked at."""
-    _settled.pop(layer, None)
+    vars(layer).pop(_KEY, None)
 
 
-_FORWARD = attrgetter("forward")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOTH = itemgetter("weight", "bias")
 
@@ -222,6 +231,9 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
             return f"{name} is a {type(linear).__name__}, or has hooks"
         if linear.bias is None:
             return f"{name} has no bias"
+    for name in _NORMS:
+        if name not in inside:
+            return f"{name} is none of its own module's"  # or stands twice
     for name in _DROPOUTS:
         dropout = inside.get(name)
         if dropout is None or "p" not in vars(dropout):

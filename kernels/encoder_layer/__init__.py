@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import failures
 from ..attention import bounds_of
 from ..failures import KernelFailed
-from ..launch import NotTwice, needs_backward
+from ..launch import Unpacked, check_unbatched, needs_backward, not_twice
 from . import plain
 from .backward import Gradients, Vectors, backward
 from .checks import check
@@ -169,6 +169,8 @@ class _Layer(torch.autograd.Function):
         weights = Weights(*weights)
         seed = draw_seeds(settings, x.device) if seed is None else seed
         y, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
+        if saved.x.dtype == x.dtype:  # themselves, by which a second derivative finds what the gradients were made of
+            saved = saved._replace(x=x, queries=queries)
         ctx.save_for_backward(*saved[:-1], *saved.products, *Vectors.of(weights), seed)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.settings, ctx.masks, ctx.weights = plan, settings, masks, weights
@@ -179,13 +181,13 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                found = _gradients(ctx, dy)
-            found = [None if g is None else NotTwice.apply(g.detach().requires_grad_()) for g in found]
-        else:
+        check_unbatched((dy,))
+        if not torch.is_grad_enabled():
+            return *(None,) * 4, *_gradients(ctx, dy)
+        ctx = Unpacked(ctx)
+        with torch.no_grad():
             found = _gradients(ctx, dy)
-        return *(None,) * 4, *found
+        return *(None,) * 4, *not_twice(found, (dy, *ctx.saved_tensors, *ctx.weights))
 
 
 # Function's own looks for what functorch's transforms may have left in each argument.
@@ -200,9 +202,13 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
             return _gradients(ctx, dy)
-    tensors, needs, plan, settings = ctx.saved_tensors, ctx.needs_input_grad, ctx.plan, ctx.settings
+    # Hooks on saved tensors may give them back in other places and with other strides.
+    tensors = [None if tensor is None else aligned(tensor) for tensor in ctx.saved_tensors]
+    needs, plan, settings = ctx.needs_input_grad, ctx.plan, ctx.settings
     saved, vectors, seed = Saved(*tensors[:7], Products._make(tensors[7:12])), Vectors._make(tensors[12:16]), tensors[16]
-    inputs = Inputs(saved.x, saved.queries, dy, *ctx.masks)
+    x, queries = (None if rows is None else rows.view(-1, plan.hidden) for rows in saved[:2])
+    saved = saved._replace(x=x, queries=queries)
+    inputs = Inputs(x, queries, dy, *ctx.masks)
     needed = Gradients(needs[4], needs[5], Weights._make(needs[6:]))
     dy = aligned(dy).view(-1, plan.hidden)
     try:

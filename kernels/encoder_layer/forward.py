@@ -109,7 +109,8 @@ def forward(
         q = qkv = None
 
     projected = linear(attended, products.attention_output)
-    y1 = projected if plan.y1_dtype == low else empty_like(projected, dtype=plan.y1_dtype)
+    # Selective checkpointing may keep `projected` for the layer's next call: nothing goes over it where a backward follows.
+    y1 = empty_like(projected, dtype=plan.y1_dtype) if plan.gradient or plan.y1_dtype != low else projected
     z, mean, rstd = saved1 or (at(y1), None, None)  # without a backward only z's dtype counts
     vectors = at(w.attention_norm), at(w.attention_norm_bias), at(w.attention_output_bias)
     plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), z, mean, rstd)

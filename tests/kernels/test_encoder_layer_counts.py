@@ -98,24 +98,24 @@ PRODUCTS = {"addmm": 1, "mm": 3}  # of the projections side by side; of attentio
 CONCATENATED = {"cat": 2}  # the projections' weights and biases
 SEEDS = {"randint": 1}  # one draw for all dropouts
 OF_FORWARD = {  # ATen's calls that launch something, and how many there are that launch nothing
-    "plain": (PRODUCTS | CONCATENATED, 9),
-    "dropped": (PRODUCTS | CONCATENATED | SEEDS, 9),
-    "masked": (PRODUCTS | CONCATENATED | SEEDS, 9),
-    "packed": (PRODUCTS | CONCATENATED | SEEDS, 9),
-    "read": (PRODUCTS | CONCATENATED | SEEDS | {"addmm": 2}, 15),  # the queries' projection is a product of its own
+    "plain": (PRODUCTS | CONCATENATED, 10),
+    "dropped": (PRODUCTS | CONCATENATED | SEEDS, 10),
+    "masked": (PRODUCTS | CONCATENATED | SEEDS, 10),
+    "packed": (PRODUCTS | CONCATENATED | SEEDS, 10),
+    "read": (PRODUCTS | CONCATENATED | SEEDS | {"addmm": 2}, 16),  # the queries' projection is a product of its own
     # All weights are cast at once; x and the first LayerNorm's result by themselves.
     "autocast": (PRODUCTS | {"_foreach_copy_": 1, "_to_copy": 2} | SEEDS, 18),
 }
 # Of four products two gradients each, two of them added to what a residual hands on; the projections' biases.
 GRADIENTS = {"mm": 6, "addmm_": 2, "sum.dim_IntList": 1}
 OF_BACKWARD = {
-    "plain": (GRADIENTS, 15),
-    "dropped": (GRADIENTS, 16),
-    "masked": (GRADIENTS, 16),
-    "packed": (GRADIENTS, 16),
-    "read": (GRADIENTS | {"mm": 8, "sum.dim_IntList": 2}, 23),
+    "plain": (GRADIENTS, 16),
+    "dropped": (GRADIENTS, 17),
+    "masked": (GRADIENTS, 17),
+    "packed": (GRADIENTS, 17),
+    "read": (GRADIENTS | {"mm": 8, "sum.dim_IntList": 2}, 25),
     # On a GPU four of the products are `mm.dtype` and two `addmm.dtype_out`, and nothing is cast or added.
-    "autocast": ({"mm": 8, "_to_copy": 4, "add_.Tensor": 2, "sum.dim_IntList": 1}, 16),
+    "autocast": ({"mm": 8, "_to_copy": 4, "add_.Tensor": 2, "sum.dim_IntList": 1}, 17),
 }
 
 

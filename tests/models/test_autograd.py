@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.kernels import failures
 from tests.models.running import assert_bitwise, assert_equal, check, doubled, gradients, run
 from tests.models.tiny import BASE, MLM, make, make_batch
 
@@ -72,6 +73,101 @@ def test_a_second_derivative_of_a_frozen_model_raises():
     (gradient,) = torch.autograd.grad(output, embeddings, create_graph=True)
     with pytest.raises(RuntimeError, match="(?i)differentia|derivative"):
         (gradient * embeddings).sum().backward()
+
+
+def embedded(model):
+    return model.get_input_embeddings()(make_batch()["input_ids"]).detach().requires_grad_()
+
+
+def of_inputs(model, x):
+    output = model(inputs_embeds=x).last_hidden_state.pow(3).sum()
+    (gradient,) = torch.autograd.grad(output, x, create_graph=True)
+    torch.autograd.grad(gradient.square().sum(), x, allow_unused=True)
+
+
+def of_a_weight(model, x):
+    (gradient,) = torch.autograd.grad(model(inputs_embeds=x).last_hidden_state.pow(3).sum(), x, create_graph=True)
+    torch.autograd.grad(gradient.square().sum(), model.encoder.layer[0].output.dense.weight, allow_unused=True)
+
+
+def of_a_weight_with_packing(model, x):
+    weight = model.encoder.layer[1].attention.self.query.weight
+    (gradient,) = torch.autograd.grad(model(inputs_embeds=x).last_hidden_state.pow(3).sum(), weight, create_graph=True)
+    torch.autograd.grad(gradient.square().sum(), x, allow_unused=True)
+
+
+def of_all(model, x):
+    torch.autograd.functional.hvp(lambda x: model(inputs_embeds=x).last_hidden_state.pow(3).sum(), x.detach(), x.detach())
+
+
+SECOND = [of_inputs, of_a_weight, of_a_weight_with_packing, of_all]
+
+
+@pytest.mark.parametrize("by_module", [False, True], ids=["one op", "module by module"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("ask", SECOND, ids=lambda ask: ask.__name__)
+def test_a_second_derivative_asked_for_by_name_raises(ask, checkpointed, by_module):
+    """Where only what leads to `inputs` runs: a gradient that led nowhere would be zero there, without a word."""
+    model = fastbert.patch(make(BASE))
+    if checkpointed:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.encoder.layer if by_module else ():
+        layer.register_forward_hook(lambda *_: None)
+        layer.output.dense.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        ask(model, embedded(model))
+
+
+def test_a_second_derivative_of_a_sum_by_its_input_raises():
+    """Of one frozen layer, where nothing but its input leads to anything."""
+    model = fastbert.patch(make(BASE)).requires_grad_(False)
+    model.encoder.layer = model.encoder.layer[:1]
+    found = []
+
+    def leaf(_, args):
+        found.append(args[0].detach().requires_grad_())
+        return found[0], *args[1:]
+
+    model.encoder.layer[0].register_forward_pre_hook(leaf)
+    (gradient,) = torch.autograd.grad(model(**make_batch(BASE)).last_hidden_state.sum(), found, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.sum(), found, allow_unused=True)
+
+
+@pytest.mark.parametrize("by_module", [False, True], ids=["one op", "module by module"])
+def test_a_batch_of_gradients_raises_and_switches_nothing_off(by_module):
+    model = fastbert.patch(make(BASE))
+    if by_module:
+        model.encoder.layer[1].output.dense.register_forward_hook(lambda *_: None)
+    x = embedded(model)
+    output = model(inputs_embeds=x).last_hidden_state
+    with pytest.raises(RuntimeError, match="one gradient at a time.*unpatch"):
+        torch.autograd.grad(output, x, torch.randn(3, *output.shape).to(output), is_grads_batched=True)
+    assert not failures.reasons
+
+
+def transposed(x):
+    return x.detach().transpose(0, -1).contiguous() if x.dim() > 1 else x
+
+
+def back(x):
+    return x.transpose(0, -1) if x.dim() > 1 else x
+
+
+@pytest.mark.parametrize("by_module", [False, True], ids=["one op", "module by module"])
+def test_saved_tensors_come_back_with_other_strides(by_module):
+    model = fastbert.patch(make(BASE))
+    for layer in model.encoder.layer if by_module else ():
+        layer.output.dense.register_forward_hook(lambda *_: None)
+    plain = run(model, make_batch(BASE))
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(transposed, back):
+        assert_close_to(run(model, make_batch(BASE)), plain)
+
+
+def assert_close_to(results, plain):
+    for name, wanted in plain.items():
+        torch.testing.assert_close(results[name], wanted, rtol=1e-5, atol=1e-6, msg=name)
 
 
 MODULES = {

@@ -1,7 +1,10 @@
 """Gradient checkpointing, both ways: equal to stock, and on equals off bitwise, with dropout on."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastbert
 from tests.models.running import assert_bitwise, check, counting, expected_launches, run
@@ -44,6 +47,16 @@ def test_on_equals_off_with_dropout(reentrant):
     torch.manual_seed(4)
     other = run(model, make_batch())
     assert not torch.equal(other["loss"], on["loss"])
+
+
+def test_selective():
+    """What a policy keeps of the first forward is what the second one reads: no kernel may have gone over it."""
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    model = make().train()
+    model.gradient_checkpointing_enable(
+        {"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, products)}
+    )
+    check(model, make_batch(), expected=expected(model))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bert import modeling_bert as bert
 from triton.runtime.interpreter import GridExecutor
 
 import fastbert
@@ -141,21 +143,115 @@ def test_former_weights_are_let_go():
     assert not any(storage() for storage in storages)
 
 
-@pytest.mark.parametrize("where", ["", "intermediate", "output.dense"])
-def test_what_leads_back_to_the_layer_keeps_no_model(where):
+def own_forward(model, layer):
+    layer.intermediate.forward = lambda *args, forward=layer.intermediate.forward: forward(*args) if model else None
+
+
+LEADS_BACK = {
+    "hook on the layer": lambda model, layer: layer.register_forward_hook(lambda *_: model and None),
+    "hook inside": lambda model, layer: layer.output.dense.register_forward_hook(lambda *_: model and None),
+    "own forward": own_forward,
+    "attribute": lambda model, layer: vars(layer.attention.self).update(parent=layer),
+    "attribute of a parameter": lambda model, layer: vars(layer.output.dense.weight).update(owner=layer),
+    "hook on a parameter": lambda model, layer: layer.output.dense.weight.register_hook(lambda _: model and None),
+    "hook for the state": lambda model, layer: layer.output.register_state_dict_pre_hook(lambda *_: model and None),
+    "config": lambda model, layer: setattr(model.config, "owner", model),
+    "in what is refused": lambda model, layer: setattr(layer.output, "dropout", Holding(model)),
+}
+
+
+class Holding(nn.Identity):
+    def __init__(self, model):
+        super().__init__()
+        self.held = [model]
+
+
+@pytest.mark.parametrize("how", LEADS_BACK)
+def test_what_leads_back_to_the_layer_keeps_no_model(how):
     """A hook or a forward of somebody's own often holds the model that it is on."""
     patched = patched_of(attention="sdpa")
-    layer = patched.encoder.layer[0]
-    part = layer.get_submodule(where)
-    if where == "intermediate":
-        part.forward = lambda *args, model=patched, forward=part.forward: forward(*args) if model else None
-    else:
-        part.register_forward_hook(lambda *_, model=patched: model and None)
-    run(patched, BATCH, backward=False)
-    gone = weakref.ref(layer)
-    del patched, layer, part
+    LEADS_BACK[how](patched, patched.encoder.layer[0])
+    for _ in range(2):
+        run(patched, BATCH, backward=False)
+    gone = weakref.ref(patched.encoder.layer[0])
+    del patched
     gc.collect()
     assert gone() is None
+
+
+def test_nothing_keeps_a_model_until_the_collector_runs():
+    patched = patched_of(attention="sdpa")
+    run(patched, BATCH)
+    gone = weakref.ref(patched.encoder.layer[0].output)
+    gc.collect()
+    gc.disable()
+    try:
+        del patched
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def doubled_weight(layer):
+    layer.output.dense.weight = nn.Parameter(2 * layer.output.dense.weight.detach())
+
+
+WHILE_IT_RUNS = {
+    "eps": lambda layer: setattr(layer.output.LayerNorm, "eps", 0.5),
+    "parameter": doubled_weight,
+    "module": lambda layer: setattr(layer.output, "dense", nn.Linear(56, 40, bias=False)),
+    "hook": lambda layer: layer.output.register_forward_hook(lambda _, __, y: 2 * y),
+    "scaling": lambda layer: setattr(layer.attention.self, "scaling", 2.0),
+}
+BETWEEN = {
+    "a hook inside": lambda model: model.encoder.layer[0].attention.output.register_forward_hook,
+    "a hook on a layer": lambda model: model.encoder.layer[0].register_forward_hook,
+    "a hook on the encoder": lambda model: model.encoder.register_forward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("change", WHILE_IT_RUNS)
+def test_a_hook_changes_the_next_layer(change, between):
+    """While the model runs, after all layers may have been looked at."""
+    model = make(BASE, attention="sdpa")
+    patched = fastbert.patch(copy.deepcopy(model))
+    run(patched, BATCH, backward=False)
+    results = []
+    for each, batch in ((patched, BATCH), (model, BATCH), (copy.deepcopy(model).double(), doubled(BATCH))):
+        handles = []
+
+        def hook(*_, each=each, handles=handles):
+            handles.pop().remove()
+            torch.manual_seed(0)
+            WHILE_IT_RUNS[change](each.encoder.layer[1])
+            each.to(each.dtype)
+
+        handles.append(BETWEEN[between](each)(hook))
+        results.append(run(each, batch))
+    assert_equal(*results)
+
+
+class Encoder(bert.BertEncoder):
+    """Looks at its mask, and runs its first layer twice."""
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        assert attention_mask.dim() == 4
+        for layer in (self.layer[0], *self.layer):
+            hidden_states = layer(hidden_states, attention_mask)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the patch", "after it"])
+def test_an_encoder_of_somebodys_own(first):
+    model = make(BASE, attention="sdpa")
+    patched = copy.deepcopy(model) if first else fastbert.patch(copy.deepcopy(model))
+    for each in (model, patched):
+        encoder = Encoder(each.config)
+        encoder.layer, each.encoder = each.encoder.layer, encoder
+    patched = fastbert.patch(patched.eval())
+    model.eval()
+    assert_equal(run(patched, BATCH), run(model, BATCH), run(copy.deepcopy(model).double(), doubled(BATCH)))
 
 
 def test_modes_give_the_same_numbers():

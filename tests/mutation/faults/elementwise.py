@@ -106,9 +106,21 @@ FAULTS = (
     ),
     _launch(
         "a second derivative is silently 0",
-        before="return tuple(None if g is None else NotTwice.apply(g.detach().requires_grad_()) for g in found)",
+        before="return not_twice(found, (*upstream, *ctx.saved_tensors))",
         after="return found",
         tests=("tests/kernels/test_gradcheck.py::test_a_second_derivative_raises",),
+    ),
+    _launch(
+        "a second derivative that is asked for by name is silently 0",
+        before="_NotTwice.apply(g.detach().requires_grad_(), *sources)",
+        after="_NotTwice.apply(g.detach().requires_grad_())",
+        tests=("tests/models/test_autograd.py::test_a_second_derivative_asked_for_by_name_raises[of_inputs--one op]",),
+    ),
+    _launch(
+        "saved tensors come back to single kernels as hooks left them",
+        before="[None if x is None else x.contiguous() for x in tensors]",
+        after="list(tensors)",
+        tests=("tests/models/test_autograd.py::test_saved_tensors_come_back_with_other_strides[module by module]",),
     ),
     _launch(
         "a width takes the row of the table above its own",

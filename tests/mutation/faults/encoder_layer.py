@@ -6,6 +6,7 @@ from tests.mutation.fault import Fault
 
 LAYER = "tests/kernels/test_encoder_layer.py"
 AUTOGRAD = "tests/kernels/test_encoder_layer_autograd.py"
+MODES = "tests/models/test_autograd.py"
 GRADCHECK = "tests/kernels/test_encoder_layer_gradcheck.py"
 COUNTS = "tests/kernels/test_encoder_layer_counts.py"
 FAILS = "tests/faults/test_encoder_layer_fails.py"
@@ -196,9 +197,34 @@ FAULTS = (
     ),
     _op(
         "a second derivative is silently 0",
-        before="if torch.is_grad_enabled():  # create_graph=True",
-        after="if False:",
+        before="        if not torch.is_grad_enabled():\n",
+        after="        if True:\n",
         tests=(f"{AUTOGRAD}::test_a_second_derivative_raises[plain]",),
+    ),
+    _op(
+        "a second derivative by way of x is silently 0",
+        before="saved = saved._replace(x=x, queries=queries)\n        ctx",
+        after="pass\n        ctx",
+        tests=(f"{MODES}::test_a_second_derivative_of_a_sum_by_its_input_raises",),
+    ),
+    _op(
+        "saved tensors are read as they come back from hooks",
+        before="[None if tensor is None else aligned(tensor) for tensor in ctx.saved_tensors]",
+        after="list(ctx.saved_tensors)",
+        tests=(f"{MODES}::test_saved_tensors_come_back_with_other_strides[one op]",),
+    ),
+    _op(
+        "a batch of gradients is handed to the kernels",
+        before="        check_unbatched((dy,))\n",
+        after="",
+        tests=(f"{MODES}::test_a_batch_of_gradients_raises_and_switches_nothing_off[one op]",),
+    ),
+    _of(
+        "LayerNorm's result goes over a product that checkpointing keeps",
+        file="kernels/encoder_layer/forward.py",
+        before="if plan.gradient or plan.y1_dtype != low else",
+        after="if plan.y1_dtype != low else",
+        tests=("tests/models/test_checkpointing.py::test_selective",),
     ),
     _op(
         "a gradient that never came is taken for zeros",

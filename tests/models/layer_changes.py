@@ -1,0 +1,292 @@
+"""What may be changed about a BertLayer after it was called, by tests/models/test_layer.py.
+
+A change takes a layer and returns what undoes it.
+"""
+
+import copy
+import functools
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+
+def changed(name, attribute, value):
+    """Of the module `name`; `value` takes what is there."""
+
+    def change(layer):
+        module = layer.get_submodule(name)
+        before = getattr(module, attribute)
+        setattr(module, attribute, value(before))
+        return functools.partial(setattr, module, attribute, before)
+
+    return change
+
+
+def replaced(name, new):
+    """The module of that name, by what `new` makes of it."""
+    parent, _, attribute = name.rpartition(".")
+    return changed(parent, attribute, new)
+
+
+def parameter(name, value):
+    parent, _, attribute = name.rpartition(".")
+    return changed(parent, attribute, lambda before: nn.Parameter(value(before.detach())))
+
+
+def data(name, value):
+    """Given other memory through `.data`, as `value` makes it of the old one's."""
+
+    def change(layer):
+        tensor = layer.get_parameter(name)
+        before = tensor.data
+        tensor.data = value(before)
+        return functools.partial(setattr, tensor, "data", before)
+
+    return change
+
+
+def anew(name, registry, child, value):
+    """Its child, a module or a parameter, in a registry of its own, as engines that move parameters make one."""
+
+    def change(layer):
+        module = layer.get_submodule(name)
+        before = getattr(module, registry)
+        setattr(module, registry, {**before, child: value(before[child])})
+        return functools.partial(setattr, module, registry, before)
+
+    return change
+
+
+def together(*changes):
+    def change(layer):
+        undo = [each(layer) for each in changes]
+        return lambda: [each() for each in undo]
+
+    return change
+
+
+def own_forward(name, of_class=False):
+    """Of one module, or of its class: twice what it gave, or for attention its first output so."""
+
+    def twice(outputs):
+        return (2 * outputs[0], *outputs[1:]) if isinstance(outputs, tuple) else 2 * outputs
+
+    def change(layer):
+        module = layer.get_submodule(name)
+        if not of_class:
+            forward = module.forward
+            module.forward = lambda *args, **kwargs: twice(forward(*args, **kwargs))
+            return lambda: delattr(module, "forward")
+        cls = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("fastbert"))
+        forward = cls.forward
+        cls.forward = lambda *args, **kwargs: twice(forward(*args, **kwargs))
+        return lambda: setattr(cls, "forward", forward)
+
+    return change
+
+
+def chunk_of_its_own(layer):
+    layer.feed_forward_chunk = lambda hidden_states: hidden_states
+    return lambda: delattr(layer, "feed_forward_chunk")
+
+
+def lora(layer):
+    before = layer.attention.self.query
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["query"]), layer)
+    for p in layer.attention.self.query.parameters():
+        if p.requires_grad:
+            p.data.copy_(torch.linspace(-1.0, 1.0, p.numel()).view(p.shape))
+
+    def undo():
+        layer.attention.self.query = before
+        layer.requires_grad_()  # which peft took away
+
+    return undo
+
+
+def parametrized(name, by):
+    def change(layer):
+        module = layer.get_submodule(name)
+        before = module.weight.detach().clone()
+        by(module)
+
+        def undo():
+            parametrize.remove_parametrizations(module, "weight")
+            module.weight = nn.Parameter(before)
+
+        return undo
+
+    return change
+
+
+def narrowed(view):
+    """The feed-forward of 24 columns in place of 56."""
+
+    def cut(x):
+        return x if view else x.contiguous()
+
+    return together(
+        data("intermediate.dense.weight", lambda w: w[:24]),
+        data("intermediate.dense.bias", lambda b: b[:24]),
+        data("output.dense.weight", lambda w: cut(w[:, :24])),
+    )
+
+
+def unaligned(x):
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def strided(x):
+    return x.repeat_interleave(2, dim=1)[:, ::2]
+
+
+def written(layer):
+    """As an average of weights is swapped in: the address stays."""
+    before = [p.detach().clone() for p in layer.parameters()]
+    for p in layer.parameters():
+        p.data.copy_(1.1 * p.data + 0.01)
+    return lambda: [p.data.copy_(old) for p, old in zip(layer.parameters(), before, strict=True)]
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubling(linear):
+    made = Doubling(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+    made.load_state_dict(linear.state_dict())
+    return made
+
+
+class Subclass(torch.Tensor):
+    """As DTensor is one."""
+
+
+def scaled_copy(module):
+    made = copy.deepcopy(module)
+    made.weight.data.mul_(1.5)
+    return made
+
+
+def by_a_callable(name):
+    """A submodule replaced by a function that calls it."""
+
+    def change(layer):
+        parent = layer.get_submodule(name.rpartition(".")[0])
+        attribute = name.rpartition(".")[2]
+        module = parent._modules.pop(attribute)
+        setattr(parent, attribute, lambda *args, **kwargs: module(*args, **kwargs))
+
+        def undo():
+            delattr(parent, attribute)
+            setattr(parent, attribute, module)
+
+        return undo
+
+    return change
+
+
+class Unhashable:
+    def __eq__(self, other):
+        return self is other
+
+    def __call__(self, x):
+        return x.relu()
+
+
+def unhashable_activation(layer):
+    part = layer.intermediate
+    module = part._modules.pop("intermediate_act_fn")
+    part.intermediate_act_fn = Unhashable()
+
+    def undo():
+        del part.intermediate_act_fn
+        part.intermediate_act_fn = module
+
+    return undo
+
+
+def one_norm(layer):
+    before, layer.output.LayerNorm = layer.output.LayerNorm, layer.attention.output.LayerNorm
+    return functools.partial(setattr, layer.output, "LayerNorm", before)
+
+
+# What the op goes on for, with the new numbers.
+SEEN = {
+    "another Linear": replaced("attention.output.dense", scaled_copy),
+    "another LayerNorm": replaced("output.LayerNorm", scaled_copy),
+    "another dropout": replaced("output.dropout", lambda _: nn.Dropout(0.0)),
+    "another part": replaced("intermediate", copy.deepcopy),
+    "new parameter": parameter("attention.self.key.weight", lambda w: 1.5 * w),
+    "new bias": parameter("output.LayerNorm.bias", lambda b: b + 0.5),
+    "parameters in a new dict": anew("output.dense", "_parameters", "weight", lambda w: nn.Parameter(1.5 * w.detach())),
+    "modules in a new dict": anew("attention.output", "_modules", "LayerNorm", scaled_copy),
+    "moved": data("attention.self.query.weight", lambda w: 1.5 * w),
+    "written": written,
+    "narrower": narrowed(view=False),
+    "eps": changed("attention.output.LayerNorm", "eps", lambda _: 0.3),
+    "second eps": changed("output.LayerNorm", "eps", lambda _: 0.3),
+    "scaling": changed("attention.self", "scaling", lambda s: 3.0 * s),
+    "head size": changed("attention.self", "attention_head_size", lambda _: 10),
+    "relu": replaced("intermediate.intermediate_act_fn", lambda _: nn.ReLU()),
+    "tanh": replaced("intermediate.intermediate_act_fn", lambda _: nn.GELU(approximate="tanh")),
+}
+# What it does not, and a word of the reason that is given.
+REFUSED = {
+    "subclass of Linear": (replaced("attention.self.value", doubling), "Doubling"),
+    "LoRA": (lora, "attention.self.query is a Linear"),
+    "Identity for LayerNorm": (replaced("attention.output.LayerNorm", lambda _: nn.Identity()), "Identity"),
+    "Identity for dropout": (replaced("output.dropout", lambda _: nn.Identity()), "Identity"),
+    "Identity for a product": (replaced("attention.output.dense", lambda _: nn.Identity()), "Identity"),
+    "own forward of a part": (own_forward("intermediate"), "intermediate has"),
+    "own forward of a Linear": (own_forward("output.dense"), "output.dense"),
+    "own forward of LayerNorm": (own_forward("attention.output.LayerNorm"), "LayerNorm"),
+    "own chunk": (chunk_of_its_own, "or of its own"),
+    "transposed": (data("attention.self.query.weight", torch.t), "query is not contiguous"),
+    "strided": (data("output.dense.weight", strided), "output is not contiguous"),
+    "unaligned matrix": (data("intermediate.dense.weight", unaligned), "multiple of 16 bytes"),
+    "unaligned vector": (data("output.LayerNorm.weight", unaligned), "multiple of 16 bytes"),
+    "narrower by a view": (narrowed(view=True), "output is not contiguous"),
+    "orthogonal": (parametrized("attention.self.query", parametrizations.orthogonal), "ParametrizedLinear"),
+    "weight norm": (parametrized("intermediate.dense", parametrizations.weight_norm), "ParametrizedLinear"),
+    "subclass of Tensor": (parameter("output.dense.weight", lambda w: w.as_subclass(Subclass)), "no plain tensor"),
+    "no bias": (changed("output.dense", "bias", lambda _: None), "no plain tensor"),
+    "LayerNorm without bias": (changed("output.LayerNorm", "bias", lambda _: None), "no plain tensor"),
+    "scaling by a tensor": (changed("attention.self", "scaling", lambda s: torch.tensor(2.0 * s)), "a scale of scores"),
+    "mish": (replaced("intermediate.intermediate_act_fn", lambda _: nn.Mish()), "activation Mish"),
+    "one LayerNorm twice": (one_norm, "LayerNorm is none of"),
+    "activation in TorchScript": (replaced("intermediate.intermediate_act_fn", torch.jit.script), "RecursiveScriptModule"),
+    "LayerNorm in TorchScript": (replaced("output.LayerNorm", torch.jit.script), "RecursiveScriptModule"),
+    "unhashable activation": (unhashable_activation, "Unhashable"),
+    "GELUActivation's function": (changed("intermediate.intermediate_act_fn", "act", lambda _: F.silu), "of its own"),
+    "intermediate by a callable": (by_a_callable("intermediate"), "intermediate is a NoneType"),
+    "chunks": (changed("", "chunk_size_feed_forward", lambda _: 3), "chunks"),
+}
+# What makes every layer of the process run module by module.
+REFUSED_ALL = {
+    "Linear": (own_forward("output.dense", of_class=True), "Linear"),
+    "Dropout": (own_forward("output.dropout", of_class=True), "dropout"),
+    "activation": (own_forward("intermediate.intermediate_act_fn", of_class=True), "activation"),
+    "BertSelfAttention": (own_forward("attention.self", of_class=True), "BertSelfAttention.forward"),
+    "BertIntermediate": (own_forward("intermediate", of_class=True), "BertIntermediate.forward"),
+    "BertOutput": (own_forward("output", of_class=True), "BertOutput.forward"),
+    "BertAttention": (own_forward("attention", of_class=True), "BertAttention.forward"),
+    "BertLayer": (own_forward("", of_class=True), "BertLayer.forward"),
+}
+# What one layer does with masks that the others are given, too: each gets stock's.
+REFUSED_WITH_MASKS = {
+    "own forward": (own_forward("attention"), "attention has"),
+    "own forward below": (own_forward("attention.self"), "attention.self has"),
+    "attention by a callable": (by_a_callable("attention"), "attention is a NoneType"),
+    "self-attention by a callable": (by_a_callable("attention.self"), "attention.self is a NoneType"),
+}
+CHANGES = (
+    {f"seen: {name}": (change, None) for name, change in SEEN.items()}
+    | {f"refused: {name}": change for name, change in REFUSED.items()}
+    | {f"in all: {name}": change for name, change in REFUSED_ALL.items()}
+    | {f"masks: {name}": change for name, change in REFUSED_WITH_MASKS.items()}
+)
