@@ -42,12 +42,13 @@ def kernel_activation(function: object) -> str | None:
 
 def _acts_as_made(function: nn.Module, kernel: str) -> bool:
     """Whether `act`, which transformers' GELUs call, is what their class sets it to."""
-    act = vars(function).get("act")
-    if act is None or getattr(act, "__func__", None) in vars(type(function)).values():
+    act = getattr(function, "act", None)
+    if act is None or (act is F.gelu and kernel == "gelu"):
         return True
-    if kernel == "gelu":
-        return act is F.gelu
-    return isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}
+    if isinstance(act, partial):
+        return act.func is F.gelu and kernel == "gelu_tanh" and act.keywords == {"approximate": "tanh"}
+    own = getattr(type(function), getattr(act, "__name__", ""), None)  # written out in Python
+    return own is not None and getattr(act, "__func__", None) is own
 
 
 def activation_reason(function: object) -> str | None:

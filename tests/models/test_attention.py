@@ -127,6 +127,7 @@ def test_fully_masked_row_is_eagers(attention):
     torch.testing.assert_close(patched, stock)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_bounds_of_a_mask_are_worked_out_once_a_forward(monkeypatch):
     calls = []
     right = ops.bounds_of

@@ -112,6 +112,7 @@ def test_a_keyword_that_stock_refuses(name, attention):
 OTHERS = {"packing": 7, "queries": 7, "reading": 7, "lengths": [1, 1], "read_lengths": torch.tensor([1, 1]), "row": "a"}
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_column_of_the_users_own_is_passed_over(name):
     # As stock passes over it, and also where fastbert hands something of its own down under that name.

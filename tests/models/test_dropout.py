@@ -43,6 +43,7 @@ def test_calls_without_a_new_seed_differ():
 
 
 @pytest.mark.parametrize("off", ["eval", "p=0"])
+@pytest.mark.usefixtures("each_way")
 def test_off_is_bitwise_without(off):
     plain = run(fastbert.patch(make(hidden_dropout_prob=0.0)), make_batch())
     if off == "eval":
@@ -54,6 +55,7 @@ def test_off_is_bitwise_without(off):
     assert torch.equal(generator_state(), state), "a seed was drawn for a dropout that is off"
 
 
+@pytest.mark.usefixtures("each_way")
 def test_only_the_dropout_modules_own_mode_counts():
     # Someone may freeze dropout layer by layer: it is dropout.training that stock looks at, not its parent's.
     plain = run(fastbert.patch(make()), make_batch())
@@ -65,6 +67,7 @@ def test_only_the_dropout_modules_own_mode_counts():
 
 
 @pytest.mark.parametrize("unpad", [False, True], ids=["padded", "packed"])
+@pytest.mark.usefixtures("each_way")
 def test_attention_drops_in_training_only(unpad):
     """By itself: no other dropout hides one that is left out."""
     plain = run(fastbert.patch(make(), unpad=unpad), make_batch())

@@ -27,7 +27,7 @@ FAULTS = (
         "the bias is added by the product and by the kernel",
         before="return F.linear(x, linear.weight), linear.bias",
         after="return F.linear(x, linear.weight, linear.bias), linear.bias",
-        tests=(f"{EMBEDDINGS}::test_ids",),
+        tests=("tests/models/test_layer.py::test_a_hook_inside_fires[forward]",),
     ),
     _parts(
         "an adapter on a Linear is bypassed",
@@ -66,7 +66,7 @@ FAULTS = (
         file="fastbert/layers/residual_norm.py",
         before="            x,\n            input_tensor,\n",
         after="            x,\n            input_tensor * 0,\n",
-        tests=(f"{EMBEDDINGS}::test_ids",),
+        tests=("tests/models/test_layer.py::test_a_hook_inside_fires[forward]",),
     ),
     _attention(
         "attention never drops",

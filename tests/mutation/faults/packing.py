@@ -146,8 +146,8 @@ FAULTS = (
     ),
     _encoder(
         "hidden states that are asked for come out packed",
-        before=" or is_recording():",
-        after=":",
+        before="if captured or wants_weights(self, kwargs) or is_recording():",
+        after="if wants_weights(self, kwargs):",
         tests=(f"{TESTS}::test_what_would_show_packed_rows_stays_padded",),
     ),
     _encoder(
@@ -168,11 +168,5 @@ FAULTS = (
         before="and self.layer[-1].attention.self.is_causal:",
         after="and False:",
         tests=(f"{TESTS}::test_a_causal_encoder_is_packed_and_read_whole",),
-    ),
-    _encoder(
-        "gradient checkpointing keeps the last layer",
-        before="if layer.gradient_checkpointing and layer.training:",
-        after="if False:",
-        tests=(f"{TESTS}::test_checkpointing_on_is_off_with_dropout",),
     ),
 )

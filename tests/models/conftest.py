@@ -1,0 +1,14 @@
+"""What tests of models share."""
+
+import pytest
+
+from fastbert.layers.layer import BertLayer
+
+
+@pytest.fixture(params=["one op", "module by module"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How layers run."""
+    if request.param == "module by module":
+        for attempt in ("_attempted", "_attempted_packed"):
+            monkeypatch.setattr(BertLayer, attempt, lambda *_: "the test wants its modules")
+    return request.param
