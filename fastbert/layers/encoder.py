@@ -4,6 +4,7 @@ Where a head says that it reads some positions only, the last layer's queries, o
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fastbert.layers.attention import unsupported as attention_unsupported
 from fastbert.layers.by_row import row_reason
 from fastbert.layers.capturing import is_recording
 from fastbert.layers.counts import Given
-from fastbert.layers.layer import BertLayer
+from fastbert.layers.layer import BertLayer, at_rows
 from fastbert.layers.masks import HandedMask
 from fastbert.layers.model import BertModel
 from fastbert.layers.packing import Packing
@@ -45,7 +46,7 @@ class _PackingEncoder(Replicated):
             packed = layer(packed, attention_mask, packing=packing)
         rows = packing.tokens
         if packing.read is not None:
-            rows, packed = packing.read, self.layer[-1](packed, attention_mask, packing=packing, reads=True)
+            rows, packed = packing.read, _read_layer(self.layer[-1], packed, attention_mask, packing)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.put(packed.squeeze(0)).view(shape))
 
     def _packing(
@@ -103,11 +104,21 @@ class _PackingEncoder(Replicated):
 def _one_by_one(layer: nn.Module) -> str | None:
     """Why `layer`, of which nothing is known, may not be given packed rows, or None."""
     attention = layer.attention
-    if type(layer) not in (stock.BertLayer, BertLayer) or type(attention) is not stock.BertAttention:
+    if not (type(layer) in (stock.BertLayer, BertLayer) and type(attention) is stock.BertAttention):
         return f"a layer that is a {type(layer).__name__}"
-    if type(layer) is not BertLayer or type(attention.self) is not BertSelfAttention:
+    if type(attention.self) is not BertSelfAttention:
         return "a layer whose attention is not the kernel's"
     return attention_unsupported(attention.self) or next(filter(None, map(row_reason, layer.modules())), None)
+
+
+def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: HandedMask, packing: Packing) -> Tensor:
+    """The last layer at the rows that are read: [1, T, H] -> [1, N, H]."""
+    if isinstance(layer, BertLayer):
+        return layer(hidden_states, mask, packing=packing, reads=True)
+    run = partial(at_rows, layer, packing=packing)
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(run, hidden_states)
+    return run(hidden_states)
 
 
 def packs_unseen(head: nn.Module) -> bool:

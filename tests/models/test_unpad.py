@@ -251,9 +251,11 @@ def test_a_cache_stays_padded():
     assert encoder_row(model).fallback_calls == {"cross-attention or a cache": 1}
 
 
+@pytest.mark.parametrize("switches", [{}, {"residual_norm": False}], ids=["one op", "stock layers"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_on_is_off_with_dropout(reentrant):
-    model = fastbert.patch(make(CLASSIFICATION, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)).train()
+def test_checkpointing_on_is_off_with_dropout(reentrant, switches):
+    model = make(CLASSIFICATION, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
+    fastbert.patch(model, **switches).train()
     batch = make_batch(CLASSIFICATION)
     torch.manual_seed(3)
     off = run(model, batch)

@@ -169,4 +169,10 @@ FAULTS = (
         after="and False:",
         tests=(f"{TESTS}::test_a_causal_encoder_is_packed_and_read_whole",),
     ),
+    _encoder(
+        "gradient checkpointing keeps the last layer",
+        before="if layer.gradient_checkpointing and layer.training:",
+        after="if False:",
+        tests=(f"{TESTS}::test_checkpointing_on_is_off_with_dropout",),
+    ),
 )
