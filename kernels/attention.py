@@ -32,7 +32,6 @@ from .launch import (
     Work,
     accumulator,
     accumulator_torch,
-    as_saved,
     cdiv,
     choose,
     differentiable,
@@ -343,9 +342,7 @@ def _save(ctx, inputs, output):
 def _gradients(backward, ctx, dout, *_):
     if dout is None or not any(ctx.needs_input_grad[:3]):
         return (None,) * 14
-    q, k, v, out, logsumexp, key_mask, key_bounds, mask, *bounds_and_seed = ctx.saved_tensors
-    saved = q, k, v, *as_saved(out, logsumexp, key_mask, key_bounds), mask, *bounds_and_seed
-    return *backward(dout, *saved, *ctx.settings), *(None,) * 11
+    return *backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 11
 
 
 _op = torch.library.custom_op("fastbert::attention", _launch_fwd, mutates_args=())

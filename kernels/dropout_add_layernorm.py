@@ -35,7 +35,6 @@ from .launch import (
     accumulator,
     accumulator_torch,
     as_rows,
-    as_saved,
     cdiv,
     check_device,
     check_dtype,
@@ -335,7 +334,9 @@ def _gradients(backward, ctx, dy, *_):
     shared = ctx.p == 0.0 and x_dtype == residual_dtype
     dx, dresidual, (dweight, dbias, dx_bias) = backward(
         dy,
-        *as_saved(z, mean, rstd),
+        z,
+        mean,
+        rstd,
         weight,
         seed,
         ctx.p,

@@ -27,7 +27,6 @@ from .launch import (
     accumulator,
     accumulator_torch,
     as_rows,
-    as_saved,
     cdiv,
     check_device,
     check_dtype,
@@ -308,8 +307,7 @@ def _gradients(backward, ctx, dy, *_):
     if dy is None:
         return (None,) * 15
     needs = ctx.needs_input_grad[:5]
-    words, positions, types, *others = ctx.saved_tensors
-    gradients = backward(dy, words, positions, types, *as_saved(*others), *ctx.options, ctx.bias_dtype, *needs)
+    gradients = backward(dy, *ctx.saved_tensors, *ctx.options, ctx.bias_dtype, *needs)
     return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *(None,) * 10
 
 

@@ -66,6 +66,8 @@ _OF_THE_CONTEXT = (
     "not_initialized",
     "re-initialize cuda",
 )
+# A policy's own, of selective checkpointing: in the interpreter it sees what a launch does.
+_OF_CHECKPOINTING = ("selective activation checkpoint", "not found in storage")
 _OF_A_CAPTURE = "captur"  # "operation not permitted when stream is capturing", cudaErrorStreamCaptureInvalidated, ...
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
@@ -89,7 +91,7 @@ def is_of_the_kernel(error: Exception, device: torch.device) -> bool:
     """
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, InterpreterError, KernelFailed)):
         return False
-    others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, _OF_A_CAPTURE)
+    others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING, _OF_A_CAPTURE)
     return not (_says(error, *others) or _is_capturing(device))
 
 

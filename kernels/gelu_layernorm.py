@@ -31,7 +31,6 @@ from .launch import (
     accumulator,
     accumulator_torch,
     as_rows,
-    as_saved,
     check_activation,
     check_layernorm,
     choose,
@@ -280,7 +279,6 @@ def _gradients(backward, ctx, dy, *_):
     sum_columns = needs_weight or needs_bias or needs_x_bias
     dtypes = {weight.dtype, ctx.bias_dtype, weight.dtype if x_bias is None else x_bias.dtype}
     sums_dtype = dtypes.pop() if len(dtypes) == 1 else mean.dtype  # cast where they are added up, if that is one cast
-    mean, rstd = as_saved(mean, rstd)
     dx, vectors = backward(dy, x, mean, rstd, weight, x_bias, ctx.activation, sum_columns, sums_dtype)
     dweight, dbias, dx_bias = vectors.unbind()
     return (

@@ -183,16 +183,34 @@ def not_twice(gradients: Sequence[Tensor | None], sources: Iterable[Tensor | Non
     return tuple(None if g is None else _NotTwice.apply(g.detach().requires_grad_(), *sources) for g in gradients)
 
 
-def as_saved(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Contiguous, as they were saved: hooks on saved tensors may give them back with other strides."""
-    return [None if x is None else x.contiguous() for x in tensors]
+class _Link(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError("no gradient comes this way")
+
+
+def links(inputs: Iterable[Any], saved: Sequence[Tensor | None]) -> list[Tensor]:
+    """Stand-ins for what of an op's `inputs` is not `saved`, as sources of its gradients: without their memory."""
+    known = set(map(id, saved))
+    others = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and id(x) not in known]
+    with torch.enable_grad():
+        return [x if x.is_leaf else _Link.apply(x) for x in others]
 
 
 class Unpacked:
-    """A backward's context whose saved tensors may be read again, which checkpointing allows once."""
+    """A backward's context, whose saved tensors may be read again here (checkpointing allows to read them once) and lie as
+    they did: hooks on saved tensors may give them back with other strides."""
 
-    def __init__(self, ctx: Any) -> None:
-        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+    def __init__(self, ctx: Any, strides: Sequence[tuple[int, ...] | None]) -> None:
+        self._ctx, self.sources = ctx, ctx.saved_tensors
+        self.saved_tensors = [
+            x if x is None or x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
+            for x, stride in zip(self.sources, strides, strict=True)
+        ]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ctx, name)
@@ -228,17 +246,17 @@ def differentiable(
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = forward(*inputs)
             save(ctx, inputs, output)
+            ctx.links = links(inputs, ctx.to_save)
+            ctx.strides = [None if x is None else x.stride() for x in ctx.to_save]
             return output
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
             check_unbatched(upstream)
-            if not torch.is_grad_enabled():
-                return gradients(backward, ctx, *upstream)
-            ctx = Unpacked(ctx)
             with torch.no_grad():
+                ctx = Unpacked(ctx, ctx.strides)
                 found = gradients(backward, ctx, *upstream)
-            return not_twice(found, (*upstream, *ctx.saved_tensors))
+            return not_twice(found, (*upstream, *ctx.sources, *ctx.links)) if torch.is_grad_enabled() else found
 
     op.register_autograd(lambda ctx, *upstream: gradients(backward_op, ctx, *upstream), setup_context=save)
 

@@ -5,7 +5,7 @@ module or class in its place, a forward of somebody's own must be noticed by the
 """
 
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -81,6 +81,7 @@ class Settled:
             layer._modules == self._parts
             and all([own["_modules"] == known for own, known in self._children])
             and list(map(type, self._modules)) == self._types
+            and all(map(is_, map(vars, self._modules), self._dicts))
             and self._classes_forwards() == self._forwards
             and self._hooks() == self._known_hooks
             and self._own_forwards() == self._known_own

@@ -14,6 +14,7 @@ one write of each (5 of the 44 T H elements that a layer's kernels move besides 
 Saved: see forward.Saved. Attention, dropout, LayerNorm and the activation are the single ops' own kernels.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from .. import failures
 from ..attention import bounds_of
 from ..failures import KernelFailed
-from ..launch import Unpacked, check_unbatched, needs_backward, not_twice
+from ..launch import check_unbatched, links, needs_backward, not_twice
 from . import plain
 from .backward import Gradients, Vectors, backward
 from .checks import check
@@ -170,7 +171,9 @@ class _Layer(torch.autograd.Function):
         seed = draw_seeds(settings, x.device) if seed is None else seed
         y, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
         if saved.x.dtype == x.dtype:  # themselves, by which a second derivative finds what the gradients were made of
-            saved = saved._replace(x=x, queries=queries)
+            saved, ctx.links = saved._replace(x=x, queries=queries), ()
+        else:
+            ctx.links = links((x, queries), ())
         ctx.save_for_backward(*saved[:-1], *saved.products, *Vectors.of(weights), seed)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.settings, ctx.masks, ctx.weights = plan, settings, masks, weights
@@ -182,28 +185,28 @@ class _Layer(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         check_unbatched((dy,))
+        saved = ctx.saved_tensors  # once: checkpointing allows no more
         if not torch.is_grad_enabled():
-            return *(None,) * 4, *_gradients(ctx, dy)
-        ctx = Unpacked(ctx)
+            return *(None,) * 4, *_gradients(ctx, saved, dy)
         with torch.no_grad():
-            found = _gradients(ctx, dy)
-        return *(None,) * 4, *not_twice(found, (dy, *ctx.saved_tensors, *ctx.weights))
+            found = _gradients(ctx, saved, dy)
+        return *(None,) * 4, *not_twice(found, (dy, *saved, *ctx.links, *ctx.weights))
 
 
 # Function's own looks for what functorch's transforms may have left in each argument.
 _apply = super(torch.autograd.Function, _Layer).apply
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Of x, of the queries and of each weight: those that are needed, and some that autograd drops."""
     if _elsewhere(dy):
         with torch.cuda.device(dy.device):
-            return _gradients(ctx, dy)
+            return _gradients(ctx, tensors, dy)
     if torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
-            return _gradients(ctx, dy)
+            return _gradients(ctx, tensors, dy)
     # Hooks on saved tensors may give them back in other places and with other strides.
-    tensors = [None if tensor is None else aligned(tensor) for tensor in ctx.saved_tensors]
+    tensors = [None if tensor is None else aligned(tensor) for tensor in tensors]
     needs, plan, settings = ctx.needs_input_grad, ctx.plan, ctx.settings
     saved, vectors, seed = Saved(*tensors[:7], Products._make(tensors[7:12])), Vectors._make(tensors[12:16]), tensors[16]
     x, queries = (None if rows is None else rows.view(-1, plan.hidden) for rows in saved[:2])

@@ -60,6 +60,14 @@ def anew(name, registry, child, value):
     return change
 
 
+def another_dict(layer):
+    """Of a module inside, as a whole."""
+    linear = layer.output.dense
+    before = vars(linear)
+    linear.__dict__ = {**before, "_parameters": {**before["_parameters"], "weight": nn.Parameter(2 * linear.weight.detach())}}
+    return lambda: setattr(linear, "__dict__", before)
+
+
 def together(*changes):
     def change(layer):
         undo = [each(layer) for each in changes]
@@ -224,6 +232,7 @@ SEEN = {
     "new parameter": parameter("attention.self.key.weight", lambda w: 1.5 * w),
     "new bias": parameter("output.LayerNorm.bias", lambda b: b + 0.5),
     "parameters in a new dict": anew("output.dense", "_parameters", "weight", lambda w: nn.Parameter(1.5 * w.detach())),
+    "a new dict": another_dict,
     "modules in a new dict": anew("attention.output", "_modules", "LayerNorm", scaled_copy),
     "moved": data("attention.self.query.weight", lambda w: 1.5 * w),
     "written": written,

@@ -8,7 +8,7 @@ import torch
 import fastbert
 from fastbert.kernels import failures
 from tests.models.running import assert_bitwise, assert_equal, check, doubled, gradients, run
-from tests.models.tiny import BASE, MLM, make, make_batch
+from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -118,6 +118,21 @@ def test_a_second_derivative_asked_for_by_name_raises(ask, checkpointed, by_modu
         ask(model, embedded(model))
 
 
+def test_a_second_derivative_by_what_is_not_kept_raises():
+    """Of LayerNorm's input and of the loss's bias, which their backwards need not."""
+    model = fastbert.patch(make(BASE, num_hidden_layers=1, hidden_act="gelu_10"))
+    output = model(**make_batch(BASE)).last_hidden_state
+    dense = model.encoder.layer[0].output.dense
+    (gradient,) = torch.autograd.grad((output * torch.randn_like(output)).sum(), dense.weight, create_graph=True)
+    for target in (dense.bias, model.embeddings.word_embeddings.weight):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(gradient.square().sum(), target, retain_graph=True, allow_unused=True)
+    head = fastbert.patch(make(MLM))
+    (gradient,) = torch.autograd.grad(head(**make_batch()).loss, head.bert.embeddings.word_embeddings.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), head.cls.predictions.bias, allow_unused=True)
+
+
 @pytest.mark.parametrize("by_module", [False, True], ids=["one op", "module by module"])
 def test_a_batch_of_gradients_raises_and_switches_nothing_off(by_module):
     model = fastbert.patch(make(BASE))
@@ -128,6 +143,25 @@ def test_a_batch_of_gradients_raises_and_switches_nothing_off(by_module):
     with pytest.raises(RuntimeError, match="one gradient at a time.*unpatch"):
         torch.autograd.grad(output, x, torch.randn(3, *output.shape).to(output), is_grads_batched=True)
     assert not failures.reasons
+
+
+def spread(x):
+    """In other memory, every third element of it."""
+    if not x.dim():
+        return x.clone()
+    memory = torch.zeros(*x.shape, 3, dtype=x.dtype, device=x.device)
+    memory[..., 1] = x.detach()
+    return memory[..., 1]
+
+
+@pytest.mark.parametrize("kind", [MLM, CLASSIFICATION], ids=str)
+def test_saved_tensors_come_back_spread(kind):
+    """Integers too: of packed rows and of labels."""
+    model = fastbert.patch(make(kind))
+    plain = run(model, make_batch(kind))
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(spread, lambda x: x):
+        assert_close_to(run(model, make_batch(kind)), plain)
 
 
 def transposed(x):

@@ -203,14 +203,20 @@ FAULTS = (
     ),
     _op(
         "a second derivative by way of x is silently 0",
-        before="saved = saved._replace(x=x, queries=queries)\n        ctx",
-        after="pass\n        ctx",
+        before="saved, ctx.links = saved._replace(x=x, queries=queries), ()",
+        after="ctx.links = ()",
         tests=(f"{AUTOGRAD}::test_a_second_derivative_by_each_input_raises[plain]",),
     ),
     _op(
+        "a second derivative by way of a cast is silently 0",
+        before="ctx.links = links((x, queries), ())",
+        after="ctx.links = ()",
+        tests=(f"{AUTOGRAD}::test_a_second_derivative_by_each_input_raises[mixed]",),
+    ),
+    _op(
         "saved tensors are read as they come back from hooks",
-        before="[None if tensor is None else aligned(tensor) for tensor in ctx.saved_tensors]",
-        after="list(ctx.saved_tensors)",
+        before="[None if tensor is None else aligned(tensor) for tensor in tensors]",
+        after="list(tensors)",
         tests=(f"{MODES}::test_saved_tensors_come_back_with_other_strides[one op]",),
     ),
     _op(

@@ -27,6 +27,12 @@ FAULTS = (
         tests=_change("refused: subclass of Linear"),
     ),
     _settled(
+        "a module that got another dict goes on with its first",
+        before="            and all(map(is_, map(vars, self._modules), self._dicts))\n",
+        after="",
+        tests=_change("seen: a new dict"),
+    ),
+    _settled(
         "a module that got another class goes on in the op",
         before="            and list(map(type, self._modules)) == self._types\n",
         after="",

@@ -247,14 +247,14 @@ FAULTS = (
     ),
     _failures(
         "what a capture forbids is taken for the kernel's fault",
-        before="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, _OF_A_CAPTURE)",
-        after="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT)",
+        before="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING, _OF_A_CAPTURE)",
+        after="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING)",
         tests=(f"{FAILING}::test_what_a_capture_forbids_is_raised_and_disables_nothing",),
     ),
     _failures(
         "a context that is gone is taken for the kernel's fault",
-        before="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, _OF_A_CAPTURE)",
-        after="others = (*_OF_THE_DEVICE, _OF_A_CAPTURE)",
+        before="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING, _OF_A_CAPTURE)",
+        after="others = (*_OF_THE_DEVICE, *_OF_CHECKPOINTING, _OF_A_CAPTURE)",
         tests=(f"{FAILING}::test_what_a_capture_forbids_is_raised_and_disables_nothing",),
     ),
     _failures(
