@@ -46,8 +46,8 @@ FAULTS = (
     ),
     _settled(
         "a hook in a dict that is not the one of the first call never fires",
-        before="self._dicts = [vars(module) for module in modules]",
-        after="self._dicts = [dict(vars(module)) for module in modules]",
+        before="list(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))",
+        after="list(filter(None, self.__dict__.setdefault('first', [h for own in self._dicts for h in _HOOKS(own)])))",
         tests=(f"{CHANGES}::test_a_hook_in_a_new_dict_fires[forward]",),
     ),
     _settled(
