@@ -5,7 +5,7 @@ module or class in its place, a forward of somebody's own must be noticed by the
 """
 
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -49,8 +49,8 @@ class Settled:
         self._parts = dict(layer._modules)
         self._children = [(vars(module), dict(module._modules)) for module in modules if module._modules]
         self._modules, self._types = modules, list(map(type, modules))
-        self._classes = list(dict.fromkeys(self._types))
-        self._forwards = self._classes_forwards()
+        self._classes = [cls for cls in dict.fromkeys(self._types) if hasattr(cls, "forward")]  # TorchScript's have none
+        self._forwards = list(map(_FORWARD, self._classes))
         self.of = ref(layer)
         self._dicts = [vars(module) for module in modules]
         self._known_hooks = list(map(dict, self._hooks()))
@@ -82,7 +82,7 @@ class Settled:
             and all([own["_modules"] == known for own, known in self._children])
             and list(map(type, self._modules)) == self._types
             and all(map(is_, map(vars, self._modules), self._dicts))
-            and self._classes_forwards() == self._forwards
+            and list(map(_FORWARD, self._classes)) == self._forwards
             and self._hooks() == self._known_hooks
             and self._own_forwards() == self._known_own
             and (
@@ -103,9 +103,6 @@ class Settled:
 
     def _activates_by(self) -> tuple[Any, ...]:
         return self._activates.get("intermediate_act_fn"), self._form.get("approximate"), self._form.get("act")
-
-    def _classes_forwards(self) -> list[Any]:
-        return [getattr(cls, "forward", None) for cls in self._classes]  # TorchScript's have none
 
     def _own_forwards(self) -> list[Any]:
         return [own["forward"] for own in self._dicts if "forward" in own]
@@ -215,6 +212,7 @@ def forget(layer: nn.Module) -> None:
     vars(layer).pop(_KEY, None)
 
 
+_FORWARD = attrgetter("forward")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOTH = itemgetter("weight", "bias")
 

@@ -175,6 +175,7 @@ class _Layer(torch.autograd.Function):
         else:
             ctx.links = links((x, queries), ())
         ctx.save_for_backward(*saved[:-1], *saved.products, *Vectors.of(weights), seed)
+        ctx.hooked = _saved_tensors_hooks(True) is not None
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.settings, ctx.masks, ctx.weights = plan, settings, masks, weights
         ctx.shapes = x.shape, None if queries is None else queries.shape
@@ -193,6 +194,8 @@ class _Layer(torch.autograd.Function):
         return *(None,) * 4, *not_twice(found, (dy, *saved, *ctx.links, *ctx.weights))
 
 
+# The hooks that see what is saved now, or None.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 # Function's own looks for what functorch's transforms may have left in each argument.
 _apply = super(torch.autograd.Function, _Layer).apply
 
@@ -205,8 +208,8 @@ def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[
     if torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
             return _gradients(ctx, tensors, dy)
-    # Hooks on saved tensors may give them back in other places and with other strides.
-    tensors = [None if tensor is None else aligned(tensor) for tensor in tensors]
+    if ctx.hooked:  # hooks may give saved tensors back in other places and with other strides
+        tensors = [None if tensor is None else aligned(tensor) for tensor in tensors]
     needs, plan, settings = ctx.needs_input_grad, ctx.plan, ctx.settings
     saved, vectors, seed = Saved(*tensors[:7], Products._make(tensors[7:12])), Vectors._make(tensors[12:16]), tensors[16]
     x, queries = (None if rows is None else rows.view(-1, plan.hidden) for rows in saved[:2])

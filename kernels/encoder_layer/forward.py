@@ -109,8 +109,9 @@ def forward(
         q = qkv = None
 
     projected = linear(attended, products.attention_output)
-    # Selective checkpointing may keep `projected` for the layer's next call: nothing goes over it where a backward follows.
-    y1 = empty_like(projected, dtype=plan.y1_dtype) if plan.gradient or plan.y1_dtype != low else projected
+    # Whoever sees what is dispatched may keep it, as selective checkpointing keeps products: nothing goes over it then.
+    over = plan.y1_dtype == low and not torch._C._len_torch_dispatch_stack()
+    y1 = projected if over else empty_like(projected, dtype=plan.y1_dtype)
     z, mean, rstd = saved1 or (at(y1), None, None)  # without a backward only z's dtype counts
     vectors = at(w.attention_norm), at(w.attention_norm_bias), at(w.attention_output_bias)
     plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), z, mean, rstd)

@@ -92,7 +92,7 @@ FAULTS = (
     ),
     _settled(
         "a forward that was set on a class after a call is not called",
-        before="            and self._classes_forwards() == self._forwards\n",
+        before="            and list(map(_FORWARD, self._classes)) == self._forwards\n",
         after="",
         tests=_change("in all: Linear"),
     ),
