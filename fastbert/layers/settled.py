@@ -232,7 +232,7 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
             return f"{name} has no bias"
     for name in _NORMS:
         if name not in inside:
-            return f"{name} is none of its own module's"  # or stands twice
+            return f"{name} is not among its part's modules, or is another part's as well"
     for name in _DROPOUTS:
         dropout = inside.get(name)
         if dropout is None or "p" not in vars(dropout):

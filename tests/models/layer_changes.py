@@ -267,7 +267,7 @@ REFUSED = {
     "LayerNorm without bias": (changed("output.LayerNorm", "bias", lambda _: None), "no plain tensor"),
     "scaling by a tensor": (changed("attention.self", "scaling", lambda s: torch.tensor(2.0 * s)), "a scale of scores"),
     "mish": (replaced("intermediate.intermediate_act_fn", lambda _: nn.Mish()), "activation Mish"),
-    "one LayerNorm twice": (one_norm, "LayerNorm is none of"),
+    "one LayerNorm twice": (one_norm, "another part's as well"),
     "activation in TorchScript": (replaced("intermediate.intermediate_act_fn", torch.jit.script), "RecursiveScriptModule"),
     "LayerNorm in TorchScript": (replaced("output.LayerNorm", torch.jit.script), "RecursiveScriptModule"),
     "unhashable activation": (unhashable_activation, "Unhashable"),

@@ -184,6 +184,7 @@ def test_saved_tensors_come_back_with_other_strides(by_module):
 
 
 def assert_close_to(results, plain):
+    # Products of tensors that lie otherwise add up in another order; a wrong stride is off by 1e-2 and more.
     for name, wanted in plain.items():
         torch.testing.assert_close(results[name], wanted, rtol=1e-5, atol=1e-6, msg=name)
 
