@@ -7,6 +7,8 @@ loads and stores, bytes in flight), see bench/NOTES.md.
 
 from dataclasses import dataclass
 
+import triton
+
 
 @dataclass(frozen=True)
 class Config:
@@ -15,6 +17,7 @@ class Config:
     num_stages: how many iterations of a loop are in flight, where that is not left to Triton.
     chunk: how many columns of a row the program's warps load at once, where it is not all of them.
     at_once: how many rows a sum over rows reads at once.
+    max_registers: of a thread, where it takes a limit for as many programs as that to fit; it must not make the kernel spill.
     """
 
     BLOCK_M: int
@@ -24,6 +27,7 @@ class Config:
     chunk: int | None = None
     num_stages: int | None = None
     at_once: int | None = None
+    max_registers: int | None = None
 
     def chunks(self, width: int) -> tuple[int, int]:
         """How a row of `width` columns falls into chunks: their number and their columns, both powers of two."""
@@ -36,6 +40,7 @@ def _power_of_two(n: int) -> int:
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))  # of Triton, whose compilers differ in a few places
 Table = dict[int, dict[int, Config]]
 
 # A row held by one warp needs no shared memory and no barrier for its sums, and no lane of it idles at 768.
@@ -71,6 +76,11 @@ _LAYERNORM_BACKWARD: Table = {
         4096: Config(1, 16, None, 1, chunk=1024),
         8192: Config(1, 32, None, 1, chunk=2048),
     },
+}
+# BERT-base's width with three programs a multiprocessor, so half as many bytes again in flight: where the compiler keeps to a
+# third of the registers without a spill.
+_LAYERNORM_BACKWARD_THREE: Table = _LAYERNORM_BACKWARD | {
+    2: dict(sorted({**_LAYERNORM_BACKWARD[2], 768: Config(4, 4, None, 3, chunk=256, max_registers=168)}.items()))
 }
 # The compiler for sm_100 asks for more registers: two warps share a row of 1024 columns of 4 bytes. BERT-base's 768 fit.
 _BLACKWELL_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
@@ -164,6 +174,8 @@ _LINEAR_CROSS_ENTROPY_SCALE: Table = {
 # A row of a mask a program, BLOCK_N of its bytes at once. The element size is that of what is written, int32; the table
 # names the others as well.
 _MASK_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 512)})
+# Where every token of a row goes: more of them a thread spill.
+_PACKED_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 8, 512)})
 
 
 # By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
@@ -222,10 +234,11 @@ def _attention(part: str) -> dict[str, Table]:
 # The interpreter's time goes by programs and steps, not by elements: tall tiles.
 TABLES: dict[str, dict[str, Table]] = {
     "mask_rows": _everywhere(_MASK_ROWS) | _interpreted(Config(1, 1, 1024)),
+    "packed_rows": _everywhere(_PACKED_ROWS) | _interpreted(Config(1, 1, 1024)),
     "gather_rows": _everywhere(_GATHER_ROWS) | _interpreted(Config(32, 1, 1024)),
     "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
     "layernorm_forward_uneven": _everywhere(_LAYERNORM_FORWARD_UNEVEN) | _interpreted(Config(32, 1)),
-    "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD)
+    "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD_THREE if RELEASE < (3, 8) else _LAYERNORM_BACKWARD)
     | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD}
     | _interpreted(Config(32, 1, None, 1)),
     "gelu_layernorm_backward": _everywhere(_GELU_LAYERNORM_BACKWARD)

@@ -114,17 +114,17 @@ def packed_rows_kernel(
         numbers = row * seqlen + cols
         if tokens_ptr is not None:
             token = tl.load(tokens_ptr + row * tokens_batch_stride + cols.to(tl.int64) * tokens_col_stride, inside, other=0)
-            token = (token != 0).to(tl.int64)
+            token = (token != 0).to(tl.int32)
             places = before + tl.cumsum(token, axis=0) - 1
             packed = (token != 0) & (places < room)
             before += tl.sum(token, axis=0)
             tl.store(index_ptr + places, numbers.to(tl.int32), packed)
             tl.store(inverse_ptr + numbers, tl.where(packed, places, -1), inside)
         if read_index_ptr is not None:
-            read = (cols == 0).to(tl.int64)
+            read = (cols == 0).to(tl.int32)
             if read_ptr is not None:
                 read = tl.load(read_ptr + row * read_batch_stride + cols.to(tl.int64) * read_col_stride, inside, other=0)
-                read = (read != 0).to(tl.int64)
+                read = (read != 0).to(tl.int32)
             read_places = read_before + tl.cumsum(read, axis=0) - 1
             taken = (read != 0) & (read_places < read_room)
             read_before += tl.sum(read, axis=0)
@@ -166,7 +166,7 @@ def _launch(
     placed = _NOWHERE | dict(zip(_pointers(tokens is not None, first or read is not None, check), results, strict=True))
     read_bounds = placed["read_cu_seqlens_ptr"]
     n_sequences = counts.shape[1]
-    config = choose("mask_rows", counts, seqlen)
+    config = choose("packed_rows", counts, seqlen)
     launch(
         packed_rows_kernel,
         n_sequences,

@@ -41,7 +41,7 @@ TABLES_OF = {
     "gather_rows": ("gather_rows",),
     "key_bounds": ("mask_rows",),
     "row_counts": ("mask_rows",),
-    "packed_rows": ("mask_rows",),
+    "packed_rows": ("packed_rows",),
     "embedding_layernorm dropped": (
         *(*_LAYERNORM, "embedding_order", "embedding_runs"),
         *("embedding_sums_backward", "embedding_finish"),
