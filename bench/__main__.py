@@ -40,8 +40,11 @@ def audit(
     workers: Annotated[int, typer.Option(help="Compilers at a time.")] = 2,
 ) -> None:
     """Compile every op x configuration x architecture and read what came out. No GPU needed, nothing is timed."""
-    if short and update:
-        raise typer.BadParameter("--update takes a whole run: leave --short out")
+    release = audits.release()
+    if update and short is (release == audits.WHOLE):
+        raise typer.BadParameter(f"--update takes a whole run under triton {audits.WHOLE}, and one with --short under others")
+    if check and not audits.baseline(release).exists():
+        raise typer.BadParameter(f"no state was accepted under triton {release}: --short --update does that")
     ops, architectures = _select(op, arch)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("compiling")
@@ -57,9 +60,9 @@ def audit(
     if check:
         _check(records, ops, architectures, short)
     if update:
-        baseline = audits.read() if audits.BASELINE.exists() else []
-        audits.write(audits.merge(baseline, records, ops, architectures))
-        console.print(f"{len(records)} records accepted into {audits.BASELINE}")
+        path = audits.baseline(release)
+        audits.write(audits.merge(audits.read(release) if path.exists() else [], records, ops, architectures), path)
+        console.print(f"{len(records)} records accepted into {path}")
 
 
 def _select(ops: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
@@ -71,7 +74,8 @@ def _select(ops: list[str], architectures: list[str]) -> tuple[list[str], list[s
 
 
 def _check(records: list[audits.Record], ops: list[str], architectures: list[str], short: bool) -> None:
-    problems = audits.compare(audits.selected(audits.read(), ops, architectures, short), records)
+    accepted = audits.read(audits.release())
+    problems = audits.compare(audits.selected(accepted, ops, architectures, short), records)
     for problem in problems:
         console.print(f"[red]worse:[/] {problem}", highlight=False)
     if problems:

@@ -174,8 +174,8 @@ _LINEAR_CROSS_ENTROPY_SCALE: Table = {
 # A row of a mask a program, BLOCK_N of its bytes at once. The element size is that of what is written, int32; the table
 # names the others as well.
 _MASK_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 512)})
-# Where every token of a row goes: more of them a thread spill.
-_PACKED_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 8, 512)})
+# Where every token of a row goes: twice as many of them at once spill.
+_PACKED_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 256)})
 
 
 # By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head

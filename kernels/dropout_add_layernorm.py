@@ -61,6 +61,7 @@ def dropout_add_layernorm_fwd_kernel(
     x_bias_ptr,
     seed_ptr,
     y_ptr,
+    y_low_ptr,
     z_ptr,
     mean_ptr,
     rstd_ptr,
@@ -100,6 +101,8 @@ def dropout_add_layernorm_fwd_kernel(
 
     out = tile_offsets(rows, cols, N_COLS, 1)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask)
+    if y_low_ptr is not None:  # y again, in the type of the products that follow
+        tl.store(y_low_ptr + out, y.to(y_ptr.dtype.element_ty).to(y_low_ptr.dtype.element_ty), mask)
     if mean_ptr is not None:
         tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask)
         tl.store(mean_ptr + rows, mean, row_mask)
@@ -231,6 +234,7 @@ def _launch_fwd(
         x_bias_ptr=None if x_bias is None else x_bias.contiguous(),
         seed_ptr=seed,
         y_ptr=y,
+        y_low_ptr=None,
         z_ptr=z,  # empty when nothing is saved; its type still says how z is rounded
         mean_ptr=mean if save else None,
         rstd_ptr=rstd if save else None,

@@ -91,6 +91,17 @@ def packed_rows_kernel(
     batch = tl.program_id(0)
     row = batch.to(tl.int64)
 
+    if fits_ptr is not None:
+        if batch == 0:
+            _, n_tokens, most = totals(counts_ptr, batch, n_sequences, BLOCK_N)
+            fits = (n_tokens == room) if EXACT else (n_tokens <= room)
+            tl.store(fits_ptr, fits & (most <= longest))
+            _, n_read, most = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
+            fits = (n_read == read_room) if READ_EXACT else (n_read <= read_room)
+            tl.store(fits_ptr + 1, fits & (most <= read_longest))
+            _, missing, _ = totals(counts_ptr + 2 * n_sequences, batch, n_sequences, BLOCK_N)
+            tl.store(fits_ptr + 2, missing == 0)
+
     before, every = row * seqlen, n_sequences.to(tl.int64) * seqlen
     if tokens_ptr is not None:
         before, every, _ = totals(counts_ptr, batch, n_sequences, BLOCK_N)
@@ -133,17 +144,6 @@ def packed_rows_kernel(
             if inner_index_ptr is not None:
                 tl.store(inner_index_ptr + read_places, tl.where(packed, places, -1), taken)
                 tl.store(inner_inverse_ptr + places, tl.where(taken, read_places, -1), packed)
-
-    if fits_ptr is not None:
-        if batch == 0:
-            _, n_tokens, most = totals(counts_ptr, batch, n_sequences, BLOCK_N)
-            fits = (n_tokens == room) if EXACT else (n_tokens <= room)
-            tl.store(fits_ptr, fits & (most <= longest))
-            _, n_read, most = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
-            fits = (n_read == read_room) if READ_EXACT else (n_read <= read_room)
-            tl.store(fits_ptr + 1, fits & (most <= read_longest))
-            _, missing, _ = totals(counts_ptr + 2 * n_sequences, batch, n_sequences, BLOCK_N)
-            tl.store(fits_ptr + 2, missing == 0)
 
 
 @or_plain(reference.packed_rows)

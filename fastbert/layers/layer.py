@@ -93,12 +93,16 @@ class BertLayer(Replicated, stock.BertLayer):
             return reason
         norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
         seed = mask.seed_of(self, hidden_states.device) if settings.drops else None
+        twins = None if low is None else mask.twins
         try:
-            return ops.encoder_layer(hidden_states, weights, settings, ops.Layout(*layout), low, norm_dtype, seed)
+            return ops.encoder_layer(hidden_states, weights, settings, ops.Layout(*layout), low, norm_dtype, seed, twins)
         except ops.KernelFailed as failure:
             if ops.failures.strict:
                 raise
             return f"{failure.kernel} failed: {failure.reason}"
+        finally:
+            if twins is not None and mask.layers[-1:] == (self,):
+                twins.forget()  # nobody takes that of the last
 
 
 _COMPILING = "torch.compile, whose graph is of the modules' own ops"

@@ -29,6 +29,7 @@ class HandedMask:
     by_module: why the layers that get it run module by module, or None.
     ready: what has just been looked at of layers, by layer, so that they need not look again where `around` says so.
     layers: those that will be called with it, once each (gradient checkpointing calls them again).
+    twins: what one layer hands to the next beside its result.
     """
 
     keys: Tensor | None
@@ -37,6 +38,7 @@ class HandedMask:
     by_module: str | None = None
     ready: dict[nn.Module, Any] = field(default_factory=dict)
     layers: tuple[nn.Module, ...] = ()
+    twins: Any = field(default_factory=lambda: ops.Twins())
     _seeds: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def seed_of(self, layer: nn.Module, device: torch.device) -> Tensor | None:

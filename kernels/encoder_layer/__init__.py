@@ -32,6 +32,7 @@ from .forward import Inputs, Saved, draw_seeds, forward
 from .plan import Plan, plan_of
 from .products import Products
 from .settings import Layout, Settings, Weights
+from .twins import Twins
 
 __all__ = ["encoder_layer"]
 
@@ -121,16 +122,17 @@ def unchecked(
     product_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
+    twins: Twins | None = None,
 ) -> Tensor:
     """encoder_layer for arguments that are known to fit and are aligned; `seed` is drawn where it is None, key_bounds are
-    those of the key_mask.
+    those of the key_mask. `twins`: of the forward that this call is one of.
 
     Raises:
         KernelFailed: a kernel cannot be compiled or loaded, which was noted (failures.reasons). Nothing was computed.
     """
     if _elsewhere(x):
         with torch.cuda.device(x.device):
-            return unchecked(x, weights, settings, layout, product_dtype, norm_dtype, seed)
+            return unchecked(x, weights, settings, layout, product_dtype, norm_dtype, seed, twins)
     key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q = layout
     packed, gradient = cu_seqlens is not None, needs_backward(x, queries, *weights)
     *outer, hidden = x.shape
@@ -144,11 +146,19 @@ def unchecked(
     masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens
     try:
         plan = plan_of(call, settings)
+        if torch._C._are_functorch_transforms_active():  # tensors stand for others there
+            twins = None
+        x_low = None if twins is None else twins.take(x, plan.product_dtype)
         if gradient:
             apply = _Layer.apply if torch._C._are_functorch_transforms_active() else _apply
-            return apply(plan, settings, masks, seed, x, queries, *weights)
-        seed = draw_seeds(settings, x.device) if seed is None else seed
-        y, _ = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
+            y = apply(plan, settings, masks, seed, twins, x_low, x, queries, *weights)
+        else:
+            seed = draw_seeds(settings, x.device) if seed is None else seed
+            y, low, _ = forward(plan, settings, _inputs(x, queries, masks), weights, seed, x_low)
+            if twins is not None:
+                twins.low = low
+        if twins is not None:
+            twins.beside(y)
         return y
     except KernelFailed as failure:
         failures.note(failure)
@@ -163,13 +173,17 @@ class _Layer(torch.autograd.Function):
         settings: Settings,
         masks: tuple[Tensor | None, ...],
         seed: Tensor | None,
+        twins: Twins | None,
+        x_low: Tensor | None,
         x: Tensor,
         queries: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
         weights = Weights(*weights)
         seed = draw_seeds(settings, x.device) if seed is None else seed
-        y, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
+        y, low, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed, x_low)
+        if twins is not None:
+            twins.low = low
         if saved.x.dtype == x.dtype:  # themselves, by which a second derivative finds what the gradients were made of
             saved, ctx.links = saved._replace(x=x, queries=queries), ()
         else:
@@ -188,10 +202,10 @@ class _Layer(torch.autograd.Function):
         check_unbatched((dy,))
         saved = ctx.saved_tensors  # once: checkpointing allows no more
         if not torch.is_grad_enabled():
-            return *(None,) * 4, *_gradients(ctx, saved, dy)
+            return *(None,) * 6, *_gradients(ctx, saved, dy)
         with torch.no_grad():
             found = _gradients(ctx, saved, dy)
-        return *(None,) * 4, *not_twice(found, (dy, *saved, *ctx.links, *ctx.weights))
+        return *(None,) * 6, *not_twice(found, (dy, *saved, *ctx.links, *ctx.weights))
 
 
 # The hooks that see what is saved now, or None.
@@ -215,7 +229,7 @@ def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[
     x, queries = (None if rows is None else rows.view(-1, plan.hidden) for rows in saved[:2])
     saved = saved._replace(x=x, queries=queries)
     inputs = Inputs(x, queries, dy, *ctx.masks)
-    needed = Gradients(needs[4], needs[5], Weights._make(needs[6:]))
+    needed = Gradients(needs[6], needs[7], Weights._make(needs[8:]))
     dy = aligned(dy).view(-1, plan.hidden)
     try:
         dx, dqueries, dweights = backward(plan, settings, dy, inputs, saved, vectors, seed, needed)

@@ -47,6 +47,15 @@ class Saved(NamedTuple):
     products: Products
 
 
+class Result(NamedTuple):
+    """y in the shape of the rows that are read; the same [N, H] in the products' dtype, where y has another; and what the
+    backward needs, where one follows."""
+
+    y: Tensor
+    low: Tensor | None
+    saved: Saved | None
+
+
 def draw_seeds(settings: Settings, device: torch.device) -> Tensor | None:
     """int64 [6], of which each dropout takes one element: the first, the third and the fifth, as addresses are aligned."""
     return torch.randint(2**62, (6,), device=device) if settings.drops else None
@@ -77,13 +86,13 @@ def columns(x: Tensor, width: int) -> tuple[Place, ...]:
 
 
 def forward(
-    plan: Plan, settings: Settings, inputs: Inputs, weights: Weights, seed: Tensor | None
-) -> tuple[Tensor, Saved | None]:
-    """y in the shape of the rows that are read and, where a backward follows (call.gradient), what that needs."""
+    plan: Plan, settings: Settings, inputs: Inputs, weights: Weights, seed: Tensor | None, x_low: Tensor | None = None
+) -> Result:
+    """What a call gives; x_low [T, H] is x in the products' dtype, where that is at hand."""
     at, stream, low, hidden, w = addressing(), plan.stream(), plan.product_dtype, plan.hidden, weights
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     products = products_of(weights, low, plan.one_by_one)
-    x = inputs.x if plan.dtype == low else inputs.x.to(low)
+    x = inputs.x if plan.dtype == low else inputs.x.to(low) if x_low is None else x_low
     read = inputs.x if inputs.queries is None else inputs.queries
     queries = None if inputs.queries is None else read if plan.dtype == low else read.to(low)
     q = None
@@ -110,13 +119,14 @@ def forward(
 
     projected = linear(attended, products.attention_output)
     # Whoever sees what is dispatched may keep it, as selective checkpointing keeps products: nothing goes over it then.
-    over = plan.y1_dtype == low and not torch._C._len_torch_dispatch_stack()
-    y1 = projected if over else empty_like(projected, dtype=plan.y1_dtype)
+    seen = torch._C._len_torch_dispatch_stack() > 0
+    y1_low = empty_like(projected) if seen else projected
+    y1 = y1_low if plan.y1_dtype == low else empty_like(projected, dtype=plan.y1_dtype)
     z, mean, rstd = saved1 or (at(y1), None, None)  # without a backward only z's dtype counts
     vectors = at(w.attention_norm), at(w.attention_norm_bias), at(w.attention_output_bias)
-    plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), z, mean, rstd)
+    twin = None if y1 is y1_low else at(y1_low)
+    plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), twin, z, mean, rstd)
 
-    y1_low = y1 if plan.y1_dtype == low else y1.to(low)
     h = linear(y1_low, products.intermediate)
     activated = empty_like(h) if plan.gradient else h
     plan.gelu(stream, at(h), at(w.intermediate_bias), at(activated))
@@ -127,7 +137,7 @@ def forward(
         y = (out if plan.out_dtype == low else empty_like(out, dtype=plan.out_dtype)).view_as(inputs.like)
     z, mean, rstd = saved2 or (at(y), None, None)
     vectors = at(w.output_norm), at(w.output_norm_bias), at(w.output_bias)
-    plan.norm2(stream, at(out), at(y1), *vectors, seed2, at(y), z, mean, rstd)
-    if not plan.gradient:
-        return y, None
-    return y, Saved(x, queries, qkv, q, attended, h, kept, products)
+    y_low = None if plan.out_dtype == low else empty_like(out) if seen else out
+    twin = None if y_low is None else at(y_low)
+    plan.norm2(stream, at(out), at(y1), *vectors, seed2, at(y), twin, z, mean, rstd)
+    return Result(y, y_low, Saved(x, queries, qkv, q, attended, h, kept, products) if plan.gradient else None)

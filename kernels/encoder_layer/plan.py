@@ -115,6 +115,7 @@ class Plan:
             *((name, call.weight_dtype) for name in ("weight_ptr", "bias_ptr", "x_bias_ptr")),
             ("seed_ptr", _seed(p)),
             ("y_ptr", y),
+            ("y_low_ptr", None if y == call.product_dtype else call.product_dtype),
             ("z_ptr", z),
             ("mean_ptr", statistic),
             ("rstd_ptr", statistic),
