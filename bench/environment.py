@@ -25,8 +25,8 @@ CLOCKS = (
 )
 
 
-def read() -> Environment:
-    """The environment of this process; without a GPU its fields are None."""
+def read(commit: str | None = None) -> Environment:
+    """The environment of this process; without a GPU its fields are None. `commit`: where the files are no checkout."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return Environment(
         gpu=gpu and gpu.name,
@@ -41,7 +41,7 @@ def read() -> Environment:
         triton=_version("triton"),
         transformers=_version("transformers") or "unknown",
         fastbert=fastbert.__version__,
-        commit=_commit(),
+        commit=commit or _commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         clocks=clocks(),
         pretended=pretended() is not None,

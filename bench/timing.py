@@ -18,6 +18,10 @@ WARM_UP = 3
 HERTZ = 2e9  # cycles that torch.cuda._sleep waits in a second, on the fastest GPU; on a slower one it waits longer
 
 
+class NoTime(Exception):
+    """The clock gave no time for a call: nothing ran, or the events are not those of a GPU."""
+
+
 class Flush:
     """Writes twice the L2 cache full, so that the next call reads its inputs from memory."""
 
@@ -29,7 +33,7 @@ class Flush:
         self.buffer.zero_()
 
 
-def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, seconds: float = 0.2) -> tuple[Spread, list[float]]:
+def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, seconds: float = 0.1) -> tuple[Spread, list[float]]:
     """Time `call(prepare(i))`, the preparation left out: quartiles over all rounds, and the median of each block.
 
     Each block takes about `seconds`, between FEWEST and MOST rounds.
@@ -108,7 +112,14 @@ def _rounds(step: Callable[[int], Any], seconds: float) -> int:
 
 
 def summary(blocks: list[list[float]]) -> tuple[Spread, list[float]]:
-    """Quartiles of all samples, and the median of each block."""
+    """Quartiles of all samples, and the median of each block.
+
+    Raises:
+        NoTime: a sample is zero or less.
+    """
+    least = min(sample for block in blocks for sample in block)
+    if least <= 0:
+        raise NoTime(f"a call took {least} s by this clock: nothing ran, or it cannot be timed here")
     return Spread.of([sample for block in blocks for sample in block]), [Spread.of(block).median for block in blocks]
 
 
