@@ -103,11 +103,12 @@ def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path, commit: s
     A signal that asks for the end stops the job that runs; what was reached is written then too, without the pictures.
     `tests`: a record of tests that have run before.
     """
-    from bench import environment, gpu, report, schema, stop
+    from bench import environment, gpu, isolate, report, schema, stop
     from bench.records import Results
 
     start = time.monotonic()
     with stop.listening():
+        isolate.SERVER.begin()  # it imports while the machine is asked what it is
         results = Results(environment.read(commit), dry_run=dry_run, tests=tests)
         left = budget - (time.monotonic() - start)
         gpu.run(plan, results, left, out, console.print, after=lambda: report.write_markdown(results, out))
@@ -116,13 +117,15 @@ def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path, commit: s
         schema.write(results, out / gpu.RESULTS)
         for path in sorted(out.iterdir()):
             console.print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
-        _conclude(results)
+        status = _conclude(results)
         if stop.reason():
             console.print(f"[red]{stop.reason()}[/]")
-            raise typer.Exit(stop.status())
+        if status or stop.status():
+            raise typer.Exit(stop.status() or status)
 
 
-def _conclude(results: Any) -> None:
+def _conclude(results: Any) -> int:
+    """Say what failed; returns the exit status."""
     checked = (*results.models, *results.ops, *results.host)
     for record in checked:
         if record.status == "failed":
@@ -134,8 +137,7 @@ def _conclude(results: Any) -> None:
             console.print(f"[red]{stage.name}:[/] {(stage.reason or '').splitlines()[-1:]}", highlight=False)
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
-    if not reached or any(record.status == "failed" for record in checked):
-        raise typer.Exit(1)
+    return 1 if not reached or any(record.status == "failed" for record in checked) else 0
 
 
 @app.command()

@@ -53,27 +53,30 @@ AttentionInterface.register(NAME, attend)
 
 @dataclass(frozen=True)
 class Flat:
-    """A batch in one row: what the model takes, where sequences begin, and which positions of the batch are tokens."""
+    """A batch in one row: what the model takes, where sequences begin, and which positions of the batch are tokens.
+
+    Made on the host, as a collator makes it.
+    """
 
     source: Tensor
     inputs: dict[str, Any]
     starts: Tensor
-    real: Tensor
+    index: Tensor
 
     @staticmethod
     def of(batch: dict[str, Tensor]) -> "Flat":
-        ids = batch["input_ids"]
+        ids, device = batch["input_ids"], batch["input_ids"].device
         mask = batch.get("attention_mask")
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        real = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.cpu().bool()
         lengths = real.sum(1)
-        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        by_token = {"input_ids": ids, "token_type_ids": batch["token_type_ids"], "position_ids": positions}
+        ends = F.pad(lengths.cumsum(0), (1, 0))
+        by_token = {name: batch[name] for name in ("input_ids", "token_type_ids")}
+        by_token["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
         if "labels" in batch and batch["labels"].shape == ids.shape:
             by_token["labels"] = batch["labels"]
-        inputs: dict[str, Any] = {name: x[real][None] for name, x in by_token.items()}
-        inputs |= {"cu_seq_lens_q": ends, "max_length_q": int(lengths.max())}
-        return Flat(ids, inputs, ends[:-1].long(), real)
+        inputs: dict[str, Any] = {name: x.cpu()[real][None].to(device) for name, x in by_token.items()}
+        inputs |= {"cu_seq_lens_q": ends.int().to(device), "max_length_q": int(lengths.max())}
+        return Flat(ids, inputs, ends[:-1].to(device), real.flatten().nonzero()[:, 0].to(device))
 
 
 class Flattened(nn.Module):
@@ -107,14 +110,12 @@ class Flattened(nn.Module):
 
 def padded(results: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Results by token as a padded batch would have them, zeros where there is none; the others as they are."""
-    real = Flat.of(batch).real
-    tokens = int(real.sum())
+    index, shape = Flat.of(batch).index, batch["input_ids"].shape
 
     def spread(x: Tensor) -> Tensor:
-        if x.shape[:2] != (1, tokens):
+        if x.shape[:2] != (1, len(index)):
             return x
-        out = x.new_zeros(*real.shape, *x.shape[2:])
-        out[real] = x[0]
-        return out
+        out = x.new_zeros(shape.numel(), *x.shape[2:])
+        return out.index_copy(0, index, x[0]).view(*shape, *x.shape[2:])
 
     return {name: x if name.startswith("gradient of") else spread(x) for name, x in results.items()}

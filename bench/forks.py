@@ -31,7 +31,7 @@ class Forked:
 
     def poll(self) -> int | None:
         if self.returncode is None and self._server.answers():
-            self.returncode = self._server.answer() if self._server.process else LOST
+            self.returncode = self._server.answer()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -43,13 +43,16 @@ class Server:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.usable = True
+        self.usable, self.ready = True, False
 
     def start(self, arguments: list[str], environment: Mapping[str, str], output: str) -> Forked | None:
         """bench.worker.main(*arguments) in a fork, or None where the server cannot run here."""
-        if self.usable and self.process is None:
-            self._begin()
-        if not self.usable or self.process is None or self.process.stdin is None:
+        self.begin()
+        if self.usable and not self.ready:
+            self.ready = stop.wait_for(self.answers, READY) and self.answer() == 0
+            if not self.ready:
+                self.give_up()
+        if self.process is None or self.process.stdin is None:
             return None
         order = {"arguments": arguments, "environment": dict(environment), "output": output}
         try:
@@ -59,14 +62,13 @@ class Server:
         pid = self.answer()
         return Forked(pid, self) if pid != LOST else self.give_up()
 
-    def _begin(self) -> None:
-        """Start the server and wait until it has imported."""
-        pipe, command = subprocess.PIPE, [sys.executable, "-m", "bench.forks"]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True
-        )
-        if not stop.wait_for(self.answers, READY) or self.answer() != 0:
-            self.give_up()
+    def begin(self) -> None:
+        """Let the server start to import, unless it has."""
+        if self.usable and self.process is None:
+            pipe, command = subprocess.PIPE, [sys.executable, "-m", "bench.forks"]
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True
+            )
 
     def give_up(self) -> None:
         """From here on jobs run in processes of their own."""
@@ -81,8 +83,8 @@ class Server:
         return self.process is None or bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def answer(self) -> int:
-        assert self.process and self.process.stdout
-        line = self.process.stdout.readline()
+        """The next answer; LOST where there will be none."""
+        line = self.process.stdout.readline() if self.process and self.process.stdout else b""
         return int(line) if line.strip() else LOST
 
 

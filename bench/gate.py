@@ -11,6 +11,7 @@ from torch import nn
 
 from bench.batches import CHOICES, make, padding
 from bench.flattened import Flattened, padded
+from bench.host_pretended import true_reads_of
 from bench.models import LANES, Workload
 from bench.models import make as make_model
 from fastbert.kernels.launch import counts
@@ -61,7 +62,7 @@ def without_dropout(model: nn.Module, training: bool) -> nn.Module:
 def _run(workload: Workload, model: nn.Module, batch: dict[str, torch.Tensor], device: str) -> Tensors:
     """Inference is gated on its outputs, training on its gradients too."""
     training = workload.mode == "train"
-    with nullcontext() if training else torch.inference_mode():
+    with true_reads_of(batch), nullcontext() if training else torch.inference_mode():
         results = run(model, batch, training, autocast(workload, device))
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
 

@@ -1,5 +1,6 @@
 """Results as Markdown tables, by the name that stands in a document's markers. What has no number says so."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from bench import ceilings, host_tables, lanes
@@ -214,10 +215,15 @@ def losses(results: Results) -> str:
         base = next((record for record in records if record.lane == "eager"), records[0])
         for record in records:
             pairs = list(zip(record.losses, base.losses, strict=False))
-            apart = max(abs(a - b) / abs(b) for a, b in pairs)
+            apart = max(_apart(a, b) for a, b in pairs)
             ends = f"{record.losses[0]:.4f} to {record.losses[-1]:.4f}"
             rows.append((workload(record), record.lane, str(len(pairs)), ends, f"{apart:.1e} of {base.lane}'s"))
     return table(("workload", "lane", "steps", "loss, dropout off", "furthest apart"), rows)
+
+
+def _apart(a: float, b: float) -> float:
+    """The difference as a share of b."""
+    return abs(a - b) / abs(b) if b else math.inf if a else 0.0
 
 
 # By the name in a document's markers.

@@ -48,8 +48,8 @@ def run(timeout: float, chosen: Iterable[str] | None = None) -> Outcome:
             command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
         command += files() if chosen is None else chosen
         outcome = run_command(command, timeout, caches(shared_caches()))
-        if not log.exists():
-            return outcome
+        if not log.exists() and not outcome.timed_out:
+            return outcome  # pytest itself failed
         record = read(log, outcome.seconds, not outcome.timed_out)
     # pytest exits with 1 where tests failed: the record says which, and the run as such was fine.
     status, reason = ("error", outcome.reason) if outcome.timed_out else ("ok", None)
@@ -58,7 +58,7 @@ def run(timeout: float, chosen: Iterable[str] | None = None) -> Outcome:
 
 def read(log: Path, seconds: float | None = None, finished: bool = True) -> SuiteRecord:
     """What bench.pytest_log wrote, summed up. Without `seconds`, those of the tests themselves."""
-    return summary(log.read_text().splitlines(), seconds, finished)
+    return summary(log.read_text().splitlines() if log.exists() else [], seconds, finished)
 
 
 def summary(lines: Iterable[str], seconds: float | None, finished: bool) -> SuiteRecord:

@@ -26,7 +26,7 @@ def _model(workloads: list[dict[str, Any]], lanes: list[str], details: bool, col
 
     for workload in workloads:
         for lane in lanes:
-            yield run_models.run(Workload.from_json(workload), lane, details=details, cold=cold)
+            yield from run_models.run(Workload.from_json(workload), lane, details=details, cold=cold)
 
 
 def _prepare(workload: dict[str, Any], lanes: list[str]) -> Iterator[Any]:
