@@ -11,6 +11,7 @@ from bench.records import NOT_REACHED, Results, StageRecord
 
 RESULTS = "results.json"
 RESERVE = 15.0  # seconds kept for the report at the end
+OVERRUN = 15.0  # by which a job may outlast its stage, so that what it has begun is not lost for some seconds
 
 
 def run(
@@ -46,8 +47,8 @@ def run(
 
 
 def _in_time(plan: Iterable[Job], begin: float, seconds: float) -> Iterator[tuple[Job, float]]:
-    """Each job once, with the time it may take: that of its stage; what was left out follows when all stages have had theirs,
-    and after it what belongs to no stage."""
+    """Each job once, with the time it may take: that of its stage and OVERRUN; what was left out follows when all stages have
+    had theirs, and after it what belongs to no stage."""
 
     def left(share: float) -> float:
         return begin + share * seconds - time.monotonic()
@@ -61,7 +62,7 @@ def _in_time(plan: Iterable[Job], begin: float, seconds: float) -> Iterator[tupl
         elif left(job.until) < job.least:
             later.append(job)
         else:
-            yield job, left(job.until)
+            yield job, min(left(job.until) + OVERRUN, left(1.0))
     yield from ((one, left(1.0)) for one in later)
 
 

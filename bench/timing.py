@@ -43,7 +43,7 @@ def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, second
     host = min(_host_seconds(prepare, call, i) for i in range(WARM_UP))
     wait = int(1.5 * host * HERTZ)
     trial = _block(prepare, call, flush, WARM_UP, wait)
-    rounds = min(max(int(seconds / (min(trial) + 1.5 * host)), FEWEST), MOST)
+    rounds = _rounds_in(seconds, min(trial) + 1.5 * host)
     return summary([_block(prepare, call, flush, rounds, wait) for _ in range(BLOCKS)])
 
 
@@ -108,7 +108,12 @@ def _rounds(step: Callable[[int], Any], seconds: float) -> int:
     for i in range(WARM_UP):
         synchronised(step, i)
     estimate = min(synchronised(step, i) for i in range(2))
-    return min(max(int(seconds / BLOCKS / estimate), FEWEST), MOST)
+    return _rounds_in(seconds / BLOCKS, estimate)
+
+
+def _rounds_in(seconds: float, estimate: float) -> int:
+    """How many rounds of about `estimate` seconds fit."""
+    return min(max(int(seconds / estimate), FEWEST), MOST) if estimate > 0 else FEWEST
 
 
 def summary(blocks: list[list[float]]) -> tuple[Spread, list[float]]:

@@ -47,7 +47,8 @@ def test_jobs_get_the_time_that_is_left(tmp_path):
     assert given[0] == 0.5 and given[1] == pytest.approx(0.9, abs=0.1) and given[2] == pytest.approx(0.6, abs=0.1)
 
 
-def test_what_a_stage_has_no_time_for_comes_after_all_stages(tmp_path):
+def test_what_a_stage_has_no_time_for_comes_after_all_stages(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "OVERRUN", 0.05)
     done = []
 
     def taking(name, seconds):
@@ -67,7 +68,7 @@ def test_what_a_stage_has_no_time_for_comes_after_all_stages(tmp_path):
     results = run(jobs, tmp_path, budget=2.0)
     assert done == ["first", "next stage", "second of the stage", "no stage"]
     assert [stage.status for stage in results.stages] == ["ok"] * 4
-    assert results.stages[0].seconds < 0.5, "cut to the end of its stage"
+    assert 0.4 <= results.stages[0].seconds < 0.5, "cut to the end of its stage, and a little more"
 
 
 def test_time_is_kept_for_the_report(tmp_path):
