@@ -126,18 +126,14 @@ def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path, commit: s
 
 def _conclude(results: Any) -> int:
     """Say what failed; returns the exit status."""
-    checked = (*results.models, *results.ops, *results.host)
-    for record in checked:
-        if record.status == "failed":
-            console.print(f"[red]failed its check:[/] {record.case} {record.lane}: {record.reason}", highlight=False)
-    if results.tests and (results.tests.failed or results.tests.errors):
-        console.print(f"[red]{results.tests.failed} tests failed, {results.tests.errors} errors[/]")
-    for stage in results.stages:
-        if stage.status == "error":
-            console.print(f"[red]{stage.name}:[/] {(stage.reason or '').splitlines()[-1:]}", highlight=False)
+    from bench import accepting
+
+    for line in accepting.failures(results):
+        console.print(line, highlight=False, soft_wrap=True, markup=False, style="red")
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
-    return 1 if not reached or any(record.status == "failed" for record in checked) else 0
+    wrong = any(record.status == "failed" for record in (*results.models, *results.ops, *results.host))
+    return 1 if not reached or wrong or (results.tests and results.tests.failed + results.tests.errors) else 0
 
 
 @app.command()
@@ -153,6 +149,8 @@ def gpu(
 ) -> None:
     """Everything in one call and within the time given, most important first; whatever is reached is written."""
     start = time.monotonic()
+    if test_log and not test_log.is_file():
+        raise typer.BadParameter(f"--test-log {test_log}: no such file")
     _start(dry_run)
     from bench import plan, suite
 

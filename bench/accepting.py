@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
-from bench import documents, figures, lanes, schema
+from bench import documents, lanes, schema
 from bench.records import Results, TuneRecord
 from bench.tune import best
 
 DOCUMENTS = ("README.md", "bench/NOTES.md")
 FOLDER = "bench/results"
+SHOWN = 800  # characters of a reason
 
 
 def accept(paths: list[Path], root: Path) -> tuple[list[Path], list[str]]:
@@ -17,6 +18,8 @@ def accept(paths: list[Path], root: Path) -> tuple[list[Path], list[str]]:
     Raises:
         ResultsError: results that were not measured on a GPU, files that do not belong together, or a broken document.
     """
+    from bench import figures  # matplotlib takes a second to import
+
     results = schema.read_all(paths)
     if results.environment.pretended:
         raise schema.ResultsError("only what a GPU gave is accepted: these results are of a pretended one")
@@ -38,10 +41,11 @@ def name_of(results: Results) -> str:
 def failures(results: Results) -> list[str]:
     """Whatever did not pass its check or did not run: what has to be mended, most telling first."""
     lines = [f"failed test: {line}" for line in (results.tests.failures if results.tests else [])]
-    for record in (*results.models, *results.ops):
+    for record in (*results.models, *results.ops, *results.host):
         if record.status in ("failed", "error"):
             case = " ".join(map(str, record.case))
-            lines.append(f"{lanes.why_not(record)} [{case}, {record.lane}]")
+            said = " / ".join((record.reason or "").splitlines())[:SHOWN]
+            lines.append(f"{lanes.WHY_NOT[record.status]}: {case}, {record.lane}: {said}")
     return lines + [f"did not run: {s.name}: {(s.reason or '').strip()[-300:]}" for s in results.stages if s.status == "error"]
 
 

@@ -81,7 +81,7 @@ def test_a_pretended_gpu_is_refused(measured, root):
 
 def test_what_is_to_be_mended_is_said(measured, root):
     wrong = next(record for record in measured.models if record.status == "ok")
-    failed = dataclasses.replace(wrong, status="failed", reason="2 tensors differ: loss: error 0.5 > 0.1", seconds=None)
+    failed = dataclasses.replace(wrong, status="failed", reason="2 tensors differ:\nloss: error 0.5 > 0.1", seconds=None)
     results = dataclasses.replace(
         measured,
         models=[failed if record is wrong else record for record in measured.models],
@@ -90,7 +90,8 @@ def test_what_is_to_be_mended_is_said(measured, root):
     )
     lines = accept(results, root).output.splitlines()
     assert "failed test: tests/x.py::y: dq: error 2.0 > 1.0" in lines
-    assert any(line.startswith("failed its check: 2 tensors differ: loss: error 0.5 > 0.1 [BERT-") for line in lines)
+    said = f"{wrong.lane}: 2 tensors differ: / loss: error 0.5 > 0.1"
+    assert any(line.startswith(f"failed its check: {wrong.model} ") and line.endswith(said) for line in lines)
     assert any("did not run: host: " in line for line in lines)
     assert not any(wrong.lane in row and " ms " in row for row in _rows(root, failed)), "a lane that failed has no time"
 
