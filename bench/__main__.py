@@ -132,8 +132,10 @@ def _conclude(results: Any) -> int:
         console.print(line, highlight=False, soft_wrap=True, markup=False, style="red")
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
-    wrong = any(record.status == "failed" for record in (*results.models, *results.ops, *results.host))
-    return 1 if not reached or wrong or (results.tests and results.tests.failed + results.tests.errors) else 0
+    found = (*results.models, *results.ops, *results.host)
+    tests = results.tests
+    wrong = any(record.status == "failed" for record in found) or (tests and tests.failed + tests.errors)
+    return 1 if wrong or not (found or tests or results.tuning or results.ceilings) else 0
 
 
 @app.command()
@@ -155,7 +157,7 @@ def gpu(
     from bench import plan, suite
 
     tests = suite.read(test_log) if test_log else None
-    jobs = plan.dry_plan() if dry_run else plan.gpu_plan(tests=tests is None)
+    jobs = plan.dry_plan() if dry_run else plan.gpu_plan(budget, tests=tests is None)
     _run(jobs, dry_run, budget - (time.monotonic() - start), out, commit, tests)
 
 

@@ -179,7 +179,8 @@ def scaling(left: Axes, right: Axes, results: Results) -> None:
     left.set_xticks(sorted(frame.seqlen.unique()), [str(s) for s in sorted(frame.seqlen.unique())], minor=False)
     left.minorticks_off()
     right.set(xlabel="fill: real tokens / all positions", ylim=(0, None))
-    left.legend(fontsize=7)
+    if left.lines:
+        left.legend(fontsize=7)
 
 
 def losses(axes: Axes, results: Results) -> None:

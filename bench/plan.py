@@ -22,6 +22,8 @@ OTHER_LANES = (*OUR_LANES, "eager", "flash_attention_2")
 CASES_A_JOB = 8
 QUICK_LANES = ("fastbert", "fastbert packed", "sdpa flash", "sdpa efficient", "sdpa cudnn", "fused", "eager")
 COMPILERS = 4  # processes of each job that prepares caches
+TESTS = 0.22  # of the budget, for the correctness tests
+SHORT = 240.0  # seconds of a budget too small to be shared out, and for filling caches to pay
 ALWAYS = float("-inf")  # the least time of a job that may not be left out: what it ends would disturb every time
 
 
@@ -97,11 +99,11 @@ def preparation() -> Background:
     return Background(jobs, {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)})
 
 
-def stages(tests: bool = True) -> list[tuple[float, Callable[[], Iterator[Job]]]]:
+def stages(budget: float, tests: bool = True) -> list[tuple[float, Callable[[], Iterator[Job]]]]:
     """The share of the budget and the jobs of each stage, in order of worth. `tests`: False where they have run before."""
     return [
         (0.06, _ceilings),
-        (0.22 if tests else 0.08, partial(_tests, tests)),
+        (TESTS, partial(_tests, tests, budget)),
         (0.23, _headline),
         (0.2, _compiled),
         (0.08, _host),
@@ -110,28 +112,31 @@ def stages(tests: bool = True) -> list[tuple[float, Callable[[], Iterator[Job]]]
     ]
 
 
-def gpu_plan(tests: bool = True) -> Iterator[Job]:
-    """Everything, each thing once: the stages, then what completes the picture."""
-    parts = stages(tests)
+def gpu_plan(budget: float, tests: bool = True) -> Iterator[Job]:
+    """Everything, each thing once: the stages, then what completes the picture. A short call has no stages: it gets as far as
+    it gets."""
+    parts = stages(budget, tests)
     ends = accumulate(share for share, _ in parts)
-    seen = set()
     staged = (replace(job, until=min(end, 1.0)) for (_, jobs), end in zip(parts, ends, strict=True) for job in jobs())
+    seen = set()
     for job in (*staged, *_rest()):
         if job.name not in seen:
             seen.add(job.name)
-            yield job
+            yield job if budget >= SHORT else replace(job, until=None)
 
 
 def _ceilings() -> Iterator[Job]:
     yield ceilings_job()
 
 
-def _tests(tests: bool) -> Iterator[Job]:
+def _tests(tests: bool, budget: float) -> Iterator[Job]:
     background = preparation()
-    yield Job("caches: begun", background.begin, 10.0, 0.0)
+    if budget >= SHORT:
+        yield Job("caches: begun", background.begin, 10.0, 0.0)
     if tests:
-        yield Job("tests: pytest -m gpu", suite.run, 110.0)
-    yield Job("caches: filled", background.finish, 90.0, ALWAYS)
+        yield Job("tests: pytest -m gpu", suite.run, TESTS * budget)
+    if budget >= SHORT:
+        yield Job("caches: filled", background.finish, 60.0, ALWAYS)
 
 
 def _headline() -> Iterator[Job]:

@@ -235,7 +235,7 @@ def summed_up(command):
 
 
 def test_the_plan_is_most_important_first():
-    jobs = list(plan.gpu_plan())
+    jobs = list(plan.gpu_plan(480.0))
     names = [job.name for job in jobs]
     kinds = list(dict.fromkeys(name.split(":")[0] for name in names))
     assert kinds == ["ceilings", "caches", "tests", "model", "host", "ops", "tune"]
@@ -244,13 +244,23 @@ def test_the_plan_is_most_important_first():
         assert sum(name.endswith(f", {lane} (warm)") for name in first) == 3, "of each of the three headline models"
     assert next(name for name in names if name.startswith("tune")) == "tune: named attention_forward"
     assert len(names) == len(set(names)), "nothing is measured twice"
-    assert sum(share for share, _ in plan.stages()) == pytest.approx(1.0)
+    assert sum(share for share, _ in plan.stages(480.0)) == pytest.approx(1.0)
     ends = [job.until for job in jobs if job.until is not None]
     assert ends == sorted(ends) and all(job.until is None for job in jobs[len(ends) :])
 
 
+def test_caches_are_filled_while_the_tests_run_and_never_while_something_is_timed():
+    jobs = {job.name: job for job in plan.gpu_plan(480.0)}
+    names = list(jobs)
+    assert names[1:4] == ["caches: begun", "tests: pytest -m gpu", "caches: filled"]
+    assert jobs["caches: filled"].least == plan.ALWAYS, "it may not be left out: it ends what still compiles"
+    short = list(plan.gpu_plan(120.0))
+    assert not any(job.name.startswith("caches") or job.until for job in short), "too short a call to gain by it"
+    assert [job.name.split(":")[0] for job in short[:3]] == ["ceilings", "tests", "model"]
+
+
 def test_tests_that_ran_before_are_not_run_again(tmp_path):
-    assert not any(job.name.startswith("tests") for job in plan.gpu_plan(tests=False))
+    assert not any(job.name.startswith("tests") for job in plan.gpu_plan(480.0, tests=False))
     log = tmp_path / "tests.jsonl"
     line = {"test": "a", "outcome": "passed", "seconds": 2.0, "text": ""}
     log.write_text("\n".join(json.dumps(one) for one in (line, line | {"outcome": "failed", "text": "x\nE   over by 3"})))
@@ -275,7 +285,7 @@ def test_named_configurations_are_of_entries_and_new():
 
 
 def test_every_job_of_the_plan_survives_json(tmp_path):
-    for job in [*plan.gpu_plan(), *plan.dry_plan()]:
+    for job in [*plan.gpu_plan(480.0), *plan.dry_plan()]:
         payload = getattr(job.run, "args", None)
         assert not payload or json.loads(json.dumps(payload)), job.name
 
