@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench import documents, lanes, schema
 from bench.records import Results, TuneRecord
-from bench.tune import best
+from bench.tune import PRESENT, best
 
 DOCUMENTS = ("README.md", "bench/NOTES.md")
 FOLDER = "bench/results"
@@ -41,7 +41,8 @@ def name_of(results: Results) -> str:
 def failures(results: Results) -> list[str]:
     """Whatever did not pass its check or did not run: what has to be mended, most telling first."""
     lines = [f"failed test: {line}" for line in (results.tests.failures if results.tests else [])]
-    for record in (*results.models, *results.ops, *results.host):
+    shipped = (record for record in results.tuning if record.lane == PRESENT)
+    for record in (*results.models, *results.ops, *results.host, *shipped):
         if record.status in ("failed", "error"):
             case = " ".join(map(str, record.case))
             said = " / ".join((record.reason or "").splitlines())[:SHOWN]

@@ -193,7 +193,7 @@ def _rest() -> Iterator[Job]:
     yield from model_jobs(models.wider(), COMPILED_LANES[:1])
     yield from model_jobs([first, *others, *models.wider()], PEERS + OTHER_LANES)
     for lane in ("fastbert", "stock + compile"):
-        yield model_job(first, lane, details=False, cold=True)
+        yield model_job(first, lane, details=not models.LANES[lane].compiled, cold=True)
     yield from op_jobs(list(ops.cases(dtypes=("bf16",))))
     for job in tune_jobs("sm_90"):
         yield worker_job(f"tune: {job['kernel']} {job['dtype']} {job['width']}", 120.0, 30.0, kind="tune", **job)

@@ -9,7 +9,7 @@ import torch
 
 from bench import batches, breakdown, gate, models, timing
 from bench.flops import step_flops
-from bench.host_pretended import true_reads_of
+from bench.host_pretended import pretended, true_reads_of
 from bench.models import Lane, Workload
 from bench.peers import Absent
 from bench.records import ModelRecord
@@ -82,6 +82,8 @@ class Trainer:
 
     def __call__(self, i: int, mark: Callable[[str], None] = lambda name: None) -> torch.Tensor:
         batch = self.batches[i % SETS]
+        if pretended() is None:
+            return self._step(batch, mark)
         with true_reads_of(batch):
             return self._step(batch, mark)
 
