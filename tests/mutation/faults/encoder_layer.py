@@ -10,6 +10,7 @@ MODES = "tests/models/test_autograd.py"
 GRADCHECK = "tests/kernels/test_encoder_layer_gradcheck.py"
 COUNTS = "tests/kernels/test_encoder_layer_counts.py"
 FAILS = "tests/faults/test_encoder_layer_fails.py"
+TWINS = "tests/kernels/test_encoder_layer_twins.py"
 SUMS = "tests/kernels/test_bound.py"
 
 _of = partial(Fault, op="encoder_layer")
@@ -18,9 +19,28 @@ _forward = partial(_of, file="kernels/encoder_layer/forward.py")
 _backward = partial(_of, file="kernels/encoder_layer/backward.py")
 _plan = partial(_of, file="kernels/encoder_layer/plan.py")
 _products = partial(_of, file="kernels/encoder_layer/products.py")
+_twins = partial(_of, file="kernels/encoder_layer/twins.py")
 _sums = partial(_of, file="kernels/column_sums.py")
 
 FAULTS = (
+    _twins(
+        "a result that was written to keeps its twin",
+        before="or version != _version(x)",
+        after="",
+        tests=(f"{TWINS}::test_a_twin_of_something_else_is_not_taken[written to]",),
+    ),
+    _twins(
+        "whatever comes next takes the last result's twin",
+        before="if of is not x or low is None",
+        after="if low is None",
+        tests=(f"{TWINS}::test_a_twin_of_something_else_is_not_taken[another]",),
+    ),
+    _forward(
+        "the first LayerNorm's twin is the product that it normalised",
+        before="twin = None if y1 is y1_low else at(y1_low)",
+        after="twin = None if y1 is y1_low else at(empty_like(y1_low))",
+        tests=(f"{LAYER}::test_mixed_dtypes",),
+    ),
     _backward(
         "the feed-forward's gradient does not join the residual's",
         before="    add_product(dy1, dh, products.intermediate)\n",
@@ -228,8 +248,8 @@ FAULTS = (
     _of(
         "LayerNorm's result goes over a product that checkpointing keeps",
         file="kernels/encoder_layer/forward.py",
-        before="plan.y1_dtype == low and not torch._C._len_torch_dispatch_stack()",
-        after="plan.y1_dtype == low",
+        before="seen = torch._C._len_torch_dispatch_stack() > 0",
+        after="seen = False",
         tests=("tests/models/test_checkpointing.py::test_selective",),
     ),
     _op(

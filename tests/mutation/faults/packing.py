@@ -19,8 +19,8 @@ _encoder = partial(Fault, file="fastbert/layers/encoder.py")
 FAULTS = (
     _kernel(
         "a mask with holes is taken for a length",
-        before="token = (token != 0).to(tl.int64)",
-        after="token = (numbers - row * seqlen < tl.load(counts_ptr + batch)).to(tl.int64)",
+        before="token = (token != 0).to(tl.int32)",
+        after="token = (numbers - row * seqlen < tl.load(counts_ptr + batch)).to(tl.int32)",
         tests=(f"{PACKED}::test_against_the_reference", f"{TESTS}::test_true_is_equal_at_every_real_position"),
         short=True,
     ),
@@ -33,8 +33,8 @@ FAULTS = (
     ),
     _kernel(
         "a head that reads the first position gets the second",
-        before="read = (cols == 0).to(tl.int64)",
-        after="read = (cols == 1).to(tl.int64)",
+        before="read = (cols == 0).to(tl.int32)",
+        after="read = (cols == 1).to(tl.int32)",
         tests=(f"{TESTS}::test_without_padding_the_last_layer_runs_at_the_first_rows_still",),
     ),
     _kernel(
