@@ -20,59 +20,11 @@ from .attention_tiles import (
     mask_scores,
     probabilities,
     product,
-    row_keys,
     sees_none,
     sequence_bounds,
     store_tile,
     tile_pointers,
 )
-
-
-@triton.jit(do_not_specialize=SIZES)
-def attention_bwd_rows_kernel(
-    dout_ptr,
-    out_ptr,
-    delta_ptr,
-    row_key_ptr,
-    cu_seqlens_q_ptr,
-    seed_ptr,
-    dout_batch_stride,
-    dout_row_stride,
-    dout_head_stride,
-    dout_col_stride,
-    n_heads,
-    max_seqlen_q,
-    n_rows,
-    P_DROP: tl.constexpr,
-    ACC: tl.constexpr,
-    D: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """What the other two kernels need of each query row: delta, and the key of its dropout bits."""
-    blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
-    sequence_head = tl.program_id(0) // blocks
-    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    batch = (sequence_head // n_heads).to(tl.int64)
-    head = (sequence_head % n_heads).to(tl.int64)
-    first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
-    if cu_seqlens_q_ptr is None:
-        dout_ptr += batch * dout_batch_stride
-        first_row = batch * max_seqlen_q
-    else:
-        first_row = first_q.to(tl.int64)
-        dout_ptr += first_row * dout_row_stride
-    dout_ptr += head * dout_head_stride
-    out_ptr += first_row * (n_heads * D) + head * D
-
-    dout = load_tile(dout_ptr, rows, dout_row_stride, dout_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED).to(ACC)
-    out = load_tile(out_ptr, rows, n_heads * D, 1, seqlen_q, D, BLOCK_D, True, ALIGNED).to(ACC)
-    here = head * n_rows + first_row + rows
-    tl.store(delta_ptr + here, tl.sum(dout * out, axis=1), rows < seqlen_q)
-    if P_DROP > 0:
-        keys = row_keys(tl.load(seed_ptr), sequence_head, rows)
-        tl.store(row_key_ptr + here, keys.to(tl.int32, bitcast=True), rows < seqlen_q)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The layer's backward: sixteen launches. A residual's gradient is added inside the product whose gradient meets it."""
+"""The layer's backward: fifteen launches. A residual's gradient is added inside the product whose gradient meets it."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -125,9 +125,8 @@ def _through_attention(
     if saved.q is not None:
         dq = torch.empty_like(saved.q)
         parts, dparts = (at(saved.q), *parts), (at(dq), *dparts)
-    plan.attention_rows(stream, dout, at(saved.attended), delta, row_keys, masks[3], seed)
     shared = *parts, dout, softmax, delta, row_keys, *masks
-    plan.attention_q(stream, *shared, dparts[0])
+    plan.attention_q(stream, *shared, at(saved.attended), seed, dparts[0])
     plan.attention_kv(stream, *shared, *dparts[1:])
     return dqkv, dq
 

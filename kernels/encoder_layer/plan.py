@@ -127,13 +127,6 @@ class Plan:
         keys = torch.int32 if settings.attention_p > 0.0 else None
         longest_q = self.geometry.max_seqlen_q
         dout = 0 if call.packed else longest_q * hidden, hidden, hidden // settings.heads, 1
-        packed = torch.int32 if call.packed else None
-        self.attention_rows = self._bind(
-            attention.backward_rows_work(self.geometry, like, dout, self.aligned),
-            *{"dout_ptr": low, "out_ptr": low, "delta_ptr": wide, "row_key_ptr": keys}.items(),
-            ("cu_seqlens_q_ptr", packed),
-            ("seed_ptr", _seed(settings.attention_p)),
-        )
         shared = (
             *((name, low) for name in ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
             *{"logsumexp_ptr": wide, "delta_ptr": wide, "row_key_ptr": keys}.items(),
@@ -141,7 +134,7 @@ class Plan:
         )
         q_row, k_row = self.geometry.q[1], self.geometry.k[1]
         work = attention.backward_q_work(self.geometry, like, dout, q_row, self.aligned)
-        self.attention_q = self._bind(work, *shared, ("dq_ptr", low))
+        self.attention_q = self._bind(work, *shared, ("out_ptr", low), ("seed_ptr", _seed(settings.attention_p)), ("dq_ptr", low))
         work = attention.backward_kv_work(self.geometry, like, dout, k_row, self.aligned)
         self.attention_kv = self._bind(work, *shared, ("dk_ptr", low), ("dv_ptr", low))
 

@@ -40,6 +40,24 @@ FAULTS = (
         after="v_ptr += head * 0",
         tests=(GROUPED, "-k", "test_against_the_reference and none"),
     ),
+    _queries(
+        "the backward drops by another seed than the forward",
+        before="row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)",
+        after="row_key = row_keys(tl.load(seed_ptr) + 1, sequence_head, rows)",
+        tests=(f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",),
+    ),
+    _queries(
+        "delta of 16 bits is that of another head's output",
+        before="out_ptr += first_row * (n_heads * D) + head * D",
+        after="out_ptr += first_row * (n_heads * D)",
+        tests=("tests/kernels/test_attention_packed.py::test_dtypes_and_head_sizes",),
+    ),
+    _queries(
+        "dk has no delta of the last rows of a block that is not full",
+        before="tl.store(delta_ptr + here + rows, delta, rows < seqlen_q)",
+        after="tl.store(delta_ptr + here + rows, delta, rows < seqlen_q // 16 * 16)",
+        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+    ),
     _keys(
         "the last head of a group is left out of dk and dv",
         before="for member in range(GROUP):",
@@ -72,12 +90,6 @@ FAULTS = (
             f"{DROPOUT}::test_what_is_kept_is_scaled",
             f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",
         ),
-    ),
-    _keys(
-        "the backward drops by another seed than the forward",
-        before="keys = row_keys(tl.load(seed_ptr), sequence_head, rows)",
-        after="keys = row_keys(tl.load(seed_ptr) + 1, sequence_head, rows)",
-        tests=(f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",),
     ),
     _keys(
         "blocks of keys are skipped one too early",
