@@ -160,6 +160,11 @@ def forward_work(geometry: Geometry, like: Tensor, aligned: bool) -> Work:
     return Work(attention_fwd_kernel, programs, config, geometry.numbers(like) | blocks)
 
 
+def room_of_queries(geometry: Geometry, dtype: torch.dtype) -> tuple[tuple[int, int, int], torch.dtype]:
+    """Shape and dtype of what the kernel for q leaves to the one for k and v: attention_tiles.store_queries."""
+    return (geometry.n_heads, geometry.n_rows, 4), torch.int64 if dtype == torch.float64 else torch.int32
+
+
 def backward_q_work(geometry: Geometry, like: Tensor, dout: Strides, dq_row_stride: int, aligned: bool) -> Work:
     """aligned: of q, k, v, out, dout and the gradients. It leaves what the other kernel needs of each query row."""
     config = geometry.choose("attention_backward_q", like)
@@ -286,16 +291,14 @@ def _launch_bwd_into(
     if not q.numel() or not k.numel():
         return tuple(grad.zero_() for grad in grads)
     geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
-    delta = torch.empty_like(logsumexp[0])
-    row_key = torch.empty_like(logsumexp[0], dtype=torch.int32) if p > 0.0 else None
+    shape, dtype = room_of_queries(geometry, q.dtype)
+    queries = torch.empty(shape, dtype=dtype, device=q.device)
     shared = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "dout_ptr": dout,
-        "logsumexp_ptr": logsumexp,
-        "delta_ptr": delta,
-        "row_key_ptr": row_key,
+        "queries_ptr": queries,
         "key_mask_ptr": key_mask,
         "key_bounds_ptr": key_bounds,
         "mask_ptr": mask,
@@ -303,7 +306,7 @@ def _launch_bwd_into(
         "cu_seqlens_k_ptr": cu_seqlens,
     }
     aligned = _aligned(q, k, v, out, dout, dq, dk, dv)
-    of_queries = {"out_ptr": out, "seed_ptr": seed, "dq_ptr": dq}
+    of_queries = {"out_ptr": out, "logsumexp_ptr": logsumexp, "seed_ptr": seed, "dq_ptr": dq}
     backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, **of_queries)
     backward_kv_work(geometry, q, _strides(dout), dk.stride(-3), aligned).launch(q, **shared, dk_ptr=dk, dv_ptr=dv)
     return dq, dk, dv

@@ -17,6 +17,7 @@ from .attention_tiles import (
     product,
     row_keys,
     sequence_bounds,
+    store_queries,
     store_tile,
     tile_pointers,
     visible_keys,
@@ -185,15 +186,14 @@ def attention_bwd_q_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    logsumexp_ptr,
-    delta_ptr,
-    row_key_ptr,
+    queries_ptr,
     key_mask_ptr,
     key_bounds_ptr,
     mask_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     out_ptr,
+    logsumexp_ptr,
     seed_ptr,
     dq_ptr,
     q_batch_stride,
@@ -277,8 +277,6 @@ def attention_bwd_q_kernel(
     row_key = rows
     if P_DROP > 0:
         row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)
-        tl.store(row_key_ptr + here + rows, row_key.to(tl.int32, bitcast=True), rows < seqlen_q)
-
     if WIDE:
         # From the same dP as the gradients below, so that they add up to 0 over a row as exactly as eager's do: keys have
         # much in common, and whatever is left over is multiplied by that. In 16 bits their own rounding is far more.
@@ -297,7 +295,7 @@ def attention_bwd_q_kernel(
         out_ptr += first_row * (n_heads * D) + head * D
         out = load_tile(out_ptr, rows, n_heads * D, 1, seqlen_q, D, BLOCK_D, True, ALIGNED)
         delta = tl.sum(dout.to(ACC) * out.to(ACC), axis=1)
-    tl.store(delta_ptr + here + rows, delta, rows < seqlen_q)
+    store_queries(queries_ptr + here * 4, rows, seqlen_q, logsumexp, share, delta * (1.0 - P_DROP), row_key)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     dq = _add_keys(
         dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,

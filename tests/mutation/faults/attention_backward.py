@@ -54,8 +54,8 @@ FAULTS = (
     ),
     _queries(
         "dk has no delta of the last rows of a block that is not full",
-        before="tl.store(delta_ptr + here + rows, delta, rows < seqlen_q)",
-        after="tl.store(delta_ptr + here + rows, delta, rows < seqlen_q // 16 * 16)",
+        before="store_queries(queries_ptr + here * 4, rows, seqlen_q,",
+        after="store_queries(queries_ptr + here * 4, rows, seqlen_q // 16 * 16,",
         tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
     ),
     _keys(
@@ -71,15 +71,33 @@ FAULTS = (
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and by"),
     ),
     _keys(
-        "a group's heads drop as its first",
-        before="head_row_key_ptr += here",
-        after="head_row_key_ptr += kv_head * GROUP * n_rows",
+        "a group's heads drop as its first, and share its softmax",
+        before="queries_ptr + head * n_rows * 4, q_row_stride",
+        after="queries_ptr + kv_head * GROUP * n_rows * 4, q_row_stride",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and dropped"),
     ),
     _keys(
+        "a dropped weight that is not finite spoils the gradients of values",
+        before="dropped = tl.where(keep, weights, 0.0)",
+        after="dropped = weights * keep.to(ACC)",
+        tests=("tests/kernels/test_attention_metamorphic.py", "-k", "test_what_is_not_finite_spoils and q"),
+    ),
+    _keys(
+        "dk is not rescaled for what dropout keeps",
+        before="store_tile(dk_rows, dk * (SCALE * KEEP_SCALE),",
+        after="store_tile(dk_rows, dk * SCALE,",
+        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+    ),
+    _queries(
+        "dk's delta is rescaled twice for what dropout keeps",
+        before="logsumexp, share, delta * (1.0 - P_DROP), row_key)",
+        after="logsumexp, share, delta, row_key)",
+        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+    ),
+    _keys(
         "dk is scaled twice",
-        before="store_tile(dk_rows, dk * SCALE,",
-        after="store_tile(dk_rows, dk * SCALE * SCALE,",
+        before="store_tile(dk_rows, dk * (SCALE * KEEP_SCALE),",
+        after="store_tile(dk_rows, dk * (SCALE * SCALE * KEEP_SCALE),",
         tests=(f"{TESTS}::test_scale",),
     ),
     _keys(
