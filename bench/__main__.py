@@ -65,6 +65,14 @@ def audit(
         console.print(f"{len(records)} records accepted into {path}")
 
 
+@app.command()
+def layer() -> None:
+    """What a BERT-base layer in training launches and how many bytes that moves. No GPU needed, nothing runs."""
+    from bench.layer_traffic import table
+
+    console.print(table())
+
+
 def _select(ops: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
     try:
         return audits.selection(ops, architectures)
