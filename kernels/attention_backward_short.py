@@ -1,8 +1,9 @@
-"""Attention's gradients of a short sequence: a program a head, which makes scores and dP once for all three of them.
+"""Attention's gradients of short sequences: a program a head, which makes scores and dP once for all three of them.
 
-The equations are in attention_backward.py. All queries of a sequence are the rows of one tile, so that one block of keys after
-the other has its dK and dV at once, and dQ adds up on the way: five products instead of seven, and one launch. For 16 bits: in
-32 and 64 delta would need a pass of its own (attention_backward_q.py), and the tile more registers than there are.
+The equations are in attention_backward.py. All queries of a sequence are the rows of one tile, so each block of keys has its dK
+and dV at once while dQ adds up on the way: five products instead of seven, one launch instead of two, and each tensor is read
+once. For 16 bits: in 32 and 64 delta needs a pass of its own (attention_backward_q.py), and the tile would not fit registers.
+General masks and grouped heads stay with the two kernels for any length, as their pointers and loops need registers too.
 """
 
 import triton
@@ -12,12 +13,10 @@ from .attention_tiles import (
     LOG2E,
     SIZES,
     keep_scores,
-    load_softmax,
     load_tile,
-    mask_scores,
-    probabilities,
     product,
     row_keys,
+    sees_none,
     sequence_bounds,
     store_tile,
     tile_pointers,
@@ -26,67 +25,40 @@ from .attention_tiles import (
 
 
 @triton.jit
-def _add_keys(
-    dq,
-    q,
-    dout,
-    logsumexp,
-    delta,
-    row_key,
-    k_ptr,
-    v_ptr,
-    dk_ptr,
-    dv_ptr,
-    k_row_stride,
-    k_col_stride,
-    v_row_stride,
-    v_col_stride,
-    dkv_row_stride,
-    first_key,
-    last_key,
-    seqlen_q,
-    seqlen_k,
-    key_mask_ptr,
-    MASK: tl.constexpr,
-    SCALE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    P_DROP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    D: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+def _seen_keys(key_mask_ptr, keys, seqlen_k, none, CAUSAL: tl.constexpr):
+    """Which keys have gradients: those that the mask shows, or all where `none` of the queries sees any.
+
+    Under causality that depends on the query as well, and every key of the sequence counts as seen.
+    """
+    seen = keys < seqlen_k
+    if key_mask_ptr is not None and not CAUSAL:
+        seen = seen & (none | (tl.load(key_mask_ptr + keys, seen, other=0) != 0))
+    return seen
+
+
+@triton.jit
+def _load_keys(ptr, keys, seen, row_stride, col_stride, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+    """[keys, BLOCK_D], 0 where they are not seen and past the head size."""
+    pointers = tile_pointers(ptr, keys, row_stride, col_stride, BLOCK_D, ALIGNED)
+    if D != BLOCK_D:
+        tile = tl.load(pointers, seen[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers, seen[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+def _store_keys(
+    ptr, tile, keys, seen, seqlen_k, row_stride, HIDES: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """dq with the part of keys first_key to last_key added, whose own gradients are stored."""
-    KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
-    rows = tl.arange(0, BLOCK_M)
-    for block in tl.range(first_key, last_key, BLOCK_N, disable_licm=True):
-        keys = block + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, keys, k_row_stride, k_col_stride, seqlen_k, D, BLOCK_D, MASK, ALIGNED)
-        v = load_tile(v_ptr, keys, v_row_stride, v_col_stride, seqlen_k, D, BLOCK_D, MASK, ALIGNED)
-        scores = product(q, tl.trans(k), None, PRECISION, ACC) * (SCALE * LOG2E)
-        if MASK:
-            scores = mask_scores(
-                scores, rows[:, None], keys[None, :], seqlen_q, seqlen_k, key_mask_ptr, None, 0, 0, CAUSAL
-            )
-        weights = probabilities(scores, logsumexp[:, None], logsumexp[:, None], seqlen_k, MASK, False)
-        dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
-        dropped = weights
-        if P_DROP > 0:
-            keep = keep_scores(row_key[:, None], rows[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
-            dropped = tl.where(keep, weights, 0.0)
-            dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE
-        dscores = (weights * (dweights - delta[:, None])).to(q.dtype)
-        dv = product(tl.trans(dropped.to(dout.dtype)), dout, None, PRECISION, ACC)
-        dv_rows = tile_pointers(dv_ptr, keys, dkv_row_stride, 1, BLOCK_D, ALIGNED)
-        store_tile(dv_rows, dv * KEEP_SCALE, keys, seqlen_k, D, BLOCK_D)
-        dk = product(tl.trans(dscores), q, None, PRECISION, ACC)
-        dk_rows = tile_pointers(dk_ptr, keys, dkv_row_stride, 1, BLOCK_D, ALIGNED)
-        store_tile(dk_rows, dk * SCALE, keys, seqlen_k, D, BLOCK_D)
-        dq = product(dscores, k, dq, PRECISION, ACC)
-    return dq
+    """Rows of keys that are seen, and 0 in those of the sequence that are not where it HIDES any."""
+    BLOCK_D: tl.constexpr = tile.shape[1]
+    pointers = tile_pointers(ptr, keys, row_stride, 1, BLOCK_D, ALIGNED)
+    inside = (tl.arange(0, BLOCK_D) < D)[None, :]
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), seen[:, None] & inside)
+    if HIDES:
+        hidden = (keys < seqlen_k) & (seen == 0)
+        tl.store(pointers, tl.zeros(tile.shape, pointers.dtype.element_ty), hidden[:, None] & inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -95,12 +67,12 @@ def attention_bwd_short_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    out_ptr,
-    logsumexp_ptr,
     key_mask_ptr,
     key_bounds_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    out_ptr,
+    logsumexp_ptr,
     seed_ptr,
     dq_ptr,
     dk_ptr,
@@ -138,12 +110,13 @@ def attention_bwd_short_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     sequence_head = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_M)
     batch = (sequence_head // n_heads).to(tl.int64)
     head = (sequence_head % n_heads).to(tl.int64)
     first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
     first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
-    rows = tl.arange(0, BLOCK_M)
     if cu_seqlens_q_ptr is None:
         first_row = batch * max_seqlen_q
         first_key_row = batch * max_seqlen_k
@@ -167,40 +140,58 @@ def attention_bwd_short_kernel(
     dk_ptr += first_key_row * dkv_row_stride + head * D
     dv_ptr += first_key_row * dkv_row_stride + head * D
 
-    every, some = visible_keys(key_bounds_ptr, None, batch, 0, BLOCK_M, seqlen_q, seqlen_k, CAUSAL)
-    every = every // BLOCK_N * BLOCK_N
+    # Keys from `end` on have no gradient, and without queries none has.
+    none = sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL)
+    _, end = visible_keys(key_bounds_ptr, None, batch, 0, BLOCK_M, seqlen_q, seqlen_k, CAUSAL)
+    end = tl.where(seqlen_q > 0, end, 0)
+    HIDES: tl.constexpr = key_mask_ptr is not None and not CAUSAL
     if key_mask_ptr is not None:
         key_mask_ptr += batch * max_seqlen_k
-    some = tl.where(seqlen_q > 0, some, 0)
-    every = tl.minimum(every, some)
 
     dout = load_tile(dout_ptr, rows, dout_row_stride, dout_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
     out = load_tile(out_ptr, rows, n_heads * D, 1, seqlen_q, D, BLOCK_D, True, ALIGNED)
-    delta = tl.sum(dout.to(ACC) * out.to(ACC), axis=1)
+    delta = tl.sum(dout.to(ACC) * out.to(ACC), axis=1) * (1.0 - P_DROP)
     q = load_tile(q_ptr, rows, q_row_stride, q_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
-    plane = n_heads.to(tl.int64) * n_rows
-    logsumexp, _ = load_softmax(logsumexp_ptr + head * n_rows + first_row, plane, rows, seqlen_q, False)
-    row_key = rows
+    logsumexp = tl.load(logsumexp_ptr + head * n_rows + first_row + rows, rows < seqlen_q, other=0.0)
+    # A row that sees no key is the average of all: its scores are all zero.
+    average = logsumexp == float("inf")
+    scale = tl.where(average, 0.0, SCALE * LOG2E)
+    logsumexp = tl.where(average, tl.log2(seqlen_k.to(ACC)), logsumexp)
     if P_DROP > 0:
         row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)
 
+    # Each block's mask is loaded before the block ahead of it is done, so that no tile waits for what it is masked by.
+    seen = _seen_keys(key_mask_ptr, tl.arange(0, BLOCK_N), seqlen_k, none, CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    dq = _add_keys(
-        dq, q, dout, logsumexp, delta, row_key, k_ptr, v_ptr, dk_ptr, dv_ptr, k_row_stride, k_col_stride, v_row_stride,
-        v_col_stride, dkv_row_stride, 0, every, seqlen_q, seqlen_k, key_mask_ptr,
-        False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    dq = _add_keys(
-        dq, q, dout, logsumexp, delta, row_key, k_ptr, v_ptr, dk_ptr, dv_ptr, k_row_stride, k_col_stride, v_row_stride,
-        v_col_stride, dkv_row_stride, every, some, seqlen_q, seqlen_k, key_mask_ptr,
-        True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    dq_rows = tile_pointers(dq_ptr, rows, dq_row_stride, 1, BLOCK_D, ALIGNED)
-    store_tile(dq_rows, dq * SCALE, rows, seqlen_q, D, BLOCK_D)
-    for block in range(tl.cdiv(some, BLOCK_N) * BLOCK_N, seqlen_k, BLOCK_N):  # keys that no query sees
+    for block in range(0, end, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
-        dk_rows = tile_pointers(dk_ptr, keys, dkv_row_stride, 1, BLOCK_D, ALIGNED)
-        dv_rows = tile_pointers(dv_ptr, keys, dkv_row_stride, 1, BLOCK_D, ALIGNED)
-        nothing = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        store_tile(dk_rows, nothing, keys, seqlen_k, D, BLOCK_D)
-        store_tile(dv_rows, nothing, keys, seqlen_k, D, BLOCK_D)
+        k = _load_keys(k_ptr, keys, seen, k_row_stride, k_col_stride, D, BLOCK_D, ALIGNED)
+        v = _load_keys(v_ptr, keys, seen, v_row_stride, v_col_stride, D, BLOCK_D, ALIGNED)
+        scores = product(q, tl.trans(k), None, PRECISION, ACC) * scale[:, None] - logsumexp[:, None]
+        # Keys that are not seen are zero here and stored as that, so their weights need no mask. They must be finite, though.
+        weights = tl.exp2(tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        if CAUSAL:
+            visible = keys[None, :] <= rows[:, None] + (seqlen_k - seqlen_q)
+            if key_mask_ptr is not None:
+                visible = visible & (tl.load(key_mask_ptr + keys, keys < seqlen_k, other=0) != 0)[None, :]
+            weights = tl.where(visible | average[:, None], weights, 0.0)
+        dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
+        dropped = weights
+        if P_DROP > 0:
+            keep = keep_scores(row_key[:, None], rows[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
+            dropped = tl.where(keep, weights, 0.0)
+        dscores = (dropped * dweights - weights * delta[:, None]).to(q.dtype)  # 1 - p times it, as in attention_backward.py
+        dv = product(tl.trans(dropped.to(dout.dtype)), dout, None, PRECISION, ACC) * KEEP_SCALE
+        _store_keys(dv_ptr, dv, keys, seen, seqlen_k, dkv_row_stride, HIDES, D, ALIGNED)
+        dk = product(tl.trans(dscores), q, None, PRECISION, ACC) * (SCALE * KEEP_SCALE)
+        _store_keys(dk_ptr, dk, keys, seen, seqlen_k, dkv_row_stride, HIDES, D, ALIGNED)
+        dq = product(dscores, k, dq, PRECISION, ACC)
+        seen = _seen_keys(key_mask_ptr, keys + BLOCK_N, seqlen_k, none, CAUSAL)
+    dq_rows = tile_pointers(dq_ptr, rows, dq_row_stride, 1, BLOCK_D, ALIGNED)
+    store_tile(dq_rows, dq * (SCALE * KEEP_SCALE), rows, seqlen_q, D, BLOCK_D)
+
+    nothing = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for block in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, seqlen_k, BLOCK_N):
+        keys = block + tl.arange(0, BLOCK_N)
+        _store_keys(dk_ptr, nothing, keys, keys < seqlen_k, seqlen_k, dkv_row_stride, False, D, ALIGNED)
+        _store_keys(dv_ptr, nothing, keys, keys < seqlen_k, seqlen_k, dkv_row_stride, False, D, ALIGNED)
