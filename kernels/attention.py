@@ -306,9 +306,10 @@ def _launch_bwd_into(
         "cu_seqlens_k_ptr": cu_seqlens,
     }
     aligned = _aligned(q, k, v, out, dout, dq, dk, dv)
-    of_queries = {"out_ptr": out, "logsumexp_ptr": logsumexp, "seed_ptr": seed, "dq_ptr": dq}
+    of_queries = {"out_ptr": out, "logsumexp_ptr": logsumexp, "seed_ptr": seed, "dq_ptr": dq, "sums_ptr": None}
     backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, **of_queries)
-    backward_kv_work(geometry, q, _strides(dout), dk.stride(-3), aligned).launch(q, **shared, dk_ptr=dk, dv_ptr=dv)
+    of_keys = {"dk_ptr": dk, "dv_ptr": dv, "sums_ptr": None}
+    backward_kv_work(geometry, q, _strides(dout), dk.stride(-3), aligned).launch(q, **shared, **of_keys)
     return dq, dk, dv
 
 

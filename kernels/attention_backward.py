@@ -21,6 +21,7 @@ from .attention_tiles import (
     product,
     sees_none,
     sequence_bounds,
+    store_row,
     store_tile,
     tile_pointers,
 )
@@ -156,6 +157,13 @@ def _add_heads(
     return dk, dv
 
 
+@triton.jit
+def _store_sums(ptr, dk, dv, row, kv_head, kv_heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    ptr += (row * 2 * kv_heads + kv_head) * D
+    store_row(ptr, dk, D, BLOCK_D)
+    store_row(ptr + kv_heads * D, dv, D, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def attention_bwd_kv_kernel(
     q_ptr,
@@ -170,6 +178,7 @@ def attention_bwd_kv_kernel(
     cu_seqlens_k_ptr,
     dk_ptr,
     dv_ptr,
+    sums_ptr,
     q_batch_stride,
     q_row_stride,
     q_head_stride,
@@ -207,6 +216,7 @@ def attention_bwd_kv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """With sums [sequences x blocks, 2 x kv heads x D] also the sums of each block's dk and dv, as they are before rounding."""
     blocks = tl.cdiv(max_seqlen_k, BLOCK_N)
     sequence_head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -215,6 +225,9 @@ def attention_bwd_kv_kernel(
     first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
     first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
     if block * BLOCK_N >= seqlen_k:
+        if sums_ptr is not None:
+            nothing = tl.zeros([BLOCK_D], ACC)
+            _store_sums(sums_ptr, nothing, nothing, batch * blocks + block, kv_head, n_heads // GROUP, D, BLOCK_D)
         return
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if cu_seqlens_q_ptr is None:
@@ -276,5 +289,9 @@ def attention_bwd_kv_kernel(
     dk_rows = tile_pointers(dk_ptr + kv_head * D, out_rows, dkv_row_stride, 1, BLOCK_D, ALIGNED)
     dv_rows = tile_pointers(dv_ptr + kv_head * D, out_rows, dkv_row_stride, 1, BLOCK_D, ALIGNED)
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
-    store_tile(dk_rows, dk * (SCALE * KEEP_SCALE), keys, seqlen_k, D, BLOCK_D)
-    store_tile(dv_rows, dv * KEEP_SCALE, keys, seqlen_k, D, BLOCK_D)
+    dk *= SCALE * KEEP_SCALE
+    dv *= KEEP_SCALE
+    store_tile(dk_rows, dk, keys, seqlen_k, D, BLOCK_D)
+    store_tile(dv_rows, dv, keys, seqlen_k, D, BLOCK_D)
+    if sums_ptr is not None:  # rows past the last are 0
+        _store_sums(sums_ptr, tl.sum(dk, axis=0), tl.sum(dv, axis=0), batch * blocks + block, kv_head, n_heads // GROUP, D, BLOCK_D)

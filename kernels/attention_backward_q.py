@@ -18,6 +18,7 @@ from .attention_tiles import (
     row_keys,
     sequence_bounds,
     store_queries,
+    store_row,
     store_tile,
     tile_pointers,
     visible_keys,
@@ -196,6 +197,7 @@ def attention_bwd_q_kernel(
     logsumexp_ptr,
     seed_ptr,
     dq_ptr,
+    sums_ptr,
     q_batch_stride,
     q_row_stride,
     q_head_stride,
@@ -233,6 +235,7 @@ def attention_bwd_q_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """With sums [sequences x blocks, heads x D] also the sums of each block's dq, as they are before rounding."""
     blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
     sequence_head = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -241,6 +244,9 @@ def attention_bwd_q_kernel(
     first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
     first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
     if block * BLOCK_M >= seqlen_q:
+        if sums_ptr is not None:
+            nothing = tl.zeros([BLOCK_D], ACC)
+            store_row(sums_ptr + ((batch * blocks + block) * n_heads + head) * D, nothing, D, BLOCK_D)
         return
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if cu_seqlens_q_ptr is None:
@@ -308,4 +314,7 @@ def attention_bwd_q_kernel(
         True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq_rows = tile_pointers(dq_ptr + head * D, first_row + rows, dq_row_stride, 1, BLOCK_D, ALIGNED)
-    store_tile(dq_rows, dq * SCALE, rows, seqlen_q, D, BLOCK_D)
+    dq *= SCALE
+    store_tile(dq_rows, dq, rows, seqlen_q, D, BLOCK_D)
+    if sums_ptr is not None:  # rows past the last are 0
+        store_row(sums_ptr + ((batch * blocks + block) * n_heads + head) * D, tl.sum(dq, axis=0), D, BLOCK_D)

@@ -67,6 +67,12 @@ def store_tile(pointers, tile, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
+def store_row(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    cols = tl.arange(0, BLOCK_D)
+    tl.store(ptr + cols, row, cols < D)
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """a b + acc, in ACC; acc may be None. PRECISION is tl.dot's input_precision, or "sum" where there is no tl.dot."""
     if PRECISION == "sum":

@@ -1,7 +1,10 @@
-"""The end of a sum over rows: adds up what programs left of up to three tensors' columns, and casts it, in one launch.
+"""The end of a sum over rows: adds up what programs left of up to five tensors' columns, and casts it, in one launch.
 
 Kernels that sum columns write a float32 row a program instead of adding to one place: no atomics, the same bits each time.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -13,43 +16,59 @@ from .launch import Work, accumulator, cdiv, choose
 __all__ = ["work"]
 
 
-@triton.jit(do_not_specialize=["a_rows", "b_rows", "c_rows"])
+_PARTS = "abcde"
+
+
+@triton.jit
+def _next(block, out_ptr, here, width, rows, next_ptr, NEXT: tl.constexpr, next_rows, BLOCK_N: tl.constexpr):
+    """The next tensor in place of the one `here`, if `block` is none of this one's."""
+    if block >= tl.cdiv(width, BLOCK_N):
+        block -= tl.cdiv(width, BLOCK_N)
+        out_ptr += width
+        here = next_ptr
+        width = NEXT
+        rows = next_rows
+    return block, out_ptr, here, width, rows
+
+
+@triton.jit(do_not_specialize=[f"{part}_rows" for part in _PARTS])
 def column_sums_kernel(
+    out_ptr,
     a_ptr,
     b_ptr,
     c_ptr,
-    out_ptr,
+    d_ptr,
+    e_ptr,
     a_rows,
     b_rows,
     c_rows,
+    d_rows,
+    e_rows,
     A: tl.constexpr,
     B: tl.constexpr,
     C: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out [A + B + C], the sums over rows of a [a_rows, A], b [b_rows, B] and c [c_rows, C] side by side."""
-    a_blocks: tl.constexpr = (A + BLOCK_N - 1) // BLOCK_N
-    b_blocks: tl.constexpr = (B + BLOCK_N - 1) // BLOCK_N
-    block = tl.program_id(0).to(tl.int64)
+    """out [A + B + ...], the sums over rows of a [a_rows, A], b [b_rows, B] and so on, side by side."""
+    block = tl.program_id(0)
     here = a_ptr
     width = A
-    rows = a_rows.to(tl.int64)
-    if block >= a_blocks + b_blocks:
-        block -= a_blocks + b_blocks
-        here = c_ptr
-        width = C
-        rows = c_rows.to(tl.int64)
-        out_ptr += A + B
-    elif block >= a_blocks:
-        block -= a_blocks
-        here = b_ptr
-        width = B
-        rows = b_rows.to(tl.int64)
-        out_ptr += A
-    cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = a_rows
+    if b_ptr is not None:
+        block, out_ptr, here, width, rows = _next(block, out_ptr, here, width, rows, b_ptr, B, b_rows, BLOCK_N)
+    if c_ptr is not None:
+        block, out_ptr, here, width, rows = _next(block, out_ptr, here, width, rows, c_ptr, C, c_rows, BLOCK_N)
+    if d_ptr is not None:
+        block, out_ptr, here, width, rows = _next(block, out_ptr, here, width, rows, d_ptr, D, d_rows, BLOCK_N)
+    if e_ptr is not None:
+        block, out_ptr, here, width, rows = _next(block, out_ptr, here, width, rows, e_ptr, E, e_rows, BLOCK_N)
+    cols = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < width
+    rows = rows.to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for tile in range(0, tl.cdiv(rows, BLOCK_M)):
         row = block_rows(tile, BLOCK_M)
@@ -58,18 +77,13 @@ def column_sums_kernel(
     tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), col_mask)
 
 
-def work(rows: tuple[int, int, int], widths: tuple[int, int, int], like: Tensor) -> Work:
-    """Of three tensors of the dtype of `like`, the one that is added up in."""
+def work(rows: Sequence[int], widths: Sequence[int], like: Tensor) -> Work:
+    """Of one to five tensors of the dtype of `like`, the one that is added up in."""
     config = choose("column_sums", like, max(widths))
-    numbers = {
-        "a_rows": rows[0],
-        "b_rows": rows[1],
-        "c_rows": rows[2],
-        "A": widths[0],
-        "B": widths[1],
-        "C": widths[2],
-        "ACC": accumulator(like.dtype),
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-    }
+    numbers: dict[str, Any] = {"ACC": accumulator(like.dtype), "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
+    for i, part in enumerate(_PARTS):
+        here = i < len(rows)
+        numbers |= {f"{part}_rows": rows[i] if here else 0, part.upper(): widths[i] if here else 0}
+        if not here:
+            numbers[f"{part}_ptr"] = None
     return Work(column_sums_kernel, sum(cdiv(width, config.BLOCK_N) for width in widths), config, numbers)

@@ -1,8 +1,7 @@
-"""The layer's backward: fifteen launches. A residual's gradient is added inside the product whose gradient meets it."""
+"""The layer's backward: fourteen launches. A residual's gradient is added inside the product whose gradient meets it."""
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import add
 from typing import NamedTuple
 
 import torch
@@ -53,7 +52,8 @@ def backward(
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     softmax, z1, mean1, rstd1, z2, mean2, rstd2 = plan.kept.places(saved.kept)
     scratch = plan.scratch.allocate(dy)
-    sums2, sums_of_bias, sums1, queries = plan.scratch.places(scratch)
+    *sums, queries = plan.scratch.places(scratch)
+    sums2, sums_of_bias, sums1, *sums_of_projections = sums
 
     dout = torch.empty_like(saved.attended)
     dy1 = dout if plan.shares2 else torch.empty_like(dout, dtype=plan.y1_dtype)
@@ -82,17 +82,18 @@ def backward(
     dattended = torch.mm(dprojected, products.attention_output)
     dattention_output = _of_weight(needed.weights.attention_output, dprojected, saved.attended, plan.weight_dtype)
 
+    dx, dqueries, dprojections, attends = None, None, (None,) * 3, needed.x or needed.queries or any(needed.weights[:6])
+    if attends:
+        places = softmax, queries, *sums_of_projections
+        dqkv, dq = _through_attention(plan, dattended, inputs, saved, places, attention_seed)
+        dx, dqueries, dprojections = _of_projections(plan, dread, dqkv, dq, saved, needed)
     dvectors = w.output_norm.new_empty(plan.vectors_in_all)
-    plan.sums(stream, sums2, sums_of_bias, sums1, at(dvectors))
-    dnorm2, dnorm2_bias, doutput_bias, dintermediate_bias, dnorm1, dnorm1_bias, dattention_output_bias = split(
+    plan.sums(stream, at(dvectors), *sums)  # where nothing goes through attention, of whatever stands there as well
+    dnorm2, dnorm2_bias, doutput_bias, dintermediate_bias, dnorm1, dnorm1_bias, dattention_output_bias, *dbiases = split(
         dvectors, plan.vectors
     )
-    dx, dqueries, dprojections = None, None, (None,) * 6
-    if needed.x or needed.queries or any(needed.weights[:6]):
-        dqkv, dq = _through_attention(plan, dattended, inputs, saved, softmax, queries, attention_seed)
-        dx, dqueries, dprojections = _of_projections(plan, dread, dqkv, dq, saved, needed)
     weights = Weights(
-        *dprojections,
+        *chain.from_iterable(zip(dprojections, dbiases if attends else (None,) * 3, strict=True)),
         dattention_output,
         dattention_output_bias,
         dnorm1,
@@ -112,52 +113,43 @@ def _through_attention(
     dattended: Tensor,
     inputs: Inputs,
     saved: Saved,
-    softmax: Place,
-    queries: Place,
+    places: tuple[Place, ...],
     seed: Place,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of what attention read, laid out as that is: [T, 3 H]; or [T, 2 H], and of queries of their own [N, H]."""
     at, stream, masks, dout = addressing(), plan.stream(), inputs.masks(), addressing()(dattended)
+    softmax, queries, sums_of_q, sums_of_kv = places
     parts, dqkv, dq = columns(saved.qkv, plan.hidden), torch.empty_like(saved.qkv), None
     dparts = columns(dqkv, plan.hidden)
     if saved.q is not None:
         dq = torch.empty_like(saved.q)
         parts, dparts = (at(saved.q), *parts), (at(dq), *dparts)
     shared = *parts, dout, queries, *masks
-    plan.attention_q(stream, *shared, at(saved.attended), softmax, seed, dparts[0])
-    plan.attention_kv(stream, *shared, *dparts[1:])
+    plan.attention_q(stream, *shared, at(saved.attended), softmax, seed, dparts[0], sums_of_q)
+    plan.attention_kv(stream, *shared, *dparts[1:], sums_of_kv)
     return dqkv, dq
 
 
 def _of_projections(
     plan: Plan, dread: Tensor, dqkv: Tensor, dq: Tensor | None, saved: Saved, needed: Gradients
-) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-    """Of x, of the queries, and of the projections' weights and biases in their order; `dread` [N, H] is the residual's."""
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
+    """Of x, of the queries, and of the projections' weights in their order; `dread` [N, H] is the residual's."""
     hidden, weights = plan.hidden, saved.products.projections
-    q, q_bias, k, k_bias, v, v_bias = needed.weights[:6]
+    q, k, v = needed.weights[:6:2]
     if dq is None:
         if needed.x:
             add_product(dread, dqkv, weights)
-        dweights, dbiases = _side_by_side(plan, dqkv, saved.x, 3, q or k or v, q_bias or k_bias or v_bias)
-        dx, dqueries = dread, None
-    else:
-        if needed.queries:
-            add_product(dread, dq, weights[:hidden])
-        dx = product(dqkv, weights[hidden:], plan.dtype) if needed.x else None
-        dqueries = dread
-        of_queries = _side_by_side(plan, dq, saved.queries, 1, q, q_bias)
-        dweights, dbiases = map(add, of_queries, _side_by_side(plan, dqkv, saved.x, 2, k or v, k_bias or v_bias))
-    return dx, dqueries, tuple(chain.from_iterable(zip(dweights, dbiases, strict=True)))
+        return dread, None, _side_by_side(plan, dqkv, saved.x, 3, q or k or v)
+    if needed.queries:
+        add_product(dread, dq, weights[:hidden])
+    dx = product(dqkv, weights[hidden:], plan.dtype) if needed.x else None
+    of_queries = _side_by_side(plan, dq, saved.queries, 1, q)
+    return dx, dread, (*of_queries, *_side_by_side(plan, dqkv, saved.x, 2, k or v))
 
 
-def _side_by_side(
-    plan: Plan, doutput: Tensor, rows: Tensor, n: int, needs_weights: bool, needs_biases: bool
-) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """Gradients of the weights [H, H] and biases [H] of n projections of `rows`."""
-    dtype, sizes = plan.weight_dtype, [plan.hidden] * n
-    weights = split(product(doutput.t(), rows, dtype), sizes) if needs_weights else (None,) * n
-    biases = split(doutput.sum(0, dtype=dtype), sizes) if needs_biases else (None,) * n
-    return weights, biases
+def _side_by_side(plan: Plan, doutput: Tensor, rows: Tensor, n: int, needed: bool) -> Sequence[Tensor | None]:
+    """Gradients of the weights [H, H] of n projections of `rows`."""
+    return split(product(doutput.t(), rows, plan.weight_dtype), [plan.hidden] * n) if needed else (None,) * n
 
 
 def _of_weight(needed: object, doutput: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -137,10 +137,13 @@ class Plan:
         self.attention_q = self._bind(
             work,
             *shared,
-            *{"out_ptr": low, "logsumexp_ptr": wide, "seed_ptr": _seed(settings.attention_p), "dq_ptr": low}.items(),
+            *{"out_ptr": low, "logsumexp_ptr": wide, "seed_ptr": _seed(settings.attention_p)}.items(),
+            *{"dq_ptr": low, "sums_ptr": wide}.items(),
         )
+        q_rows = work.programs // settings.heads
         work = attention.backward_kv_work(self.geometry, like, dout, k_row, self.aligned)
-        self.attention_kv = self._bind(work, *shared, ("dk_ptr", low), ("dv_ptr", low))
+        self.attention_kv = self._bind(work, *shared, *{"dk_ptr": low, "dv_ptr": low, "sums_ptr": wide}.items())
+        kv_rows = work.programs // settings.heads
 
         residual1 = None if self.shares1 else call.dtype
         dropped = settings.attention_output_p, settings.output_p
@@ -152,17 +155,17 @@ class Plan:
             work,
             *{"dy_ptr": low, "x_ptr": low, "bias_ptr": weight, "dx_ptr": low, "y_ptr": low, "sums_ptr": wide}.items(),
         )
-        sums = self._like(dtype=wide)
+        sums, rows = self._like(dtype=wide), (sums2, gelu_rows, sums1, q_rows, kv_rows)
+        widths = 3 * hidden, inner, 3 * hidden, hidden, 2 * hidden
         self.sums = self._bind(
-            column_sums.work((sums2, gelu_rows, sums1), (3 * hidden, inner, 3 * hidden), sums),
-            *{"a_ptr": wide, "b_ptr": wide, "c_ptr": wide, "out_ptr": weight}.items(),
+            column_sums.work(rows, widths, sums),
+            *{"out_ptr": weight, "a_ptr": wide, "b_ptr": wide, "c_ptr": wide, "d_ptr": wide, "e_ptr": wide}.items(),
         )
-        # LayerNorm's weight, its bias, and the bias of the product before it; the activation's bias between the two.
-        self.vectors = [hidden, hidden, hidden, inner, hidden, hidden, hidden]
+        # LayerNorm's weight, its bias, and the bias of the product before it; the activation's bias between the two, those
+        # of the projections behind them.
+        self.vectors = [hidden, hidden, hidden, inner, *[hidden] * 6]
         self.vectors_in_all = sum(self.vectors)
-        self.scratch = Room(
-            ((sums2, 3, hidden), wide), ((gelu_rows, inner), wide), ((sums1, 3, hidden), wide), queries
-        )
+        self.scratch = Room(*((shape, wide) for shape in zip(rows, widths, strict=True)), queries)
 
     def _bind_norm_backward(
         self, dy: torch.dtype, z: torch.dtype, dresidual: torch.dtype | None, y: torch.dtype | None, p: float

@@ -63,9 +63,11 @@ def test_blocks_of_padding_are_not_read(causal, bad):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name, compared", [("q", ("y", "dv")), ("v", ("y", "dq", "dk", "dv")), ("dy", ("y", "dq", "dk", "dv"))])
-def test_what_is_not_finite_spoils_no_more_than_in_eager(name, compared, bad):
-    """Under dropout, which takes a weight or a gradient away whatever it is. (The reference's masks take a NaN's own away.)"""
+@pytest.mark.parametrize("name", ["q", "v", "dy"])
+@pytest.mark.one_in(1)
+def test_what_is_not_finite_spoils_no_more_than_in_eager(name, bad):
+    """Under dropout, which takes a weight or a gradient away whatever it is."""
+    compared = ("y", "dv") if name == "q" else ("y", "dq", "dk", "dv")  # the reference's masks take away a score's that is NaN
     inputs = make_inputs(1, 20, 2, 8) | {"dy": normal(1, 20, 2, 8)}
     inputs[name][0, 3, 1, 5] = bad
     dy, seed = inputs.pop("dy"), seed_tensor(3)

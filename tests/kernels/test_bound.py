@@ -155,9 +155,9 @@ def test_column_sums(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     parts, work = sums(dtype=wide)
     out = torch.full((sum(part.shape[1] for part in parts) + 3,), torch.nan, dtype=dtype, device=DEVICE)
-    call = Bound(work, parts[0], dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), wide) | {"out_ptr": dtype})
+    call = Bound(work, parts[0], {"out_ptr": dtype} | dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), wide))
     at = addressing()
-    call(bound.streams(out.device)(), *map(at, parts), at(out))
+    call(bound.streams(out.device)(), at(out), *map(at, parts))
     eager, exact = (torch.cat([part.to(kind).sum(0) for part in parts]) for kind in (wide, torch.float64))
     assert_close({"sums": out[:-3]}, {"sums": eager.to(dtype)}, {"sums": exact})
     assert out[-3:].isnan().all()
@@ -178,9 +178,9 @@ def test_a_recorded_call_hands_its_tensors_over():
     recorded = []
     with recording("sm_90", lambda kernel, programs, config, arguments: recorded.append(arguments)):
         parts, work = sums()
-        call = Bound(work, parts[0], dict.fromkeys(("a_ptr", "b_ptr", "c_ptr", "out_ptr"), torch.float32))
+        call = Bound(work, parts[0], dict.fromkeys(("out_ptr", "a_ptr", "b_ptr", "c_ptr"), torch.float32))
         out = torch.empty(1109, device=DEVICE)
-        call(None, *map(addressing(), (*parts, out)))
+        call(None, *map(addressing(), (out, *parts)))
     (arguments,) = recorded
     assert arguments["b_ptr"] is parts[1] and arguments["out_ptr"] is out and arguments["B"] == 1100
 
@@ -223,7 +223,7 @@ def test_places_are_the_views_addresses(monkeypatch):
 def test_a_bound_kernel_runs_and_its_hooks_are_told():
     parts, work = sums()
     out = torch.empty(1109, device=DEVICE)
-    call = Bound(work, parts[0], dict.fromkeys(("a_ptr", "b_ptr", "c_ptr", "out_ptr"), torch.float32))
+    call = Bound(work, parts[0], dict.fromkeys(("out_ptr", "a_ptr", "b_ptr", "c_ptr"), torch.float32))
     places = [x.data_ptr() for x in (*parts, out)]
     seen = []
 

@@ -25,8 +25,8 @@ LAYER = {
     **{"attention_fwd": 1, "dropout_add_layernorm_fwd": 2, "bias_gelu_fwd": 1},
     **{"attention_bwd_q": 1, "attention_bwd_kv": 1},
     **{"dropout_add_layernorm_bwd": 2, "bias_gelu_bwd": 1, "column_sums": 1},
-    # Products: one of three, two with the residual's gradient in them. The sum is of the projections' biases.
-    **{"addmm": 1, "mm": 9, "addmm_": 2, "sum": 1},
+    # Products: one of three, two with the residual's gradient in them.
+    **{"addmm": 1, "mm": 9, "addmm_": 2},
 }
 UNDER_AUTOCAST = LAYER | {"mm": 11, "addmm_": 0, "add_": 2, "_to_copy": 6}
 
@@ -49,16 +49,16 @@ HEAD = Counter(
 )
 CASES = {
     "classification, padded": (CLASSIFICATION, {"unpad": False}, POOLED + Counter(key_bounds=1)),
-    # Packed, read and unpacked, forward and backward; the last layer has a product and a sum more, for its queries are rows
-    # of their own.
+    # Packed, read and unpacked, forward and backward; the last layer has a product more, for its queries are rows of
+    # their own.
     "classification, packed": (
         CLASSIFICATION,
         {},
-        POOLED + Counter(row_counts=1, packed_rows=1, gather_rows=6, addmm=1, mm=2, sum=1, add=1),
+        POOLED + Counter(row_counts=1, packed_rows=1, gather_rows=6, addmm=1, mm=2, add=1),
     ),
     # The logits' product, which no gradient goes through; the hidden states' two gradients meet.
     "mlm, logits": (MLM, {}, HEAD + Counter(key_bounds=1, gather_rows=2, addmm=1, add=1)),
-    "mlm, none": (MLM, {"unpad": True, "mlm_logits": "none"}, HEAD + Counter(gather_rows=8, addmm=1, mm=2, sum=1, add=2)),
+    "mlm, none": (MLM, {"unpad": True, "mlm_logits": "none"}, HEAD + Counter(gather_rows=8, addmm=1, mm=2, add=2)),
 }
 DROPPED = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 

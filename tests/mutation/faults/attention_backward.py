@@ -17,8 +17,8 @@ _queries = partial(Fault, file="kernels/attention_backward_q.py", op="attention"
 FAULTS = (
     _queries(
         "dq lacks the scale",
-        before="store_tile(dq_rows, dq * SCALE,",
-        after="store_tile(dq_rows, dq,",
+        before="    dq *= SCALE\n",
+        after="",
         tests=(f"{TESTS}::test_scale",),
         short=True,
     ),
@@ -84,8 +84,8 @@ FAULTS = (
     ),
     _keys(
         "dk is not rescaled for what dropout keeps",
-        before="store_tile(dk_rows, dk * (SCALE * KEEP_SCALE),",
-        after="store_tile(dk_rows, dk * SCALE,",
+        before="dk *= SCALE * KEEP_SCALE",
+        after="dk *= SCALE",
         tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
     ),
     _queries(
@@ -96,14 +96,14 @@ FAULTS = (
     ),
     _keys(
         "dk is scaled twice",
-        before="store_tile(dk_rows, dk * (SCALE * KEEP_SCALE),",
-        after="store_tile(dk_rows, dk * (SCALE * SCALE * KEEP_SCALE),",
+        before="dk *= SCALE * KEEP_SCALE",
+        after="dk *= SCALE * SCALE * KEEP_SCALE",
         tests=(f"{TESTS}::test_scale",),
     ),
     _keys(
         "dv is not rescaled for what dropout keeps",
-        before="store_tile(dv_rows, dv * KEEP_SCALE,",
-        after="store_tile(dv_rows, dv,",
+        before="    dv *= KEEP_SCALE\n",
+        after="",
         tests=(
             f"{DROPOUT}::test_what_is_kept_is_scaled",
             f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",

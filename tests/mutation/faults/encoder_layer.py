@@ -122,8 +122,35 @@ FAULTS = (
     ),
     _backward(
         "the sums of both LayerNorms change places",
-        before="plan.sums(stream, sums2, sums_of_bias, sums1, at(dvectors))",
-        after="plan.sums(stream, sums1, sums_of_bias, sums2, at(dvectors))",
+        before="plan.sums(stream, at(dvectors), *sums)",
+        after="plan.sums(stream, at(dvectors), sums1, sums_of_bias, sums2, *sums_of_projections)",
+        tests=(f"{GRADCHECK}::test_gradients[plain]",),
+    ),
+    _plan(
+        "the sums of keys and values are as many rows as those of queries",
+        before="rows = self._like(dtype=wide), (sums2, gelu_rows, sums1, q_rows, kv_rows)",
+        after="rows = self._like(dtype=wide), (sums2, gelu_rows, sums1, q_rows, q_rows)",
+        tests=(f"{LAYER}::test_sequences_far_shorter_than_the_longest",),
+    ),
+    _of(
+        "queries that are not there leave what stood in memory in the sums",
+        file="kernels/attention_backward_q.py",
+        before="            nothing = tl.zeros([BLOCK_D], ACC)\n",
+        after="            return\n            nothing = tl.zeros([BLOCK_D], ACC)\n",
+        tests=(f"{LAYER}::test_sequences_far_shorter_than_the_longest",),
+    ),
+    _of(
+        "keys that are not there leave what stood in memory in the sums",
+        file="kernels/attention_backward.py",
+        before="            nothing = tl.zeros([BLOCK_D], ACC)\n",
+        after="            return\n            nothing = tl.zeros([BLOCK_D], ACC)\n",
+        tests=(f"{LAYER}::test_sequences_far_shorter_than_the_longest",),
+    ),
+    _of(
+        "the sums of the values stand where those of the keys do",
+        file="kernels/attention_backward.py",
+        before="store_row(ptr + kv_heads * D, dv, D, BLOCK_D)",
+        after="store_row(ptr, dv, D, BLOCK_D)",
         tests=(f"{GRADCHECK}::test_gradients[plain]",),
     ),
     _backward(
@@ -134,8 +161,8 @@ FAULTS = (
     ),
     _backward(
         "the gradients of keys and values change places",
-        before="plan.attention_kv(stream, *shared, *dparts[1:])",
-        after="plan.attention_kv(stream, *shared, dparts[2], dparts[1])",
+        before="plan.attention_kv(stream, *shared, *dparts[1:], sums_of_kv)",
+        after="plan.attention_kv(stream, *shared, dparts[2], dparts[1], sums_of_kv)",
         tests=(f"{GRADCHECK}::test_gradients[plain]",),
     ),
     _backward(
@@ -246,9 +273,9 @@ FAULTS = (
         tests=(f"{LAYER}::test_padded", f"{FAILS}::test_is_right_all_the_same"),
     ),
     _sums(
-        "the third tensor's sums stand where the second's do",
-        before="out_ptr += A + B",
-        after="out_ptr += A",
+        "all sums stand where the first tensor's do",
+        before="out_ptr += width",
+        after="out_ptr += 0",
         tests=(f"{SUMS}::test_column_sums",),
     ),
     _sums(
