@@ -70,8 +70,8 @@ def chunks(monkeypatch):
     """What is launched is only written down, so what is read back is given: two chunks of labelled rows."""
     monkeypatch.setattr(mlm_heads, "count", lambda *masks: (None, Room(LABELS, LABELS), False))
     monkeypatch.setattr(loss, "check_on_cpu", lambda *arguments: None)
-    monkeypatch.setattr(loss, "rows_a_chunk", lambda n_rows: 3)
-    monkeypatch.setattr(loss, "LEAST_ROWS", -(2**40))
+    monkeypatch.setattr(loss, "rows_a_chunk", lambda *sizes: 3)
+    monkeypatch.setattr(loss, "most_at_once", lambda *sizes: -1)
 
 
 def counted(function):
