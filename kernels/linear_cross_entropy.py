@@ -18,143 +18,23 @@ There are three ways, which the parts of this file are:
                 backward makes the chunks' logits again. Also where no gradient is asked for.
     2. kept     few rows, or few classes: all dx are kept as one chunk, and both products wait for the backward, which puts
                 its two numbers into h and dh, the small tensors.
-    3. formed   the rest: dh, and dW as a sum over chunks, float32 where W is in 16 bits.
-
-How long a chunk is follows from bytes that shapes and dtypes tell, never from what memory happens to be free: asking would
-wait for the device, and a sum over other chunks has other bits. `rows_a_chunk` has the rule.
+    3. formed   the rest: dh, and dW as a sum over chunks, float32 where W is in 16 bits. linear_cross_entropy_chunks.py has
+                how long they are.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from .launch import DTYPES, accumulator_torch, as_rows, cdiv, check_device, check_dtype, differentiable
-from .linear_cross_entropy_rows import (
-    Targets,
-    accumulate,
-    check_on_cpu,
-    gradient_scale,
-    launch_reduce,
-    launch_rows,
-    pad_bias,
-    padded,
-    scaled,
-    targets_of,
-)
+from .launch import DTYPES, accumulator_torch, as_rows, check_device, check_dtype, differentiable
+from .linear_cross_entropy_chunks import Gradients, chunk_size, chunks, most_at_once, product, unscaled
+from .linear_cross_entropy_rows import Targets, check_on_cpu, gradient_scale, launch_reduce, padded, scaled, targets_of
 
 __all__ = ["linear_cross_entropy"]
 
-LEAST_ROWS = 1024  # of a chunk: cuBLAS is slower with fewer
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def most_at_once(n_cols: int, width: int, dtype: torch.dtype) -> int:
-    """Up to how many rows all logits are held: as long as they take no more than twice what chunks are summed into."""
-    row, of_dhidden, of_dweight = _bytes(n_cols, width, dtype)
-    return max(LEAST_ROWS, 2 * of_dweight // (row - 2 * of_dhidden)) if row > 2 * of_dhidden else 2**62
-
-
-def rows_a_chunk(n_rows: int, n_cols: int, width: int, dtype: torch.dtype) -> int:
-    """How many rows have their logits in memory together.
-
-    Speed asks for long chunks: each is five launches of the host, and each but the first reads and writes the sum dW. With
-    twice the bytes of that and of dh, a chunk's own passes over its logits move five times as much. Memory asks for short
-    ones: eager keeps three tensors of all logits, and what is held here is to be a fifth of them (a quarter with what torch's
-    sum over columns and the allocator's rounding take), unless chunks were then shorter than LEAST_ROWS.
-    """
-    if n_rows <= most_at_once(n_cols, width, dtype):
-        return n_rows
-    row, of_dhidden, of_dweight = _bytes(n_cols, width, dtype)
-    summed, eager = n_rows * of_dhidden + of_dweight, 3 * n_rows * row
-    chunks = cdiv(n_rows, max(min(2 * summed, eager // 5 - summed) // row, LEAST_ROWS))
-    return cdiv(cdiv(n_rows, chunks), 64) * 64  # evened out: the last is no stub
-
-
-def _bytes(n_cols: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Of a row of logits, a row of dh, and dW as a sum."""
-    return padded(n_cols) * dtype.itemsize, width * dtype.itemsize, n_cols * width * accumulator_torch(dtype).itemsize
-
-
-def _chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Targets,
-    *,
-    losses: Tensor | None = None,
-    dlosses: Tensor | None = None,
-    gradient: bool = False,
-    scale: float = 1.0,
-    buffer: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """What its kernel left of a chunk's rows in the buffer; in `buffer`, all rows are one chunk."""
-    n_rows, n_cols = hidden.shape[0], weight.shape[0]
-    if not n_rows:
-        return
-    size = n_rows if buffer is not None else _size(hidden, weight)
-    if buffer is None:
-        buffer = torch.empty((size, padded(n_cols)), dtype=weight.dtype, device=weight.device)
-    bias, transposed = pad_bias(bias), weight.t()
-    logits = buffer if buffer.shape[1] == n_cols else buffer[:, :n_cols]
-    losses_of, dlosses_of = (None if x is None else x.split(size) for x in (losses, dlosses))
-    for i, (rows, compared) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
-        if len(rows) < len(logits):  # the last
-            logits = logits[: len(rows)]
-        torch.mm(rows, transposed, out=logits)
-        launch_rows(
-            logits,
-            bias,
-            compared,
-            None if losses_of is None else losses_of[i],
-            None if dlosses_of is None else dlosses_of[i],
-            gradient,
-            scale,
-        )
-        yield logits
-
-
-def _size(hidden: Tensor, weight: Tensor) -> int:
-    """Rows of a chunk, of which the last one may have fewer."""
-    n_rows = hidden.shape[0]
-    return max(min(rows_a_chunk(n_rows, *weight.shape, weight.dtype), n_rows), 1)
-
-
-class _Gradients:
-    """dhidden, dweight and dbias of chunks of `size` rows, summed up; empty where not needed."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], sums: torch.dtype, scale: float, size: int
-    ) -> None:
-        self.weight, self.needs, self.alpha = weight, needs, 1.0 / scale
-        new = hidden.new_empty if hidden.shape[0] else hidden.new_zeros
-        self.dhidden = new(hidden.shape if needs[0] else 0)
-        self.dweight = new(weight.shape if needs[1] else 0, dtype=sums)
-        self._hidden = hidden.split(size) if hidden.shape[0] else ()
-        self._dhidden = self.dhidden.split(size)
-        # A row a chunk: adding up comes last, in one launch.
-        rows = len(self._hidden) if needs[2] else 0
-        self._dbias = hidden.new_empty(rows, weight.shape[0], dtype=accumulator_torch(weight.dtype))
-        self._done = 0
-
-    def add(self, dlogits: Tensor) -> None:
-        """Those of the next chunk."""
-        if self.needs[0]:
-            accumulate(self._dhidden[self._done], dlogits, self.weight, self.alpha, True)
-        if self.needs[1]:
-            accumulate(self.dweight, dlogits.t(), self._hidden[self._done], self.alpha, self._done == 0)
-        if self.needs[2]:
-            torch.sum(dlogits, 0, dtype=self._dbias.dtype, out=self._dbias[self._done])
-        self._done += 1
-
-    @property
-    def dbias(self) -> Tensor:
-        if not self.needs[2]:
-            return self._dbias.view(-1)
-        total = self._dbias[0] if len(self._dbias) == 1 else self._dbias.sum(0)
-        return total if self.alpha == 1.0 else total.mul_(self.alpha)
 
 
 def _reduced(losses: Tensor, targets: Targets, n_cols: int, reduction: str, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -188,7 +68,7 @@ def _launch_losses(
     dtype, n_cols = weight.dtype, weight.shape[0]
     targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype)
     losses = _row_losses(targets, weight, out_dtype if reduction == "none" else accumulator_torch(dtype))
-    for _ in _chunks(hidden, weight, bias, targets, losses=losses):
+    for _ in chunks(hidden, weight, bias, targets, losses=losses):
         pass
     if reduction == "none":
         launch_reduce(losses, targets, n_cols, reduction, None, None)
@@ -213,11 +93,11 @@ def _launch_losses_bwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size, dtype = _size(hidden, weight), weight.dtype
+    size, dtype = chunk_size(hidden, weight), weight.dtype
     sums = dtype if hidden.shape[0] <= size else accumulator_torch(dtype)
     targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype)
-    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, 1.0, size)
-    for dlogits in _chunks(hidden, weight, bias, targets, dlosses=dlosses, gradient=True):
+    found = Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, 1.0, size)
+    for dlogits in chunks(hidden, weight, bias, targets, dlosses=dlosses, gradient=True):
         found.add(dlogits)
     return found.dhidden, found.dweight.to(dtype), found.dbias.to(dtype)
 
@@ -266,7 +146,7 @@ def _launch_kept(
     losses = _row_losses(targets, weight, accumulator_torch(dtype))
     dlogits = torch.empty((hidden.shape[0], padded(n_cols)), dtype=dtype, device=weight.device)
     options = {"losses": losses, "gradient": True, "scale": gradient_scale(dtype), "buffer": dlogits}
-    for _ in _chunks(hidden, weight, bias, targets, **options):
+    for _ in chunks(hidden, weight, bias, targets, **options):
         pass
     return *_reduced(losses, targets, n_cols, reduction, out_dtype), dlogits
 
@@ -289,14 +169,16 @@ def _launch_kept_bwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = weight.dtype
-    if needs_weight:
-        hidden = scaled(hidden, dloss, scale, dtype)
-    rows, needs = hidden.shape[0], (needs_hidden, needs_weight, needs_bias)
-    found = _Gradients(hidden, weight, needs, dtype, gradient_scale(dtype), max(rows, 1))
-    if rows:
-        found.add(dlogits[:, : weight.shape[0]])
-    return scaled(found.dhidden, dloss, scale, dtype), found.dweight, scaled(found.dbias, dloss, scale, dtype)
+    dtype, alpha = weight.dtype, 1.0 / gradient_scale(weight.dtype)
+    dlogits = dlogits[:, : weight.shape[0]]
+    dweight, dhidden, dbias = (hidden.new_empty(0) for _ in range(3))
+    if needs_weight:  # first, so that scaled rows and those of dhidden are not held together
+        dweight = product(dlogits.t(), scaled(hidden, dloss, scale, dtype), alpha)
+    if needs_hidden:
+        dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype, in_place=True)
+    if needs_bias:
+        dbias = scaled(unscaled(torch.sum(dlogits, 0, dtype=scale.dtype), alpha), dloss, scale, dtype)
+    return dhidden, dweight, dbias
 
 
 def _allocate_kept_bwd(dloss, scale, dlogits, hidden, weight, *needs):
@@ -338,8 +220,8 @@ def _launch_formed(
     targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype, kept=True)
     losses, factor = _row_losses(targets, weight, sums), gradient_scale(dtype)
     needs = (needs_hidden, needs_weight, needs_bias)
-    found = _Gradients(hidden, weight, needs, sums, factor, _size(hidden, weight))
-    for dlogits in _chunks(hidden, weight, bias, targets, losses=losses, gradient=True, scale=factor):
+    found = Gradients(hidden, weight, needs, sums, factor, chunk_size(hidden, weight))
+    for dlogits in chunks(hidden, weight, bias, targets, losses=losses, gradient=True, scale=factor):
         found.add(dlogits)
     return *_reduced(losses, targets, n_cols, reduction, out_dtype), found.dhidden, found.dweight, found.dbias
 

@@ -240,12 +240,13 @@ def linear_cross_entropy_reduce_kernel(
         n = tl.sum(counted, axis=0)
         scale = tl.full([], 1.0, ACC)
         if MEAN:
-            of = n.to(ACC) if class_weights_ptr is None else tl.sum(weights, axis=0)
-            loss = loss / of  # NaN where no label counts, as in torch; the gradient is 0 there, as in torch
             if class_weights_ptr is None:
-                scale = 1.0 / tl.maximum(of, 1.0)
-            else:  # where all labels' classes weigh nothing, torch's gradients are NaN as well
-                scale = tl.where(n == 0, 1.0, tl.where(of == 0.0, float("nan"), 1.0 / of))
+                of = n.to(ACC)
+            else:  # where all that counts weighs nothing, loss and gradients are NaN, as in torch
+                of = tl.sum(weights, axis=0)
+                of = tl.where(of == 0.0, float("nan"), of)
+            loss = loss / of  # NaN where no label counts, as in torch; the gradient is 0 there, as in torch
+            scale = tl.where(n == 0, 1.0, 1.0 / of)
         elif unit_ptr is not None:
             scale = tl.load(unit_ptr)
             loss *= scale
@@ -430,9 +431,13 @@ def launch_reduce(
 
 
 @or_plain(plain.scaled)
-def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * dloss * scale as a contiguous tensor of `dtype`; dloss and scale are one number each, on the device."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    """x * dloss * scale as a contiguous tensor of `dtype`; dloss and scale are one number each, on the device.
+
+    in_place: in the memory of x, which is contiguous and of that dtype.
+    """
+    assert not in_place or (x.is_contiguous() and x.dtype == dtype)
+    y = x if in_place else torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return y
     rows = as_rows(x)
@@ -466,14 +471,3 @@ def check_on_cpu(labels: Tensor, n_cols: int, ignore_index: int) -> None:
     strays = labels[(labels != ignore_index) & ((labels < 0) | (labels >= n_cols))]
     if strays.numel():
         raise IndexError(f"Target {int(strays[0])} is out of bounds.")
-
-
-def accumulate(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
-    """total (+)= alpha a b, in the type of total, which is wider than that of 16-bit a and b where rows come in chunks."""
-    beta = 0 if first else 1  # 0: what stands in total is not read
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
-    else:  # a CPU has no such product
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha, out=total)

@@ -233,15 +233,17 @@ def cross_entropy_reduce(
     unit = torch.ones_like(scale) if targets.unit is None else targets.unit
     if reduction == "mean":
         n = counted.sum() if weights is None else torch.where(counted, weights[torch.where(counted, labels, 0)], 0.0).sum()
-        unit = torch.where(counted.any(), torch.where(n == 0, torch.nan, 1.0 / n), 1.0)
+        n = torch.where(n == 0, torch.nan, n)
+        unit = torch.where(counted.any(), 1.0 / n, 1.0)
         loss.copy_(losses.sum() / n)
     else:
         loss.copy_(losses.sum() * unit)
     scale.copy_(unit)
 
 
-def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (_raised(x) * (_raised(dloss) * _raised(scale))).to(dtype).contiguous()
+def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    y = (_raised(x) * (_raised(dloss) * _raised(scale))).to(dtype).contiguous()
+    return x.copy_(y) if in_place else y
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

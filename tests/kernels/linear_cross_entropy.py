@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels import linear_cross_entropy as module
-from fastbert.kernels import reference
+from fastbert.kernels import linear_cross_entropy_chunks, reference
 from fastbert.kernels.launch import counts
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from tests.numerics import assert_close
@@ -29,7 +29,10 @@ def chunks_of(rows: int | None) -> Iterator[None]:
     if rows is None:
         yield
         return
-    with patch.object(module, "rows_a_chunk", lambda *sizes: rows), patch.object(module, "most_at_once", lambda *sizes: -1):
+    with (
+        patch.object(module, "most_at_once", lambda *sizes: -1),
+        patch.object(linear_cross_entropy_chunks, "rows_a_chunk", lambda *sizes: rows),
+    ):
         yield
 
 
