@@ -304,8 +304,9 @@ def linear_cross_entropy(
         class_weights: [V], what torch calls `weight`: how much a row of that label counts. fp64, fp32, fp16 or bf16, whatever
             the dtype of hidden; without a gradient, which torch has none for either.
         ignore_index: the label of rows without loss and without gradient.
-        reduction: "mean", the losses' sum over the weights' sum (or over the number) of the other rows, NaN where that is 0;
-            "sum", or "none".
+        reduction: "mean", the losses' sum over the weights' sum (or over the number) of the other rows; "sum", or "none".
+            A mean over no row is NaN and its gradients are 0. Over rows that weigh nothing both are NaN, also the gradients
+            of ignored rows, which torch leaves 0.
         label_smoothing: how much of the target is spread over all classes.
         out_dtype: dtype of the loss; by default that of hidden. Gradients do not depend on it.
 

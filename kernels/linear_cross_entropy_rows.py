@@ -135,8 +135,6 @@ def linear_cross_entropy_fwd_kernel(
     if bias_ptr is not None:
         label_biases = bias_ptr + labels
         label_logit += tl.load(label_biases, known, other=0.0).to(ACC)
-    if class_weights_ptr is not None:
-        label_weight = tl.load(class_weights_ptr + labels, known, other=0.0)
 
     # Each lane has a maximum and a sum of its own: no barrier, and an exponential a tile, not an element, to join them.
     top = tl.full([BLOCK_M, BLOCK_N], LOWEST, ACC)
@@ -157,6 +155,8 @@ def linear_cross_entropy_fwd_kernel(
             sum_x, sum_weights = _added(x, sum_x, sum_weights, class_weights_ptr, cols, STRIDE, True)
     row_top = tl.max(top, axis=1)
     row_total = tl.sum(total * _exp(top - row_top[:, None]), axis=1)
+    if class_weights_ptr is not None:
+        label_weight = tl.load(class_weights_ptr + labels, known, other=0.0)
 
     if losses_ptr is not None:
         loss = tl.log(row_total) + (row_top - label_logit)
@@ -369,6 +369,9 @@ def launch_rows(
     assert logits.stride(1) == 1 and (n_rows < 2 or logits.stride(0) == padded(n_cols))
     config = choose("linear_cross_entropy", logits, n_cols)
     assert config.BLOCK_N is not None and config.chunk is not None
+    chunks = config.BLOCK_N // config.chunk
+    if targets.class_weights is not None and targets.label_smoothing and chunks > 1:
+        chunks //= 2  # the weights of a tile's classes take as many registers as its logits
     launch(
         linear_cross_entropy_fwd_kernel,
         cdiv(n_rows, config.BLOCK_M),
@@ -391,7 +394,7 @@ def launch_rows(
         ACC=accumulator(logits.dtype),
         VECTOR=16 // logits.element_size(),
         BLOCK_M=config.BLOCK_M,
-        CHUNKS=config.BLOCK_N // config.chunk,
+        CHUNKS=chunks,
         BLOCK_N=config.chunk,
     )
 

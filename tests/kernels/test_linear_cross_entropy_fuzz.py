@@ -74,7 +74,8 @@ def check_call(call):
     for name, layout in zip(("hidden", "weight"), call["layouts"], strict=True):
         inputs[name] = layout(inputs[name])
     frozen = [name for name in call["frozen"] if inputs[name] is not None]
-    weights = None if call["weights"] is None else make_weights(call["n_cols"], call["weights"])
+    # None of them 0: a mean over labels that weigh nothing has a test of its own.
+    weights = None if call["weights"] is None else make_weights(call["n_cols"], call["weights"], zeros=0.0)
     check(inputs, labels, rows=call["rows"], frozen=frozen, class_weights=weights, **call["options"])
 
 
