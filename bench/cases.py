@@ -252,7 +252,7 @@ def _linear_cross_entropy_variants() -> Iterator[Variant]:
     for dtype in ("bf16", "fp16", "fp32", "fp64"):
         yield variant(dtype, 30522, activation="gradient")
         yield variant(dtype, 768, activation="scale")
-    for extra in ("loss", "smoothing", "rows"):
+    for extra in ("loss", "smoothing", "weights", "rows"):
         yield variant("bf16", 30522, activation=extra)
     for width in (28996, 119547):
         yield variant("bf16", width, activation="gradient")
@@ -265,9 +265,11 @@ def _linear_cross_entropy(variant: Variant) -> None:
     from fastbert.kernels import linear_cross_entropy_rows as op
 
     dtype, extra = DTYPES[variant.dtype], variant.activation
-    labels = _meta(TOKENS, dtype=torch.int64)
+    weights = _meta(op.padded(variant.width)) if extra == "weights" else None
+    smoothing = 0.1 if extra in ("smoothing", "weights") else 0.0
+    targets = op.Targets(_meta(TOKENS, dtype=torch.int64), weights, None, -100, smoothing)
     if extra == "reduce":
-        op.launch_reduce(_meta(TOKENS), labels, 30522, -100, "mean", _meta(dtype=torch.bfloat16), _meta())
+        op.launch_reduce(_meta(TOKENS), targets, 30522, "mean", _meta(dtype=torch.bfloat16), _meta())
     elif extra in ("scale", "sums"):
         x = _meta(TOKENS, variant.width, dtype=torch.float32 if extra == "sums" else dtype)
         op.scaled(x, _meta(dtype=dtype), _meta(), dtype)
@@ -276,9 +278,8 @@ def _linear_cross_entropy(variant: Variant) -> None:
         logits = _meta(TOKENS, stride, dtype=dtype)[:, : variant.width]
         losses = _meta(TOKENS)
         dlosses = _meta(TOKENS, dtype=dtype) if extra == "rows" else None
-        smoothing = 0.1 if extra == "smoothing" else 0.0
         bias = _meta(stride, dtype=dtype)
-        op.launch_rows(logits, bias, labels, losses, dlosses, -100, smoothing, extra != "loss", op.gradient_scale(dtype))
+        op.launch_rows(logits, bias, targets, losses, dlosses, extra != "loss", op.gradient_scale(dtype))
 
 
 def _embedding_layernorm_variants() -> Iterator[Variant]:

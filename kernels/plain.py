@@ -5,12 +5,17 @@ written for being right: in the type that the kernel computes in, with every int
 taken by autograd here, which is off inside a custom op.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .plain_dropout import dropped, keep_mask
+
+if TYPE_CHECKING:
+    from .linear_cross_entropy_rows import Targets
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -188,47 +193,57 @@ def finish(
 def cross_entropy_rows(
     logits: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
+    targets: "Targets",
     losses: Tensor | None,
     dlosses: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
     gradient: bool,
     scale: float = 1.0,
 ) -> None:
     """Losses of rows of logits, into `losses`, and with `gradient` their gradients where the logits stood."""
-    n_cols = logits.shape[1]
+    n_cols, smoothing = logits.shape[1], targets.label_smoothing
     x = _raised(logits) if bias is None else _raised(logits) + bias[:n_cols]
-    counted = labels != ignore_index
-    at = torch.where(counted, labels, 0)[:, None]
+    counted = targets.labels != targets.ignore_index
+    at = torch.where(counted, targets.labels, 0)[:, None]
     logs = x.log_softmax(1)
+    weights = x.new_ones(n_cols) if targets.class_weights is None else targets.class_weights[:n_cols]
+    at_label = (1.0 - smoothing) * weights[at]
     if losses is not None:
-        loss = -(1.0 - label_smoothing) * logs.gather(1, at)[:, 0]
-        if label_smoothing:
-            loss -= label_smoothing * logs.mean(1)
+        loss = -(at_label * logs.gather(1, at))[:, 0]
+        if smoothing:
+            loss -= smoothing * (logs * weights).mean(1)
         losses.copy_(torch.where(counted, loss, 0.0))
     if gradient:
-        dx = (logs.exp() - label_smoothing / n_cols).scatter_add_(1, at, x.new_full(at.shape, label_smoothing - 1.0))
+        whole = at_label + smoothing * weights.mean() if smoothing else at_label
+        spread = smoothing / n_cols * weights if smoothing else 0.0
+        dx = (logs.exp() * whole - spread).scatter_add_(1, at, -at_label)
         dx *= scale if dlosses is None else (scale * _raised(dlosses))[:, None]
         logits.copy_(torch.where(counted[:, None], dx, 0.0))
 
 
 def cross_entropy_reduce(
-    losses: Tensor, labels: Tensor, n_cols: int, ignore_index: int, reduction: str, loss: Tensor | None, scale: Tensor | None
+    losses: Tensor, targets: "Targets", n_cols: int, reduction: str, loss: Tensor | None, scale: Tensor | None
 ) -> None:
-    """The sum or mean of the losses, and its derivative by a counted one."""
-    counted = labels != ignore_index
+    """The sum or mean of the losses, and its derivative by a row's."""
+    labels, weights = targets.labels, targets.class_weights
+    counted = labels != targets.ignore_index
     if labels.is_cuda:
         torch._assert_async((~counted | ((labels >= 0) & (labels < n_cols))).all(), "linear_cross_entropy: no class")
-    if loss is not None:
-        mean = reduction == "mean"
-        n = counted.sum()
-        loss.copy_(losses.sum() / n if mean else losses.sum())
-        scale.copy_(1.0 / n.clamp(min=1) if mean else torch.ones_like(scale))
+    if loss is None:
+        return
+    unit = torch.ones_like(scale) if targets.unit is None else targets.unit
+    if reduction == "mean":
+        n = counted.sum() if weights is None else torch.where(counted, weights[torch.where(counted, labels, 0)], 0.0).sum()
+        n = torch.where(n == 0, torch.nan, n)
+        unit = torch.where(counted.any(), 1.0 / n, 1.0)
+        loss.copy_(losses.sum() / n)
+    else:
+        loss.copy_(losses.sum() * unit)
+    scale.copy_(unit)
 
 
-def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (_raised(x) * (_raised(dloss) * _raised(scale))).to(dtype).contiguous()
+def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    y = (_raised(x) * (_raised(dloss) * _raised(scale))).to(dtype).contiguous()
+    return x.copy_(y) if in_place else y
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

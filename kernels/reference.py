@@ -149,6 +149,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     *,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -156,9 +157,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(hidden weight' + bias, labels): all logits in memory, in out_dtype where that is given."""
     logits = F.linear(hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias)
+    logits = logits.to(out_dtype or logits.dtype)
     loss = F.cross_entropy(
-        logits.to(out_dtype or logits.dtype),
+        logits,
         labels.reshape(-1),
+        None if class_weights is None else class_weights.to(logits.dtype),
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,

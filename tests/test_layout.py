@@ -32,6 +32,7 @@ SUPPORT = {
     "failures",
     "kept",
     "launch",
+    "linear_cross_entropy_chunks",
     "linear_cross_entropy_rows",
     "plain",
     "plain_attention",
