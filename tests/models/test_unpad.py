@@ -15,8 +15,8 @@ FIRST = ("next-sentence", "regression", "single-label", "multi-label", "multiple
 AT_FIRST = [kind for kind in KINDS if kind.name in FIRST]
 OTHERS = [kind for kind in KINDS if kind.name not in FIRST]
 TOKEN_LABELS = [kind for kind in KINDS if kind.name in ("mlm", "clm", "token-classification")]
-PACKED = 4  # launches: pack and unpack, each forward and backward
-READ = 6  # and taking the rows that the last layer is read at
+PACKED = 2  # launches: unpack, forward and backward; of what is packed the embeddings are never made padded
+READ = 4  # and taking the rows that the last layer is read at
 WHOLE = 4  # without padding there is nothing to pack
 
 
