@@ -209,8 +209,7 @@ def _launch_bwd(
         n_types = types.shape[0] if few and token_type_ids is not None else 1
         type_ids = token_type_ids.contiguous() if n_types > 1 else None
         type_stride = batch_stride(token_type_ids, shape)
-        n_inner, rows = (seqlen, places) if shared else (GROUPS, None)
-        place_sums = by_places(dz, n_inner, type_ids, n_types, shape[-1], type_stride, rows)
+        place_sums = by_places(dz, seqlen if shared else GROUPS, type_ids, n_types, shape[-1], type_stride, places)
     dwords = dpositions = by_place = dtypes = dweight = dbias = None
     if shared and counted:
         dpositions = by_place = positions.new_empty(positions.shape)

@@ -164,7 +164,8 @@ def by_places(
     """Sums [pieces, n_inner, n_types, H], in float32 or float64, of dz [T, H] seen as [outer, n_inner, H] over its outer axis.
 
     T may end within the outer axis' last step. type_ids are read if n_types > 1: of each sequence of seqlen tokens those that
-    are type_batch_stride further. With rows int32 [outer, n_inner] that row of dz is at a place, none where it is below 0.
+    are type_batch_stride further. With `rows` int32, of any shape, they say
+    in order which row of dz comes next, none where below 0.
     """
     n_tokens, n_cols = dz.shape
     n_tokens = n_tokens if rows is None else rows.numel()

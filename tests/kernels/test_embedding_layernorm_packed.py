@@ -59,6 +59,11 @@ def test_many_short_sequences(frozen, types):
     assert not any(tensor.any() for tensor in results.values() if tensor is not None)
 
 
+def test_offset():
+    inputs, options = make(offset=4)
+    check(inputs, options | packed(options["ids"]))
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_ids_that_are_views(positions):
     inputs, options = make((3, 8), positions=positions)
