@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import plain_attention
-from .attention_backward import attention_bwd_kv_kernel, attention_bwd_rows_kernel
+from .attention_backward import attention_bwd_kv_kernel
 from .attention_backward_q import attention_bwd_q_kernel
 from .attention_checks import check_inputs, check_masks
 from .attention_forward import attention_fwd_kernel
@@ -160,27 +160,13 @@ def forward_work(geometry: Geometry, like: Tensor, aligned: bool) -> Work:
     return Work(attention_fwd_kernel, programs, config, geometry.numbers(like) | blocks)
 
 
-def backward_rows_work(geometry: Geometry, like: Tensor, dout: Strides, aligned: bool) -> Work:
-    """aligned: of dout and out."""
-    config = choose("attention_backward_rows", like, geometry.head_size)  # which mask there is, it does not see
-    numbers = {
-        **_named("dout", dout),
-        "n_heads": geometry.n_heads,
-        "max_seqlen_q": geometry.max_seqlen_q,
-        "n_rows": geometry.n_rows,
-        "P_DROP": geometry.p,
-        "ACC": accumulator(like.dtype),
-        "D": geometry.head_size,
-        "ALIGNED": aligned,
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_D": _block_d(geometry.head_size),
-    }
-    programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
-    return Work(attention_bwd_rows_kernel, programs, config, numbers)
+def room_of_queries(geometry: Geometry, dtype: torch.dtype) -> tuple[tuple[int, int, int], torch.dtype]:
+    """Shape and dtype of what the kernel for q leaves to the one for k and v: attention_tiles.store_queries."""
+    return (geometry.n_heads, geometry.n_rows, 4), torch.int64 if dtype == torch.float64 else torch.int32
 
 
 def backward_q_work(geometry: Geometry, like: Tensor, dout: Strides, dq_row_stride: int, aligned: bool) -> Work:
-    """aligned: of q, k, v, dout and the gradients."""
+    """aligned: of q, k, v, out, dout and the gradients. It leaves what the other kernel needs of each query row."""
     config = geometry.choose("attention_backward_q", like)
     programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
     return Work(
@@ -305,28 +291,23 @@ def _launch_bwd_into(
     if not q.numel() or not k.numel():
         return tuple(grad.zero_() for grad in grads)
     geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
-    delta = torch.empty_like(logsumexp[0])
-    row_key = torch.empty_like(logsumexp[0], dtype=torch.int32) if p > 0.0 else None
-    bounds = {"cu_seqlens_q_ptr": cu_seqlens if cu_seqlens_q is None else cu_seqlens_q}
-    backward_rows_work(geometry, q, _strides(dout), _aligned(dout, out)).launch(
-        q, dout_ptr=dout, out_ptr=out, delta_ptr=delta, row_key_ptr=row_key, **bounds, seed_ptr=seed
-    )
+    shape, dtype = room_of_queries(geometry, q.dtype)
+    queries = torch.empty(shape, dtype=dtype, device=q.device)
     shared = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "dout_ptr": dout,
-        "logsumexp_ptr": logsumexp,
-        "delta_ptr": delta,
-        "row_key_ptr": row_key,
+        "queries_ptr": queries,
         "key_mask_ptr": key_mask,
         "key_bounds_ptr": key_bounds,
         "mask_ptr": mask,
-        **bounds,
+        "cu_seqlens_q_ptr": cu_seqlens if cu_seqlens_q is None else cu_seqlens_q,
         "cu_seqlens_k_ptr": cu_seqlens,
     }
-    aligned = _aligned(q, k, v, dout, dq, dk, dv)
-    backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, dq_ptr=dq)
+    aligned = _aligned(q, k, v, out, dout, dq, dk, dv)
+    of_queries = {"out_ptr": out, "logsumexp_ptr": logsumexp, "seed_ptr": seed, "dq_ptr": dq}
+    backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, **of_queries)
     backward_kv_work(geometry, q, _strides(dout), dk.stride(-3), aligned).launch(q, **shared, dk_ptr=dk, dv_ptr=dv)
     return dq, dk, dv
 

@@ -14,65 +14,16 @@ from .attention_tiles import (
     LOG2E,
     SIZES,
     keep_scores,
-    load_rows,
-    load_softmax,
+    load_queries,
     load_tile,
     mask_scores,
     probabilities,
     product,
-    row_keys,
     sees_none,
     sequence_bounds,
     store_tile,
     tile_pointers,
 )
-
-
-@triton.jit(do_not_specialize=SIZES)
-def attention_bwd_rows_kernel(
-    dout_ptr,
-    out_ptr,
-    delta_ptr,
-    row_key_ptr,
-    cu_seqlens_q_ptr,
-    seed_ptr,
-    dout_batch_stride,
-    dout_row_stride,
-    dout_head_stride,
-    dout_col_stride,
-    n_heads,
-    max_seqlen_q,
-    n_rows,
-    P_DROP: tl.constexpr,
-    ACC: tl.constexpr,
-    D: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """What the other two kernels need of each query row: delta, and the key of its dropout bits."""
-    blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
-    sequence_head = tl.program_id(0) // blocks
-    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    batch = (sequence_head // n_heads).to(tl.int64)
-    head = (sequence_head % n_heads).to(tl.int64)
-    first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
-    if cu_seqlens_q_ptr is None:
-        dout_ptr += batch * dout_batch_stride
-        first_row = batch * max_seqlen_q
-    else:
-        first_row = first_q.to(tl.int64)
-        dout_ptr += first_row * dout_row_stride
-    dout_ptr += head * dout_head_stride
-    out_ptr += first_row * (n_heads * D) + head * D
-
-    dout = load_tile(dout_ptr, rows, dout_row_stride, dout_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED).to(ACC)
-    out = load_tile(out_ptr, rows, n_heads * D, 1, seqlen_q, D, BLOCK_D, True, ALIGNED).to(ACC)
-    here = head * n_rows + first_row + rows
-    tl.store(delta_ptr + here, tl.sum(dout * out, axis=1), rows < seqlen_q)
-    if P_DROP > 0:
-        keys = row_keys(tl.load(seed_ptr), sequence_head, rows)
-        tl.store(row_key_ptr + here, keys.to(tl.int32, bitcast=True), rows < seqlen_q)
 
 
 @triton.jit
@@ -83,10 +34,7 @@ def _add_queries(
     v,
     q_ptr,
     dout_ptr,
-    logsumexp_ptr,
-    plane,
-    delta_ptr,
-    row_key_ptr,
+    queries_ptr,
     q_row_stride,
     q_col_stride,
     dout_row_stride,
@@ -112,16 +60,17 @@ def _add_queries(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dk and dv with the part of queries first_query to last_query added; tiles are [keys, queries]."""
+    """dk and dv with the part of queries first_query to last_query added, both (1 - p) times what they are meant to be.
+
+    Tiles are [keys, queries].
+    """
     WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
-    KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     keys = first_key + tl.arange(0, BLOCK_N)
     for block in range(first_query, last_query, BLOCK_M):
         rows = block + tl.arange(0, BLOCK_M)
         q = load_tile(q_ptr, rows, q_row_stride, q_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
         dout = load_tile(dout_ptr, rows, dout_row_stride, dout_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
-        logsumexp, share = load_softmax(logsumexp_ptr, plane, rows, seqlen_q, WIDE)
-        delta = load_rows(delta_ptr, rows, seqlen_q)
+        logsumexp, share, delta, row_key = load_queries(queries_ptr, rows, seqlen_q, ACC)
 
         scores = product(k, tl.trans(q), None, PRECISION, ACC) * (SCALE * LOG2E)
         if MASK:
@@ -141,13 +90,13 @@ def _add_queries(
         dweights = product(v, tl.trans(dout), None, PRECISION, ACC)
         dropped = weights
         if P_DROP > 0:
-            row_key = load_rows(row_key_ptr, rows, seqlen_q).to(tl.uint32, bitcast=True)
             positions = tl.arange(0, BLOCK_M)
             keep = keep_scores(row_key[None, :], positions[None, :], tl.arange(0, BLOCK_N)[:, None], first_key, P_DROP)
-            dropped = tl.where(keep, weights, 0.0)  # dv is rescaled once, at its end
-            dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE
+            dropped = tl.where(keep, weights, 0.0)
         dv = product(dropped.to(dout.dtype), dout, dv, PRECISION, ACC)
-        dscores = weights * (dweights - delta[None, :])
+        # P (dropout'(dP) - delta), with one choice a score. A dP that is not finite stays so where it is dropped: the value or
+        # the upstream gradient that it is made of has spoiled all outputs or all of dv by then, for 0 times it is NaN.
+        dscores = dropped * dweights - weights * delta[None, :]
         dk = product(dscores.to(q.dtype), q, dk, PRECISION, ACC)
     return dk, dv
 
@@ -160,10 +109,7 @@ def _add_heads(
     v,
     q_ptr,
     dout_ptr,
-    logsumexp_ptr,
-    plane,
-    delta_ptr,
-    row_key_ptr,
+    queries_ptr,
     q_row_stride,
     q_head_stride,
     q_col_stride,
@@ -198,15 +144,12 @@ def _add_heads(
     """dk and dv with the part of these queries added, of every head that shares the keys, one after the other."""
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        here = head * n_rows
-        head_row_key_ptr, head_mask_ptr = row_key_ptr, mask_ptr
-        if P_DROP > 0:
-            head_row_key_ptr += here
+        head_mask_ptr = mask_ptr
         if mask_ptr is not None:
             head_mask_ptr += head * mask_head_stride
         dk, dv = _add_queries(
-            dk, dv, k, v, q_ptr + head * q_head_stride, dout_ptr + head * dout_head_stride, logsumexp_ptr + here, plane,
-            delta_ptr + here, head_row_key_ptr, q_row_stride, q_col_stride, dout_row_stride, dout_col_stride,
+            dk, dv, k, v, q_ptr + head * q_head_stride, dout_ptr + head * dout_head_stride,
+            queries_ptr + head * n_rows * 4, q_row_stride, q_col_stride, dout_row_stride, dout_col_stride,
             first_query, last_query, first_key, seqlen_q, seqlen_k, key_mask_ptr, head_mask_ptr, mask_q_stride, mask_k_stride,
             MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
@@ -219,9 +162,7 @@ def attention_bwd_kv_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    logsumexp_ptr,
-    delta_ptr,
-    row_key_ptr,
+    queries_ptr,
     key_mask_ptr,
     key_bounds_ptr,
     mask_ptr,
@@ -292,11 +233,7 @@ def attention_bwd_kv_kernel(
         dout_ptr += first_row * dout_row_stride
     k_ptr += kv_head * k_head_stride
     v_ptr += kv_head * v_head_stride
-    logsumexp_ptr += first_row
-    delta_ptr += first_row
-    if P_DROP > 0:
-        row_key_ptr += first_row
-    plane = n_heads.to(tl.int64) * n_rows
+    queries_ptr += first_row * 4
 
     # Queries from `start` on see some key of this block; from `clear` on they see all of it and need no mask.
     start = 0
@@ -324,13 +261,13 @@ def attention_bwd_kv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dk, dv = _add_heads(
-        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr, plane, delta_ptr, row_key_ptr, q_row_stride, q_head_stride, q_col_stride,
+        dk, dv, k, v, q_ptr, dout_ptr, queries_ptr, q_row_stride, q_head_stride, q_col_stride,
         dout_row_stride, dout_head_stride, dout_col_stride, kv_head, n_rows, start, clear, block * BLOCK_N,
         seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_head_stride, mask_q_stride, mask_k_stride,
         True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, GROUP, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dk, dv = _add_heads(
-        dk, dv, k, v, q_ptr, dout_ptr, logsumexp_ptr, plane, delta_ptr, row_key_ptr, q_row_stride, q_head_stride, q_col_stride,
+        dk, dv, k, v, q_ptr, dout_ptr, queries_ptr, q_row_stride, q_head_stride, q_col_stride,
         dout_row_stride, dout_head_stride, dout_col_stride, kv_head, n_rows, clear, seqlen_q, block * BLOCK_N,
         seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_head_stride, mask_q_stride, mask_k_stride,
         False, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, GROUP, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -338,6 +275,6 @@ def attention_bwd_kv_kernel(
     out_rows = first_key_row + keys
     dk_rows = tile_pointers(dk_ptr + kv_head * D, out_rows, dkv_row_stride, 1, BLOCK_D, ALIGNED)
     dv_rows = tile_pointers(dv_ptr + kv_head * D, out_rows, dkv_row_stride, 1, BLOCK_D, ALIGNED)
-    store_tile(dk_rows, dk * SCALE, keys, seqlen_k, D, BLOCK_D)
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
+    store_tile(dk_rows, dk * (SCALE * KEEP_SCALE), keys, seqlen_k, D, BLOCK_D)
     store_tile(dv_rows, dv * KEEP_SCALE, keys, seqlen_k, D, BLOCK_D)

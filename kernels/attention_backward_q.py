@@ -10,13 +10,14 @@ from .attention_tiles import (
     LOG2E,
     SIZES,
     keep_scores,
-    load_rows,
     load_softmax,
     load_tile,
     mask_scores,
     probabilities,
     product,
+    row_keys,
     sequence_bounds,
+    store_queries,
     store_tile,
     tile_pointers,
     visible_keys,
@@ -185,14 +186,15 @@ def attention_bwd_q_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    logsumexp_ptr,
-    delta_ptr,
-    row_key_ptr,
+    queries_ptr,
     key_mask_ptr,
     key_bounds_ptr,
     mask_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    out_ptr,
+    logsumexp_ptr,
+    seed_ptr,
     dq_ptr,
     q_batch_stride,
     q_row_stride,
@@ -272,11 +274,9 @@ def attention_bwd_q_kernel(
     here = head * n_rows + first_row
     WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
     logsumexp, share = load_softmax(logsumexp_ptr + here, n_heads.to(tl.int64) * n_rows, rows, seqlen_q, WIDE)
-    delta = load_rows(delta_ptr + here, rows, seqlen_q)
     row_key = rows
     if P_DROP > 0:
-        row_key = load_rows(row_key_ptr + here, rows, seqlen_q).to(tl.uint32, bitcast=True)
-
+        row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)
     if WIDE:
         # From the same dP as the gradients below, so that they add up to 0 over a row as exactly as eager's do: keys have
         # much in common, and whatever is left over is multiplied by that. In 16 bits their own rounding is far more.
@@ -291,7 +291,11 @@ def attention_bwd_q_kernel(
             every, some, rows, seqlen_q, seqlen_k, key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride,
             True, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        tl.store(delta_ptr + here + rows, delta, rows < seqlen_q)  # dK and dV take it from here
+    else:
+        out_ptr += first_row * (n_heads * D) + head * D
+        out = load_tile(out_ptr, rows, n_heads * D, 1, seqlen_q, D, BLOCK_D, True, ALIGNED)
+        delta = tl.sum(dout.to(ACC) * out.to(ACC), axis=1)
+    store_queries(queries_ptr + here * 4, rows, seqlen_q, logsumexp, share, delta * (1.0 - P_DROP), row_key)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     dq = _add_keys(
         dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_row_stride, k_col_stride, v_row_stride, v_col_stride,

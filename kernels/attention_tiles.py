@@ -61,12 +61,6 @@ def load_tile(
 
 
 @triton.jit
-def load_rows(ptr, rows, n_rows):
-    """One number a row, 0 past the last."""
-    return tl.load(ptr + rows, rows < n_rows, other=0)
-
-
-@triton.jit
 def store_tile(pointers, tile, rows, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     mask = (rows < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(pointers, tile.to(pointers.dtype.element_ty), mask)
@@ -175,6 +169,33 @@ def load_softmax(ptr, plane, rows, n_rows, WIDE: tl.constexpr):
     if WIDE:
         share = tl.load(ptr + plane + rows, rows < n_rows, other=0)
     return logsumexp, share
+
+
+@triton.jit
+def store_queries(ptr, rows, n_rows, logsumexp, share, delta, row_key):
+    """What the gradients of keys and values need of each query row: four integers side by side, see load_queries.
+
+    delta is (1 - p) times what it is.
+    """
+    number: tl.constexpr = ptr.dtype.element_ty
+    tl.store(ptr + rows * 4, logsumexp.to(number, bitcast=True), rows < n_rows)
+    tl.store(ptr + rows * 4 + 1, share.to(number, bitcast=True), rows < n_rows)
+    tl.store(ptr + rows * 4 + 2, delta.to(number, bitcast=True), rows < n_rows)
+    tl.store(ptr + rows * 4 + 3, row_key.to(number), rows < n_rows)
+
+
+@triton.jit
+def load_queries(ptr, rows, n_rows, ACC: tl.constexpr):
+    """(logsumexp, share, delta, row_key) of each row, 0 past the last.
+
+    One load of 16 bytes a row. Four loads would be of fewer numbers than a program has lanes, which triton 3.6 takes for
+    cheap: each lane then loads every number that it needs, one by one, in every turn of the loop.
+    """
+    numbers = tl.load(ptr + rows[:, None] * 4 + tl.arange(0, 4)[None, :], (rows < n_rows)[:, None], other=0)
+    logsumexp_delta, share_key = tl.split(tl.reshape(numbers, [rows.shape[0], 2, 2]))
+    logsumexp, delta = tl.split(logsumexp_delta)
+    share, row_key = tl.split(share_key)
+    return logsumexp.to(ACC, bitcast=True), share.to(ACC, bitcast=True), delta.to(ACC, bitcast=True), row_key.to(tl.uint32)
 
 
 @triton.jit

@@ -196,7 +196,6 @@ _AMPERE_ATTENTION: dict[str, Table] = {
     "backward_kv_masked": {2: {64: Config(32, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
 }
-_ATTENTION_ROWS: Table = {size: {256: Config(32, 4)} for size in (2, 4, 8)}
 
 
 def _interpreted(config: Config) -> dict[str, Table]:
@@ -246,7 +245,6 @@ TABLES: dict[str, dict[str, Table]] = {
     | _interpreted(Config(32, 1, 1024, chunk=256)),
     "linear_cross_entropy_reduce": _everywhere(_LINEAR_CROSS_ENTROPY_REDUCE) | _interpreted(Config(1024, 1, 1)),
     "linear_cross_entropy_scale": _everywhere(_LINEAR_CROSS_ENTROPY_SCALE) | _interpreted(Config(128, 1, 1024)),
-    "attention_backward_rows": _everywhere(_ATTENTION_ROWS) | _interpreted(Config(64, 1)),
 } | {
     f"attention_{part}": _attention(part)
     for part in (

@@ -1,4 +1,4 @@
-"""The layer's backward: sixteen launches. A residual's gradient is added inside the product whose gradient meets it."""
+"""The layer's backward: fifteen launches. A residual's gradient is added inside the product whose gradient meets it."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -53,8 +53,7 @@ def backward(
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     softmax, z1, mean1, rstd1, z2, mean2, rstd2 = plan.kept.places(saved.kept)
     scratch = plan.scratch.allocate(dy)
-    sums2, sums_of_bias, sums1, delta, *keys = plan.scratch.places(scratch)
-    row_keys = keys[0] if keys else None
+    sums2, sums_of_bias, sums1, queries = plan.scratch.places(scratch)
 
     dout = torch.empty_like(saved.attended)
     dy1 = dout if plan.shares2 else torch.empty_like(dout, dtype=plan.y1_dtype)
@@ -90,7 +89,7 @@ def backward(
     )
     dx, dqueries, dprojections = None, None, (None,) * 6
     if needed.x or needed.queries or any(needed.weights[:6]):
-        dqkv, dq = _through_attention(plan, dattended, inputs, saved, softmax, delta, row_keys, attention_seed)
+        dqkv, dq = _through_attention(plan, dattended, inputs, saved, softmax, queries, attention_seed)
         dx, dqueries, dprojections = _of_projections(plan, dread, dqkv, dq, saved, needed)
     weights = Weights(
         *dprojections,
@@ -114,8 +113,7 @@ def _through_attention(
     inputs: Inputs,
     saved: Saved,
     softmax: Place,
-    delta: Place,
-    row_keys: Place,
+    queries: Place,
     seed: Place,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of what attention read, laid out as that is: [T, 3 H]; or [T, 2 H], and of queries of their own [N, H]."""
@@ -125,9 +123,8 @@ def _through_attention(
     if saved.q is not None:
         dq = torch.empty_like(saved.q)
         parts, dparts = (at(saved.q), *parts), (at(dq), *dparts)
-    plan.attention_rows(stream, dout, at(saved.attended), delta, row_keys, masks[3], seed)
-    shared = *parts, dout, softmax, delta, row_keys, *masks
-    plan.attention_q(stream, *shared, dparts[0])
+    shared = *parts, dout, queries, *masks
+    plan.attention_q(stream, *shared, at(saved.attended), softmax, seed, dparts[0])
     plan.attention_kv(stream, *shared, *dparts[1:])
     return dqkv, dq
 

@@ -124,24 +124,21 @@ class Plan:
         call, settings = self.call, self._settings
         low, weight = call.product_dtype, call.weight_dtype
         like, wide = self._like(dtype=low), self._wide
-        keys = torch.int32 if settings.attention_p > 0.0 else None
+        queries = attention.room_of_queries(self.geometry, low)
         longest_q = self.geometry.max_seqlen_q
         dout = 0 if call.packed else longest_q * hidden, hidden, hidden // settings.heads, 1
-        packed = torch.int32 if call.packed else None
-        self.attention_rows = self._bind(
-            attention.backward_rows_work(self.geometry, like, dout, self.aligned),
-            *{"dout_ptr": low, "out_ptr": low, "delta_ptr": wide, "row_key_ptr": keys}.items(),
-            ("cu_seqlens_q_ptr", packed),
-            ("seed_ptr", _seed(settings.attention_p)),
-        )
         shared = (
             *((name, low) for name in ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
-            *{"logsumexp_ptr": wide, "delta_ptr": wide, "row_key_ptr": keys}.items(),
+            ("queries_ptr", queries[1]),
             *self._masks(),
         )
         q_row, k_row = self.geometry.q[1], self.geometry.k[1]
         work = attention.backward_q_work(self.geometry, like, dout, q_row, self.aligned)
-        self.attention_q = self._bind(work, *shared, ("dq_ptr", low))
+        self.attention_q = self._bind(
+            work,
+            *shared,
+            *{"out_ptr": low, "logsumexp_ptr": wide, "seed_ptr": _seed(settings.attention_p), "dq_ptr": low}.items(),
+        )
         work = attention.backward_kv_work(self.geometry, like, dout, k_row, self.aligned)
         self.attention_kv = self._bind(work, *shared, ("dk_ptr", low), ("dv_ptr", low))
 
@@ -163,15 +160,9 @@ class Plan:
         # LayerNorm's weight, its bias, and the bias of the product before it; the activation's bias between the two.
         self.vectors = [hidden, hidden, hidden, inner, hidden, hidden, hidden]
         self.vectors_in_all = sum(self.vectors)
-        arrays = [
-            ((sums2, 3, hidden), wide),
-            ((gelu_rows, inner), wide),
-            ((sums1, 3, hidden), wide),
-            (self.softmax[0][1:], wide),
-        ]
-        if keys is not None:
-            arrays.append((self.softmax[0][1:], keys))
-        self.scratch = Room(*arrays)
+        self.scratch = Room(
+            ((sums2, 3, hidden), wide), ((gelu_rows, inner), wide), ((sums1, 3, hidden), wide), queries
+        )
 
     def _bind_norm_backward(
         self, dy: torch.dtype, z: torch.dtype, dresidual: torch.dtype | None, y: torch.dtype | None, p: float

@@ -84,7 +84,7 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
     loss["backward"] = ("linear_cross_entropy_bwd_scale_kernel",)
     attending = {
         "forward": ("attention_fwd_kernel",),
-        "backward": ("attention_bwd_rows_kernel", "attention_bwd_q_kernel", "attention_bwd_kv_kernel"),
+        "backward": ("attention_bwd_q_kernel", "attention_bwd_kv_kernel"),
     }
     found = [
         Case(

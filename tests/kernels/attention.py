@@ -21,7 +21,7 @@ from tests.numerics import assert_close
 from .ops import DEVICE, Inputs, double, run, seed_tensor
 
 FORWARD = "attention_fwd_kernel"
-BACKWARD = ("attention_bwd_rows_kernel", "attention_bwd_q_kernel", "attention_bwd_kv_kernel")
+BACKWARD = ("attention_bwd_q_kernel", "attention_bwd_kv_kernel")
 Tile = tuple[int, int]
 
 
@@ -47,8 +47,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @contextmanager
 def tiles(forward: Tile, kv: Tile | None = None, q: Tile | None = None) -> Iterator[None]:
     """Launch with these (queries, keys) a tile. Compiled kernels keep the shipped ones: others may not fit a GPU."""
-    shapes = {"attention_forward": forward, "attention_backward_rows": (forward[0], None)}
-    shapes |= {"attention_backward_kv": kv or forward, "attention_backward_q": q or kv or forward}
+    shapes = {"attention_forward": forward, "attention_backward_kv": kv or forward, "attention_backward_q": q or kv or forward}
 
     def choose(kernel: str, like: Tensor, width: int) -> Config:
         shape = shapes[kernel.removesuffix("_masked").removesuffix("_grouped")]

@@ -22,7 +22,7 @@ Results = dict[str, Tensor | None]
 
 FORWARD = Counter({"attention_fwd_kernel": 1, "dropout_add_layernorm_fwd_kernel": 2, "bias_gelu_fwd_kernel": 1})
 BACKWARD = Counter({"dropout_add_layernorm_bwd_kernel": 2, "bias_gelu_bwd_kernel": 1, "column_sums_kernel": 1})
-OF_ATTENTION = Counter(["attention_bwd_rows_kernel", "attention_bwd_q_kernel", "attention_bwd_kv_kernel"])
+OF_ATTENTION = Counter(["attention_bwd_q_kernel", "attention_bwd_kv_kernel"])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

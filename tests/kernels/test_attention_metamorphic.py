@@ -7,7 +7,7 @@ from fastbert.kernels import reference
 from fastbert.kernels.attention import attention
 from fastbert.kernels.launch import INTERPRETED
 
-from .attention import make_inputs, normal, tiles
+from .attention import drawn_keep, make_inputs, normal, tiles
 from .ops import DEVICE, assert_same, run, seed_tensor
 
 pytestmark = pytest.mark.one_in(3)
@@ -60,6 +60,20 @@ def test_blocks_of_padding_are_not_read(causal, bad):
     with tiles((32, 16)):
         results = masked_call(spoiled, dy, "padding", causal=causal)
         assert_same(results, masked_call(inputs, dy, "padding", causal=causal))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name, compared", [("q", ("y", "dv")), ("v", ("y", "dq", "dk", "dv")), ("dy", ("y", "dq", "dk", "dv"))])
+def test_what_is_not_finite_spoils_no_more_than_in_eager(name, compared, bad):
+    """Under dropout, which takes a weight or a gradient away whatever it is. (The reference's masks take a NaN's own away.)"""
+    inputs = make_inputs(1, 20, 2, 8) | {"dy": normal(1, 20, 2, 8)}
+    inputs[name][0, 3, 1, 5] = bad
+    dy, seed = inputs.pop("dy"), seed_tensor(3)
+    results = run(attention, inputs, dy, p=0.5, seed=seed)
+    eager = run(reference.attention, inputs, dy, p=0.5, keep=drawn_keep(1, 2, 20, 20, 0.5, seed))
+    for result in compared:
+        assert (results[result].isfinite() | ~eager[result].isfinite()).all(), result
+    assert not all(results[result].isfinite().all() for result in compared)  # the case is what it says
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -31,7 +31,6 @@ BACKWARD = {
     "dropout_add_layernorm_bwd_kernel": 2,
     "bias_gelu_bwd_kernel": 1,
     "column_sums_kernel": 1,
-    "attention_bwd_rows_kernel": 1,
     "attention_bwd_q_kernel": 1,
     "attention_bwd_kv_kernel": 1,
 }
@@ -152,12 +151,12 @@ def test_forward_and_backward(call):
 @pytest.mark.parametrize(
     ("frozen", "launches"),
     [
-        ((), 16),
-        (("x",), 15),
-        (("key_bias", "query_bias", "value_bias"), 15),
-        (("query", "key", "value"), 15),
-        (("output", "intermediate", "attention_output"), 13),
-        # Nothing of the attention: neither its three kernels nor what follows them.
+        ((), 15),
+        (("x",), 14),
+        (("key_bias", "query_bias", "value_bias"), 14),
+        (("query", "key", "value"), 14),
+        (("output", "intermediate", "attention_output"), 12),
+        # Nothing of the attention: neither its two kernels nor what follows them.
         (("x", "query", "key", "value", "query_bias", "key_bias", "value_bias"), 10),
     ],
     ids=str,
@@ -180,9 +179,9 @@ def test_a_step_binds_nothing_twice(monkeypatch):
     )
     for _ in range(3):
         made("masked")()
-    assert len(compiled) == 11  # four of the forward and seven of the backward
+    assert len(compiled) == 10  # four of the forward and six of the backward
     made("plain")()
-    assert len(compiled) == 22
+    assert len(compiled) == 20
 
 
 @pytest.mark.no_launch

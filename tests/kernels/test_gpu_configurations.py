@@ -46,7 +46,7 @@ TABLES_OF = {
         *(*_LAYERNORM, "embedding_order", "embedding_runs"),
         *("embedding_sums_backward", "embedding_finish"),
     ),
-    "attention padded, dropped": (*_ATTENTION, "attention_backward_rows"),
+    "attention padded, dropped": _ATTENTION,
     "attention general mask": tuple(f"{table}_masked" for table in _ATTENTION),
     "attention grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
     "encoder_layer padded, dropped": ("column_sums",),

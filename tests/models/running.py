@@ -27,7 +27,7 @@ KERNELS = {
 }
 POOLED = (bert.BertForSequenceClassification, bert.BertForNextSentencePrediction, bert.BertForMultipleChoice)
 MLM_HEADS = (bert.BertForMaskedLM, bert.BertForPreTraining, bert.BertLMHeadModel)
-BACKWARD = {"attention": ("attention_bwd_rows_kernel", "attention_bwd_kv_kernel", "attention_bwd_q_kernel")}
+BACKWARD = {"attention": ("attention_bwd_kv_kernel", "attention_bwd_q_kernel")}
 Tensors = dict[str, Tensor]
 
 

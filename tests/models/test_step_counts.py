@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counted once, with
 OF_THE_HOST = ("unsafe_split_with_sizes",)
 LAYER = {
     **{"attention_fwd": 1, "dropout_add_layernorm_fwd": 2, "bias_gelu_fwd": 1},
-    **{"attention_bwd_rows": 1, "attention_bwd_q": 1, "attention_bwd_kv": 1},
+    **{"attention_bwd_q": 1, "attention_bwd_kv": 1},
     **{"dropout_add_layernorm_bwd": 2, "bias_gelu_bwd": 1, "column_sums": 1},
     # Products: one of three, two with the residual's gradient in them. The sum is of the projections' biases.
     **{"addmm": 1, "mm": 9, "addmm_": 2, "sum": 1},

@@ -160,8 +160,8 @@ FAULTS = (
     ),
     _op(
         "dK and dV are written by 16 bytes though dout is read at odd places",
-        before="aligned = _aligned(q, k, v, dout, dq, dk, dv)",
-        after="aligned = _aligned(q, k, v, dq, dk, dv)",
+        before="aligned = _aligned(q, k, v, out, dout, dq, dk, dv)",
+        after="aligned = _aligned(q, k, v, out, dq, dk, dv)",
         tests=(f"{ALIGNMENT}::test_an_upstream_gradient_that_is_not_aligned",),
     ),
     _tiles(

@@ -40,6 +40,24 @@ FAULTS = (
         after="v_ptr += head * 0",
         tests=(GROUPED, "-k", "test_against_the_reference and none"),
     ),
+    _queries(
+        "the backward drops by another seed than the forward",
+        before="row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)",
+        after="row_key = row_keys(tl.load(seed_ptr) + 1, sequence_head, rows)",
+        tests=(f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",),
+    ),
+    _queries(
+        "delta of 16 bits is that of another head's output",
+        before="out_ptr += first_row * (n_heads * D) + head * D",
+        after="out_ptr += first_row * (n_heads * D)",
+        tests=("tests/kernels/test_attention_packed.py::test_dtypes_and_head_sizes",),
+    ),
+    _queries(
+        "dk has no delta of the last rows of a block that is not full",
+        before="store_queries(queries_ptr + here * 4, rows, seqlen_q,",
+        after="store_queries(queries_ptr + here * 4, rows, seqlen_q // 16 * 16,",
+        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+    ),
     _keys(
         "the last head of a group is left out of dk and dv",
         before="for member in range(GROUP):",
@@ -53,15 +71,33 @@ FAULTS = (
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and by"),
     ),
     _keys(
-        "a group's heads drop as its first",
-        before="head_row_key_ptr += here",
-        after="head_row_key_ptr += kv_head * GROUP * n_rows",
+        "a group's heads drop as its first, and share its softmax",
+        before="queries_ptr + head * n_rows * 4, q_row_stride",
+        after="queries_ptr + kv_head * GROUP * n_rows * 4, q_row_stride",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and dropped"),
     ),
     _keys(
+        "a dropped weight that is not finite spoils the gradients of values",
+        before="dropped = tl.where(keep, weights, 0.0)",
+        after="dropped = weights * keep.to(ACC)",
+        tests=("tests/kernels/test_attention_metamorphic.py", "-k", "test_what_is_not_finite_spoils and q"),
+    ),
+    _keys(
+        "dk is not rescaled for what dropout keeps",
+        before="store_tile(dk_rows, dk * (SCALE * KEEP_SCALE),",
+        after="store_tile(dk_rows, dk * SCALE,",
+        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+    ),
+    _queries(
+        "dk's delta is rescaled twice for what dropout keeps",
+        before="logsumexp, share, delta * (1.0 - P_DROP), row_key)",
+        after="logsumexp, share, delta, row_key)",
+        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+    ),
+    _keys(
         "dk is scaled twice",
-        before="store_tile(dk_rows, dk * SCALE,",
-        after="store_tile(dk_rows, dk * SCALE * SCALE,",
+        before="store_tile(dk_rows, dk * (SCALE * KEEP_SCALE),",
+        after="store_tile(dk_rows, dk * (SCALE * SCALE * KEEP_SCALE),",
         tests=(f"{TESTS}::test_scale",),
     ),
     _keys(
@@ -72,12 +108,6 @@ FAULTS = (
             f"{DROPOUT}::test_what_is_kept_is_scaled",
             f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",
         ),
-    ),
-    _keys(
-        "the backward drops by another seed than the forward",
-        before="keys = row_keys(tl.load(seed_ptr), sequence_head, rows)",
-        after="keys = row_keys(tl.load(seed_ptr) + 1, sequence_head, rows)",
-        tests=(f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",),
     ),
     _keys(
         "blocks of keys are skipped one too early",
