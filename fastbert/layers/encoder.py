@@ -28,6 +28,7 @@ from fastbert.layers.reading import Reading
 from fastbert.layers.waiting import Waiting, Waits
 from fastbert.lengths import Counted
 
+_MOST_READ = 0.75  # of the tokens: to take more of them costs as much as it saves
 _CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
 
 
@@ -80,8 +81,10 @@ class _PackingEncoder(Waits, Replicated):
             return reason
         packing = packing_of(mask.keys, told, given, *hidden_states.shape[:2], hidden_states.device)
         if isinstance(packing, Packing) and packing.read is not None and self.layer[-1].attention.self.is_causal:
-            # The kernel's causal queries are the last of their sequence, not any of it.
-            return "a batch without padding" if packing.tokens.index is None else replace(packing, read=None)
+            # Attention runs for all rows there, and those that are read are taken of what it gives.
+            index, n_read = packing.tokens.index, len(packing.read.index)
+            if n_read > _MOST_READ * (hidden_states.shape[:2].numel() if index is None else len(index)):
+                return "a batch without padding" if index is None else replace(packing, read=None)
         return packing
 
     def _reason(self, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

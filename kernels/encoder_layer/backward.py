@@ -89,6 +89,9 @@ def backward(
     )
     dx, dqueries, dprojections = None, None, (None,) * 6
     if needed.x or needed.queries or any(needed.weights[:6]):
+        if inputs.index is not None:
+            dattended = inputs.put(dattended)
+            dread = inputs.put(dread) if needed.x else None
         dqkv, dq = _through_attention(plan, dattended, inputs, saved, softmax, queries, attention_seed)
         dx, dqueries, dprojections = _of_projections(plan, dread, dqkv, dq, saved, needed)
     weights = Weights(
@@ -124,7 +127,8 @@ def _through_attention(
         dq = torch.empty_like(saved.q)
         parts, dparts = (at(saved.q), *parts), (at(dq), *dparts)
     shared = *parts, dout, queries, *masks
-    plan.attention_q(stream, *shared, at(saved.attended), softmax, seed, dparts[0])
+    attended = saved.attended if saved.all_attended is None else saved.all_attended
+    plan.attention_q(stream, *shared, at(attended), softmax, seed, dparts[0])
     plan.attention_kv(stream, *shared, *dparts[1:])
     return dqkv, dq
 
