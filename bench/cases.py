@@ -291,6 +291,7 @@ def _embedding_layernorm_variants() -> Iterator[Variant]:
     yield variant("fp16", 768, p=0.1)
     for width in (512, 2048, 8192):
         yield variant("fp64", width, p=0.1)
+    yield variant("bf16", 768, p=0.1, activation="packed")
     yield variant("bf16", 1, activation="order")
 
 
@@ -298,6 +299,7 @@ def _embedding_layernorm(variant: Variant) -> None:
     """As many words as tokens, so that what is read of them counts as the floor does: a row a token."""
     from fastbert.kernels import embedding_layernorm as op
     from fastbert.kernels.embedding_gradients import in_order
+    from fastbert.kernels.embedding_ids import packed_ids
 
     if variant.activation == "order":  # of few ids, wherever those of a batch are more than it takes
         in_order(_meta(EMBEDDED, dtype=torch.int64))
@@ -308,7 +310,11 @@ def _embedding_layernorm(variant: Variant) -> None:
     )
     ids = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int64)
     seed = _meta(dtype=torch.int64) if variant.p else None
-    read = (ids, ids, None, seed, 0, 0)
+    packed = variant.activation == "packed"
+    places = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int32) if packed else None
+    if packed:
+        packed_ids(_meta(TOKENS, dtype=torch.int32), ids, ids, None, 0)
+    read = (ids, ids, ids if packed else None, places, seed, 0, 0)
     y, mean, rstd = op._launch_fwd(words, positions, types, vector, vector, *read, 1e-12, variant.p, dtype, True)
     op._launch_bwd(y, words, positions, types, vector, mean, rstd, *read, variant.p, dtype, True, True, True, True, True)
 

@@ -107,6 +107,7 @@ def embedding_layernorm(
     ids: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
+    places: Tensor | None,
     seed: Tensor | None,
     offset: int,
     padding_idx: int | None,
@@ -145,6 +146,21 @@ def embedding_layernorm_backward(
     return dz.to(z.dtype).reshape(-1, z.shape[-1]), torch.stack([dweight, dbias])[None]
 
 
+def packed_ids(
+    index: Tensor, ids: Tensor, type_ids: Tensor | None, position_ids: Tensor | None, offset: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The ids, types and positions of the rows `index`, [1, N]; of the first row where it is below 0."""
+    index = index.long().clamp(min=0)
+    seqlen = ids.shape[-1]
+    if position_ids is None:
+        position_ids = torch.arange(offset, offset + seqlen, device=ids.device)
+    words, types, positions = (
+        None if some is None else some.expand(ids.shape).reshape(-1)[index].long()[None]
+        for some in (ids, type_ids, position_ids)
+    )
+    return words, types, positions
+
+
 def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
     """ids in ascending order, and the places that they had."""
     sorted_ids, order = ids.to(torch.int32).sort(stable=True)
@@ -160,15 +176,23 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
 
 
 def by_places(
-    dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, seqlen: int, type_batch_stride: int
+    dz: Tensor,
+    n_inner: int,
+    type_ids: Tensor | None,
+    n_types: int,
+    seqlen: int,
+    type_batch_stride: int,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """[1, n_inner, n_types, H]: the same by a row's place modulo n_inner, and its type."""
-    places = torch.arange(dz.shape[0], device=dz.device) % max(n_inner, 1) * n_types
+    """[1, n_inner, n_types, H]: the same by a row's type and place modulo n_inner, which is where `rows` has it if given."""
+    tokens = torch.arange(dz.shape[0], device=dz.device) if rows is None else rows.flatten().long()
+    places = torch.arange(len(tokens), device=dz.device) % max(n_inner, 1) * n_types
     if n_types > 1 and len(dz):
         ids = type_ids.long().view(-1, seqlen)
-        places = places + ids.expand(dz.shape[0] // seqlen, -1).reshape(-1)
-    sums = _raised(dz).new_zeros(n_inner * n_types, dz.shape[1]).index_add_(0, places, _raised(dz))
-    return sums.view(1, n_inner, n_types, dz.shape[1])
+        places = places + ids.expand(dz.shape[0] // seqlen, -1).reshape(-1)[tokens]
+    here = tokens >= 0
+    sums = _raised(dz).new_zeros(n_inner * n_types, dz.shape[1])
+    return sums.index_add_(0, places[here], _raised(dz)[tokens[here]]).view(1, n_inner, n_types, dz.shape[1])
 
 
 def finish(

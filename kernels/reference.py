@@ -58,13 +58,18 @@ def embedding_layernorm(
     p: float = 0.0,
     out_dtype: torch.dtype | None = None,
     keep: Tensor | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
-    """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])), eager's sums in their order."""
+    """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])), eager's sums in their order; of the
+    rows `index` alone where it is given."""
     rows = words if ids is None else F.embedding(ids, words, padding_idx)
     if position_ids is None:
         position_ids = torch.arange(offset, offset + rows.shape[-2], device=words.device)
     type_rows = types[0] if token_type_ids is None else F.embedding(token_type_ids, types)
     y = _layer_norm(rows + type_rows + F.embedding(position_ids, positions), weight, bias, eps, out_dtype)
+    if index is not None:
+        y = y.flatten(0, -2)[index.long().clamp(min=0)][None]
     return y if p == 0.0 else torch.where(keep, y * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
 
 

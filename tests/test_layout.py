@@ -27,6 +27,7 @@ SUPPORT = {
     "configs",
     "device_math",
     "embedding_gradients",
+    "embedding_ids",
     "embedding_rows",
     "embedding_sums",
     "failures",

@@ -93,7 +93,7 @@ def only_kernels_see(
     `attentions`, and reads them as the model means them: then what `look(layer, hooked=...)` says of the fast layers
     that can run as one op, else None."""
     encoder, config = model.encoder, model.config
-    if not _is_known(_unsharded_type(encoder)) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
+    if not _is_known(_unsharded_type(encoder)) or _noticed(encoder) or untested("BertModel") or masks_replaced():
         return None
     causal = bool(config.is_decoder)
     if causal and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
@@ -149,7 +149,7 @@ def _unsharded_type(module: nn.Module) -> type:
 
 
 @torch.compiler.assume_constant_result
-def _masks_replaced() -> bool:
+def masks_replaced() -> bool:
     """Whether BERT's masks are made by something else than transformers' own functions."""
     return any(hasattr(bert, name) and forwards.innermost(getattr(bert, name)) is None for name in _MAKERS)
 

@@ -61,6 +61,8 @@ def encoder_layer(
     queries: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
     product_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
@@ -76,20 +78,23 @@ def encoder_layer(
         cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T.
         max_seqlen: length of the longest packed sequence, or more.
         queries: [N, H], the packed rows that are read, where those are not all: the result is of these alone.
-        cu_seqlens_q, max_seqlen_q: the same of them.
+        cu_seqlens_q, max_seqlen_q: the same of them. Causal queries are the last of their sequence, see attention.
+        index: int32 [N], the packed rows that are read, in place of queries: any rows of x, none twice, zeros where it is
+            below 0. Attention runs for all rows, and what follows it for these.
+        inverse: int32 [T], with index: where each row of x is among those, negative if nowhere.
         product_dtype: of the matrix products and attention, as autocast has it; x's by default.
         norm_dtype: that LayerNorm returns (autocast asks for float32); by default what its sum has.
         seed: int64 [6], of which the dropouts take the first, third and fifth; drawn from torch's generator when None and
             something is dropped.
 
     Returns:
-        The shape of x, or of queries; contiguous.
+        The shape of x, or of queries, or [N, H]; contiguous.
 
     Raises:
         ValueError: shapes, dtypes (float64 beside others for one) or devices that do not fit, an activation that has no
             kernel, a probability outside [0, 1], packed rows with a key_mask.
     """
-    layout = Layout(key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q)
+    layout = Layout(key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q, index, inverse)
     dtypes = product_dtype, norm_dtype
     check(x, weights, settings, layout, *dtypes, seed)
     if key_mask is not None and key_bounds is None:
@@ -132,17 +137,18 @@ def unchecked(
     if _elsewhere(x):
         with torch.cuda.device(x.device):
             return unchecked(x, weights, settings, layout, product_dtype, norm_dtype, seed, twins)
-    key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q = layout
+    key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q, index, inverse = layout
     packed, gradient = cu_seqlens is not None, needs_backward(x, queries, *weights)
     *outer, hidden = x.shape
+    read_rows = None if queries is None else queries.numel() // hidden
     call = (
         *(prod(outer), cu_seqlens.shape[0] - 1 if packed else outer[0], max_seqlen if packed else outer[1]),
-        *(None if queries is None else queries.numel() // hidden, max_seqlen_q),
+        *(read_rows if index is None else index.shape[0], max_seqlen_q),
         *(packed, key_mask is not None, hidden, weights.intermediate.shape[0]),
         *(x.dtype, weights.query.dtype, product_dtype or x.dtype, norm_dtype, x.device),
         *(torch.get_float32_matmul_precision(), gradient),
     )
-    masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens
+    masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens, index, inverse
     try:
         plan = plan_of(call, settings)
         if torch._C._are_functorch_transforms_active():  # tensors stand for others there
@@ -224,7 +230,7 @@ def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[
     if ctx.hooked:  # hooks may give saved tensors back in other places and with other strides
         tensors = [None if tensor is None else aligned(tensor) for tensor in tensors]
     needs, plan, settings = ctx.needs_input_grad, ctx.plan, ctx.settings
-    saved, vectors, seed = Saved(*tensors[:7], Products._make(tensors[7:12])), Vectors._make(tensors[12:16]), tensors[16]
+    saved, vectors, seed = Saved(*tensors[:8], Products._make(tensors[8:13])), Vectors._make(tensors[13:17]), tensors[17]
     x, queries = (None if rows is None else rows.view(-1, plan.hidden) for rows in saved[:2])
     saved = saved._replace(x=x, queries=queries)
     inputs = Inputs(x, queries, dy, *ctx.masks)

@@ -84,6 +84,9 @@ def backward(
 
     dx, dqueries, dprojections, attends = None, None, (None,) * 3, needed.x or needed.queries or any(needed.weights[:6])
     if attends:
+        if inputs.index is not None:
+            dattended = inputs.put(dattended)
+            dread = inputs.put(dread) if needed.x else None
         places = softmax, queries, *sums_of_projections
         dqkv, dq = _through_attention(plan, dattended, inputs, saved, places, attention_seed)
         dx, dqueries, dprojections = _of_projections(plan, dread, dqkv, dq, saved, needed)
@@ -125,7 +128,8 @@ def _through_attention(
         dq = torch.empty_like(saved.q)
         parts, dparts = (at(saved.q), *parts), (at(dq), *dparts)
     shared = *parts, dout, queries, *masks
-    plan.attention_q(stream, *shared, at(saved.attended), softmax, seed, dparts[0], sums_of_q)
+    attended = saved.attended if saved.all_attended is None else saved.all_attended
+    plan.attention_q(stream, *shared, at(attended), softmax, seed, dparts[0], sums_of_q)
     plan.attention_kv(stream, *shared, *dparts[1:], sums_of_kv)
     return dqkv, dq
 

@@ -7,14 +7,15 @@ from torch import Tensor, empty_like
 from torch.nn.functional import linear
 
 from ..bound import Place, addressing, by_address
+from ..gather_rows import gather_rows
 from .plan import Plan
 from .products import Products, products_of
 from .settings import Settings, Weights
 
 
 class Inputs(NamedTuple):
-    """x [T, H]; queries [N, H] where they are rows of their own; a tensor of the result's shape; what attention sees (as in
-    attention.attention)."""
+    """x [T, H]; queries [N, H] where they are rows of their own; a tensor of the result's shape, but for its number of rows;
+    what attention sees (as in attention.attention); the rows that are read of what it gives, see encoder_layer."""
 
     x: Tensor
     queries: Tensor | None
@@ -23,6 +24,16 @@ class Inputs(NamedTuple):
     key_bounds: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens: Tensor | None
+    index: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def taken(self, rows: Tensor) -> Tensor:
+        """[T, H] -> [N, H], those that are read."""
+        return gather_rows(rows, self.index, self.inverse)
+
+    def put(self, rows: Tensor) -> Tensor:
+        """[N, H] -> [T, H], zeros elsewhere."""
+        return gather_rows(rows, self.inverse, self.index)
 
     def masks(self) -> tuple[Place, ...]:
         """In the kernels' order; a mask between queries and keys is none of them."""
@@ -41,7 +52,8 @@ class Saved(NamedTuple):
     queries: Tensor | None
     qkv: Tensor  # [T, 3 H]; of queries of their own, the keys and values alone, [T, 2 H]
     q: Tensor | None  # of queries of their own
-    attended: Tensor
+    attended: Tensor  # the rows that are read
+    all_attended: Tensor | None  # where those were taken of all that attention gave
     h: Tensor
     kept: Tensor
     products: Products
@@ -112,8 +124,11 @@ def forward(
         kept = plan.kept.allocate(x)
         softmax, *saved = plan.kept.places(kept)
         saved1, saved2 = saved[:3], saved[3:]
-    attended = empty_like(x if queries is None else queries)
+    attended, all_attended, shape = empty_like(x if queries is None else queries), None, inputs.like.shape
     plan.attention(stream, *parts, at(attended), softmax, *inputs.masks(), attention_seed)
+    if inputs.index is not None:
+        all_attended, attended, read = attended, inputs.taken(attended), inputs.taken(read)
+        shape = *shape[:-2], *attended.shape
     if not plan.gradient:
         q = qkv = None
 
@@ -132,12 +147,13 @@ def forward(
     plan.gelu(stream, at(h), at(w.intermediate_bias), at(activated))
     out = linear(activated, products.output)
     if plan.gradient:  # autograd's functions must not return views, as which `out` in the shape of x would count
-        y = empty_like(inputs.like, dtype=plan.out_dtype)
+        y = out.new_empty(shape, dtype=plan.out_dtype)
     else:
-        y = (out if plan.out_dtype == low else empty_like(out, dtype=plan.out_dtype)).view_as(inputs.like)
+        y = (out if plan.out_dtype == low else empty_like(out, dtype=plan.out_dtype)).view(shape)
     z, mean, rstd = saved2 or (at(y), None, None)
     vectors = at(w.output_norm), at(w.output_norm_bias), at(w.output_bias)
     y_low = None if plan.out_dtype == low else empty_like(out) if seen else out
     twin = None if y_low is None else at(y_low)
     plan.norm2(stream, at(out), at(y1), *vectors, seed2, at(y), twin, z, mean, rstd)
-    return Result(y, y_low, Saved(x, queries, qkv, q, attended, h, kept, products) if plan.gradient else None)
+    saved = Saved(x, queries, qkv, q, attended, all_attended, h, kept, products) if plan.gradient else None
+    return Result(y, y_low, saved)

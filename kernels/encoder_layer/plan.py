@@ -16,12 +16,13 @@ PLANS = 256  # kept, the least recently used dropped first; a plan is a few KiB
 class Plan:
     """Bound kernels, and how much room a call takes besides its larger tensors.
 
-    rows of the queries, and so of everything after attention, are `n_rows`; widths are H, F and 3 H.
+    rows of the queries are `n_queries`, and of everything after attention `n_rows`; widths are H, F and 3 H.
     """
 
     def __init__(self, call: Call, settings: Settings) -> None:
         self.call = call
         self.n_rows = n = call.rows if call.read_rows is None else call.read_rows
+        self.n_queries = call.rows if call.longest_read is None else n
         low, hidden, inner = call.product_dtype, call.hidden, call.inner
         self.dtype, self.product_dtype, self.weight_dtype = call.dtype, low, call.weight_dtype
         self.hidden, self.gradient = hidden, call.gradient
@@ -43,7 +44,7 @@ class Plan:
 
         head_size = hidden // settings.heads
         planes = 2 if low.itemsize > 2 else 1
-        self.softmax = (planes, settings.heads, n), self._wide
+        self.softmax = (planes, settings.heads, self.n_queries), self._wide
         self.geometry = self._geometry(head_size)
         vector = 16 // low.itemsize
         self.aligned = head_size % vector == 0 and head_size % 16 != 0
@@ -54,7 +55,7 @@ class Plan:
     def _geometry(self, head_size: int) -> attention.Geometry:
         call, settings = self.call, self._settings
         hidden = call.hidden
-        read = call.read_rows is not None
+        read = call.longest_read is not None
         longest_q = call.longest_read if read else call.longest
 
         def strides(row: int, longest: int) -> attention.Strides:
@@ -65,7 +66,7 @@ class Plan:
             sequences=call.sequences,
             max_seqlen_q=longest_q,
             max_seqlen_k=call.longest,
-            n_rows=self.n_rows,
+            n_rows=self.n_queries,
             n_heads=settings.heads,
             kv_heads=settings.heads,
             head_size=head_size,

@@ -42,6 +42,30 @@ FAULTS = (
         tests=(f"{LAYER}::test_mixed_dtypes",),
     ),
     _backward(
+        "rows that are read of what attention gave leave their residual's gradient where they are read",
+        before="            dread = inputs.put(dread) if needed.x else None\n",
+        after="            dread = torch.cat([dread, dread.new_zeros(len(inputs.inverse) - len(dread), plan.hidden)])\n",
+        tests=(f"{GRADCHECK}::test_gradients[read anywhere]",),
+    ),
+    _backward(
+        "attention's backward is given the rows that are read in place of all",
+        before="attended = saved.attended if saved.all_attended is None else saved.all_attended",
+        after="attended = saved.attended",
+        tests=(f"{LAYER}::test_rows_that_are_read_anywhere",),
+    ),
+    _plan(
+        "of rows that are read attention keeps as few statistics as those are",
+        before="self.softmax = (planes, settings.heads, self.n_queries), self._wide",
+        after="self.softmax = (planes, settings.heads, self.n_rows), self._wide",
+        tests=(f"{LAYER}::test_rows_that_are_read_anywhere",),
+    ),
+    _forward(
+        "rows that are read of what attention gave have others' residual",
+        before="inputs.taken(attended), inputs.taken(read)",
+        after="inputs.taken(attended), read",
+        tests=(f"{LAYER}::test_rows_that_are_read_anywhere",),
+    ),
+    _backward(
         "the feed-forward's gradient does not join the residual's",
         before="    add_product(dy1, dh, products.intermediate)\n",
         after="",
