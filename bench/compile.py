@@ -18,7 +18,7 @@ from bench import sass
 from bench.cases import BATCH, CASES, HEADS, SEQLEN, TOKENS, Variant
 from bench.floors import SCORE_PRODUCTS
 from bench.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_per_second, resident_programs
-from fastbert.kernels import launch
+from fastbert.kernels import kept, launch
 
 TILES = "pointers"  # what attention's kernels call whatever they load or store a tile through
 _COLUMN_SUMS = "column_sums_kernel"
@@ -99,10 +99,7 @@ def compile_launch(architecture: str, launched: Launch) -> Any:
     """Triton's own warm-up: it specialises the arguments as a launch does, compiles, and stops there."""
     assert isinstance(launched.kernel, triton.JITFunction), "TRITON_INTERPRET is set: nothing can be compiled"
     triton.runtime.driver.set_active(_AbsentDevice(ARCHITECTURES[architecture].capability))
-    options = {"num_warps": launched.config.num_warps}
-    if launched.config.num_stages is not None:
-        options["num_stages"] = launched.config.num_stages
-    return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **options)
+    return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **kept.options(launched.config))
 
 
 def resources(cubin: bytes) -> dict[str, int]:

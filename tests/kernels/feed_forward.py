@@ -1,0 +1,50 @@
+"""feed_forward under test: its inputs by name, and the check that judges a call."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastbert.kernels import reference
+from fastbert.kernels.feed_forward import feed_forward
+from fastbert.kernels.feed_forward_products import decided
+from fastbert.kernels.launch import counts
+from tests.numerics import assert_close
+
+from .ops import DEVICE, Inputs, double, run
+
+KERNEL = ("bias_gelu_fwd_kernel", "bias_gelu_bwd_kernel")  # after cuBLAS's products
+EPILOGUES = ("feed_forward_fwd_kernel", "feed_forward_bwd_kernel")
+
+
+def make_inputs(rows: int, hidden: int, inner: int, output: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """x [rows, hidden] and weights such that products keep the size of their input."""
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, dtype=torch.float64)).to(DEVICE, dtype)
+
+    return {
+        "x": normal(rows, hidden),
+        "weight": normal(inner, hidden, scale=hidden**-0.5),
+        "bias": normal(inner, scale=0.3),
+        "output_weight": normal(output, inner, scale=inner**-0.5),
+    }
+
+
+def check(
+    inputs: Inputs, way: tuple[bool, bool], *, frozen: Iterable[str] = (), activation: str = "gelu"
+) -> dict[str, Tensor | None]:
+    """Output and every gradient against eager and float64, with the epilogues that `way` asks for and no others."""
+    frozen = tuple(frozen)
+    dy = torch.randn_like(reference.feed_forward(**inputs))
+    before = counts.copy()
+    with decided(*way):
+        results = run(feed_forward, inputs, dy, frozen, activation=activation)
+    expected = {(EPILOGUES if on else KERNEL)[i]: 1 for i, on in enumerate(way)}
+    if not way[1] and "output_weight" not in frozen:  # the activation made again
+        expected[KERNEL[0]] = expected.get(KERNEL[0], 0) + 1
+    assert counts - before == expected
+    eager = run(reference.feed_forward, inputs, dy, frozen, activation=activation)
+    exact = run(reference.feed_forward, double(inputs), dy.double(), frozen, activation=activation)
+    assert_close(results, eager, exact, relative_fp32=None if dy.element_size() == 2 else 1e-5)
+    return results
