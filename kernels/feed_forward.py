@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import bias_gelu, plain
 from .failures import or_plain
-from .feed_forward_products import GRADIENT, PRODUCT, gradient_work, is_on, product_work
+from .feed_forward_products import GRADIENT, PRODUCT, is_on, rows_of_sums, work
 from .launch import accumulator_torch, as_rows, check_activation, check_device, check_dtype, check_vector, differentiable
 
 __all__ = ["feed_forward"]
@@ -27,8 +27,9 @@ __all__ = ["feed_forward"]
 def _launch_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0])
     h = torch.empty_like(y) if save else None
-    work = product_work(*x.shape, weight.shape[0], x, activation)
-    work.launch(x, x_ptr=x, weight_ptr=weight, bias_ptr=bias, h_ptr=h, y_ptr=y)
+    work(PRODUCT, *x.shape, weight.shape[0], x, activation).launch(
+        x, x_ptr=x, weight_ptr=weight, bias_ptr=bias, h_ptr=h, y_ptr=y
+    )
     return y, x.new_empty(0) if h is None else h
 
 
@@ -37,9 +38,8 @@ def _launch_gradient(
     dout: Tensor, output_weight: Tensor, bias: Tensor | None, h: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dh, y = torch.empty_like(h), torch.empty_like(h)
-    work, rows_of_sums = gradient_work(*dout.shape, h.shape[1], h, activation)
-    sums = h.new_empty(rows_of_sums, h.shape[1], dtype=accumulator_torch(h.dtype))
-    work.launch(
+    sums = h.new_empty(rows_of_sums(*h.shape, h), h.shape[1], dtype=accumulator_torch(h.dtype))
+    work(GRADIENT, *dout.shape, h.shape[1], h, activation).launch(
         h, dout_ptr=dout, weight_ptr=output_weight, bias_ptr=bias, h_ptr=h, dh_ptr=dh, y_ptr=y, sums_ptr=sums
     )
     return dh, y, sums.sum(0)
@@ -133,9 +133,7 @@ _backward_op.register_fake(_allocate_bwd)
 _call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
 
 
-def feed_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: Tensor, *, activation: str = "gelu"
-) -> Tensor:
+def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: Tensor, *, activation: str = "gelu") -> Tensor:
     """activation(x weight' + bias) output_weight'.
 
     Args:

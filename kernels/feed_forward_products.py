@@ -22,17 +22,18 @@ Off until a GPU has shown that it is no slower: configs.FUSED.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import failures
 from .configs import FUSED, TABLES, Config
 from .device_math import activation as activate
 from .device_math import activation_backward
 from .launch import Work, accumulator, cdiv, choose, resident_programs, table_of
 
 PRODUCT, GRADIENT = "feed_forward_product", "feed_forward_gradient"  # their tables in configs.py
+KERNELS = ("feed_forward_fwd_kernel", "feed_forward_bwd_kernel")
 _decided: tuple[bool, bool] | None = None
 
 
@@ -104,9 +105,9 @@ def feed_forward_fwd_kernel(
     PART: tl.constexpr = BLOCK_N // 4
     rows, cols, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     part_cols = tl.arange(0, PART)
-    tile = tl.program_id(0)
-    n_tiles = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else tile + 1
-    for tile in range(tile, n_tiles, tl.num_programs(0)):
+    start = tl.program_id(0)
+    stop = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else start + 1
+    for tile in range(start, stop, tl.num_programs(0)):
         row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)
         # Offsets inside a tile fit 32 bits. A row past the last is the last one again: read, and never written.
         last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
@@ -150,9 +151,9 @@ def feed_forward_bwd_kernel(
     PART: tl.constexpr = BLOCK_N // 4
     rows, cols, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     part_cols = tl.arange(0, PART)
-    tile = tl.program_id(0)
-    n_tiles = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else tile + 1
-    for tile in range(tile, n_tiles, tl.num_programs(0)):
+    start = tl.program_id(0)
+    stop = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else start + 1
+    for tile in range(start, stop, tl.num_programs(0)):
         row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)
         last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
         dout = dout_ptr + row * n_inner + tl.minimum(rows, last)[:, None] * n_inner + inner[None, :]
@@ -175,25 +176,15 @@ def feed_forward_bwd_kernel(
                 tl.store(sums_ptr + (row // BLOCK_M * N_COLS + col + i * PART) + part_cols, dbias)
 
 
-def product_work(n_rows: int, n_inner: int, n_cols: int, like: Tensor, activation: str) -> Work:
-    """x [n_rows, n_inner], weight [n_cols, n_inner], h and y [n_rows, n_cols], contiguous, of the dtype of `like`."""
-    work, _ = _work(PRODUCT, feed_forward_fwd_kernel, n_rows, n_inner, n_cols, like, activation)
-    return work
+def work(part: str, n_rows: int, n_inner: int, n_cols: int, like: Tensor, activation: str) -> Work:
+    """Of contiguous tensors of the dtype of `like`.
 
-
-def gradient_work(n_rows: int, n_inner: int, n_cols: int, like: Tensor, activation: str) -> tuple[Work, int]:
-    """dout [n_rows, n_inner], weight [n_inner, n_cols], h, dh and y [n_rows, n_cols], contiguous; and how many rows of sums
-    it writes."""
-    return _work(GRADIENT, feed_forward_bwd_kernel, n_rows, n_inner, n_cols, like, activation)
-
-
-def _work(
-    part: str, kernel: object, n_rows: int, n_inner: int, n_cols: int, like: Tensor, activation: str
-) -> tuple[Work, int]:
+    PRODUCT: x [n_rows, n_inner], weight [n_cols, n_inner]; writes h and y [n_rows, n_cols].
+    GRADIENT: dout [n_rows, n_inner], weight [n_inner, n_cols], h [n_rows, n_cols]; writes dh and y, and sums
+    [rows_of_sums, n_cols], which are float32 (float64 for float64).
+    """
     config = choose(part, like, n_cols)
-    assert _divides(config, n_inner, n_cols), (config, n_inner, n_cols)
-    row_blocks = cdiv(n_rows, config.BLOCK_M)
-    tiles = row_blocks * (n_cols // config.BLOCK_N)
+    tiles = cdiv(n_rows, config.BLOCK_M) * (n_cols // config.BLOCK_N)
     persistent = config.programs_per_multiprocessor is not None
     numbers = {
         "n_rows": n_rows,
@@ -206,8 +197,13 @@ def _work(
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_K": config.BLOCK_K,
     }
-    programs = resident_programs(config, like, tiles) if persistent and tiles else tiles
-    return Work(kernel, programs, config, numbers), row_blocks
+    kernel = feed_forward_fwd_kernel if part == PRODUCT else feed_forward_bwd_kernel
+    return Work(kernel, resident_programs(config, like, tiles) if persistent and tiles else tiles, config, numbers)
+
+
+def rows_of_sums(n_rows: int, n_cols: int, like: Tensor) -> int:
+    """How many rows of sums GRADIENT writes."""
+    return cdiv(n_rows, choose(GRADIENT, like, n_cols).BLOCK_M)
 
 
 def _divides(config: Config, n_inner: int, n_cols: int) -> bool:
@@ -218,6 +214,8 @@ def _divides(config: Config, n_inner: int, n_cols: int) -> bool:
 def is_on(part: str, like: Tensor, n_rows: int, n_inner: int, n_cols: int) -> bool:
     """Whether the product of this size is to be PRODUCT's or GRADIENT's own instead of cuBLAS and a kernel."""
     name, itemsize = table_of(like), like.element_size()
+    if KERNELS[part == GRADIENT] in failures.reasons:
+        return False
     if not n_rows or itemsize not in TABLES[part][name] or not _divides(choose(part, like, n_cols), n_inner, n_cols):
         return False
     if _decided is not None:

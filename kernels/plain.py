@@ -23,9 +23,7 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, activation: s
     return dx.to(x.dtype).contiguous(), _column_sum(dx)
 
 
-def activated_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
-) -> tuple[Tensor, Tensor]:
+def activated_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     h = F.linear(x, weight)
     return bias_gelu(h, bias, activation), h if save else x.new_empty(0)
 
@@ -168,9 +166,7 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
     return dtable.to(dtype)
 
 
-def by_places(
-    dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, seqlen: int, type_batch_stride: int
-) -> Tensor:
+def by_places(dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, seqlen: int, type_batch_stride: int) -> Tensor:
     """[1, n_inner, n_types, H]: the same by a row's place modulo n_inner, and its type."""
     places = torch.arange(dz.shape[0], device=dz.device) % max(n_inner, 1) * n_types
     if n_types > 1 and len(dz):

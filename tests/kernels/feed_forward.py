@@ -1,20 +1,28 @@
 """feed_forward under test: its inputs by name, and the check that judges a call."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbert.kernels import reference
+from fastbert.kernels.configs import TABLES, Config
 from fastbert.kernels.feed_forward import feed_forward
-from fastbert.kernels.feed_forward_products import decided
+from fastbert.kernels.feed_forward_products import GRADIENT, KERNELS, PRODUCT, decided
 from fastbert.kernels.launch import counts
 from tests.numerics import assert_close
 
 from .ops import DEVICE, Inputs, double, run
 
-KERNEL = ("bias_gelu_fwd_kernel", "bias_gelu_bwd_kernel")  # after cuBLAS's products
-EPILOGUES = ("feed_forward_fwd_kernel", "feed_forward_bwd_kernel")
+AFTER = ("bias_gelu_fwd_kernel", "bias_gelu_bwd_kernel")  # after cuBLAS's products
+
+
+def small_tiles(monkeypatch: Any, rows: int = 16, cols: int = 32, inner: int = 16, persistent: int | None = None) -> None:
+    """Several of them in every direction of a small product, in the interpreter."""
+    config = Config(rows, 1, cols, persistent, BLOCK_K=inner)
+    for table in (PRODUCT, GRADIENT):
+        monkeypatch.setitem(TABLES[table], "interpreter", {size: {8192: config} for size in (2, 4, 8)})
 
 
 def make_inputs(rows: int, hidden: int, inner: int, output: int, dtype: torch.dtype = torch.float32) -> Inputs:
@@ -40,9 +48,9 @@ def check(
     before = counts.copy()
     with decided(*way):
         results = run(feed_forward, inputs, dy, frozen, activation=activation)
-    expected = {(EPILOGUES if on else KERNEL)[i]: 1 for i, on in enumerate(way)}
+    expected = {(KERNELS if on else AFTER)[i]: 1 for i, on in enumerate(way)}
     if not way[1] and "output_weight" not in frozen:  # the activation made again
-        expected[KERNEL[0]] = expected.get(KERNEL[0], 0) + 1
+        expected[AFTER[0]] = expected.get(AFTER[0], 0) + 1
     assert counts - before == expected
     eager = run(reference.feed_forward, inputs, dy, frozen, activation=activation)
     exact = run(reference.feed_forward, double(inputs), dy.double(), frozen, activation=activation)

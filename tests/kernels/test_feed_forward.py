@@ -4,29 +4,22 @@ import pytest
 import torch
 
 from fastbert.kernels import feed_forward_products, reference
-from fastbert.kernels.configs import ARCHITECTURES, FUSED, TABLES, Config
+from fastbert.kernels.configs import ARCHITECTURES, FUSED, TABLES
 from fastbert.kernels.feed_forward import feed_forward
-from fastbert.kernels.feed_forward_products import GRADIENT, PRODUCT, decided, is_on
+from fastbert.kernels.feed_forward_products import GRADIENT, KERNELS, PRODUCT, decided, is_on
 from fastbert.kernels.launch import ACTIVATIONS
 
-from .feed_forward import EPILOGUES, KERNEL, check, make_inputs
+from .feed_forward import AFTER, check, make_inputs, small_tiles
 from .ops import DEVICE, INTERPRETED, run
 
 BOTH = (True, True)
 WAYS = [(False, False), (True, False), (False, True), BOTH]
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several of them in every direction of a small product."""
-
-    def of(rows=16, cols=32, inner=16, persistent=None):
-        config = Config(rows, 1, cols, persistent, BLOCK_K=inner)
-        for table in (PRODUCT, GRADIENT):
-            monkeypatch.setitem(TABLES[table], "interpreter", {size: {8192: config} for size in (2, 4, 8)})
-
-    of()
-    return of
+@pytest.fixture(name="small_tiles")
+def _small_tiles(monkeypatch):
+    small_tiles(monkeypatch)
+    return lambda **options: small_tiles(monkeypatch, **options)
 
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="tiles too small for the tensor cores, and types that are not theirs")
@@ -96,13 +89,13 @@ def test_nothing_is_kept_without_a_gradient(small_tiles, launches):
         y = feed_forward(**inputs)
     with decided(*BOTH):
         assert torch.equal(y, run(feed_forward, inputs, None)["y"])
-    assert not kept and launches() == {EPILOGUES[0]: 2}
+    assert not kept and launches() == {KERNELS[0]: 2}
 
 
 @interpreted
 def test_rows_past_the_last_are_not_written(small_tiles):
     """Neither those of the tensors, which lie in front of something else, nor into the sums."""
-    work = feed_forward_products.product_work(5, 16, 32, torch.empty(0, device=DEVICE), "gelu")
+    work = feed_forward_products.work(PRODUCT, 5, 16, 32, torch.empty(0, device=DEVICE), "gelu")
     room = torch.full((2, 20, 32), torch.nan, device=DEVICE)
     x, weight = torch.randn(5, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE)
     work.launch(x, x_ptr=x, weight_ptr=weight, bias_ptr=None, h_ptr=room[0], y_ptr=room[1])
@@ -192,7 +185,7 @@ def test_the_reference_is_stocks(launches):
     expected = torch.nn.functional.gelu(h) @ inputs["output_weight"].t()
     torch.testing.assert_close(reference.feed_forward(**inputs), expected)
     torch.testing.assert_close(feed_forward(**inputs), expected)
-    assert launches() == {KERNEL[0]: 1}
+    assert launches() == {AFTER[0]: 1}
 
 
 @pytest.mark.no_launch
@@ -211,4 +204,3 @@ def test_the_reference_is_stocks(launches):
 def test_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         feed_forward(**(make_inputs(6, 16, 32, 16) | change))
-
