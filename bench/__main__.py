@@ -121,6 +121,10 @@ def _conclude(results: Any) -> None:
     for stage in results.stages:
         if stage.status == "error":
             console.print(f"[red]{stage.name}:[/] {(stage.reason or '').splitlines()[-1:]}", highlight=False)
+    if any(record.op == "feed_forward" and record.seconds for record in results.ops):
+        from bench import candidates, feed_forward_lanes
+
+        console.print(feed_forward_lanes.earned_table(results.ops, candidates.architecture_here()))
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
     if not reached or any(record.status == "failed" for record in checked):

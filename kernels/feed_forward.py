@@ -156,8 +156,8 @@ def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: 
     sizes = [weight.shape[1], weight.shape[0], output_weight.shape[0]]
     # While a compiler traces with sizes that it cannot know, the answer is no.
     known = guard_or_false(rows.shape[0] > 0)
-    product_on = known and is_on(PRODUCT, x, rows.shape[0], sizes[0], sizes[1])
-    gradient_on = known and is_on(GRADIENT, x, rows.shape[0], sizes[2], sizes[1])
+    product_on = known and is_on(PRODUCT, x, rows.shape[0], sizes[0], sizes[1], activation)
+    gradient_on = known and is_on(GRADIENT, x, rows.shape[0], sizes[2], sizes[1], activation)
     y, _ = _call(rows, weight, bias, output_weight, activation, product_on, gradient_on, save)
     return y.view(*x.shape[:-1], output_weight.shape[0])
 

@@ -34,6 +34,7 @@ from .launch import Work, accumulator, cdiv, choose, resident_programs, table_of
 
 PRODUCT, GRADIENT = "feed_forward_product", "feed_forward_gradient"  # their tables in configs.py
 KERNELS = ("feed_forward_fwd_kernel", "feed_forward_bwd_kernel")
+ACTIVATIONS = ("gelu", "relu")  # the slopes of the others fill more registers than a product leaves
 _decided: tuple[bool, bool] | None = None
 
 
@@ -211,10 +212,10 @@ def _divides(config: Config, n_inner: int, n_cols: int) -> bool:
     return n_inner % config.BLOCK_K == 0 and n_cols % config.BLOCK_N == 0 and n_inner > 0
 
 
-def is_on(part: str, like: Tensor, n_rows: int, n_inner: int, n_cols: int) -> bool:
+def is_on(part: str, like: Tensor, n_rows: int, n_inner: int, n_cols: int, activation: str) -> bool:
     """Whether the product of this size is to be PRODUCT's or GRADIENT's own instead of cuBLAS and a kernel."""
     name, itemsize = table_of(like), like.element_size()
-    if KERNELS[part == GRADIENT] in failures.reasons:
+    if activation not in ACTIVATIONS or KERNELS[part == GRADIENT] in failures.reasons:
         return False
     if not n_rows or itemsize not in TABLES[part][name] or not _divides(choose(part, like, n_cols), n_inner, n_cols):
         return False

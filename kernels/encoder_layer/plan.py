@@ -188,11 +188,11 @@ class Plan:
     def _bind_product(self, part: str, *tensors: tuple[str, torch.dtype | None]) -> Bound | None:
         """A product of the feed-forward with an epilogue; None where cuBLAS and a kernel take its place."""
         call, like = self.call, self._like(dtype=self.call.product_dtype)
-        sizes = self.n_rows, call.hidden, call.inner
-        if not feed_forward_products.is_on(part, like, *sizes):
+        sizes, activation = (self.n_rows, call.hidden, call.inner), self._settings.activation
+        if not feed_forward_products.is_on(part, like, *sizes, activation):
             return None
         try:
-            return self._bind(feed_forward_products.work(part, *sizes, like, self._settings.activation), *tensors)
+            return self._bind(feed_forward_products.work(part, *sizes, like, activation), *tensors)
         except KernelFailed as failure:
             if failures.strict:
                 raise

@@ -40,13 +40,19 @@ def make_inputs(rows: int, hidden: int, inner: int, output: int, dtype: torch.dt
 
 
 def check(
-    inputs: Inputs, way: tuple[bool, bool], *, frozen: Iterable[str] = (), activation: str = "gelu"
+    inputs: Inputs,
+    way: tuple[bool, bool],
+    *,
+    asked: tuple[bool, bool] | None = None,
+    frozen: Iterable[str] = (),
+    activation: str = "gelu",
 ) -> dict[str, Tensor | None]:
-    """Output and every gradient against eager and float64, with the epilogues that `way` asks for and no others."""
+    """Output and every gradient against eager and float64, with the epilogues that `way` says and no others, though `asked`
+    for."""
     frozen = tuple(frozen)
     dy = torch.randn_like(reference.feed_forward(**inputs))
     before = counts.copy()
-    with decided(*way):
+    with decided(*(asked or way)):
         results = run(feed_forward, inputs, dy, frozen, activation=activation)
     expected = {(KERNELS if on else AFTER)[i]: 1 for i, on in enumerate(way)}
     if not way[1] and "output_weight" not in frozen:  # the activation made again

@@ -28,9 +28,18 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="tiles too small for th
 @interpreted
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", feed_forward_products.ACTIVATIONS)
 def test_every_way(way, dtype, activation, small_tiles):
     check(make_inputs(37, 32, 64, 48, dtype), way, activation=activation)
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_other_activations_go_without(activation, small_tiles):
+    on = activation in feed_forward_products.ACTIVATIONS
+    with decided(*BOTH):
+        assert is_on(PRODUCT, torch.empty(0, device=DEVICE), 37, 32, 64, activation) == on
+        check(make_inputs(20, 32, 64, 16), (on, on), activation=activation, asked=BOTH)
 
 
 @interpreted
@@ -133,7 +142,7 @@ def test_16_bit_results_are_those_of_a_product_and_a_kernel(small_tiles):
 def test_off_as_shipped():
     assert FUSED == {PRODUCT: {}, GRADIENT: {}}
     like = torch.empty(0, dtype=torch.float16, device=DEVICE)
-    assert not is_on(PRODUCT, like, 2**20, 768, 3072) and not is_on(GRADIENT, like, 2**20, 768, 3072)
+    assert not is_on(PRODUCT, like, 2**20, 768, 3072, "gelu") and not is_on(GRADIENT, like, 2**20, 768, 3072, "gelu")
 
 
 @pytest.mark.no_launch
@@ -141,9 +150,9 @@ def test_the_table_decides_by_size_and_rows(monkeypatch):
     like, other = (torch.empty(0, dtype=dtype, device=DEVICE) for dtype in (torch.float16, torch.float32))
     name = feed_forward_products.table_of(like)
     monkeypatch.setitem(FUSED[GRADIENT], name, {2: {(768, 3072): 2048}})
-    assert [is_on(GRADIENT, like, rows, 768, 3072) for rows in (0, 2047, 2048, 2**20)] == [False, False, True, True]
-    assert not is_on(GRADIENT, like, 4096, 1024, 4096) and not is_on(PRODUCT, like, 4096, 768, 3072)
-    assert not is_on(GRADIENT, other, 4096, 768, 3072)
+    assert [is_on(GRADIENT, like, rows, 768, 3072, "gelu") for rows in (0, 2047, 2048, 2**20)] == [False, False, True, True]
+    assert not is_on(GRADIENT, like, 4096, 1024, 4096, "gelu") and not is_on(PRODUCT, like, 4096, 768, 3072, "gelu")
+    assert not is_on(GRADIENT, other, 4096, 768, 3072, "gelu")
 
 
 @pytest.mark.no_launch
@@ -151,7 +160,7 @@ def test_the_table_decides_by_size_and_rows(monkeypatch):
 def test_sizes_that_tiles_do_not_fill_are_never_on(n_inner, n_cols):
     like = torch.empty(0, dtype=torch.float16, device=DEVICE)
     with decided(*BOTH):
-        assert is_on(PRODUCT, like, 100, 128, 256) and not is_on(PRODUCT, like, 100, n_inner, n_cols)
+        assert is_on(PRODUCT, like, 100, 128, 256, "gelu") and not is_on(PRODUCT, like, 100, n_inner, n_cols, "gelu")
 
 
 @pytest.mark.no_launch
