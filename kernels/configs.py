@@ -169,7 +169,7 @@ _LINEAR_CROSS_ENTROPY_SCALE: Table = {
 # multiprocessor each tile is a program of its own. Two programs fit a multiprocessor but for sm_80.
 _FEED_FORWARD: Table = {2: {8192: Config(128, 8, 128, num_stages=3, BLOCK_K=64, maxnreg=128)}}
 _AMPERE_FEED_FORWARD: Table = {2: {8192: Config(128, 8, 128, num_stages=3, BLOCK_K=64)}}
-_BLACKWELL_FEED_FORWARD_GRADIENT: Table = {2: {8192: Config(128, 4, 128, num_stages=3, BLOCK_K=64)}}
+_BLACKWELL_FEED_FORWARD: Table = {2: {8192: Config(128, 4, 128, num_stages=3, BLOCK_K=64)}}
 
 
 # A row of a mask a program, BLOCK_N of its bytes at once. The element size is that of what is written, int32; the table
@@ -251,10 +251,10 @@ TABLES: dict[str, dict[str, Table]] = {
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
     "feed_forward_product": _everywhere(_FEED_FORWARD)
-    | {"sm_80": _AMPERE_FEED_FORWARD}
+    | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD}
     | _interpreted(Config(64, 1, 32, BLOCK_K=32)),
     "feed_forward_gradient": _everywhere(_FEED_FORWARD)
-    | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD_GRADIENT}
+    | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD}
     | _interpreted(Config(64, 1, 32, BLOCK_K=32)),
     "column_sums": _everywhere(_COLUMN_SUMS) | _interpreted(Config(32, 1, 1024)),
     "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),

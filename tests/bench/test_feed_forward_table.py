@@ -1,5 +1,7 @@
 """Which entries of configs.FUSED a run earns: products with epilogues that are no slower at every size from some rows on."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -42,7 +44,7 @@ def test_nothing_is_earned_otherwise(options):
 
 
 def test_the_table_prints_what_is_to_be_committed():
-    console = Console(width=160, record=True, quiet=True)
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(earned_table(pair(80, 100, 4096), "sm_90"))
     text = console.export_text()
     assert 'FUSED["feed_forward_product"]["sm_90"] = {2: {(768, 3072): 4096}}' in text and "1.25x" in text
