@@ -86,7 +86,7 @@ def test_two_launches_fewer(monkeypatch, launches):
     """One kernel for a product and a kernel, forward and backward; and without a gradient h is not written."""
     monkeypatch.setattr(bound, "INTERPRETED", False)
     compiled, nothing = [], kept.Kept(None, lambda *places: None, (), True)
-    monkeypatch.setattr(kept, "compiled", lambda kernel, *rest: compiled.append(kernel.__name__) or nothing)
+    monkeypatch.setattr(kept, "compiled", lambda kernel, _, __, values: compiled.append((kernel.__name__, values)) or nothing)
     plan.forget()
     inputs = make_inputs((2, 9, 32), 64)
     leaves = {name: None if x is None else x.requires_grad_() for name, x in inputs.items()}
@@ -97,5 +97,6 @@ def test_two_launches_fewer(monkeypatch, launches):
             flat(direct)(**leaves, settings=Settings(2))
     plan.forget()
     found = launches()
-    assert not any("gelu" in name for name in (*found, *compiled)) and len(compiled) == 11 + 4
+    assert not any("gelu" in name for name in (*found, *dict(compiled))) and len(compiled) == 11 + 4
+    assert [values[3] for name, values in compiled if name == KERNELS[0]] == [torch.float32, None]
     assert [found.get(name) for name in KERNELS] == [2, 1]
