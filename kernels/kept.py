@@ -56,8 +56,8 @@ class Family:
     def key(self, values: Sequence[Any], config: Config, device: int) -> tuple:
         """What Triton compiles anew for. A dtype stands for a tensor whose address 16 divides."""
         others = [_class_of(values[i]) for i in self._others]
-        constants = self._constants(values)[1:]
-        return device, config.num_warps, config.num_stages, config.maxnreg, constants, *self._small(values), *others
+        told = config.num_warps, config.num_stages, config.maxnreg
+        return device, *told, self._constants(values)[1:], *self._small(values), *others
 
     def _small(self, values: Sequence[Any]) -> list[bool]:
         return [values[i] in _INT32 for i in self._sizes]
