@@ -142,6 +142,10 @@ def _conclude(results: Any) -> int:
 
     for line in accepting.failures(results):
         console.print(line, highlight=False, soft_wrap=True, markup=False, style="red")
+    if any(record.op == "feed_forward" and record.seconds for record in results.ops):
+        from bench import candidates, feed_forward_lanes
+
+        console.print(feed_forward_lanes.earned_table(results.ops, candidates.architecture_here()))
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
     found = (*results.models, *results.ops, *results.host)

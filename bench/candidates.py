@@ -21,18 +21,29 @@ class Entry:
     """A table of configs.py: the op and direction that show its time, BERT's widths, and what may vary.
 
     extra: what else the audit's variant of it is, where that is not the op's plain one.
+    lane: of the op's, the one that uses it.
     """
 
     op: str
     direction: str
     widths: tuple[int, ...]
-    choices: dict[str, tuple[int, ...]]
+    choices: dict[str, tuple[int | None, ...]]
     function: str
     extra: dict[str, Any] = field(default_factory=dict)
+    lane: str = "fastbert"
 
 
 _HIDDEN, _FEED_FORWARD, _HEAD_SIZES, _VOCABULARY = (1024, 768, 384), (4096, 3072, 1536), (64,), (30522,)
 _DROPPED = {"p": 0.1}
+# None and 1 or 2 programs a multiprocessor, which then take tile after tile.
+_PRODUCT_TILES = {
+    "maxnreg": (None, 128),
+    "BLOCK_M": (64, 128, 256),
+    "BLOCK_N": (64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (3, 4),
+    "programs_per_multiprocessor": (None, 1, 2),
+}
 _TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
 ENTRIES = {
     "attention_forward": Entry(
@@ -95,6 +106,12 @@ ENTRIES = {
         _FEED_FORWARD,
         {"BLOCK_M": (1, 2, 4, 8), "BLOCK_N": (256, 512, 1024), "num_warps": (2, 4, 8)},
         "bias_gelu_fwd_kernel",
+    ),
+    "feed_forward_product": Entry(
+        *("feed_forward", "forward", _FEED_FORWARD, _PRODUCT_TILES, "feed_forward_fwd_kernel"), lane="fastbert, epilogues"
+    ),
+    "feed_forward_gradient": Entry(
+        *("feed_forward", "backward", _FEED_FORWARD, _PRODUCT_TILES, "feed_forward_bwd_kernel"), lane="fastbert, epilogues"
     ),
     "gather_rows": Entry(
         "gather_rows",

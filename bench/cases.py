@@ -62,6 +62,7 @@ class Case:
 SHORT = (
     "dropout_add_layernorm bf16 768 p=0.1",
     "bias_gelu bf16 3072 gelu",
+    "feed_forward bf16 3072 gelu",
     "embedding_layernorm bf16 768 p=0.1",
     "gather_rows bf16 768 rows",
     "gelu_layernorm bf16 768 gelu",
@@ -133,6 +134,24 @@ def _bias_gelu(variant: Variant) -> None:
     x, bias = _meta(TOKENS, variant.width, dtype=dtype), _meta(variant.width, dtype=dtype)
     y = op._launch_fwd(x, bias, variant.activation)
     op._launch_bwd(y, x, bias, variant.activation, True)
+
+
+def _feed_forward_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "feed_forward")
+    for dtype in ("bf16", "fp16"):
+        for width in FEED_FORWARD[:3]:
+            yield variant(dtype, width)
+    yield variant("bf16", 3072, activation="relu")
+
+
+def _feed_forward(variant: Variant) -> None:
+    """The products with epilogues, which are off as shipped. All else that the op launches is bias_gelu's."""
+    from fastbert.kernels import feed_forward as op
+
+    hidden, inner = variant.width // 4, variant.width
+    x, weight, bias = (_meta(*shape, dtype=DTYPES[variant.dtype]) for shape in ((TOKENS, hidden), (inner, hidden), (inner,)))
+    _, h = op._launch_product(x, weight, bias, variant.activation, True)
+    op._launch_gradient(x, weight.t(), bias, h, variant.activation)
 
 
 def _gather_rows_variants() -> Iterator[Variant]:
@@ -403,6 +422,7 @@ CASES: dict[str, Case] = {
     "packed_rows": Case(partial(_masks_variants, "packed_rows"), _packed_rows),
     "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
     "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
+    "feed_forward": Case(_feed_forward_variants, _feed_forward),
     "embedding_layernorm": Case(_embedding_layernorm_variants, _embedding_layernorm),
     "gather_rows": Case(_gather_rows_variants, _gather_rows),
     "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),

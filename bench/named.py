@@ -18,7 +18,7 @@ NAMED: dict[str, list[dict[str, int]]] = {
         {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8},
     ],
     "layernorm_backward": [
-        {"max_registers": 168, "programs_per_multiprocessor": 3},
+        {"maxnreg": 168, "programs_per_multiprocessor": 3},
         {"programs_per_multiprocessor": 3},
         {"BLOCK_M": 8, "num_warps": 8},
     ],

@@ -104,11 +104,12 @@ class _Timer:
         from bench.ops import Case, table
 
         entry = ENTRIES[kernel]
-        hidden = {"attention": 1024, "bias_gelu": width // 4, "linear_cross_entropy": 1024}.get(entry.op, width)
+        quarter = dict.fromkeys(("bias_gelu", "feed_forward"), width // 4)
+        hidden = {"attention": 1024, "linear_cross_entropy": 1024, **quarter}.get(entry.op, width)
         batch, seqlen = ROWS["attention" if entry.op == "attention" else "rows"]
         self.case = Case(entry.op, dtype, hidden, batch, seqlen, p=entry.extra.get("p", 0.0))
         self.inputs = run_ops.make_inputs(self.case)
-        self.lane = table()[entry.op].lanes["fastbert"]
+        self.lane = table()[entry.op].lanes[entry.lane]
         self.checker = Checker(table()[entry.op], self.case, self.inputs[0])
         self.direction, self.where = entry.direction, (kernel, architecture, dtype)
 

@@ -131,7 +131,7 @@ def _calls(hook: Any) -> list[Any]:
 
 
 def _compiled_for(config: Config, device: int) -> tuple[int | None, ...]:
-    return device, config.num_warps, config.num_stages, config.max_registers
+    return device, config.num_warps, config.num_stages, config.maxnreg
 
 
 def options(config: Config) -> dict[str, int]:
@@ -139,8 +139,8 @@ def options(config: Config) -> dict[str, int]:
     found = {"num_warps": config.num_warps}
     if config.num_stages is not None:
         found["num_stages"] = config.num_stages
-    if config.max_registers is not None:
-        found["maxnreg"] = config.max_registers
+    if config.maxnreg is not None:
+        found["maxnreg"] = config.maxnreg
     return found
 
 

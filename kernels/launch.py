@@ -68,6 +68,11 @@ def _multiprocessors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else 132
 
 
+def table_of(like: Tensor) -> str:
+    """The architecture whose tables a tensor's kernels are configured by."""
+    return _recording[0] if _recording else architecture(like.device)
+
+
 def choose(kernel: str, like: Tensor, width: int) -> Config:
     """The frozen configuration of `kernel` for rows of `width` elements of this tensor's type and device.
 
@@ -76,8 +81,7 @@ def choose(kernel: str, like: Tensor, width: int) -> Config:
     uneven = f"{kernel}_uneven"
     if uneven in TABLES and width * like.element_size() % 16:
         kernel = uneven
-    name = _recording[0] if _recording else architecture(like.device)
-    by_width = TABLES[kernel][name][like.element_size()]
+    by_width = TABLES[kernel][table_of(like)][like.element_size()]
     return by_width[next((limit for limit in by_width if limit >= width), max(by_width))]
 
 

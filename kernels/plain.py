@@ -28,6 +28,18 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, activation: s
     return dx.to(x.dtype).contiguous(), _column_sum(dx)
 
 
+def activated_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, weight)
+    return bias_gelu(h, bias, activation), h if save else x.new_empty(0)
+
+
+def activation_gradient(
+    dout: Tensor, output_weight: Tensor, bias: Tensor | None, h: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dh, dbias = bias_gelu_backward(torch.mm(dout, output_weight), h, bias, activation, True)
+    return dh, bias_gelu(h, bias, activation), dbias
+
+
 def dropout_add_layernorm(
     x: Tensor,
     residual: Tensor,

@@ -78,6 +78,11 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
     return ACTIVATIONS[activation](x if bias is None else x + bias.to(x.dtype))
 
 
+def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: Tensor, *, activation: str = "gelu") -> Tensor:
+    """activation(x weight' + bias) output_weight', the first product's bias added to what it is rounded to."""
+    return F.linear(bias_gelu(F.linear(x, weight), bias, activation=activation), output_weight)
+
+
 def gelu_layernorm(
     x: Tensor,
     weight: Tensor,

@@ -31,6 +31,7 @@ SUPPORT = {
     "embedding_rows",
     "embedding_sums",
     "failures",
+    "feed_forward_products",
     "kept",
     "launch",
     "linear_cross_entropy_chunks",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import failures
+from .. import failures, feed_forward_products
 from ..attention import bounds_of
 from ..failures import KernelFailed
 from ..launch import check_unbatched, links, needs_backward, not_twice
@@ -29,7 +29,7 @@ from . import plain
 from .backward import Gradients, Vectors, backward
 from .checks import check
 from .forward import Inputs, Saved, draw_seeds, forward
-from .plan import Plan, plan_of
+from .plan import Plan, forget, plan_of
 from .products import Products
 from .settings import Layout, Settings, Weights
 from .twins import Twins
@@ -166,8 +166,14 @@ def unchecked(
             twins.beside(y)
         return y
     except KernelFailed as failure:
-        failures.note(failure)
+        _note(failure)
         raise
+
+
+def _note(failure: KernelFailed) -> None:
+    failures.note(failure)
+    if failure.kernel in feed_forward_products.KERNELS:
+        forget()  # the plans that have it: cuBLAS and a kernel take its place in the next ones
 
 
 class _Layer(torch.autograd.Function):
@@ -241,7 +247,7 @@ def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[
     except KernelFailed as failure:
         if failures.strict:
             raise
-        failures.note(failure)
+        _note(failure)
         dx, dqueries, *dweights = plain.gradients(plan, settings, dy, inputs, ctx.weights, seed)
     shape, queries_shape = ctx.shapes
     dx = None if dx is None else dx.view(*shape)

@@ -59,9 +59,14 @@ def backward(
     dy1 = dout if plan.shares2 else torch.empty_like(dout, dtype=plan.y1_dtype)
     statistics = at(dy), z2, mean2, rstd2, at(w.output_norm), None, seed2
     plan.norm2_backward(stream, *statistics, at(dout), None if plan.shares2 else at(dy1), None, sums2)
-    dh = torch.mm(dout, products.output)
-    activated = torch.empty_like(dh)
-    plan.gelu_backward(stream, at(dh), at(saved.h), at(w.intermediate_bias), at(dh), at(activated), sums_of_bias)
+    if plan.product_gradient is None:
+        dh = torch.mm(dout, products.output)
+        activated = torch.empty_like(dh)
+        plan.gelu_backward(stream, at(dh), at(saved.h), at(w.intermediate_bias), at(dh), at(activated), sums_of_bias)
+    else:
+        dh, activated = torch.empty_like(saved.h), torch.empty_like(saved.h)
+        operands = at(dout), at(products.output), at(w.intermediate_bias), at(saved.h)
+        plan.product_gradient(stream, *operands, at(dh), at(activated), sums_of_bias)
     doutput = _of_weight(needed.weights.output, dout, activated, plan.weight_dtype)
     del activated
     add_product(dy1, dh, products.intermediate)

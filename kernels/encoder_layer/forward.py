@@ -142,9 +142,15 @@ def forward(
     twin = None if y1 is y1_low else at(y1_low)
     plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), twin, z, mean, rstd)
 
-    h = linear(y1_low, products.intermediate)
-    activated = empty_like(h) if plan.gradient else h
-    plan.gelu(stream, at(h), at(w.intermediate_bias), at(activated))
+    if plan.product is None:
+        h = linear(y1_low, products.intermediate)
+        activated = empty_like(h) if plan.gradient else h
+        plan.gelu(stream, at(h), at(w.intermediate_bias), at(activated))
+    else:
+        activated = y1_low.new_empty(len(y1_low), len(w.intermediate))
+        h = empty_like(activated) if plan.gradient else None
+        operands = at(y1_low), at(products.intermediate), at(w.intermediate_bias)
+        plan.product(stream, *operands, None if h is None else at(h), at(activated))
     out = linear(activated, products.output)
     if plan.gradient:  # autograd's functions must not return views, as which `out` in the shape of x would count
         y = out.new_empty(shape, dtype=plan.out_dtype)

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from .. import attention, bias_gelu, column_sums, dropout_add_layernorm
+from .. import attention, bias_gelu, column_sums, dropout_add_layernorm, failures, feed_forward_products
 from ..bound import Bound, Room, by_address, streams
+from ..failures import KernelFailed
+from ..feed_forward_products import GRADIENT, PRODUCT
 from ..launch import Work, accumulator_torch
 from .settings import Call, Settings
 
@@ -94,8 +96,13 @@ class Plan:
             call.dtype, self.z1_dtype, self.y1_dtype, settings.attention_eps, settings.attention_output_p
         )
         self.norm2 = self._bind_norm(self.y1_dtype, self.z2_dtype, self.out_dtype, settings.output_eps, settings.output_p)
-        work = bias_gelu.forward_work(n, inner, (inner, 1), like, settings.activation)
-        self.gelu = self._bind(work, ("x_ptr", low), ("bias_ptr", weight), ("y_ptr", low))
+        saved = ("h_ptr", low if call.gradient else None)
+        self.product = self._bind_product(
+            PRODUCT, ("x_ptr", low), ("weight_ptr", low), ("bias_ptr", weight), saved, ("y_ptr", low)
+        )
+        if self.product is None:
+            work = bias_gelu.forward_work(n, inner, (inner, 1), like, settings.activation)
+            self.gelu = self._bind(work, ("x_ptr", low), ("bias_ptr", weight), ("y_ptr", low))
         self.statistics1 = (n,), accumulator_torch(self.z1_dtype)
         self.statistics2 = (n,), accumulator_torch(self.z2_dtype)
         if call.gradient:  # what the backward needs of the forward besides the larger tensors
@@ -152,11 +159,16 @@ class Plan:
         self.norm1_backward, sums1 = self._bind_norm_backward(self.y1_dtype, self.z1_dtype, residual1, low, dropped[0])
         residual2 = None if self.shares2 else self.y1_dtype
         self.norm2_backward, sums2 = self._bind_norm_backward(self.out_dtype, self.z2_dtype, residual2, None, dropped[1])
-        work, gelu_rows = bias_gelu.backward_work(n, inner, (inner, 1), (inner, 1), like, settings.activation)
-        self.gelu_backward = self._bind(
-            work,
-            *{"dy_ptr": low, "x_ptr": low, "bias_ptr": weight, "dx_ptr": low, "y_ptr": low, "sums_ptr": wide}.items(),
-        )
+        tensors = {"bias_ptr": weight, "h_ptr": low, "dh_ptr": low, "y_ptr": low, "sums_ptr": wide}
+        self.product_gradient = self._bind_product(GRADIENT, ("dout_ptr", low), ("weight_ptr", low), *tensors.items())
+        if self.product_gradient is not None:
+            gelu_rows = feed_forward_products.rows_of_sums(n, inner, like)
+        else:
+            work, gelu_rows = bias_gelu.backward_work(n, inner, (inner, 1), (inner, 1), like, settings.activation)
+            self.gelu_backward = self._bind(
+                work,
+                *{"dy_ptr": low, "x_ptr": low, "bias_ptr": weight, "dx_ptr": low, "y_ptr": low, "sums_ptr": wide}.items(),
+            )
         sums, rows = self._like(dtype=wide), (sums2, gelu_rows, sums1, q_rows, kv_rows)
         widths = 3 * hidden, inner, 3 * hidden, hidden, 2 * hidden
         self.sums = self._bind(
@@ -168,6 +180,20 @@ class Plan:
         self.vectors = [hidden, hidden, hidden, inner, *[hidden] * 6]
         self.vectors_in_all = sum(self.vectors)
         self.scratch = Room(*((shape, wide) for shape in zip(rows, widths, strict=True)), queries)
+
+    def _bind_product(self, part: str, *tensors: tuple[str, torch.dtype | None]) -> Bound | None:
+        """A product of the feed-forward with an epilogue; None where cuBLAS and a kernel take its place."""
+        call, like = self.call, self._like(dtype=self.call.product_dtype)
+        sizes, activation = (self.n_rows, call.hidden, call.inner), self._settings.activation
+        if not feed_forward_products.is_on(part, like, *sizes, activation):
+            return None
+        try:
+            return self._bind(feed_forward_products.work(part, *sizes, like, activation), *tensors)
+        except KernelFailed as failure:
+            if failures.strict:
+                raise
+            failures.note(failure)
+            return None
 
     def _bind_norm_backward(
         self, dy: torch.dtype, z: torch.dtype, dresidual: torch.dtype | None, y: torch.dtype | None, p: float

@@ -154,6 +154,7 @@ def test_every_table_is_run():
     """A new table has to be named here or in test_configs.py."""
     elsewhere = {"layernorm", "bias_gelu", "gelu_layernorm", "attention"}
     ours = {*EMBEDDING, "gather_rows", "mask_rows", "packed_rows", "adamw", "column_sums"}
+    ours |= {"feed_forward_product", "feed_forward_gradient"}  # test_feed_forward.py
     ours |= {f"linear_cross_entropy{part}" for part in ("", "_reduce", "_scale")}
     others = {name for name in TABLES if any(name.startswith(f"{op}_") for op in elsewhere)}
     assert TABLES.keys() == ours | others

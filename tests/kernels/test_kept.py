@@ -103,7 +103,7 @@ def test_each_difference_is_another_key(change):
     [
         {"config": Config(16, 8)},
         {"config": Config(16, 4, num_stages=3)},
-        {"config": Config(16, 4, max_registers=128)},
+        {"config": Config(16, 4, maxnreg=128)},
         {"device": 1},
     ],
     ids=str,
