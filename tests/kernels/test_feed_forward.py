@@ -10,6 +10,7 @@ from fastbert.kernels.feed_forward_products import GRADIENT, KERNELS, PRODUCT, d
 from fastbert.kernels.launch import ACTIVATIONS
 
 from .feed_forward import AFTER, check, make_inputs, small_tiles
+from .opchecking import opcheck
 from .ops import DEVICE, INTERPRETED, run
 
 BOTH = (True, True)
@@ -213,3 +214,16 @@ def test_the_reference_is_stocks(launches):
 def test_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         feed_forward(**(make_inputs(6, 16, 32, 16) | change))
+
+
+@interpreted
+@pytest.mark.parametrize("way", [BOTH, (False, False)], ids=["on", "off"])
+def test_custom_ops(way, small_tiles):
+    """What torch.compile sees of the op."""
+    inputs = list(make_inputs(18, 16, 32, 16).values())
+    leaves = [x.requires_grad_() for x in inputs]
+    opcheck(torch.ops.fastbert.feed_forward, *leaves, "gelu", *way, True)
+    x, weight, bias, output_weight = (x.detach() for x in leaves)
+    h = x @ weight.t()
+    arguments = torch.randn(18, 16, device=DEVICE), x, weight, bias, output_weight, h, "gelu", way[1]
+    opcheck(torch.ops.fastbert.feed_forward_backward, *arguments, True, True, True)
