@@ -311,6 +311,7 @@ def _embedding_layernorm_variants() -> Iterator[Variant]:
     for width in (512, 2048, 8192):
         yield variant("fp64", width, p=0.1)
     yield variant("bf16", 768, p=0.1, activation="packed")
+    yield variant("bf16", 1, activation="ids")
     yield variant("bf16", 1, activation="order")
 
 
@@ -323,6 +324,10 @@ def _embedding_layernorm(variant: Variant) -> None:
     if variant.activation == "order":  # of few ids, wherever those of a batch are more than it takes
         in_order(_meta(EMBEDDED, dtype=torch.int64))
         return
+    if variant.activation == "ids":
+        ids = _meta(1, EMBEDDED, dtype=torch.int64)
+        packed_ids(_meta(EMBEDDED, dtype=torch.int32), ids, ids, None, 0)
+        return
     dtype = DTYPES[variant.dtype]
     words, positions, types, vector = (
         _meta(*shape, variant.width, dtype=dtype) for shape in ((TOKENS,), (512,), (2,), ())
@@ -331,8 +336,6 @@ def _embedding_layernorm(variant: Variant) -> None:
     seed = _meta(dtype=torch.int64) if variant.p else None
     packed = variant.activation == "packed"
     places = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int32) if packed else None
-    if packed:
-        packed_ids(_meta(TOKENS, dtype=torch.int32), ids, ids, None, 0)
     read = (ids, ids, ids if packed else None, places, seed, 0, 0)
     y, mean, rstd = op._launch_fwd(words, positions, types, vector, vector, *read, 1e-12, variant.p, dtype, True)
     op._launch_bwd(y, words, positions, types, vector, mean, rstd, *read, variant.p, dtype, True, True, True, True, True)
