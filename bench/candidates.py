@@ -22,6 +22,7 @@ class Entry:
 
     extra: what else the audit's variant of it is, where that is not the op's plain one.
     lane: of the op's, the one that uses it.
+    promising: changes of the present entry that compile well on sm_90, the first to try.
     """
 
     op: str
@@ -31,6 +32,7 @@ class Entry:
     function: str
     extra: dict[str, Any] = field(default_factory=dict)
     lane: str = "fastbert"
+    promising: tuple[dict[str, int], ...] = ()
 
 
 _HIDDEN, _FEED_FORWARD, _HEAD_SIZES, _VOCABULARY = (1024, 768, 384), (4096, 3072, 1536), (64,), (30522,)
@@ -47,13 +49,16 @@ _PRODUCT_TILES = {
 _TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
 ENTRIES = {
     "attention_forward": Entry(
-        "attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}, "attention_fwd_kernel", _DROPPED
+        *("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}, "attention_fwd_kernel", _DROPPED),
+        promising=({"num_warps": 8}, {"BLOCK_M": 64}, {"BLOCK_M": 64, "num_stages": 2}),
     ),
     "attention_backward_kv": Entry(
-        "attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_kv_kernel", _DROPPED
+        *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_kv_kernel", _DROPPED),
+        promising=({"BLOCK_M": 32, "num_stages": 3},),
     ),
     "attention_backward_q": Entry(
-        "attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED
+        *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED),
+        promising=({"BLOCK_N": 32, "num_stages": 3}, {"BLOCK_M": 128, "num_warps": 8}),
     ),
     "layernorm_backward": Entry(
         "dropout_add_layernorm",
@@ -159,12 +164,13 @@ def present(kernel: str, architecture: str, dtype: str, width: int) -> Config:
 
 
 def candidates(kernel: str, architecture: str, dtype: str, width: int) -> list[Config]:
-    """The present configuration, then the others by how many of their fields differ from it."""
+    """The present configuration, the promising ones, then the others by how many of their fields differ from it."""
     now = present(kernel, architecture, dtype, width)
     choices = ENTRIES[kernel].choices
+    first = [now, *(replace(now, **changes) for changes in ENTRIES[kernel].promising)]
     combined = [replace(now, **dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
-    others = [config for config in combined if config != now]
-    return [now, *sorted(others, key=lambda config: _distance(now, config))]
+    others = [config for config in combined if config not in first]
+    return list(dict.fromkeys([*first, *sorted(others, key=lambda config: _distance(now, config))]))
 
 
 def _distance(a: Config, b: Config) -> int:
