@@ -5,12 +5,12 @@ q [B, Sq, heads, D], k and v [B, Sk, kv heads, D] with any strides (the projecti
 q, contiguous: ready for the next product.
 
     forward    4 Sq Sk D operations a head; reads q, k, v; writes out and 4 bytes a row and head
-    backward   10 Sq Sk D in exact arithmetic, 14 as computed here (scores and dP in both kernels)
+    backward   10 Sq Sk D in exact arithmetic, and of short sequences; 14 of others (scores and dP in both kernels)
 
 Saved: q, k, v, out, and the logarithm of each row's softmax sum (in float32 and float64 the top score and the sum apart).
 Dropout's bits are made again, not kept.
 FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in attention_forward.py,
-attention_backward.py and attention_backward_q.py.
+attention_backward.py, attention_backward_q.py and attention_backward_short.py.
 """
 
 import math
@@ -22,6 +22,7 @@ from torch import Tensor
 from . import plain_attention
 from .attention_backward import attention_bwd_kv_kernel
 from .attention_backward_q import attention_bwd_q_kernel
+from .attention_backward_short import attention_bwd_short_kernel
 from .attention_checks import check_inputs, check_masks
 from .attention_forward import attention_fwd_kernel
 from .configs import Config
@@ -34,6 +35,7 @@ from .launch import (
     accumulator_torch,
     cdiv,
     choose,
+    choose_short,
     differentiable,
     draw_seed,
     next_power_of_2,
@@ -90,7 +92,11 @@ class Geometry(NamedTuple):
             kernel = f"{kernel}_grouped"
         elif self.mask is not None:
             kernel = f"{kernel}_masked"
-        return choose(kernel, like, self.head_size)
+        return choose(kernel, like, self.head_size, self.longest)
+
+    @property
+    def longest(self) -> int:
+        return max(self.max_seqlen_q, self.max_seqlen_k)
 
 
 _MASK_STRIDES = ("mask_batch_stride", "mask_head_stride", "mask_q_stride", "mask_k_stride")
@@ -187,6 +193,23 @@ def backward_kv_work(geometry: Geometry, like: Tensor, dout: Strides, dkv_row_st
         config,
         _backward_numbers(geometry, like, dout, aligned, config) | {"dkv_row_stride": dkv_row_stride},
     )
+
+
+def backward_short_work(
+    geometry: Geometry, like: Tensor, dout: Strides, dq_row_stride: int, dkv_row_stride: int, aligned: bool
+) -> Work | None:
+    """What does the work of the other two, of sequences that the tables of short ones serve. None of longer ones, of a
+    general mask, and where heads share keys. aligned: of q, k, v, out, dout and the gradients."""
+    if geometry.mask is not None or geometry.n_heads != geometry.kv_heads:
+        return None
+    config = choose_short("attention_backward_short", like, geometry.head_size, geometry.longest)
+    if config is None:
+        return None
+    numbers = _backward_numbers(geometry, like, dout, aligned, config)
+    numbers |= {"dq_row_stride": dq_row_stride, "dkv_row_stride": dkv_row_stride}
+    for name in (*_MASK_STRIDES, "GROUP"):
+        del numbers[name]
+    return Work(attention_bwd_short_kernel, geometry.sequences * geometry.n_heads, config, numbers)
 
 
 def _backward_numbers(geometry: Geometry, like: Tensor, dout: Strides, aligned: bool, config: Config) -> dict[str, Any]:
@@ -291,22 +314,24 @@ def _launch_bwd_into(
     if not q.numel() or not k.numel():
         return tuple(grad.zero_() for grad in grads)
     geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
-    shape, dtype = room_of_queries(geometry, q.dtype)
-    queries = torch.empty(shape, dtype=dtype, device=q.device)
     shared = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "dout_ptr": dout,
-        "queries_ptr": queries,
         "key_mask_ptr": key_mask,
         "key_bounds_ptr": key_bounds,
-        "mask_ptr": mask,
         "cu_seqlens_q_ptr": cu_seqlens if cu_seqlens_q is None else cu_seqlens_q,
         "cu_seqlens_k_ptr": cu_seqlens,
     }
     aligned = _aligned(q, k, v, out, dout, dq, dk, dv)
     of_queries = {"out_ptr": out, "logsumexp_ptr": logsumexp, "seed_ptr": seed, "dq_ptr": dq, "sums_ptr": None}
+    work = backward_short_work(geometry, q, _strides(dout), dq.stride(-3), dk.stride(-3), aligned)
+    if work is not None:
+        work.launch(q, **shared, **of_queries, dk_ptr=dk, dv_ptr=dv)
+        return dq, dk, dv
+    shape, dtype = room_of_queries(geometry, q.dtype)
+    shared |= {"queries_ptr": torch.empty(shape, dtype=dtype, device=q.device), "mask_ptr": mask}
     backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, **of_queries)
     of_keys = {"dk_ptr": dk, "dv_ptr": dv, "sums_ptr": None}
     backward_kv_work(geometry, q, _strides(dout), dk.stride(-3), aligned).launch(q, **shared, **of_keys)

@@ -18,6 +18,7 @@ from .attention_tiles import (
     row_keys,
     sees_none,
     sequence_bounds,
+    store_row,
     store_tile,
     tile_pointers,
     visible_keys,
@@ -77,6 +78,7 @@ def attention_bwd_short_kernel(
     dq_ptr,
     dk_ptr,
     dv_ptr,
+    sums_ptr,
     q_batch_stride,
     q_row_stride,
     q_head_stride,
@@ -163,6 +165,7 @@ def attention_bwd_short_kernel(
     # Each block's mask is loaded before the block ahead of it is done, so that no tile waits for what it is masked by.
     seen = _seen_keys(key_mask_ptr, tl.arange(0, BLOCK_N), seqlen_k, none, CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    dv_sum = tl.zeros([BLOCK_D], ACC)
     for block in range(0, end, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
         k = _load_keys(k_ptr, keys, seen, k_row_stride, k_col_stride, D, BLOCK_D, ALIGNED)
@@ -181,14 +184,22 @@ def attention_bwd_short_kernel(
             keep = keep_scores(row_key[:, None], rows[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
             dropped = tl.where(keep, weights, 0.0)
         dscores = (dropped * dweights - weights * delta[:, None]).to(q.dtype)  # 1 - p times it, as in attention_backward.py
-        dv = product(tl.trans(dropped.to(dout.dtype)), dout, None, PRECISION, ACC) * KEEP_SCALE
-        _store_keys(dv_ptr, dv, keys, seen, seqlen_k, dkv_row_stride, HIDES, D, ALIGNED)
-        dk = product(tl.trans(dscores), q, None, PRECISION, ACC) * (SCALE * KEEP_SCALE)
-        _store_keys(dk_ptr, dk, keys, seen, seqlen_k, dkv_row_stride, HIDES, D, ALIGNED)
+        dv = product(tl.trans(dout), dropped.to(dout.dtype), None, PRECISION, ACC) * KEEP_SCALE
+        _store_keys(dv_ptr, tl.trans(dv), keys, seen, seqlen_k, dkv_row_stride, HIDES, D, ALIGNED)
+        dk = product(tl.trans(q), dscores, None, PRECISION, ACC) * (SCALE * KEEP_SCALE)
+        _store_keys(dk_ptr, tl.trans(dk), keys, seen, seqlen_k, dkv_row_stride, HIDES, D, ALIGNED)
         dq = product(dscores, k, dq, PRECISION, ACC)
+        if sums_ptr is not None:
+            dv_sum += tl.sum(tl.where(seen[None, :], dv, 0.0), axis=1)
         seen = _seen_keys(key_mask_ptr, keys + BLOCK_N, seqlen_k, none, CAUSAL)
     dq_rows = tile_pointers(dq_ptr, rows, dq_row_stride, 1, BLOCK_D, ALIGNED)
-    store_tile(dq_rows, dq * (SCALE * KEEP_SCALE), rows, seqlen_q, D, BLOCK_D)
+    dq *= SCALE * KEEP_SCALE
+    store_tile(dq_rows, dq, rows, seqlen_q, D, BLOCK_D)
+    if sums_ptr is not None:
+        sums_ptr += (batch * 3 * n_heads + head) * D
+        store_row(sums_ptr, tl.sum(dq, axis=0), D, BLOCK_D)
+        store_row(sums_ptr + n_heads * D, tl.zeros([BLOCK_D], ACC), D, BLOCK_D)
+        store_row(sums_ptr + n_heads * (2 * D), dv_sum, D, BLOCK_D)
 
     nothing = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     for block in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, seqlen_k, BLOCK_N):

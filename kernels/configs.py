@@ -1,6 +1,7 @@
 """Frozen launch configurations, by kernel, architecture, element size in bytes and row width.
 
-A row serves widths up to its own and above the one before it; the last serves every wider one. Nothing is tuned
+A row serves widths up to its own and above the one before it; the last serves every wider one. A table whose name ends in a
+length serves sequences of up to so many rows, in place of the one whose name that is without. Nothing is tuned
 at run time. No entry here was timed yet: they are chosen by what the compiler makes of them (no spills, 16-byte
 loads and stores, bytes in flight), see bench/NOTES.md.
 """
@@ -217,6 +218,15 @@ _AMPERE_ATTENTION: dict[str, Table] = {
     "backward_kv_masked": {2: {64: Config(32, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}},
 }
+# Heads of up to 64, where a program holds all queries of its sequence: by the longest sequence that a table serves.
+LENGTHS = (32, 64, 128)
+_HOPPER_SHORT = {32: Config(32, 4, 32, num_stages=1), 64: Config(64, 4, 64, num_stages=1), 128: Config(128, 8, 64, num_stages=1)}
+_SHORT_ATTENTION = {
+    "sm_80": _HOPPER_SHORT | {64: Config(64, 4, 32, num_stages=1)},
+    "sm_90": _HOPPER_SHORT,
+    "sm_100": _HOPPER_SHORT | {128: Config(128, 8, 32, num_stages=1)},
+    "interpreter": {32: Config(32, 1, 32), 64: Config(64, 1, 32), 128: Config(128, 1, 64)},
+}
 
 
 def _interpreted(config: Config) -> dict[str, Table]:
@@ -279,6 +289,11 @@ TABLES: dict[str, dict[str, Table]] = {
         *("forward", "forward_masked", "backward_kv", "backward_kv_masked", "backward_kv_grouped"),
         *("backward_q", "backward_q_masked"),
     )
+} | {
+    f"attention_backward_short_{length}": {
+        architecture: {2: {64: configs[length]}} for architecture, configs in _SHORT_ATTENTION.items()
+    }
+    for length in LENGTHS
 }
 
 # Where a product of the feed-forward is Triton's with an epilogue instead of cuBLAS's and a kernel after it: by product,

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from . import kept
-from .configs import ARCHITECTURES, TABLES, Config
+from .configs import ARCHITECTURES, LENGTHS, TABLES, Config
 from .failures import KernelFailed, advise, is_of_the_kernel, move_cache
 
 logger = logging.getLogger("fastbert")
@@ -73,16 +73,36 @@ def table_of(like: Tensor) -> str:
     return _recording[0] if _recording else architecture(like.device)
 
 
-def choose(kernel: str, like: Tensor, width: int) -> Config:
+def choose(kernel: str, like: Tensor, width: int, length: int | None = None) -> Config:
     """The frozen configuration of `kernel` for rows of `width` elements of this tensor's type and device.
 
-    A kernel may have a second table, its name and _uneven, for rows that no 16 bytes divide.
+    A kernel may have a second table, its name and _uneven, for rows that no 16 bytes divide; and others, its name and a
+    length, for sequences of up to so many rows. `length` is that of the longest.
     """
     uneven = f"{kernel}_uneven"
     if uneven in TABLES and width * like.element_size() % 16:
         kernel = uneven
-    by_width = TABLES[kernel][table_of(like)][like.element_size()]
+    if length is not None:
+        kernel = by_length(kernel, length) or kernel
+    by_width = _table(kernel, like)
     return by_width[next((limit for limit in by_width if limit >= width), max(by_width))]
+
+
+def choose_short(kernel: str, like: Tensor, width: int, length: int) -> Config | None:
+    """As `choose` for a kernel that has tables of lengths only; None where none of them has a row for these."""
+    name = by_length(kernel, length)
+    by_width = _table(name, like) if name else {}
+    return next((config for limit, config in by_width.items() if limit >= width), None)
+
+
+def by_length(kernel: str, length: int) -> str | None:
+    """The name of the kernel's table for sequences of up to `length` rows, None where it has none."""
+    names = (f"{kernel}_{limit}" for limit in LENGTHS if limit >= length)
+    return next((name for name in names if name in TABLES), None)
+
+
+def _table(kernel: str, like: Tensor) -> dict[int, Config]:
+    return TABLES[kernel][table_of(like)].get(like.element_size(), {})
 
 
 def resident_programs(config: Config, like: Tensor, blocks: int) -> int:

@@ -1,4 +1,7 @@
-"""The layer's backward: fourteen launches. A residual's gradient is added inside the product whose gradient meets it."""
+"""The layer's backward: fourteen launches, thirteen where sequences are short.
+
+A residual's gradient is added inside the product whose gradient meets it.
+"""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -52,7 +55,8 @@ def backward(
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     softmax, z1, mean1, rstd1, z2, mean2, rstd2 = plan.kept.places(saved.kept)
     scratch = plan.scratch.allocate(dy)
-    *sums, queries = plan.scratch.places(scratch)
+    places = plan.scratch.places(scratch)
+    sums, queries = places[: plan.n_sums], places[plan.n_sums :]
     sums2, sums_of_bias, sums1, *sums_of_projections = sums
 
     dout = torch.empty_like(saved.attended)
@@ -92,7 +96,7 @@ def backward(
         if inputs.index is not None:
             dattended = inputs.put(dattended)
             dread = inputs.put(dread) if needed.x else None
-        places = softmax, queries, *sums_of_projections
+        places = softmax, *queries, *sums_of_projections
         dqkv, dq = _through_attention(plan, dattended, inputs, saved, places, attention_seed)
         dx, dqueries, dprojections = _of_projections(plan, dread, dqkv, dq, saved, needed)
     dvectors = w.output_norm.new_empty(plan.vectors_in_all)
@@ -126,15 +130,21 @@ def _through_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of what attention read, laid out as that is: [T, 3 H]; or [T, 2 H], and of queries of their own [N, H]."""
     at, stream, masks, dout = addressing(), plan.stream(), inputs.masks(), addressing()(dattended)
-    softmax, queries, sums_of_q, sums_of_kv = places
+    softmax, *places = places
     parts, dqkv, dq = columns(saved.qkv, plan.hidden), torch.empty_like(saved.qkv), None
     dparts = columns(dqkv, plan.hidden)
     if saved.q is not None:
         dq = torch.empty_like(saved.q)
         parts, dparts = (at(saved.q), *parts), (at(dq), *dparts)
-    shared = *parts, dout, queries, *masks
     attended = saved.attended if saved.all_attended is None else saved.all_attended
-    plan.attention_q(stream, *shared, at(attended), softmax, seed, dparts[0], sums_of_q)
+    of_queries = at(attended), softmax, seed
+    if plan.attention_short is not None:
+        masks = *masks[:2], *masks[3:]
+        plan.attention_short(stream, *parts, dout, *masks, *of_queries, *dparts, *places)
+        return dqkv, dq
+    queries, sums_of_q, sums_of_kv = places
+    shared = *parts, dout, queries, *masks
+    plan.attention_q(stream, *shared, *of_queries, dparts[0], sums_of_q)
     plan.attention_kv(stream, *shared, *dparts[1:], sums_of_kv)
     return dqkv, dq
 

@@ -133,26 +133,7 @@ class Plan:
         call, settings = self.call, self._settings
         low, weight = call.product_dtype, call.weight_dtype
         like, wide = self._like(dtype=low), self._wide
-        queries = attention.room_of_queries(self.geometry, low)
-        longest_q = self.geometry.max_seqlen_q
-        dout = 0 if call.packed else longest_q * hidden, hidden, hidden // settings.heads, 1
-        shared = (
-            *((name, low) for name in ("q_ptr", "k_ptr", "v_ptr", "dout_ptr")),
-            ("queries_ptr", queries[1]),
-            *self._masks(),
-        )
-        q_row, k_row = self.geometry.q[1], self.geometry.k[1]
-        work = attention.backward_q_work(self.geometry, like, dout, q_row, self.aligned)
-        self.attention_q = self._bind(
-            work,
-            *shared,
-            *{"out_ptr": low, "logsumexp_ptr": wide, "seed_ptr": _seed(settings.attention_p)}.items(),
-            *{"dq_ptr": low, "sums_ptr": wide}.items(),
-        )
-        q_rows = work.programs // settings.heads
-        work = attention.backward_kv_work(self.geometry, like, dout, k_row, self.aligned)
-        self.attention_kv = self._bind(work, *shared, *{"dk_ptr": low, "dv_ptr": low, "sums_ptr": wide}.items())
-        kv_rows = work.programs // settings.heads
+        projections = self._bind_attention_backward(low, hidden // settings.heads)
 
         residual1 = None if self.shares1 else call.dtype
         dropped = settings.attention_output_p, settings.output_p
@@ -169,17 +150,45 @@ class Plan:
                 work,
                 *{"dy_ptr": low, "x_ptr": low, "bias_ptr": weight, "dx_ptr": low, "y_ptr": low, "sums_ptr": wide}.items(),
             )
-        sums, rows = self._like(dtype=wide), (sums2, gelu_rows, sums1, q_rows, kv_rows)
-        widths = 3 * hidden, inner, 3 * hidden, hidden, 2 * hidden
+        rows = sums2, gelu_rows, sums1, *projections
+        widths = 3 * hidden, inner, 3 * hidden, *((hidden, 2 * hidden) if len(projections) == 2 else (3 * hidden,))
         self.sums = self._bind(
-            column_sums.work(rows, widths, sums),
-            *{"out_ptr": weight, "a_ptr": wide, "b_ptr": wide, "c_ptr": wide, "d_ptr": wide, "e_ptr": wide}.items(),
+            column_sums.work(rows, widths, self._like(dtype=wide)),
+            ("out_ptr", weight),
+            *((f"{part}_ptr", wide) for part in "abcde"[: len(rows)]),
         )
         # LayerNorm's weight, its bias, and the bias of the product before it; the activation's bias between the two, those
         # of the projections behind them.
         self.vectors = [hidden, hidden, hidden, inner, *[hidden] * 6]
         self.vectors_in_all = sum(self.vectors)
-        self.scratch = Room(*((shape, wide) for shape in zip(rows, widths, strict=True)), queries)
+        self.n_sums = len(rows)
+        self.scratch = Room(*((shape, wide) for shape in zip(rows, widths, strict=True)), *self._queries)
+
+    def _bind_attention_backward(self, low: torch.dtype, head_size: int) -> tuple[int, ...]:
+        """How many rows of sums there are of dq, and of dk and dv beside each other; of all three together if sequences are
+        short, whose gradients one kernel makes."""
+        call, wide, heads = self.call, self._wide, self._settings.heads
+        like, q_row, k_row = self._like(dtype=low), self.geometry.q[1], self.geometry.k[1]
+        dout = 0 if call.packed else self.geometry.max_seqlen_q * call.hidden, call.hidden, head_size, 1
+        read = tuple((name, low) for name in ("q_ptr", "k_ptr", "v_ptr", "dout_ptr"))
+        masks = dict(self._masks())
+        of_queries = {"out_ptr": low, "logsumexp_ptr": wide, "seed_ptr": _seed(self._settings.attention_p), "dq_ptr": low}
+        of_keys = {"dk_ptr": low, "dv_ptr": low}
+        short = attention.backward_short_work(self.geometry, like, dout, q_row, k_row, self.aligned)
+        self.attention_short, self._queries = None, ()
+        if short is not None:
+            masks.pop("mask_ptr")
+            self.attention_short = self._bind(
+                short, *read, *masks.items(), *of_queries.items(), *of_keys.items(), ("sums_ptr", wide)
+            )
+            return (call.sequences,)
+        self._queries = (attention.room_of_queries(self.geometry, low),)
+        shared = *read, ("queries_ptr", self._queries[0][1]), *masks.items()
+        q = attention.backward_q_work(self.geometry, like, dout, q_row, self.aligned)
+        self.attention_q = self._bind(q, *shared, *of_queries.items(), ("sums_ptr", wide))
+        kv = attention.backward_kv_work(self.geometry, like, dout, k_row, self.aligned)
+        self.attention_kv = self._bind(kv, *shared, *of_keys.items(), ("sums_ptr", wide))
+        return q.programs // heads, kv.programs // heads
 
     def _bind_product(self, part: str, *tensors: tuple[str, torch.dtype | None]) -> Bound | None:
         """A product of the feed-forward with an epilogue; None where cuBLAS and a kernel take its place."""

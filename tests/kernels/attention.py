@@ -22,6 +22,7 @@ from .ops import DEVICE, Inputs, double, run, seed_tensor
 
 FORWARD = "attention_fwd_kernel"
 BACKWARD = ("attention_bwd_q_kernel", "attention_bwd_kv_kernel")
+SHORT = ("attention_bwd_short_kernel",)
 Tile = tuple[int, int]
 
 
@@ -46,14 +47,25 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @contextmanager
 def tiles(forward: Tile, kv: Tile | None = None, q: Tile | None = None) -> Iterator[None]:
-    """Launch with these (queries, keys) a tile. Compiled kernels keep the shipped ones: others may not fit a GPU."""
+    """Launch with these (queries, keys) a tile, short sequences by the kernels of any length.
+
+    Compiled kernels keep the shipped ones: others may not fit a GPU.
+    """
     shapes = {"attention_forward": forward, "attention_backward_kv": kv or forward, "attention_backward_q": q or kv or forward}
 
-    def choose(kernel: str, like: Tensor, width: int) -> Config:
+    def choose(kernel: str, like: Tensor, width: int, length: int) -> Config:
         shape = shapes[kernel.removesuffix("_masked").removesuffix("_grouped")]
         return Config(shape[0], 1, shape[1])
 
-    with patch.object(module, "choose", choose if INTERPRETED else module.choose):
+    with patch.object(module, "choose", choose if INTERPRETED else module.choose), short_tiles(None):
+        yield
+
+
+@contextmanager
+def short_tiles(tile: Tile | None) -> Iterator[None]:
+    """Launch the backward of short sequences with this tile, or never."""
+    config = None if tile is None else Config(tile[0], 1, tile[1])
+    with patch.object(module, "choose_short", lambda *_: config):
         yield
 
 
@@ -106,7 +118,7 @@ def check(
     key_mask = options.get("key_mask")
     bounds = key_mask is not None and len(key_mask) > 0 and options.get("key_bounds") is None
     assert launched.pop("key_bounds_kernel", 0) == bounds
-    assert launched == launches_of(inputs, differentiated=len(tuple(frozen)) < 3), launched
+    assert launched == launches_of(inputs, len(tuple(frozen)) < 3, options), launched
 
     eager = run(reference.attention, inputs, dy, frozen, **eager_options)
     eager_options["mask"] = _exact_mask(options.get("mask"))
@@ -115,10 +127,19 @@ def check(
     return results
 
 
-def launches_of(inputs: Inputs, differentiated: bool) -> Counter[str]:
+def launches_of(inputs: Inputs, differentiated: bool, options: dict[str, Any]) -> Counter[str]:
     if not inputs["q"].numel() or not inputs["k"].numel():
         return Counter()
-    return Counter([FORWARD, *(BACKWARD if differentiated else ())])
+    return Counter([FORWARD, *(backward_of(inputs, options) if differentiated else ())])
+
+
+def backward_of(inputs: Inputs, options: dict[str, Any]) -> tuple[str, ...]:
+    """The kernels of a backward: one where sequences are short, heads as well and not shared, and the mask is of keys."""
+    q, k = inputs["q"], inputs["k"]
+    lengths = [q.shape[1], k.shape[1]] if q.dim() == 4 else [options["max_seqlen"], options.get("max_seqlen_q") or 0]
+    if options.get("mask") is not None or q.shape[-2] != k.shape[-2]:
+        return BACKWARD
+    return SHORT if module.choose_short("attention_backward_short", q, q.shape[-1], max(lengths)) else BACKWARD
 
 
 def _keep_for(inputs: Inputs, options: dict[str, Any]) -> Tensor:

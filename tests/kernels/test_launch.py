@@ -77,7 +77,9 @@ def test_the_cpu_is_the_interpreter():
 def test_a_width_takes_the_first_row_that_holds_it(kernel, name, dtype, monkeypatch):
     monkeypatch.setattr(module, "architecture", lambda device: name)
     like = torch.empty(0, dtype=dtype)
-    table = TABLES[kernel][name][like.element_size()]
+    table = TABLES[kernel][name].get(like.element_size())
+    if table is None:
+        return  # a kernel for other types
     limits = sorted(table)
     step = 16 // like.element_size() if f"{kernel}_uneven" in TABLES else 1
     for below, limit in zip([0, *limits], limits, strict=False):
