@@ -88,18 +88,16 @@ _LAYERNORM_BACKWARD_THREE: Table = _LAYERNORM_BACKWARD | {
 # The compiler for sm_100 asks for more registers: two warps share a row of 1024 columns of 4 bytes. BERT-base's 768 fit.
 _BLACKWELL_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
     2: _LAYERNORM_BACKWARD[2] | {512: Config(8, 4, None, 2, chunk=256)},
-    4: _LAYERNORM_BACKWARD[4] | {1024: Config(2, 4, None, 3, chunk=256), 8192: Config(1, 8, None, 1, chunk=2048)},
+    4: _LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256), 8192: Config(1, 8, None, 1, chunk=2048)},
 }
-# gelu_layernorm's activation and its slope take registers as well; 8192 columns fit as one chunk.
+# gelu_layernorm's activation and its slope take registers as well: two warps share a row of 1024 columns of 4 bytes
+# everywhere. 8192 columns fit as one chunk.
 _GELU_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
     2: _LAYERNORM_BACKWARD[2] | {8192: Config(1, 8, None, 1)},
-    4: _LAYERNORM_BACKWARD[4] | {8192: Config(1, 8, None, 1)},
+    4: _LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256), 8192: Config(1, 8, None, 1)},
 }
-_AMPERE_GELU_LAYERNORM_BACKWARD: Table = _GELU_LAYERNORM_BACKWARD | {
-    4: _GELU_LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256)}
-}
-_BLACKWELL_GELU_LAYERNORM_BACKWARD: Table = _AMPERE_GELU_LAYERNORM_BACKWARD | {
-    4: _AMPERE_GELU_LAYERNORM_BACKWARD[4] | {8192: Config(1, 8, None, 1, chunk=4096)}
+_BLACKWELL_GELU_LAYERNORM_BACKWARD: Table = _GELU_LAYERNORM_BACKWARD | {
+    4: _GELU_LAYERNORM_BACKWARD[4] | {8192: Config(1, 8, None, 1, chunk=4096)}
 }
 # For rows that are no multiple of 16 bytes. They are loaded an element at a time, and a thread's columns then share no
 # Philox call, so a row goes to more warps than elsewhere.
@@ -260,7 +258,7 @@ TABLES: dict[str, dict[str, Table]] = {
     | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD}
     | _interpreted(Config(32, 1, None, 1)),
     "gelu_layernorm_backward": _everywhere(_GELU_LAYERNORM_BACKWARD)
-    | {"sm_80": _AMPERE_GELU_LAYERNORM_BACKWARD, "sm_100": _BLACKWELL_GELU_LAYERNORM_BACKWARD}
+    | {"sm_100": _BLACKWELL_GELU_LAYERNORM_BACKWARD}
     | _interpreted(Config(32, 1, None, 1)),
     "layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
     "gelu_layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),

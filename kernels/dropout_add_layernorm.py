@@ -150,14 +150,15 @@ def dropout_add_layernorm_bwd_kernel(
         mask = (rows < n_rows) & col_mask
         here = offsets(rows, cols, N_COLS, 1)
 
-        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
-        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
         z = tl.load(z_ptr + here, mask, other=0.0).to(ACC)
 
         x_hat = tl.where(col_mask, (z - mean) * rstd, 0.0)
         if y_ptr is not None:  # the forward's result, for a backward that did not keep it
             y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
             tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask)
+        # Not before y is stored, whose registers it takes.
+        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
         dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS, CHUNKS)
         dx = dz
         if P_DROP > 0:
