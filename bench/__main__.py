@@ -40,8 +40,11 @@ def audit(
     workers: Annotated[int, typer.Option(help="Compilers at a time.")] = 2,
 ) -> None:
     """Compile every op x configuration x architecture and read what came out. No GPU needed, nothing is timed."""
-    if short and update:
-        raise typer.BadParameter("--update takes a whole run: leave --short out")
+    release = audits.release()
+    if update and short is (release == audits.WHOLE):
+        raise typer.BadParameter(f"--update takes a whole run under triton {audits.WHOLE}, and one with --short under others")
+    if check and not audits.baseline(release).exists():
+        raise typer.BadParameter(f"no state was accepted under triton {release}: --short --update does that")
     ops, architectures = _select(op, arch)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("compiling")
@@ -57,9 +60,17 @@ def audit(
     if check:
         _check(records, ops, architectures, short)
     if update:
-        baseline = audits.read() if audits.BASELINE.exists() else []
-        audits.write(audits.merge(baseline, records, ops, architectures))
-        console.print(f"{len(records)} records accepted into {audits.BASELINE}")
+        path = audits.baseline(release)
+        audits.write(audits.merge(audits.read(release) if path.exists() else [], records, ops, architectures), path)
+        console.print(f"{len(records)} records accepted into {path}")
+
+
+@app.command()
+def layer() -> None:
+    """What a BERT-base layer in training launches and how many bytes that moves. No GPU needed, nothing runs."""
+    from bench.layer_traffic import table
+
+    console.print(table())
 
 
 def _select(ops: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
@@ -71,7 +82,8 @@ def _select(ops: list[str], architectures: list[str]) -> tuple[list[str], list[s
 
 
 def _check(records: list[audits.Record], ops: list[str], architectures: list[str], short: bool) -> None:
-    problems = audits.compare(audits.selected(audits.read(), ops, architectures, short), records)
+    accepted = audits.read(audits.release())
+    problems = audits.compare(audits.selected(accepted, ops, architectures, short), records)
     for problem in problems:
         console.print(f"[red]worse:[/] {problem}", highlight=False)
     if problems:
@@ -97,49 +109,72 @@ def _start(dry_run: bool) -> None:
         raise typer.Exit(explain(console))
 
 
-def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path) -> None:
-    """Run a plan, write results and report into `out`, and exit with 1 if a check failed or nothing was reached."""
-    from bench import environment, gpu, report, schema
+def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path, commit: str | None = None, tests: Any = None) -> None:
+    """Run a plan, write results and report into `out`, and exit with 1 if a check failed or nothing was reached.
+
+    A signal that asks for the end stops the job that runs; what was reached is written then too, without the pictures.
+    `tests`: a record of tests that have run before.
+    """
+    from bench import environment, gpu, isolate, report, schema, stop
     from bench.records import Results
 
-    results = Results(environment.read(), dry_run=dry_run)
-    gpu.run(plan, results, budget, out, console.print, after=lambda: report.write_markdown(results, out))
-    gpu.record("report", lambda: report.write(results, out), results)
-    schema.write(results, out / gpu.RESULTS)
-    for path in sorted(out.iterdir()):
-        console.print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
-    _conclude(results)
+    start = time.monotonic()
+    with stop.listening():
+        isolate.SERVER.begin()  # it imports while the machine is asked what it is
+        results = Results(environment.read(commit), dry_run=dry_run, tests=tests)
+        left = budget - (time.monotonic() - start)
+        gpu.run(plan, results, left, out, console.print, after=lambda: report.write_markdown(results, out))
+        write = report.write_markdown if stop.reason() else report.write_page
+        gpu.record("report", lambda: write(results, out), results)
+        schema.write(results, out / gpu.RESULTS)
+        for path in sorted(out.iterdir()):
+            console.print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
+        status = _conclude(results)
+        if stop.reason():
+            console.print(f"[red]{stop.reason()}[/]")
+        if status or stop.status():
+            raise typer.Exit(stop.status() or status)
 
 
-def _conclude(results: Any) -> None:
-    checked = (*results.models, *results.ops, *results.host)
-    for record in checked:
-        if record.status == "failed":
-            console.print(f"[red]failed its check:[/] {record.case} {record.lane}: {record.reason}", highlight=False)
-    if results.tests and (results.tests.failed or results.tests.errors):
-        console.print(f"[red]{results.tests.failed} tests failed, {results.tests.errors} errors[/]")
-    for stage in results.stages:
-        if stage.status == "error":
-            console.print(f"[red]{stage.name}:[/] {(stage.reason or '').splitlines()[-1:]}", highlight=False)
+def _conclude(results: Any) -> int:
+    """Say what failed; returns the exit status."""
+    from bench import accepting
+
+    for line in accepting.failures(results):
+        console.print(line, highlight=False, soft_wrap=True, markup=False, style="red")
+    if any(record.op == "feed_forward" and record.seconds for record in results.ops):
+        from bench import candidates, feed_forward_lanes
+
+        console.print(feed_forward_lanes.earned_table(results.ops, candidates.architecture_here()))
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
-    if not reached or any(record.status == "failed" for record in checked):
-        raise typer.Exit(1)
+    found = (*results.models, *results.ops, *results.host)
+    tests = results.tests
+    wrong = any(record.status == "failed" for record in found) or (tests and tests.failed + tests.errors)
+    return 1 if wrong or not (found or tests or results.tuning or results.ceilings) else 0
 
 
 @app.command()
 def gpu(
-    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 540.0,
-    out: Annotated[Path, typer.Option(help="Folder for results.json, the report and its pictures.")] = Path("bench-out"),
+    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 480.0,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and report.html.")] = Path("bench-out"),
+    test_log: Annotated[
+        Path | None,
+        typer.Option(help="Of tests that ran before, with `-p bench.pytest_log --test-log FILE`; no others are run."),
+    ] = None,
+    commit: Annotated[str | None, typer.Option(help="What is measured, where the files are no git checkout.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Everything in one call and within the time given, most important first; whatever is reached is written."""
     start = time.monotonic()
+    if test_log and not test_log.is_file():
+        raise typer.BadParameter(f"--test-log {test_log}: no such file")
     _start(dry_run)
-    from bench import plan
+    from bench import plan, suite
 
-    jobs = plan.dry_plan() if dry_run else plan.gpu_plan(budget)
-    _run(jobs, dry_run, budget - (time.monotonic() - start), out)
+    tests = suite.read(test_log) if test_log else None
+    jobs = plan.dry_plan() if dry_run else plan.gpu_plan(budget, tests=tests is None)
+    _run(jobs, dry_run, budget - (time.monotonic() - start), out, commit, tests)
 
 
 @app.command()
@@ -239,6 +274,24 @@ def tune(
     schema.write(results, out)
     console.print(tune_tables.candidates_table(results.tuning) if dry_run else tune_tables.best_table(results.tuning))
     console.print(f"{out}")
+
+
+@app.command()
+def accept(
+    results: Annotated[list[Path], typer.Argument(help="results.json of one machine, or the folder with it; one or several.")],
+    root: Annotated[Path, typer.Option(help="The checkout whose documents are written.")] = Path(),
+) -> None:
+    """What a GPU gave, into the repository: results, pictures, the tables of README and NOTES; prints what to change."""
+    from bench import accepting, schema
+
+    try:
+        written, lines = accepting.accept([path / "results.json" if path.is_dir() else path for path in results], root)
+    except (schema.ResultsError, OSError) as error:
+        console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"git add {' '.join(map(str, written))}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

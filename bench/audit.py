@@ -1,7 +1,7 @@
 """The compile audit: every op x shipped configuration x architecture, compiled ahead of time, without a GPU.
 
-It reads what the compiler made and compares it with the accepted state in results/audit.json. It says nothing about
-results or time.
+It reads what the compiler made and compares it with the state that was accepted for that release of Triton,
+results/audit-<release>.json. It says nothing about results or time.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from typing import Any
 from bench.cases import CASES, SHORT, Variant
 from bench.hardware import ARCHITECTURES, BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
 
-__all__ = ["CASES", "BASELINE", "compare", "read", "run", "severity", "write"]
+__all__ = ["CASES", "compare", "differences", "read", "run", "severity", "write"]
 
-BASELINE = Path(__file__).parent / "results/audit.json"
+RESULTS = Path(__file__).parent / "results"
+WHOLE = "3.7"  # the release whose accepted state is of everything; that of the others is of the short list
+RELEASES = ("3.6", WHOLE, "3.8")
 BATCH = 8  # variants a task: nvdisasm's start is shared, and two workers still end together
 HOT_LOOP_GROWTH = 1.10
+APART = 1.15  # how much longer a hot loop of the short list may be under one release than under the best
 # The only keys that may spill, and no more than the baseline says: rows and tiles that are larger than the registers of
 # a multiprocessor, see bench/NOTES.md. float64 is there for gradcheck.
 ACCEPTED_SPILLS = (
@@ -76,11 +80,21 @@ def compiling_environment() -> Iterator[None]:
         os.environ.update(saved)
 
 
-def read(path: Path = BASELINE) -> list[Record]:
-    return json.loads(path.read_text())["records"]
+def release() -> str:
+    """That of the Triton which would be imported: "3.7"."""
+    return ".".join(metadata.version("triton").split(".")[:2])
 
 
-def write(records: list[Record], path: Path = BASELINE) -> None:
+def baseline(triton: str) -> Path:
+    """The accepted state under this release."""
+    return RESULTS / f"audit-{triton}.json"
+
+
+def read(triton: str = WHOLE) -> list[Record]:
+    return json.loads(baseline(triton).read_text())["records"]
+
+
+def write(records: list[Record], path: Path) -> None:
     """One record a line, so that a change of the baseline reads well in a diff."""
     lines = ",\n".join(json.dumps(record) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +130,21 @@ def compare(baseline: list[Record], records: list[Record]) -> list[str]:
     for key in found.keys() & accepted.keys():
         problems += [f"{key}: {problem}" for problem in _regressions(accepted[key], found[key])]
     return sorted(problems)
+
+
+def differences(by_release: dict[str, list[Record]]) -> list[str]:
+    """What of the short list spills on sm_80 or sm_90, or has a hot loop much longer under one release than under the best."""
+    loops: dict[str, dict[str, int]] = {}
+    problems = []
+    for triton, records in by_release.items():
+        for record in selected(records, list(CASES), ["sm_80", "sm_90"], short=True):
+            loops.setdefault(record["key"], {})[triton] = record["hot_instructions"]
+            if record["spills"] or record["local_bytes"]:
+                problems.append(f"{record['key']}: spills under triton {triton}")
+    for key, found in loops.items():
+        if max(found.values()) > APART * min(found.values()) or found.keys() != by_release.keys():
+            problems.append(f"{key}: hot loop " + ", ".join(f"{n} under {triton}" for triton, n in found.items()))
+    return problems
 
 
 def may_spill(key: str) -> bool:

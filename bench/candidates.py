@@ -21,28 +21,44 @@ class Entry:
     """A table of configs.py: the op and direction that show its time, BERT's widths, and what may vary.
 
     extra: what else the audit's variant of it is, where that is not the op's plain one.
+    lane: of the op's, the one that uses it.
+    promising: changes of the present entry that compile well on sm_90, the first to try.
     """
 
     op: str
     direction: str
     widths: tuple[int, ...]
-    choices: dict[str, tuple[int, ...]]
+    choices: dict[str, tuple[int | None, ...]]
     function: str
     extra: dict[str, Any] = field(default_factory=dict)
+    lane: str = "fastbert"
+    promising: tuple[dict[str, int], ...] = ()
 
 
 _HIDDEN, _FEED_FORWARD, _HEAD_SIZES, _VOCABULARY = (1024, 768, 384), (4096, 3072, 1536), (64,), (30522,)
 _DROPPED = {"p": 0.1}
+# None and 1 or 2 programs a multiprocessor, which then take tile after tile.
+_PRODUCT_TILES = {
+    "maxnreg": (None, 128),
+    "BLOCK_M": (64, 128, 256),
+    "BLOCK_N": (64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (3, 4),
+    "programs_per_multiprocessor": (None, 1, 2),
+}
 _TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
 ENTRIES = {
     "attention_forward": Entry(
-        "attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}, "attention_fwd_kernel", _DROPPED
+        *("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}, "attention_fwd_kernel", _DROPPED),
+        promising=({"num_warps": 8}, {"BLOCK_M": 64}, {"BLOCK_M": 64, "num_stages": 2}),
     ),
     "attention_backward_kv": Entry(
-        "attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_kv_kernel", _DROPPED
+        *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_kv_kernel", _DROPPED),
+        promising=({"BLOCK_M": 32, "num_stages": 3},),
     ),
     "attention_backward_q": Entry(
-        "attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED
+        *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED),
+        promising=({"BLOCK_N": 32, "num_stages": 3}, {"BLOCK_M": 128, "num_warps": 8}),
     ),
     "layernorm_backward": Entry(
         "dropout_add_layernorm",
@@ -96,6 +112,12 @@ ENTRIES = {
         {"BLOCK_M": (1, 2, 4, 8), "BLOCK_N": (256, 512, 1024), "num_warps": (2, 4, 8)},
         "bias_gelu_fwd_kernel",
     ),
+    "feed_forward_product": Entry(
+        *("feed_forward", "forward", _FEED_FORWARD, _PRODUCT_TILES, "feed_forward_fwd_kernel"), lane="fastbert, epilogues"
+    ),
+    "feed_forward_gradient": Entry(
+        *("feed_forward", "backward", _FEED_FORWARD, _PRODUCT_TILES, "feed_forward_bwd_kernel"), lane="fastbert, epilogues"
+    ),
     "gather_rows": Entry(
         "gather_rows",
         "forward",
@@ -142,12 +164,13 @@ def present(kernel: str, architecture: str, dtype: str, width: int) -> Config:
 
 
 def candidates(kernel: str, architecture: str, dtype: str, width: int) -> list[Config]:
-    """The present configuration, then the others by how many of their fields differ from it."""
+    """The present configuration, the promising ones, then the others by how many of their fields differ from it."""
     now = present(kernel, architecture, dtype, width)
     choices = ENTRIES[kernel].choices
+    first = [now, *(replace(now, **changes) for changes in ENTRIES[kernel].promising)]
     combined = [replace(now, **dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
-    others = [config for config in combined if config != now]
-    return [now, *sorted(others, key=lambda config: _distance(now, config))]
+    others = [config for config in combined if config not in first]
+    return list(dict.fromkeys([*first, *sorted(others, key=lambda config: _distance(now, config))]))
 
 
 def _distance(a: Config, b: Config) -> int:

@@ -62,6 +62,7 @@ class Case:
 SHORT = (
     "dropout_add_layernorm bf16 768 p=0.1",
     "bias_gelu bf16 3072 gelu",
+    "feed_forward bf16 3072 gelu",
     "embedding_layernorm bf16 768 p=0.1",
     "gather_rows bf16 768 rows",
     "gelu_layernorm bf16 768 gelu",
@@ -133,6 +134,24 @@ def _bias_gelu(variant: Variant) -> None:
     x, bias = _meta(TOKENS, variant.width, dtype=dtype), _meta(variant.width, dtype=dtype)
     y = op._launch_fwd(x, bias, variant.activation)
     op._launch_bwd(y, x, bias, variant.activation, True)
+
+
+def _feed_forward_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "feed_forward")
+    for dtype in ("bf16", "fp16"):
+        for width in FEED_FORWARD[:3]:
+            yield variant(dtype, width)
+    yield variant("bf16", 3072, activation="relu")
+
+
+def _feed_forward(variant: Variant) -> None:
+    """The products with epilogues, which are off as shipped. All else that the op launches is bias_gelu's."""
+    from fastbert.kernels import feed_forward as op
+
+    hidden, inner = variant.width // 4, variant.width
+    x, weight, bias = (_meta(*shape, dtype=DTYPES[variant.dtype]) for shape in ((TOKENS, hidden), (inner, hidden), (inner,)))
+    _, h = op._launch_product(x, weight, bias, variant.activation, True)
+    op._launch_gradient(x, weight.t(), bias, h, variant.activation)
 
 
 def _gather_rows_variants() -> Iterator[Variant]:
@@ -252,7 +271,7 @@ def _linear_cross_entropy_variants() -> Iterator[Variant]:
     for dtype in ("bf16", "fp16", "fp32", "fp64"):
         yield variant(dtype, 30522, activation="gradient")
         yield variant(dtype, 768, activation="scale")
-    for extra in ("loss", "smoothing", "rows"):
+    for extra in ("loss", "smoothing", "weights", "rows"):
         yield variant("bf16", 30522, activation=extra)
     for width in (28996, 119547):
         yield variant("bf16", width, activation="gradient")
@@ -265,9 +284,11 @@ def _linear_cross_entropy(variant: Variant) -> None:
     from fastbert.kernels import linear_cross_entropy_rows as op
 
     dtype, extra = DTYPES[variant.dtype], variant.activation
-    labels = _meta(TOKENS, dtype=torch.int64)
+    weights = _meta(op.padded(variant.width)) if extra == "weights" else None
+    smoothing = 0.1 if extra in ("smoothing", "weights") else 0.0
+    targets = op.Targets(_meta(TOKENS, dtype=torch.int64), weights, None, -100, smoothing)
     if extra == "reduce":
-        op.launch_reduce(_meta(TOKENS), labels, 30522, -100, "mean", _meta(dtype=torch.bfloat16), _meta())
+        op.launch_reduce(_meta(TOKENS), targets, 30522, "mean", _meta(dtype=torch.bfloat16), _meta())
     elif extra in ("scale", "sums"):
         x = _meta(TOKENS, variant.width, dtype=torch.float32 if extra == "sums" else dtype)
         op.scaled(x, _meta(dtype=dtype), _meta(), dtype)
@@ -276,9 +297,8 @@ def _linear_cross_entropy(variant: Variant) -> None:
         logits = _meta(TOKENS, stride, dtype=dtype)[:, : variant.width]
         losses = _meta(TOKENS)
         dlosses = _meta(TOKENS, dtype=dtype) if extra == "rows" else None
-        smoothing = 0.1 if extra == "smoothing" else 0.0
         bias = _meta(stride, dtype=dtype)
-        op.launch_rows(logits, bias, labels, losses, dlosses, -100, smoothing, extra != "loss", op.gradient_scale(dtype))
+        op.launch_rows(logits, bias, targets, losses, dlosses, extra != "loss", op.gradient_scale(dtype))
 
 
 def _embedding_layernorm_variants() -> Iterator[Variant]:
@@ -290,6 +310,7 @@ def _embedding_layernorm_variants() -> Iterator[Variant]:
     yield variant("fp16", 768, p=0.1)
     for width in (512, 2048, 8192):
         yield variant("fp64", width, p=0.1)
+    yield variant("bf16", 768, p=0.1, activation="packed")
     yield variant("bf16", 1, activation="order")
 
 
@@ -297,6 +318,7 @@ def _embedding_layernorm(variant: Variant) -> None:
     """As many words as tokens, so that what is read of them counts as the floor does: a row a token."""
     from fastbert.kernels import embedding_layernorm as op
     from fastbert.kernels.embedding_gradients import in_order
+    from fastbert.kernels.embedding_ids import packed_ids
 
     if variant.activation == "order":  # of few ids, wherever those of a batch are more than it takes
         in_order(_meta(EMBEDDED, dtype=torch.int64))
@@ -307,7 +329,11 @@ def _embedding_layernorm(variant: Variant) -> None:
     )
     ids = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int64)
     seed = _meta(dtype=torch.int64) if variant.p else None
-    read = (ids, ids, None, seed, 0, 0)
+    packed = variant.activation == "packed"
+    places = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int32) if packed else None
+    if packed:
+        packed_ids(_meta(TOKENS, dtype=torch.int32), ids, ids, None, 0)
+    read = (ids, ids, ids if packed else None, places, seed, 0, 0)
     y, mean, rstd = op._launch_fwd(words, positions, types, vector, vector, *read, 1e-12, variant.p, dtype, True)
     op._launch_bwd(y, words, positions, types, vector, mean, rstd, *read, variant.p, dtype, True, True, True, True, True)
 
@@ -396,6 +422,7 @@ CASES: dict[str, Case] = {
     "packed_rows": Case(partial(_masks_variants, "packed_rows"), _packed_rows),
     "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
     "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
+    "feed_forward": Case(_feed_forward_variants, _feed_forward),
     "embedding_layernorm": Case(_embedding_layernorm_variants, _embedding_layernorm),
     "gather_rows": Case(_gather_rows_variants, _gather_rows),
     "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),

@@ -20,11 +20,11 @@ class Checker:
         self.exact = self._real(run(op.reference, inputs.converted(torch.float64), 0.0))
 
     def problem(self, lane: Lane, function: Function) -> str | None:
-        """What is wrong with the lane's output or gradients, or None."""
+        """What is wrong with the lane's output and gradients, a line each, or None."""
         found = self._real(run(function, self.inputs.packed() if lane.packed else self.inputs, 0.0))
         # A 16-bit lane's float32 sums come from 16-bit numbers; only true float32 is held to 1e-5.
         judged = comparisons(found, self.eager, self.exact, relative_fp32=None if self.half else 1e-5)
-        return next((f"{c.name}: {c.reason}" for c in judged if not c.ok), None)
+        return "\n".join(f"{c.name}: {c.reason}" for c in judged if not c.ok) or None
 
     def _real(self, results: dict[str, Tensor]) -> dict[str, Tensor]:
         """Padded rows hold whatever a lane leaves there, so they are not compared."""

@@ -7,6 +7,7 @@ off before triton is imported (bench.audit sees to it). No GPU is touched: trito
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bench import sass
 from bench.cases import BATCH, CASES, HEADS, SEQLEN, TOKENS, Variant
 from bench.floors import SCORE_PRODUCTS
 from bench.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_per_second, resident_programs
-from fastbert.kernels import launch
+from fastbert.kernels import kept, launch
 
 TILES = "pointers"  # what attention's kernels call whatever they load or store a tile through
 _COLUMN_SUMS = "column_sums_kernel"
@@ -99,10 +100,7 @@ def compile_launch(architecture: str, launched: Launch) -> Any:
     """Triton's own warm-up: it specialises the arguments as a launch does, compiles, and stops there."""
     assert isinstance(launched.kernel, triton.JITFunction), "TRITON_INTERPRET is set: nothing can be compiled"
     triton.runtime.driver.set_active(_AbsentDevice(ARCHITECTURES[architecture].capability))
-    options = {"num_warps": launched.config.num_warps}
-    if launched.config.num_stages is not None:
-        options["num_stages"] = launched.config.num_stages
-    return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **options)
+    return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **kept.options(launched.config))
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -127,6 +125,8 @@ def describe(
     about_work = _of_scores if launched.loops_over_scores else _of_rows
     if variant.op == "adamw":
         about_work = _of_parameters
+    elif "BLOCK_K" in launched.arguments:
+        about_work = partial(_of_products, sum(i.name != "NOP" for i in listing))
     return {
         "key": f"{architecture} {launched.direction} {variant.name}",
         "op": variant.op,
@@ -189,6 +189,33 @@ def _of_scores(
         "wide_share": wide_share({TILES}, widths),
         "operations_per_score": operations,
         "issue_tflop_per_second": round(issue_per_second(per_score) * operations / 1e12),
+    }
+
+
+def _of_products(
+    instructions: int,
+    variant: Variant,
+    launched: Launch,
+    resident: int,
+    shared: int,
+    hot: list[sass.Instruction],
+    widths: sass.Widths,
+) -> dict[str, Any]:
+    """What is counted by element of the product: the hot loop as often as it runs, and the rest once."""
+    arguments, names = launched.arguments, set(launched.big(variant))
+    lanes_per_element = launched.config.num_warps * LANES / (arguments["BLOCK_M"] * arguments["BLOCK_N"])
+    rest = (instructions - len(hot)) * lanes_per_element
+    per_element = rest + len(hot) * lanes_per_element * arguments["row_stride"] / arguments["BLOCK_K"]
+    operations = 2 * arguments["row_stride"]
+    return {
+        "kib_in_flight": resident * shared / 1024,
+        "instructions_per_element": round(per_element, 2),
+        "epilogue_instructions_per_element": round(rest, 2),
+        "philox_multiplies_per_element": 0.0,
+        "access_bytes": {name: min(widths.get(("ld", name), []) + widths.get(("st", name), [])) for name in names},
+        "wide_share": wide_share(names, widths),
+        "operations_per_element": operations,
+        "issue_tflop_per_second": round(issue_per_second(per_element) * operations / 1e12),
     }
 
 

@@ -25,12 +25,13 @@ CLOCKS = (
 )
 
 
-def read() -> Environment:
-    """The environment of this process; without a GPU its fields are None."""
+def read(commit: str | None = None) -> Environment:
+    """The environment of this process; without a GPU its fields are None. `commit`: where the files are no checkout."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    driver = _query("driver_version")
     return Environment(
         gpu=gpu and gpu.name,
-        driver=_query("driver_version"),
+        driver=driver,
         cuda=torch.version.cuda,
         capability=gpu and f"{gpu.major}.{gpu.minor}",
         multiprocessors=gpu and gpu.multi_processor_count,
@@ -41,24 +42,27 @@ def read() -> Environment:
         triton=_version("triton"),
         transformers=_version("transformers") or "unknown",
         fastbert=fastbert.__version__,
-        commit=_commit(),
+        commit=commit or _commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        clocks=clocks(),
+        clocks=clocks() if driver else {},
         pretended=pretended() is not None,
     )
 
 
 def clocks() -> dict[str, str]:
     """Clocks, power and temperature now; empty without nvidia-smi."""
-    answers = {name: _query(name) for name in CLOCKS}
-    return {name: answer for name, answer in answers.items() if answer}
+    together = (_query(",".join(CLOCKS)) or "").split(", ")
+    if len(together) == len(CLOCKS):
+        answers: dict[str, str | None] = dict(zip(CLOCKS, together, strict=True))
+    else:  # an older nvidia-smi refuses a whole list for one name that it does not know
+        answers = {name: _query(name) for name in CLOCKS}
+    return {name: answer for name, answer in answers.items() if answer and "[N/A]" not in answer}
 
 
 def _query(name: str) -> str | None:
-    """One question at a time: an older nvidia-smi refuses a whole list for one name that it does not know."""
     command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader", "--id=0"]
     answer = _output(command)
-    return None if answer is None or "[N/A]" in answer else answer
+    return None if answer == "[N/A]" else answer
 
 
 def _commit() -> str | None:

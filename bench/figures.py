@@ -22,6 +22,8 @@ COLOURS = {
     "fastbert + its AdamW": "#e8919c",
     "stock": "#30638e",
     "stock + compile": "#003d5b",
+    "stock + reduce-overhead": "#5c7d95",
+    "flattened": "#edae49",
     "eager": "#9aa5b1",
     "compile": "#003d5b",
     "flash_attention_2": "#edae49",
@@ -177,7 +179,8 @@ def scaling(left: Axes, right: Axes, results: Results) -> None:
     left.set_xticks(sorted(frame.seqlen.unique()), [str(s) for s in sorted(frame.seqlen.unique())], minor=False)
     left.minorticks_off()
     right.set(xlabel="fill: real tokens / all positions", ylim=(0, None))
-    left.legend(fontsize=7)
+    if left.lines:
+        left.legend(fontsize=7)
 
 
 def losses(axes: Axes, results: Results) -> None:
@@ -211,16 +214,30 @@ FIGURES: dict[str, tuple[str, int, Callable[..., None]]] = {
 }
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Every figure into `folder`; returns their paths in order."""
+def with_data(results: Results) -> list[str]:
+    """The figures for which there is a time."""
+    timed = {r.lane: r for r in results.models if r.seconds}
+    there = {
+        "speed": "stock" in timed and len(timed) > 1,
+        "memory": len(timed) > 1,
+        "roofline": bool(results.ceilings) and any(r.seconds for r in results.ops),
+        "scaling": len({r.seqlen for r in results.models if r.seconds and (r.head, r.mode) == ("mlm", "train")}) > 1,
+        "losses": any(r.losses for r in results.models),
+    }
+    return [name for name in FIGURES if there[name]]
+
+
+def draw(results: Results, folder: Path, only: Iterable[str] = tuple(FIGURES), prefix: str = "") -> list[Path]:
+    """The figures, all of them by default, into `folder`; returns their paths in order."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):
-        for name, (title, count, draw_on) in FIGURES.items():
+        for name in only:
+            title, count, draw_on = FIGURES[name]
             figure = Figure(figsize=SIZE, layout="constrained")
             draw_on(*figure.subplots(1, count, squeeze=False)[0], results)
             figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
             figure.supxlabel(provenance(results), fontsize=7, color="#66707a")
-            paths.append(folder / f"{name}.png")
+            paths.append(folder / f"{prefix}{name}.png")
             figure.savefig(paths[-1], dpi=130)
     return paths

@@ -18,6 +18,7 @@ TENSORS = {
         "backward": ("dy", "word", "type", "position", "dz", "dz of each word", "dz of each position"),
     },
     "bias_gelu": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
+    "feed_forward": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
     "gelu_layernorm": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
     "attention": {
         "forward": ("q", "k", "v", "out"),
@@ -31,6 +32,8 @@ TENSORS = {
 PRODUCTS = {"forward": 2, "backward": 5}
 # Products of linear_cross_entropy, each of 2 operations a token, element of hidden and class.
 DECODER_PRODUCTS = {"forward": 1, "backward": 2}
+# Products of feed_forward, each of 2 operations a token, element of hidden and element of the feed-forward.
+FEED_FORWARD_PRODUCTS = {"forward": 2, "backward": 4}
 VOCABULARY, TINY_VOCABULARY = 30522, 101
 SCORE_PRODUCTS = {"attention_fwd_kernel": 2, "attention_bwd_kv_kernel": 4, "attention_bwd_q_kernel": 3}
 
@@ -66,6 +69,8 @@ def stated_operations(op: str, direction: str, batch: int, seqlen: int, hidden: 
     """Of the matrix products: hidden is heads x head size, and every head has seqlen x seqlen scores."""
     if op == "linear_cross_entropy":
         return DECODER_PRODUCTS[direction] * 2 * batch * seqlen * hidden * vocabulary(hidden)
+    if op == "feed_forward":
+        return FEED_FORWARD_PRODUCTS[direction] * 2 * batch * seqlen * hidden * 4 * hidden
     return PRODUCTS[direction] * 2 * batch * seqlen**2 * hidden if op == "attention" else 0
 
 

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from bench.batches import CHOICES, make, padding
+from bench.flattened import Flattened, padded
+from bench.host_pretended import true_reads_of
 from bench.models import LANES, Workload
 from bench.models import make as make_model
 from fastbert.kernels.launch import counts
 from tests.models.running import Tensors, assert_equal, run
 
+SHOWN = 8  # tensors that a failure names
 ROWS = CHOICES  # the reference is float64: a few rows of the real length, not the whole batch
 
 
@@ -29,6 +32,8 @@ def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> s
     batch = make(workload.head, called.config, lengths, workload.seqlen, 99, device, labels=labels)
     before = counts.total()
     found = _run(workload, called, batch, device)
+    if isinstance(called, Flattened):
+        found = padded(found, batch)
     if fast and counts.total() == before:
         return "no kernel was launched"
     stock = make_model(workload, LANES["eager"], device).eval()
@@ -42,7 +47,7 @@ def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> s
         assert_equal(*(_readable(results, batch) for results in (found, eager, exact)))
     except AssertionError as failure:
         lines = str(failure).splitlines()
-        return f"{len(lines)} tensors differ from eager: {lines[0]}"
+        return "\n".join([f"{len(lines)} tensors differ from eager: {lines[0]}", *lines[1:SHOWN]])
     return None
 
 
@@ -57,7 +62,7 @@ def without_dropout(model: nn.Module, training: bool) -> nn.Module:
 def _run(workload: Workload, model: nn.Module, batch: dict[str, torch.Tensor], device: str) -> Tensors:
     """Inference is gated on its outputs, training on its gradients too."""
     training = workload.mode == "train"
-    with nullcontext() if training else torch.inference_mode():
+    with true_reads_of(batch), nullcontext() if training else torch.inference_mode():
         results = run(model, batch, training, autocast(workload, device))
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
 

@@ -60,6 +60,19 @@ def true_reads(tokens: list[int], read: list[int]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def true_reads_of(batch: dict[str, Any]) -> Iterator[None]:
+    """`true_reads` of what a padded batch holds, on a pretended GPU; nothing anywhere else."""
+    if pretended() is None:
+        yield
+        return
+    ids, mask, labels = (batch.get(name) for name in ("input_ids", "attention_mask", "labels"))
+    tokens = [ids.shape[-1]] * (ids.numel() // ids.shape[-1]) if mask is None else mask.cpu().flatten(0, -2).sum(-1).tolist()
+    by_token = labels is not None and labels.shape == ids.shape
+    with true_reads(tokens, (labels.cpu() != -100).sum(-1).tolist() if by_token else [1] * len(tokens)):
+        yield
+
+
 def _replaced(module: str, name: str, instead: Callable[..., Any]) -> Any:
     owner = importlib.import_module(module)
     original = getattr(owner, name, None)

@@ -7,6 +7,7 @@ from bench.records import OpRecord, Timed
 
 NOT_MEASURED = "not measured"
 BASELINES = ("stock", "fused", "sdpa efficient", "eager")  # what a lane is compared with: the first that was timed
+WHY_NOT = {"failed": "failed its check", "error": "did not run", "dry-run": "not measured (dry run)"}  # by status
 Record = TypeVar("Record", bound=Timed)
 
 
@@ -48,8 +49,7 @@ def why_not(record: Timed) -> str:
     """What stands where a time would: never a number."""
     first = (record.reason or "").splitlines()[:1]
     detail = f": {first[0]}" if first else ""
-    words = {"failed": "failed its check", "error": "did not run", "dry-run": "not measured (dry run)"}
-    return words.get(record.status, NOT_MEASURED) + detail
+    return WHY_NOT.get(record.status, NOT_MEASURED) + detail
 
 
 def share(record: OpRecord, copy: float | None, product: float | None) -> float | None:

@@ -1,10 +1,11 @@
 """Results as Markdown tables, by the name that stands in a document's markers. What has no number says so."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from bench import ceilings, host_tables, lanes
 from bench.flops import mfu
-from bench.records import ModelRecord, OpRecord, Results
+from bench.records import NOT_REACHED, ModelRecord, OpRecord, Results
 from bench.tune import best
 
 GIB = 1 << 30
@@ -181,11 +182,20 @@ def tuning(results: Results) -> str:
 
 
 def stages(results: Results) -> str:
+    """Every job that ran; of those that time did not reach, the first and how many they are."""
     rows = [
-        (stage.name, stage.status, f"{stage.seconds:.0f} s", (stage.reason or "").strip().splitlines()[-1:] or "")
+        (stage.name, stage.status, f"{stage.seconds:.0f} s", _last_line(stage.reason))
         for stage in results.stages
+        if stage.status != NOT_REACHED
     ]
-    return table(("job", "status", "took", "why"), [(*row[:3], row[3][0] if row[3] else "") for row in rows])
+    missed = [stage for stage in results.stages if stage.status == NOT_REACHED]
+    if missed:
+        rows.append((f"{missed[0].name}, and {len(missed) - 1} more", NOT_REACHED, "", _last_line(missed[0].reason)))
+    return table(("job", "status", "took", "why"), rows)
+
+
+def _last_line(text: str | None) -> str:
+    return ((text or "").strip().splitlines() or [""])[-1]
 
 
 def breakdown(results: Results) -> str:
@@ -205,10 +215,15 @@ def losses(results: Results) -> str:
         base = next((record for record in records if record.lane == "eager"), records[0])
         for record in records:
             pairs = list(zip(record.losses, base.losses, strict=False))
-            apart = max(abs(a - b) / abs(b) for a, b in pairs)
+            apart = max(_apart(a, b) for a, b in pairs)
             ends = f"{record.losses[0]:.4f} to {record.losses[-1]:.4f}"
             rows.append((workload(record), record.lane, str(len(pairs)), ends, f"{apart:.1e} of {base.lane}'s"))
     return table(("workload", "lane", "steps", "loss, dropout off", "furthest apart"), rows)
+
+
+def _apart(a: float, b: float) -> float:
+    """The difference as a share of b."""
+    return abs(a - b) / abs(b) if b else math.inf if a else 0.0
 
 
 # By the name in a document's markers.

@@ -98,11 +98,12 @@ class Op:
 @cache
 def table() -> dict[str, Op]:
     """OPS, by name. A function, because importing the lanes imports triton, whose interpreter is chosen before that."""
-    from bench import attention_lanes, decoder_lanes, embedding_lanes, packing_lanes, row_lanes
+    from bench import attention_lanes, decoder_lanes, embedding_lanes, feed_forward_lanes, packing_lanes, row_lanes
 
     return row_lanes.OPS | {
         "attention": attention_lanes.OP,
         "embedding_layernorm": embedding_lanes.OP,
+        "feed_forward": feed_forward_lanes.OP,
         "gather_rows": packing_lanes.OP,
         "linear_cross_entropy": decoder_lanes.OP,
     }
@@ -120,6 +121,7 @@ NAMES = (
     "attention",
     "dropout_add_layernorm",
     "bias_gelu",
+    "feed_forward",
     "gelu_layernorm",
     "gather_rows",
     "linear_cross_entropy",
@@ -129,7 +131,9 @@ WITH_DROPOUT = ("attention", "dropout_add_layernorm", "embedding_layernorm")
 SEQLENS = (512, 128, 2048, 64, 256, 1024)  # what matters most first
 TOKENS = 16384
 LABELLED = {512: 16384, 128: 4096, 64: 2457, 256: 614}  # rows of linear_cross_entropy, in place of sequences' lengths
-TINY = {"attention": (64, 2, 24)} | dict.fromkeys(NAMES[1:], (48, 2, 9))
+FED = {512: 16384, 128: 4096, 64: 2048, 256: 1024, 1024: 32768}  # rows of feed_forward, likewise
+ROWS = {"linear_cross_entropy": LABELLED, "feed_forward": FED}
+TINY = {"attention": (64, 2, 24)} | dict.fromkeys(NAMES[1:], (48, 2, 9)) | {"feed_forward": (32, 2, 9)}
 
 
 def cases(names: tuple[str, ...] = NAMES, dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Case]:
@@ -138,10 +142,10 @@ def cases(names: tuple[str, ...] = NAMES, dtypes: tuple[str, ...] = ("bf16", "fp
         for seqlen in SEQLENS if dtype == "bf16" else SEQLENS[:2]:
             for hidden in floors.MODELS.values():
                 for name in names:
-                    if name != "linear_cross_entropy":
+                    if name not in ROWS:
                         yield from _of_shape(Case(name, dtype, hidden, TOKENS // seqlen, seqlen))
-                    elif seqlen in LABELLED:
-                        yield Case(name, dtype, hidden, 1, LABELLED[seqlen])
+                    elif seqlen in ROWS[name]:
+                        yield Case(name, dtype, hidden, 1, ROWS[name][seqlen])
 
 
 def _of_shape(case: Case) -> Iterator[Case]:

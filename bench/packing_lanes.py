@@ -11,10 +11,9 @@ from fastbert.kernels.gather_rows import gather_rows
 
 
 def _make(case: Case, generator: torch.Generator, device: str) -> Inputs:
-    lengths = torch.tensor(case.lengths, device=device)
-    real = (torch.arange(case.seqlen, device=device) < lengths[:, None]).flatten()
-    index = real.nonzero().squeeze(1).to(torch.int32)
-    inverse = torch.where(real, real.cumsum(0) - 1, -1).to(torch.int32)
+    real = (torch.arange(case.seqlen) < torch.tensor(case.lengths)[:, None]).flatten()
+    index = real.nonzero().squeeze(1).to(device, torch.int32)
+    inverse = torch.where(real, real.cumsum(0) - 1, -1).to(device, torch.int32)
     x = torch.randn(len(real), case.hidden, generator=generator, device=device)
     dy = torch.randn(len(index), case.hidden, generator=generator, device=device)
     return Inputs({"x": x}, {"index": index, "inverse": inverse}, dy)

@@ -12,6 +12,7 @@ SCHEMA = 1
 # absent: a peer that is not here or cannot do this; failed: the check did not pass; error: it raised or was killed;
 # dry-run: the path was walked on tiny shapes without a GPU.
 STATUSES = ("ok", "absent", "failed", "error", "dry-run")
+NOT_REACHED = "not reached"  # a job's status: there was no time for it
 
 
 @dataclass(frozen=True)

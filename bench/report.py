@@ -1,5 +1,6 @@
 """`python -m bench report`: pictures, one HTML page, one Markdown page, and the marked tables of documents."""
 
+import tempfile
 from pathlib import Path
 
 from bench import markdown
@@ -39,3 +40,14 @@ def write(results: Results, folder: Path) -> list[Path]:
     html = folder / "report.html"
     html.write_text(page.render(results, written[1:]))
     return [*written, html]
+
+
+def write_page(results: Results, folder: Path) -> list[Path]:
+    """report.md, and report.html with the pictures in it: two files."""
+    from bench import figures, page
+
+    written = write_markdown(results, folder)
+    html = folder / "report.html"
+    with tempfile.TemporaryDirectory() as pictures:
+        html.write_text(page.render(results, figures.draw(results, Path(pictures))))
+    return [written, html]

@@ -2,25 +2,27 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench import batches, breakdown, gate, models, timing
 from bench.flops import step_flops
+from bench.host_pretended import pretended, true_reads_of
 from bench.models import Lane, Workload
 from bench.peers import Absent
 from bench.records import ModelRecord
 
 SETS = 4  # batches that rotate
 STEPS = {"cuda": 12, "cpu": 1}  # of the losses that are compared
-SECONDS = 3.0  # of timed steps
+SECONDS = 2.0  # of timed steps
 
 
-def run(workload: Workload, name: str, *, details: bool = True) -> ModelRecord:
-    """One record. `details`: also the breakdown and the losses, which cost some seconds."""
+def run(workload: Workload, name: str, *, details: bool = True, cold: bool = True) -> Iterator[ModelRecord]:
+    """The record of a lane; with `details` then another one in its place, with the losses and the breakdown, which cost some
+    seconds and must not cost the time where they are cut off. `cold`: the compilers' caches are empty, so the first step's
+    time is noted."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.reset()  # a workload's graphs are its own: none is recompiled into a dynamic one
     lane = models.LANES[name]
@@ -44,18 +46,32 @@ def run(workload: Workload, name: str, *, details: bool = True) -> ModelRecord:
         "first_step_seconds": None,
     }
     try:
-        return ModelRecord(**record | _measure(workload, lane, lengths, device, details))
+        for found in _measure(workload, lane, lengths, device, details, cold):
+            record |= found
+            yield ModelRecord(**record)
     except Absent as absent:
-        return ModelRecord(**record | {"status": "absent", "reason": str(absent)})
-    except torch.OutOfMemoryError:
-        return ModelRecord(**record | {"status": "error", "reason": "out of memory"})
+        yield ModelRecord(**record | {"status": "absent", "reason": str(absent)})
+    except (torch.OutOfMemoryError, timing.NoTime) as error:
+        if "status" not in record:  # later, it is the details that there is no memory for
+            reason = str(error) if isinstance(error, timing.NoTime) else "out of memory"
+            yield ModelRecord(**record | {"status": "error", "reason": reason})
+
+
+def prepare(workload: Workload, name: str) -> None:
+    """Compile what `run` will need, and leave it in the compilers' caches: a step, and the step of the check."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch._dynamo.reset()
+    lane = models.LANES[name]
+    step = Trainer(workload, lane, workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill), device)
+    step(0).cpu()
+    _gated(workload, lane, device)
 
 
 class Trainer:
     """The step of a lane: zero_grad, forward under the workload's precision, backward, optimizer. i picks the batch."""
 
     def __init__(self, workload: Workload, lane: Lane, lengths: list[int], device: str) -> None:
-        self.workload, self.device = workload, device
+        self.workload, self.lane, self.device = workload, lane, device
         self.model = models.make(workload, lane, device)
         self.called = models.compiled(self.model, lane)
         self.training = workload.mode == "train"
@@ -66,6 +82,14 @@ class Trainer:
 
     def __call__(self, i: int, mark: Callable[[str], None] = lambda name: None) -> torch.Tensor:
         batch = self.batches[i % SETS]
+        if pretended() is None:
+            return self._step(batch, mark)
+        with true_reads_of(batch):
+            return self._step(batch, mark)
+
+    def _step(self, batch: batches.Batch, mark: Callable[[str], None]) -> torch.Tensor:
+        if self.lane.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         if self.optimizer is None:
             with torch.inference_mode(), gate.autocast(self.workload, self.device):
                 return self.called(**batch)[0]
@@ -77,31 +101,31 @@ class Trainer:
         mark("backward")
         self.optimizer.step()
         mark("optimizer")
-        return loss.detach()
+        return loss.detach().clone() if self.lane.graphs else loss.detach()
 
 
-def _measure(workload: Workload, lane: Lane, lengths: list[int], device: str, details: bool) -> dict[str, Any]:
+def _measure(
+    workload: Workload, lane: Lane, lengths: list[int], device: str, details: bool, cold: bool
+) -> Iterator[dict[str, Any]]:
     step = Trainer(workload, lane, lengths, device)
     start = time.perf_counter()
     step(0).cpu()
-    found: dict[str, Any] = {}
-    if device == "cuda":
-        found["first_step_seconds"] = time.perf_counter() - start
+    first = {"first_step_seconds": time.perf_counter() - start} if device == "cuda" and cold else {}
 
-    wrong = _gated(workload, lane, device, step.called)
+    wrong = _gated(workload, lane, device)
     if wrong:
-        return {"status": "failed", "reason": wrong}
-    if details and step.training:
-        found["losses"] = losses(workload, lane, lengths, device)
+        yield {"status": "failed", "reason": wrong}
+        return
     if device == "cpu":
         step(1)
-        return found | {"status": "dry-run"}
-    if step.training:
-        seconds, runs = timing.measure_throughput(step, seconds=SECONDS)
+        yield {"status": "dry-run"}
     else:
-        seconds, runs = timing.measure_latency(step, seconds=SECONDS)
-    found |= {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": _peak(step)}
-    return found | (_breakdown(step) if details else {})
+        timer = timing.measure_throughput if step.training else timing.measure_latency
+        seconds, runs = timer(step, seconds=SECONDS)
+        yield first | {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": _peak(step)}
+    if details:
+        found = {"losses": losses(workload, lane, lengths, device)} if step.training else {}
+        yield found | (_breakdown(step) if device == "cuda" else {})
 
 
 def _breakdown(step: "Trainer") -> dict[str, Any]:
@@ -118,7 +142,7 @@ def _breakdown(step: "Trainer") -> dict[str, Any]:
     return found
 
 
-def _gated(workload: Workload, lane: Lane, device: str, called: nn.Module) -> str | None:
+def _gated(workload: Workload, lane: Lane, device: str) -> str | None:
     """The gate on fresh weights of the same lane: the timed model has already taken a step."""
     model = gate.without_dropout(models.make(workload, lane, device), workload.mode == "train")
     wrong = gate.problem(workload, models.compiled(model, lane), lane.fast, device)

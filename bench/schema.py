@@ -187,9 +187,24 @@ def from_lines(lines: Iterable[str]) -> list[Any]:
 
 
 def add(results: Results, records: Iterable[Any]) -> None:
-    """Each record to its place in `results`."""
+    """Each record to its place in `results`; what was measured again counts as it was measured last.
+
+    Raises:
+        ValueError: a record that contradicts itself, which would make the whole file unreadable; the others are in.
+    """
+    wrong = None
     for record in records:
         if isinstance(record, SuiteRecord):
             results.tests = record
-        else:
-            getattr(results, FIELDS[type(record)]).append(record)
+            continue
+        found = getattr(results, FIELDS[type(record)])
+        if isinstance(record, Timed):
+            try:
+                check_record(record, results.dry_run, f"{type(record).__name__} {record.case} {record.lane}")
+            except ValueError as error:
+                wrong = error
+                continue
+            found[:] = [other for other in found if _key(other) != _key(record)]
+        found.append(record)
+    if wrong:
+        raise wrong

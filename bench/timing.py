@@ -18,6 +18,10 @@ WARM_UP = 3
 HERTZ = 2e9  # cycles that torch.cuda._sleep waits in a second, on the fastest GPU; on a slower one it waits longer
 
 
+class NoTime(Exception):
+    """The clock gave no time for a call: nothing ran, or the events are not those of a GPU."""
+
+
 class Flush:
     """Writes twice the L2 cache full, so that the next call reads its inputs from memory."""
 
@@ -29,7 +33,7 @@ class Flush:
         self.buffer.zero_()
 
 
-def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, seconds: float = 0.2) -> tuple[Spread, list[float]]:
+def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, seconds: float = 0.1) -> tuple[Spread, list[float]]:
     """Time `call(prepare(i))`, the preparation left out: quartiles over all rounds, and the median of each block.
 
     Each block takes about `seconds`, between FEWEST and MOST rounds.
@@ -39,7 +43,7 @@ def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, second
     host = min(_host_seconds(prepare, call, i) for i in range(WARM_UP))
     wait = int(1.5 * host * HERTZ)
     trial = _block(prepare, call, flush, WARM_UP, wait)
-    rounds = min(max(int(seconds / (min(trial) + 1.5 * host)), FEWEST), MOST)
+    rounds = _rounds_in(seconds, min(trial) + 1.5 * host)
     return summary([_block(prepare, call, flush, rounds, wait) for _ in range(BLOCKS)])
 
 
@@ -104,11 +108,23 @@ def _rounds(step: Callable[[int], Any], seconds: float) -> int:
     for i in range(WARM_UP):
         synchronised(step, i)
     estimate = min(synchronised(step, i) for i in range(2))
-    return min(max(int(seconds / BLOCKS / estimate), FEWEST), MOST)
+    return _rounds_in(seconds / BLOCKS, estimate)
+
+
+def _rounds_in(seconds: float, estimate: float) -> int:
+    """How many rounds of about `estimate` seconds fit."""
+    return min(max(int(seconds / estimate), FEWEST), MOST) if estimate > 0 else FEWEST
 
 
 def summary(blocks: list[list[float]]) -> tuple[Spread, list[float]]:
-    """Quartiles of all samples, and the median of each block."""
+    """Quartiles of all samples, and the median of each block.
+
+    Raises:
+        NoTime: a sample is zero or less.
+    """
+    least = min(sample for block in blocks for sample in block)
+    if least <= 0:
+        raise NoTime(f"a call took {least} s by this clock: nothing ran, or it cannot be timed here")
     return Spread.of([sample for block in blocks for sample in block]), [Spread.of(block).median for block in blocks]
 
 

@@ -3,8 +3,9 @@
 Never at run time: what is found here is committed to configs.py together with its measurement.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -22,14 +23,23 @@ ROWS = {"attention": (16, 512), "rows": (32, 512)}  # batch and length at which 
 SHOWN = ("registers", "spills", "local_bytes", "shared_bytes", "shared_limit", "occupancy", "wide_share")
 
 
-def run(kernel: str, architecture: str, dtype: str, width: int, most: int = 24) -> Iterator[TuneRecord]:
-    """A record a candidate, the present configuration first; at most `most` of them."""
-    configs = candidates(kernel, architecture, dtype, width)[:most]
+def run(
+    kernel: str, architecture: str, dtype: str, width: int, most: int = 24, configs: Sequence[dict[str, int]] | None = None
+) -> Iterator[TuneRecord]:
+    """A record a candidate, the present configuration first; at most `most` of them, or those that `configs` names by what
+    differs from the present one."""
+    if configs is None:
+        tried = candidates(kernel, architecture, dtype, width)[:most]
+    else:
+        now = present(kernel, architecture, dtype, width)
+        tried = list(dict.fromkeys([now, *(replace(now, **changes) for changes in configs)]))
     gpu = torch.cuda.is_available()
-    with compiling_environment(), ProcessPoolExecutor(COMPILERS[gpu], mp_context=get_context("spawn")) as pool:
-        audits = list(pool.map(audited, [(kernel, architecture, dtype, width, config) for config in configs]))
+    # A fork has everything imported. Without a GPU this process has triton's interpreter, with which nothing is compiled.
+    context = get_context("fork" if gpu else "spawn")
+    with compiling_environment(), ProcessPoolExecutor(min(COMPILERS[gpu], len(tried)), mp_context=context) as pool:
+        audits = list(pool.map(audited, [(kernel, architecture, dtype, width, config) for config in tried]))
     timer = _Timer(kernel, architecture, dtype, width) if gpu else None
-    for config, audit in zip(configs, audits, strict=True):
+    for config, audit in zip(tried, audits, strict=True):
         lane = PRESENT if config == present(kernel, architecture, dtype, width) else CANDIDATE
         reason = refused(audit)
         found: dict[str, Any] = {"seconds": None, "runs": [], "reason": reason}
@@ -94,11 +104,12 @@ class _Timer:
         from bench.ops import Case, table
 
         entry = ENTRIES[kernel]
-        hidden = {"attention": 1024, "bias_gelu": width // 4, "linear_cross_entropy": 1024}.get(entry.op, width)
+        quarter = dict.fromkeys(("bias_gelu", "feed_forward"), width // 4)
+        hidden = {"attention": 1024, "linear_cross_entropy": 1024, **quarter}.get(entry.op, width)
         batch, seqlen = ROWS["attention" if entry.op == "attention" else "rows"]
         self.case = Case(entry.op, dtype, hidden, batch, seqlen, p=entry.extra.get("p", 0.0))
         self.inputs = run_ops.make_inputs(self.case)
-        self.lane = table()[entry.op].lanes["fastbert"]
+        self.lane = table()[entry.op].lanes[entry.lane]
         self.checker = Checker(table()[entry.op], self.case, self.inputs[0])
         self.direction, self.where = entry.direction, (kernel, architecture, dtype)
 

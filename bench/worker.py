@@ -20,21 +20,30 @@ def _ceilings() -> Iterator[Any]:
     yield from ceilings.run()
 
 
-def _model(workloads: list[dict[str, Any]], lanes: list[str], details: bool) -> Iterator[Any]:
+def _model(workloads: list[dict[str, Any]], lanes: list[str], details: bool, cold: bool) -> Iterator[Any]:
     from bench import run_models
     from bench.models import Workload
 
     for workload in workloads:
         for lane in lanes:
-            yield run_models.run(Workload.from_json(workload), lane, details=details)
+            yield from run_models.run(Workload.from_json(workload), lane, details=details, cold=cold)
 
 
-def _ops(cases: list[dict[str, Any]], directions: list[str]) -> Iterator[Any]:
+def _prepare(workload: dict[str, Any], lanes: list[str]) -> Iterator[Any]:
+    from bench import run_models
+    from bench.models import Workload
+
+    for lane in lanes:
+        run_models.prepare(Workload.from_json(workload), lane)
+    yield from ()
+
+
+def _ops(cases: list[dict[str, Any]], directions: list[str], lanes: list[str] | None = None) -> Iterator[Any]:
     from bench import run_ops
     from bench.ops import Case
 
     for case in cases:
-        yield from run_ops.run(Case(**case), directions=tuple(directions))
+        yield from run_ops.run(Case(**case), lanes, tuple(directions))
 
 
 def _optimizers(models: list[str]) -> Iterator[Any]:
@@ -60,6 +69,7 @@ def _tune(**job: Any) -> Iterator[Any]:
 KINDS: dict[str, Callable[..., Iterator[Any]]] = {
     "ceilings": _ceilings,
     "model": _model,
+    "prepare": _prepare,
     "host": _host,
     "ops": _ops,
     "optimizers": _optimizers,

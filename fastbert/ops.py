@@ -35,7 +35,7 @@ try:
     from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
     from fastbert.kernels.embedding_layernorm import embed, embedding_layernorm
     from fastbert.kernels.encoder_layer import KERNELS as LAYER_KERNELS
-    from fastbert.kernels.encoder_layer import Layout, Settings, Weights
+    from fastbert.kernels.encoder_layer import Layout, Settings, Twins, Weights
     from fastbert.kernels.encoder_layer import unchecked as encoder_layer
     from fastbert.kernels.failures import KernelFailed
     from fastbert.kernels.gather_rows import gather_rows
@@ -47,7 +47,7 @@ try:
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
     attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = linear_cross_entropy = None
-    encoder_layer = KernelFailed = LAYER_KERNELS = Layout = Settings = Weights = None
+    encoder_layer = KernelFailed = LAYER_KERNELS = Layout = Settings = Twins = Weights = None
     embed = embedding_layernorm = failures = packed_rows = row_counts = None
 
 # Bytes that an address has to be a multiple of where kernels are bound to it; safetensors maps files at any.
@@ -75,6 +75,7 @@ __all__ = [
     "KernelFailed",
     "Layout",
     "Settings",
+    "Twins",
     "Weights",
     "attention",
     "bias_gelu",

@@ -294,4 +294,5 @@ def attention_bwd_kv_kernel(
     store_tile(dk_rows, dk, keys, seqlen_k, D, BLOCK_D)
     store_tile(dv_rows, dv, keys, seqlen_k, D, BLOCK_D)
     if sums_ptr is not None:  # rows past the last are 0
-        _store_sums(sums_ptr, tl.sum(dk, axis=0), tl.sum(dv, axis=0), batch * blocks + block, kv_head, n_heads // GROUP, D, BLOCK_D)
+        row = batch * blocks + block
+        _store_sums(sums_ptr, tl.sum(dk, axis=0), tl.sum(dv, axis=0), row, kv_head, n_heads // GROUP, D, BLOCK_D)

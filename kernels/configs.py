@@ -8,6 +8,8 @@ loads and stores, bytes in flight), see bench/NOTES.md.
 
 from dataclasses import dataclass
 
+import triton
+
 
 @dataclass(frozen=True)
 class Config:
@@ -16,6 +18,8 @@ class Config:
     num_stages: how many iterations of a loop are in flight, where that is not left to Triton.
     chunk: how many columns of a row the program's warps load at once, where it is not all of them.
     at_once: how many rows a sum over rows reads at once.
+    BLOCK_K: of a product, the tile's extent along what is summed up.
+    maxnreg: the most registers a thread may have, where that lets more programs run at once; none may spill by it.
     """
 
     BLOCK_M: int
@@ -25,6 +29,8 @@ class Config:
     chunk: int | None = None
     num_stages: int | None = None
     at_once: int | None = None
+    BLOCK_K: int | None = None
+    maxnreg: int | None = None
 
     def chunks(self, width: int) -> tuple[int, int]:
         """How a row of `width` columns falls into chunks: their number and their columns, both powers of two."""
@@ -37,6 +43,7 @@ def _power_of_two(n: int) -> int:
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))  # of Triton, whose compilers differ in a few places
 Table = dict[int, dict[int, Config]]
 
 # A row held by one warp needs no shared memory and no barrier for its sums, and no lane of it idles at 768.
@@ -72,6 +79,11 @@ _LAYERNORM_BACKWARD: Table = {
         4096: Config(1, 16, None, 1, chunk=1024),
         8192: Config(1, 32, None, 1, chunk=2048),
     },
+}
+# BERT-base's width with three programs a multiprocessor, so half as many bytes again in flight: where the compiler keeps to a
+# third of the registers without a spill.
+_LAYERNORM_BACKWARD_THREE: Table = _LAYERNORM_BACKWARD | {
+    2: dict(sorted({**_LAYERNORM_BACKWARD[2], 768: Config(4, 4, None, 3, chunk=256, maxnreg=168)}.items()))
 }
 # The compiler for sm_100 asks for more registers: two warps share a row of 1024 columns of 4 bytes. BERT-base's 768 fit.
 _BLACKWELL_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
@@ -162,9 +174,18 @@ _LINEAR_CROSS_ENTROPY_SCALE: Table = {
 }
 
 
+# Tiles of the feed-forward's products, in 16 bits only; where they are used at all, FUSED says. Without programs a
+# multiprocessor each tile is a program of its own. Two programs fit a multiprocessor but for sm_80.
+_FEED_FORWARD: Table = {2: {8192: Config(128, 8, 128, num_stages=3, BLOCK_K=64, maxnreg=128)}}
+_AMPERE_FEED_FORWARD: Table = {2: {8192: Config(128, 8, 128, num_stages=3, BLOCK_K=64)}}
+_BLACKWELL_FEED_FORWARD: Table = {2: {8192: Config(128, 4, 128, num_stages=3, BLOCK_K=64)}}
+
+
 # A row of a mask a program, BLOCK_N of its bytes at once. The element size is that of what is written, int32; the table
 # names the others as well.
 _MASK_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 512)})
+# Where every token of a row goes: twice as many of them at once spill.
+_PACKED_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 256)})
 
 
 # By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
@@ -231,10 +252,11 @@ def _attention(part: str) -> dict[str, Table]:
 # The interpreter's time goes by programs and steps, not by elements: tall tiles.
 TABLES: dict[str, dict[str, Table]] = {
     "mask_rows": _everywhere(_MASK_ROWS) | _interpreted(Config(1, 1, 1024)),
+    "packed_rows": _everywhere(_PACKED_ROWS) | _interpreted(Config(1, 1, 1024)),
     "gather_rows": _everywhere(_GATHER_ROWS) | _interpreted(Config(32, 1, 1024)),
     "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
     "layernorm_forward_uneven": _everywhere(_LAYERNORM_FORWARD_UNEVEN) | _interpreted(Config(32, 1)),
-    "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD)
+    "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD_THREE if RELEASE < (3, 8) else _LAYERNORM_BACKWARD)
     | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD}
     | _interpreted(Config(32, 1, None, 1)),
     "gelu_layernorm_backward": _everywhere(_GELU_LAYERNORM_BACKWARD)
@@ -248,6 +270,12 @@ TABLES: dict[str, dict[str, Table]] = {
     "embedding_finish": _everywhere(_EMBEDDING_FINISH) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
     "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
+    "feed_forward_product": _everywhere(_FEED_FORWARD)
+    | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD}
+    | _interpreted(Config(64, 1, 32, BLOCK_K=32)),
+    "feed_forward_gradient": _everywhere(_FEED_FORWARD)
+    | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD}
+    | _interpreted(Config(64, 1, 32, BLOCK_K=32)),
     "column_sums": _everywhere(_COLUMN_SUMS) | _interpreted(Config(32, 1, 1024)),
     "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),
     "linear_cross_entropy": _everywhere(_LINEAR_CROSS_ENTROPY)
@@ -266,4 +294,12 @@ TABLES: dict[str, dict[str, Table]] = {
         architecture: {2: {64: configs[length]}} for architecture, configs in _SHORT_ATTENTION.items()
     }
     for length in LENGTHS
+}
+
+# Where a product of the feed-forward is Triton's with an epilogue instead of cuBLAS's and a kernel after it: by product,
+# architecture and element size, (H, F) and the rows from which on. Empty: no GPU has shown yet that it is no slower.
+# `python -m bench ops --op feed_forward` prints the entries that its run has earned.
+FUSED: dict[str, dict[str, dict[int, dict[tuple[int, int], int]]]] = {
+    "feed_forward_product": {},
+    "feed_forward_gradient": {},
 }

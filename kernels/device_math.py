@@ -46,6 +46,37 @@ def chunked_columns(CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.cons
     return tl.arange(0, CHUNKS)[:, None, None] * BLOCK_N + columns(BLOCK_N, VECTOR)[None, None, :]
 
 
+# A tile of chunks, [CHUNKS * BLOCK_M, BLOCK_N], holds BLOCK_M whole rows: the first BLOCK_N columns of each, then the next
+# of each, and so on. Triton spreads a tile over warps from its last axis to its first, so with as many columns in a chunk
+# as a warp loads at once each warp holds whole rows, and summing one up needs neither shared memory nor a barrier. (With
+# chunks and rows as two axes, Triton 3.6 and 3.7 differ in which of them the warps share.)
+
+
+@triton.jit
+def columns_of_chunks(CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr):
+    """[CHUNKS * BLOCK_M, BLOCK_N] column numbers; VECTOR as in columns."""
+    return (tl.arange(0, CHUNKS * BLOCK_M) // BLOCK_M)[:, None] * BLOCK_N + columns(BLOCK_N, VECTOR)[None, :]
+
+
+@triton.jit
+def beside_chunks(x, CHUNKS: tl.constexpr):
+    """[CHUNKS * BLOCK_M, 1], what [BLOCK_M] holds of each row beside each of its chunks."""
+    return tl.reshape(tl.broadcast_to(x[None, :], [CHUNKS, x.shape[0]]), [CHUNKS * x.shape[0]])[:, None]
+
+
+@triton.jit
+def sums_of_rows(x, CHUNKS: tl.constexpr):
+    """[CHUNKS * BLOCK_M, 1], each row's sum beside each of its chunks. Chunks first: they are one thread's own registers."""
+    BLOCK_M: tl.constexpr = x.shape[0] // CHUNKS
+    return beside_chunks(tl.sum(tl.sum(tl.reshape(x, [CHUNKS, BLOCK_M, x.shape[1]]), axis=0), axis=1), CHUNKS)
+
+
+@triton.jit
+def sums_of_columns(x, CHUNKS: tl.constexpr):
+    """[CHUNKS, BLOCK_N], each column's sum over the rows of a tile of chunks."""
+    return tl.sum(tl.reshape(x, [CHUNKS, x.shape[0] // CHUNKS, x.shape[1]]), axis=1)
+
+
 @triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
@@ -161,14 +192,8 @@ def layernorm_statistics(x, col_mask, n_cols, eps):
 
 
 @triton.jit
-def row_sums(x):
-    """[1, rows, 1] from a tile of chunked columns. Chunks first: they are one thread's own registers."""
-    return tl.sum(tl.sum(x, axis=0), axis=1)[None, :, None]
-
-
-@triton.jit
-def layernorm_backward(dy_weighted, x_hat, rstd, n_cols):
-    """dL/dx of x_hat = (x - mean) * rstd from dL/dx_hat, tiles of chunked columns that are 0 past the last."""
-    mean_dy = row_sums(dy_weighted) / n_cols
-    mean_dy_x_hat = row_sums(dy_weighted * x_hat) / n_cols
+def layernorm_backward(dy_weighted, x_hat, rstd, n_cols, CHUNKS: tl.constexpr):
+    """dL/dx of x_hat = (x - mean) * rstd from dL/dx_hat, tiles of chunks that are 0 past the last column."""
+    mean_dy = sums_of_rows(dy_weighted, CHUNKS) / n_cols
+    mean_dy_x_hat = sums_of_rows(dy_weighted * x_hat, CHUNKS) / n_cols
     return (dy_weighted - mean_dy - x_hat * mean_dy_x_hat) * rstd

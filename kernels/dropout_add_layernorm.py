@@ -19,14 +19,16 @@ from torch import Tensor
 
 from . import plain
 from .device_math import (
+    beside_chunks,
     block_rows,
-    chunked_columns,
     columns,
+    columns_of_chunks,
     dropout,
     keep_mask,
     layernorm_backward,
     layernorm_statistics,
     offsets,
+    sums_of_columns,
     tile_offsets,
 )
 from .failures import or_plain
@@ -59,6 +61,7 @@ def dropout_add_layernorm_fwd_kernel(
     x_bias_ptr,
     seed_ptr,
     y_ptr,
+    y_low_ptr,
     z_ptr,
     mean_ptr,
     rstd_ptr,
@@ -98,16 +101,12 @@ def dropout_add_layernorm_fwd_kernel(
 
     out = tile_offsets(rows, cols, N_COLS, 1)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask)
+    if y_low_ptr is not None:  # y again, in the type of the products that follow
+        tl.store(y_low_ptr + out, y.to(y_ptr.dtype.element_ty).to(y_low_ptr.dtype.element_ty), mask)
     if mean_ptr is not None:
         tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask)
         tl.store(mean_ptr + rows, mean, row_mask)
         tl.store(rstd_ptr + rows, rstd, row_mask)
-
-
-@triton.jit
-def _upstream(dy_ptr, rows, cols, mask, col_mask, dy_row_stride, dy_col_stride, ACC: tl.constexpr):
-    dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
-    return tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_programs"])
@@ -136,31 +135,30 @@ def dropout_add_layernorm_bwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0)
-    cols = chunked_columns(CHUNKS, BLOCK_N, VECTOR)
+    cols = columns_of_chunks(CHUNKS, BLOCK_M, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
     weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
-    dweight = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
-    dbias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
-    dx_bias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
+    dweight = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
+    dbias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
+    dx_bias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
 
     for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
-        rows = block_rows(block, BLOCK_M)[None, :, None]
-        row_mask = rows < n_rows
-        mask = row_mask & col_mask
+        row = block_rows(block, BLOCK_M)
+        mean = beside_chunks(tl.load(mean_ptr + row, row < n_rows, other=0.0), CHUNKS)
+        rstd = beside_chunks(tl.load(rstd_ptr + row, row < n_rows, other=0.0), CHUNKS)
+        rows = beside_chunks(row, CHUNKS)
+        mask = (rows < n_rows) & col_mask
         here = offsets(rows, cols, N_COLS, 1)
 
-        if y_ptr is None:
-            dy = _upstream(dy_ptr, rows, cols, mask, col_mask, dy_row_stride, dy_col_stride, ACC)
+        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
+        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
         z = tl.load(z_ptr + here, mask, other=0.0).to(ACC)
-        mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
 
         x_hat = tl.where(col_mask, (z - mean) * rstd, 0.0)
-        if y_ptr is not None:  # the forward's result, for a backward that did not keep it; before dy takes its registers
+        if y_ptr is not None:  # the forward's result, for a backward that did not keep it
             y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
             tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask)
-            dy = _upstream(dy_ptr, rows, cols, mask, col_mask, dy_row_stride, dy_col_stride, ACC)
-        dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS)
+        dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS, CHUNKS)
         dx = dz
         if P_DROP > 0:
             dx = dropout(dz, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
@@ -174,10 +172,11 @@ def dropout_add_layernorm_bwd_kernel(
             tl.store(dresidual_ptr + here, dz.to(dresidual_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
+        cols = columns_of_chunks(CHUNKS, 1, BLOCK_N, VECTOR)
         row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
-        tl.store(row, tl.sum(dweight, axis=1)[:, None, :], col_mask)
-        tl.store(row + N_COLS, tl.sum(dbias, axis=1)[:, None, :], col_mask)
-        tl.store(row + 2 * N_COLS, tl.sum(dx_bias, axis=1)[:, None, :], col_mask)
+        tl.store(row, sums_of_columns(dweight, CHUNKS), cols < N_COLS)
+        tl.store(row + N_COLS, sums_of_columns(dbias, CHUNKS), cols < N_COLS)
+        tl.store(row + 2 * N_COLS, sums_of_columns(dx_bias, CHUNKS), cols < N_COLS)
 
 
 def forward_work(
@@ -235,6 +234,7 @@ def _launch_fwd(
         x_bias_ptr=None if x_bias is None else x_bias.contiguous(),
         seed_ptr=seed,
         y_ptr=y,
+        y_low_ptr=None,
         z_ptr=z,  # empty when nothing is saved; its type still says how z is rounded
         mean_ptr=mean if save else None,
         rstd_ptr=rstd if save else None,

@@ -132,12 +132,13 @@ def embedding_layernorm_bwd_order_kernel(
     ids = tl.load(ids_ptr + places, here, other=0).to(tl.int32)
 
     # How many come before: those of a smaller id, and of the same one those that are before it already.
-    rank = tl.zeros([BLOCK_M], tl.int64)
+    first = tl.zeros([BLOCK_M, BLOCK_N], tl.int64)
     for start in range(0, n_places, BLOCK_N):
         others = start + tl.arange(0, BLOCK_N)
         other_ids = tl.load(ids_ptr + others, others < n_places, other=LARGEST).to(tl.int32)
         same_first = (others[None, :] < places[:, None]).to(tl.int32)
-        rank += tl.sum((other_ids[None, :] < ids[:, None] + same_first).to(tl.int32), axis=1).to(tl.int64)
+        first += (other_ids[None, :] < ids[:, None] + same_first).to(tl.int64)
+    rank = tl.sum(first, axis=1)
 
     tl.store(sorted_ptr + rank, ids, here)
     tl.store(order_ptr + rank, places, here)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import plain
 from .embedding_gradients import by_runs
+from .embedding_ids import batch_stride, packed_ids
 from .embedding_rows import embedding_layernorm_bwd_kernel, embedding_layernorm_fwd_kernel
 from .embedding_sums import GROUPS, MOST_TYPES, by_places, finish
 from .failures import or_plain
@@ -65,8 +66,8 @@ def _sum_arguments(
         "type_ids_ptr": None if token_type_ids is None else token_type_ids.contiguous(),
         "words_row_stride": rows.stride(0),
         "words_col_stride": rows.stride(1),
-        "position_batch_stride": _batch_stride(position_ids, shape),
-        "type_batch_stride": _batch_stride(token_type_ids, shape),
+        "position_batch_stride": batch_stride(position_ids, shape),
+        "type_batch_stride": batch_stride(token_type_ids, shape),
         "seqlen": shape[-1],
         "offset": offset,
         "n_words": rows.shape[0],
@@ -77,11 +78,6 @@ def _sum_arguments(
         "Z": _language_type(z_dtype),
         "ACC": accumulator(z_dtype),
     }
-
-
-def _batch_stride(ids: Tensor | None, shape: torch.Size) -> int:
-    """From one sequence's ids to the next one's: 0 where one row of them serves all of this shape."""
-    return 0 if ids is None or ids.shape != shape else shape[-1]
 
 
 @cache
@@ -95,6 +91,18 @@ def _z_dtype(words: Tensor, positions: Tensor, types: Tensor) -> torch.dtype:
 
 def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     return one if one == other else torch.promote_types(one, other)  # which is dispatched as an op
+
+
+def _check_ranges(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+) -> None:
+    for table_ids, table in ((ids, words), (token_type_ids, types), (position_ids, positions)):
+        _check_range(table_ids, table)
 
 
 def _check_range(ids: Tensor | None, table: Tensor) -> None:
@@ -115,6 +123,7 @@ def _launch_fwd(
     ids: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
+    places: Tensor | None,
     seed: Tensor | None,
     offset: int,
     padding_idx: int | None,
@@ -123,12 +132,9 @@ def _launch_fwd(
     out_dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    for table_ids, table in ((ids, words), (token_type_ids, types), (position_ids, positions)):
-        _check_range(table_ids, table)
-    tables = words, positions, types
-    y, mean, rstd = _allocate_fwd(
-        *tables, weight, bias, ids, token_type_ids, position_ids, seed, offset, padding_idx, eps, p, out_dtype, save
-    )
+    _check_ranges(words, positions, types, ids, token_type_ids, position_ids)
+    tables, more = (words, positions, types), (places, seed, offset, padding_idx, eps, p, out_dtype, save)
+    y, mean, rstd = _allocate_fwd(*tables, weight, bias, ids, token_type_ids, position_ids, *more)
     n_rows, n_cols = y.shape[:-1].numel(), y.shape[-1]
     widest = max((y, *tables), key=Tensor.element_size)
     config = choose("layernorm_forward", widest, n_cols)
@@ -176,6 +182,7 @@ def _launch_bwd(
     ids: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
+    places: Tensor | None,
     seed: Tensor | None,
     offset: int,
     padding_idx: int | None,
@@ -190,19 +197,21 @@ def _launch_bwd(
     """The gradients of the tables, weight and bias; an empty tensor for one that is not asked for."""
     given = dy, words, positions, types, weight, mean, rstd, ids, token_type_ids, position_ids, seed, offset, p
     dz, sums = _launch_rows_bwd(*given, needs_words or needs_positions or needs_types, needs_weight or needs_bias)
-    shape, seqlen = dy.shape[:-1], dy.shape[-2]
+    shape = dy.shape[:-1]
 
     # Positions that all sequences share, and types that are few, are added up by place; others are brought into order.
-    shared = needs_positions and (position_ids is None or position_ids.numel() < shape.numel())
+    counted = position_ids is None or places is not None
+    shared = needs_positions and (counted or position_ids.numel() < shape.numel())
     few = needs_types and (token_type_ids is None or types.shape[0] <= MOST_TYPES)
+    seqlen = shape[-1] if places is None else places.shape[-1]
     place_sums = None
     if shared or few:
         n_types = types.shape[0] if few and token_type_ids is not None else 1
         type_ids = token_type_ids.contiguous() if n_types > 1 else None
-        type_batch_stride = _batch_stride(token_type_ids, shape)
-        place_sums = by_places(dz, seqlen if shared else GROUPS, type_ids, n_types, seqlen, type_batch_stride)
+        type_stride = batch_stride(token_type_ids, shape)
+        place_sums = by_places(dz, seqlen if shared else GROUPS, type_ids, n_types, shape[-1], type_stride, places)
     dwords = dpositions = by_place = dtypes = dweight = dbias = None
-    if shared and position_ids is None:
+    if shared and counted:
         dpositions = by_place = positions.new_empty(positions.shape)
     elif shared:
         by_place = place_sums.new_empty(seqlen, dz.shape[1])
@@ -213,7 +222,7 @@ def _launch_bwd(
     if needs_bias:
         dbias = weight.new_empty(weight.shape, dtype=bias_dtype)
     if place_sums is not None or sums is not None:
-        finish(sums, place_sums, dweight, dbias, by_place, dtypes, offset if position_ids is None else 0)
+        finish(sums, place_sums, dweight, dbias, by_place, dtypes, offset if counted else 0)
 
     if needs_words and ids is None:
         dwords = dz.view(words.shape).to(words.dtype)
@@ -294,21 +303,22 @@ def _allocate_bwd(dy, words, positions, types, weight, mean, *rest):
 
 
 def _save(ctx, inputs, output):
-    words, positions, types, weight, bias, ids, token_type_ids, position_ids, seed, offset, padding_idx, _, p, *_ = inputs
+    words, positions, types, weight, bias, *read = inputs
+    *read, offset, padding_idx, _, p, _, _ = read
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(words, positions, types, weight, mean, rstd, ids, token_type_ids, position_ids, seed)
+    ctx.save_for_backward(words, positions, types, weight, mean, rstd, *read)
     ctx.options = offset, padding_idx, p
     ctx.bias_dtype = bias.dtype
 
 
 def _gradients(backward, ctx, dy, *_):
     if dy is None:
-        return (None,) * 15
+        return (None,) * 16
     needs = ctx.needs_input_grad[:5]
     gradients = backward(dy, *ctx.saved_tensors, *ctx.options, ctx.bias_dtype, *needs)
-    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *(None,) * 10
+    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *(None,) * 11
 
 
 _op = torch.library.custom_op("fastbert::embedding_layernorm", _launch_fwd, mutates_args=())
@@ -334,6 +344,8 @@ def embedding_layernorm(
     p: float = 0.0,
     out_dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
     """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])) in one pass over memory.
 
@@ -351,12 +363,16 @@ def embedding_layernorm(
         p: probability of dropping an element, rounded to 1/65536; kept ones are scaled by 1 / (1 - p).
         out_dtype: dtype of the result (autocast asks for float32); the promoted dtype by default.
         seed: int64 [] on words' device; drawn from torch's generator when None and p > 0.
+        index: int32 [N], the rows of all these that are wanted, none twice; they are packed as gather_rows packs. Below 0: a
+            row that is not read, whose gradient must be 0.
+        inverse: int32 [... S], with index: where each row is among those, negative if nowhere.
 
     Returns:
-        [..., S, H], contiguous.
+        [..., S, H], contiguous; with index [1, N, H].
 
     Raises:
-        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192, an index
+            without inverse or ids.
         IndexError: an id outside of its table; on a GPU a failed device assertion instead, as in torch.
     """
     tables = {"words": words, "positions": positions, "types": types}
@@ -383,8 +399,10 @@ def embedding_layernorm(
         raise ValueError("types: expected at least one row, got none")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
+    _check_packing(index, inverse, ids, words)
     read = ids, token_type_ids, position_ids, offset, padding_idx
-    return embed(words, positions, types, weight, bias, *read, eps, p, out_dtype or _z_dtype(words, positions, types), seed)
+    out_dtype = out_dtype or _z_dtype(words, positions, types)
+    return embed(words, positions, types, weight, bias, *read, eps, p, out_dtype, seed, index, inverse)
 
 
 def embed(
@@ -402,18 +420,39 @@ def embed(
     p: float,
     out_dtype: torch.dtype,
     seed: Tensor | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
     """embedding_layernorm, of arguments that the caller has checked."""
+    places = None
+    if index is not None:
+        if not torch.compiler.is_compiling():
+            _check_ranges(words, positions, types, ids, token_type_ids, position_ids)
+        places = inverse.view(-1, ids.shape[-1]) if position_ids is None else None
+        packed = plain.packed_ids if torch.compiler.is_compiling() else packed_ids
+        ids, token_type_ids, position_ids = packed(index, ids, token_type_ids, position_ids, offset)
     if not p > 0.0:
         seed = None
     elif seed is None:
         seed = draw_seed(words.device)
     save = needs_backward(words, positions, types, weight, bias)
-    read = ids, token_type_ids, position_ids, seed, offset, padding_idx
+    read = ids, token_type_ids, position_ids, places, seed, offset, padding_idx
     arguments = words, positions, types, weight, bias, *read, eps, p, out_dtype, save
     if save or torch.compiler.is_compiling():
         return _call(*arguments)[0]
     return _launch_fwd(*arguments)[0]
+
+
+def _check_packing(index: Tensor | None, inverse: Tensor | None, ids: Tensor | None, words: Tensor) -> None:
+    if index is None and inverse is None:
+        return
+    if index is None or inverse is None or ids is None:
+        raise ValueError("index: expected with inverse and ids, or neither index nor inverse, got one without another")
+    for name, vector, length in (("index", index, None), ("inverse", inverse, ids.numel())):
+        if vector.dtype != torch.int32 or vector.dim() != 1 or (length is not None and vector.shape[0] != length):
+            expected = "[N]" if length is None else f"[{length}]"
+            raise ValueError(f"{name}: expected int32 {expected}, got {vector.dtype} {tuple(vector.shape)}")
+        check_device(name, vector, words)
 
 
 def _check_indices(name: str, indices: Tensor | None, shape: torch.Size) -> None:

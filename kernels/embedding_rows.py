@@ -4,14 +4,16 @@ import triton
 import triton.language as tl
 
 from .device_math import (
+    beside_chunks,
     block_rows,
-    chunked_columns,
     columns,
+    columns_of_chunks,
     dropout,
     keep_mask,
     layernorm_backward,
     layernorm_statistics,
     offsets,
+    sums_of_columns,
     tile_offsets,
 )
 
@@ -48,12 +50,13 @@ def summed_rows(
     token_mask,
     cols,
     col_mask,
+    CHUNKS: tl.constexpr,
     N_COLS: tl.constexpr,
     SUM: tl.constexpr,
     Z: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """z of these tokens and columns, which broadcast: (word + type) + position, rounded each time as eager rounds."""
+    """z of tokens [BLOCK_M] in a tile of chunks: (word + type) + position, rounded each time as eager rounds."""
     # 32 bits hold the number of a token, though not its offset, and divide in a fifth of the instructions.
     batch, place = tokens.to(tl.int32) // seqlen, tokens.to(tl.int32) % seqlen
     word_rows, type_rows, position_rows = tokens, tl.zeros_like(tokens), (offset + place).to(tl.int64)
@@ -64,7 +67,9 @@ def summed_rows(
     if position_ids_ptr is not None:
         places = batch * position_batch_stride + place
         position_rows = named_rows(position_ids_ptr, places, token_mask, n_positions)
-    mask = token_mask & col_mask
+    word_rows, type_rows = beside_chunks(word_rows, CHUNKS), beside_chunks(type_rows, CHUNKS)
+    position_rows = beside_chunks(position_rows, CHUNKS)
+    mask = beside_chunks(token_mask, CHUNKS) & col_mask
     word_offsets = offsets(word_rows, cols, words_row_stride, words_col_stride)
     word = tl.load(words_ptr + word_offsets, mask & (word_rows >= 0), other=0.0).to(ACC)
     type_offsets = offsets(type_rows, cols, N_COLS, 1)
@@ -129,10 +134,11 @@ def embedding_layernorm_fwd_kernel(
         n_words,
         n_positions,
         n_types,
-        rows[:, None],
-        row_mask[:, None],
+        rows,
+        row_mask,
         cols[None, :],
         col_mask[None, :],
+        1,
         N_COLS,
         SUM,
         Z,
@@ -192,16 +198,16 @@ def embedding_layernorm_bwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     program = tl.program_id(0)
-    cols = chunked_columns(CHUNKS, BLOCK_N, VECTOR)
+    cols = columns_of_chunks(CHUNKS, BLOCK_M, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
     weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
-    dweight = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
-    dbias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
+    dweight = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
+    dbias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
 
     for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
-        rows = block_rows(block, BLOCK_M)[None, :, None]
-        row_mask = rows < n_rows
-        mask = row_mask & col_mask
+        tokens = block_rows(block, BLOCK_M)
+        rows = beside_chunks(tokens, CHUNKS)
+        mask = (rows < n_rows) & col_mask
 
         dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
         dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
@@ -221,17 +227,18 @@ def embedding_layernorm_bwd_kernel(
             n_words,
             n_positions,
             n_types,
-            rows,
-            row_mask,
+            tokens,
+            tokens < n_rows,
             cols,
             col_mask,
+            CHUNKS,
             N_COLS,
             SUM,
             Z,
             ACC,
         )
-        mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
+        mean = beside_chunks(tl.load(mean_ptr + tokens, tokens < n_rows, other=0.0), CHUNKS)
+        rstd = beside_chunks(tl.load(rstd_ptr + tokens, tokens < n_rows, other=0.0), CHUNKS)
 
         if P_DROP > 0:
             dy = dropout(dy, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
@@ -240,10 +247,11 @@ def embedding_layernorm_bwd_kernel(
             dweight += dy * x_hat
             dbias += dy
         if dz_ptr is not None:
-            dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS)
+            dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS, CHUNKS)
             tl.store(dz_ptr + offsets(rows, cols, N_COLS, 1), dz.to(dz_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
+        cols = columns_of_chunks(CHUNKS, 1, BLOCK_N, VECTOR)
         row = sums_ptr + program.to(tl.int64) * 2 * N_COLS + cols
-        tl.store(row, tl.sum(dweight, axis=1)[:, None, :], col_mask)
-        tl.store(row + N_COLS, tl.sum(dbias, axis=1)[:, None, :], col_mask)
+        tl.store(row, sums_of_columns(dweight, CHUNKS), cols < N_COLS)
+        tl.store(row + N_COLS, sums_of_columns(dbias, CHUNKS), cols < N_COLS)

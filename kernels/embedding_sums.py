@@ -22,6 +22,7 @@ MOST_TYPES = 4  # sums are kept apart in registers; a table with more rows goes 
 def embedding_layernorm_bwd_sums_kernel(
     dz_ptr,
     type_ids_ptr,
+    rows_ptr,
     sums_ptr,
     n_tokens,
     n_outer,
@@ -56,6 +57,9 @@ def embedding_layernorm_bwd_sums_kernel(
         outer = piece * n_a_piece + step + tile // BLOCK_M
         tokens = outer * n_inner + inner
         mask = (outer < end) & (inner < n_inner) & (tokens < n_tokens)
+        if rows_ptr is not None:
+            tokens = tl.load(rows_ptr + tokens, mask, other=-1).to(tl.int64)
+            mask = mask & (tokens >= 0)
         here = offsets(tokens[:, None], cols[None, :], N_COLS, 1)
         dz = tl.load(dz_ptr + here, mask[:, None] & col_mask[None, :], other=0.0).to(ACC)[None, :, :]
         if TYPES > 1:
@@ -148,13 +152,23 @@ def embedding_layernorm_bwd_finish_kernel(
 
 
 @or_plain(plain.by_places)
-def by_places(dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, seqlen: int, type_batch_stride: int) -> Tensor:
+def by_places(
+    dz: Tensor,
+    n_inner: int,
+    type_ids: Tensor | None,
+    n_types: int,
+    seqlen: int,
+    type_batch_stride: int,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Sums [pieces, n_inner, n_types, H], in float32 or float64, of dz [T, H] seen as [outer, n_inner, H] over its outer axis.
 
     T may end within the outer axis' last step. type_ids are read if n_types > 1: of each sequence of seqlen tokens those that
-    are type_batch_stride further.
+    are type_batch_stride further. With `rows` int32, of any shape, they say
+    in order which row of dz comes next, none where below 0.
     """
     n_tokens, n_cols = dz.shape
+    n_tokens = n_tokens if rows is None else rows.numel()
     n_outer = cdiv(n_tokens, max(n_inner, 1))
     config = choose("embedding_sums_backward", dz, n_cols)
     block_n = min(config.BLOCK_N, next_power_of_2(n_cols))
@@ -171,6 +185,7 @@ def by_places(dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, s
         dz,
         dz_ptr=dz,
         type_ids_ptr=type_ids,
+        rows_ptr=rows,
         sums_ptr=sums,
         n_tokens=n_tokens,
         n_outer=n_outer,

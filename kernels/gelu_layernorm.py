@@ -18,12 +18,14 @@ from . import column_sums, plain
 from .device_math import activation as activate
 from .device_math import (
     activation_backward,
+    beside_chunks,
     block_rows,
-    chunked_columns,
     columns,
+    columns_of_chunks,
     layernorm_backward,
     layernorm_statistics,
     offsets,
+    sums_of_columns,
     tile_offsets,
 )
 from .failures import or_plain
@@ -112,44 +114,43 @@ def gelu_layernorm_bwd_kernel(
 ):
     EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     program = tl.program_id(0)
-    cols = chunked_columns(CHUNKS, BLOCK_N, VECTOR)
+    cols = columns_of_chunks(CHUNKS, BLOCK_M, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
-    # Loaded again for every row, from the cache: five tiles of sums and gradients leave no registers for them. As a
-    # whole tile, for then they lie in the registers as the others do.
-    weight_cols = tl.broadcast_to(cols, [CHUNKS, BLOCK_M, BLOCK_N])
-    dweight = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
-    dbias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
-    dx_bias = tl.zeros([CHUNKS, BLOCK_M, BLOCK_N], ACC)
+    dweight = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
+    dbias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
+    dx_bias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
 
     for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
-        rows = block_rows(block, BLOCK_M)[None, :, None]
-        row_mask = rows < n_rows
-        mask = row_mask & col_mask
+        row = block_rows(block, BLOCK_M)
+        mean = beside_chunks(tl.load(mean_ptr + row, row < n_rows, other=0.0), CHUNKS)
+        rstd = beside_chunks(tl.load(rstd_ptr + row, row < n_rows, other=0.0), CHUNKS)
+        rows = beside_chunks(row, CHUNKS)
+        mask = (rows < n_rows) & col_mask
 
         dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
         dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
         x = tl.load(x_ptr + offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
-        mean = tl.load(mean_ptr + rows, row_mask, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, row_mask, other=0.0)
 
-        weight = tl.load(weight_ptr + weight_cols, weight_cols < N_COLS, other=0.0).to(ACC)
+        # Loaded again for every row, from the cache: five tiles of sums and gradients leave no registers for them.
+        weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
         if x_bias_ptr is not None:
-            x += tl.load(x_bias_ptr + weight_cols, weight_cols < N_COLS, other=0.0).to(ACC)
+            x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)
         x_hat = tl.where(col_mask, (activate(x, ACTIVATION, EXACT) - mean) * rstd, 0.0)
-        dactivated = layernorm_backward(dy * weight, x_hat, rstd, N_COLS)
+        dactivated = layernorm_backward(dy * weight, x_hat, rstd, N_COLS, CHUNKS)
         dx = activation_backward(dactivated, x, ACTIVATION, EXACT)
         if sums_ptr is not None:
             dweight += dy * x_hat
             dbias += dy
             dx_bias += tl.where(col_mask, dx, 0.0)
 
-        tl.store(dx_ptr + tile_offsets(rows, cols, N_COLS, 1), dx.to(dx_ptr.dtype.element_ty), mask)
+        tl.store(dx_ptr + offsets(rows, cols, N_COLS, 1), dx.to(dx_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
+        cols = columns_of_chunks(CHUNKS, 1, BLOCK_N, VECTOR)
         row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
-        tl.store(row, tl.sum(dweight, axis=1)[:, None, :], col_mask)
-        tl.store(row + N_COLS, tl.sum(dbias, axis=1)[:, None, :], col_mask)
-        tl.store(row + 2 * N_COLS, tl.sum(dx_bias, axis=1)[:, None, :], col_mask)
+        tl.store(row, sums_of_columns(dweight, CHUNKS), cols < N_COLS)
+        tl.store(row + N_COLS, sums_of_columns(dbias, CHUNKS), cols < N_COLS)
+        tl.store(row + 2 * N_COLS, sums_of_columns(dx_bias, CHUNKS), cols < N_COLS)
 
 
 @or_plain(plain.gelu_layernorm)

@@ -56,7 +56,7 @@ class Family:
     def key(self, values: Sequence[Any], config: Config, device: int) -> tuple:
         """What Triton compiles anew for. A dtype stands for a tensor whose address 16 divides."""
         others = [_class_of(values[i]) for i in self._others]
-        return device, config.num_warps, config.num_stages, self._constants(values)[1:], *self._small(values), *others
+        return *_compiled_for(config, device), self._constants(values)[1:], *self._small(values), *others
 
     def _small(self, values: Sequence[Any]) -> list[bool]:
         return [values[i] in _INT32 for i in self._sizes]
@@ -65,8 +65,7 @@ class Family:
         """What is kept for `values`, in which dtypes stand for tensors; compiled and loaded where it is not yet. What a batch
         changes are sizes, so this comes at each batch with the same values but for those."""
         unsized = self._unsized(values)[1:]
-        compiled_for = device, config.num_warps, config.num_stages
-        known = *compiled_for, *self._small(values), unsized, *map(type, unsized)  # 1 and 1.0 are equal
+        known = *_compiled_for(config, device), *self._small(values), unsized, *map(type, unsized)  # 1 and 1.0 are equal
         found = self._bound.get(known)
         if found is None:
             key = self.key(values, config, device)
@@ -131,11 +130,17 @@ def _calls(hook: Any) -> list[Any]:
     return [] if hook is None else hook.calls
 
 
+def _compiled_for(config: Config, device: int) -> tuple[int | None, ...]:
+    return device, config.num_warps, config.num_stages, config.maxnreg
+
+
 def options(config: Config) -> dict[str, int]:
     """What a configuration tells the compiler besides the kernel's own constants."""
     found = {"num_warps": config.num_warps}
     if config.num_stages is not None:
         found["num_stages"] = config.num_stages
+    if config.maxnreg is not None:
+        found["maxnreg"] = config.maxnreg
     return found
 
 

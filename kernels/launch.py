@@ -68,6 +68,11 @@ def _multiprocessors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else 132
 
 
+def table_of(like: Tensor) -> str:
+    """The architecture whose tables a tensor's kernels are configured by."""
+    return _recording[0] if _recording else architecture(like.device)
+
+
 def choose(kernel: str, like: Tensor, width: int, length: int | None = None) -> Config:
     """The frozen configuration of `kernel` for rows of `width` elements of this tensor's type and device.
 
@@ -97,8 +102,7 @@ def by_length(kernel: str, length: int) -> str | None:
 
 
 def _table(kernel: str, like: Tensor) -> dict[int, Config]:
-    name = _recording[0] if _recording else architecture(like.device)
-    return TABLES[kernel][name].get(like.element_size(), {})
+    return TABLES[kernel][table_of(like)].get(like.element_size(), {})
 
 
 def resident_programs(config: Config, like: Tensor, blocks: int) -> int:

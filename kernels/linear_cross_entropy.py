@@ -3,147 +3,51 @@
 h [T, H], W [V, H], b [V] or None, labels [T]; 2 T H V operations forward, 4 T H V backward, nothing computed twice:
 
     a chunk of rows     x = h W' by cuBLAS into one buffer, which is used again for each chunk
-    one kernel          its rows' losses and, in place, dx = softmax(x + b) - onehot(label)
+    one kernel          its rows' losses and, in place, dx = softmax(x + b) - target
     two products        dh = dx W, dW += dx' h; db += the columns' sums of dx
 
 So gradients are formed in the forward, where a chunk's logits are; what they lack, the gradient of the loss and the
-1 / (counted labels) of a mean, are two numbers on the device that the backward multiplies with. The idea is that of
-mgmalek's efficient_cross_entropy and of Liger-Kernel (arXiv:2410.10989). The other known way keeps only a logsumexp and
-forms the logits again in the backward, tile by tile (Wijmans et al., Cut Your Losses, arXiv:2411.09009): less memory still,
-a third more operations. With V / H = 40 the products are most of the time, so here they are cuBLAS's, each made once.
+1 / (weight of the counted labels) of a mean, are two numbers on the device that the backward multiplies with. The idea is
+that of mgmalek's efficient_cross_entropy and of Liger-Kernel (arXiv:2410.10989). The other known way keeps only a logsumexp
+and forms the logits again in the backward, tile by tile (Wijmans et al., Cut Your Losses, arXiv:2411.09009): less memory
+still, a third more operations. With V / H = 40 the products are most of the time, so here they are cuBLAS's, each made once.
 
-Speed asks for long chunks: a chunk is five launches of the host, a product of fewer than 1,024 rows is slower, and each
-chunk but the first reads and writes the sum dW, which is float32 when W is in 16 bits. Memory asks for short ones. A
-chunk is T / 8 rows, or 2,048 if that is more; eager keeps three tensors of T rows (Liger's chunks are T H / V rows, 410
-of 16,384 for BERT-base). Where T is at most 2,048 + H the sums would take as much as they save: all dx are kept then as
-one chunk, and both products wait for the backward, which puts its two numbers into h and dh, the small tensors. A loss
-a row (reduction "none") has a gradient a row, which nothing can be multiplied with afterwards: there the backward makes
-the chunks' logits again.
+There are three ways, which the parts of this file are:
+
+    1. losses   a loss a row (reduction "none") has a gradient a row, which nothing can be multiplied with afterwards: the
+                backward makes the chunks' logits again. Also where no gradient is asked for.
+    2. kept     few rows, or few classes: all dx are kept as one chunk, and both products wait for the backward, which puts
+                its two numbers into h and dh, the small tensors.
+    3. formed   the rest: dh, and dW as a sum over chunks, float32 where W is in 16 bits. linear_cross_entropy_chunks.py has
+                how long they are.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .launch import DTYPES, accumulator_torch, as_rows, check_device, check_dtype, differentiable
-from .linear_cross_entropy_rows import (
-    accumulate,
-    check_on_cpu,
-    gradient_scale,
-    launch_reduce,
-    launch_rows,
-    pad_bias,
-    padded,
-    scaled,
-)
+from .linear_cross_entropy_chunks import Gradients, chunk_size, chunks, most_at_once, product, unscaled
+from .linear_cross_entropy_rows import Targets, check_on_cpu, gradient_scale, launch_reduce, padded, scaled, targets_of
 
 __all__ = ["linear_cross_entropy"]
 
-LEAST_ROWS, MOST_CHUNKS = 2048, 8
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def rows_a_chunk(n_rows: int) -> int:
-    """An eighth of the rows and at least LEAST_ROWS, evened out, a multiple of 64."""
-    chunks = triton.cdiv(n_rows, max(LEAST_ROWS, triton.cdiv(n_rows, MOST_CHUNKS)))
-    return triton.cdiv(triton.cdiv(n_rows, max(chunks, 1)), 64) * 64
-
-
-def _chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    *,
-    losses: Tensor | None = None,
-    dlosses: Tensor | None = None,
-    gradient: bool = False,
-    scale: float = 1.0,
-    buffer: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """What its kernel left of a chunk's rows in the buffer; in `buffer`, all rows are one chunk."""
-    n_rows, n_cols = hidden.shape[0], weight.shape[0]
-    if not n_rows:
-        return
-    size = n_rows if buffer is not None else _size(n_rows)
-    if buffer is None:
-        buffer = torch.empty((size, padded(n_cols)), dtype=weight.dtype, device=weight.device)
-    bias, transposed = pad_bias(bias, weight.dtype), weight.t()
-    logits = buffer if buffer.shape[1] == n_cols else buffer[:, :n_cols]
-    losses_of, dlosses_of = (None if x is None else x.split(size) for x in (losses, dlosses))
-    for i, (rows, targets) in enumerate(zip(hidden.split(size), labels.split(size), strict=True)):
-        if len(rows) < len(logits):  # the last
-            logits = logits[: len(rows)]
-        torch.mm(rows, transposed, out=logits)
-        launch_rows(
-            logits,
-            bias,
-            targets,
-            None if losses_of is None else losses_of[i],
-            None if dlosses_of is None else dlosses_of[i],
-            ignore_index,
-            label_smoothing,
-            gradient,
-            scale,
-        )
-        yield logits
-
-
-def _size(n_rows: int) -> int:
-    """Rows of a chunk, of which the last one may have fewer."""
-    return max(min(rows_a_chunk(n_rows), n_rows), 1)
-
-
-class _Gradients:
-    """dhidden, dweight and dbias of chunks of `size` rows, summed up; empty where not needed."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], sums: torch.dtype, scale: float, size: int
-    ) -> None:
-        self.weight, self.needs, self.alpha = weight, needs, 1.0 / scale
-        new = hidden.new_empty if hidden.shape[0] else hidden.new_zeros
-        self.dhidden = new(hidden.shape if needs[0] else 0)
-        self.dweight = new(weight.shape if needs[1] else 0, dtype=sums)
-        self._hidden = hidden.split(size) if hidden.shape[0] else ()
-        self._dhidden = self.dhidden.split(size)
-        # A row a chunk: adding up comes last, in one launch.
-        rows = len(self._hidden) if needs[2] else 0
-        self._dbias = hidden.new_empty(rows, weight.shape[0], dtype=accumulator_torch(weight.dtype))
-        self._done = 0
-
-    def add(self, dlogits: Tensor) -> None:
-        """Those of the next chunk."""
-        if self.needs[0]:
-            accumulate(self._dhidden[self._done], dlogits, self.weight, self.alpha, True)
-        if self.needs[1]:
-            accumulate(self.dweight, dlogits.t(), self._hidden[self._done], self.alpha, self._done == 0)
-        if self.needs[2]:
-            torch.sum(dlogits, 0, dtype=self._dbias.dtype, out=self._dbias[self._done])
-        self._done += 1
-
-    @property
-    def dbias(self) -> Tensor:
-        if not self.needs[2]:
-            return self._dbias.view(-1)
-        total = self._dbias[0] if len(self._dbias) == 1 else self._dbias.sum(0)
-        return total if self.alpha == 1.0 else total.mul_(self.alpha)
-
-
-def _reduced(losses: Tensor, labels: Tensor, n_cols: int, ignore_index: int, reduction: str, out_dtype: torch.dtype):
+def _reduced(losses: Tensor, targets: Targets, n_cols: int, reduction: str, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss, and its derivative by a row's."""
     loss, scale = losses.new_empty((), dtype=out_dtype), losses.new_empty(())
-    launch_reduce(losses, labels, n_cols, ignore_index, reduction, loss, scale)
+    launch_reduce(losses, targets, n_cols, reduction, loss, scale)
     return loss, scale
 
 
-def _row_losses(labels: Tensor, weight: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+def _row_losses(targets: Targets, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    labels = targets.labels
     if not labels.is_cuda:
-        check_on_cpu(labels, weight.shape[0], ignore_index)
+        check_on_cpu(labels, weight.shape[0], targets.ignore_index)
     return torch.empty(labels.shape, dtype=dtype, device=labels.device)
 
 
@@ -155,22 +59,24 @@ def _launch_losses(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    class_weights: Tensor | None,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    dtype = out_dtype if reduction == "none" else accumulator_torch(weight.dtype)
-    losses = _row_losses(labels, weight, ignore_index, dtype)
-    for _ in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, losses=losses):
+    dtype, n_cols = weight.dtype, weight.shape[0]
+    targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype)
+    losses = _row_losses(targets, weight, out_dtype if reduction == "none" else accumulator_torch(dtype))
+    for _ in chunks(hidden, weight, bias, targets, losses=losses):
         pass
     if reduction == "none":
-        launch_reduce(losses, labels, weight.shape[0], ignore_index, reduction, None, None)
+        launch_reduce(losses, targets, n_cols, reduction, None, None)
         return losses
-    return _reduced(losses, labels, weight.shape[0], ignore_index, reduction, out_dtype)[0]
+    return _reduced(losses, targets, n_cols, reduction, out_dtype)[0]
 
 
-def _allocate_losses(hidden, weight, bias, labels, ignore_index, reduction, label_smoothing, out_dtype):
+def _allocate_losses(hidden, weight, bias, labels, class_weights, ignore_index, reduction, label_smoothing, out_dtype):
     return hidden.new_empty(labels.shape if reduction == "none" else (), dtype=out_dtype)
 
 
@@ -180,25 +86,24 @@ def _launch_losses_bwd(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    class_weights: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = _size(hidden.shape[0])
-    sums = weight.dtype if hidden.shape[0] <= size else accumulator_torch(weight.dtype)
-    found = _Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, 1.0, size)
-    options = {"dlosses": dlosses, "gradient": True}
-    for dlogits in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
+    size, dtype = chunk_size(hidden, weight), weight.dtype
+    sums = dtype if hidden.shape[0] <= size else accumulator_torch(dtype)
+    targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype)
+    found = Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, 1.0, size)
+    for dlogits in chunks(hidden, weight, bias, targets, dlosses=dlosses, gradient=True):
         found.add(dlogits)
-    return found.dhidden, found.dweight.to(weight.dtype), found.dbias.to(weight.dtype)
+    return found.dhidden, found.dweight.to(dtype), found.dbias.to(dtype)
 
 
-def _allocate_losses_bwd(
-    dlosses, hidden, weight, bias, labels, ignore_index, label_smoothing, needs_hidden, needs_weight, needs_bias
-):
-    return _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
+def _allocate_losses_bwd(dlosses, hidden, weight, bias, labels, class_weights, ignore_index, label_smoothing, *needs):
+    return _allocate_gradients(hidden, weight, *needs)
 
 
 def _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias):
@@ -208,14 +113,14 @@ def _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias):
 
 
 def _save_losses(ctx, inputs, output):
-    hidden, weight, bias, labels, ctx.ignore_index, ctx.reduction, ctx.label_smoothing, _ = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels)
+    *tensors, ctx.ignore_index, _, ctx.label_smoothing, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients_losses(backward, ctx, dlosses):
     needs = ctx.needs_input_grad[:3]
     found = backward(dlosses, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, *needs)
-    return *_needed(found, needs), *(None,) * 5
+    return *_needed(found, needs), *(None,) * 6
 
 
 def _needed(found: Any, needs: Any) -> list[Tensor | None]:
@@ -230,21 +135,24 @@ def _launch_kept(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    class_weights: Tensor | None,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    losses = _row_losses(labels, weight, ignore_index, accumulator_torch(weight.dtype))
-    dlogits = torch.empty((hidden.shape[0], padded(weight.shape[0])), dtype=weight.dtype, device=weight.device)
-    options = {"losses": losses, "gradient": True, "scale": gradient_scale(weight.dtype), "buffer": dlogits}
-    for _ in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
+    dtype, n_cols = weight.dtype, weight.shape[0]
+    targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype, kept=True)
+    losses = _row_losses(targets, weight, accumulator_torch(dtype))
+    dlogits = torch.empty((hidden.shape[0], padded(n_cols)), dtype=dtype, device=weight.device)
+    options = {"losses": losses, "gradient": True, "scale": gradient_scale(dtype), "buffer": dlogits}
+    for _ in chunks(hidden, weight, bias, targets, **options):
         pass
-    return *_reduced(losses, labels, weight.shape[0], ignore_index, reduction, out_dtype), dlogits
+    return *_reduced(losses, targets, n_cols, reduction, out_dtype), dlogits
 
 
-def _allocate_kept(hidden, weight, bias, labels, ignore_index, reduction, label_smoothing, out_dtype):
-    return *_allocate_scalars(weight, out_dtype), weight.new_empty(hidden.shape[0], padded(weight.shape[0]))
+def _allocate_kept(hidden, weight, *settings):
+    return *_allocate_scalars(weight, settings[-1]), weight.new_empty(hidden.shape[0], padded(weight.shape[0]))
 
 
 def _allocate_scalars(weight, out_dtype):
@@ -261,18 +169,20 @@ def _launch_kept_bwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = weight.dtype
-    if needs_weight:
-        hidden = scaled(hidden, dloss, scale, dtype)
-    rows, needs = hidden.shape[0], (needs_hidden, needs_weight, needs_bias)
-    found = _Gradients(hidden, weight, needs, dtype, gradient_scale(dtype), max(rows, 1))
-    if rows:
-        found.add(dlogits[:, : weight.shape[0]])
-    return scaled(found.dhidden, dloss, scale, dtype), found.dweight, scaled(found.dbias, dloss, scale, dtype)
+    dtype, alpha = weight.dtype, 1.0 / gradient_scale(weight.dtype)
+    dlogits = dlogits[:, : weight.shape[0]]
+    dweight, dhidden, dbias = (hidden.new_empty(0) for _ in range(3))
+    if needs_weight:  # first, so that scaled rows and those of dhidden are not held together
+        dweight = product(dlogits.t(), scaled(hidden, dloss, scale, dtype), alpha)
+    if needs_hidden:
+        dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype, in_place=True)
+    if needs_bias:
+        dbias = scaled(unscaled(torch.sum(dlogits, 0, dtype=scale.dtype), alpha), dloss, scale, dtype)
+    return dhidden, dweight, dbias
 
 
-def _allocate_kept_bwd(dloss, scale, dlogits, hidden, weight, needs_hidden, needs_weight, needs_bias):
-    return _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
+def _allocate_kept_bwd(dloss, scale, dlogits, hidden, weight, *needs):
+    return _allocate_gradients(hidden, weight, *needs)
 
 
 def _save_kept(ctx, inputs, output):
@@ -284,9 +194,9 @@ def _save_kept(ctx, inputs, output):
 
 def _gradients_kept(backward, ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 8
+        return (None,) * 9
     needs = ctx.needs_input_grad[:3]
-    return *_needed(backward(dloss, *ctx.saved_tensors, *needs), needs), *(None,) * 5
+    return *_needed(backward(dloss, *ctx.saved_tensors, *needs), needs), *(None,) * 6
 
 
 # 3. Many rows: gradients of chunks are summed up in the forward, and the backward scales them.
@@ -297,6 +207,7 @@ def _launch_formed(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    class_weights: Tensor | None,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -305,33 +216,19 @@ def _launch_formed(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums = accumulator_torch(weight.dtype)
-    losses = _row_losses(labels, weight, ignore_index, sums)
-    factor = gradient_scale(weight.dtype)
+    dtype, n_cols, sums = weight.dtype, weight.shape[0], accumulator_torch(weight.dtype)
+    targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype, kept=True)
+    losses, factor = _row_losses(targets, weight, sums), gradient_scale(dtype)
     needs = (needs_hidden, needs_weight, needs_bias)
-    found = _Gradients(hidden, weight, needs, sums, factor, _size(hidden.shape[0]))
-    options = {"losses": losses, "gradient": True, "scale": factor}
-    for dlogits in _chunks(hidden, weight, bias, labels, ignore_index, label_smoothing, **options):
+    found = Gradients(hidden, weight, needs, sums, factor, chunk_size(hidden, weight))
+    for dlogits in chunks(hidden, weight, bias, targets, losses=losses, gradient=True, scale=factor):
         found.add(dlogits)
-    scalars = _reduced(losses, labels, weight.shape[0], ignore_index, reduction, out_dtype)
-    return *scalars, found.dhidden, found.dweight, found.dbias
+    return *_reduced(losses, targets, n_cols, reduction, out_dtype), found.dhidden, found.dweight, found.dbias
 
 
-def _allocate_formed(
-    hidden,
-    weight,
-    bias,
-    labels,
-    ignore_index,
-    reduction,
-    label_smoothing,
-    out_dtype,
-    needs_hidden,
-    needs_weight,
-    needs_bias,
-):
+def _allocate_formed(hidden, weight, bias, labels, class_weights, ignore_index, reduction, label_smoothing, out_dtype, *needs):
     sums = accumulator_torch(weight.dtype)
-    dhidden, dweight, dbias = _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
+    dhidden, dweight, dbias = _allocate_gradients(hidden, weight, *needs)
     return *_allocate_scalars(weight, out_dtype), dhidden, dweight.to(sums), dbias.to(sums)
 
 
@@ -346,9 +243,8 @@ def _launch_formed_bwd(
     )
 
 
-def _allocate_formed_bwd(dloss, scale, dhidden, dweight, dbias):
-    dtype = dhidden.dtype
-    return tuple(x.new_empty(x.shape, dtype=dtype) for x in (dhidden, dweight, dbias))
+def _allocate_formed_bwd(dloss, scale, *gradients):
+    return tuple(x.new_empty(x.shape, dtype=gradients[0].dtype) for x in gradients)
 
 
 def _save_formed(ctx, inputs, output):
@@ -359,8 +255,8 @@ def _save_formed(ctx, inputs, output):
 
 def _gradients_formed(backward, ctx, dloss, *_):
     if dloss is None:
-        return (None,) * 11
-    return *_needed(backward(dloss, *ctx.saved_tensors), ctx.needs_input_grad[:3]), *(None,) * 8
+        return (None,) * 12
+    return *_needed(backward(dloss, *ctx.saved_tensors), ctx.needs_input_grad[:3]), *(None,) * 9
 
 
 def _rule(name, forward, allocate, backward, allocate_backward, save, gradients):
@@ -392,6 +288,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     *,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -404,8 +301,12 @@ def linear_cross_entropy(
         weight: [V, H], in the dtype of hidden; so is the bias. Autocast does not reach in here: the caller casts.
         bias: [V], or None.
         labels: [...], int64: a class, 0 to V - 1, or ignore_index.
+        class_weights: [V], what torch calls `weight`: how much a row of that label counts. fp64, fp32, fp16 or bf16, whatever
+            the dtype of hidden; without a gradient, which torch has none for either.
         ignore_index: the label of rows without loss and without gradient.
-        reduction: "mean" over the other rows (NaN where there are none), "sum", or "none".
+        reduction: "mean", the losses' sum over the weights' sum (or over the number) of the other rows; "sum", or "none".
+            A mean over no row is NaN and its gradients are 0. Over rows that weigh nothing both are NaN, also the gradients
+            of ignored rows, which torch leaves 0.
         label_smoothing: how much of the target is spread over all classes.
         out_dtype: dtype of the loss; by default that of hidden. Gradients do not depend on it.
 
@@ -413,22 +314,23 @@ def linear_cross_entropy(
         [], or [...] for reduction "none".
 
     Raises:
-        ValueError: shapes or devices that do not fit, a dtype that has no kernel, an unknown reduction, a smoothing outside
-            [0, 1].
+        ValueError: shapes or devices that do not fit, a dtype that has no kernel, class weights that require a gradient, an
+            unknown reduction, a smoothing outside [0, 1].
         IndexError: on a CPU, a label that is no class. On a GPU the device stops with an assertion, as in torch.
     """
-    _check(hidden, weight, bias, labels, reduction, label_smoothing, out_dtype or hidden.dtype)
+    _check(hidden, weight, bias, labels, class_weights, reduction, label_smoothing, out_dtype or hidden.dtype)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     rows, targets = as_rows(hidden), labels.reshape(-1).contiguous()
     settings = (ignore_index, reduction, float(label_smoothing), out_dtype or hidden.dtype)
+    inputs = (rows, weight, bias, targets, class_weights, *settings)
     if reduction == "none":
-        return _losses(rows, weight, bias, targets, *settings).view(labels.shape)
+        return _losses(*inputs).view(labels.shape)
     if not any(needs):
-        return _losses(rows, weight, bias, targets, *settings)
+        return _losses(*inputs)
     # While a compiler traces with a length that it cannot know, the answer is no.
-    if guard_or_false(rows.shape[0] <= LEAST_ROWS + rows.shape[1]):
-        return _kept(rows, weight, bias, targets, *settings)[0]
-    return _formed(rows, weight, bias, targets, *settings, *needs)[0]
+    if guard_or_false(rows.shape[0] <= most_at_once(*weight.shape, weight.dtype)):
+        return _kept(*inputs)[0]
+    return _formed(*inputs, *needs)[0]
 
 
 def _check(
@@ -436,6 +338,7 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    class_weights: Tensor | None,
     reduction: str,
     label_smoothing: float,
     out_dtype: torch.dtype,
@@ -450,12 +353,18 @@ def _check(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
+    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels), ("class_weights", class_weights)):
         check_device(name, tensor, hidden)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64, got {labels.dtype}")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
+    if class_weights is not None:
+        check_dtype("class_weights", class_weights)
+        if class_weights.shape != weight.shape[:1]:
+            raise ValueError(f"class_weights: expected shape {tuple(weight.shape[:1])}, got {tuple(class_weights.shape)}")
+        if class_weights.requires_grad and torch.is_grad_enabled():
+            raise ValueError("class_weights: expected a tensor without a gradient, got one that requires it")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:

@@ -1,16 +1,22 @@
 """What linear_cross_entropy does to rows of logits [rows, V] between its matrix products.
 
-    losses      logsumexp(x) - x[label] a row, of x = logits + bias; 0 where the label is ignored
-    dlogits     softmax(x) - onehot(label), where the logits stood
+A row's target is t = onehot(label), its loss and gradient are those of x = logits + bias, 0 where the label is ignored:
 
-With label smoothing e (Szegedy et al., arXiv:1512.00567) the loss is (1 - e) of that and e of the mean of -log softmax(x)
-over all V. The maximum and the sum of a row are found in one pass over it (Milakov and Gimelshein, arXiv:1805.02867), the
-gradient in a second one, which finds the row in the cache.
+    losses      sum_c t_c (logsumexp(x) - x_c)
+    dlogits     softmax(x) sum_c t_c - t, where the logits stood
+
+With label smoothing e (Szegedy et al., arXiv:1512.00567) t is (1 - e) onehot(label) + e / V, and class weights multiply it:
+t_c is w_c of that. So an unsmoothed row reads one weight, its label's. The maximum and the sum of a row are found in one
+pass over it (Milakov and Gimelshein, arXiv:1805.02867), the gradient in a second one, which finds the row in the cache.
 
 Rows of the buffer begin 128 bytes apart or a multiple of that, because V (30522) is a multiple of no vector.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +24,7 @@ from torch import Tensor
 from . import plain
 from .device_math import block_rows, chunked_columns, columns, offsets, tile_offsets
 from .failures import or_plain
-from .launch import accumulator, as_rows, choose, launch
+from .launch import accumulator, accumulator_torch, as_rows, cdiv, choose, launch
 
 __all__: list[str] = []
 
@@ -49,6 +55,14 @@ def _load_logits(
 
 
 @triton.jit
+def _load_weights(class_weights_ptr, cols, STRIDE: tl.constexpr, END: tl.constexpr):
+    """Of classes, which all rows share; 0 past the last."""
+    return tl.load(
+        class_weights_ptr + cols, cols < STRIDE if END else None, other=0.0 if END else None, eviction_policy="evict_last"
+    )
+
+
+@triton.jit
 def _joined(x, top, total):
     """The online softmax of a lane, [rows, lanes], joined with a tile [chunks, rows, lanes]."""
     higher = tl.maximum(top, tl.max(x, axis=0))
@@ -56,12 +70,30 @@ def _joined(x, top, total):
 
 
 @triton.jit
-def _dlogits(x, cols, label_cols, row_top, factor, dloss, spread, counted, SMOOTHING: tl.constexpr):
-    """(softmax(x) - target) dloss, where softmax(x) dloss is exp(x - row_top) factor."""
+def _added(x, sum_x, sum_weights, class_weights_ptr, cols, STRIDE: tl.constexpr, END: tl.constexpr):
+    """For smoothing: the sums of a lane's logits and a tile's; with class weights, of their products and of those."""
+    if class_weights_ptr is not None:
+        weights = _load_weights(class_weights_ptr, cols, STRIDE, END)
+        sum_weights += tl.sum(weights, axis=0)
+        x *= weights
+    return sum_x + tl.sum(x, axis=0), sum_weights
+
+
+@triton.jit
+def _spread(class_weights_ptr, cols, spread, SMOOTHING: tl.constexpr, STRIDE: tl.constexpr, END: tl.constexpr):
+    """What smoothing gives each class: the same, or that by its weight."""
+    if SMOOTHING > 0 and class_weights_ptr is not None:
+        spread *= _load_weights(class_weights_ptr, cols, STRIDE, END)
+    return spread
+
+
+@triton.jit
+def _dlogits(x, cols, label_cols, row_top, factor, at_label, spread, counted, SMOOTHING: tl.constexpr):
+    """softmax(x) - target, where softmax(x) is exp(x - row_top) factor and the target `spread` and at its label more."""
     dx = _exp(x - row_top) * factor
     if SMOOTHING > 0:
         dx -= spread
-    dx = tl.where(cols == label_cols, dx - dloss, dx)
+    dx = tl.where(cols == label_cols, dx - at_label, dx)
     return tl.where(counted, dx, 0.0)
 
 
@@ -70,6 +102,7 @@ def linear_cross_entropy_fwd_kernel(
     logits_ptr,
     bias_ptr,
     labels_ptr,
+    class_weights_ptr,
     dlosses_ptr,
     losses_ptr,
     dlogits_ptr,
@@ -107,23 +140,33 @@ def linear_cross_entropy_fwd_kernel(
     top = tl.full([BLOCK_M, BLOCK_N], LOWEST, ACC)
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     sum_x = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    sum_weights = tl.zeros([1, BLOCK_N], ACC)
     for start in range(0, END, TILE):
         x = _load_logits(logits_ptr, bias_ptr, tile_rows, start + tile_cols, tile_row_mask, N_COLS, STRIDE, ACC, False)
         top, total = _joined(x, top, total)
         if SMOOTHING > 0:
-            sum_x += tl.sum(x, axis=0)
+            sum_x, sum_weights = _added(x, sum_x, sum_weights, class_weights_ptr, start + tile_cols, STRIDE, False)
     if END < N_COLS:
         cols = END + tile_cols
         x = _load_logits(logits_ptr, bias_ptr, tile_rows, cols, tile_row_mask, N_COLS, STRIDE, ACC, True)
         top, total = _joined(x, top, total)
         if SMOOTHING > 0:
-            sum_x += tl.sum(tl.where(cols < N_COLS, x, 0.0), axis=0)
+            x = tl.where(cols < N_COLS, x, 0.0)
+            sum_x, sum_weights = _added(x, sum_x, sum_weights, class_weights_ptr, cols, STRIDE, True)
     row_top = tl.max(top, axis=1)
     row_total = tl.sum(total * _exp(top - row_top[:, None]), axis=1)
+    if class_weights_ptr is not None:
+        label_weight = tl.load(class_weights_ptr + labels, known, other=0.0)
 
     if losses_ptr is not None:
         loss = tl.log(row_total) + (row_top - label_logit)
-        if SMOOTHING > 0:
+        if class_weights_ptr is not None:
+            if SMOOTHING > 0:
+                all_losses = (tl.log(row_total) + row_top) * tl.sum(sum_weights, axis=1) - tl.sum(sum_x, axis=1)
+                loss = (1.0 - SMOOTHING) * label_weight * loss + SMOOTHING / N_COLS * all_losses
+            else:
+                loss *= label_weight
+        elif SMOOTHING > 0:
             loss += SMOOTHING * (label_logit - tl.sum(sum_x, axis=1) / N_COLS)
         tl.store(losses_ptr + rows, tl.where(counted, loss, 0.0).to(losses_ptr.dtype.element_ty), row_mask)
 
@@ -131,21 +174,29 @@ def linear_cross_entropy_fwd_kernel(
         dloss = tl.full([BLOCK_M], SCALE, ACC)
         if dlosses_ptr is not None:
             dloss *= tl.load(dlosses_ptr + rows * dlosses_stride, row_mask, other=0.0).to(ACC)
-        factor = (dloss / row_total)[None, :, None]
-        spread = (dloss * (SMOOTHING / N_COLS))[None, :, None]
-        dloss = (dloss * (1.0 - SMOOTHING))[None, :, None]
+        spread = dloss * (SMOOTHING / N_COLS)
+        at_label = dloss * (1.0 - SMOOTHING)
+        if class_weights_ptr is not None:
+            at_label *= label_weight
+            dloss = at_label
+            if SMOOTHING > 0:
+                dloss += spread * tl.sum(sum_weights, axis=1)
+        factor = (dloss / row_total)[None, :, None]  # dloss: the sum of the target, times what it is multiplied with
+        spread, at_label = spread[None, :, None], at_label[None, :, None]
         row_top, counted = row_top[None, :, None], counted[None, :, None]
         label_cols = tl.where(known, labels, -1).to(tl.int32)[None, :, None]
         for start in range(0, END, TILE):
             cols = start + tile_cols
             x = _load_logits(logits_ptr, bias_ptr, tile_rows, cols, tile_row_mask, N_COLS, STRIDE, ACC, False)
-            dx = _dlogits(x, cols, label_cols, row_top, factor, dloss, spread, counted, SMOOTHING)
+            target = _spread(class_weights_ptr, cols, spread, SMOOTHING, STRIDE, False)
+            dx = _dlogits(x, cols, label_cols, row_top, factor, at_label, target, counted, SMOOTHING)
             dx = dx.to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + offsets(tile_rows, cols, STRIDE, 1), dx, tile_row_mask)
         if END < N_COLS:
             cols = END + tile_cols
             x = _load_logits(logits_ptr, bias_ptr, tile_rows, cols, tile_row_mask, N_COLS, STRIDE, ACC, True)
-            dx = _dlogits(x, cols, label_cols, row_top, factor, dloss, spread, counted, SMOOTHING)
+            target = _spread(class_weights_ptr, cols, spread, SMOOTHING, STRIDE, True)
+            dx = _dlogits(x, cols, label_cols, row_top, factor, at_label, target, counted, SMOOTHING)
             dx = dx.to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + offsets(tile_rows, cols, STRIDE, 1), dx, tile_row_mask & (cols < STRIDE))
 
@@ -154,6 +205,8 @@ def linear_cross_entropy_fwd_kernel(
 def linear_cross_entropy_reduce_kernel(
     losses_ptr,
     labels_ptr,
+    class_weights_ptr,
+    unit_ptr,
     loss_ptr,
     scale_ptr,
     in_range_ptr,
@@ -168,24 +221,36 @@ def linear_cross_entropy_reduce_kernel(
     total = tl.zeros([BLOCK_M], ACC)
     counted = tl.zeros([BLOCK_M], tl.int32)
     strays = tl.zeros([BLOCK_M], tl.int32)
+    weights = tl.zeros([BLOCK_M], ACC)
     for start in range(0, n_rows, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
         labels = tl.load(labels_ptr + rows, rows < n_rows, other=IGNORE_INDEX)
         ours = labels != IGNORE_INDEX
+        known = ours & (labels >= 0) & (labels < N_COLS)
         counted += ours.to(tl.int32)
-        strays += (ours & ((labels < 0) | (labels >= N_COLS))).to(tl.int32)
+        strays += (ours & ~known).to(tl.int32)
         if loss_ptr is not None:
             total += tl.load(losses_ptr + rows, rows < n_rows, other=0.0)
+            if class_weights_ptr is not None and MEAN:
+                weights += tl.load(class_weights_ptr + labels, known, other=0.0)
 
     tl.store(in_range_ptr, (tl.sum(strays, axis=0) == 0).to(tl.int32))
     if loss_ptr is not None:
         loss = tl.sum(total, axis=0)
         n = tl.sum(counted, axis=0)
+        scale = tl.full([], 1.0, ACC)
         if MEAN:
-            loss = loss / n.to(ACC)  # NaN where no label counts, as in torch; the gradient is 0 there, as in torch
-            tl.store(scale_ptr, 1.0 / tl.maximum(n, 1).to(ACC))
-        else:
-            tl.store(scale_ptr, tl.full([], 1.0, ACC))
+            if class_weights_ptr is None:
+                of = n.to(ACC)
+            else:  # where all that counts weighs nothing, loss and gradients are NaN, as in torch
+                of = tl.sum(weights, axis=0)
+                of = tl.where(of == 0.0, float("nan"), of)
+            loss = loss / of  # NaN where no label counts, as in torch; the gradient is 0 there, as in torch
+            scale = tl.where(n == 0, 1.0, 1.0 / of)
+        elif unit_ptr is not None:
+            scale = tl.load(unit_ptr)
+            loss *= scale
+        tl.store(scale_ptr, scale)
         tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
 
 
@@ -216,9 +281,60 @@ def linear_cross_entropy_bwd_scale_kernel(
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), (x * factor).to(y_ptr.dtype.element_ty), mask)
 
 
+class Targets(NamedTuple):
+    """What rows of logits are compared with.
+
+    labels: contiguous [rows].
+    class_weights: None (each weighs 1), or contiguous and in the type that kernels compute in; where labels are smoothed, as
+        long as the buffer's rows, with zeros at the end.
+    unit: what the class weights were divided by, on the device; None for 1.
+    """
+
+    labels: Tensor
+    class_weights: Tensor | None
+    unit: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+
+    def split(self, size: int) -> Iterator["Targets"]:
+        """Those of chunks of so many rows."""
+        return (self._replace(labels=labels) for labels in self.labels.split(size))
+
+
+def targets_of(
+    labels: Tensor,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    kept: bool = False,
+) -> Targets:
+    """Of rows of logits of `dtype`. With `kept`, gradients are kept in it before they are multiplied by the loss's own."""
+    unit = None
+    if class_weights is not None:
+        class_weights = class_weights.to(accumulator_torch(dtype))
+        if kept and gradient_scale(dtype) != 1.0 and labels.numel():
+            unit = _unit(class_weights, labels, ignore_index)
+            class_weights = class_weights / unit
+        more = padded(len(class_weights)) - len(class_weights) if label_smoothing else 0
+        class_weights = F.pad(class_weights, (0, more)) if more else class_weights.contiguous()
+    return Targets(labels, class_weights, unit, ignore_index, label_smoothing)
+
+
+def _unit(class_weights: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """The largest weight of a label here: float16's numbers are for weights of about 1, and weights may be of any size.
+
+    Classes without a label here do not count, for by their rareness they may weigh 1e8, or infinitely much.
+    """
+    found = class_weights[labels.clamp(0, len(class_weights) - 1)].abs()
+    found = found.masked_fill(labels == ignore_index, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    largest = found.amax()
+    return torch.where(largest > 0, largest, 1.0)
+
+
 def padded(n_cols: int) -> int:
     """Elements from one row of logits to the next."""
-    return (n_cols + ROW - 1) // ROW * ROW
+    return cdiv(n_cols, ROW) * ROW
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
@@ -226,11 +342,11 @@ def gradient_scale(dtype: torch.dtype) -> float:
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
-def pad_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def pad_bias(bias: Tensor | None) -> Tensor | None:
     """The bias with a buffer's row length, so that it too is loaded 16 bytes at a time; what is past its end is not used."""
     if bias is None:
         return None
-    found = torch.empty(padded(bias.shape[0]), dtype=dtype, device=bias.device)
+    found = torch.empty(padded(bias.shape[0]), dtype=bias.dtype, device=bias.device)
     found[: bias.shape[0]].copy_(bias)
     return found
 
@@ -239,30 +355,32 @@ def pad_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def launch_rows(
     logits: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
+    targets: Targets,
     losses: Tensor | None,
     dlosses: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
     gradient: bool,
     scale: float = 1.0,
 ) -> None:
     """Losses of the rows of logits (from `padded` rows, as is the bias), and their gradients in place.
 
-    losses, labels: contiguous [rows], or None for no losses. dlosses: what the gradients are multiplied with, or None.
+    losses: contiguous [rows], or None for no losses. dlosses: what the gradients are multiplied with, or None.
     """
     n_rows, n_cols = logits.shape
     assert logits.stride(1) == 1 and (n_rows < 2 or logits.stride(0) == padded(n_cols))
     config = choose("linear_cross_entropy", logits, n_cols)
     assert config.BLOCK_N is not None and config.chunk is not None
+    chunks = config.BLOCK_N // config.chunk
+    if targets.class_weights is not None and targets.label_smoothing and chunks > 1:
+        chunks //= 2  # the weights of a tile's classes take as many registers as its logits
     launch(
         linear_cross_entropy_fwd_kernel,
-        triton.cdiv(n_rows, config.BLOCK_M),
+        cdiv(n_rows, config.BLOCK_M),
         config,
         logits,
         logits_ptr=logits,
         bias_ptr=bias,
-        labels_ptr=labels,
+        labels_ptr=targets.labels,
+        class_weights_ptr=targets.class_weights,
         dlosses_ptr=dlosses,
         losses_ptr=losses,
         dlogits_ptr=logits if gradient else None,
@@ -270,26 +388,27 @@ def launch_rows(
         n_rows=n_rows,
         N_COLS=n_cols,
         STRIDE=padded(n_cols),
-        IGNORE_INDEX=ignore_index,
-        SMOOTHING=label_smoothing,
+        IGNORE_INDEX=targets.ignore_index,
+        SMOOTHING=targets.label_smoothing,
         SCALE=scale,
         ACC=accumulator(logits.dtype),
         VECTOR=16 // logits.element_size(),
         BLOCK_M=config.BLOCK_M,
-        CHUNKS=config.BLOCK_N // config.chunk,
+        CHUNKS=chunks,
         BLOCK_N=config.chunk,
     )
 
 
 @or_plain(plain.cross_entropy_reduce)
 def launch_reduce(
-    losses: Tensor, labels: Tensor, n_cols: int, ignore_index: int, reduction: str, loss: Tensor | None, scale: Tensor | None
+    losses: Tensor, targets: Targets, n_cols: int, reduction: str, loss: Tensor | None, scale: Tensor | None
 ) -> None:
-    """Into `loss` the sum or mean of the losses, into `scale` its derivative by a counted one; check the labels.
+    """Into `loss` the sum or mean of the losses, into `scale` its derivative by a row's; check the labels.
 
     On a GPU a label that is no class fails an assertion on the device, as in torch, without waiting for it.
     """
     config = choose("linear_cross_entropy_reduce", losses, 1)
+    labels, ignore_index = targets.labels, targets.ignore_index
     in_range = torch.empty((), dtype=torch.int32, device=labels.device)
     launch(
         linear_cross_entropy_reduce_kernel,
@@ -298,6 +417,8 @@ def launch_reduce(
         losses,
         losses_ptr=losses,
         labels_ptr=labels,
+        class_weights_ptr=targets.class_weights,
+        unit_ptr=targets.unit,
         loss_ptr=loss,
         scale_ptr=scale,
         in_range_ptr=in_range,
@@ -313,9 +434,13 @@ def launch_reduce(
 
 
 @or_plain(plain.scaled)
-def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * dloss * scale as a contiguous tensor of `dtype`; dloss and scale are one number each, on the device."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    """x * dloss * scale as a contiguous tensor of `dtype`; dloss and scale are one number each, on the device.
+
+    in_place: in the memory of x, which is contiguous and of that dtype.
+    """
+    assert not in_place or (x.is_contiguous() and x.dtype == dtype)
+    y = x if in_place else torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return y
     rows = as_rows(x)
@@ -325,7 +450,7 @@ def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
     assert config.BLOCK_N is not None
     launch(
         linear_cross_entropy_bwd_scale_kernel,
-        triton.cdiv(n_rows, config.BLOCK_M) * triton.cdiv(n_cols, config.BLOCK_N),
+        cdiv(n_rows, config.BLOCK_M) * cdiv(n_cols, config.BLOCK_N),
         config,
         x,
         x_ptr=rows,
@@ -349,14 +474,3 @@ def check_on_cpu(labels: Tensor, n_cols: int, ignore_index: int) -> None:
     strays = labels[(labels != ignore_index) & ((labels < 0) | (labels >= n_cols))]
     if strays.numel():
         raise IndexError(f"Target {int(strays[0])} is out of bounds.")
-
-
-def accumulate(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
-    """total (+)= alpha a b, in the type of total, which is wider than that of 16-bit a and b where rows come in chunks."""
-    beta = 0 if first else 1  # 0: what stands in total is not read
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
-    else:  # a CPU has no such product
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha, out=total)

@@ -91,6 +91,17 @@ def packed_rows_kernel(
     batch = tl.program_id(0)
     row = batch.to(tl.int64)
 
+    if fits_ptr is not None:
+        if batch == 0:
+            _, n_tokens, most = totals(counts_ptr, batch, n_sequences, BLOCK_N)
+            fits = (n_tokens == room) if EXACT else (n_tokens <= room)
+            tl.store(fits_ptr, fits & (most <= longest))
+            _, n_read, most = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
+            fits = (n_read == read_room) if READ_EXACT else (n_read <= read_room)
+            tl.store(fits_ptr + 1, fits & (most <= read_longest))
+            _, missing, _ = totals(counts_ptr + 2 * n_sequences, batch, n_sequences, BLOCK_N)
+            tl.store(fits_ptr + 2, missing == 0)
+
     before, every = row * seqlen, n_sequences.to(tl.int64) * seqlen
     if tokens_ptr is not None:
         before, every, _ = totals(counts_ptr, batch, n_sequences, BLOCK_N)
@@ -114,17 +125,17 @@ def packed_rows_kernel(
         numbers = row * seqlen + cols
         if tokens_ptr is not None:
             token = tl.load(tokens_ptr + row * tokens_batch_stride + cols.to(tl.int64) * tokens_col_stride, inside, other=0)
-            token = (token != 0).to(tl.int64)
+            token = (token != 0).to(tl.int32)
             places = before + tl.cumsum(token, axis=0) - 1
             packed = (token != 0) & (places < room)
             before += tl.sum(token, axis=0)
             tl.store(index_ptr + places, numbers.to(tl.int32), packed)
             tl.store(inverse_ptr + numbers, tl.where(packed, places, -1), inside)
         if read_index_ptr is not None:
-            read = (cols == 0).to(tl.int64)
+            read = (cols == 0).to(tl.int32)
             if read_ptr is not None:
                 read = tl.load(read_ptr + row * read_batch_stride + cols.to(tl.int64) * read_col_stride, inside, other=0)
-                read = (read != 0).to(tl.int64)
+                read = (read != 0).to(tl.int32)
             read_places = read_before + tl.cumsum(read, axis=0) - 1
             taken = (read != 0) & (read_places < read_room)
             read_before += tl.sum(read, axis=0)
@@ -133,17 +144,6 @@ def packed_rows_kernel(
             if inner_index_ptr is not None:
                 tl.store(inner_index_ptr + read_places, tl.where(packed, places, -1), taken)
                 tl.store(inner_inverse_ptr + places, tl.where(taken, read_places, -1), packed)
-
-    if fits_ptr is not None:
-        if batch == 0:
-            _, n_tokens, most = totals(counts_ptr, batch, n_sequences, BLOCK_N)
-            fits = (n_tokens == room) if EXACT else (n_tokens <= room)
-            tl.store(fits_ptr, fits & (most <= longest))
-            _, n_read, most = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
-            fits = (n_read == read_room) if READ_EXACT else (n_read <= read_room)
-            tl.store(fits_ptr + 1, fits & (most <= read_longest))
-            _, missing, _ = totals(counts_ptr + 2 * n_sequences, batch, n_sequences, BLOCK_N)
-            tl.store(fits_ptr + 2, missing == 0)
 
 
 @or_plain(reference.packed_rows)
@@ -166,7 +166,7 @@ def _launch(
     placed = _NOWHERE | dict(zip(_pointers(tokens is not None, first or read is not None, check), results, strict=True))
     read_bounds = placed["read_cu_seqlens_ptr"]
     n_sequences = counts.shape[1]
-    config = choose("mask_rows", counts, seqlen)
+    config = choose("packed_rows", counts, seqlen)
     launch(
         packed_rows_kernel,
         n_sequences,

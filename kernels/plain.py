@@ -5,12 +5,17 @@ written for being right: in the type that the kernel computes in, with every int
 taken by autograd here, which is off inside a custom op.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .plain_dropout import dropped, keep_mask
+
+if TYPE_CHECKING:
+    from .linear_cross_entropy_rows import Targets
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -21,6 +26,18 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, activation: s
     inner = _raised(x) if bias is None else _raised(x) + bias
     dx = _activation_backward(_raised(dy), inner, activation)
     return dx.to(x.dtype).contiguous(), _column_sum(dx)
+
+
+def activated_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, weight)
+    return bias_gelu(h, bias, activation), h if save else x.new_empty(0)
+
+
+def activation_gradient(
+    dout: Tensor, output_weight: Tensor, bias: Tensor | None, h: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dh, dbias = bias_gelu_backward(torch.mm(dout, output_weight), h, bias, activation, True)
+    return dh, bias_gelu(h, bias, activation), dbias
 
 
 def dropout_add_layernorm(
@@ -102,6 +119,7 @@ def embedding_layernorm(
     ids: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
+    places: Tensor | None,
     seed: Tensor | None,
     offset: int,
     padding_idx: int | None,
@@ -140,6 +158,21 @@ def embedding_layernorm_backward(
     return dz.to(z.dtype).reshape(-1, z.shape[-1]), torch.stack([dweight, dbias])[None]
 
 
+def packed_ids(
+    index: Tensor, ids: Tensor, type_ids: Tensor | None, position_ids: Tensor | None, offset: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The ids, types and positions of the rows `index`, [1, N]; of the first row where it is below 0."""
+    index = index.long().clamp(min=0)
+    seqlen = ids.shape[-1]
+    if position_ids is None:
+        position_ids = torch.arange(offset, offset + seqlen, device=ids.device)
+    words, types, positions = (
+        None if some is None else some.expand(ids.shape).reshape(-1)[index].long()[None]
+        for some in (ids, type_ids, position_ids)
+    )
+    return words, types, positions
+
+
 def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
     """ids in ascending order, and the places that they had."""
     sorted_ids, order = ids.to(torch.int32).sort(stable=True)
@@ -155,15 +188,23 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
 
 
 def by_places(
-    dz: Tensor, n_inner: int, type_ids: Tensor | None, n_types: int, seqlen: int, type_batch_stride: int
+    dz: Tensor,
+    n_inner: int,
+    type_ids: Tensor | None,
+    n_types: int,
+    seqlen: int,
+    type_batch_stride: int,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """[1, n_inner, n_types, H]: the same by a row's place modulo n_inner, and its type."""
-    places = torch.arange(dz.shape[0], device=dz.device) % max(n_inner, 1) * n_types
+    """[1, n_inner, n_types, H]: the same by a row's type and place modulo n_inner, which is where `rows` has it if given."""
+    tokens = torch.arange(dz.shape[0], device=dz.device) if rows is None else rows.flatten().long()
+    places = torch.arange(len(tokens), device=dz.device) % max(n_inner, 1) * n_types
     if n_types > 1 and len(dz):
         ids = type_ids.long().view(-1, seqlen)
-        places = places + ids.expand(dz.shape[0] // seqlen, -1).reshape(-1)
-    sums = _raised(dz).new_zeros(n_inner * n_types, dz.shape[1]).index_add_(0, places, _raised(dz))
-    return sums.view(1, n_inner, n_types, dz.shape[1])
+        places = places + ids.expand(dz.shape[0] // seqlen, -1).reshape(-1)[tokens]
+    here = tokens >= 0
+    sums = _raised(dz).new_zeros(n_inner * n_types, dz.shape[1])
+    return sums.index_add_(0, places[here], _raised(dz)[tokens[here]]).view(1, n_inner, n_types, dz.shape[1])
 
 
 def finish(
@@ -188,47 +229,57 @@ def finish(
 def cross_entropy_rows(
     logits: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
+    targets: "Targets",
     losses: Tensor | None,
     dlosses: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
     gradient: bool,
     scale: float = 1.0,
 ) -> None:
     """Losses of rows of logits, into `losses`, and with `gradient` their gradients where the logits stood."""
-    n_cols = logits.shape[1]
+    n_cols, smoothing = logits.shape[1], targets.label_smoothing
     x = _raised(logits) if bias is None else _raised(logits) + bias[:n_cols]
-    counted = labels != ignore_index
-    at = torch.where(counted, labels, 0)[:, None]
+    counted = targets.labels != targets.ignore_index
+    at = torch.where(counted, targets.labels, 0)[:, None]
     logs = x.log_softmax(1)
+    weights = x.new_ones(n_cols) if targets.class_weights is None else targets.class_weights[:n_cols]
+    at_label = (1.0 - smoothing) * weights[at]
     if losses is not None:
-        loss = -(1.0 - label_smoothing) * logs.gather(1, at)[:, 0]
-        if label_smoothing:
-            loss -= label_smoothing * logs.mean(1)
+        loss = -(at_label * logs.gather(1, at))[:, 0]
+        if smoothing:
+            loss -= smoothing * (logs * weights).mean(1)
         losses.copy_(torch.where(counted, loss, 0.0))
     if gradient:
-        dx = (logs.exp() - label_smoothing / n_cols).scatter_add_(1, at, x.new_full(at.shape, label_smoothing - 1.0))
+        whole = at_label + smoothing * weights.mean() if smoothing else at_label
+        spread = smoothing / n_cols * weights if smoothing else 0.0
+        dx = (logs.exp() * whole - spread).scatter_add_(1, at, -at_label)
         dx *= scale if dlosses is None else (scale * _raised(dlosses))[:, None]
         logits.copy_(torch.where(counted[:, None], dx, 0.0))
 
 
 def cross_entropy_reduce(
-    losses: Tensor, labels: Tensor, n_cols: int, ignore_index: int, reduction: str, loss: Tensor | None, scale: Tensor | None
+    losses: Tensor, targets: "Targets", n_cols: int, reduction: str, loss: Tensor | None, scale: Tensor | None
 ) -> None:
-    """The sum or mean of the losses, and its derivative by a counted one."""
-    counted = labels != ignore_index
+    """The sum or mean of the losses, and its derivative by a row's."""
+    labels, weights = targets.labels, targets.class_weights
+    counted = labels != targets.ignore_index
     if labels.is_cuda:
         torch._assert_async((~counted | ((labels >= 0) & (labels < n_cols))).all(), "linear_cross_entropy: no class")
-    if loss is not None:
-        mean = reduction == "mean"
-        n = counted.sum()
-        loss.copy_(losses.sum() / n if mean else losses.sum())
-        scale.copy_(1.0 / n.clamp(min=1) if mean else torch.ones_like(scale))
+    if loss is None:
+        return
+    unit = torch.ones_like(scale) if targets.unit is None else targets.unit
+    if reduction == "mean":
+        n = counted.sum() if weights is None else torch.where(counted, weights[torch.where(counted, labels, 0)], 0.0).sum()
+        n = torch.where(n == 0, torch.nan, n)
+        unit = torch.where(counted.any(), 1.0 / n, 1.0)
+        loss.copy_(losses.sum() / n)
+    else:
+        loss.copy_(losses.sum() * unit)
+    scale.copy_(unit)
 
 
-def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (_raised(x) * (_raised(dloss) * _raised(scale))).to(dtype).contiguous()
+def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
+    y = (_raised(x) * (_raised(dloss) * _raised(scale))).to(dtype).contiguous()
+    return x.copy_(y) if in_place else y
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

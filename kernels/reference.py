@@ -58,19 +58,29 @@ def embedding_layernorm(
     p: float = 0.0,
     out_dtype: torch.dtype | None = None,
     keep: Tensor | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
 ) -> Tensor:
-    """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])), eager's sums in their order."""
+    """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])), eager's sums in their order; of the
+    rows `index` alone where it is given."""
     rows = words if ids is None else F.embedding(ids, words, padding_idx)
     if position_ids is None:
         position_ids = torch.arange(offset, offset + rows.shape[-2], device=words.device)
     type_rows = types[0] if token_type_ids is None else F.embedding(token_type_ids, types)
     y = _layer_norm(rows + type_rows + F.embedding(position_ids, positions), weight, bias, eps, out_dtype)
+    if index is not None:
+        y = y.flatten(0, -2)[index.long().clamp(min=0)][None]
     return y if p == 0.0 else torch.where(keep, y * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
     """activation(x + bias)."""
     return ACTIVATIONS[activation](x if bias is None else x + bias.to(x.dtype))
+
+
+def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: Tensor, *, activation: str = "gelu") -> Tensor:
+    """activation(x weight' + bias) output_weight', the first product's bias added to what it is rounded to."""
+    return F.linear(bias_gelu(F.linear(x, weight), bias, activation=activation), output_weight)
 
 
 def gelu_layernorm(
@@ -149,6 +159,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     *,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -156,9 +167,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(hidden weight' + bias, labels): all logits in memory, in out_dtype where that is given."""
     logits = F.linear(hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias)
+    logits = logits.to(out_dtype or logits.dtype)
     loss = F.cross_entropy(
-        logits.to(out_dtype or logits.dtype),
+        logits,
         labels.reshape(-1),
+        None if class_weights is None else class_weights.to(logits.dtype),
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,

@@ -1,5 +1,7 @@
 """BertEmbeddings: three gathers, their sum, LayerNorm and dropout in one kernel."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastbert import ops
 from fastbert.dispatch import Replicated, is_plain, is_plain_tensor, refused, replaced, run, tensor_reason
 from fastbert.layers import stock
+from fastbert.layers.packing import Rows
 from fastbert.layers.parts import OTHER_ARGUMENTS, dropout_reason, given, layernorm_dtype, layernorm_reason
+from fastbert.layers.waiting import Waiting
 
 _IDS = (torch.int64, torch.int32)
 
@@ -130,6 +134,9 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        waiting = position_ids if isinstance(position_ids, Waiting) else None
+        if waiting is not None:
+            position_ids = waiting.position_ids
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds
         past, reason = _past(args, kwargs)
         tables: tuple[Tensor, ...] = ()
@@ -144,7 +151,8 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         dtype = words.dtype
         if not dtype == types.dtype == positions.dtype:
             dtype = torch.promote_types(torch.promote_types(dtype, types.dtype), positions.dtype)
-        return run(
+        embed = partial(
+            run,
             self,
             ops.embed,
             *tables,
@@ -157,6 +165,10 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
             self.dropout.p if self.dropout.training else 0.0,
             layernorm_dtype(dtype, words.device.type),
         )
+        if waiting is None or input_ids is None:
+            return embed()
+        waiting.embed = partial(_embedded, embed)
+        return words.new_empty((), dtype=embed.args[-1]).expand(*input_ids.shape, words.shape[-1])
 
     def _tables(
         self,
@@ -216,6 +228,14 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
             if tensor.shape not in (shape, (1, shape[1])):
                 return "shapes that do not fit"
         return None
+
+
+def _embedded(embed: Callable[..., Tensor], rows: Rows | None) -> Tensor:
+    """[B, S, H], or of these rows of it [1, N, H]."""
+    if rows is None or rows.index is None:
+        y = embed()
+        return y if rows is None else y.view(1, -1, y.shape[-1])
+    return embed(index=rows.index, inverse=rows.inverse)
 
 
 _PAST = ("past_key_values_length", "cache_length")

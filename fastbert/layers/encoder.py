@@ -25,29 +25,42 @@ from fastbert.layers.model import BertModel
 from fastbert.layers.packing import Packing
 from fastbert.layers.plan import packing_of
 from fastbert.layers.reading import Reading
+from fastbert.layers.waiting import Waiting, Waits
 from fastbert.lengths import Counted
 
+_MOST_READ = 0.75  # of the tokens: to take more of them costs as much as it saves
 _CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
 
 
-class _PackingEncoder(Replicated):
+class _PackingEncoder(Waits, Replicated):
     given: Given | None = None  # fastbert.lengths sets it on the module for the length of a block
 
     @stock.fast_forward_of(stock.BertEncoder)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         # A user's own keywords of these names are handed on, as stock does.
         told = kwargs.pop("reading") if isinstance(kwargs.get("reading"), Reading) else None
+        embed = None
+        if isinstance(waiting := kwargs.get("position_ids"), Waiting):
+            kwargs["position_ids"], embed = waiting.position_ids, waiting.embed
         packing = self._packing(hidden_states, attention_mask, told, args, kwargs)
         if refused(self, packing if isinstance(packing, str) else None):
+            hidden_states = hidden_states if embed is None else embed(None)
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         shape = hidden_states.shape
-        packed = run(self, packing.tokens.take, hidden_states.flatten(0, 1)).unsqueeze(0)
+        if embed is not None:
+            packed = embed(packing.tokens)
+        else:
+            packed = run(self, packing.tokens.take, hidden_states.flatten(0, 1)).unsqueeze(0)
         for layer in self.layer if packing.read is None else self.layer[:-1]:
             packed = layer(packed, attention_mask, packing=packing)
         rows = packing.tokens
         if packing.read is not None:
             rows, packed = packing.read, _read_layer(self.layer[-1], packed, attention_mask, packing)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.put(packed.squeeze(0)).view(shape))
+
+    def may_pack(self, kwargs: dict[str, Any]) -> bool:
+        told = kwargs.get("reading")
+        return self.ALWAYS or (isinstance(told, Reading) and told.alone)
 
     def _packing(
         self,
@@ -68,8 +81,10 @@ class _PackingEncoder(Replicated):
             return reason
         packing = packing_of(mask.keys, told, given, *hidden_states.shape[:2], hidden_states.device)
         if isinstance(packing, Packing) and packing.read is not None and self.layer[-1].attention.self.is_causal:
-            # The kernel's causal queries are the last of their sequence, not any of it.
-            return "a batch without padding" if packing.tokens.index is None else replace(packing, read=None)
+            # Attention runs for all rows there, and those that are read are taken of what it gives.
+            index, n_read = packing.tokens.index, len(packing.read.index)
+            if n_read > _MOST_READ * (hidden_states.shape[:2].numel() if index is None else len(index)):
+                return "a batch without padding" if index is None else replace(packing, read=None)
         return packing
 
     def _reason(self, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -43,7 +43,10 @@ class BertLayer(Replicated, stock.BertLayer):
         """What the op gives, or why it does not take such a call."""
         tokens = packing.tokens
         layout = None, None, tokens.cu_seqlens, tokens.max_seqlen
-        if reads:
+        if reads and self.attention.self.is_causal:
+            rows = packing.read.within(tokens)
+            layout += None, None, None, rows.index, rows.inverse
+        elif reads:
             queries = packing.read.within(tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
             cu_seqlens, cu_seqlens_q = side_by_side(tokens, packing.read)
             layout = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, packing.read.max_seqlen
@@ -93,12 +96,16 @@ class BertLayer(Replicated, stock.BertLayer):
             return reason
         norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
         seed = mask.seed_of(self, hidden_states.device) if settings.drops else None
+        twins = None if low is None else mask.twins
         try:
-            return ops.encoder_layer(hidden_states, weights, settings, ops.Layout(*layout), low, norm_dtype, seed)
+            return ops.encoder_layer(hidden_states, weights, settings, ops.Layout(*layout), low, norm_dtype, seed, twins)
         except ops.KernelFailed as failure:
             if ops.failures.strict:
                 raise
             return f"{failure.kernel} failed: {failure.reason}"
+        finally:
+            if twins is not None and mask.layers[-1:] == (self,):
+                twins.forget()  # nobody takes that of the last
 
 
 _COMPILING = "torch.compile, whose graph is of the modules' own ops"
@@ -106,8 +113,13 @@ _COMPILING = "torch.compile, whose graph is of the modules' own ops"
 
 def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
     """A layer module by module at the rows that are read: [1, T, H] -> [1, N, H]."""
-    rows = packing.read.within(packing.tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
-    attended, _ = layer.attention.self(hidden_states, packing=packing, queries=rows)
+    taken = packing.read.within(packing.tokens)
+    rows = taken.take(hidden_states.squeeze(0)).unsqueeze(0)
+    if layer.attention.self.is_causal:  # of whose queries the kernel takes the last ones of a sequence only
+        attended, _ = layer.attention.self(hidden_states, packing=packing)
+        attended = taken.take(attended.squeeze(0)).unsqueeze(0)
+    else:
+        attended, _ = layer.attention.self(hidden_states, packing=packing, queries=rows)
     return layer.feed_forward_chunk(layer.attention.output(attended, rows))
 
 

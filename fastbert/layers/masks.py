@@ -29,6 +29,7 @@ class HandedMask:
     by_module: why the layers that get it run module by module, or None.
     ready: what has just been looked at of layers, by layer, so that they need not look again where `around` says so.
     layers: those that will be called with it, once each (gradient checkpointing calls them again).
+    twins: what one layer hands to the next beside its result.
     """
 
     keys: Tensor | None
@@ -37,6 +38,7 @@ class HandedMask:
     by_module: str | None = None
     ready: dict[nn.Module, Any] = field(default_factory=dict)
     layers: tuple[nn.Module, ...] = ()
+    twins: Any = field(default_factory=lambda: ops.Twins())
     _seeds: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def seed_of(self, layer: nn.Module, device: torch.device) -> Tensor | None:
@@ -91,7 +93,7 @@ def only_kernels_see(
     `attentions`, and reads them as the model means them: then what `look(layer, hooked=...)` says of the fast layers
     that can run as one op, else None."""
     encoder, config = model.encoder, model.config
-    if not _is_known(_unsharded_type(encoder)) or _noticed(encoder) or untested("BertModel") or _masks_replaced():
+    if not _is_known(_unsharded_type(encoder)) or _noticed(encoder) or untested("BertModel") or masks_replaced():
         return None
     causal = bool(config.is_decoder)
     if causal and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
@@ -147,7 +149,7 @@ def _unsharded_type(module: nn.Module) -> type:
 
 
 @torch.compiler.assume_constant_result
-def _masks_replaced() -> bool:
+def masks_replaced() -> bool:
     """Whether BERT's masks are made by something else than transformers' own functions."""
     return any(hasattr(bert, name) and forwards.innermost(getattr(bert, name)) is None for name in _MAKERS)
 

@@ -7,20 +7,47 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import modeling_utils
 
-from fastbert.dispatch import Replicated, autocast_dtype, tensor_reason
+from fastbert.dispatch import Replicated, autocast_dtype, hooked, tensor_reason
 from fastbert.integrations.attention import implementation_reason
 from fastbert.layers import stock
 from fastbert.layers.attention import BertCrossAttention, BertSelfAttention
 from fastbert.layers.capturing import is_recording_inside_layers
+from fastbert.layers.embeddings import BertEmbeddings
 from fastbert.layers.layer import BertLayer
-from fastbert.layers.masks import HandedMask, handed, only_kernels_see
+from fastbert.layers.masks import HandedMask, handed, masks_replaced, only_kernels_see
 from fastbert.layers.settled import Around, ready, surroundings
+from fastbert.layers.waiting import Waiting, Waits
 
 
 class BertModel(Replicated, stock.BertModel):
+    """BertModel as stock has it, but for its masks, and for embeddings that wait until an encoder that packs has its rows."""
+
+    @stock.fast_forward_of(stock.BertModel)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) <= 3 and self._may_wait(kwargs):  # position_ids would be the fourth
+            kwargs["position_ids"] = Waiting(kwargs.get("position_ids"))
+        return super().forward(*args, **kwargs)
+
+    def _may_wait(self, kwargs: dict[str, Any]) -> bool:
+        """Whether nothing but fast classes and stock code that is as tested sees what the embeddings return."""
+        encoder, embeddings = self.encoder, self.embeddings
+        return (
+            isinstance(encoder, Waits)
+            and encoder.may_pack(kwargs)
+            and isinstance(embeddings, BertEmbeddings)
+            and not torch.compiler.is_compiling()
+            and not hooked(embeddings)
+            and not hooked(encoder)
+            and "_create_attention_masks" not in vars(self)
+            and not kwargs.get("debug_io")  # transformers would write down what every module is given
+            and stock.untested("BertModel") is None
+            and not masks_replaced()
+        )
+
     def _create_attention_masks(self, *args: Any, **given: Any) -> tuple[Any, Any]:
         implementation = self.config._attn_implementation or "eager"
         known = None if args else self._what_kernels_see(given.get("embedding_output"), implementation)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import failures
+from .. import failures, feed_forward_products
 from ..attention import bounds_of
 from ..failures import KernelFailed
 from ..launch import check_unbatched, links, needs_backward, not_twice
@@ -29,9 +29,10 @@ from . import plain
 from .backward import Gradients, Vectors, backward
 from .checks import check
 from .forward import Inputs, Saved, draw_seeds, forward
-from .plan import Plan, plan_of
+from .plan import Plan, forget, plan_of
 from .products import Products
 from .settings import Layout, Settings, Weights
+from .twins import Twins
 
 __all__ = ["encoder_layer"]
 
@@ -61,6 +62,8 @@ def encoder_layer(
     queries: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
     product_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
@@ -76,20 +79,23 @@ def encoder_layer(
         cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T.
         max_seqlen: length of the longest packed sequence, or more.
         queries: [N, H], the packed rows that are read, where those are not all: the result is of these alone.
-        cu_seqlens_q, max_seqlen_q: the same of them.
+        cu_seqlens_q, max_seqlen_q: the same of them. Causal queries are the last of their sequence, see attention.
+        index: int32 [N], the packed rows that are read, in place of queries: any rows of x, none twice, zeros where it is
+            below 0. Attention runs for all rows, and what follows it for these.
+        inverse: int32 [T], with index: where each row of x is among those, negative if nowhere.
         product_dtype: of the matrix products and attention, as autocast has it; x's by default.
         norm_dtype: that LayerNorm returns (autocast asks for float32); by default what its sum has.
         seed: int64 [6], of which the dropouts take the first, third and fifth; drawn from torch's generator when None and
             something is dropped.
 
     Returns:
-        The shape of x, or of queries; contiguous.
+        The shape of x, or of queries, or [N, H]; contiguous.
 
     Raises:
         ValueError: shapes, dtypes (float64 beside others for one) or devices that do not fit, an activation that has no
             kernel, a probability outside [0, 1], packed rows with a key_mask.
     """
-    layout = Layout(key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q)
+    layout = Layout(key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q, index, inverse)
     dtypes = product_dtype, norm_dtype
     check(x, weights, settings, layout, *dtypes, seed)
     if key_mask is not None and key_bounds is None:
@@ -121,38 +127,54 @@ def unchecked(
     product_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     seed: Tensor | None = None,
+    twins: Twins | None = None,
 ) -> Tensor:
     """encoder_layer for arguments that are known to fit and are aligned; `seed` is drawn where it is None, key_bounds are
-    those of the key_mask.
+    those of the key_mask. `twins`: of the forward that this call is one of.
 
     Raises:
         KernelFailed: a kernel cannot be compiled or loaded, which was noted (failures.reasons). Nothing was computed.
     """
     if _elsewhere(x):
         with torch.cuda.device(x.device):
-            return unchecked(x, weights, settings, layout, product_dtype, norm_dtype, seed)
-    key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q = layout
+            return unchecked(x, weights, settings, layout, product_dtype, norm_dtype, seed, twins)
+    key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q, index, inverse = layout
     packed, gradient = cu_seqlens is not None, needs_backward(x, queries, *weights)
     *outer, hidden = x.shape
+    read_rows = None if queries is None else queries.numel() // hidden
     call = (
         *(prod(outer), cu_seqlens.shape[0] - 1 if packed else outer[0], max_seqlen if packed else outer[1]),
-        *(None if queries is None else queries.numel() // hidden, max_seqlen_q),
+        *(read_rows if index is None else index.shape[0], max_seqlen_q),
         *(packed, key_mask is not None, hidden, weights.intermediate.shape[0]),
         *(x.dtype, weights.query.dtype, product_dtype or x.dtype, norm_dtype, x.device),
         *(torch.get_float32_matmul_precision(), gradient),
     )
-    masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens
+    masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens, index, inverse
     try:
         plan = plan_of(call, settings)
+        if torch._C._are_functorch_transforms_active():  # tensors stand for others there
+            twins = None
+        x_low = None if twins is None else twins.take(x, plan.product_dtype)
         if gradient:
             apply = _Layer.apply if torch._C._are_functorch_transforms_active() else _apply
-            return apply(plan, settings, masks, seed, x, queries, *weights)
-        seed = draw_seeds(settings, x.device) if seed is None else seed
-        y, _ = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
+            y = apply(plan, settings, masks, seed, twins, x_low, x, queries, *weights)
+        else:
+            seed = draw_seeds(settings, x.device) if seed is None else seed
+            y, low, _ = forward(plan, settings, _inputs(x, queries, masks), weights, seed, x_low)
+            if twins is not None:
+                twins.low = low
+        if twins is not None:
+            twins.beside(y)
         return y
     except KernelFailed as failure:
-        failures.note(failure)
+        _note(failure)
         raise
+
+
+def _note(failure: KernelFailed) -> None:
+    failures.note(failure)
+    if failure.kernel in feed_forward_products.KERNELS:
+        forget()  # the plans that have it: cuBLAS and a kernel take its place in the next ones
 
 
 class _Layer(torch.autograd.Function):
@@ -163,13 +185,17 @@ class _Layer(torch.autograd.Function):
         settings: Settings,
         masks: tuple[Tensor | None, ...],
         seed: Tensor | None,
+        twins: Twins | None,
+        x_low: Tensor | None,
         x: Tensor,
         queries: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
         weights = Weights(*weights)
         seed = draw_seeds(settings, x.device) if seed is None else seed
-        y, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed)
+        y, low, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed, x_low)
+        if twins is not None:
+            twins.low = low
         if saved.x.dtype == x.dtype:  # themselves, by which a second derivative finds what the gradients were made of
             saved, ctx.links = saved._replace(x=x, queries=queries), ()
         else:
@@ -188,10 +214,10 @@ class _Layer(torch.autograd.Function):
         check_unbatched((dy,))
         saved = ctx.saved_tensors  # once: checkpointing allows no more
         if not torch.is_grad_enabled():
-            return *(None,) * 4, *_gradients(ctx, saved, dy)
+            return *(None,) * 6, *_gradients(ctx, saved, dy)
         with torch.no_grad():
             found = _gradients(ctx, saved, dy)
-        return *(None,) * 4, *not_twice(found, (dy, *saved, *ctx.links, *ctx.weights))
+        return *(None,) * 6, *not_twice(found, (dy, *saved, *ctx.links, *ctx.weights))
 
 
 # The hooks that see what is saved now, or None.
@@ -211,18 +237,18 @@ def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[
     if ctx.hooked:  # hooks may give saved tensors back in other places and with other strides
         tensors = [None if tensor is None else aligned(tensor) for tensor in tensors]
     needs, plan, settings = ctx.needs_input_grad, ctx.plan, ctx.settings
-    saved, vectors, seed = Saved(*tensors[:7], Products._make(tensors[7:12])), Vectors._make(tensors[12:16]), tensors[16]
+    saved, vectors, seed = Saved(*tensors[:8], Products._make(tensors[8:13])), Vectors._make(tensors[13:17]), tensors[17]
     x, queries = (None if rows is None else rows.view(-1, plan.hidden) for rows in saved[:2])
     saved = saved._replace(x=x, queries=queries)
     inputs = Inputs(x, queries, dy, *ctx.masks)
-    needed = Gradients(needs[4], needs[5], Weights._make(needs[6:]))
+    needed = Gradients(needs[6], needs[7], Weights._make(needs[8:]))
     dy = aligned(dy).view(-1, plan.hidden)
     try:
         dx, dqueries, dweights = backward(plan, settings, dy, inputs, saved, vectors, seed, needed)
     except KernelFailed as failure:
         if failures.strict:
             raise
-        failures.note(failure)
+        _note(failure)
         dx, dqueries, *dweights = plain.gradients(plan, settings, dy, inputs, ctx.weights, seed)
     shape, queries_shape = ctx.shapes
     dx = None if dx is None else dx.view(*shape)

@@ -63,9 +63,14 @@ def backward(
     dy1 = dout if plan.shares2 else torch.empty_like(dout, dtype=plan.y1_dtype)
     statistics = at(dy), z2, mean2, rstd2, at(w.output_norm), None, seed2
     plan.norm2_backward(stream, *statistics, at(dout), None if plan.shares2 else at(dy1), None, sums2)
-    dh = torch.mm(dout, products.output)
-    activated = torch.empty_like(dh)
-    plan.gelu_backward(stream, at(dh), at(saved.h), at(w.intermediate_bias), at(dh), at(activated), sums_of_bias)
+    if plan.product_gradient is None:
+        dh = torch.mm(dout, products.output)
+        activated = torch.empty_like(dh)
+        plan.gelu_backward(stream, at(dh), at(saved.h), at(w.intermediate_bias), at(dh), at(activated), sums_of_bias)
+    else:
+        dh, activated = torch.empty_like(saved.h), torch.empty_like(saved.h)
+        operands = at(dout), at(products.output), at(w.intermediate_bias), at(saved.h)
+        plan.product_gradient(stream, *operands, at(dh), at(activated), sums_of_bias)
     doutput = _of_weight(needed.weights.output, dout, activated, plan.weight_dtype)
     del activated
     add_product(dy1, dh, products.intermediate)
@@ -88,6 +93,9 @@ def backward(
 
     dx, dqueries, dprojections, attends = None, None, (None,) * 3, needed.x or needed.queries or any(needed.weights[:6])
     if attends:
+        if inputs.index is not None:
+            dattended = inputs.put(dattended)
+            dread = inputs.put(dread) if needed.x else None
         places = softmax, *queries, *sums_of_projections
         dqkv, dq = _through_attention(plan, dattended, inputs, saved, places, attention_seed)
         dx, dqueries, dprojections = _of_projections(plan, dread, dqkv, dq, saved, needed)
@@ -128,7 +136,8 @@ def _through_attention(
     if saved.q is not None:
         dq = torch.empty_like(saved.q)
         parts, dparts = (at(saved.q), *parts), (at(dq), *dparts)
-    of_queries = at(saved.attended), softmax, seed
+    attended = saved.attended if saved.all_attended is None else saved.all_attended
+    of_queries = at(attended), softmax, seed
     if plan.attention_short is not None:
         masks = *masks[:2], *masks[3:]
         plan.attention_short(stream, *parts, dout, *masks, *of_queries, *dparts, *places)

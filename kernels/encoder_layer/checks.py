@@ -18,7 +18,7 @@ def check(
     seed: Tensor | None,
 ) -> None:
     """Raise ValueError unless everything fits x and the settings."""
-    key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q = layout
+    key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q, index, inverse = layout
     check_dtype("x", x)
     packed = cu_seqlens is not None
     if x.dim() != (2 if packed else 3) or not 1 <= x.shape[-1] <= MAX_WIDTH:
@@ -43,9 +43,21 @@ def check(
     q, k = (rows.detach().unflatten(-1, (settings.heads, -1)) for rows in (read, x))
     check_inputs(q, k, k, settings.scale, settings.attention_p, None, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q)
     check_masks(q, k, key_mask, None, key_bounds)
+    if index is not None or inverse is not None:
+        _check_rows(index, inverse, x, packed and queries is None)
     check_device("seed", seed, x)
     if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (6,)):
         raise ValueError(f"seed: expected int64 [6], got {seed.dtype} {list(seed.shape)}")
+
+
+def _check_rows(index: Tensor | None, inverse: Tensor | None, x: Tensor, fits: bool) -> None:
+    if index is None or inverse is None or not fits:
+        raise ValueError("index: expected with inverse and cu_seqlens and without queries, got another call")
+    for name, rows, length in (("index", index, None), ("inverse", inverse, x.shape[0])):
+        check_device(name, rows, x)
+        if rows.dtype != torch.int32 or rows.dim() != 1 or (length is not None and rows.shape[0] != length):
+            expected = "[N]" if length is None else f"[{length}]"
+            raise ValueError(f"{name}: expected int32 {expected}, got {rows.dtype} {tuple(rows.shape)}")
 
 
 def _check_float64(dtypes: dict[str, torch.dtype | None]) -> None:

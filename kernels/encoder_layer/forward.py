@@ -7,14 +7,15 @@ from torch import Tensor, empty_like
 from torch.nn.functional import linear
 
 from ..bound import Place, addressing, by_address
+from ..gather_rows import gather_rows
 from .plan import Plan
 from .products import Products, products_of
 from .settings import Settings, Weights
 
 
 class Inputs(NamedTuple):
-    """x [T, H]; queries [N, H] where they are rows of their own; a tensor of the result's shape; what attention sees (as in
-    attention.attention)."""
+    """x [T, H]; queries [N, H] where they are rows of their own; a tensor of the result's shape, but for its number of rows;
+    what attention sees (as in attention.attention); the rows that are read of what it gives, see encoder_layer."""
 
     x: Tensor
     queries: Tensor | None
@@ -23,6 +24,16 @@ class Inputs(NamedTuple):
     key_bounds: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens: Tensor | None
+    index: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def taken(self, rows: Tensor) -> Tensor:
+        """[T, H] -> [N, H], those that are read."""
+        return gather_rows(rows, self.index, self.inverse)
+
+    def put(self, rows: Tensor) -> Tensor:
+        """[N, H] -> [T, H], zeros elsewhere."""
+        return gather_rows(rows, self.inverse, self.index)
 
     def masks(self) -> tuple[Place, ...]:
         """In the kernels' order; a mask between queries and keys is none of them."""
@@ -41,10 +52,20 @@ class Saved(NamedTuple):
     queries: Tensor | None
     qkv: Tensor  # [T, 3 H]; of queries of their own, the keys and values alone, [T, 2 H]
     q: Tensor | None  # of queries of their own
-    attended: Tensor
+    attended: Tensor  # the rows that are read
+    all_attended: Tensor | None  # where those were taken of all that attention gave
     h: Tensor
     kept: Tensor
     products: Products
+
+
+class Result(NamedTuple):
+    """y in the shape of the rows that are read; the same [N, H] in the products' dtype, where y has another; and what the
+    backward needs, where one follows."""
+
+    y: Tensor
+    low: Tensor | None
+    saved: Saved | None
 
 
 def draw_seeds(settings: Settings, device: torch.device) -> Tensor | None:
@@ -77,13 +98,13 @@ def columns(x: Tensor, width: int) -> tuple[Place, ...]:
 
 
 def forward(
-    plan: Plan, settings: Settings, inputs: Inputs, weights: Weights, seed: Tensor | None
-) -> tuple[Tensor, Saved | None]:
-    """y in the shape of the rows that are read and, where a backward follows (call.gradient), what that needs."""
+    plan: Plan, settings: Settings, inputs: Inputs, weights: Weights, seed: Tensor | None, x_low: Tensor | None = None
+) -> Result:
+    """What a call gives; x_low [T, H] is x in the products' dtype, where that is at hand."""
     at, stream, low, hidden, w = addressing(), plan.stream(), plan.product_dtype, plan.hidden, weights
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     products = products_of(weights, low, plan.one_by_one)
-    x = inputs.x if plan.dtype == low else inputs.x.to(low)
+    x = inputs.x if plan.dtype == low else inputs.x.to(low) if x_low is None else x_low
     read = inputs.x if inputs.queries is None else inputs.queries
     queries = None if inputs.queries is None else read if plan.dtype == low else read.to(low)
     q = None
@@ -103,31 +124,42 @@ def forward(
         kept = plan.kept.allocate(x)
         softmax, *saved = plan.kept.places(kept)
         saved1, saved2 = saved[:3], saved[3:]
-    attended = empty_like(x if queries is None else queries)
+    attended, all_attended, shape = empty_like(x if queries is None else queries), None, inputs.like.shape
     plan.attention(stream, *parts, at(attended), softmax, *inputs.masks(), attention_seed)
+    if inputs.index is not None:
+        all_attended, attended, read = attended, inputs.taken(attended), inputs.taken(read)
+        shape = *shape[:-2], *attended.shape
     if not plan.gradient:
         q = qkv = None
 
     projected = linear(attended, products.attention_output)
     # Whoever sees what is dispatched may keep it, as selective checkpointing keeps products: nothing goes over it then.
-    over = plan.y1_dtype == low and not torch._C._len_torch_dispatch_stack()
-    y1 = projected if over else empty_like(projected, dtype=plan.y1_dtype)
+    seen = torch._C._len_torch_dispatch_stack() > 0
+    y1_low = empty_like(projected) if seen else projected
+    y1 = y1_low if plan.y1_dtype == low else empty_like(projected, dtype=plan.y1_dtype)
     z, mean, rstd = saved1 or (at(y1), None, None)  # without a backward only z's dtype counts
     vectors = at(w.attention_norm), at(w.attention_norm_bias), at(w.attention_output_bias)
-    plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), z, mean, rstd)
+    twin = None if y1 is y1_low else at(y1_low)
+    plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), twin, z, mean, rstd)
 
-    y1_low = y1 if plan.y1_dtype == low else y1.to(low)
-    h = linear(y1_low, products.intermediate)
-    activated = empty_like(h) if plan.gradient else h
-    plan.gelu(stream, at(h), at(w.intermediate_bias), at(activated))
+    if plan.product is None:
+        h = linear(y1_low, products.intermediate)
+        activated = empty_like(h) if plan.gradient else h
+        plan.gelu(stream, at(h), at(w.intermediate_bias), at(activated))
+    else:
+        activated = y1_low.new_empty(len(y1_low), len(w.intermediate))
+        h = empty_like(activated) if plan.gradient else None
+        operands = at(y1_low), at(products.intermediate), at(w.intermediate_bias)
+        plan.product(stream, *operands, None if h is None else at(h), at(activated))
     out = linear(activated, products.output)
     if plan.gradient:  # autograd's functions must not return views, as which `out` in the shape of x would count
-        y = empty_like(inputs.like, dtype=plan.out_dtype)
+        y = out.new_empty(shape, dtype=plan.out_dtype)
     else:
-        y = (out if plan.out_dtype == low else empty_like(out, dtype=plan.out_dtype)).view_as(inputs.like)
+        y = (out if plan.out_dtype == low else empty_like(out, dtype=plan.out_dtype)).view(shape)
     z, mean, rstd = saved2 or (at(y), None, None)
     vectors = at(w.output_norm), at(w.output_norm_bias), at(w.output_bias)
-    plan.norm2(stream, at(out), at(y1), *vectors, seed2, at(y), z, mean, rstd)
-    if not plan.gradient:
-        return y, None
-    return y, Saved(x, queries, qkv, q, attended, h, kept, products)
+    y_low = None if plan.out_dtype == low else empty_like(out) if seen else out
+    twin = None if y_low is None else at(y_low)
+    plan.norm2(stream, at(out), at(y1), *vectors, seed2, at(y), twin, z, mean, rstd)
+    saved = Saved(x, queries, qkv, q, attended, all_attended, h, kept, products) if plan.gradient else None
+    return Result(y, y_low, saved)

@@ -34,6 +34,7 @@ def forward(
 ) -> Tensor:
     """The op, differentiable."""
     read = x if layout.queries is None else layout.queries
+    shape = read.shape if layout.index is None else torch.Size((*x.shape[:-2], len(layout.index), x.shape[-1]))
     sequences = x.shape[0] if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
     longest = x.shape[1] if layout.cu_seqlens is None else layout.max_seqlen
     longest_q = longest if layout.queries is None else layout.max_seqlen_q
@@ -44,7 +45,7 @@ def forward(
         **layout._asdict(),
         product_dtype=product_dtype,
         norm_dtype=norm_dtype,
-        keep=keeps(seed, settings, sequences, longest_q, longest, read.shape),
+        keep=keeps(seed, settings, sequences, longest_q, longest, shape),
     )
 
 
@@ -62,6 +63,7 @@ def gradients(
         layout = Layout(
             *(inputs.key_mask, None, inputs.cu_seqlens, call.longest if call.packed else None),
             *(leaves[1], None if queries is None else inputs.cu_seqlens_q, call.longest_read),
+            *(inputs.index, inputs.inverse),
         )
         y = forward(
             leaves[0],

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from .. import attention, bias_gelu, column_sums, dropout_add_layernorm
+from .. import attention, bias_gelu, column_sums, dropout_add_layernorm, failures, feed_forward_products
 from ..bound import Bound, Room, by_address, streams
+from ..failures import KernelFailed
+from ..feed_forward_products import GRADIENT, PRODUCT
 from ..launch import Work, accumulator_torch
 from .settings import Call, Settings
 
@@ -16,12 +18,13 @@ PLANS = 256  # kept, the least recently used dropped first; a plan is a few KiB
 class Plan:
     """Bound kernels, and how much room a call takes besides its larger tensors.
 
-    rows of the queries, and so of everything after attention, are `n_rows`; widths are H, F and 3 H.
+    rows of the queries are `n_queries`, and of everything after attention `n_rows`; widths are H, F and 3 H.
     """
 
     def __init__(self, call: Call, settings: Settings) -> None:
         self.call = call
         self.n_rows = n = call.rows if call.read_rows is None else call.read_rows
+        self.n_queries = call.rows if call.longest_read is None else n
         low, hidden, inner = call.product_dtype, call.hidden, call.inner
         self.dtype, self.product_dtype, self.weight_dtype = call.dtype, low, call.weight_dtype
         self.hidden, self.gradient = hidden, call.gradient
@@ -43,7 +46,7 @@ class Plan:
 
         head_size = hidden // settings.heads
         planes = 2 if low.itemsize > 2 else 1
-        self.softmax = (planes, settings.heads, n), self._wide
+        self.softmax = (planes, settings.heads, self.n_queries), self._wide
         self.geometry = self._geometry(head_size)
         vector = 16 // low.itemsize
         self.aligned = head_size % vector == 0 and head_size % 16 != 0
@@ -54,7 +57,7 @@ class Plan:
     def _geometry(self, head_size: int) -> attention.Geometry:
         call, settings = self.call, self._settings
         hidden = call.hidden
-        read = call.read_rows is not None
+        read = call.longest_read is not None
         longest_q = call.longest_read if read else call.longest
 
         def strides(row: int, longest: int) -> attention.Strides:
@@ -65,7 +68,7 @@ class Plan:
             sequences=call.sequences,
             max_seqlen_q=longest_q,
             max_seqlen_k=call.longest,
-            n_rows=self.n_rows,
+            n_rows=self.n_queries,
             n_heads=settings.heads,
             kv_heads=settings.heads,
             head_size=head_size,
@@ -93,8 +96,13 @@ class Plan:
             call.dtype, self.z1_dtype, self.y1_dtype, settings.attention_eps, settings.attention_output_p
         )
         self.norm2 = self._bind_norm(self.y1_dtype, self.z2_dtype, self.out_dtype, settings.output_eps, settings.output_p)
-        work = bias_gelu.forward_work(n, inner, (inner, 1), like, settings.activation)
-        self.gelu = self._bind(work, ("x_ptr", low), ("bias_ptr", weight), ("y_ptr", low))
+        saved = ("h_ptr", low if call.gradient else None)
+        self.product = self._bind_product(
+            PRODUCT, ("x_ptr", low), ("weight_ptr", low), ("bias_ptr", weight), saved, ("y_ptr", low)
+        )
+        if self.product is None:
+            work = bias_gelu.forward_work(n, inner, (inner, 1), like, settings.activation)
+            self.gelu = self._bind(work, ("x_ptr", low), ("bias_ptr", weight), ("y_ptr", low))
         self.statistics1 = (n,), accumulator_torch(self.z1_dtype)
         self.statistics2 = (n,), accumulator_torch(self.z2_dtype)
         if call.gradient:  # what the backward needs of the forward besides the larger tensors
@@ -115,6 +123,7 @@ class Plan:
             *((name, call.weight_dtype) for name in ("weight_ptr", "bias_ptr", "x_bias_ptr")),
             ("seed_ptr", _seed(p)),
             ("y_ptr", y),
+            ("y_low_ptr", None if y == call.product_dtype else call.product_dtype),
             ("z_ptr", z),
             ("mean_ptr", statistic),
             ("rstd_ptr", statistic),
@@ -131,11 +140,16 @@ class Plan:
         self.norm1_backward, sums1 = self._bind_norm_backward(self.y1_dtype, self.z1_dtype, residual1, low, dropped[0])
         residual2 = None if self.shares2 else self.y1_dtype
         self.norm2_backward, sums2 = self._bind_norm_backward(self.out_dtype, self.z2_dtype, residual2, None, dropped[1])
-        work, gelu_rows = bias_gelu.backward_work(n, inner, (inner, 1), (inner, 1), like, settings.activation)
-        self.gelu_backward = self._bind(
-            work,
-            *{"dy_ptr": low, "x_ptr": low, "bias_ptr": weight, "dx_ptr": low, "y_ptr": low, "sums_ptr": wide}.items(),
-        )
+        tensors = {"bias_ptr": weight, "h_ptr": low, "dh_ptr": low, "y_ptr": low, "sums_ptr": wide}
+        self.product_gradient = self._bind_product(GRADIENT, ("dout_ptr", low), ("weight_ptr", low), *tensors.items())
+        if self.product_gradient is not None:
+            gelu_rows = feed_forward_products.rows_of_sums(n, inner, like)
+        else:
+            work, gelu_rows = bias_gelu.backward_work(n, inner, (inner, 1), (inner, 1), like, settings.activation)
+            self.gelu_backward = self._bind(
+                work,
+                *{"dy_ptr": low, "x_ptr": low, "bias_ptr": weight, "dx_ptr": low, "y_ptr": low, "sums_ptr": wide}.items(),
+            )
         rows = sums2, gelu_rows, sums1, *projections
         widths = 3 * hidden, inner, 3 * hidden, *((hidden, 2 * hidden) if len(projections) == 2 else (3 * hidden,))
         self.sums = self._bind(
@@ -175,6 +189,20 @@ class Plan:
         kv = attention.backward_kv_work(self.geometry, like, dout, k_row, self.aligned)
         self.attention_kv = self._bind(kv, *shared, *of_keys.items(), ("sums_ptr", wide))
         return q.programs // heads, kv.programs // heads
+
+    def _bind_product(self, part: str, *tensors: tuple[str, torch.dtype | None]) -> Bound | None:
+        """A product of the feed-forward with an epilogue; None where cuBLAS and a kernel take its place."""
+        call, like = self.call, self._like(dtype=self.call.product_dtype)
+        sizes, activation = (self.n_rows, call.hidden, call.inner), self._settings.activation
+        if not feed_forward_products.is_on(part, like, *sizes, activation):
+            return None
+        try:
+            return self._bind(feed_forward_products.work(part, *sizes, like, activation), *tensors)
+        except KernelFailed as failure:
+            if failures.strict:
+                raise
+            failures.note(failure)
+            return None
 
     def _bind_norm_backward(
         self, dy: torch.dtype, z: torch.dtype, dresidual: torch.dtype | None, y: torch.dtype | None, p: float

@@ -20,6 +20,8 @@ def encoder_layer(
     queries: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     max_seqlen_q: int | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
     product_dtype: torch.dtype | None = None,
     norm_dtype: torch.dtype | None = None,
     keep: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
@@ -51,6 +53,8 @@ def encoder_layer(
         p=settings.attention_p,
         keep=of_scores,
     ).flatten(-2)
+    if index is not None:
+        attended, read = (reference.gather_rows(rows, index, inverse) for rows in (attended, read))
     y = reference.dropout_add_layernorm(
         product(attended, w.attention_output),
         read,

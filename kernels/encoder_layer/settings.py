@@ -63,13 +63,16 @@ class Layout(NamedTuple):
     queries: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     max_seqlen_q: int | None = None
+    index: Tensor | None = None
+    inverse: Tensor | None = None
 
 
 class Call(NamedTuple):
     """What of a call's tensors decides which kernels run and how; with Settings it names a plan.
 
     rows: of x, in `sequences` of up to `longest`. read_rows: of the queries, where they are rows of their own; their longest
-    sequence is `longest_read`. product_dtype and norm_dtype: see encoder_layer.
+    sequence is `longest_read`, None where attention runs for all rows and those are taken of what it gives. product_dtype and
+    norm_dtype: see encoder_layer.
     """
 
     rows: int

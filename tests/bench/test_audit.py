@@ -184,6 +184,29 @@ def test_short_is_a_part_of_the_whole():
     assert len(records) == 3 * (6 * 1 + 2 * 2 + 2 * 3 + 7 + 8)  # ops of one record, of two, of three; embeddings, attention
 
 
+def test_releases_of_triton_compile_alike():
+    """What BERT-base runs in bf16: no spills, and no hot loop that is long under one release only."""
+    assert audit.differences({triton: audit.read(triton) for triton in audit.RELEASES}) == []
+
+
+SHORT = GOOD | {"key": "sm_90 forward bias_gelu bf16 3072 gelu", "op": "bias_gelu"}
+
+
+@pytest.mark.parametrize(
+    "other, word",
+    [
+        ([SHORT | {"hot_instructions": 116}], "116 under 3.8"),
+        ([SHORT | {"spills": 2}], "spills under triton 3.8"),
+        ([], "100 under 3.6"),
+    ],
+    ids=["longer", "spills", "left out"],
+)
+def test_what_differs_between_releases_is_found(other, word):
+    assert audit.differences({"3.6": [SHORT], "3.8": [SHORT | {"hot_instructions": 114}]}) == []
+    (problem,) = audit.differences({"3.6": [SHORT], "3.8": other})
+    assert problem.startswith(SHORT["key"]) and word in problem
+
+
 def test_what_ships_compiles_to_the_baseline(monkeypatch):
     """One op's 16-bit kernels at BERT-base's width on Hopper, compiled here and now."""
     variants = [v for v in CASES["bias_gelu"].variants() if (v.dtype, v.width, v.activation) == ("bf16", 3072, "gelu")]

@@ -31,6 +31,7 @@ def in_this_process(monkeypatch):
         return Outcome("ok", 0.1, None, schema.from_lines(lines))
 
     monkeypatch.setattr(plan, "run_job", run_job)
+    monkeypatch.setattr(isolate.SERVER, "begin", lambda: None)
     for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # put back after the command has set them
 
@@ -119,7 +120,8 @@ def test_gpu(tmp_path, monkeypatch):
     text = invoke("gpu", "--dry-run", "--budget", 600, "--out", tmp_path)
     results = check(tmp_path)
     assert results.tests.skipped == 7 and len(results.models) == 1
-    assert len(list(tmp_path.iterdir())) == 8 and "3 of 3 jobs done" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "results.json"]
+    assert "3 of 3 jobs done" in text and "data:image/png" in (tmp_path / "report.html").read_text()
 
 
 def test_a_failed_check_is_the_exit_status(tmp_path, monkeypatch):
@@ -142,6 +144,51 @@ def test_a_wrong_kernel_fails_its_check():
     wrong = ops.Lane(lambda case: lambda inputs, p: 1.001 * op.reference(inputs, p))
     status, reason, function = run_ops.judge(case, wrong, Checker(op, case, inputs[0]))
     assert status == "failed" and "y: error" in reason and function is None
+
+
+@pytest.mark.parametrize(("head", "mode"), [("mlm", "train"), ("classification", "train"), ("classification", "infer")])
+def test_the_flattened_lane_computes_what_eager_does(head, mode, monkeypatch):
+    from bench import flattened, models, run_models
+
+    workload = models.tiny(models.Workload("tiny", head, mode, 4, 16, 0.5))
+    records = list(run_models.run(workload, "flattened", details=False))
+    assert [record.status for record in records] == ["dry-run"], records[0].reason
+    attend = flattened.attend
+    whole = lambda *tensors, cu_seq_lens_q, **others: attend(*tensors, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **others)  # noqa: E731
+    monkeypatch.setitem(flattened.AttentionInterface._global_mapping, flattened.NAME, whole)
+    (record,) = run_models.run(workload, "flattened", details=False)
+    assert record.status == "failed", "sequences that see each other"
+
+
+def test_the_flattened_lane_says_which_heads_it_lacks():
+    from bench import models, run_models
+
+    workload = models.tiny(models.Workload("tiny", "qa", "infer", 4, 16, 0.5))
+    (record,) = run_models.run(workload, "flattened", details=False)
+    assert (record.status, record.reason) == ("absent", "no flattened form of the head qa")
+
+
+def test_a_time_is_there_before_its_details(monkeypatch):
+    """What is cut off while it is looked at more closely has its time all the same."""
+    from bench import models, run_models
+
+    workload = models.tiny(models.Workload("tiny", "ner", "train", 4, 16, 0.5))
+    first, second = run_models.run(workload, "stock")
+    assert not first.losses and second.losses and second == replace(first, losses=second.losses)
+    monkeypatch.setattr(run_models, "losses", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    assert list(run_models.run(workload, "stock")) == [first]
+
+
+def test_a_failed_check_says_which_tensors_and_by_how_much(monkeypatch):
+    from bench import gate, models
+
+    workload = models.tiny(models.Workload("tiny", "ner", "train", 4, 16, 0.5))
+    model = gate.without_dropout(models.make(workload, models.LANES["stock"], "cpu"), True)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1.01)
+    first, *others = gate.problem(workload, model, False, "cpu").splitlines()
+    assert "tensors differ from eager" in first and len(others) == gate.SHOWN - 1
+    assert all("error" in line for line in (first, *others))
 
 
 def test_a_wrong_model_fails_its_gate(monkeypatch):

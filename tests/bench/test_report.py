@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from bench import documents, lanes, markdown, schema
 from bench.__main__ import app
-from bench.records import Environment, Results, Spread
+from bench.records import Environment, Results, Spread, StageRecord
 
 SAMPLE = Path(__file__).parent / "data/invented.json"
 ROOT = Path(__file__).parents[2]
@@ -81,6 +81,20 @@ def test_losses_are_compared_with_eagers(sample):
     apart = [row for row in rows if "2.0e-02 of eager's" in row]
     assert len(apart) == 1 and "| fastbert |" in apart[0]
     assert sum("0.0e+00 of eager's" in row for row in rows) > 4
+
+
+def test_losses_of_zero_are_compared_too(sample):
+    record = next(r for r in sample.models if r.losses)
+    models = [dataclasses.replace(record, lane=lane, losses=losses) for lane, losses in (("eager", [0.0]), ("stock", [0.5]))]
+    rows = markdown.losses(dataclasses.replace(sample, models=models))
+    assert "0.0e+00 of eager's" in rows and "inf of eager's" in rows
+
+
+def test_what_was_not_reached_is_one_line(sample):
+    missed = [StageRecord(f"job {i}", "not reached", 0.0, "3 s were left") for i in range(7)]
+    failed = StageRecord("broken", "error", 2.0, "Traceback\nRuntimeError: no")
+    rows = markdown.stages(dataclasses.replace(sample, stages=[failed, *missed])).splitlines()[2:]
+    assert rows == ["| broken | error | 2 s | RuntimeError: no |", "| job 0, and 6 more | not reached |  | 3 s were left |"]
 
 
 @pytest.mark.parametrize("name", markdown.TABLES)

@@ -98,6 +98,26 @@ def test_what_was_measured_again_counts_once(tmp_path, data):
     assert merged.models[0].seconds == Spread(1.0, 2.0, 3.0, 9)
 
 
+def test_a_case_measured_again_in_one_run_counts_once():
+    """Also where the second time found it wrong: then there is no time."""
+    results = schema.read(SAMPLE)
+    first = next(record for record in results.models if record.seconds)
+    failed = replace(first, status="failed", reason="loss: error 1", seconds=None)
+    schema.add(results, [failed])
+    assert [r for r in results.models if (r.case, r.lane) == (first.case, first.lane)] == [failed]
+
+
+def test_a_record_that_contradicts_itself_does_not_reach_the_file(tmp_path):
+    results = schema.read(SAMPLE)
+    good, other = results.models[:2]
+    timeless = replace(good, seconds=Spread(0.0, 0.0, 0.0, 9))
+    with pytest.raises(ValueError, match="not in order"):
+        schema.add(results, [timeless, replace(other, reason="kept")])
+    assert good in results.models and timeless not in results.models and results.models[-1].reason == "kept"
+    schema.write(results, tmp_path / "results.json")
+    assert schema.read(tmp_path / "results.json") == results
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out():
     record = schema.read(SAMPLE).models[0]
     line = schema.to_line(record)

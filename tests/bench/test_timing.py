@@ -65,6 +65,11 @@ def test_quartiles_and_repeated_runs():
     assert (spread.low, spread.median, spread.high, spread.rounds) == (2.0, 3.0, 4.0, 9)
 
 
+def test_a_clock_that_stands_still_gives_no_time(clock):
+    with pytest.raises(timing.NoTime, match="a call took 0.0 s"):
+        timing.measure(prepare(clock), lambda i: None, seconds=1e-3)
+
+
 def test_throughput_is_from_end_to_end(clock):
     def step(i):
         clock.now += CALLING

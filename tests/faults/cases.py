@@ -180,15 +180,21 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
         ),
         *(
             Case(
-                f"linear_cross_entropy {reduction}",
+                f"linear_cross_entropy {reduction}" + (" weighted" if class_weights is not None else ""),
                 linear_cross_entropy,
                 reference.linear_cross_entropy,
                 {"hidden": rows(), "weight": normal(CLASSES, WIDTH), "bias": normal(CLASSES)},
                 normal(ROWS) if reduction == "none" else normal(at=2.0),
                 **(loss | ({"backward": loss["forward"][:1]} if reduction == "none" else {})),
-                options={"labels": labels, "reduction": reduction, "label_smoothing": smoothing},
+                options={
+                    "labels": labels,
+                    "class_weights": class_weights,
+                    "reduction": reduction,
+                    "label_smoothing": smoothing,
+                },
             )
-            for reduction, smoothing in (("mean", 0.0), ("sum", 0.1), ("none", 0.1))
+            for class_weights in (None, normal(CLASSES).abs())
+            for reduction, smoothing in (("mean", 0.0 if class_weights is None else 0.1), ("sum", 0.1), ("none", 0.1))
         ),
     ]
     return {case.name: case for case in found}

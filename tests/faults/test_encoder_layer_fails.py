@@ -15,11 +15,14 @@ FORWARD = [name for name in KERNELS if "_fwd_" in name]
 BACKWARD = [name for name in KERNELS if name not in FORWARD]
 MASK = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 1, 0], [0] * 5], dtype=torch.bool, device=DEVICE)
 READ = {"cu_seqlens": torch.tensor([0, 4, 10], dtype=torch.int32, device=DEVICE), "max_seqlen": 6}
+INDEX = torch.tensor([8, -1, 4], dtype=torch.int32, device=DEVICE)
+CAUSAL_READ = READ | {"index": INDEX, "inverse": torch.tensor([-1] * 4 + [2] + [-1] * 3 + [0, -1]).to(INDEX)}
 READ |= {"cu_seqlens_q": torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE), "max_seqlen_q": 2}
 CALLS = {
     "padded": ((3, 5, 24), None, torch.float32, {"settings": DROPPED, "key_mask": MASK}),
     "without dropout": ((3, 5, 24), None, torch.float64, {"settings": Settings(3)}),
     "read": ((10, 24), 3, torch.float32, {"settings": DROPPED, **READ}),
+    "read anywhere": ((10, 24), None, torch.float32, {"settings": DROPPED._replace(causal=True), **CAUSAL_READ}),
     "autocast": (
         (3, 5, 24),
         None,
@@ -32,7 +35,9 @@ CALLS = {
 def made(call):
     shape, queries, dtype, options = CALLS[call]
     inputs = make_inputs(shape, dtype=dtype, queries=queries)
-    return inputs, torch.randn(shape if queries is None else (queries, 24)).to(DEVICE, dtype), options | {"seed": seeds()}
+    if queries is not None or "index" in options:
+        shape = 3, 24
+    return inputs, torch.randn(shape).to(DEVICE, dtype), options | {"seed": seeds()}
 
 
 def unused(call):

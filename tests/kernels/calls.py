@@ -11,6 +11,8 @@ from fastbert.kernels.adamw_table import Hyperparameters, Parameter, Tables
 from fastbert.kernels.attention import attention
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.encoder_layer import Settings, encoder_layer
+from fastbert.kernels.feed_forward import feed_forward
+from fastbert.kernels.feed_forward_products import decided
 from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
@@ -19,6 +21,7 @@ from fastbert.kernels.row_counts import row_counts
 
 from . import attention as attention_inputs
 from . import encoder_layer as layer_inputs
+from . import feed_forward as feed_forward_inputs
 from . import linear_cross_entropy as cross_entropy
 from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, make_inputs, run, seed_tensor
 
@@ -190,6 +193,20 @@ def _encoder_layer(variant: str) -> Make:
     return make
 
 
+def _feed_forward(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+    """With epilogues where sizes and dtype allow it."""
+    rows, hidden, inner = (5, 32, width or 64) if small else (4099, 768, width or 3072)
+    inputs = feed_forward_inputs.make_inputs(rows, hidden, inner, hidden, dtype)
+    names = tuple(inputs)
+    inputs["dy"] = torch.randn(rows, hidden, dtype=torch.float64).to(DEVICE, dtype)
+
+    def step(given: Tensors) -> Tensors:
+        with decided(True, True):
+            return _present(run(feed_forward, {name: given[name] for name in names}, given["dy"]))
+
+    return inputs, step
+
+
 def _linear_cross_entropy(variant: str) -> Make:
     def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
         n_rows, n_cols, hidden = (5, width or 11, 24) if small else (1500, width or 30522, 128)
@@ -228,6 +245,7 @@ def _adamw(amsgrad: bool) -> Make:
 CALLS = (
     Call("dropout_add_layernorm", "dropped", _rows(DROPOUT_ADD_LAYERNORM, 0.1)),
     Call("bias_gelu", "", _rows(BIAS_GELU)),
+    Call("feed_forward", "", _feed_forward),
     Call("gelu_layernorm", "", _rows(GELU_LAYERNORM)),
     Call("gather_rows", "", _gather_rows),
     Call("key_bounds", "", _masks(key_bounds, "key_mask")),

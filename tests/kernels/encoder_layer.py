@@ -89,15 +89,21 @@ def kept(inputs: Mapping[str, Tensor | None], settings: Settings, options: Mappi
     bounds, longest = options.get("cu_seqlens"), options.get("max_seqlen")
     sequences, longest = (len(bounds) - 1, longest) if bounds is not None else x.shape[:2]
     longest_q = longest if queries is None else options["max_seqlen_q"]
-    return plain.keeps(options.get("seed"), settings, sequences, longest_q, longest, (x if queries is None else queries).shape)
+    shape = (x if queries is None else queries).shape
+    if options.get("index") is not None:
+        shape = torch.Size((len(options["index"]), shape[-1]))
+    return plain.keeps(options.get("seed"), settings, sequences, longest_q, longest, shape)
 
 
 def launched(inputs: Mapping[str, Tensor | None], frozen: Iterable[str], options: Mapping[str, Any]) -> Counter[str]:
     """What a call launches where there are rows: of attention's backward nothing unless somebody asks for what it gives."""
     needed = {name for name, tensor in inputs.items() if tensor is not None} - set(frozen)
     found = FORWARD + (BACKWARD if needed else Counter())
-    if needed & {"x", "queries", *PROJECTIONS, *(f"{name}_bias" for name in PROJECTIONS)}:
+    through = bool(needed & {"x", "queries", *PROJECTIONS, *(f"{name}_bias" for name in PROJECTIONS)})
+    if through:
         found += OF_SHORT_ATTENTION if _is_short(inputs["x"], options) else OF_ATTENTION
+    if options.get("index") is not None:
+        found["gather_rows_kernel"] = 2 + through + ("x" in needed)
     if options.get("key_mask") is not None and options.get("key_bounds") is None:
         found["key_bounds_kernel"] = 1
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.kernels import linear_cross_entropy as module
-from fastbert.kernels import reference
+from fastbert.kernels import linear_cross_entropy_chunks, reference
 from fastbert.kernels.launch import counts
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from tests.numerics import assert_close
@@ -29,7 +29,10 @@ def chunks_of(rows: int | None) -> Iterator[None]:
     if rows is None:
         yield
         return
-    with patch.object(module, "rows_a_chunk", lambda n: rows), patch.object(module, "LEAST_ROWS", -(2**40)):
+    with (
+        patch.object(module, "most_at_once", lambda *sizes: -1),
+        patch.object(linear_cross_entropy_chunks, "rows_a_chunk", lambda *sizes: rows),
+    ):
         yield
 
 
@@ -59,6 +62,13 @@ def make_inputs(
     return {name: t if t is None else t.to(DEVICE, dtype) for name, t in inputs.items()}, labels.to(DEVICE)
 
 
+def make_weights(n_cols: int, dtype: torch.dtype = torch.float32, *, zeros: float = 0.1) -> Tensor:
+    """Class weights over three orders of magnitude, a share `zeros` of them 0."""
+    weights = 10.0 ** (3.0 * torch.rand(n_cols, dtype=torch.float64) - 2.0)
+    weights[torch.rand(n_cols) < zeros] = 0.0
+    return weights.to(DEVICE, dtype)
+
+
 def run(
     function: Callable[..., Tensor],
     inputs: Inputs,
@@ -76,6 +86,10 @@ def run(
     for name, leaf in leaves.items():
         results["d" + name] = next(grads) if leaf is not None and leaf.requires_grad else None
     return results
+
+
+def double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double()
 
 
 def expected_launches(inputs: Inputs, frozen: Iterable[str], options: dict[str, Any], rows: int | None) -> dict[str, int]:
@@ -105,9 +119,9 @@ def check(
     assert counts - before == expected_launches(inputs, frozen, options, rows), counts - before
 
     eager = run(reference.linear_cross_entropy, inputs, labels, dy, frozen, **options)
-    exact_options = {k: v for k, v in options.items() if k != "out_dtype"}
-    double = {name: t if t is None else t.double() for name, t in inputs.items()}
-    exact = run(reference.linear_cross_entropy, double, labels, None if dy is None else dy.double(), frozen, **exact_options)
+    exact_options = {k: double(v) if k == "class_weights" else v for k, v in options.items() if k != "out_dtype"}
+    doubles = {name: double(t) for name, t in inputs.items()}
+    exact = run(reference.linear_cross_entropy, doubles, labels, double(dy), frozen, **exact_options)
     dtype = inputs["weight"].dtype
     judged = results, eager, exact
     if dtype.itemsize == 2:

@@ -6,7 +6,7 @@ import torch
 from fastbert.kernels import launch, reference
 from fastbert.kernels.adamw import adamw
 from fastbert.kernels.configs import ARCHITECTURES, TABLES
-from fastbert.kernels.linear_cross_entropy_rows import launch_reduce, scaled
+from fastbert.kernels.linear_cross_entropy_rows import Targets, launch_reduce, scaled
 
 from . import (
     linear_cross_entropy,
@@ -96,7 +96,7 @@ def test_sum_of_losses(architecture, as_on):  # noqa: F811
     losses, labels = torch.rand(n, device=DEVICE), torch.randint(0, 9, (n,), device=DEVICE)
     labels[::3] = -100
     loss, scale = torch.empty((), device=DEVICE), torch.empty((), device=DEVICE)
-    launch_reduce(losses, labels, 9, -100, "mean", loss, scale)
+    launch_reduce(losses, Targets(labels, None, None, -100, 0.0), 9, "mean", loss, scale)
     counted = (labels != -100).sum()
     torch.testing.assert_close(loss, losses.sum() / counted)
     torch.testing.assert_close(scale, 1.0 / counted)
@@ -153,7 +153,8 @@ def test_tiles_of_column_sums(architecture, dtype, as_on):  # noqa: F811
 def test_every_table_is_run():
     """A new table has to be named here or in test_configs.py."""
     elsewhere = {"layernorm", "bias_gelu", "gelu_layernorm", "attention"}
-    ours = {*EMBEDDING, "gather_rows", "mask_rows", "adamw", "column_sums"}
+    ours = {*EMBEDDING, "gather_rows", "mask_rows", "packed_rows", "adamw", "column_sums"}
+    ours |= {"feed_forward_product", "feed_forward_gradient"}  # test_feed_forward.py
     ours |= {f"linear_cross_entropy{part}" for part in ("", "_reduce", "_scale")}
     others = {name for name in TABLES if any(name.startswith(f"{op}_") for op in elsewhere)}
     assert TABLES.keys() == ours | others

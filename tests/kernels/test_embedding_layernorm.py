@@ -18,9 +18,9 @@ from .ops import DEVICE, assert_same, double, drawn_mask, run, seed_tensor
 from .test_attention_memory import fenced
 from .test_memory import guards_of, poisoned_outputs
 
-FORWARD, ROWS, ORDER, RUNS, JOINS, SUMS, FINISH = (
+IDS, FORWARD, ROWS, ORDER, RUNS, JOINS, SUMS, FINISH = (
     f"embedding_layernorm_{part}_kernel"
-    for part in ("fwd", "bwd", "bwd_order", "bwd_runs", "bwd_joins", "bwd_sums", "bwd_finish")
+    for part in ("ids", "fwd", "bwd", "bwd_order", "bwd_runs", "bwd_joins", "bwd_sums", "bwd_finish")
 )
 TABLES = ("words", "positions", "types")
 NAMES = (*TABLES, "weight", "bias")
@@ -70,11 +70,21 @@ def make(
     return inputs, named
 
 
+def packed(ids, room=0):
+    """Rows that are packed, every other and the last two of a batch, and `room` for some more that nobody reads."""
+    rows = torch.arange(ids.numel(), device=DEVICE, dtype=torch.int32)
+    chosen = torch.cat([rows[::2], rows[-2:]]).unique()
+    inverse = torch.full_like(rows, -1)
+    inverse[chosen.long()] = torch.arange(len(chosen), device=DEVICE, dtype=torch.int32)
+    return {"index": torch.cat([chosen, torch.full_like(chosen[:room], -1)]), "inverse": inverse}
+
+
 def check(inputs, options, dy=None, frozen=()):
     """Output and every gradient against eager and float64."""
     options = dict(options)
-    ids = options["ids"]
-    shape = (*(inputs["words"].shape[:-1] if ids is None else ids.shape), inputs["words"].shape[-1])
+    ids, index = options["ids"], options.get("index")
+    rows = (1, len(index)) if index is not None else inputs["words"].shape[:-1] if ids is None else ids.shape
+    shape = (*rows, inputs["words"].shape[-1])
     eager_options = {k: v for k, v in options.items() if k != "seed"}
     if options.get("p"):
         options.setdefault("seed", seed_tensor(1234))
@@ -84,6 +94,8 @@ def check(inputs, options, dy=None, frozen=()):
         for name in TABLES:
             dtype = options.get("out_dtype") or torch.promote_types(dtype or HALF, inputs[name].dtype)
         dy = torch.randn(shape, dtype=DOUBLE).to(DEVICE, dtype)
+        if index is not None:
+            dy[:, index < 0] = 0.0
     results = run(embedding_layernorm, inputs, dy, frozen, **options)
     assert results["y"].shape == shape and results["y"].is_contiguous()
     eager = run(reference.embedding_layernorm, inputs, dy, frozen, **eager_options)
@@ -356,7 +368,7 @@ def test_a_second_derivative_raises():
 def test_opcheck(embeds, layout):
     inputs, options = make((5,), 12, embeds=embeds, positions="of each sequence" if layout is sliced else "counted")
     words, *others = ((layout or torch.clone)(t) if n in TABLES else t for n, t in inputs.items())
-    read = (options["ids"], options["token_type_ids"], options.get("position_ids"))
+    read = (options["ids"], options["token_type_ids"], options.get("position_ids"), None)
     dropout = (seed_tensor(3), 0, 1)
     leaves = [tensor.requires_grad_() for tensor in (words, *others)]
     ops = torch.ops.fastbert
@@ -398,7 +410,7 @@ def calls(draw):
         "width": draw(st.integers(16, 130)),
         "dtype": dtype,
         "scale": 10.0 ** draw(exponents),
-        "embeds": draw(st.booleans()),
+        "words": draw(st.sampled_from(["ids", "embeds", "packed"])),
         "positions": draw(st.sampled_from(POSITIONS)),
         "types": draw(st.integers(1, 6)),
         "type_ids": draw(st.sampled_from(["none", "of all sequences", "of each sequence"])),
@@ -420,13 +432,16 @@ def calls(draw):
 def test_any_legal_call(call, layouts, frozen, p, eps, pad, values):
     note(f"{call}")
     torch.manual_seed(values)
-    inputs, options = make(**call)
+    words = call.pop("words")
+    inputs, options = make(**call, embeds=words == "embeds")
     for name, layout in zip(TABLES, layouts, strict=True):
         rows = inputs[name].reshape(-1, call["width"])
         inputs[name] = layout(rows).reshape(inputs[name].shape)
     options |= {"p": p, "eps": eps}
-    if pad and not call["embeds"]:
+    if pad and words != "embeds":
         options["padding_idx"] = 0
+    if words == "packed":
+        options |= packed(options["ids"], values % 3)
     check(inputs, options, frozen=frozen)
 
 

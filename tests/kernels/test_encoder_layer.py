@@ -23,6 +23,7 @@ def bounds(*starts):
 
 
 PACKED = {"cu_seqlens": bounds(0, 3, 3, 9, 10), "max_seqlen": 6}
+CAUSAL_READ = PACKED | {"index": bounds(4, 1, 8, -1), "inverse": bounds(-1, 1, -1, -1, 0, -1, -1, -1, 2, -1)}
 READ = PACKED | {"cu_seqlens_q": bounds(0, 1, 1, 1, 3), "max_seqlen_q": 2}  # of the third sequence nothing is read
 
 
@@ -43,6 +44,18 @@ def test_packed(settings, dtype):
 @pytest.mark.parametrize("settings", [Settings(3), DROPPED], ids=["", "dropped"])
 def test_rows_that_are_read(settings, dtype):
     check(make_inputs((10, 24), 40, dtype, queries=3), settings, **READ)
+
+
+@each_dtype
+@pytest.mark.parametrize("settings", [Settings(3, causal=True), DROPPED._replace(causal=True), DROPPED], ids=str)
+def test_rows_that_are_read_anywhere(settings, dtype):
+    """Of causal sequences, whose queries elsewhere are the last; one is no row at all."""
+    check(make_inputs((10, 24), 40, dtype), settings, **CAUSAL_READ)
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("x", *PROJECTIONS, *(f"{n}_bias" for n in PROJECTIONS)), NAMES, ("x", *NAMES)])
+def test_rows_that_are_read_anywhere_of_what_is_frozen(frozen):
+    check(make_inputs((10, 24)), DROPPED._replace(causal=True), frozen=frozen, **CAUSAL_READ)
 
 
 @pytest.mark.parametrize("probabilities", list(itertools.product((0.0, 0.3, 1.0), repeat=3)), ids=str)
@@ -100,8 +113,9 @@ def test_several_tiles():
         ((0, 5, 24), {"key_mask": MASK[:0]}),
         ((0, 24), {"cu_seqlens": bounds(0, 0), "max_seqlen": 3}),
         ((5, 24), {"cu_seqlens": bounds(0, 5), "max_seqlen": 5, "cu_seqlens_q": bounds(0, 0), "max_seqlen_q": 0}),
+        ((5, 24), {"cu_seqlens": bounds(0, 5), "max_seqlen": 5, "index": bounds(), "inverse": bounds(*[-1] * 5)}),
     ],
-    ids=["no sequences", "no tokens", "masked", "one empty sequence", "nothing is read"],
+    ids=["no sequences", "no tokens", "masked", "one empty sequence", "nothing is read", "nothing is read anywhere"],
 )
 def test_nothing(shape, options, dtype):
     """Gradients of nothing are zeros, whatever stood in memory: so that it holds NaN, torch is to be deterministic."""
@@ -179,6 +193,8 @@ def test_bfloat16(settings, weights):
 def test_rows_that_are_read_under_autocast(settings):
     inputs = make_inputs((10, 24), queries=3)
     check(inputs, settings, product_dtype=torch.float16, norm_dtype=torch.float32, **READ)
+    anywhere = CAUSAL_READ | {"product_dtype": torch.float16, "norm_dtype": torch.float32}
+    check(make_inputs((10, 24)), settings._replace(causal=True), **anywhere)
 
 
 @pytest.mark.parametrize("of_x", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -267,8 +283,9 @@ def test_frozen(launches):
         ((3, 5, 24), None, {"key_mask": MASK}),
         ((10, 24), None, PACKED),
         ((10, 24), 3, READ),
+        ((10, 24), None, CAUSAL_READ),
     ],
-    ids=["padded", "packed", "read"],
+    ids=["padded", "packed", "read", "read anywhere"],
 )
 def test_without_a_gradient(shape, queries, options, dtype):
     """Which is another way through the forward: in place, and the projections one by one."""

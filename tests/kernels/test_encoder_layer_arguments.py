@@ -12,6 +12,7 @@ from .ops import DEVICE
 
 PADDED, PACKED, READ = "padded", "packed", "read"
 STARTS = torch.tensor([0, 4, 10], dtype=torch.int32, device=DEVICE)
+ROWS = torch.arange(10, dtype=torch.int32, device=DEVICE)
 STARTS_Q = torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE)
 
 
@@ -90,6 +91,17 @@ WRONG = [
         {"queries": zeros(3, 24), "cu_seqlens_q": STARTS_Q, "max_seqlen_q": 2},
         "queries: expected None without cu_seqlens, got a tensor",
     ),
+    *[
+        (kind, change, "index: expected with inverse and cu_seqlens and without queries, got another call")
+        for kind, change in [
+            (PACKED, {"index": ROWS}),
+            (PACKED, {"inverse": ROWS}),
+            (READ, {"index": ROWS, "inverse": ROWS}),
+            (PADDED, {"index": ROWS, "inverse": ROWS}),
+        ]
+    ],
+    (PACKED, {"index": ROWS.long(), "inverse": ROWS}, "index: expected int32 [N], got torch.int64 (10,)"),
+    (PACKED, {"index": ROWS, "inverse": ROWS[1:]}, "inverse: expected int32 [10], got torch.int32 (9,)"),
     (READ, {"queries": zeros(3, 23)}, "queries: expected torch.float32 [N, 24], got torch.float32 (3, 23)"),
     (READ, {"queries": zeros(24)}, "queries: expected torch.float32 [N, 24], got torch.float32 (24,)"),
     (

@@ -15,11 +15,14 @@ from .ops import DEVICE, assert_same, run
 DROPPED = Settings(3, attention_p=0.2, attention_output_p=0.3, output_p=0.4)
 MASK = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 1, 1, 0]], dtype=torch.bool, device=DEVICE)
 READ = {"cu_seqlens": torch.tensor([0, 4, 10], dtype=torch.int32, device=DEVICE), "max_seqlen": 6}
+INDEX = torch.tensor([8, -1, 4], dtype=torch.int32, device=DEVICE)
+CAUSAL_READ = READ | {"index": INDEX, "inverse": torch.tensor([-1] * 4 + [2] + [-1] * 3 + [0, -1]).to(INDEX)}
 READ |= {"cu_seqlens_q": torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE), "max_seqlen_q": 2}
 CALLS = {
     "padded": ((2, 5, 24), None, {"settings": DROPPED, "key_mask": MASK}),
     "plain": ((2, 5, 24), None, {"settings": Settings(3)}),
     "read": ((10, 24), 3, {"settings": DROPPED, **READ}),
+    "read anywhere": ((10, 24), None, {"settings": DROPPED._replace(causal=True), **CAUSAL_READ}),
     "mixed": ((2, 5, 24), None, {"settings": Settings(3), "product_dtype": torch.float16, "norm_dtype": torch.float32}),
     "mixed and dropped": ((2, 5, 24), None, {"settings": DROPPED, "product_dtype": torch.float16}),
 }
@@ -81,10 +84,12 @@ def test_what_is_kept(call):
     is_cast = low != torch.float32
     keys = rows * (3 if inputs["queries"] is None else 2) + (0 if inputs["queries"] is None else n)
     elements = keys + n + 4 * n  # of projections, attention, and what is activated
+    anywhere = "index" in options
+    elements += rows if anywhere else 0  # of what attention gave those that are read were taken
     copies = (rows + (0 if inputs["queries"] is None else n)) if is_cast else 0
     expected = (elements + copies) * hidden * low.itemsize
     expected += 2 * n * hidden * 4  # each LayerNorm's sum, in x's dtype or that of the first one's result
-    statistics = 4 * n + (1 if is_cast else 2) * 3 * n
+    statistics = 4 * n + (1 if is_cast else 2) * 3 * (rows if anywhere else n)
     expected += statistics * 4
     weights = 3 * hidden * hidden + 3 * hidden
     weights += (hidden * hidden + 2 * 96 * hidden) if is_cast else 0
@@ -170,8 +175,7 @@ def test_checkpointing_is_bitwise(call, reentrant):
 def test_it_repeats_itself(call):
     inputs, options = made(call)
     inputs = {name: None if x is None else x.detach() for name, x in inputs.items()}
-    n = inputs["x"].numel() // 24 if inputs["queries"] is None else 3
-    dy = torch.randn(n, 24, device=DEVICE).view(inputs["x"].shape if inputs["queries"] is None else (n, 24))
+    dy = torch.randn_like(flat(encoder_layer)(**inputs, **options))
     found = []
     for _ in range(2):
         torch.manual_seed(3)

@@ -103,8 +103,8 @@ OF_FORWARD = {  # ATen's calls that launch something, and how many there are tha
     "masked": (PRODUCTS | CONCATENATED | SEEDS, 10),
     "packed": (PRODUCTS | CONCATENATED | SEEDS, 10),
     "read": (PRODUCTS | CONCATENATED | SEEDS | {"addmm": 2}, 16),  # the queries' projection is a product of its own
-    # All weights are cast at once; x and the first LayerNorm's result by themselves.
-    "autocast": (PRODUCTS | {"_foreach_copy_": 1, "_to_copy": 2} | SEEDS, 18),
+    # All weights are cast at once; x by itself, and what LayerNorm returns by its kernel.
+    "autocast": (PRODUCTS | {"_foreach_copy_": 1, "_to_copy": 1} | SEEDS, 20),
 }
 # Of four products two gradients each, two of them added to what a residual hands on.
 GRADIENTS = {"mm": 6, "addmm_": 2}

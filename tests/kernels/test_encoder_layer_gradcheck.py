@@ -19,6 +19,7 @@ def bounds(*starts):
 
 
 PACKED = {"cu_seqlens": bounds(0, 2, 2, 5), "max_seqlen": 3}
+ANYWHERE = {"index": bounds(3, 0), "inverse": bounds(1, -1, -1, 0, -1)}
 CALLS = {
     "plain": ((2, 3, 6), None, Settings(2), {}),
     "dropped": ((2, 3, 6), None, DROPPED, {}),
@@ -26,6 +27,7 @@ CALLS = {
     "causal": ((1, 4, 6), None, Settings(2, causal=True, scale=1.3), {}),
     "packed": ((5, 6), None, DROPPED, PACKED),
     "read": ((5, 6), 2, DROPPED, PACKED | {"cu_seqlens_q": bounds(0, 0, 0, 2), "max_seqlen_q": 2}),
+    "read anywhere": ((5, 6), None, DROPPED._replace(causal=True), PACKED | ANYWHERE),
     "everything dropped": ((2, 3, 6), None, Settings(2, attention_p=1.0, output_p=0.5), {}),
     **{activation: ((2, 2, 6), None, Settings(1, activation, 0.1, 0.2), {}) for activation in ACTIVATIONS},
 }

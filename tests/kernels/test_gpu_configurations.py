@@ -20,6 +20,7 @@ from fastbert.kernels.launch import recording
 from . import (
     attention,
     encoder_layer,
+    feed_forward,
     linear_cross_entropy,
     test_adamw,
     test_embedding_layernorm,
@@ -43,7 +44,7 @@ TABLES_OF = {
     "gather_rows": ("gather_rows",),
     "key_bounds": ("mask_rows",),
     "row_counts": ("mask_rows",),
-    "packed_rows": ("mask_rows",),
+    "packed_rows": ("packed_rows",),
     "embedding_layernorm dropped": (
         *(*_LAYERNORM, "embedding_order", "embedding_runs"),
         *("embedding_sums_backward", "embedding_finish"),
@@ -53,6 +54,7 @@ TABLES_OF = {
     "attention general mask": tuple(f"{table}_masked" for table in _ATTENTION),
     "attention grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
     "encoder_layer padded, dropped": ("column_sums",),
+    "feed_forward": ("feed_forward_product", "feed_forward_gradient"),
     "linear_cross_entropy kept": ("linear_cross_entropy", "linear_cross_entropy_scale"),
     "linear_cross_entropy none": ("linear_cross_entropy", "linear_cross_entropy_reduce"),
     "adamw": ("adamw",),
@@ -81,7 +83,7 @@ def entries() -> Iterator[Entry]:
     for name, tables in TABLES_OF.items():
         for architecture in ARCHITECTURES:
             for itemsize, dtype in DTYPES.items():
-                limits = {limit for table in tables for limit in TABLES[table][architecture].get(itemsize, {})}
+                limits = {limit for table in tables for limit in TABLES[table][architecture].get(itemsize, ())}
                 for width in sorted(limits | {limit - 1 for limit in limits}):
                     chosen = chosen_for(tables, architecture, dtype, width)
                     if (name, dtype, *map(id, chosen)) not in seen:
@@ -135,6 +137,13 @@ def check_embedding_layernorm(width: int, dtype: torch.dtype) -> None:
     inputs, options = test_embedding_layernorm.make((8, ROWS // 8), width, dtype, vocabulary=1000, positions="of each sequence")
     options["ids"][:, ::2] = 7
     test_embedding_layernorm.check(inputs, options | {"p": 0.1})
+
+
+def check_feed_forward(inner: int, dtype: torch.dtype) -> None:
+    """A full tile and some rows of another, with epilogues where there are any: of 16 bits, at widths that tiles fill."""
+    on = dtype.itemsize == 2
+    inner = -(-inner // 256) * 256 if on else inner
+    feed_forward.check(feed_forward.make_inputs(ROWS, 128, inner, 128, dtype), (on, on))
 
 
 def check_gather_rows(width: int, dtype: torch.dtype) -> None:
@@ -197,6 +206,7 @@ CHECKS: dict[str, Callable[[int, torch.dtype], object]] = {
     "dropout_add_layernorm dropped": check_rows(DROPOUT_ADD_LAYERNORM, 0.1),
     "bias_gelu": check_rows(BIAS_GELU),
     "gelu_layernorm": check_rows(GELU_LAYERNORM),
+    "feed_forward": check_feed_forward,
     "gather_rows": check_gather_rows,
     "embedding_layernorm dropped": check_embedding_layernorm,
     "key_bounds": check_key_bounds,

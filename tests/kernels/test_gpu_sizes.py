@@ -13,6 +13,8 @@ from fastbert.kernels.adamw_table import Hyperparameters, Parameter
 from fastbert.kernels.attention import attention
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.encoder_layer import Settings, encoder_layer
+from fastbert.kernels.feed_forward import feed_forward
+from fastbert.kernels.feed_forward_products import decided
 from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
@@ -22,6 +24,7 @@ from fastbert.kernels.row_counts import row_counts
 from tests.numerics import assert_close
 
 from . import encoder_layer as layer
+from . import feed_forward as feed_forward_inputs
 from . import linear_cross_entropy as cross_entropy
 from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, run
 
@@ -53,6 +56,23 @@ def check_rows(op: Op) -> Check:
         assert_last(whole, run(op.call, last, dy[-ROWS:]), ("y", *(f"d{name}" for name in op.rows)))
 
     return check
+
+
+def check_feed_forward(elements: int, dtype: torch.dtype) -> None:
+    """h of so many elements, against plain PyTorch on its last rows."""
+    hidden, inner = 64, 128
+    inputs = feed_forward_inputs.make_inputs(elements // inner + ROWS, hidden, inner, hidden, dtype)
+    dy = normal(*inputs["x"].shape, dtype=dtype)
+    with decided(True, True):
+        whole = run(feed_forward, inputs, dy)
+    found = {name: whole[name][-ROWS:] for name in ("y", "dx")}
+
+    def last(cast: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        tensors = {name: cast(x[-ROWS:] if name == "x" else x) for name, x in inputs.items()}
+        expected = run(reference.feed_forward, tensors, cast(dy[-ROWS:]))
+        return {name: expected[name] for name in found}
+
+    assert_close(found, last(lambda x: x), last(Tensor.double), relative_fp32=None)
 
 
 def check_gather_rows(elements: int, dtype: torch.dtype) -> None:
@@ -173,6 +193,7 @@ CHECKS: dict[str, Check] = {
     "dropout_add_layernorm": check_rows(DROPOUT_ADD_LAYERNORM),
     "bias_gelu": check_rows(BIAS_GELU),
     "gelu_layernorm": check_rows(GELU_LAYERNORM),
+    "feed_forward": check_feed_forward,
     "gather_rows": check_gather_rows,
     "key_bounds": check_key_bounds,
     "row_counts": check_row_counts,

@@ -98,7 +98,16 @@ def test_each_difference_is_another_key(change):
 
 
 @no_launch
-@pytest.mark.parametrize("change", [{"config": Config(16, 8)}, {"config": Config(16, 4, num_stages=3)}, {"device": 1}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": Config(16, 8)},
+        {"config": Config(16, 4, num_stages=3)},
+        {"config": Config(16, 4, maxnreg=128)},
+        {"device": 1},
+    ],
+    ids=str,
+)
 def test_options_and_devices_have_kernels_of_their_own(change):
     assert key(**change) != key()
 

@@ -31,6 +31,11 @@ def call(labels=None, **changed):
         ("labels", torch.zeros(3), "labels: expected int64, got torch.float32"),
         ("labels", torch.zeros(4, dtype=torch.int64), r"labels: expected shape \(3,\), got \(4,\)"),
         ("labels", torch.zeros(3, 13), "labels: expected int64"),
+        ("class_weights", torch.ones(12), r"class_weights: expected shape \(13,\), got \(12,\)"),
+        ("class_weights", torch.ones(13, 1), r"class_weights: expected shape \(13,\), got \(13, 1\)"),
+        ("class_weights", torch.ones(()), r"class_weights: expected shape \(13,\), got \(\)"),
+        ("class_weights", torch.ones(13, dtype=torch.int64), "class_weights: expected float64, .*torch.int64"),
+        ("class_weights", torch.ones(13, requires_grad=True), "class_weights: expected a tensor without a gradient"),
         ("reduction", "batchmean", "reduction: expected one of mean, sum, none, got 'batchmean'"),
         ("label_smoothing", 1.1, "label_smoothing: expected a number from 0 to 1, got 1.1"),
         ("label_smoothing", -0.1, "label_smoothing: expected"),
@@ -40,7 +45,8 @@ def call(labels=None, **changed):
     ids=str,
 )
 def test_what_does_not_fit(name, value, said):
-    value = value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        value = value.detach().to(DEVICE).requires_grad_(value.requires_grad)
     with pytest.raises(ValueError, match="^" + said):
         call(**{name: value})
 
@@ -62,6 +68,6 @@ def test_options_are_keywords_only():
         linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["bias"], labels, -100)
 
 
-def test_class_weights_are_not_taken():
-    with pytest.raises(TypeError, match="class_weight"):
-        call(class_weight=torch.ones(13, device=DEVICE))
+def test_class_weights_on_another_device():
+    with pytest.raises(ValueError, match=f"^class_weights: expected a tensor on {DEVICE.type}.*, got one on meta"):
+        call(class_weights=torch.ones(13, device="meta"))

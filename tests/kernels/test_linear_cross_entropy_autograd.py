@@ -7,7 +7,7 @@ from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from fastbert.kernels.linear_cross_entropy_rows import padded
 
 from .layouts import contiguous, expanded, sliced, transposed
-from .linear_cross_entropy import FORWARD, NAMES, WAYS, chunk_rows, chunks_of, make_inputs, run
+from .linear_cross_entropy import FORWARD, NAMES, WAYS, chunk_rows, chunks_of, make_inputs, make_weights, run
 from .opchecking import opcheck
 from .ops import DEVICE
 
@@ -33,10 +33,12 @@ def gradcheck(inputs, labels, rows, fast, **options):
 @pytest.mark.parametrize("reduction, way", REDUCTIONS)
 @pytest.mark.parametrize("bias", [True, False], ids=["biased", "plain"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
 @pytest.mark.parametrize("n_rows, n_cols, width", [(5, 37, 6), (7, 2, 1), (4, 1, 3)])
-def test_gradcheck(n_rows, n_cols, width, smoothing, bias, reduction, way):
+def test_gradcheck(n_rows, n_cols, width, weighted, smoothing, bias, reduction, way):
     inputs, labels = make_inputs(n_rows, n_cols, width, torch.float64, bias=bias, ignored=0.2)
-    gradcheck(inputs, labels, chunk_rows(way, 4), True, reduction=reduction, label_smoothing=smoothing)
+    options = {"class_weights": make_weights(n_cols, torch.float64, zeros=0.0) if weighted else None}
+    gradcheck(inputs, labels, chunk_rows(way, 4), True, reduction=reduction, label_smoothing=smoothing, **options)
 
 
 @pytest.mark.one_in(3)
@@ -46,12 +48,13 @@ def test_gradcheck_of_every_element(reduction, way):
     gradcheck(inputs, labels, chunk_rows(way, 1), False, reduction=reduction, label_smoothing=0.2)
 
 
+@pytest.mark.parametrize("weights", [None, make_weights(13, torch.float16)], ids=["even", "weighted"])
 @pytest.mark.parametrize("reduction, way", REDUCTIONS)
-def test_two_backwards_and_no_second_derivative(reduction, way):
+def test_two_backwards_and_no_second_derivative(reduction, way, weights):
     inputs, labels = make_inputs(5, 13)
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
     with chunks_of(chunk_rows(way, 3)):
-        loss = linear_cross_entropy(**leaves, labels=labels, reduction=reduction).sin().sum()
+        loss = linear_cross_entropy(**leaves, labels=labels, class_weights=weights, reduction=reduction).sin().sum()
         first = torch.autograd.grad(loss, tuple(leaves.values()), retain_graph=True)
         second = torch.autograd.grad(loss, tuple(leaves.values()), retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -82,15 +85,18 @@ def tensors(layout=contiguous, dtype=torch.float32, n_rows=5, grad=True):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_opcheck_losses(reduction, layout):
-    opcheck(OPS.linear_cross_entropy_losses, *tensors(layout, grad=reduction == "none"), -100, reduction, 0.1, torch.float32)
+    given, settings = tensors(layout, grad=reduction == "none"), (-100, reduction, 0.1, torch.float32)
+    opcheck(OPS.linear_cross_entropy_losses, *given, None, *settings)
+    opcheck(OPS.linear_cross_entropy_losses, *given, make_weights(13), *settings)
 
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_opcheck_kept_and_formed(layout):
     settings = (-100, "mean", 0.0, torch.float32)
-    opcheck(OPS.linear_cross_entropy_kept, *tensors(layout), *settings)
-    opcheck(OPS.linear_cross_entropy_formed, *tensors(layout), *settings, True, True, True)
+    for weights in (None, layout(make_weights(13)[None].expand(3, 13))[0]):
+        opcheck(OPS.linear_cross_entropy_kept, *tensors(layout), weights, *settings)
+        opcheck(OPS.linear_cross_entropy_formed, *tensors(layout), weights, *settings, True, True, True)
 
 
 @pytest.mark.one_in(2)
@@ -100,7 +106,8 @@ def test_opcheck_backwards(needs, dtype):
     hidden, weight, bias, labels = tensors(sliced, dtype, grad=False)
     dlosses, dloss = torch.randn(5, device=DEVICE).to(dtype), torch.tensor(0.5, device=DEVICE)
     scale, dlogits = torch.tensor(0.25, device=DEVICE), torch.randn(5, padded(13), device=DEVICE).to(dtype)
-    opcheck(OPS.linear_cross_entropy_losses_backward, dlosses, hidden, weight, bias, labels, -100, 0.0, *needs)
+    for weights in (None, make_weights(13)):
+        opcheck(OPS.linear_cross_entropy_losses_backward, dlosses, hidden, weight, bias, labels, weights, -100, 0.1, *needs)
     opcheck(OPS.linear_cross_entropy_kept_backward, dloss, scale, dlogits, hidden, weight, *needs)
     sums = (torch.randn(13, 6, device=DEVICE), torch.randn(13, device=DEVICE))
     opcheck(OPS.linear_cross_entropy_formed_backward, dloss, scale, hidden.contiguous(), *sums)
@@ -108,8 +115,8 @@ def test_opcheck_backwards(needs, dtype):
 
 def test_opcheck_empty():
     hidden, weight, bias, labels = tensors(n_rows=0)
-    opcheck(OPS.linear_cross_entropy_losses, hidden, weight, bias, labels, -100, "none", 0.0, torch.float16)
-    opcheck(OPS.linear_cross_entropy_kept, hidden, weight, None, labels, -100, "sum", 0.0, torch.float32)
+    opcheck(OPS.linear_cross_entropy_losses, hidden, weight, bias, labels, None, -100, "none", 0.0, torch.float16)
+    opcheck(OPS.linear_cross_entropy_kept, hidden, weight, None, labels, make_weights(13), -100, "sum", 0.0, torch.float32)
 
 
 @pytest.fixture
@@ -128,7 +135,7 @@ def compiled(function, **options):
 @pytest.mark.parametrize("reduction, way", REDUCTIONS)
 def test_compiled(reduction, way, frozen, fresh_compiler):
     inputs, labels = make_inputs((3, 4), 37, dtype=torch.float16)
-    options = {"reduction": reduction, "label_smoothing": 0.1, "out_dtype": torch.float32}
+    options = {"reduction": reduction, "label_smoothing": 0.1, "out_dtype": torch.float32, "class_weights": make_weights(37)}
     with chunks_of(chunk_rows(way, 5)):
         eager = run(linear_cross_entropy, inputs, labels, None, frozen, **options)
         results = run(compiled(linear_cross_entropy), inputs, labels, None, frozen, **options)

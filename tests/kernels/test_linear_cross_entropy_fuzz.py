@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 
 from .layouts import LAYOUTS
-from .linear_cross_entropy import WAYS, check, chunk_rows, chunks_of, make_inputs, run
+from .linear_cross_entropy import WAYS, check, chunk_rows, chunks_of, make_inputs, make_weights, run
 from .ops import DEVICE
 from .test_linear_cross_entropy_memory import WEIGHT_LAYOUTS
 
@@ -39,6 +39,8 @@ def calls(draw, dtypes=tuple(DTYPES)):
         "layouts": [draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(WEIGHT_LAYOUTS))],
         "frozen": tuple(name for name in ("hidden", "weight", "bias") if draw(st.integers(0, 3)) == 3),
         "values": draw(st.integers(0, 2**31)),
+        # float64's for float64, of which the exact result is made; of any type otherwise
+        "weights": draw(st.sampled_from([None, None, dtype if dtype == torch.float64 else torch.float32])),
         "options": {
             "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
             "label_smoothing": smoothing,
@@ -72,7 +74,9 @@ def check_call(call):
     for name, layout in zip(("hidden", "weight"), call["layouts"], strict=True):
         inputs[name] = layout(inputs[name])
     frozen = [name for name in call["frozen"] if inputs[name] is not None]
-    check(inputs, labels, rows=call["rows"], frozen=frozen, **call["options"])
+    # None of them 0: a mean over labels that weigh nothing has a test of its own.
+    weights = None if call["weights"] is None else make_weights(call["n_cols"], call["weights"], zeros=0.0)
+    check(inputs, labels, rows=call["rows"], frozen=frozen, class_weights=weights, **call["options"])
 
 
 def rows_of(inputs, index):
@@ -135,11 +139,13 @@ def test_a_constant_on_all_logits(way, constant):
 def test_classes_may_change_places():
     inputs, labels = make_inputs(9, 40, dtype=torch.float64)
     order = torch.randperm(40, device=DEVICE)
-    one = run(linear_cross_entropy, inputs, labels, reduction="sum")
+    weights, options = make_weights(40, torch.float64), {"reduction": "sum", "label_smoothing": 0.1}
+    one = run(linear_cross_entropy, inputs, labels, class_weights=weights, **options)
     moved = inputs | {"weight": inputs["weight"][order], "bias": inputs["bias"][order]}
     places = torch.empty_like(order)
     places[order] = torch.arange(40, device=DEVICE)
-    other = run(linear_cross_entropy, moved, torch.where(labels == -100, -100, places[labels.clamp(min=0)]), reduction="sum")
+    labels = torch.where(labels == -100, -100, places[labels.clamp(min=0)])
+    other = run(linear_cross_entropy, moved, labels, class_weights=weights[order], **options)
     torch.testing.assert_close(other["y"], one["y"])
     torch.testing.assert_close(other["dhidden"], one["dhidden"])
     torch.testing.assert_close(other["dweight"], one["dweight"][order])

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.kernels import reference
-from fastbert.kernels.linear_cross_entropy import LEAST_ROWS, linear_cross_entropy, rows_a_chunk
+from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+from fastbert.kernels.linear_cross_entropy_chunks import most_at_once, rows_a_chunk
 
 from .cases import dtype_name
-from .linear_cross_entropy import check, chunk_rows, make_inputs, run
+from .linear_cross_entropy import check, chunk_rows, make_inputs, make_weights, run
 
 pytestmark = pytest.mark.gpu
 
@@ -28,13 +29,21 @@ def test_bound(reduction, way, n_cols, dtype):
 
 
 @DTYPE
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction, way", [("mean", "kept"), ("sum", "formed"), ("none", "formed")])
+def test_bound_with_class_weights(reduction, way, smoothing, dtype):
+    options = {"reduction": reduction, "label_smoothing": smoothing, "class_weights": make_weights(VOCABULARY)}
+    check(*make_inputs(257, VOCABULARY, 768, dtype), rows=chunk_rows(way, 100), out_dtype=FP32, **options)
+
+
+@DTYPE
 @pytest.mark.parametrize("n_rows", [1, 614, 4099])
 @pytest.mark.parametrize("width", [768, 1024])
 def test_bound_as_it_ships(width, n_rows, dtype):
-    """No chunk size imposed: one chunk up to LEAST_ROWS + width, several beyond."""
+    """No chunk size imposed."""
     inputs, labels = make_inputs(n_rows, VOCABULARY, width, dtype, ignored=0.1)
-    rows = None if n_rows <= LEAST_ROWS + width else rows_a_chunk(n_rows)
-    check(inputs, labels, rows=rows)
+    sizes = VOCABULARY, width, dtype
+    check(inputs, labels, rows=None if n_rows <= most_at_once(*sizes) else rows_a_chunk(n_rows, *sizes))
 
 
 def peak_bytes(function, inputs, labels):
@@ -47,7 +56,7 @@ def peak_bytes(function, inputs, labels):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=dtype_name)
-@pytest.mark.parametrize("n_rows", [4096, 8192, 16384])
+@pytest.mark.parametrize("n_rows", [3600, 4096, 8192, 16384])
 def test_a_quarter_of_eagers_memory(n_rows, dtype):
     """At its highest, gradients included."""
     inputs, labels = make_inputs(n_rows, VOCABULARY, 768, dtype)

@@ -7,6 +7,7 @@ import torch
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
+from fastbert.layers.masks import HandedMask
 from tests.kernels.ops import DEVICE
 from tests.models.running import (
     KERNELS,
@@ -114,3 +115,18 @@ def test_gradient_scaler_steps_alike():
     assert launched == expected_launches(make(), forward=4, backward=4)
     assert scale == stock_scale < 2.0**24, "the first scale has to overflow"
     assert loss == pytest.approx(stock_loss, rel=2e-3)
+
+
+def test_nothing_of_the_last_layer_is_kept_for_a_next(monkeypatch):
+    """What layers hand on under autocast would live as long as the mask."""
+    made, init = [], HandedMask.__init__
+
+    def noted(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(HandedMask, "__init__", noted)
+    model = fastbert.patch(make().eval())
+    with torch.no_grad(), autocast():
+        model(**make_batch())
+    assert made and all(mask.twins.low is None for mask in made)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert.kernels import linear_cross_entropy as loss
+from fastbert.kernels import linear_cross_entropy_chunks
 from fastbert.kernels.launch import recording
 from fastbert.layers import mlm_heads
 from fastbert.layers.counts import Room
@@ -70,8 +71,8 @@ def chunks(monkeypatch):
     """What is launched is only written down, so what is read back is given: two chunks of labelled rows."""
     monkeypatch.setattr(mlm_heads, "count", lambda *masks: (None, Room(LABELS, LABELS), False))
     monkeypatch.setattr(loss, "check_on_cpu", lambda *arguments: None)
-    monkeypatch.setattr(loss, "rows_a_chunk", lambda n_rows: 3)
-    monkeypatch.setattr(loss, "LEAST_ROWS", -(2**40))
+    monkeypatch.setattr(linear_cross_entropy_chunks, "rows_a_chunk", lambda *sizes: 3)
+    monkeypatch.setattr(loss, "most_at_once", lambda *sizes: -1)
 
 
 def counted(function):

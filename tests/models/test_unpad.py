@@ -15,17 +15,20 @@ FIRST = ("next-sentence", "regression", "single-label", "multi-label", "multiple
 AT_FIRST = [kind for kind in KINDS if kind.name in FIRST]
 OTHERS = [kind for kind in KINDS if kind.name not in FIRST]
 TOKEN_LABELS = [kind for kind in KINDS if kind.name in ("mlm", "clm", "token-classification")]
-PACKED = 4  # launches: pack and unpack, each forward and backward
-READ = 6  # and taking the rows that the last layer is read at
+PACKED = 2  # launches: unpack, forward and backward; of what is packed the embeddings are never made padded
+READ = 4  # and taking the rows that the last layer is read at
+ANYWHERE = READ + 2  # of a causal encoder, and of what its attention gave
 WHOLE = 4  # without padding there is nothing to pack
 
 
-def check(model, batch, unpad, real=None):
+def check(model, batch, unpad, real=None, **switches):
     """Patched against eager, outputs at `real` positions only; returns how often rows were gathered."""
-    patched = fastbert.patch(copy.deepcopy(model), unpad=unpad)
+    patched = fastbert.patch(copy.deepcopy(model), unpad=unpad, **switches)
     with counting(heads=True) as launched:
         results = run(patched, batch)
     eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
+    for tensors in (eager, exact) if "logits" not in results else ():
+        tensors.pop("logits", None)
     if real is not None:
         for tensors in (results, eager, exact):
             for name in [n for n, t in tensors.items() if not n.startswith("gradient") and t.shape[:2] == real.shape]:
@@ -183,9 +186,33 @@ def test_a_hook_on_what_lies_between_sees_every_position(name):
     assert encoder_row(model).fallback_calls == {"outputs at padded positions can be seen": 1}
 
 
-def test_a_causal_encoder_is_packed_and_read_whole():
-    model = make(CLASSIFICATION, is_decoder=True, use_cache=False)
-    assert check(model.train(), make_batch(CLASSIFICATION), "auto") == PACKED
+@pytest.mark.parametrize("switches", [{}, {"residual_norm": False}], ids=["one op", "module by module"])
+@pytest.mark.parametrize("kind", [CLASSIFICATION, CLM], ids=str)
+def test_a_causal_encoder_is_read_where_that_is_asked(kind, switches):
+    """At any rows, which are not the last of their sequences: of attention's result, too, they have to be taken."""
+    model, batch = make(kind, is_decoder=True, use_cache=False).train(), make_batch(kind)
+    if kind is CLM:
+        batch["labels"][:, [1, 3, 4, 6, 7, 8]] = -100
+        switches = switches | {"mlm_logits": "none"}
+    assert check(model, batch, "auto", **switches) == ANYWHERE + 2 * (kind is CLM)
+
+
+@pytest.mark.parametrize("mask, gathered", [("right", PACKED), ("none", 0)])
+def test_a_causal_encoder_of_which_most_is_read_runs_whole(mask, gathered):
+    model, batch = make(CLM).train(), make_batch(CLM, mask)
+    batch["labels"][:] = 5
+    if mask == "right":
+        batch["labels"][batch["attention_mask"] == 0] = -100
+    assert check(model, batch, "auto", mlm_logits="none") == gathered + 2  # an MLM head's labelled rows
+
+
+@pytest.mark.parametrize("mask", ["none", "right"])
+def test_of_a_causal_encoder_only_what_is_read_goes_through_the_last_feed_forward(mask):
+    model, batch = fastbert.patch(make(CLASSIFICATION, is_decoder=True, use_cache=False)), make_batch(CLASSIFICATION, mask)
+    tokens = ROWS * LENGTH if mask == "none" else int(batch["attention_mask"].sum())
+    with torch.no_grad():
+        rows = rows_in_products(lambda: model(**batch))
+    assert rows == [tokens] * 9 + [ROWS] * 5
 
 
 def test_one_layer_is_the_last():

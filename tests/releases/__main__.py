@@ -57,6 +57,17 @@ def run(
         raise typer.Exit(1)
 
 
+@app.command()
+def audit(
+    triton: Annotated[list[str], typer.Option(help="A release; may be given again.", default_factory=several(matrix.TRITON))],
+    update: Annotated[bool, typer.Option("--update", help="Accept what was found.")] = False,
+    cache: Cache = overlay.CACHE,
+) -> None:
+    """The short compile audit under other releases of triton. Exit code 1 if anything is worse than its accepted state."""
+    if not all([matrix.audit(release, update, cache) for release in triton]):
+        raise typer.Exit(1)
+
+
 @app.command("table")
 def table_(
     results: Annotated[Path, typer.Option(help="What a run wrote.")] = matrix.RESULTS,

@@ -12,6 +12,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from bench.audit import WHOLE
 from tests.releases import overlay
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,14 @@ def python(arguments: list[str], folders: list[Path]) -> str:
     if done.returncode:
         raise Failed((done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1])
     return done.stdout
+
+
+def audit(triton: str, update: bool, cache: Path) -> bool:
+    """Whether the short compile audit finds nothing worse under this release than was accepted; `update` accepts it."""
+    whole = update and triton.startswith(f"{WHOLE}.")
+    options = [*(["--short"] if not whole else []), "--update" if update else "--check", "--top", "1"]
+    environment = overlay.environment(overlay.of_triton(triton, cache), ROOT)
+    return not subprocess.run([sys.executable, "-m", "bench", "audit", *options], cwd=ROOT, env=environment).returncode
 
 
 def counts(report: str) -> Record:

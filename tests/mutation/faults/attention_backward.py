@@ -50,7 +50,7 @@ FAULTS = (
         "delta of 16 bits is that of another head's output",
         before="out_ptr += first_row * (n_heads * D) + head * D",
         after="out_ptr += first_row * (n_heads * D)",
-        tests=("tests/kernels/test_attention_packed.py::test_dtypes_and_head_sizes",),
+        tests=(f"{TESTS}::test_one_key",),
     ),
     _queries(
         "dk has no delta of the last rows of a block that is not full",

@@ -5,13 +5,17 @@ from functools import partial
 from tests.mutation.fault import Fault
 
 TESTS = "tests/kernels/test_embedding_layernorm.py"
+PACKED = "tests/kernels/test_embedding_layernorm_packed.py"
 MODEL = "tests/models/test_embeddings.py"
+PACKED_MODEL = "tests/models/test_packed_embeddings.py"
 
 _op = partial(Fault, file="kernels/embedding_layernorm.py", op="embedding_layernorm")
 _rows = partial(Fault, file="kernels/embedding_rows.py", op="embedding_layernorm")
 _runs = partial(Fault, file="kernels/embedding_gradients.py", op="embedding_layernorm")
 _sums = partial(Fault, file="kernels/embedding_sums.py", op="embedding_layernorm")
+_ids = partial(Fault, file="kernels/embedding_ids.py", op="embedding_layernorm")
 _layer = partial(Fault, file="fastbert/layers/embeddings.py")
+_model = partial(Fault, file="fastbert/layers/model.py")
 
 FAULTS = (
     _runs(
@@ -150,8 +154,8 @@ FAULTS = (
     ),
     _op(
         "types are read by the stride of the positions",
-        before='"type_batch_stride": _batch_stride(token_type_ids, shape)',
-        after='"type_batch_stride": _batch_stride(position_ids, shape)',
+        before='"type_batch_stride": batch_stride(token_type_ids, shape)',
+        after='"type_batch_stride": batch_stride(position_ids, shape)',
         tests=(TESTS, "-k", "test_every_way_to_name_rows and float32"),
     ),
     _op(
@@ -159,5 +163,84 @@ FAULTS = (
         before="high >= table.shape[0]",
         after="high > table.shape[0]",
         tests=(f"{TESTS}::test_an_id_outside_of_its_table",),
+    ),
+    _ids(
+        "packed positions are counted from 0 whatever the offset is",
+        before="(offset + place).to(tl.int64)",
+        after="place.to(tl.int64)",
+        tests=(f"{PACKED}::test_offset",),
+    ),
+    _ids(
+        "packed types are those of the first sequence",
+        before="type_ids_ptr + batch * type_batch_stride + place",
+        after="type_ids_ptr + place",
+        tests=(PACKED, "-k", "test_every_way_to_name_rows and float32"),
+    ),
+    _ids(
+        "what is left of the room reads before the first id",
+        before="tl.maximum(tl.load(index_ptr + rows, mask, other=0), 0)",
+        after="tl.load(index_ptr + rows, mask, other=0)",
+        tests=(f"{PACKED}::test_the_stand_ins", f"{PACKED}::test_memory"),
+    ),
+    _sums(
+        "rows that are packed are summed by where they are among those",
+        before="tokens = tl.load(rows_ptr + tokens, mask, other=-1).to(tl.int64)",
+        after="tokens = tl.where(mask, tokens, -1)",
+        tests=(f"{PACKED}::test_many_short_sequences",),
+    ),
+    _sums(
+        "a place that no row has reads before the first row",
+        before="            mask = mask & (tokens >= 0)\n",
+        after="",
+        tests=(f"{PACKED}::test_memory", f"{PACKED}::test_many_short_sequences"),
+    ),
+    _op(
+        "positions that were given and packed are taken for counted ones",
+        before="places = inverse.view(-1, ids.shape[-1]) if position_ids is None else None",
+        after="places = inverse.view(-1, ids.shape[-1])",
+        tests=(PACKED, "-k", "test_every_way_to_name_rows and float32"),
+    ),
+    _layer(
+        "packed embeddings are of the whole batch",
+        before="if rows is None or rows.index is None:",
+        after="if True:",
+        tests=(f"{PACKED_MODEL}::test_only_tokens_are_embedded",),
+    ),
+    _model(
+        "embeddings wait although somebody watches them",
+        before="            and not hooked(embeddings)\n",
+        after="",
+        tests=(f"{PACKED_MODEL}::test_whoever_watches_sees_what_stock_gives",),
+    ),
+    _model(
+        "embeddings wait although somebody watches the encoder",
+        before="            and not hooked(encoder)\n",
+        after="",
+        tests=(f"{PACKED_MODEL}::test_whoever_watches_sees_what_stock_gives",),
+    ),
+    _model(
+        "embeddings wait although somebody makes the masks in his own way",
+        before='            and "_create_attention_masks" not in vars(self)\n',
+        after="",
+        tests=(f"{PACKED_MODEL}::test_whoever_watches_sees_what_stock_gives",),
+    ),
+    _model(
+        "embeddings wait although what makes masks was replaced",
+        before="            and not masks_replaced()\n",
+        after="",
+        tests=(f"{PACKED_MODEL}::test_masks_made_by_somebody_else_see_what_stock_gives",),
+    ),
+    _model(
+        "position ids that come without a name are given twice",
+        before="if len(args) <= 3 and",
+        after="if len(args) <= 4 and",
+        tests=(f"{PACKED_MODEL}::test_positions_in_order_pack_as_well",),
+    ),
+    Fault(
+        "embeddings that waited are not made where the batch stays padded",
+        file="fastbert/layers/encoder.py",
+        before="hidden_states = hidden_states if embed is None else embed(None)",
+        after="pass",
+        tests=(f"{PACKED_MODEL}::test_hidden_states_that_are_asked_for_are_padded",),
     ),
 )

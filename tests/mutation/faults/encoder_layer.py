@@ -10,6 +10,7 @@ MODES = "tests/models/test_autograd.py"
 GRADCHECK = "tests/kernels/test_encoder_layer_gradcheck.py"
 COUNTS = "tests/kernels/test_encoder_layer_counts.py"
 FAILS = "tests/faults/test_encoder_layer_fails.py"
+TWINS = "tests/kernels/test_encoder_layer_twins.py"
 SUMS = "tests/kernels/test_bound.py"
 
 _of = partial(Fault, op="encoder_layer")
@@ -18,9 +19,52 @@ _forward = partial(_of, file="kernels/encoder_layer/forward.py")
 _backward = partial(_of, file="kernels/encoder_layer/backward.py")
 _plan = partial(_of, file="kernels/encoder_layer/plan.py")
 _products = partial(_of, file="kernels/encoder_layer/products.py")
+_twins = partial(_of, file="kernels/encoder_layer/twins.py")
 _sums = partial(_of, file="kernels/column_sums.py")
 
 FAULTS = (
+    _twins(
+        "a result that was written to keeps its twin",
+        before="or version != _version(x)",
+        after="",
+        tests=(f"{TWINS}::test_a_twin_of_something_else_is_not_taken[written to]",),
+    ),
+    _twins(
+        "whatever comes next takes the last result's twin",
+        before="if of is not x or low is None",
+        after="if low is None",
+        tests=(f"{TWINS}::test_a_twin_of_something_else_is_not_taken[another]",),
+    ),
+    _forward(
+        "the first LayerNorm's twin is the product that it normalised",
+        before="twin = None if y1 is y1_low else at(y1_low)",
+        after="twin = None if y1 is y1_low else at(empty_like(y1_low))",
+        tests=(f"{LAYER}::test_mixed_dtypes",),
+    ),
+    _backward(
+        "rows that are read of what attention gave leave their residual's gradient where they are read",
+        before="            dread = inputs.put(dread) if needed.x else None\n",
+        after="            dread = torch.cat([dread, dread.new_zeros(len(inputs.inverse) - len(dread), plan.hidden)])\n",
+        tests=(f"{GRADCHECK}::test_gradients[read anywhere]",),
+    ),
+    _backward(
+        "attention's backward is given the rows that are read in place of all",
+        before="attended = saved.attended if saved.all_attended is None else saved.all_attended",
+        after="attended = saved.attended",
+        tests=(f"{LAYER}::test_rows_that_are_read_anywhere",),
+    ),
+    _plan(
+        "of rows that are read attention keeps as few statistics as those are",
+        before="self.softmax = (planes, settings.heads, self.n_queries), self._wide",
+        after="self.softmax = (planes, settings.heads, self.n_rows), self._wide",
+        tests=(f"{LAYER}::test_rows_that_are_read_anywhere",),
+    ),
+    _forward(
+        "rows that are read of what attention gave have others' residual",
+        before="inputs.taken(attended), inputs.taken(read)",
+        after="inputs.taken(attended), read",
+        tests=(f"{LAYER}::test_rows_that_are_read_anywhere",),
+    ),
     _backward(
         "the feed-forward's gradient does not join the residual's",
         before="    add_product(dy1, dh, products.intermediate)\n",
@@ -255,8 +299,8 @@ FAULTS = (
     _of(
         "LayerNorm's result goes over a product that checkpointing keeps",
         file="kernels/encoder_layer/forward.py",
-        before="plan.y1_dtype == low and not torch._C._len_torch_dispatch_stack()",
-        after="plan.y1_dtype == low",
+        before="seen = torch._C._len_torch_dispatch_stack() > 0",
+        after="seen = False",
         tests=("tests/models/test_checkpointing.py::test_selective",),
     ),
     _op(

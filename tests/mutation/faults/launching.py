@@ -37,8 +37,8 @@ FAULTS = (
     ),
     _kept(
         "a kernel that is loaded on one device is launched on another",
-        before="return device, config.num_warps,",
-        after="return config.num_warps,",
+        before="return device, config.num_warps",
+        after="return config.num_warps",
         tests=(f"{KEPT}::test_options_and_devices_have_kernels_of_their_own",),
     ),
     _kept(

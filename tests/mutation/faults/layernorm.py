@@ -9,6 +9,7 @@ RESIDUAL = "tests/kernels/test_dropout_add_layernorm.py"
 GELU = "tests/kernels/test_gelu_layernorm.py"
 DROPOUT = "tests/kernels/test_dropout.py"
 BITS = "tests/kernels/test_device_math.py"
+CHUNKS = "tests/kernels/test_configs.py"
 
 _shared = partial(Fault, file=MATHS, op="dropout_add_layernorm")
 _residual = partial(Fault, file="kernels/dropout_add_layernorm.py", op="dropout_add_layernorm")
@@ -44,6 +45,18 @@ FAULTS = (
         before="centred = tl.where(col_mask[None, :], x - mean[:, None], 0.0)",
         after="centred = x - mean[:, None]",
         tests=(f"{RESIDUAL}::test_leading_dimensions",),
+    ),
+    _shared(
+        "a row's sum stands beside chunks of other rows",
+        before="tl.reshape(tl.broadcast_to(x[None, :], [CHUNKS, x.shape[0]]), [CHUNKS * x.shape[0]])[:, None]",
+        after="tl.reshape(tl.broadcast_to(x[:, None], [x.shape[0], CHUNKS]), [CHUNKS * x.shape[0]])[:, None]",
+        tests=(f"{CHUNKS}::test_shipped_tiles[dropout_add_layernorm-sm_80-16bit-768]",),
+    ),
+    _shared(
+        "columns of chunks go by rows",
+        before="(tl.arange(0, CHUNKS * BLOCK_M) // BLOCK_M)[:, None] * BLOCK_N",
+        after="(tl.arange(0, CHUNKS * BLOCK_M) % CHUNKS)[:, None] * BLOCK_N",
+        tests=(f"{CHUNKS}::test_shipped_tiles[dropout_add_layernorm-sm_80-16bit-768]",),
     ),
     _shared(
         "offsets of elements are 32 bits wide",
@@ -125,8 +138,8 @@ FAULTS = (
     ),
     _gelu(
         "the backward forgets the product's bias",
-        before="x += tl.load(x_bias_ptr + weight_cols, weight_cols < N_COLS, other=0.0).to(ACC)",
-        after="x += 0.0",
+        before="    x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)\n        x_hat",
+        after="    x += 0.0\n        x_hat",
         tests=(f"{GELU}::test_leading_dimensions",),
         short=True,
     ),

@@ -221,7 +221,7 @@ FAULTS = (
     ),
     _masks(
         "what somebody put in the place of transformers' masks is not called",
-        before='or untested("BertModel") or _masks_replaced():',
+        before='or untested("BertModel") or masks_replaced():',
         after='or untested("BertModel"):',
         tests=(f"{MASKS_GIVEN}::test_what_makes_masks_was_replaced",),
     ),

@@ -5,9 +5,12 @@ from functools import partial
 from tests.mutation.fault import Fault
 
 TESTS = "tests/kernels/test_linear_cross_entropy.py"
+WEIGHTS = "tests/kernels/test_linear_cross_entropy_weights.py"
+MEMORY = "tests/kernels/test_linear_cross_entropy_memory.py"
 FUZZ = "tests/kernels/test_linear_cross_entropy_fuzz.py"
 
 _rows = partial(Fault, file="kernels/linear_cross_entropy_rows.py", op="linear_cross_entropy")
+_chunks = partial(Fault, file="kernels/linear_cross_entropy_chunks.py", op="linear_cross_entropy")
 _op = partial(Fault, file="kernels/linear_cross_entropy.py", op="linear_cross_entropy")
 
 FAULTS = (
@@ -20,8 +23,8 @@ FAULTS = (
     ),
     _rows(
         "the label's gradient is not smoothed",
-        before="dloss = (dloss * (1.0 - SMOOTHING))[None, :, None]",
-        after="dloss = dloss[None, :, None]",
+        before="at_label = dloss * (1.0 - SMOOTHING)",
+        after="at_label = dloss",
         tests=(f"{TESTS}::test_label_smoothing",),
         short=True,
     ),
@@ -57,8 +60,8 @@ FAULTS = (
     ),
     _rows(
         "a mean over no label is 0",
-        before="loss = loss / n.to(ACC)",
-        after="loss = loss / tl.maximum(n, 1).to(ACC)",
+        before="of = n.to(ACC)",
+        after="of = tl.maximum(n, 1).to(ACC)",
         tests=(f"{TESTS}::test_all_labels_ignored",),
     ),
     _rows(
@@ -79,25 +82,97 @@ FAULTS = (
         after="(labels < 0) | (labels > n_cols))]",
         tests=("tests/kernels/test_linear_cross_entropy_arguments.py::test_a_label_that_is_no_class",),
     ),
+    _rows(
+        "a mean is over the labels' number, not their weights",
+        before="of = tl.sum(weights, axis=0)",
+        after="of = n.to(ACC)",
+        tests=(f"{WEIGHTS}::test_torchs_own_call",),
+    ),
+    _rows(
+        "ignored rows' weights count in the mean",
+        before="weights += tl.load(class_weights_ptr + labels, known, other=0.0)",
+        after="weights += tl.load(class_weights_ptr + labels, (labels >= 0) & (labels < N_COLS), other=0.0)",
+        tests=(f"{WEIGHTS}::test_an_ignored_class_has_no_weight",),
+    ),
+    _rows(
+        "a mean over labels that weigh nothing has finite gradients",
+        before='of = tl.where(of == 0.0, float("nan"), of)',
+        after="of = tl.where(of == 0.0, 1.0, of)",
+        tests=(f"{WEIGHTS}::test_labels_that_weigh_nothing",),
+    ),
+    _rows(
+        "the sum of the smoothed classes is not weighted",
+        before="        x *= weights\n",
+        after="",
+        tests=(f"{WEIGHTS}::test_torchs_own_call",),
+    ),
+    _rows(
+        "the weights' own sum in a smoothed loss is the number of classes",
+        before="all_losses = (tl.log(row_total) + row_top) * tl.sum(sum_weights, axis=1)",
+        after="all_losses = (tl.log(row_total) + row_top) * N_COLS",
+        tests=(f"{WEIGHTS}::test_torchs_own_call",),
+    ),
+    _rows(
+        "the label's gradient is not weighted",
+        before="at_label *= label_weight",
+        after="at_label *= 1.0",
+        tests=(f"{WEIGHTS}::test_torchs_own_call",),
+    ),
+    _rows(
+        "what smoothing gives a class is not weighted",
+        before="spread *= _load_weights(class_weights_ptr, cols, STRIDE, END)",
+        after="spread *= 1.0",
+        tests=(f"{WEIGHTS}::test_torchs_own_call",),
+    ),
+    _rows(
+        "the softmax's gradient lacks what smoothing's weights add up to",
+        before="dloss += spread * tl.sum(sum_weights, axis=1)",
+        after="dloss += spread * N_COLS",
+        tests=(f"{WEIGHTS}::test_torchs_own_call",),
+    ),
+    _rows(
+        "a sum lacks what float16's weights were divided by",
+        before="scale = tl.load(unit_ptr)",
+        after="scale = tl.load(unit_ptr) * 0.0 + 1.0",
+        tests=(f"{WEIGHTS}::test_torchs_values",),
+    ),
+    _rows(
+        "float16's weights are divided by that of a class without a label",
+        before="largest = found.amax()",
+        after="largest = class_weights.abs().amax()",
+        tests=(f"{WEIGHTS}::test_weights_of_classes_that_no_label_names",),
+    ),
+    _chunks(
+        "a chunk's own bytes are all that counts",
+        before="max(min(2 * summed, eager // 5 - summed) // row, LEAST_ROWS)",
+        after="max(2 * summed // row, LEAST_ROWS)",
+        tests=(f"{MEMORY}::test_a_quarter_of_eagers_memory",),
+    ),
     _op(
+        "the gradient of the rows is scaled into new memory",
+        before="dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype, in_place=True)",
+        after="dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype)",
+        tests=(f"{MEMORY}::test_few_classes_are_one_chunk",),
+    ),
+    _chunks(
         "each chunk starts the weight's gradient anew",
         before="self._hidden[self._done], self.alpha, self._done == 0)",
         after="self._hidden[self._done], self.alpha, True)",
         tests=(f"{FUZZ}::test_the_length_of_a_chunk",),
     ),
-    _op(
+    _chunks(
         "the bias gradient keeps float16's scale",
-        before="return total if self.alpha == 1.0 else total.mul_(self.alpha)",
-        after="return total",
+        before="return sums if alpha == 1.0 else sums.mul_(alpha)",
+        after="return sums",
         tests=(f"{TESTS}::test_the_losss_own_gradient",),
     ),
-    _op(
+    _chunks(
         "the bias gradient is the first chunk's",
         before="total = self._dbias[0] if len(self._dbias) == 1 else self._dbias.sum(0)",
         after="total = self._dbias[0] if len(self._dbias) else self._dbias.sum(0)",
         tests=(f"{FUZZ}::test_the_length_of_a_chunk",),
     ),
-    _op(
+    _chunks(
         "the last chunk's rows are the buffer's",
         before="if len(rows) < len(logits):  # the last",
         after="if len(rows) < len(logits) // 2:  # the last",
@@ -105,8 +180,8 @@ FAULTS = (
     ),
     _op(
         "the weight's gradient is not divided by the labels that count",
-        before="if needs_weight:\n        hidden = scaled(hidden, dloss, scale, dtype)",
-        after="if needs_weight and needs_hidden:\n        hidden = scaled(hidden, dloss, scale, dtype)",
+        before="dweight = product(dlogits.t(), scaled(hidden, dloss, scale, dtype), alpha)",
+        after="dweight = product(dlogits.t(), hidden, alpha)",
         tests=(f"{TESTS}::test_frozen_inputs",),
     ),
 )

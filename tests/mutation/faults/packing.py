@@ -19,8 +19,8 @@ _encoder = partial(Fault, file="fastbert/layers/encoder.py")
 FAULTS = (
     _kernel(
         "a mask with holes is taken for a length",
-        before="token = (token != 0).to(tl.int64)",
-        after="token = (numbers - row * seqlen < tl.load(counts_ptr + batch)).to(tl.int64)",
+        before="token = (token != 0).to(tl.int32)",
+        after="token = (numbers - row * seqlen < tl.load(counts_ptr + batch)).to(tl.int32)",
         tests=(f"{PACKED}::test_against_the_reference", f"{TESTS}::test_true_is_equal_at_every_real_position"),
         short=True,
     ),
@@ -33,8 +33,8 @@ FAULTS = (
     ),
     _kernel(
         "a head that reads the first position gets the second",
-        before="read = (cols == 0).to(tl.int64)",
-        after="read = (cols == 1).to(tl.int64)",
+        before="read = (cols == 0).to(tl.int32)",
+        after="read = (cols == 1).to(tl.int32)",
         tests=(f"{TESTS}::test_without_padding_the_last_layer_runs_at_the_first_rows_still",),
     ),
     _kernel(
@@ -164,10 +164,24 @@ FAULTS = (
         tests=(f"{TESTS}::test_a_hook_on_a_layer_sees_the_padded_batch",),
     ),
     _encoder(
-        "a causal encoder is read at its first rows as if they were its last",
+        "of a causal encoder rows are taken although nearly all are read",
         before="and self.layer[-1].attention.self.is_causal:",
         after="and False:",
-        tests=(f"{TESTS}::test_a_causal_encoder_is_packed_and_read_whole",),
+        tests=(f"{TESTS}::test_a_causal_encoder_of_which_most_is_read_runs_whole",),
+    ),
+    Fault(
+        "a causal encoder is read at any rows as if they were its last",
+        file="fastbert/layers/layer.py",
+        before="if reads and self.attention.self.is_causal:",
+        after="if False:",
+        tests=(f"{TESTS}::test_a_causal_encoder_is_read_where_that_is_asked",),
+    ),
+    Fault(
+        "a causal encoder that runs module by module is read at any rows as if they were its last",
+        file="fastbert/layers/layer.py",
+        before="if layer.attention.self.is_causal:",
+        after="if False:",
+        tests=(f"{TESTS}::test_a_causal_encoder_is_read_where_that_is_asked",),
     ),
     _encoder(
         "gradient checkpointing keeps the last layer",

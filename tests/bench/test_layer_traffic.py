@@ -1,0 +1,30 @@
+"""A layer's launches and bytes, counted on tensors without memory: they do not grow unnoticed."""
+
+import pytest
+
+from bench.layer_traffic import SHAPES, of_layer
+
+pytestmark = pytest.mark.no_launch
+
+LAUNCHES = 25
+# In units of a [tokens, hidden] tensor, of what kernels move besides products; and of everything, in MB.
+MOST_TENSORS, MOST_MB = 62, {(32, 128): 757, (16, 512): 1452}
+PRODUCTS = ("mm", "addmm", "addmm_")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_a_layer_moves(shape):
+    traffic = of_layer(*shape)
+    launches, moved = traffic.total
+    tensor = shape[0] * shape[1] * 768 * 2
+    assert launches <= LAUNCHES and sum(traffic.launches[name] for name in PRODUCTS) == 12
+    assert moved <= MOST_MB[shape] * 1e6
+    assert 50 * tensor < moved - sum(traffic.moved[name] for name in PRODUCTS) <= MOST_TENSORS * tensor
+
+
+def test_what_is_given_twice_counts_twice():
+    """GELU's backward writes over what it reads: 4 times dy, h, dh and the activation, of 4 tensors each."""
+    traffic = of_layer(2, 128)
+    tensor = 2 * 128 * 768 * 2
+    assert traffic.moved["bias_gelu_bwd_kernel"] >= 16 * tensor
+    assert traffic.moved["attention_fwd_kernel"] >= 4 * tensor

@@ -1,0 +1,109 @@
+"""feed_forward: products with epilogues, when they are taken, and the layer that uses them."""
+
+from functools import partial
+
+from tests.mutation.fault import Fault
+
+OP = "tests/kernels/test_feed_forward.py"
+LAYER = "tests/kernels/test_encoder_layer_epilogues.py"
+FAIL = "tests/faults/test_epilogues_fail.py"
+_kernel = partial(Fault, file="kernels/feed_forward_products.py", op="feed_forward")
+_op = partial(Fault, file="kernels/feed_forward.py", op="feed_forward")
+_plan = partial(Fault, file="kernels/encoder_layer/plan.py", op="feed_forward")
+
+FAULTS = (
+    _kernel(
+        "rows past the last are written",
+        before="mask = (rows <= last)[:, None]\n        for i in tl.static_range(4):\n            if h_ptr is not None:",
+        after="mask = (rows >= 0)[:, None]\n        for i in tl.static_range(4):\n            if h_ptr is not None:",
+        tests=(f"{OP}::test_rows_past_the_last_are_not_written",),
+        short=True,
+    ),
+    _kernel(
+        "rows past the last count in the bias gradient",
+        before="tl.sum(tl.where(mask, dh, 0.0), axis=0)",
+        after="tl.sum(dh, axis=0)",
+        tests=(OP, "-k", "test_any_number_of_rows and program"),
+        short=True,
+    ),
+    _kernel(
+        "quarters of a tile in the wrong order",
+        before="    return first, second, third, fourth",
+        after="    return first, third, second, fourth",
+        tests=(OP, "-k", "test_any_number_of_rows and 17"),
+    ),
+    _kernel(
+        "the last group of row blocks is as high as the others",
+        before="height = tl.minimum(tl.cdiv(n_rows, BLOCK_M) - first, GROUP)",
+        after="height = GROUP",
+        tests=(OP, "-k", "test_any_number_of_rows and 130"),
+    ),
+    _kernel(
+        "the activation reads a sum that was not rounded",
+        before="(x, weight, BLOCK_K, row_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))",
+        after="(x, weight, BLOCK_K, row_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K))",
+        tests=(OP, "-k", "test_16_bit_results"),
+    ),
+    _kernel(
+        "a persistent program stops after its first tile",
+        before="(N_COLS // BLOCK_N) if PERSISTENT else start + 1\n    for tile in range(start, stop, tl.num_programs(0)):\n"
+        "        row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)\n        # Offsets",
+        after="(N_COLS // BLOCK_N)\n    for tile in range(start, start + 1, tl.num_programs(0)):\n"
+        "        row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)\n        # Offsets",
+        tests=(OP, "-k", "test_any_number_of_rows and persistent"),
+    ),
+    _kernel(
+        "sums of a block of rows go over those of another",
+        before="sums_ptr + (row // BLOCK_M * N_COLS + col + i * PART)",
+        after="sums_ptr + (col + i * PART)",
+        tests=(OP, "-k", "test_any_number_of_rows and program"),
+    ),
+    _kernel(
+        "on for fewer rows than the table says",
+        before="return least is not None and n_rows >= least",
+        after="return least is not None",
+        tests=(OP, "-k", "test_the_table_decides"),
+    ),
+    _kernel(
+        "on for sizes that tiles do not fill",
+        before="return n_inner % config.BLOCK_K == 0 and n_cols % config.BLOCK_N == 0 and n_inner > 0",
+        after="return n_inner > 0",
+        tests=(OP, "-k", "test_sizes_that_tiles"),
+    ),
+    _kernel(
+        "on for activations whose slope does not fit",
+        before="if activation not in ACTIVATIONS or KERNELS",
+        after="if KERNELS",
+        tests=(OP, "-k", "test_other_activations"),
+    ),
+    _op(
+        "rows with strides are read as if they had none",
+        before="    tensor = tensor.contiguous()\n",
+        after="",
+        tests=(OP, "-k", "test_leading_dimensions_and_strides"),
+    ),
+    _op(
+        "the backward does not ask whether its product is on",
+        before="ctx.activation, _, ctx.gradient_on, _ = inputs",
+        after="ctx.activation, ctx.gradient_on, _, _ = inputs",
+        tests=(OP, "-k", "test_every_way and gelu and float32"),
+    ),
+    _plan(
+        "h is written where no backward follows",
+        before='saved = ("h_ptr", low if call.gradient else None)',
+        after='saved = ("h_ptr", low)',
+        tests=(LAYER, "-k", "test_two_launches_fewer"),
+    ),
+    _plan(
+        "a product that does not compile takes the layer with it",
+        before="            failures.note(failure)\n            return None",
+        after="            raise",
+        tests=(FAIL, "-k", "test_in_a_layer and compiled"),
+    ),
+    _kernel(
+        "a product that failed is tried at each call",
+        before=" or KERNELS[part == GRADIENT] in failures.reasons",
+        after="",
+        tests=(FAIL, "-k", "test_in_a_layer and launched"),
+    ),
+)
