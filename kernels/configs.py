@@ -220,7 +220,7 @@ _AMPERE_ATTENTION: dict[str, Table] = {
 LENGTHS = (32, 64, 128)
 _HOPPER_SHORT = {32: Config(32, 4, 32, num_stages=1), 64: Config(64, 4, 64, num_stages=1), 128: Config(128, 8, 64, num_stages=1)}
 _SHORT_ATTENTION = {
-    "sm_80": _HOPPER_SHORT | {64: Config(64, 4, 32, num_stages=1)},
+    "sm_80": _HOPPER_SHORT | {64: Config(64, 4, 32, num_stages=1), 128: Config(128, 8, 32, num_stages=1)},
     "sm_90": _HOPPER_SHORT,
     "sm_100": _HOPPER_SHORT | {128: Config(128, 8, 32, num_stages=1)},
     "interpreter": {32: Config(32, 1, 32), 64: Config(64, 1, 32), 128: Config(128, 1, 64)},

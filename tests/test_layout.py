@@ -19,6 +19,7 @@ SUPPORT = {
     "adamw_table",
     "attention_backward",
     "attention_backward_q",
+    "attention_backward_short",
     "attention_checks",
     "attention_forward",
     "attention_tiles",

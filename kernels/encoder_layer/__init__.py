@@ -41,6 +41,7 @@ KERNELS = (
     "attention_fwd_kernel",
     "attention_bwd_q_kernel",
     "attention_bwd_kv_kernel",
+    "attention_bwd_short_kernel",
     "bias_gelu_fwd_kernel",
     "bias_gelu_bwd_kernel",
     "column_sums_kernel",

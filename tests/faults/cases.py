@@ -86,6 +86,7 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
         "forward": ("attention_fwd_kernel",),
         "backward": ("attention_bwd_q_kernel", "attention_bwd_kv_kernel"),
     }
+    short = attending | {"backward": ("attention_bwd_short_kernel",)} if dtype.itemsize == 2 else attending
     found = [
         Case(
             "dropout_add_layernorm",
@@ -143,7 +144,7 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
             reference.attention,
             {name: rows(2, ROWS, 2, 8) for name in "qkv"},
             rows(2, ROWS, 2, 8),
-            **attending,
+            **short,
             options={"key_mask": key_mask},
             keep=lambda p, seed: drawn_keep(2, 2, ROWS, ROWS, p, seed),
         ),
@@ -163,7 +164,7 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
             reference.attention,
             {name: rows(ROWS, 2, 8) for name in "qkv"},
             rows(ROWS, 2, 8),
-            **attending,
+            **short,
             options={"cu_seqlens": bounds, "max_seqlen": ROWS},
             keep=lambda p, seed: drawn_keep(3, 2, ROWS, ROWS, p, seed),
         ),

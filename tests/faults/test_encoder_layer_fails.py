@@ -40,6 +40,11 @@ def made(call):
     return inputs, torch.randn(shape).to(DEVICE, dtype), options | {"seed": seeds()}
 
 
+def unused(call):
+    """What a call's backward does without: short sequences of 16 bits take one kernel, others two."""
+    return ("attention_bwd_q_kernel", "attention_bwd_kv_kernel") if call == "autocast" else ("attention_bwd_short_kernel",)
+
+
 def check(results, inputs, dy, options):
     plainly = {name: value for name, value in options.items() if name != "seed"}
     plainly["keep"] = kept(inputs, options["settings"], options)
@@ -58,8 +63,9 @@ def test_is_right_all_the_same(name, call, monkeypatch, caplog):
     break_kernels(monkeypatch, [name])
     for _ in range(2):
         check(run(flat(encoder_layer), inputs, dy, **options), inputs, dy, options)
-    assert failures.reasons.keys() == {name}
-    assert len([record for record in caplog.records if name in record.message]) == 1
+    failed = name not in unused(call)
+    assert failures.reasons.keys() == ({name} if failed else set())
+    assert len([record for record in caplog.records if name in record.message]) == failed
 
 
 @pytest.mark.parametrize("call", ["padded", "read", "autocast"])

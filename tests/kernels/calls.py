@@ -126,7 +126,7 @@ def _attention(variant: str) -> Make:
     """Masks are inputs; what is no tensor (causal, p, the longest sequence) stays."""
 
     def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
-        batch, length, heads = (2, 5, 2) if small else (8, 512, 12)
+        batch, length, heads = (2, 5, 2) if small else (8, 128 if "short" in variant else 512, 12)
         head_size = width or (8 if small else 64)
         inputs = attention_inputs.make_inputs(batch, length, heads, head_size, dtype)
         if variant == "grouped, dropped":
@@ -138,6 +138,9 @@ def _attention(variant: str) -> Make:
             inputs |= {"key_mask": torch.arange(length, device=DEVICE) < lengths, "seed": seed_tensor(7)}
             options = {"p": 0.1}
         elif variant == "grouped, dropped":
+            inputs["seed"] = seed_tensor(7)
+            options = {"p": 0.1}
+        elif variant == "short, dropped":
             inputs["seed"] = seed_tensor(7)
             options = {"p": 0.1}
         elif variant == "causal":
@@ -251,7 +254,7 @@ CALLS = (
     Call("embedding_layernorm", "dropped", _embedding_layernorm),
     *(
         Call("attention", variant, _attention(variant))
-        for variant in ("padded, dropped", "causal", "general mask", "packed, dropped", "grouped, dropped")
+        for variant in ("padded, dropped", "causal", "general mask", "packed, dropped", "grouped, dropped", "short, dropped")
     ),
     *(Call("encoder_layer", variant, _encoder_layer(variant)) for variant in ("padded, dropped", "causal", "packed, dropped")),
     *(Call("linear_cross_entropy", way, _linear_cross_entropy(way)) for way in (*cross_entropy.WAYS, "none")),

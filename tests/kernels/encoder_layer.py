@@ -23,6 +23,7 @@ Results = dict[str, Tensor | None]
 FORWARD = Counter({"attention_fwd_kernel": 1, "dropout_add_layernorm_fwd_kernel": 2, "bias_gelu_fwd_kernel": 1})
 BACKWARD = Counter({"dropout_add_layernorm_bwd_kernel": 2, "bias_gelu_bwd_kernel": 1, "column_sums_kernel": 1})
 OF_ATTENTION = Counter(["attention_bwd_q_kernel", "attention_bwd_kv_kernel"])
+OF_SHORT_ATTENTION = Counter(["attention_bwd_short_kernel"])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -99,12 +100,19 @@ def launched(inputs: Mapping[str, Tensor | None], frozen: Iterable[str], options
     needed = {name for name, tensor in inputs.items() if tensor is not None} - set(frozen)
     found = FORWARD + (BACKWARD if needed else Counter())
     through = bool(needed & {"x", "queries", *PROJECTIONS, *(f"{name}_bias" for name in PROJECTIONS)})
-    found += OF_ATTENTION if through else Counter()
+    if through:
+        found += OF_SHORT_ATTENTION if _is_short(inputs["x"], options) else OF_ATTENTION
     if options.get("index") is not None:
         found["gather_rows_kernel"] = 2 + through + ("x" in needed)
     if options.get("key_mask") is not None and options.get("key_bounds") is None:
         found["key_bounds_kernel"] = 1
     return found
+
+
+def _is_short(x: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether one kernel makes all gradients of attention; heads are small here."""
+    longest = x.shape[1] if x.dim() == 3 else options["max_seqlen"]
+    return (options.get("product_dtype") or x.dtype).itemsize == 2 and longest <= 128
 
 
 def check(

@@ -186,7 +186,7 @@ def test_each_length_has_a_tile_that_holds_it():
     like = torch.empty(0, dtype=HALF, device=DEVICE)
     for length in range(1, 129):
         config = choose_short("attention_backward_short", like, 64, length)
-        assert config.BLOCK_M == min(limit for limit in LENGTHS if limit >= length)
+        assert min(limit for limit in LENGTHS if limit >= length) == config.BLOCK_M
     assert choose_short("attention_backward_short", like, 64, 129) is None
     assert choose_short("attention_backward_short", like, 65, 128) is None
 

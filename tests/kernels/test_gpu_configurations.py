@@ -6,12 +6,14 @@ shared memory and are skipped.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from bench.cases import CASES
 from fastbert.kernels import configs, launch
+from fastbert.kernels.attention import Geometry
 from fastbert.kernels.configs import ARCHITECTURES, TABLES
 from fastbert.kernels.launch import recording
 
@@ -48,6 +50,7 @@ TABLES_OF = {
         *("embedding_sums_backward", "embedding_finish"),
     ),
     "attention padded, dropped": _ATTENTION,
+    "attention short, dropped": tuple(f"attention_backward_short_{length}" for length in configs.LENGTHS),
     "attention general mask": tuple(f"{table}_masked" for table in _ATTENTION),
     "attention grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
     "encoder_layer padded, dropped": ("column_sums",),
@@ -95,11 +98,14 @@ def chosen_for(tables: tuple[str, ...], architecture: str, dtype: torch.dtype, w
 
 
 def recorded(entry: Entry) -> set[int]:
-    """The identities of the configurations that the call launches with; nothing runs."""
+    """The identities of the configurations that the call launches with, of attention those for other lengths as well;
+    nothing runs."""
     inputs, step = entry.call.make(True, entry.dtype, entry.width)
     found: set[int] = set()
     with recording(entry.architecture, lambda kernel, programs, config, arguments: found.add(id(config))):
-        step(inputs)
+        for length in (*configs.LENGTHS, configs.LENGTHS[-1] + 1) if entry.call.op == "attention" else (0,):
+            with patch.object(Geometry, "longest", length):
+                step(inputs)
     return found
 
 
@@ -159,9 +165,9 @@ def check_packed_rows(width: int, dtype: torch.dtype) -> None:
     test_packed_rows.same(*test_packed_rows.arguments_of("tokens and read", *masks, 7, 7))
 
 
-def check_attention(masked: bool = False, kv_heads: int = 2) -> Callable[[int, torch.dtype], None]:
+def check_attention(masked: bool = False, kv_heads: int = 2, lengths: tuple[int, ...] = ()) -> Callable[[int, torch.dtype], None]:
     def check_at(head_size: int, dtype: torch.dtype) -> None:
-        for length in LENGTHS:
+        for length in lengths or LENGTHS:
             seen = torch.rand(2, 1, length, length, device=DEVICE) > 0.1
             seen[..., 0] = True
             options = {"mask": seen} if masked else {"key_mask": seen[:, 0, 0]}
@@ -207,6 +213,7 @@ CHECKS: dict[str, Callable[[int, torch.dtype], object]] = {
     "row_counts": check_row_counts,
     "packed_rows": check_packed_rows,
     "attention padded, dropped": check_attention(),
+    "attention short, dropped": check_attention(lengths=(20, 50, 100)),
     "attention general mask": check_attention(masked=True),
     "attention grouped, dropped": check_attention(kv_heads=1),
     "encoder_layer padded, dropped": check_encoder_layer,

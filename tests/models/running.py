@@ -176,6 +176,11 @@ def of_layers(found: Mapping[str, int]) -> Counter[str]:
 
 
 def _settled(found: Mapping[str, int]) -> dict[str, int]:
+    """Attention's one kernel for gradients of short sequences stands for the two of any length: which it is, length and dtype
+    decide."""
+    short = found.get("attention_bwd_short_kernel", 0)
+    found = {name: n for name, n in found.items() if name != "attention_bwd_short_kernel"}
+    found |= {name: short + found.get(name, 0) for name in BACKWARD["attention"] if short}
     return {name: n for name, n in found.items() if not name.startswith("embedding_layernorm_bwd_") or name == _ROWS}
 
 

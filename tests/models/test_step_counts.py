@@ -29,6 +29,8 @@ LAYER = {
     **{"addmm": 1, "mm": 9, "addmm_": 2},
 }
 UNDER_AUTOCAST = LAYER | {"mm": 11, "addmm_": 0, "add_": 2, "_to_copy": 4}
+# Of 16 bits, one kernel makes the gradients of short sequences.
+UNDER_AUTOCAST |= {"attention_bwd_q": 0, "attention_bwd_kv": 0, "attention_bwd_short": 1}
 
 EMBEDDINGS = Counter({f"embedding_layernorm_bwd_{part}": 1 for part in ("order", "runs", "sums", "finish")})
 EMBEDDINGS.update({"embedding_layernorm_fwd": 1, "embedding_layernorm_bwd": 1, "new_zeros": 1, "randint": 1})
