@@ -49,9 +49,7 @@ def _load_keys(ptr, keys, seen, row_stride, col_stride, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _store_keys(
-    ptr, tile, keys, seen, seqlen_k, row_stride, HIDES: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr
-):
+def _store_keys(ptr, tile, keys, seen, seqlen_k, row_stride, HIDES: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr):
     """Rows of keys that are seen, and 0 in those of the sequence that are not where it HIDES any."""
     BLOCK_D: tl.constexpr = tile.shape[1]
     pointers = tile_pointers(ptr, keys, row_stride, 1, BLOCK_D, ALIGNED)
