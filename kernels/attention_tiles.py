@@ -197,7 +197,7 @@ def load_queries(ptr, rows, n_rows, ACC: tl.constexpr):
     One load of 16 bytes a row. Four loads would be of fewer numbers than a program has lanes, which triton 3.6 takes for
     cheap: each lane then loads every number that it needs, one by one, in every turn of the loop.
     """
-    numbers = tl.load(ptr + rows[:, None] * 4 + tl.arange(0, 4)[None, :], (rows < n_rows)[:, None], other=0)
+    numbers = tl.load(ptr + rows.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], (rows < n_rows)[:, None], other=0)
     logsumexp_delta, share_key = tl.split(tl.reshape(numbers, [rows.shape[0], 2, 2]))
     logsumexp, delta = tl.split(logsumexp_delta)
     share, row_key = tl.split(share_key)

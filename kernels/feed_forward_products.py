@@ -9,7 +9,7 @@ Results are those of the product, rounded, and bias_gelu after it: h and dy are 
 the activation reads them, as a product of its own rounds them. The bias gradient is a float32 sum a block of rows, added up
 in a second pass: no atomics. float32 products stay cuBLAS's.
 
-`row_stride` is H, of x and of weight: a stride, by which Triton knows what 16 divides, and how much is summed up.
+`inner_stride` is H, of x and of weight: a stride, by which Triton knows what 16 divides, and how much is summed up.
 
 Programs take tiles in an order in which neighbours share rows and columns of the operands in the L2 cache (the grouped order
 of Triton's tutorial 03; its tutorial 09 is the persistent form, with a fixed number of programs, that
@@ -94,7 +94,7 @@ def feed_forward_fwd_kernel(
     h_ptr,
     y_ptr,
     n_rows,
-    row_stride,
+    inner_stride,
     N_COLS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -114,9 +114,9 @@ def feed_forward_fwd_kernel(
         row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)
         # Offsets inside a tile fit 32 bits. A row past the last is the last one again: read, and never written.
         last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
-        x = x_ptr + row * row_stride + tl.minimum(rows, last)[:, None] * row_stride + inner[None, :]
-        weight = weight_ptr + col.to(tl.int64) * row_stride + cols[None, :] * row_stride + inner[:, None]
-        parts = _quarters(_multiplied(x, weight, BLOCK_K, row_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))
+        x = x_ptr + row * inner_stride + tl.minimum(rows, last)[:, None] * inner_stride + inner[None, :]
+        weight = weight_ptr + col.to(tl.int64) * inner_stride + cols[None, :] * inner_stride + inner[:, None]
+        parts = _quarters(_multiplied(x, weight, BLOCK_K, inner_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))
 
         out = row * N_COLS + col
         tile_offsets = rows[:, None] * N_COLS + part_cols[None, :]
@@ -140,7 +140,7 @@ def feed_forward_bwd_kernel(
     y_ptr,
     sums_ptr,
     n_rows,
-    row_stride,
+    inner_stride,
     N_COLS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -159,9 +159,9 @@ def feed_forward_bwd_kernel(
     for tile in range(start, stop, tl.num_programs(0)):
         row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)
         last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
-        dout = dout_ptr + row * row_stride + tl.minimum(rows, last)[:, None] * row_stride + inner[None, :]
+        dout = dout_ptr + row * inner_stride + tl.minimum(rows, last)[:, None] * inner_stride + inner[None, :]
         weight = weight_ptr + col + inner[:, None] * N_COLS + cols[None, :]
-        parts = _quarters(_multiplied(dout, weight, BLOCK_K * N_COLS, row_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))
+        parts = _quarters(_multiplied(dout, weight, BLOCK_K * N_COLS, inner_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))
 
         out = row * N_COLS + col
         tile_offsets = rows[:, None] * N_COLS + part_cols[None, :]
@@ -191,7 +191,7 @@ def work(part: str, n_rows: int, n_inner: int, n_cols: int, like: Tensor, activa
     persistent = config.programs_per_multiprocessor is not None
     numbers = {
         "n_rows": n_rows,
-        "row_stride": n_inner,
+        "inner_stride": n_inner,
         "N_COLS": n_cols,
         "ACTIVATION": activation,
         "PERSISTENT": persistent,

@@ -27,8 +27,9 @@ ARCHITECTURE = "sm_90"
 TOKENS = cases.EMBEDDED * 2**17  # of 384 columns and more
 SIZES = {"adamw": {"TOKENS": 2**33}, "attention": {"BATCH": 2**14}}
 STRIDE = 2**31 - 128
-# Of token ids, which the launcher makes contiguous: their offsets are numbers of tokens, and those fit in 32 bits.
-OF_TOKENS = ("position_batch_stride", "type_batch_stride")
+# Of what the launcher makes contiguous. Token ids: their offsets are numbers of tokens, and those fit in 32 bits. Operands of
+# feed_forward's products: a row is H elements, and a tile has 128 of them.
+CONTIGUOUS = ("position_batch_stride", "type_batch_stride", "inner_stride")
 
 
 def lower(source: Any, target: Any = None, options: Any = None, **_: Any) -> str:
@@ -43,7 +44,7 @@ def lower(source: Any, target: Any = None, options: Any = None, **_: Any) -> str
 
 
 def findings(launched: Launch) -> list[str]:
-    strides = {n: STRIDE for n in launched.arguments if n.endswith("_stride") and n not in OF_TOKENS}
+    strides = {n: STRIDE for n in launched.arguments if n.endswith("_stride") and n not in CONTIGUOUS}
     arguments = launched.arguments | strides
     text = compile_launch(ARCHITECTURE, replace(launched, arguments=arguments))
     integers = {name: value for name, value in arguments.items() if type(value) is int}

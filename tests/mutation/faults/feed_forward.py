@@ -40,8 +40,8 @@ FAULTS = (
     ),
     _kernel(
         "the activation reads a sum that was not rounded",
-        before="(x, weight, BLOCK_K, row_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))",
-        after="(x, weight, BLOCK_K, row_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K))",
+        before="(x, weight, BLOCK_K, inner_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))",
+        after="(x, weight, BLOCK_K, inner_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K))",
         tests=(OP, "-k", "test_16_bit_results"),
     ),
     _kernel(
