@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from fastbert.kernels.configs import TABLES, Config
+from fastbert.kernels.configs import TABLES, Config, Table
 
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A table of configs.py: the op and direction that show its time, BERT's widths, and what may vary.
+    """A table of configs.py, or one of a length that could stand there: the op and direction that show its time, BERT's
+    widths, and what may vary.
 
     extra: what else the audit's variant of it is, where that is not the op's plain one.
     lane: of the op's, the one that uses it.
@@ -47,6 +49,7 @@ _PRODUCT_TILES = {
     "programs_per_multiprocessor": (None, 1, 2),
 }
 _TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
+_SHORT_TILES = {"BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}  # BLOCK_M holds all queries
 ENTRIES = {
     "attention_forward": Entry(
         *("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}, "attention_fwd_kernel", _DROPPED),
@@ -59,6 +62,18 @@ ENTRIES = {
     "attention_backward_q": Entry(
         *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED),
         promising=({"BLOCK_N": 32, "num_stages": 3}, {"BLOCK_M": 128, "num_warps": 8}),
+    ),
+    # At the tutorials' own size, 32 sequences of 128.
+    "attention_forward_128": Entry(
+        *("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3)}, "attention_fwd_kernel"),
+        extra=_DROPPED | {"length": 127},
+        promising=({"BLOCK_M": 64, "num_stages": 2}, {"BLOCK_M": 64}, {"num_warps": 8}),
+    ),
+    "attention_backward_short_128": Entry(
+        *("attention", "backward", _HEAD_SIZES, _SHORT_TILES, "attention_bwd_short_kernel"), extra=_DROPPED | {"length": 127}
+    ),
+    "attention_backward_short_64": Entry(
+        *("attention", "backward", _HEAD_SIZES, _SHORT_TILES, "attention_bwd_short_kernel"), extra=_DROPPED | {"length": 63}
     ),
     "layernorm_backward": Entry(
         "dropout_add_layernorm",
@@ -154,13 +169,13 @@ ENTRIES = {
 
 def bucket(kernel: str, architecture: str, dtype: str, width: int) -> int:
     """The row of the table that serves this width: for attention, that of the head size."""
-    limits = TABLES[kernel][architecture][ITEMSIZES[dtype]]
+    limits = _tables(kernel)[architecture][ITEMSIZES[dtype]]
     return next((limit for limit in limits if limit >= width), max(limits))
 
 
 def present(kernel: str, architecture: str, dtype: str, width: int) -> Config:
     """What ships now."""
-    return TABLES[kernel][architecture][ITEMSIZES[dtype]][bucket(kernel, architecture, dtype, width)]
+    return _tables(kernel)[architecture][ITEMSIZES[dtype]][bucket(kernel, architecture, dtype, width)]
 
 
 def candidates(kernel: str, architecture: str, dtype: str, width: int) -> list[Config]:
@@ -177,16 +192,18 @@ def _distance(a: Config, b: Config) -> int:
     return sum(getattr(a, name) != getattr(b, name) for name in vars(a))
 
 
+def _tables(kernel: str) -> dict[str, Table]:
+    """Those of a length that has none of its own yet are the ones for every length."""
+    return TABLES[kernel] if kernel in TABLES else TABLES[kernel.rpartition("_")[0]]
+
+
 @contextmanager
 def shipped(kernel: str, architecture: str, dtype: str, config: Config) -> Iterator[None]:
     """For the length of the block `config` stands in the table for every width of this type."""
-    table, itemsize = TABLES[kernel][architecture], ITEMSIZES[dtype]
-    before = table[itemsize]
-    table[itemsize] = {max(before): config}
-    try:
+    tables, itemsize = _tables(kernel), ITEMSIZES[dtype]
+    row = {max(tables[architecture][itemsize]): config}
+    with patch.dict(TABLES, {kernel: tables | {architecture: tables[architecture] | {itemsize: row}}}):
         yield
-    finally:
-        table[itemsize] = before
 
 
 def tune_jobs(

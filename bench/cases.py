@@ -14,6 +14,7 @@ from torch import Tensor
 # Odd on purpose: packed rows come in any number, and divisibility must not be what makes a kernel good.
 TOKENS = 16383
 BATCH, SEQLEN, HEADS, GROUP = 32, 509, 12, 3  # attention's; as odd
+SHORT_SEQLENS = 31, 63, 127  # one for each table of short sequences
 EMBEDDED = 127  # the length of embedded sequences, of which TOKENS is a multiple
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -30,7 +31,8 @@ class Variant:
     """dtype "mixed" is autocast: x in bf16, LayerNorm's input, output and weights in fp32.
 
     width is the row's, for attention the head size; mask is attention's: none, key, causal, general, packed or
-    grouped, which is key with fewer heads of keys and values.
+    grouped, which is key with fewer heads of keys and values. length is that of attention's sequences, of which short ones
+    have kernels of their own.
     """
 
     op: str
@@ -39,6 +41,7 @@ class Variant:
     p: float = 0.0
     activation: str = "gelu"
     mask: str = "none"
+    length: int = SEQLEN
 
     @property
     def name(self) -> str:
@@ -47,7 +50,7 @@ class Variant:
         if self.op == "gather_rows":
             extra = "rows"
         if self.op == "attention":
-            extra = f"{self.mask} p={self.p}"
+            extra = f"{self.mask} p={self.p}" + (f" {self.length}" if self.length != SEQLEN else "")
         return f"{self.op} {self.dtype} {self.width} {extra}"
 
 
@@ -69,6 +72,7 @@ SHORT = (
     "adamw fp32 1 plain",
     "attention bf16 64 key p=0.0",
     "attention bf16 64 key p=0.1",
+    "attention bf16 64 key p=0.1 127",
     "linear_cross_entropy bf16 30522 gradient",
     "key_bounds bool 509 rows",
     "row_counts bool 509 rows",
@@ -212,25 +216,33 @@ def _attention_variants() -> Iterator[Variant]:
             for p in (0.0, 0.1):
                 yield variant(dtype, head_size, p=p, mask="key")
     yield variant("fp64", 64, p=0.1, mask="key")
+    for mask in ("none", "key", "causal", "packed"):
+        for p in (0.0, 0.1):
+            yield variant("bf16", 64, p=p, mask=mask, length=SHORT_SEQLENS[-1])
+    for length in SHORT_SEQLENS[:-1]:
+        for p in (0.0, 0.1):
+            yield variant("bf16", 64, p=p, mask="key", length=length)
+    for head_size in (24, 32, 40):
+        yield variant("fp16", head_size, p=0.1, mask="key", length=SHORT_SEQLENS[-1])
 
 
 def _attention(variant: Variant) -> None:
     """Self-attention of BERT-base, q, k and v views of one product, whose heads are fewer of k and v where grouped."""
     from fastbert.kernels import attention as op
 
-    dtype = DTYPES[variant.dtype]
+    dtype, length = DTYPES[variant.dtype], variant.length
     packed, general, key = variant.mask == "packed", variant.mask == "general", variant.mask in ("key", "grouped")
-    rows = (BATCH * SEQLEN,) if packed else (BATCH, SEQLEN)
+    rows = (BATCH * length,) if packed else (BATCH, length)
     kv_heads = HEADS // GROUP if variant.mask == "grouped" else HEADS
     q, k, v = _meta(*rows, HEADS + 2 * kv_heads, variant.width, dtype=dtype).split([HEADS, kv_heads, kv_heads], -2)
     inputs = {
-        "key_mask": _meta(BATCH, SEQLEN, dtype=torch.bool) if key else None,
+        "key_mask": _meta(BATCH, length, dtype=torch.bool) if key else None,
         "key_bounds": _meta(BATCH, 3, dtype=torch.int32) if key else None,
-        "mask": _meta(BATCH, 1, SEQLEN, SEQLEN, dtype=dtype).expand(-1, HEADS, -1, -1) if general else None,
+        "mask": _meta(BATCH, 1, length, length, dtype=dtype).expand(-1, HEADS, -1, -1) if general else None,
         "cu_seqlens": _meta(BATCH + 1, dtype=torch.int32) if packed else None,
         "cu_seqlens_q": None,
         "seed": _meta(dtype=torch.int64) if variant.p else None,
-        "max_seqlen": SEQLEN if packed else None,
+        "max_seqlen": length if packed else None,
         "max_seqlen_q": None,
         "causal": variant.mask == "causal",
         "scale": variant.width**-0.5,

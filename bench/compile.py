@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import sass
-from bench.cases import BATCH, CASES, HEADS, SEQLEN, TOKENS, Variant
+from bench.cases import BATCH, CASES, HEADS, TOKENS, Variant
 from bench.floors import SCORE_PRODUCTS
 from bench.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_per_second, resident_programs
 from fastbert.kernels import kept, launch
@@ -56,7 +56,7 @@ class Launch:
         """
         if self.kernel.__name__ == _COLUMN_SUMS:
             return {"here": self.arguments["b_ptr"]}
-        elements = (BATCH * SEQLEN * HEADS if variant.op == "attention" else TOKENS) * variant.width
+        elements = (BATCH * variant.length * HEADS if variant.op == "attention" else TOKENS) * variant.width
         tensors = {k.removesuffix("_ptr"): v for k, v in self.arguments.items() if isinstance(v, Tensor)}
         return {name: tensor for name, tensor in tensors.items() if tensor.numel() == elements}
 

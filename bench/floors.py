@@ -28,14 +28,19 @@ TENSORS = {
     "linear_cross_entropy": {"forward": ("hidden",), "backward": ("hidden", "dhidden")},
 }
 # Products of attention, each of 2 operations a score and element of a head: as exact arithmetic needs them, and as each
-# kernel computes them (both of the backward's make scores and dP again).
+# kernel computes them (both of the backward of longer sequences make scores and dP again).
 PRODUCTS = {"forward": 2, "backward": 5}
 # Products of linear_cross_entropy, each of 2 operations a token, element of hidden and class.
 DECODER_PRODUCTS = {"forward": 1, "backward": 2}
 # Products of feed_forward, each of 2 operations a token, element of hidden and element of the feed-forward.
 FEED_FORWARD_PRODUCTS = {"forward": 2, "backward": 4}
 VOCABULARY, TINY_VOCABULARY = 30522, 101
-SCORE_PRODUCTS = {"attention_fwd_kernel": 2, "attention_bwd_kv_kernel": 4, "attention_bwd_q_kernel": 3}
+SCORE_PRODUCTS = {
+    "attention_fwd_kernel": 2,
+    "attention_bwd_kv_kernel": 4,
+    "attention_bwd_q_kernel": 3,
+    "attention_bwd_short_kernel": 5,
+}
 
 LAYERS = {768: 12, 1024: 24}
 ADAMW_BYTES = 28  # a float32 parameter: reads it, its gradient and two moments; writes it and the moments

@@ -107,6 +107,8 @@ class _Timer:
         quarter = dict.fromkeys(("bias_gelu", "feed_forward"), width // 4)
         hidden = {"attention": 1024, "linear_cross_entropy": 1024, **quarter}.get(entry.op, width)
         batch, seqlen = ROWS["attention" if entry.op == "attention" else "rows"]
+        if "length" in entry.extra:
+            batch, seqlen = 32, entry.extra["length"] + 1
         self.case = Case(entry.op, dtype, hidden, batch, seqlen, p=entry.extra.get("p", 0.0))
         self.inputs = run_ops.make_inputs(self.case)
         self.lane = table()[entry.op].lanes[entry.lane]

@@ -164,7 +164,7 @@ def test_attention_as_it_ships():
         key, half = record["key"], record["key"].split()[3] in ("bf16", "fp16")
         assert record["wide_share"] == 1.0, key
         assert record["programs_per_multiprocessor"] >= 2 or " forward " not in key, key
-        if half:
+        if half and "backward-short" not in key:  # of which a tile of 32 queries is less than a warp group takes
             assert set(record["matrix"]) == {MATRIX[record["architecture"]]}, key
 
 

@@ -137,10 +137,7 @@ def _attention(variant: str) -> Make:
             lengths = torch.randint(1, length + 1, (batch, 1), device=DEVICE)
             inputs |= {"key_mask": torch.arange(length, device=DEVICE) < lengths, "seed": seed_tensor(7)}
             options = {"p": 0.1}
-        elif variant == "grouped, dropped":
-            inputs["seed"] = seed_tensor(7)
-            options = {"p": 0.1}
-        elif variant == "short, dropped":
+        elif variant in ("grouped, dropped", "short, dropped"):
             inputs["seed"] = seed_tensor(7)
             options = {"p": 0.1}
         elif variant == "causal":

@@ -165,7 +165,9 @@ def check_packed_rows(width: int, dtype: torch.dtype) -> None:
     test_packed_rows.same(*test_packed_rows.arguments_of("tokens and read", *masks, 7, 7))
 
 
-def check_attention(masked: bool = False, kv_heads: int = 2, lengths: tuple[int, ...] = ()) -> Callable[[int, torch.dtype], None]:
+def check_attention(
+    masked: bool = False, kv_heads: int = 2, lengths: tuple[int, ...] = ()
+) -> Callable[[int, torch.dtype], None]:
     def check_at(head_size: int, dtype: torch.dtype) -> None:
         for length in lengths or LENGTHS:
             seen = torch.rand(2, 1, length, length, device=DEVICE) > 0.1

@@ -4,6 +4,7 @@ from tests.mutation.fault import Fault
 from tests.mutation.faults import (
     attention,
     attention_backward,
+    attention_backward_short,
     elementwise,
     embeddings,
     encoder_layer,
@@ -27,6 +28,7 @@ AREAS = (
     embeddings,
     attention,
     attention_backward,
+    attention_backward_short,
     linear_cross_entropy,
     encoder_layer,
     feed_forward,
