@@ -3,7 +3,7 @@
 The equations are in attention_backward.py. All queries of a sequence are the rows of one tile, so each block of keys has its dK
 and dV at once while dQ adds up on the way: five products instead of seven, one launch instead of two, and each tensor is read
 once. For 16 bits: in 32 and 64 delta needs a pass of its own (attention_backward_q.py), and the tile would not fit registers.
-General masks and grouped heads stay with the two kernels for any length, as their pointers and loops need registers too.
+General masks and grouped heads stay with the two kernels for any length: their pointers and loops need registers too.
 """
 
 import triton
@@ -110,6 +110,9 @@ def attention_bwd_short_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """With sums [sequences, 3 x heads x D] also those of dq, dk and dv over each sequence, as they are before rounding. That of
+    dk is 0: a vector that is added to all keys adds the same to all scores of a row, and softmax ignores it.
+    """
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     sequence_head = tl.program_id(0)
     rows = tl.arange(0, BLOCK_M)
@@ -140,7 +143,7 @@ def attention_bwd_short_kernel(
     dk_ptr += first_key_row * dkv_row_stride + head * D
     dv_ptr += first_key_row * dkv_row_stride + head * D
 
-    # Keys from `end` on have no gradient, and without queries none has.
+    # Keys from `end` on have no gradient, and none has one without queries.
     none = sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL)
     _, end = visible_keys(key_bounds_ptr, None, batch, 0, BLOCK_M, seqlen_q, seqlen_k, CAUSAL)
     end = tl.where(seqlen_q > 0, end, 0)
@@ -169,7 +172,7 @@ def attention_bwd_short_kernel(
         k = _load_keys(k_ptr, keys, seen, k_row_stride, k_col_stride, D, BLOCK_D, ALIGNED)
         v = _load_keys(v_ptr, keys, seen, v_row_stride, v_col_stride, D, BLOCK_D, ALIGNED)
         scores = product(q, tl.trans(k), None, PRECISION, ACC) * scale[:, None] - logsumexp[:, None]
-        # Keys that are not seen are zero here and stored as that, so their weights need no mask. They must be finite, though.
+        # A key that is not seen is 0 here, and its gradients are stored as 0: its weights need no mask, but have to be finite.
         weights = tl.exp2(tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL))
         if CAUSAL:
             visible = keys[None, :] <= rows[:, None] + (seqlen_k - seqlen_q)
