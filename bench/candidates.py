@@ -57,7 +57,7 @@ ENTRIES = {
     ),
     "attention_backward_kv": Entry(
         *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_kv_kernel", _DROPPED),
-        promising=({"BLOCK_M": 32, "num_stages": 3},),
+        promising=({"BLOCK_M": 32, "num_stages": 3}, {"BLOCK_M": 128, "num_warps": 8}),
     ),
     "attention_backward_q": Entry(
         *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED),
@@ -87,6 +87,7 @@ ENTRIES = {
         },
         "dropout_add_layernorm_bwd_kernel",
         _DROPPED,
+        promising=({"programs_per_multiprocessor": 3}, {"BLOCK_M": 8, "num_warps": 8}),
     ),
     "layernorm_forward": Entry(
         "dropout_add_layernorm",

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import bench.__main__ as main
-from bench import candidates, forks, gpu, isolate, named, plan, schema, suite
+from bench import candidates, forks, gpu, isolate, plan, schema, suite
 from bench.isolate import Outcome
 from bench.plan import Job
 from bench.records import Ceiling, Results, Spread, SuiteRecord
@@ -277,11 +277,11 @@ def test_every_file_with_a_test_for_a_gpu_is_run():
 
 
 def test_named_configurations_are_of_entries_and_new():
-    assert set(named.NAMED) <= set(candidates.ENTRIES) and set(named.GENERAL) <= set(candidates.ENTRIES)
-    for kernel, changes in named.NAMED.items():
-        now = candidates.present(kernel, "sm_90", "bf16", candidates.ENTRIES[kernel].widths[0])
-        configs = [dataclasses.replace(now, **change) for change in changes]
-        assert len({now, *configs}) == 1 + len(changes), f"{kernel}: a candidate that is the present one or another one"
+    assert set(plan.GENERAL_SEARCH) <= set(candidates.ENTRIES)
+    for kernel, entry in candidates.ENTRIES.items():
+        now = candidates.present(kernel, "sm_90", "bf16", entry.widths[0])
+        configs = [dataclasses.replace(now, **change) for change in entry.promising]
+        assert len({now, *configs}) == 1 + len(configs), f"{kernel}: a candidate that is the present one or another one"
 
 
 def test_every_job_of_the_plan_survives_json(tmp_path):
