@@ -205,8 +205,8 @@ def _of_products(
     arguments, names = launched.arguments, set(launched.big(variant))
     lanes_per_element = launched.config.num_warps * LANES / (arguments["BLOCK_M"] * arguments["BLOCK_N"])
     rest = (instructions - len(hot)) * lanes_per_element
-    per_element = rest + len(hot) * lanes_per_element * arguments["row_stride"] / arguments["BLOCK_K"]
-    operations = 2 * arguments["row_stride"]
+    per_element = rest + len(hot) * lanes_per_element * arguments["inner_stride"] / arguments["BLOCK_K"]
+    operations = 2 * arguments["inner_stride"]
     return {
         "kib_in_flight": resident * shared / 1024,
         "instructions_per_element": round(per_element, 2),
