@@ -202,9 +202,10 @@ _WIDE_ATTENTION: dict[str, Table] = {
 _HOPPER_ATTENTION: dict[str, Table] = {
     "forward": {2: {32: Config(128, 4, 64, num_stages=3), 63: Config(64, 4, 64, num_stages=2), 64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
     "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(64, 8, 32, num_stages=2)}},
-    "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 127: Config(32, 4, 64, num_stages=1), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_kv_grouped": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(16, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_q_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
 }
 _BLACKWELL_ATTENTION: dict[str, Table] = _HOPPER_ATTENTION | {
     "forward": {2: _HOPPER_ATTENTION["forward"][2] | {128: Config(64, 4, 64, num_stages=2)}},
