@@ -7,6 +7,7 @@ is compiled is what a training step would run. A new op adds one entry to CASES.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Variant:
 
     width is the row's, for attention the head size; mask is attention's: none, key, causal, general, packed or
     grouped, which is key with fewer heads of keys and values. length is that of attention's sequences, of which short ones
-    have kernels of their own.
+    have kernels of their own; with "sums" as activation they add up the projections' bias gradients, as in a layer.
     """
 
     op: str
@@ -51,6 +52,7 @@ class Variant:
             extra = "rows"
         if self.op == "attention":
             extra = f"{self.mask} p={self.p}" + (f" {self.length}" if self.length != SEQLEN else "")
+            extra += " sums" if self.activation == "sums" else ""
         return f"{self.op} {self.dtype} {self.width} {extra}"
 
 
@@ -73,6 +75,7 @@ SHORT = (
     "attention bf16 64 key p=0.0",
     "attention bf16 64 key p=0.1",
     "attention bf16 64 key p=0.1 127",
+    "attention bf16 64 key p=0.1 127 sums",
     "linear_cross_entropy bf16 30522 gradient",
     "key_bounds bool 509 rows",
     "row_counts bool 509 rows",
@@ -222,8 +225,11 @@ def _attention_variants() -> Iterator[Variant]:
     for length in SHORT_SEQLENS[:-1]:
         for p in (0.0, 0.1):
             yield variant("bf16", 64, p=p, mask="key", length=length)
-    for head_size in (24, 32, 40):
+    for head_size in (32, 40):
         yield variant("fp16", head_size, p=0.1, mask="key", length=SHORT_SEQLENS[-1])
+    for length in SHORT_SEQLENS:
+        yield variant("bf16", 64, p=0.1, mask="key", length=length, activation="sums")
+    yield variant("bf16", 64, p=0.1, mask="packed", length=SHORT_SEQLENS[-1], activation="sums")
 
 
 def _attention(variant: Variant) -> None:
@@ -248,8 +254,25 @@ def _attention(variant: Variant) -> None:
         "scale": variant.width**-0.5,
         "p": variant.p,
     }
+    if variant.activation == "sums":
+        return _attention_with_sums(q, k, v, inputs)
     out, logsumexp = op._launch_fwd(q, k, v, **inputs)
     op._launch_bwd_packed(torch.empty_like(out), q, k, v, out, logsumexp, *inputs.values())
+
+
+def _attention_with_sums(q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> None:
+    from fastbert.kernels import attention as op
+
+    options = [inputs[name] for name in ("cu_seqlens", "cu_seqlens_q", "max_seqlen", "max_seqlen_q", "causal", "scale", "p")]
+    geometry, dout, row = op._geometry(q, k, v, None, *options), torch.empty_like(q), q.stride(-3)
+    op.backward_short_work(geometry, q, op._strides(dout), row, row, False).launch(
+        q,
+        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "dq_ptr": q, "dk_ptr": k, "dv_ptr": v, "out_ptr": dout},
+        **{f"{name}_ptr": inputs[name] for name in ("key_mask", "key_bounds", "seed")},
+        **dict.fromkeys(("cu_seqlens_q_ptr", "cu_seqlens_k_ptr"), inputs["cu_seqlens"]),
+        logsumexp_ptr=_meta(1, geometry.n_heads, geometry.n_rows),
+        sums_ptr=_meta(geometry.sequences, 3 * geometry.n_heads * geometry.head_size),
+    )
 
 
 def _adamw_variants() -> Iterator[Variant]:

@@ -198,3 +198,13 @@ def test_the_kernels_are_the_interpreters_exactly_where_there_is_no_gpu():
     assert torch.cuda.is_available() or module.INTERPRETED
     inputs = make_inputs(OPS[0], (3, 40))
     run(OPS[0].call, inputs, None, p=0.5, seed=seed_tensor(1))
+
+
+@no_launch
+def test_a_table_of_a_length_serves_sequences_of_up_to_that(monkeypatch):
+    short, shorter, like = Config(16, 4, 16), Config(32, 4, 16), torch.empty(0, dtype=torch.float16)
+    every = choose("attention_forward", like, 64)
+    for length, config in ((128, short), (32, shorter)):
+        monkeypatch.setitem(TABLES, f"attention_forward_{length}", {"interpreter": {2: {64: config}}})
+    for length, config in ((1, shorter), (32, shorter), (33, short), (128, short), (129, every), (None, every)):
+        assert choose("attention_forward", like, 64, length) is config
