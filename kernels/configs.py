@@ -115,6 +115,10 @@ _LAYERNORM_BACKWARD_UNEVEN: Table = {
     }
     for size in (2, 4)
 } | {8: _LAYERNORM_BACKWARD[8]}
+# Left alone, the compiler for sm_100 aims at 80 registers here and spills.
+_BLACKWELL_LAYERNORM_BACKWARD_UNEVEN: Table = _LAYERNORM_BACKWARD_UNEVEN | {
+    4: _LAYERNORM_BACKWARD_UNEVEN[4] | {1024: Config(1, 4, None, 4, maxnreg=128)}
+}
 _BIAS_GELU_FORWARD: Table = {
     2: {8192: Config(4, 2, 512)},
     4: {8192: Config(4, 4, 512)},
@@ -201,6 +205,7 @@ _HOPPER_ATTENTION: dict[str, Table] = {
     "forward": {2: {32: Config(128, 4, 64, num_stages=3), 63: Config(64, 4, 64, num_stages=2), 64: Config(128, 4, 64, num_stages=3), 128: Config(64, 4, 64, num_stages=3), 256: Config(64, 8, 32, num_stages=2)}},
     "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(64, 8, 32, num_stages=2)}},
     "backward_kv": {2: {64: Config(64, 4, 64, num_stages=2), 127: Config(32, 4, 64, num_stages=1), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_kv_masked": {2: {64: Config(32, 4, 64, num_stages=2), 127: Config(32, 4, 64, num_stages=1), 128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_kv_grouped": {2: {64: Config(32, 4, 64, num_stages=2), 128: Config(16, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_q": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_q_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
@@ -209,6 +214,7 @@ _BLACKWELL_ATTENTION: dict[str, Table] = _HOPPER_ATTENTION | {
     "forward": {2: _HOPPER_ATTENTION["forward"][2] | {128: Config(64, 4, 64, num_stages=2)}},
     "forward_masked": {2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=1), 256: Config(64, 8, 32, num_stages=2)}},
     "backward_kv": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_kv_masked": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_kv_grouped": {2: {64: Config(64, 8, 64, num_stages=2), 128: Config(32, 8, 64, num_stages=1), 256: Config(32, 8, 32, num_stages=1)}},
 }
 _AMPERE_ATTENTION: dict[str, Table] = {
@@ -263,7 +269,9 @@ TABLES: dict[str, dict[str, Table]] = {
     "gelu_layernorm_backward": _everywhere(_GELU_LAYERNORM_BACKWARD)
     | {"sm_100": _BLACKWELL_GELU_LAYERNORM_BACKWARD}
     | _interpreted(Config(32, 1, None, 1)),
-    "layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
+    "layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN)
+    | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD_UNEVEN}
+    | _interpreted(Config(32, 1, None, 1)),
     "gelu_layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
     "embedding_runs": _everywhere(_EMBEDDING_RUNS) | _interpreted(Config(32, 1, 1024, at_once=8)),
     "embedding_sums_backward": _everywhere(_EMBEDDING_SUMS) | _interpreted(Config(32, 1, 1024, 1, at_once=2)),
