@@ -191,8 +191,10 @@ def _encoder_layer(variant: str) -> Make:
 
 
 def _feed_forward(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
-    """With epilogues where sizes and dtype allow it."""
-    rows, hidden, inner = (5, 32, width or 64) if small else (4099, 768, width or 3072)
+    """With epilogues where the dtype allows it: sizes are filled by whole tiles."""
+    rows, hidden, inner = (5, 128 if width else 32, 64) if small else (4099, 768, 3072)
+    if width:
+        inner = -(-width // 128) * 128
     inputs = feed_forward_inputs.make_inputs(rows, hidden, inner, hidden, dtype)
     names = tuple(inputs)
     inputs["dy"] = torch.randn(rows, hidden, dtype=torch.float64).to(DEVICE, dtype)
