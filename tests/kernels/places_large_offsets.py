@@ -90,7 +90,8 @@ def logits(name: str) -> None:
         given = normal(3, 64).copy_(torch.nn.functional.pad(x, (0, 24)))[:, :40]
         dlosses = far_apart(dlosses, "rows")
     with patch.object(linear_cross_entropy_rows, "padded", lambda n: stride):
-        linear_cross_entropy_rows.launch_rows(given, None, labels, losses, dlosses[:, 0], -100, 0.0, True)
+        targets = linear_cross_entropy_rows.Targets(labels, None, None, -100, 0.0)
+        linear_cross_entropy_rows.launch_rows(given, None, targets, losses, dlosses[:, 0], True)
     found = []
     for dtype in (torch.float16, torch.float64):
         leaf = x.to(dtype).requires_grad_()

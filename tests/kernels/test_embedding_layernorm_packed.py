@@ -113,8 +113,8 @@ def test_opcheck():
     places = torch.tensor([[4, 0, -1], [2, 1, 3]], dtype=torch.int32, device=DEVICE)
     read = options["ids"][None], options["token_type_ids"][None], torch.tensor([[1, 1, 0, 2, 0]], device=DEVICE), places
     dropout = seed_tensor(3), 0, 1, 0.3
-    op = torch.ops.fastbert.embedding_layernorm_backward
-    opcheck(op, dy, *tables, mean, mean.exp(), *read, *dropout, SINGLE, *[True] * 5)
+    given = dy, *tables, mean, mean.exp(), *read, *dropout, SINGLE, *[True] * 5
+    opcheck(torch.ops.fastbert.embedding_layernorm_backward, *given)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
