@@ -181,7 +181,7 @@ def test_linear_cross_entropy_as_it_ships():
 def test_short_is_a_part_of_the_whole():
     records = audit.selected(audit.read(), list(CASES), list(ARCHITECTURES), short=True)
     assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
-    assert len(records) == 3 * (6 * 1 + 2 * 2 + 2 * 3 + 7 + 8)  # ops of one record, of two, of three; embeddings, attention
+    assert len(records) == 3 * (6 * 1 + 3 * 2 + 2 * 3 + 7 + 9)  # ops of one record, of two, of three; embeddings, attention
 
 
 def test_releases_of_triton_compile_alike():
