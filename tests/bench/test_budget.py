@@ -312,13 +312,16 @@ def test_a_run_that_is_killed_leaves_what_it_reached(tmp_path):
 
 def stop_early(folder, reached):
     def begin(timeout):
-        reached.set()
         return Outcome("ok", 0.0, None, [SuiteRecord(3, 0, 0, 0, 1.0, True)])
+
+    def sleep(timeout):
+        reached.set()
+        return isolate.run_command(["sleep", "600"], timeout, {})
 
     isolate.SERVER.begin = lambda: None
     jobs = [
         Job("a", begin, 9.0, 0.0),
-        Job("b", lambda timeout: isolate.run_command(["sleep", "600"], timeout, {}), 900.0, 0.0, until=0.9),
+        Job("b", sleep, 900.0, 0.0, until=0.9),
         Job("c", begin, 9.0, 0.0),
     ]
     try:
