@@ -19,8 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["SHAPES", "Traffic", "of_layer", "table"]
 
 SHAPES = ((32, 128), (16, 512))  # sequences x their length
-# Of ATen's calls that launch something those that a layer makes.
-_MOVING = {"mm", "addmm", "addmm_", "cat", "sum", "randint", "_to_copy", "_foreach_copy_", "add_"}
+# ATen's calls that launch nothing: memory, and other views of it. Any other counts.
+_OF_THE_HOST = {
+    *("empty", "empty_like", "new_empty", "view", "t", "slice", "detach", "unbind", "chunk", "promote_types"),
+    *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"),
+}
 
 
 @dataclass
@@ -48,7 +51,7 @@ class _Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if name in _MOVING:
+        if name not in _OF_THE_HOST:
             self._traffic.add(name, sum(map(_bytes, _tensors((args, kwargs or {}, result)))))
         return result
 

@@ -2,7 +2,8 @@
 where a is the attention of x's projections.
 
 Host time is why: on a fast GPU a layer's kernels are done before Python has called its modules one by one. Here a layer is
-a straight line of 24 launches, forward and backward, of kernels that were bound before (plan.py), in one autograd function.
+a straight line of 24 launches, 25 where sequences are long, of kernels that were bound before (plan.py), in one autograd
+function.
 And some work is only saved in this form: a residual's gradient is added inside a product (6 T H elements of memory traffic),
 and the sums of all vectors' gradients end in one launch. Of 16 T H elements that a layer would keep, 11 are kept: the
 activation's output and the first LayerNorm's are made again by the kernels of the backward that read their inputs anyway, for

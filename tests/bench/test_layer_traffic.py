@@ -1,8 +1,10 @@
 """A layer's launches and bytes, counted on tensors without memory: they do not grow unnoticed."""
 
 import pytest
+import torch
 
 from bench.layer_traffic import SHAPES, of_layer
+from fastbert.kernels.encoder_layer.forward import Inputs
 
 pytestmark = pytest.mark.no_launch
 
@@ -20,6 +22,14 @@ def test_what_a_layer_moves(shape):
     assert launches <= LAUNCHES and sum(traffic.launches[name] for name in PRODUCTS) == 12
     assert moved <= MOST_MB[shape] * 1e6
     assert 50 * tensor < moved - sum(traffic.moved[name] for name in PRODUCTS) <= MOST_TENSORS * tensor
+
+
+def test_a_call_that_nobody_expects_counts(monkeypatch):
+    """A copy of the rows that are read, as one that is made by mistake."""
+    before = of_layer(2, 128)
+    monkeypatch.setattr(Inputs, "masks", lambda self, made=Inputs.masks: (torch.clone(self.x), made(self))[1])
+    after = of_layer(2, 128)
+    assert after.launches["clone"] == 2 and after.total[1] - before.total[1] == 4 * 2 * 128 * 768 * 2
 
 
 def test_what_is_given_twice_counts_twice():
