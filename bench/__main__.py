@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import audit as audits
-from bench import train
-from bench.tables import audit_table, floor_table
+from bench.audit import run as audits
+from bench.audit.tables import audit_table, floor_table
+from bench.train import cli as train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 # Piped output has no width of its own: wide enough that no table wraps.
@@ -68,7 +68,7 @@ def audit(
 @app.command()
 def layer() -> None:
     """What a BERT-base layer in training launches and how many bytes that moves. No GPU needed, nothing runs."""
-    from bench.layer_traffic import table
+    from bench.host.layer_traffic import table
 
     console.print(table())
 
@@ -100,7 +100,7 @@ def _start(dry_run: bool) -> None:
     """Choose the interpreter for a dry run; without one and without a GPU print the floors and exit with 3."""
     import torch
 
-    from bench.no_gpu import explain
+    from bench.audit.no_gpu import explain
 
     if dry_run:
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # what is started from here on sees no GPU
@@ -115,8 +115,10 @@ def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path, commit: s
     A signal that asks for the end stops the job that runs; what was reached is written then too, without the pictures.
     `tests`: a record of tests that have run before.
     """
-    from bench import environment, gpu, isolate, report, schema, stop
-    from bench.records import Results
+    from bench.core import environment, schema, stop
+    from bench.core.records import Results
+    from bench.report import files as report
+    from bench.runner import gpu, isolate
 
     start = time.monotonic()
     with stop.listening():
@@ -138,12 +140,13 @@ def _run(plan: Iterable[Any], dry_run: bool, budget: float, out: Path, commit: s
 
 def _conclude(results: Any) -> int:
     """Say what failed; returns the exit status."""
-    from bench import accepting
+    from bench.runner import accept as accepting
 
     for line in accepting.failures(results):
         console.print(line, highlight=False, soft_wrap=True, markup=False, style="red")
     if any(record.op == "feed_forward" and record.seconds for record in results.ops):
-        from bench import candidates, feed_forward_lanes
+        from bench.ops import feed_forward_lanes
+        from bench.tune import candidates
 
         console.print(feed_forward_lanes.earned_table(results.ops, candidates.architecture_here()))
     reached = [stage for stage in results.stages if stage.status == "ok"]
@@ -160,7 +163,7 @@ def gpu(
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and report.html.")] = Path("bench-out"),
     test_log: Annotated[
         Path | None,
-        typer.Option(help="Of tests that ran before, with `-p bench.pytest_log --test-log FILE`; no others are run."),
+        typer.Option(help="Of tests that ran before, with `-p bench.runner.pytest_log --test-log FILE`; no others are run."),
     ] = None,
     commit: Annotated[str | None, typer.Option(help="What is measured, where the files are no git checkout.")] = None,
     dry_run: DryRun = False,
@@ -170,7 +173,7 @@ def gpu(
     if test_log and not test_log.is_file():
         raise typer.BadParameter(f"--test-log {test_log}: no such file")
     _start(dry_run)
-    from bench import plan, suite
+    from bench.runner import plan, suite
 
     tests = suite.read(test_log) if test_log else None
     jobs = plan.dry_plan() if dry_run else plan.gpu_plan(budget, tests=tests is None)
@@ -194,7 +197,7 @@ def models(
     dry_run: DryRun = False,
 ) -> None:
     """Training steps and inference of whole models, lane by lane."""
-    from bench.selection import SelectionError, model_jobs
+    from bench.runner.selection import SelectionError, model_jobs
 
     try:
         jobs = model_jobs(
@@ -215,7 +218,7 @@ def ops(
     dry_run: DryRun = False,
 ) -> None:
     """Every op beside its peers: the same grid as `pytest bench`, without what the host adds to a call."""
-    from bench.selection import SelectionError, op_jobs
+    from bench.runner.selection import SelectionError, op_jobs
 
     try:
         jobs = op_jobs(op, dtype, dry_run)
@@ -242,14 +245,14 @@ def host(
     if seconds <= 0 or rounds < 1:
         raise typer.BadParameter(f"expected --seconds above 0 and --rounds from 1 on, got {seconds:g} and {rounds}")
     _start(dry_run)
-    from bench import host_command
+    from bench.host import command as host_command
 
     raise typer.Exit(host_command.run(console, only, seconds, rounds, compiled, names, json, check, dry_run))
 
 
 @app.command()
 def tune(
-    kernel: Annotated[list[str], typer.Option(help="A table of kernels/configs.py; may be given again.")] = [],
+    kernel: Annotated[list[str], typer.Option(help="A table of kernels/core/configs.py; may be given again.")] = [],
     dtype: Annotated[list[str], typer.Option(help="bf16, fp16 or fp32.")] = ["bf16"],
     arch: Annotated[str | None, typer.Option(help="Without a GPU: whose candidates to audit.")] = None,
     most: Annotated[int, typer.Option(help="Candidates an entry, the closest to the present one first.")] = 24,
@@ -258,16 +261,17 @@ def tune(
     dry_run: DryRun = False,
 ) -> None:
     """Times the candidate configurations that the audit passes, and prints the best of each entry with its lead."""
-    from bench.selection import SelectionError, tune_jobs
+    from bench.runner.selection import SelectionError, tune_jobs
 
     try:
         jobs = tune_jobs(kernel, dtype, arch, most)
     except SelectionError as error:
         raise typer.BadParameter(str(error)) from None
     _start(dry_run)
-    from bench import environment, schema, tune_tables
-    from bench import gpu as runner
-    from bench.records import Results
+    from bench.core import environment, schema
+    from bench.core.records import Results
+    from bench.report import tune_tables
+    from bench.runner import gpu as runner
 
     results = Results(environment.read(), dry_run=dry_run)
     runner.run(jobs, results, budget, out.parent, console.print, reserve=0.0, name=out.name)
@@ -282,7 +286,8 @@ def accept(
     root: Annotated[Path, typer.Option(help="The checkout whose documents are written.")] = Path(),
 ) -> None:
     """What a GPU gave, into the repository: results, pictures, the tables of README and NOTES; prints what to change."""
-    from bench import accepting, schema
+    from bench.core import schema
+    from bench.runner import accept as accepting
 
     try:
         written, lines = accepting.accept([path / "results.json" if path.is_dir() else path for path in results], root)
@@ -301,8 +306,9 @@ def report(
     write: Documents = [],
 ) -> None:
     """Results as tables, pictures and a page. Without results the marked tables say "not measured"."""
-    from bench import documents, schema
-    from bench import report as reports
+    from bench.core import schema
+    from bench.report import documents
+    from bench.report import files as reports
 
     try:
         found = schema.read_all(results) if results else None

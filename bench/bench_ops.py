@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ops, peers, run_ops, timing
-from bench.check import Checker
 from bench.conftest import GPU
+from bench.core import peers, timing
+from bench.ops import grid as ops
+from bench.ops import run as run_ops
+from bench.ops.check import Checker
 
 ROUNDS, WARM_UP = 50, 5
 CASES = list(ops.cases() if GPU else ops.tiny_cases())

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import optimizers, peers, timing
 from bench.conftest import GPU
-from tests.numerics import assert_close
+from bench.core import peers, timing
+from bench.ops import optimizers
+from fastbert.testing.numerics import assert_close
 
 ROUNDS, WARM_UP = 50, 5
 

@@ -11,7 +11,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     torch.set_num_threads(1)
 
-    from fastbert.interpreter import hurry
+    from fastbert.testing.interpreter import hurry
 
     hurry()
 

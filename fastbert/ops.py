@@ -28,19 +28,19 @@ def check_triton() -> None:
 
 try:
     check_triton()
-    from fastbert.kernels import failures
     from fastbert.kernels.attention import attention, bounds_of
-    from fastbert.kernels.attention_checks import MAX_HEAD_SIZE
+    from fastbert.kernels.attention.checks import MAX_HEAD_SIZE
     from fastbert.kernels.bias_gelu import bias_gelu
+    from fastbert.kernels.core import failures
+    from fastbert.kernels.core.failures import KernelFailed
+    from fastbert.kernels.core.launch import INTERPRETED, MAX_WIDTH
     from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
     from fastbert.kernels.embedding_layernorm import embed, embedding_layernorm
     from fastbert.kernels.encoder_layer import KERNELS as LAYER_KERNELS
     from fastbert.kernels.encoder_layer import Layout, Settings, Twins, Weights
     from fastbert.kernels.encoder_layer import unchecked as encoder_layer
-    from fastbert.kernels.failures import KernelFailed
     from fastbert.kernels.gather_rows import gather_rows
     from fastbert.kernels.gelu_layernorm import gelu_layernorm
-    from fastbert.kernels.launch import INTERPRETED, MAX_WIDTH
     from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
     from fastbert.kernels.packed_rows import packed_rows
     from fastbert.kernels.row_counts import row_counts

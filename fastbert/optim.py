@@ -219,7 +219,7 @@ class AdamW(torch.optim.AdamW):
 
     def _step_fast(self, found: list[tuple]) -> None:
         from fastbert.kernels.adamw import adamw
-        from fastbert.kernels.adamw_table import Parameter, Tables
+        from fastbert.kernels.adamw.tables import Parameter, Tables
 
         amsgrad = [group["amsgrad"] for group in self.param_groups]
         parameters = [
@@ -244,7 +244,7 @@ class AdamW(torch.optim.AdamW):
         adamw(parameters, self._hyperparameters(), **self._scaling(), tables=tables)
 
     def _hyperparameters(self) -> list[Any]:
-        from fastbert.kernels.adamw_table import Hyperparameters
+        from fastbert.kernels.adamw.tables import Hyperparameters
 
         return [
             Hyperparameters(group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
@@ -306,7 +306,7 @@ class AdamW(torch.optim.AdamW):
 
 def _columns(params: list[Tensor], grads: list[Tensor], states: list[Any], owners: list[int], amsgrad: list[bool]) -> Any:
     """What steps, by columns; `owners` are indices into `amsgrad`."""
-    from fastbert.kernels.adamw_table import Columns
+    from fastbert.kernels.adamw.tables import Columns
 
     exp_avg = [state["exp_avg"] for state in states]
     exp_avg_sq = [state["exp_avg_sq"] for state in states]

@@ -350,9 +350,7 @@ def _error(tensor: Tensor, reference: Tensor) -> float:
     return _scale(tensor.to(reference.dtype) - reference)
 
 
-def _first_divergence(
-    model: nn.Module, batch: Mapping[str, Any], patch_keywords: dict[str, Any], widened: bool
-) -> str | None:
+def _first_divergence(model: nn.Module, batch: Mapping[str, Any], patch_keywords: dict[str, Any], widened: bool) -> str | None:
     """The first module, in the order of their calls, whose output differs though its inputs' modules agree.
 
     What is inside a layer is looked at where the layer differs: it then runs module by module, and may not differ.
@@ -412,4 +410,3 @@ def _last_gradient(gradients: tuple[Comparison, ...]) -> str | None:
     """The module nearest to the loss whose parameter's gradient differs: backward reaches it first."""
     wrong = [c.name for c in gradients if not c.ok]
     return f"{wrong[-1].rpartition('.')[0]} (in the backward)" if wrong else None
-

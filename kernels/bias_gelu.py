@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plain
-from .device_math import activation as activate
-from .device_math import activation_backward, block_rows, tile_offsets
-from .failures import or_plain
-from .launch import (
+from .core import plain
+from .core.device_math import activation as activate
+from .core.device_math import activation_backward, block_rows, tile_offsets
+from .core.failures import or_plain
+from .core.launch import (
     Work,
     accumulator,
     accumulator_torch,

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plain
-from .device_math import (
+from .core import plain
+from .core.device_math import (
     beside_chunks,
     block_rows,
     columns,
@@ -31,8 +31,8 @@ from .device_math import (
     sums_of_columns,
     tile_offsets,
 )
-from .failures import or_plain
-from .launch import (
+from .core.failures import or_plain
+from .core.launch import (
     Work,
     accumulator,
     accumulator_torch,

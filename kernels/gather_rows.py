@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plain
-from .device_math import block_rows, tile_offsets
-from .failures import or_plain
-from .launch import cdiv, check_device, check_dtype, choose, differentiable, launch, needs_backward
+from .core import plain
+from .core.device_math import block_rows, tile_offsets
+from .core.failures import or_plain
+from .core.launch import cdiv, check_device, check_dtype, choose, differentiable, launch, needs_backward
 
 __all__ = ["gather_rows"]
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import column_sums, plain
-from .device_math import activation as activate
-from .device_math import (
+from .core import column_sums, plain
+from .core.device_math import activation as activate
+from .core.device_math import (
     activation_backward,
     beside_chunks,
     block_rows,
@@ -28,8 +28,8 @@ from .device_math import (
     sums_of_columns,
     tile_offsets,
 )
-from .failures import or_plain
-from .launch import (
+from .core.failures import or_plain
+from .core.launch import (
     accumulator,
     accumulator_torch,
     as_rows,

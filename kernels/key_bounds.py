@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .failures import or_plain
-from .launch import choose, launch
+from .core.failures import or_plain
+from .core.launch import choose, launch
 
 __all__ = ["key_bounds"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .adamw_table import Hyperparameters, Parameter, Tables
+    from .adamw.tables import Hyperparameters, Parameter, Tables
 
 ACTIVATIONS = {
     "gelu": F.gelu,

@@ -35,7 +35,7 @@ settings.load_profile("fastbert")
 def pytest_configure(config: pytest.Config) -> None:
     if not GPU and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
         # Not in a process that only hands tests out to others: importing transformers takes ten seconds.
-        from fastbert.interpreter import hurry
+        from fastbert.testing.interpreter import hurry
         from tests.interpreter import check_overflows
 
         hurry()
@@ -79,8 +79,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def no_stand_in() -> None:
     """A kernel that fails raises; tests/faults, where plain PyTorch stands in for it, says otherwise."""
-    if "fastbert.kernels.failures" in sys.modules:
-        sys.modules["fastbert.kernels.failures"].strict = True
+    if "fastbert.kernels.core.failures" in sys.modules:
+        sys.modules["fastbert.kernels.core.failures"].strict = True
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def seeded() -> None:
 @pytest.fixture
 def launches() -> Callable[[], Counter[str]]:
     """A function that says which kernels were launched since the test began, and how often."""
-    from fastbert.kernels.launch import counts
+    from fastbert.kernels.core.launch import counts
 
     before = counts.copy()
     return lambda: counts - before

@@ -2,7 +2,7 @@
 
     python -m tests.interpreter_cases
 
-prints it as the interpreter comes; tests/test_interpreter.py compares it with what `fastbert.interpreter` makes of it.
+prints it as the interpreter comes; tests/test_interpreter.py compares it with what `fastbert.testing.interpreter` makes of it.
 """
 
 import json

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, BertModel, RobertaConfig, RobertaModel
 
 import fastbert
-from fastbert.cli import main
-from fastbert.source import Source
-from fastbert.tasks import TASKS
+from fastbert.cli.commands import main
+from fastbert.cli.source import Source
+from fastbert.cli.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +71,7 @@ def small_model(tmp_path_factory) -> Path:
 
 
 def _small_source() -> Source:
-    from fastbert import source as module
+    from fastbert.cli import source as module
 
     lines = module._read_lines(None)
     tokenizer = module.word_tokenizer(lines)
@@ -99,7 +99,7 @@ def test_verify_trained_model_on_own_text(tmp_path, answered):
 
 
 def test_verify_without_the_trained_model_says_so(monkeypatch):
-    monkeypatch.setattr("fastbert.source._TRAINED", "no_such_package")
+    monkeypatch.setattr("fastbert.cli.source._TRAINED", "no_such_package")
     source = Source.open(None, None)
     assert "small random" in source.name
     model, batch = source.load("mlm", torch.float32, torch.device("cpu"), 2, 24)
@@ -239,12 +239,12 @@ def test_a_release_without_one_of_the_classes(refused, answered, monkeypatch):
     """Its task is left out, and named when it is asked for."""
     from transformers.models.bert import modeling_bert
 
-    import fastbert.tasks
+    import fastbert.cli.tasks
 
     names = list(TASKS)
     with monkeypatch.context() as older:
         older.delattr(modeling_bert, "BertForNextSentencePrediction")
-        reloaded = runpy.run_path(fastbert.tasks.__file__)
+        reloaded = runpy.run_path(fastbert.cli.tasks.__file__)
     assert list(reloaded["TASKS"]) == [name for name in names if name != "nsp"]
     monkeypatch.delitem(TASKS, "nsp")
     assert "--task nsp: transformers" in (error := refused("verify", "--task", "nsp"))

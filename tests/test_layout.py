@@ -14,41 +14,11 @@ import pytest
 
 from tests.packaging.environments import ROOT, source_files
 
-# Files of kernels/ that hold no op of their own.
-SUPPORT = {
-    "adamw_table",
-    "attention_backward",
-    "attention_backward_q",
-    "attention_backward_short",
-    "attention_checks",
-    "attention_forward",
-    "attention_tiles",
-    "bound",
-    "column_sums",
-    "configs",
-    "device_math",
-    "embedding_gradients",
-    "embedding_ids",
-    "embedding_rows",
-    "embedding_sums",
-    "failures",
-    "feed_forward_products",
-    "kept",
-    "launch",
-    "linear_cross_entropy_chunks",
-    "linear_cross_entropy_rows",
-    "plain",
-    "plain_attention",
-    "plain_dropout",
-    "reference",
-    "tensor_forms",
-}
-
 
 def complaints(root: Path) -> list[str]:
     """What is missing of each op under `root`: kernel, reference, test, benchmark entry."""
     found = []
-    cases = audit_cases(root / "bench" / "cases.py")
+    cases = audit_cases(root / "bench" / "audit" / "cases.py")
     for op, path, reference in ops(root / "kernels"):
         name, name_of_reference = path.relative_to(root), reference.relative_to(root)
         public = functions(path).get(op)
@@ -62,18 +32,27 @@ def complaints(root: Path) -> list[str]:
         if not (root / "tests" / "kernels" / f"test_{op}.py").is_file():
             found.append(f"tests/kernels/test_{op}.py: missing")
         if op not in cases:
-            found.append(f"bench/cases.py: no entry for {op} in CASES")
+            found.append(f"bench/audit/cases.py: no entry for {op} in CASES")
     return found
 
 
 def ops(kernels: Path) -> list[tuple[str, Path, Path]]:
-    """Each op, the file of its public function and that of its reference. An op of several files is a folder."""
-    files = [path for path in sorted(kernels.glob("*.py")) if path.stem not in SUPPORT]
-    folders = sorted(path.parent for path in kernels.glob("*/__init__.py"))
+    """Each op, the file of its public function and that of its reference. What is in kernels/ is an op: a file, or a folder
+    whose __init__ is that file; but for core/, and the references of all ops that have none in their folder."""
+    shared = kernels / "reference.py"
+    files = [path for path in sorted(kernels.glob("*.py")) if path != shared]
+    folders = sorted(path.parent for path in kernels.glob("*/__init__.py") if path.parent.name != "core")
+    own = {folder: folder / "reference.py" for folder in folders}
     return [
-        *((path.stem, path, kernels / "reference.py") for path in files),
-        *((folder.name, folder / "__init__.py", folder / "reference.py") for folder in folders),
+        *((path.stem, path, shared) for path in files),
+        *((folder.name, folder / "__init__.py", own[folder] if own[folder].is_file() else shared) for folder in folders),
     ]
+
+
+def test_of(root: Path, op: str, path: Path) -> Path:
+    """Where an op's first test stands: beside the others, or in a folder that is its sources' mirror."""
+    tests = root / "tests" / "kernels"
+    return (tests / op if path.name == "__init__.py" else tests) / f"test_{op}.py"
 
 
 def functions(path: Path) -> dict[str, ast.FunctionDef]:
@@ -146,10 +125,10 @@ def remove_a_test(root: Path) -> None:
     [
         (add_a_kernel_alone, "kernels/reference.py: no function twice"),
         (add_a_kernel_alone, "tests/kernels/test_twice.py: missing"),
-        (add_a_kernel_alone, "bench/cases.py: no entry for twice"),
-        (add_a_folder_alone, "kernels/thrice/reference.py: no function thrice"),
-        (add_a_folder_alone, "tests/kernels/test_thrice.py: missing"),
-        (add_a_folder_alone, "bench/cases.py: no entry for thrice"),
+        (add_a_kernel_alone, "bench/audit/cases.py: no entry for twice"),
+        (add_a_folder_alone, "kernels/reference.py: no function thrice"),
+        (add_a_folder_alone, "tests/kernels/thrice/test_thrice.py: missing"),
+        (add_a_folder_alone, "bench/audit/cases.py: no entry for thrice"),
         (
             edit("kernels/encoder_layer/__init__.py", '__all__ = ["encoder_layer"]', ""),
             "kernels/encoder_layer/__init__.py: its only export",
@@ -169,7 +148,7 @@ def remove_a_test(root: Path) -> None:
             "kernels/reference.py: bias_gelu does not",
         ),
         (edit("kernels/reference.py", "1e-12", "1e-5"), "kernels/reference.py: gelu_layernorm does not"),
-        (edit("bench/cases.py", '"bias_gelu"', '"bias_relu"'), "bench/cases.py: no entry for bias_gelu"),
+        (edit("bench/audit/cases.py", '"bias_gelu"', '"bias_relu"'), "bench/audit/cases.py: no entry for bias_gelu"),
     ],
 )
 def test_a_missing_place_is_noticed(change: Callable[[Path], object], noticed: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbert.numerics import Comparison, compare
-from tests.numerics import assert_close
+from fastbert.testing.numerics import assert_close
 
 NAN, INF = math.nan, math.inf
 

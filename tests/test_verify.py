@@ -116,9 +116,7 @@ def test_missing_gradient_is_a_difference(monkeypatch):
 
     monkeypatch.setattr(ops, "encoder_layer", forgetful)
     result = fastbert.verify(classifier(), labelled())
-    assert [c.name for c in result.gradients if not c.ok] == [
-        f"bert.encoder.layer.{i}.intermediate.dense.bias" for i in (0, 1)
-    ]
+    assert [c.name for c in result.gradients if not c.ok] == [f"bert.encoder.layer.{i}.intermediate.dense.bias" for i in (0, 1)]
     assert "only the eager model has it" in str(result)
 
 
@@ -175,9 +173,7 @@ def fixed():
 def snapshot(model: nn.Module):
     parameters = {n: (id(p), p.sum().item(), None if p.grad is None else id(p.grad)) for n, p in model.named_parameters()}
     gradients = {n: p.grad.sum().item() for n, p in model.named_parameters() if p.grad is not None}
-    modules = {
-        n: (type(m), m.training, len(m._forward_hooks), getattr(m, "p", None)) for n, m in model.named_modules()
-    }
+    modules = {n: (type(m), m.training, len(m._forward_hooks), getattr(m, "p", None)) for n, m in model.named_modules()}
     return parameters, gradients, modules, model.config._attn_implementation
 
 

@@ -199,9 +199,7 @@ def mask_reason(mask: Tensor | None) -> str | None:
     return "a mask that requires a gradient" if mask.requires_grad else None
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, p: float
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, p: float) -> Tensor:
     """The kernel on [batch, seq, heads, head size] views, with a mask in any form that the twin or a caller makes."""
     q_length, kv_length = q.shape[1], k.shape[1]
     general = mask is not None and mask.dim() == 4

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import ops
 from fastbert.dispatch import hooked, is_plain, is_plain_tensor
-from fastbert.kernels.tensor_forms import Forms
+from fastbert.kernels.adamw.tensor_forms import Forms
 from fastbert.layers import attention, intermediate, residual_norm, stock
 from fastbert.layers.parts import kernel_activation
 

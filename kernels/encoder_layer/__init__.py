@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import failures, feed_forward_products
 from ..attention import bounds_of
-from ..failures import KernelFailed
-from ..launch import check_unbatched, links, needs_backward, not_twice
+from ..core import failures
+from ..core.failures import KernelFailed
+from ..core.launch import check_unbatched, links, needs_backward, not_twice
+from ..feed_forward import products as feed_forward_products
 from . import plain
 from .backward import Gradients, Vectors, backward
 from .checks import check

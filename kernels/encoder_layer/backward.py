@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import unsafe_split_with_sizes as split  # gradients are no views, whatever is done to one of them
 
-from ..bound import Place, addressing
+from ..core.bound import Place, addressing
 from .forward import Inputs, Saved, columns, seed_places
 from .plan import Plan
 from .products import add_product, product

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..attention_checks import check_inputs, check_masks
-from ..launch import MAX_WIDTH, check_activation, check_device, check_dtype
+from ..attention.checks import check_inputs, check_masks
+from ..core.launch import MAX_WIDTH, check_activation, check_device, check_dtype
 from .settings import Layout, Settings, Weights
 
 

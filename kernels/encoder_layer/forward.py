@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, empty_like
 from torch.nn.functional import linear
 
-from ..bound import Place, addressing, by_address
+from ..core.bound import Place, addressing, by_address
 from ..gather_rows import gather_rows
 from .plan import Plan
 from .products import Products, products_of

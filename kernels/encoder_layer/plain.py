@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..launch import accumulator_torch
-from ..plain_dropout import keep_mask, keep_scores
+from ..core.launch import accumulator_torch
+from ..core.plain_dropout import keep_mask, keep_scores
 from .forward import Inputs
 from .plan import Plan
 from .reference import encoder_layer

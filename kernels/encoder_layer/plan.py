@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
-from .. import attention, bias_gelu, column_sums, dropout_add_layernorm, failures, feed_forward_products
-from ..bound import Bound, Room, by_address, streams
-from ..failures import KernelFailed
-from ..feed_forward_products import GRADIENT, PRODUCT
-from ..launch import Work, accumulator_torch
+from .. import attention, bias_gelu, dropout_add_layernorm
+from ..core import column_sums, failures
+from ..core.bound import Bound, Room, by_address, streams
+from ..core.failures import KernelFailed
+from ..core.launch import Work, accumulator_torch
+from ..feed_forward import products as feed_forward_products
+from ..feed_forward.products import GRADIENT, PRODUCT
 from .settings import Call, Settings
 
 PLANS = 256  # kept, the least recently used dropped first; a plan is a few KiB

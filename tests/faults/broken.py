@@ -77,5 +77,3 @@ def break_kernels(
                 found.add(name)
     assert found == broken.keys(), broken.keys() - found
     return broken
-
-

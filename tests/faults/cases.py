@@ -15,9 +15,9 @@ from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.gelu_layernorm import gelu_layernorm
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
-from tests.kernels.attention import drawn_keep
-from tests.kernels.ops import DEVICE, Inputs, double, drawn_mask, run, seed_tensor
-from tests.numerics import assert_close
+from fastbert.testing.attention import drawn_keep
+from fastbert.testing.numerics import assert_close
+from fastbert.testing.rows import DEVICE, Inputs, double, drawn_mask, run, seed_tensor
 
 ROWS, WIDTH, CLASSES = 5, 24, 7
 SEED = 1234

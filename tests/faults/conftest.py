@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastbert.kernels import failures
+from fastbert.kernels.core import failures
 from fastbert.kernels.encoder_layer import plan
 
 

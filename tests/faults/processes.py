@@ -14,7 +14,7 @@ from pathlib import Path
 
 import triton
 from bench import compile
-from bench.cases import CASES
+from bench.audit.cases import CASES
 from fastbert.kernels import failures, launch
 
 variant = next(iter(CASES["gather_rows"].variants()))

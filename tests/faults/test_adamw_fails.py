@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from fastbert.kernels import failures
+from fastbert.kernels.core import failures
 from tests.optim.stepping import assert_same, give_gradients, make_params, pair, params_of, run
 
 from .broken import break_kernels

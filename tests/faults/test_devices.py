@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fastbert
 from fastbert.kernels.adamw import adamw
-from fastbert.kernels.adamw_table import Hyperparameters, Parameter
-from tests.kernels.ops import DEVICE, seed_tensor
-from tests.models.running import counting
+from fastbert.kernels.adamw.tables import Hyperparameters, Parameter
+from fastbert.testing.models import counting
+from fastbert.testing.rows import DEVICE, seed_tensor
 from tests.models.tiny import BASE, MLM, make, make_batch
 
 from .cases import NAMES, WITH_DROPOUT, cases

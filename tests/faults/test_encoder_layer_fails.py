@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fastbert.kernels import failures
+from fastbert.kernels.core import failures
 from fastbert.kernels.encoder_layer import KERNELS, Settings, encoder_layer, reference
-from tests.kernels.encoder_layer import assert_right, direct, flat, kept, make_inputs, seeds, together
-from tests.kernels.ops import DEVICE, double, run
+from fastbert.testing.encoder_layer import assert_right, direct, flat, kept, make_inputs, seeds, together
+from fastbert.testing.rows import DEVICE, double, run
 
 from .broken import ERRORS, break_kernels
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fastbert.kernels import failures
+from fastbert.kernels.core import failures
+from fastbert.kernels.core.launch import INTERPRETED, counts
 from fastbert.kernels.encoder_layer import Settings, encoder_layer, plan
 from fastbert.kernels.feed_forward import feed_forward
-from fastbert.kernels.feed_forward_products import KERNELS, decided
-from fastbert.kernels.launch import INTERPRETED, counts
-from tests.kernels.encoder_layer import flat, make_inputs, seeds
-from tests.kernels.feed_forward import AFTER, small_tiles
-from tests.kernels.feed_forward import make_inputs as make_op_inputs
-from tests.kernels.ops import DEVICE, run
+from fastbert.kernels.feed_forward.products import KERNELS, decided
+from fastbert.testing.encoder_layer import flat, make_inputs, seeds
+from fastbert.testing.feed_forward import AFTER, small_tiles
+from fastbert.testing.feed_forward import make_inputs as make_op_inputs
+from fastbert.testing.rows import DEVICE, run
 
 from .broken import ERRORS, break_kernels
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from triton.runtime.errors import InterpreterError
 
-from fastbert.kernels import failures
+from fastbert.kernels.core import failures
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
-from tests.kernels.linear_cross_entropy import chunks_of
+from fastbert.testing.linear_cross_entropy import chunks_of
 
 from .broken import ERRORS, break_kernels
 from .cases import NAMES, WITH_DROPOUT, cases

@@ -8,9 +8,9 @@ import torch
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from fastbert.kernels import failures
+from fastbert.kernels.core import failures
 from fastbert.kernels.encoder_layer import KERNELS as LAYER
-from tests.models.running import KERNELS, assert_equal, doubled, launches_of, run
+from fastbert.testing.models import KERNELS, assert_equal, doubled, launches_of, run
 from tests.models.tiny import MLM, make, make_batch
 
 from .broken import break_kernels

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fastbert
-from tests.models.running import assert_equal, counting, doubled, run
+from fastbert.testing.models import assert_equal, counting, doubled, run
+from fastbert.testing.numerics import assert_close
 from tests.models.tiny import BASE, make, make_batch
-from tests.numerics import assert_close
 
 from .cases import cases
 

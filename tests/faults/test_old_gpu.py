@@ -7,7 +7,7 @@ import torch
 
 import fastbert
 from fastbert import dispatch
-from tests.models.running import assert_bitwise, run
+from fastbert.testing.models import assert_bitwise, run
 from tests.models.tiny import MLM, make, make_batch
 from tests.optim.stepping import pair
 from tests.optim.stepping import run as run_steps

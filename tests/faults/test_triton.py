@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import triton
 
-from fastbert import cli, ops
-from fastbert.kernels import failures
+from fastbert import ops
+from fastbert.cli import commands as cli
+from fastbert.kernels.core import failures
 
 from .broken import break_kernels
 from .cases import cases
@@ -58,7 +59,7 @@ def test_missing(monkeypatch):
 @pytest.mark.parametrize("how", ["missing", "too old"])
 def test_a_model_trains_without(how, tmp_path):
     """Stock to the bit, AdamW as torch's, and the reason in report and in `fastbert env`."""
-    hidden = 'sys.modules["triton"] = None' if how == "missing" else 'metadata.version = older'
+    hidden = 'sys.modules["triton"] = None' if how == "missing" else "metadata.version = older"
     program = f"""
 import sys
 from importlib import metadata
@@ -66,7 +67,7 @@ version = metadata.version
 older = lambda package: "3.1.0" if package == "triton" else version(package)
 {hidden}
 from tests.faults.without_triton import check
-check("{'too old' if how == 'too old' else 'triton'}")
+check("{"too old" if how == "too old" else "triton"}")
 """
     process = start(program, cache=tmp_path)
     out, err = process.communicate()

@@ -6,7 +6,7 @@ import torch
 
 import fastbert
 from fastbert import dispatch, ops
-from fastbert.cli import environment
+from fastbert.cli.commands import environment
 
 
 def check(word: str) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.kernels.launch import ACTIVATIONS
-
-from .ops import BIAS_GELU, DROPOUT_ADD_LAYERNORM, Op
+from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.testing.rows import BIAS_GELU, DROPOUT_ADD_LAYERNORM, Op
 
 WIDTHS = (1, 37, 312, 768, 1023, 1024, 1500, 8192)
 ROWS = (0, 1, 2, 5, 17, 63, 64, 65, 127, 128, 129, 257)

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    from fastbert.kernels.launch import counts
+    from fastbert.kernels.core.launch import counts
 
     before = counts.total()
     outcome = yield

@@ -8,9 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
+from fastbert.testing.rows import DEVICE, OPS, check, make_inputs
 from tests import conftest  # noqa: F401  (chooses the interpreter before triton is imported)
-
-from .ops import DEVICE, OPS, check, make_inputs
 
 SHORT, STRIDE = 40, 2**30 + 24  # the third row, or column, begins past 2**31
 

@@ -1,6 +1,6 @@
 """Every kernel's offsets in 64 bits, read off what Triton makes of it: `python -m tests.kernels.lint_offsets [--all]`.
 
-Each case of bench/cases.py is launched as the audit launches it, on tensors of more than 2**31 elements that take no
+Each case of bench/audit/cases.py is launched as the audit launches it, on tensors of more than 2**31 elements that take no
 memory and with every stride as long as 32 bits hold, lowered to Triton's IR for sm_90 and searched by ranges.py. A line of
 JSON a kernel: its name, the variant and what was found; without --all only of variants that differ in more than their dtype
 and width. In a process of its own: under the interpreter nothing compiles.
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from triton._C.libtriton import ir
 
-from bench import cases
-from bench.compile import Launch, compile_launch, record
-from fastbert.kernels.configs import Config
+from bench.audit import cases
+from bench.audit.compile import Launch, compile_launch, record
+from fastbert.kernels.core.configs import Config
 from tests.kernels.ranges import wrapped_offsets
 
 ARCHITECTURE = "sm_90"

@@ -6,17 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.kernels.configs import Config
-from fastbert.kernels.device_math import keep_mask, tile_offsets
-from fastbert.kernels.launch import launch
-
-from .ops import DEVICE, seed_tensor
+from fastbert.kernels.core.configs import Config
+from fastbert.kernels.core.device_math import keep_mask, tile_offsets
+from fastbert.kernels.core.launch import launch
+from fastbert.testing.rows import DEVICE, seed_tensor
 
 
 @triton.jit
-def keep_mask_kernel(
-    seed_ptr, keep_ptr, first_row, N_COLS: tl.constexpr, P_DROP: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def keep_mask_kernel(seed_ptr, keep_ptr, first_row, N_COLS: tl.constexpr, P_DROP: tl.constexpr, BLOCK_M: tl.constexpr):
     here = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, N_COLS)
     keep = keep_mask(tl.load(seed_ptr), (here.to(tl.int64) + first_row)[:, None], cols[None, :], P_DROP)

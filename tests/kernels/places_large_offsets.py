@@ -12,18 +12,21 @@ import torch
 from tests import conftest  # noqa: F401  (chooses the interpreter before triton is imported)
 
 # isort: split
-from fastbert.kernels import linear_cross_entropy_rows, reference
+from fastbert.kernels import reference
 from fastbert.kernels.adamw import _launch
-from fastbert.kernels.adamw_table import Parameter, Tables
+from fastbert.kernels.adamw.tables import Parameter, Tables
+from fastbert.kernels.core.launch import INTERPRETED
 from fastbert.kernels.key_bounds import key_bounds
-from fastbert.kernels.launch import INTERPRETED
+from fastbert.kernels.linear_cross_entropy import rows as linear_cross_entropy_rows
 from fastbert.kernels.packed_rows import packed_rows
 from fastbert.kernels.row_counts import row_counts
-from tests.numerics import assert_close
+from fastbert.testing.numerics import assert_close
+from fastbert.testing.rows import DEVICE
 
-from . import test_adamw, test_embedding_layernorm, test_gather_rows
+from . import test_gather_rows
+from .adamw import test_adamw
+from .embedding_layernorm import test_embedding_layernorm
 from .large_offsets import STRIDE, far_apart, leave_storages_where_they_are
-from .ops import DEVICE
 
 LAYOUTS = {"rows": (3, 40), "columns": (40, 3)}
 
@@ -45,9 +48,7 @@ def gather_rows(layout: str, name: str) -> None:
 def embedding_layernorm(layout: str, name: str) -> None:
     """words: the table, or the rows themselves where there are no ids."""
     n_rows, width = LAYOUTS[layout]
-    inputs, options = test_embedding_layernorm.make(
-        (n_rows,), width, torch.float16, embeds=name == "embeds", vocabulary=n_rows
-    )
+    inputs, options = test_embedding_layernorm.make((n_rows,), width, torch.float16, embeds=name == "embeds", vocabulary=n_rows)
     dy = normal(n_rows, width)
     if name == "dy":
         dy = far_apart(dy, layout)

@@ -1,10 +1,11 @@
 """Every kernel at every kind of its int arguments: `python -m tests.kernels.sweep_specialisations [--all]`.
 
 Triton compiles a kernel anew for an int that is 1, which it makes a constant, for one that 16 divides and for any other: one
-that compiles for every model seen so far may not for one of one head. Each case of bench/cases.py is launched as the audit
-launches it, with its ints changed, and lowered to Triton's IR for sm_90. A line of JSON a launch: the kernel, the variant,
-the ints that are told apart so, how often it was lowered, and the changes with which it could not be. Without --all only
-variants that differ in more than their dtype and width, and after the first of a kernel's only 1, of one int in four by itself.
+that compiles for every model seen so far may not for one of one head. Each case of bench/audit/cases.py is launched as the
+audit launches it, with its ints changed, and lowered to Triton's IR for sm_90. A line of JSON a launch: the kernel, the
+variant, the ints that are told apart so, how often it was lowered, and the changes with which it could not be. Without --all
+only variants that differ in more than their dtype and width, and after the first of a kernel's only 1, of one int in four by
+itself.
 In a process of its own: under the interpreter nothing compiles.
 """
 
@@ -19,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.compile import Launch, compile_launch
-from fastbert.kernels.configs import Config
+from bench.audit.compile import Launch, compile_launch
+from fastbert.kernels.core.configs import Config
 from tests.kernels.lint_offsets import ARCHITECTURE, launches, lower
 
 KINDS = (1, 16, 17)

@@ -8,9 +8,8 @@ other tests.
 import pytest
 import torch
 
-from fastbert.kernels.launch import INTERPRETED
-
-from .ops import BIAS_GELU, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, make_inputs, run
+from fastbert.kernels.core.launch import INTERPRETED
+from fastbert.testing.rows import BIAS_GELU, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, make_inputs, run
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="about the interpreter; compiled kernels: test_gpu.py")
 

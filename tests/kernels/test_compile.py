@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, OPS, make_inputs, run, seed_tensor
+from fastbert.testing.rows import (
+    BIAS_GELU,
+    DEVICE,
+    DROPOUT_ADD_LAYERNORM,
+    GELU_LAYERNORM,
+    OPS,
+    make_inputs,
+    run,
+    seed_tensor,
+)
 
 CASES = [
     (DROPOUT_ADD_LAYERNORM, {"p": 0.0}, (), torch.float32),

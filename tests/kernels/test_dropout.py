@@ -5,11 +5,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.kernels import dropout_add_layernorm as module
-from fastbert.kernels.configs import TABLES, Config
+from fastbert.kernels.core.configs import TABLES, Config
 from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
+from fastbert.testing.rows import DEVICE, DROPOUT_ADD_LAYERNORM, drawn_mask, make_inputs, run, seed_tensor
 
 from .layouts import sliced, transposed
-from .ops import DEVICE, DROPOUT_ADD_LAYERNORM, drawn_mask, make_inputs, run, seed_tensor
 
 OP = DROPOUT_ADD_LAYERNORM
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
+from fastbert.testing.rows import DEVICE, DROPOUT_ADD_LAYERNORM, check, make_inputs, run, seed_tensor
 
 from .cases import DTYPES, ROWS, dtype_name, matrix, subsets
-from .ops import DEVICE, DROPOUT_ADD_LAYERNORM, check, make_inputs, run, seed_tensor
 
 OP = DROPOUT_ADD_LAYERNORM
 NAMES = ("x", "residual", "weight", "bias", "x_bias")

@@ -5,10 +5,19 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from fastbert.kernels.launch import ACTIVATIONS
+from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.testing.rows import (
+    BIAS_GELU,
+    DEVICE,
+    DROPOUT_ADD_LAYERNORM,
+    GELU_LAYERNORM,
+    OPS,
+    check,
+    make_inputs,
+    seed_tensor,
+)
 
 from .layouts import LAYOUTS
-from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, OPS, check, make_inputs, seed_tensor
 
 # Narrower rows have gradients that are almost all cancellation, in eager as well; gradcheck covers those.
 WIDTHS = st.one_of(st.integers(16, 130), st.sampled_from([255, 256, 257, 1023]))

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from fastbert.kernels import reference
+from fastbert.kernels.core.launch import recording
 from fastbert.kernels.gather_rows import gather_rows
-from fastbert.kernels.launch import recording
+from fastbert.testing.rows import DEVICE
 
 from .layouts import LAYOUTS, guarded
 from .opchecking import opcheck
-from .ops import DEVICE
 from .test_memory import guards_of, poisoned_outputs
 
 DTYPES = [torch.float64, torch.float32, torch.float16]

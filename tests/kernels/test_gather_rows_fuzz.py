@@ -6,10 +6,10 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 from fastbert.kernels.gather_rows import gather_rows
+from fastbert.testing.rows import DEVICE
 
+from .attention.test_memory import fenced
 from .layouts import LAYOUTS, expanded, guarded, sliced
-from .ops import DEVICE
-from .test_attention_memory import fenced
 from .test_gather_rows import DTYPES, check, indices
 from .test_memory import guards_of, poisoned_outputs
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbert.kernels.core.launch import ACTIVATIONS, recording
 from fastbert.kernels.gelu_layernorm import gelu_layernorm
-from fastbert.kernels.launch import ACTIVATIONS, recording
+from fastbert.testing.rows import DEVICE, GELU_LAYERNORM, check, make_inputs, run
 
 from .cases import DTYPES, ROWS, dtype_name, matrix, subsets
-from .ops import DEVICE, GELU_LAYERNORM, check, make_inputs, run
 
 OP = GELU_LAYERNORM
 NAMES = ("x", "weight", "bias", "x_bias")

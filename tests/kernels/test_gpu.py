@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fastbert.kernels.launch import ACTIVATIONS
+from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, seed_tensor
 
 from .cases import dtype_name
 from .layouts import LAYOUTS
-from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, seed_tensor
 
 pytestmark = pytest.mark.gpu
 

@@ -6,11 +6,10 @@ The calls come from one table, and every op of the benchmarks has to be in it.
 import pytest
 import torch
 
-from bench.cases import CASES
+from bench.audit.cases import CASES
+from fastbert.testing.rows import DEVICE, INTERPRETED
+from fastbert.testing.specs import CALLS, Call, Tensors
 from tests.gpu import captured, no_synchronisation, on_a_late_stream
-
-from .calls import CALLS, Call, Tensors
-from .ops import DEVICE, INTERPRETED
 
 BF16 = torch.bfloat16
 EVERY_CALL = pytest.mark.parametrize("call", CALLS, ids=str)

@@ -1,4 +1,4 @@
-"""Every configuration that ships, within the bound: each entry of the tables in kernels/configs.py, on this GPU.
+"""Every configuration that ships, within the bound: each entry of the tables in kernels/core/configs.py, on this GPU.
 
 Entries for an older architecture run here too, as they would run on one; those for a newer one may not fit this GPU's
 shared memory and are skipped.
@@ -11,27 +11,19 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bench.cases import CASES
-from fastbert.kernels import configs, launch
+from bench.audit.cases import CASES
 from fastbert.kernels.attention import Geometry
-from fastbert.kernels.configs import ARCHITECTURES, TABLES
-from fastbert.kernels.launch import recording
+from fastbert.kernels.core import configs, launch
+from fastbert.kernels.core.configs import ARCHITECTURES, TABLES
+from fastbert.kernels.core.launch import recording
+from fastbert.testing import attention, encoder_layer, feed_forward, linear_cross_entropy
+from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, check, make_inputs
+from fastbert.testing.specs import CALLS, Call
 
-from . import (
-    attention,
-    encoder_layer,
-    feed_forward,
-    linear_cross_entropy,
-    test_adamw,
-    test_embedding_layernorm,
-    test_gather_rows,
-    test_key_bounds,
-    test_packed_rows,
-    test_row_counts,
-)
-from .calls import CALLS, Call
+from . import test_gather_rows, test_key_bounds, test_packed_rows, test_row_counts
+from .adamw import test_adamw
 from .cases import dtype_name
-from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, check, make_inputs
+from .embedding_layernorm import test_embedding_layernorm
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _LAYERNORM = ("layernorm_forward", "layernorm_backward")

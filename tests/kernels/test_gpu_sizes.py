@@ -6,27 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import CASES
+from bench.audit.cases import CASES
 from fastbert.kernels import reference
 from fastbert.kernels.adamw import adamw
-from fastbert.kernels.adamw_table import Hyperparameters, Parameter
+from fastbert.kernels.adamw.tables import Hyperparameters, Parameter
 from fastbert.kernels.attention import attention
+from fastbert.kernels.core.plain_dropout import keep_scores
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.encoder_layer import Settings, encoder_layer
 from fastbert.kernels.feed_forward import feed_forward
-from fastbert.kernels.feed_forward_products import decided
+from fastbert.kernels.feed_forward.products import decided
 from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from fastbert.kernels.packed_rows import packed_rows
-from fastbert.kernels.plain_dropout import keep_scores
 from fastbert.kernels.row_counts import row_counts
-from tests.numerics import assert_close
-
-from . import encoder_layer as layer
-from . import feed_forward as feed_forward_inputs
-from . import linear_cross_entropy as cross_entropy
-from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, run
+from fastbert.testing import encoder_layer as layer
+from fastbert.testing import feed_forward as feed_forward_inputs
+from fastbert.testing import linear_cross_entropy as cross_entropy
+from fastbert.testing.numerics import assert_close
+from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, run
 
 PAST = 2**31
 GROUPS = [Hyperparameters(lr=0.1)]  # of a step that shows in bfloat16

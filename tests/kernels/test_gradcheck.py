@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from fastbert.kernels.launch import ACTIVATIONS
+from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.testing.rows import BIAS_GELU, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, OPS, make_inputs, seed_tensor
 
 from .layouts import expanded, sliced, transposed
-from .ops import BIAS_GELU, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, OPS, make_inputs, seed_tensor
 
 SMALL, WIDE, DEEP = (2, 4), (2, 37), (2, 2, 6)
 

@@ -7,10 +7,10 @@ import torch
 
 from fastbert.kernels import reference
 from fastbert.kernels.key_bounds import key_bounds
+from fastbert.testing.rows import DEVICE
 
+from .attention.test_memory import fenced
 from .opchecking import opcheck
-from .ops import DEVICE
-from .test_attention_memory import fenced
 
 KERNEL = "key_bounds_kernel"
 LENGTHS = (0, 1, 2, 5, 1023, 1024, 1025, 3000)  # of keys; a program takes 1024 at once

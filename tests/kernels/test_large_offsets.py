@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from bench.cases import CASES
-from fastbert.kernels.launch import INTERPRETED
-
-from .ops import OPS
+from bench.audit.cases import CASES
+from fastbert.kernels.core.launch import INTERPRETED
+from fastbert.testing.rows import OPS
 
 pytestmark = pytest.mark.no_launch  # launched in a process of its own, and counted there
 

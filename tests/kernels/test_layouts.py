@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from fastbert.testing.rows import DEVICE, DROPOUT_ADD_LAYERNORM, OPS, assert_same, check, make_inputs, run, seed_tensor
+
 from .layouts import LAYOUTS, contiguous, offset, sliced, transposed
-from .ops import DEVICE, DROPOUT_ADD_LAYERNORM, OPS, assert_same, check, make_inputs, run, seed_tensor
 
 
 def fixed_options(op):

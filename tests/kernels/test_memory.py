@@ -5,8 +5,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from fastbert.testing.rows import DEVICE, DROPOUT_ADD_LAYERNORM, OPS, assert_same, make_inputs, run, seed_tensor
+
 from .layouts import expanded, guarded, sliced
-from .ops import DEVICE, DROPOUT_ADD_LAYERNORM, OPS, assert_same, make_inputs, run, seed_tensor
 
 SHAPES = [(1, 1), (1, 37), (5, 48), (33, 37), (65, 100), (2, 1023), (3, 1500)]
 DTYPES = [torch.float32, torch.float16]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, OPS, make_inputs, run
+
 from .layouts import guarded
-from .ops import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, OPS, make_inputs, run
 
 ROW_RESULTS = ("y", "dx", "dresidual")
 BAD = [torch.nan, torch.inf, -torch.inf]

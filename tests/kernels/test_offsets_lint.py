@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.audit import compiling_environment
-from bench.cases import CASES
+from bench.audit.cases import CASES
+from bench.audit.run import compiling_environment
 
 from .ranges import wrapped_offsets
 

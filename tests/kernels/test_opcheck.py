@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastbert.testing.rows import DEVICE, seed_tensor
+
 from .layouts import contiguous, expanded, sliced, transposed
 from .opchecking import opcheck, registered
-from .ops import DEVICE, seed_tensor
 
 LAYOUTS = [contiguous, sliced, expanded, transposed]
 OPS = torch.ops.fastbert
@@ -131,7 +132,7 @@ def checked(source: str) -> Iterator[str]:
 
 @pytest.mark.no_launch
 def test_every_op_is_checked_somewhere():
-    found = {name for path in Path(__file__).parent.glob("test_*.py") for name in checked(path.read_text())}
+    found = {name for path in Path(__file__).parent.rglob("test_*.py") for name in checked(path.read_text())}
     assert found == registered()
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from fastbert.kernels import reference
 from fastbert.kernels.packed_rows import packed_rows
 from fastbert.kernels.row_counts import row_counts
+from fastbert.testing.rows import DEVICE
 
 from .opchecking import opcheck
-from .ops import DEVICE
 from .test_key_bounds import VIEWS
 from .test_memory import guards_of, poisoned_outputs
 

@@ -5,9 +5,9 @@ import torch
 
 from fastbert.kernels import reference
 from fastbert.kernels.row_counts import row_counts
+from fastbert.testing.rows import DEVICE
 
 from .opchecking import opcheck
-from .ops import DEVICE
 from .test_key_bounds import VIEWS
 
 KERNEL = "row_counts_kernel"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.audit import compiling_environment
-from bench.cases import CASES
+from bench.audit.cases import CASES
+from bench.audit.run import compiling_environment
 
 from .test_offsets_lint import kernels
 

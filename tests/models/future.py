@@ -110,7 +110,7 @@ def main(names: str) -> None:
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertLMHeadModel
 
     import fastbert
-    from fastbert.kernels.launch import counts
+    from fastbert.kernels.core.launch import counts
 
     torch.manual_seed(0)
     ids = torch.randint(1, 60, (2, 8))

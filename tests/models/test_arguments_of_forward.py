@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastbert
-from tests.models.running import check, expected_launches
+from fastbert.testing.models import check, expected_launches
 from tests.models.tiny import BASE, CLM, HEADS, LENGTH, MLM, ROWS, make, make_batch
 
 

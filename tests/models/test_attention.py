@@ -12,7 +12,7 @@ from transformers import BertModel, EncoderDecoderModel, RobertaConfig, RobertaM
 import fastbert
 from fastbert import ops
 from fastbert.layers.projection import project
-from tests.models.running import check, counting
+from fastbert.testing.models import check, counting
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, config, make, make_batch
 
 

@@ -8,8 +8,7 @@ from transformers.models.bert import modeling_bert as bert
 
 import fastbert
 from fastbert.layers.masks import HandedMask
-from tests.kernels.ops import DEVICE
-from tests.models.running import (
+from fastbert.testing.models import (
     KERNELS,
     assert_bitwise,
     assert_equal,
@@ -19,6 +18,7 @@ from tests.models.running import (
     expected_launches,
     run,
 )
+from fastbert.testing.rows import DEVICE
 from tests.models.tiny import KINDS, MLM, make, make_batch
 
 

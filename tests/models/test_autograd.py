@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.kernels import failures
-from tests.models.running import assert_bitwise, assert_equal, check, doubled, gradients, run
+from fastbert.kernels.core import failures
+from fastbert.testing.models import assert_bitwise, assert_equal, check, doubled, gradients, run
 from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fastbert
-from tests.models.running import assert_equal, counting, doubled, expected_launches, run
+from fastbert.testing.models import assert_equal, counting, doubled, expected_launches, run
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, make, make_batch
 
 

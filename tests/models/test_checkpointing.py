@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastbert
-from tests.models.running import assert_bitwise, check, counting, expected_launches, run
+from fastbert.testing.models import assert_bitwise, check, counting, expected_launches, run
 from tests.models.tiny import CLM, MLM, make, make_batch
 
 

@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import fastbert
-from fastbert.kernels.launch import recording
-from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
+from fastbert.kernels.core.launch import recording
+from fastbert.testing.models import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
 from tests.models.tiny import CLASSIFICATION, CLM, KINDS, LENGTH, make, make_batch
 
 NINE = [kind for i, kind in enumerate(KINDS) if kind.cls not in {other.cls for other in KINDS[:i]}]

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastbert
-from fastbert.interpreter import hurry
+from fastbert.testing.interpreter import hurry
 from tests.models.tiny import CLASSIFICATION, MLM, make, make_batch
 
 WORLD = 2
@@ -69,8 +69,8 @@ def assert_gradients(found, kind=MLM):
 
 
 def assert_launched(forward, kind=MLM):
-    from fastbert.kernels.launch import counts
-    from tests.models.running import expected_launches, of_layers
+    from fastbert.kernels.core.launch import counts
+    from fastbert.testing.models import expected_launches, of_layers
 
     assert of_layers(counts) == expected_launches(make(kind), forward=forward, backward=1), counts
 
@@ -160,7 +160,7 @@ def test_two_processes(work, on_two_processes):
 
 
 def ddp_fsdp_and_the_optimizer(rank):
-    from fastbert.kernels.launch import counts
+    from fastbert.kernels.core.launch import counts
     from tests.optim.test_distributed import sharded
 
     accelerate = [partial(by_accelerate, version=version) for version in (1, 2)]

@@ -9,8 +9,8 @@ from torch import nn
 import fastbert
 from fastbert.kernels import embedding_layernorm
 from fastbert.layers.masks import HandedMask
-from tests.kernels.ops import DEVICE, drawn_mask
-from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
+from fastbert.testing.models import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
+from fastbert.testing.rows import DEVICE, drawn_mask
 from tests.models.tiny import MLM, make, make_batch
 
 P = 0.4

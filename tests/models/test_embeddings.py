@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastbert
-from tests.models.running import check, counting, expected_launches, launches_of, run
+from fastbert.testing.models import check, counting, expected_launches, launches_of, run
 from tests.models.tiny import BASE, CLM, DEVICE, LENGTH, MLM, ROWS, VOCABULARY, make, make_batch
 
 OP = "embedding_layernorm"
@@ -21,7 +21,7 @@ def of_tables(launched):
 
 
 def step(model, **changes):
-    from fastbert.kernels.launch import counts
+    from fastbert.kernels.core.launch import counts
 
     before = counts.copy()
     results = run(fastbert.patch(copy.deepcopy(model)), make_batch() | changes)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastbert
-from tests.models.running import check, run
+from fastbert.testing.models import check, run
 from tests.models.tiny import CLM, KINDS, LENGTH, MASKS, MLM, ROWS, Kind, make, make_batch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}

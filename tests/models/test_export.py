@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastbert
-from tests.models.running import assert_equal, counting, doubled, expected_launches, run
+from fastbert.testing.models import assert_equal, counting, doubled, expected_launches, run
 from tests.models.test_compile import NINE
 from tests.models.tiny import BASE, CLM, LENGTH, make, make_batch
 

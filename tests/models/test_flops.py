@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import fastbert
-from tests.models.running import run
+from fastbert.testing.models import run
 from tests.models.tiny import CLASSIFICATION, MLM, ROWS, VOCABULARY, make, make_batch
 
 # What torch's own table lacks.

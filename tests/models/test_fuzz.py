@@ -12,7 +12,7 @@ from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 
 import fastbert
-from tests.models.running import assert_equal, doubled, run
+from fastbert.testing.models import assert_equal, doubled, run
 from tests.models.tiny import KINDS, make, make_batch
 
 WIDTHS = [(16, 1), (24, 2), (40, 2), (48, 3), (9, 1)]

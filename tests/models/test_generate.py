@@ -8,7 +8,7 @@ import torch
 from transformers import BertModel, EncoderDecoderModel
 
 import fastbert
-from tests.models.running import check, counting, expected_launches, run
+from fastbert.testing.models import check, counting, expected_launches, run
 from tests.models.tiny import BASE, CLM, LENGTH, MLM, ROWS, make, make_batch
 
 NEW_TOKENS = 5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastbert
-from tests.models.running import (
+from fastbert.testing.models import (
     assert_bitwise,
     assert_equal,
     assert_no_fallback,

@@ -12,9 +12,9 @@ import torch
 from torch.amp import GradScaler
 
 import fastbert
+from fastbert.testing.models import assert_bitwise, counting
+from fastbert.testing.rows import DEVICE
 from tests.gpu import captured, peak_bytes
-from tests.kernels.ops import DEVICE
-from tests.models.running import assert_bitwise, counting
 from tests.models.tiny import BASE, CLASSIFICATION, MLM, config, make, make_batch
 from tests.packaging.environments import ROOT
 

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert.kernels import linear_cross_entropy as loss
-from fastbert.kernels import linear_cross_entropy_chunks
-from fastbert.kernels.launch import recording
+from fastbert.kernels.core.launch import recording
+from fastbert.kernels.linear_cross_entropy import chunked as linear_cross_entropy_chunks
 from fastbert.layers import mlm_heads
 from fastbert.layers.counts import Room
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 
 from .tiny import MLM, make
 

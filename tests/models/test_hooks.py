@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastbert
-from tests.models.running import assert_equal, check, counting, doubled, expected_launches, launches_of, run
+from fastbert.testing.models import assert_equal, check, counting, doubled, expected_launches, launches_of, run
 from tests.models.tiny import BASE, CLASSIFICATION, ROWS, make, make_batch
 
 LAYER = "bert.encoder.layer.0."

@@ -14,7 +14,7 @@ from triton.runtime.interpreter import GridExecutor
 import fastbert
 from fastbert import ops
 from fastbert.kernels import embedding_layernorm
-from fastbert.kernels.launch import counts
+from fastbert.kernels.core.launch import counts
 from fastbert.layers.counts import Given
 from fastbert.layers.packing import Packing
 from fastbert.layers.plan import packing_of

@@ -14,8 +14,8 @@ from transformers.models.bert import modeling_bert as bert
 
 import fastbert
 from fastbert import ops
+from fastbert.testing.models import assert_bitwise, assert_equal, doubled, run
 from tests.models.layer_changes import CHANGES
-from tests.models.running import assert_bitwise, assert_equal, doubled, run
 from tests.models.tiny import BASE, make, make_batch
 
 INSIDE = (

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import GridExecutor
 
 import fastbert
 from fastbert.kernels import encoder_layer
-from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
+from fastbert.testing.models import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
 from tests.models.test_layer import layer_row, rows
 from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 

@@ -9,12 +9,12 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import fastbert
-from fastbert.kernels.launch import recording
+from fastbert.kernels.core.launch import recording
 from fastbert.layers.counts import Given
 from fastbert.layers.packing import rows_of, side_by_side
 from fastbert.layers.plan import packing_of
 from fastbert.layers.reading import Reading
-from tests.models.running import assert_equal, counting, doubled, run
+from fastbert.testing.models import assert_equal, counting, doubled, run
 from tests.models.tiny import BASE, CLASSIFICATION, DEVICE, KINDS, LENGTH, MLM, ROWS, VOCABULARY, make, make_batch
 
 CHOICE = next(kind for kind in KINDS if kind.name == "multiple-choice")
@@ -269,9 +269,7 @@ def test_what_the_collator_counts():
     assert causal["read_lengths"] == (batch["labels"][:, 1:] != -100).sum(1).tolist()
     model = fastbert.patch(make(MLM).train(), mlm_logits="none")
     batch = batch_of(MLM)
-    torch.testing.assert_close(
-        model(**fastbert.LengthsCollator(lambda _: dict(batch))([])).loss, make(MLM)(**batch).loss
-    )
+    torch.testing.assert_close(model(**fastbert.LengthsCollator(lambda _: dict(batch))([])).loss, make(MLM)(**batch).loss)
 
 
 def test_the_readme_s_snippet():

@@ -8,7 +8,7 @@ import torch
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from tests.models.running import assert_bitwise, assert_equal, doubled, gradients, run
+from fastbert.testing.models import assert_bitwise, assert_equal, doubled, gradients, run
 from tests.models.tiny import BASE, HEADS, LENGTH, ROWS, make, make_batch
 
 

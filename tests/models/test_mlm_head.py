@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import fastbert
-from tests.models.running import assert_equal, counting, doubled, rows_in_products, run
+from fastbert.testing.models import assert_equal, counting, doubled, rows_in_products, run
 from tests.models.tiny import CLM, DEVICE, KINDS, LENGTH, MLM, ROWS, VOCABULARY, make, make_batch
 
 PRETRAINING = next(kind for kind in KINDS if kind.name == "pretraining")

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from tests.models.running import assert_equal, check, counting, doubled, expected_launches, run
+from fastbert.testing.models import assert_equal, check, counting, doubled, expected_launches, run
 from tests.models.test_hooks import LAYER, without_one, without_outputs
 from tests.models.tiny import make, make_batch
 

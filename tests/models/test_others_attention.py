@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from tests.models.running import assert_equal, counting, doubled, run
+from fastbert.testing.models import assert_equal, counting, doubled, run
 from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 
 

@@ -9,7 +9,7 @@ from transformers.models.bert import modeling_bert
 
 import fastbert
 from fastbert.layers import embeddings as layer
-from tests.models.running import assert_bitwise, assert_equal, counting, doubled, run
+from fastbert.testing.models import assert_bitwise, assert_equal, counting, doubled, run
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, DEVICE, LENGTH, MLM, ROWS, make, make_batch
 
 IDS = "embedding_layernorm_ids_kernel"
@@ -259,7 +259,8 @@ def test_every_call_is_counted_once():
 
 
 def test_a_kernel_that_fails_is_stood_in_for(monkeypatch):
-    from fastbert.kernels import embedding_ids, failures
+    from fastbert.kernels.core import failures
+    from fastbert.kernels.embedding_layernorm import ids as embedding_ids
 
     def failing(*args, **kwargs):
         raise failures.KernelFailed(IDS, "for a test")

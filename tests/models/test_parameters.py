@@ -1,6 +1,5 @@
 """Parameters: tied, resized, frozen in every pattern; activations, epsilons and widths that a config can name."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import fastbert
-from tests.models.running import check, counting, expected_launches, launches_of, run
+from fastbert.testing.models import check, counting, expected_launches, launches_of, run
 from tests.models.tiny import CLASSIFICATION, KINDS, MLM, VOCABULARY, make, make_batch
 
 PRETRAINING = next(kind for kind in KINDS if kind.name == "pretraining")

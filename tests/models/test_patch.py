@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from tests.models.running import KERNELS, MLM_HEADS, POOLED, assert_bitwise, check, counting, expected_launches, run
+from fastbert.testing.models import KERNELS, MLM_HEADS, POOLED, assert_bitwise, check, counting, expected_launches, run
 from tests.models.tiny import KINDS, MLM, config, make, make_batch
 
 

@@ -9,7 +9,7 @@ from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, Rober
 
 import fastbert
 from fastbert.patch import _say_disabled
-from tests.models.running import counting, expected_launches, run
+from fastbert.testing.models import counting, expected_launches, run
 from tests.models.test_patch import classes, contents
 from tests.models.tiny import CLASSIFICATION, MLM, make, make_batch
 

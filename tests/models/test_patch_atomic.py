@@ -8,7 +8,7 @@ from transformers.models.bert import modeling_bert as bert
 
 import fastbert
 from fastbert import registry
-from tests.models.running import counting, expected_launches, run
+from fastbert.testing.models import counting, expected_launches, run
 from tests.models.test_patch import classes, contents
 from tests.models.tiny import make, make_batch
 

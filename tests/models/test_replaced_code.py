@@ -11,7 +11,7 @@ from transformers.models.bert import modeling_bert as bert
 
 import fastbert
 from fastbert import forwards
-from tests.models.running import assert_equal, counting, doubled, run
+from fastbert.testing.models import assert_equal, counting, doubled, run
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, LENGTH, MLM, make, make_batch
 
 # A module of each class that is patched, or rested on, and the kernel that its forward then keeps from running.

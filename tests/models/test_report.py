@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastbert
-from tests.models.running import run
+from fastbert.testing.models import run
 from tests.models.tiny import MLM, make, make_batch
 
 FORWARD_ONLY = {"backward": False}

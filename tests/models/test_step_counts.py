@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastbert
-from fastbert.kernels import embedding_layernorm, tensor_forms
+from fastbert.kernels import embedding_layernorm
+from fastbert.kernels.adamw import tensor_forms
 from fastbert.kernels.encoder_layer import products
 from tests.models.test_launches_outside_layers import interpreter_unseen, launching
 from tests.models.tiny import CLASSIFICATION, DEVICE, MLM, make, make_batch

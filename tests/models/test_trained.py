@@ -8,8 +8,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, BertForMaskedLM, BertModel
 
 import fastbert
-from tests.kernels.ops import DEVICE
-from tests.models.running import check, counting, expected_launches
+from fastbert.testing.models import check, counting, expected_launches
+from fastbert.testing.rows import DEVICE
 
 LINES = [
     "The ferry left the harbour before sunrise, and nobody on deck said a word.",

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import fastbert
-from tests.kernels.ops import DEVICE
-from tests.models.running import counting, expected_launches
+from fastbert.testing.models import counting, expected_launches
+from fastbert.testing.rows import DEVICE
 from tests.models.test_patch import classes
 from tests.models.tiny import CLASSIFICATION, MLM, make, make_batch
 

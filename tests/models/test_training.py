@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastbert
-from tests.models.running import counting, expected_launches
+from fastbert.testing.models import counting, expected_launches
 from tests.models.tiny import MLM, make, make_batch
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import fastbert
-from tests.models.running import assert_bitwise, counting, expected_launches, run
+from fastbert.testing.models import assert_bitwise, counting, expected_launches, run
 from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastbert
-from tests.models.running import assert_bitwise, assert_equal, counting, doubled, rows_in_products, run
+from fastbert.testing.models import assert_bitwise, assert_equal, counting, doubled, rows_in_products, run
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, LENGTH, ROWS, make, make_batch
 
 FIRST = ("next-sentence", "regression", "single-label", "multi-label", "multiple-choice")

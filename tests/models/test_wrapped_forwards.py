@@ -9,7 +9,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import fastbert
-from tests.models.running import assert_bitwise, assert_no_fallback, run
+from fastbert.testing.models import assert_bitwise, assert_no_fallback, run
 from tests.models.tiny import CLASSIFICATION, CLM, MLM, make, make_batch
 
 PARTS = (

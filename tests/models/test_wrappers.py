@@ -10,8 +10,8 @@ from torch import nn
 from transformers import pipeline
 
 import fastbert
-from fastbert.tasks import word_tokenizer
-from tests.models.running import assert_bitwise, assert_equal, counting, doubled, expected_launches, launches_of, run
+from fastbert.cli.tasks import word_tokenizer
+from fastbert.testing.models import assert_bitwise, assert_equal, counting, doubled, expected_launches, launches_of, run
 from tests.models.test_patch import classes
 from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as bert
 
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 
 VOCABULARY = 61
 ROWS = 2

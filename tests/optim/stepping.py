@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastbert
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 
 SHAPES = [(33, 5), (18,), ()]
 TOLERANCE = 1e-6  # of float32, over 100 steps

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.amp import GradScaler
 
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 
 from .stepping import assert_same, give_gradients, pair, params_of
 

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 
 from .graph import Graph
 from .stepping import assert_same, give_gradients, make_params, pair, params_of
@@ -65,7 +65,7 @@ def test_captures_in_a_row(arguments, monkeypatch):
 
 def test_a_tensor_rate_reaches_a_graph(monkeypatch):
     """A tensor on a device is read at each replay."""
-    from fastbert.kernels import adamw_table
+    from fastbert.kernels.adamw import tables as adamw_table
 
     monkeypatch.setattr(adamw_table, "_on_device", lambda value: isinstance(value, torch.Tensor))
     lr = torch.tensor(1e-2)

@@ -25,7 +25,7 @@ def stock():
 
 
 def sharded(rank):
-    from fastbert.kernels.launch import counts
+    from fastbert.kernels.core.launch import counts
 
     model = make(MLM).cpu()
     for layer in model.bert.encoder.layer:

@@ -9,7 +9,7 @@ import torch
 from torch.amp import GradScaler
 
 import fastbert
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 
 from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert.kernels import adamw as kernels
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 
 from .stepping import assert_same, give_gradients, make_params, pair, params_of, run
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import fastbert
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 from tests.models.test_trainer import examples
 from tests.models.tiny import CLASSIFICATION, make, make_batch
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 import fastbert
 from fastbert.integrations.trainer import ReportCallback
-from tests.kernels.ops import DEVICE
+from fastbert.testing.rows import DEVICE
 from tests.models.test_trainer import assert_same_weights, examples
 from tests.models.tiny import CLASSIFICATION, make
 

@@ -5,7 +5,7 @@ import torch
 from transformers import get_scheduler
 
 import fastbert
-from tests.models.running import counting
+from fastbert.testing.models import counting
 from tests.models.tiny import BASE, CLASSIFICATION, KINDS, make, make_batch
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}

@@ -25,7 +25,7 @@ import kernels
 import torch
 
 import fastbert
-import fastbert.kernels.launch
+import fastbert.kernels.core.launch
 
 config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 model = fastbert.patch(BertForMaskedLM(config))

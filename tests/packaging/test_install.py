@@ -58,7 +58,7 @@ def modules(tree: Path) -> list[str]:
 
 def probe(environment: Environment, tree: Path, cwd: Path) -> dict:
     found = json.loads(environment.run("-c", PROBE, *modules(tree), cwd=cwd))
-    for name in ("kernels/launch.py", "layers/__init__.py", "py.typed"):
+    for name in ("kernels/core/launch.py", "layers/__init__.py", "py.typed"):
         assert (Path(found["folder"]) / name).is_file(), name
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from bench.audit import WHOLE
+from bench.audit.run import WHOLE
 from tests.releases import overlay
 
 ROOT = Path(__file__).parents[2]

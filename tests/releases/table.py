@@ -6,7 +6,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from bench.markdown import table
+from bench.report.markdown import table
 from tests.releases.matrix import Record
 
 MARKED = re.compile(r"(<!-- releases -->\n).*?(<!-- /releases -->)", re.DOTALL)

@@ -4,19 +4,19 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-TESTS = "tests/kernels/test_attention.py"
-MASKS = "tests/kernels/test_attention_masks.py"
+TESTS = "tests/kernels/attention/test_attention.py"
+MASKS = "tests/kernels/attention/test_masks.py"
 BOUNDS = "tests/kernels/test_key_bounds.py"
 PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
 CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
-DROPOUT = "tests/kernels/test_attention_dropout.py"
-PACKED = "tests/kernels/test_attention_packed.py"
-GROUPED = "tests/kernels/test_attention_grouped.py"
-ALIGNMENT = "tests/kernels/test_attention_alignment.py"
+DROPOUT = "tests/kernels/attention/test_dropout.py"
+PACKED = "tests/kernels/attention/test_packed.py"
+GROUPED = "tests/kernels/attention/test_grouped.py"
+ALIGNMENT = "tests/kernels/attention/test_alignment.py"
 
-_op = partial(Fault, file="kernels/attention.py", op="attention")
-_forward = partial(Fault, file="kernels/attention_forward.py", op="attention")
-_tiles = partial(Fault, file="kernels/attention_tiles.py", op="attention")
+_op = partial(Fault, file="kernels/attention/__init__.py", op="attention")
+_forward = partial(Fault, file="kernels/attention/forward.py", op="attention")
+_tiles = partial(Fault, file="kernels/attention/tiles.py", op="attention")
 
 FAULTS = (
     _tiles(
@@ -78,7 +78,7 @@ FAULTS = (
         "offsets of rows are 32 bits wide",
         before="rows.to(tl.int64)[:, None] * row_stride",
         after="rows.to(tl.int32)[:, None] * row_stride",
-        tests=("tests/kernels/test_attention_offsets.py::test_elements_far_apart[q-1]", "-m", "long"),
+        tests=("tests/kernels/attention/test_offsets.py::test_elements_far_apart[q-1]", "-m", "long"),
     ),
     _tiles(
         "every head drops the same probabilities",
@@ -86,7 +86,7 @@ FAULTS = (
         after="head = (rows * 0).to(tl.uint32)",
         tests=(
             f"{DROPOUT}::test_heads_are_numbered_through_the_batch",
-            "tests/kernels/test_attention_dropout_statistics.py::test_heads_are_uncorrelated",
+            "tests/kernels/attention/test_dropout_statistics.py::test_heads_are_uncorrelated",
         ),
     ),
     _tiles(
@@ -95,7 +95,7 @@ FAULTS = (
         after="group = ((keys & 7) | ((keys >> 4) << 3)) + (first_key * 0)",
         tests=(
             f"{DROPOUT}::test_the_mask_depends_on_query_and_key_alone",
-            "tests/kernels/test_attention_dropout_statistics.py::test_far_queries_and_keys_are_uncorrelated",
+            "tests/kernels/attention/test_dropout_statistics.py::test_far_queries_and_keys_are_uncorrelated",
         ),
     ),
     _forward(
@@ -138,7 +138,7 @@ FAULTS = (
         "values are read by the strides of the keys",
         before="_strides(q), _strides(k), _strides(v), None",
         after="_strides(q), _strides(k), _strides(k), None",
-        tests=("tests/kernels/test_attention_layouts.py", "-k", "test_four_strides and float64"),
+        tests=("tests/kernels/attention/test_layouts.py", "-k", "test_four_strides and float64"),
     ),
     _forward(
         "a group's heads read the keys of another group",

@@ -4,15 +4,15 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-TESTS = "tests/kernels/test_attention.py"
-MASKS = "tests/kernels/test_attention_masks.py"
+TESTS = "tests/kernels/attention/test_attention.py"
+MASKS = "tests/kernels/attention/test_masks.py"
 PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
 CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
-DROPOUT = "tests/kernels/test_attention_dropout.py"
-GROUPED = "tests/kernels/test_attention_grouped.py"
+DROPOUT = "tests/kernels/attention/test_dropout.py"
+GROUPED = "tests/kernels/attention/test_grouped.py"
 
-_keys = partial(Fault, file="kernels/attention_backward.py", op="attention")
-_queries = partial(Fault, file="kernels/attention_backward_q.py", op="attention")
+_keys = partial(Fault, file="kernels/attention/backward_kv.py", op="attention")
+_queries = partial(Fault, file="kernels/attention/backward_q.py", op="attention")
 
 FAULTS = (
     _queries(
@@ -26,7 +26,7 @@ FAULTS = (
         "delta is summed before dropout",
         before="P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta +=",
         after="0.0, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta +=",
-        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+        tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
     ),
     _queries(
         "dq is made with the key mask of the first sequence",
@@ -56,7 +56,7 @@ FAULTS = (
         "dk has no delta of the last rows of a block that is not full",
         before="store_queries(queries_ptr + here * 4, rows, seqlen_q,",
         after="store_queries(queries_ptr + here * 4, rows, seqlen_q // 16 * 16,",
-        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+        tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
     ),
     _keys(
         "the last head of a group is left out of dk and dv",
@@ -80,19 +80,19 @@ FAULTS = (
         "a dropped weight that is not finite spoils the gradients of values",
         before="dropped = tl.where(keep, weights, 0.0)",
         after="dropped = weights * keep.to(ACC)",
-        tests=("tests/kernels/test_attention_metamorphic.py", "-k", "test_what_is_not_finite_spoils and q"),
+        tests=("tests/kernels/attention/test_metamorphic.py", "-k", "test_what_is_not_finite_spoils and q"),
     ),
     _keys(
         "dk is not rescaled for what dropout keeps",
         before="dk *= SCALE * KEEP_SCALE",
         after="dk *= SCALE",
-        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+        tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
     ),
     _queries(
         "dk's delta is rescaled twice for what dropout keeps",
         before="logsumexp, share, delta * (1.0 - P_DROP), row_key)",
         after="logsumexp, share, delta, row_key)",
-        tests=("tests/kernels/test_attention_gradcheck.py::test_element_by_element",),
+        tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
     ),
     _keys(
         "dk is scaled twice",

@@ -4,9 +4,9 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-TESTS = "tests/kernels/test_attention_short.py"
+TESTS = "tests/kernels/attention/test_short.py"
 
-_short = partial(Fault, file="kernels/attention_backward_short.py", op="attention")
+_short = partial(Fault, file="kernels/attention/backward_short.py", op="attention")
 
 FAULTS = (
     _short(
@@ -101,7 +101,7 @@ FAULTS = (
     ),
     Fault(
         "sequences of 129 take the kernel for short ones",
-        file="kernels/launch.py",
+        file="kernels/core/launch.py",
         before="for limit in LENGTHS if limit >= length)\n    return",
         after="for limit in LENGTHS if limit >= length - 1)\n    return",
         tests=(TESTS, "-k", "test_other_calls_take_the_kernels_of_any_length and longer"),

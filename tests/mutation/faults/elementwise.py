@@ -8,9 +8,9 @@ BIAS_GELU = "tests/kernels/test_bias_gelu.py"
 GATHER = "tests/kernels/test_gather_rows.py"
 
 _gelu = partial(Fault, file="kernels/bias_gelu.py", op="bias_gelu")
-_maths = partial(Fault, file="kernels/device_math.py", op="bias_gelu")
+_maths = partial(Fault, file="kernels/core/device_math.py", op="bias_gelu")
 _gather = partial(Fault, file="kernels/gather_rows.py", op="gather_rows")
-_launch = partial(Fault, file="kernels/launch.py")
+_launch = partial(Fault, file="kernels/core/launch.py")
 
 FAULTS = (
     _maths(
@@ -73,7 +73,7 @@ FAULTS = (
         "a coefficient of the 16-bit gelu is off by one percent",
         before="0.215696782",
         after="0.217853750",
-        tests=("tests/kernels/test_device_math.py::test_the_normal_distribution_of_16_bit_types",),
+        tests=("tests/kernels/core/test_device_math.py::test_the_normal_distribution_of_16_bit_types",),
     ),
     _gather(
         "the backward gathers by the forward's index",
@@ -132,12 +132,12 @@ FAULTS = (
         "a width takes the row of the table above its own",
         before="if limit >= width), max(by_width))]",
         after="if limit > width), max(by_width))]",
-        tests=("tests/kernels/test_launch.py::test_a_width_takes_the_first_row_that_holds_it",),
+        tests=("tests/kernels/core/test_launch.py::test_a_width_takes_the_first_row_that_holds_it",),
     ),
     _launch(
         "float64 is summed in float32",
         before="return torch.float64 if dtype == torch.float64 else torch.float32",
         after="return torch.float32",
-        tests=("tests/kernels/test_launch.py::test_only_float64_is_summed_in_float64",),
+        tests=("tests/kernels/core/test_launch.py::test_only_float64_is_summed_in_float64",),
     ),
 )

@@ -4,16 +4,16 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-TESTS = "tests/kernels/test_embedding_layernorm.py"
-PACKED = "tests/kernels/test_embedding_layernorm_packed.py"
+TESTS = "tests/kernels/embedding_layernorm/test_embedding_layernorm.py"
+PACKED = "tests/kernels/embedding_layernorm/test_packed.py"
 MODEL = "tests/models/test_embeddings.py"
 PACKED_MODEL = "tests/models/test_packed_embeddings.py"
 
-_op = partial(Fault, file="kernels/embedding_layernorm.py", op="embedding_layernorm")
-_rows = partial(Fault, file="kernels/embedding_rows.py", op="embedding_layernorm")
-_runs = partial(Fault, file="kernels/embedding_gradients.py", op="embedding_layernorm")
-_sums = partial(Fault, file="kernels/embedding_sums.py", op="embedding_layernorm")
-_ids = partial(Fault, file="kernels/embedding_ids.py", op="embedding_layernorm")
+_op = partial(Fault, file="kernels/embedding_layernorm/__init__.py", op="embedding_layernorm")
+_rows = partial(Fault, file="kernels/embedding_layernorm/rows.py", op="embedding_layernorm")
+_runs = partial(Fault, file="kernels/embedding_layernorm/gradients.py", op="embedding_layernorm")
+_sums = partial(Fault, file="kernels/embedding_layernorm/sums.py", op="embedding_layernorm")
+_ids = partial(Fault, file="kernels/embedding_layernorm/ids.py", op="embedding_layernorm")
 _layer = partial(Fault, file="fastbert/layers/embeddings.py")
 _model = partial(Fault, file="fastbert/layers/model.py")
 

@@ -4,14 +4,14 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-LAYER = "tests/kernels/test_encoder_layer.py"
-AUTOGRAD = "tests/kernels/test_encoder_layer_autograd.py"
+LAYER = "tests/kernels/encoder_layer/test_encoder_layer.py"
+AUTOGRAD = "tests/kernels/encoder_layer/test_autograd.py"
 MODES = "tests/models/test_autograd.py"
-GRADCHECK = "tests/kernels/test_encoder_layer_gradcheck.py"
-COUNTS = "tests/kernels/test_encoder_layer_counts.py"
+GRADCHECK = "tests/kernels/encoder_layer/test_gradcheck.py"
+COUNTS = "tests/kernels/encoder_layer/test_counts.py"
 FAILS = "tests/faults/test_encoder_layer_fails.py"
-TWINS = "tests/kernels/test_encoder_layer_twins.py"
-SUMS = "tests/kernels/test_bound.py"
+TWINS = "tests/kernels/encoder_layer/test_twins.py"
+SUMS = "tests/kernels/core/test_bound.py"
 
 _of = partial(Fault, op="encoder_layer")
 _op = partial(_of, file="kernels/encoder_layer/__init__.py")
@@ -20,7 +20,7 @@ _backward = partial(_of, file="kernels/encoder_layer/backward.py")
 _plan = partial(_of, file="kernels/encoder_layer/plan.py")
 _products = partial(_of, file="kernels/encoder_layer/products.py")
 _twins = partial(_of, file="kernels/encoder_layer/twins.py")
-_sums = partial(_of, file="kernels/column_sums.py")
+_sums = partial(_of, file="kernels/core/column_sums.py")
 
 FAULTS = (
     _twins(
@@ -137,14 +137,14 @@ FAULTS = (
         "on the CPU a product's terms are added to the sum one by one",
         before="return a.is_cuda",
         after="return True",
-        tests=("tests/kernels/test_encoder_layer_products.py::test_a_product_is_summed_up_first",),
+        tests=("tests/kernels/encoder_layer/test_products.py::test_a_product_is_summed_up_first",),
     ),
     _of(
         "float64 beside float32 is taken",
         file="kernels/encoder_layer/checks.py",
         before="if wide and len(wide) < len(given):",
         after="if wide and not given:",
-        tests=("tests/kernels/test_encoder_layer_arguments.py::test_wrong_arguments",),
+        tests=("tests/kernels/encoder_layer/test_arguments.py::test_wrong_arguments",),
     ),
     _products(
         "a product of 16 bits does not join a sum of 32",
@@ -178,21 +178,21 @@ FAULTS = (
     ),
     _of(
         "queries that are not there leave what stood in memory in the sums",
-        file="kernels/attention_backward_q.py",
+        file="kernels/attention/backward_q.py",
         before="            nothing = tl.zeros([BLOCK_D], ACC)\n",
         after="            return\n            nothing = tl.zeros([BLOCK_D], ACC)\n",
         tests=(f"{LAYER}::test_sequences_far_shorter_than_the_longest",),
     ),
     _of(
         "keys that are not there leave what stood in memory in the sums",
-        file="kernels/attention_backward.py",
+        file="kernels/attention/backward_kv.py",
         before="            nothing = tl.zeros([BLOCK_D], ACC)\n",
         after="            return\n            nothing = tl.zeros([BLOCK_D], ACC)\n",
         tests=(f"{LAYER}::test_sequences_far_shorter_than_the_longest",),
     ),
     _of(
         "the sums of the values stand where those of the keys do",
-        file="kernels/attention_backward.py",
+        file="kernels/attention/backward_kv.py",
         before="store_row(ptr + kv_heads * D, dv, D, BLOCK_D)",
         after="store_row(ptr, dv, D, BLOCK_D)",
         tests=(f"{GRADCHECK}::test_gradients[plain]",),

@@ -4,11 +4,11 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-OP = "tests/kernels/test_feed_forward.py"
-LAYER = "tests/kernels/test_encoder_layer_epilogues.py"
+OP = "tests/kernels/feed_forward/test_feed_forward.py"
+LAYER = "tests/kernels/encoder_layer/test_epilogues.py"
 FAIL = "tests/faults/test_epilogues_fail.py"
-_kernel = partial(Fault, file="kernels/feed_forward_products.py", op="feed_forward")
-_op = partial(Fault, file="kernels/feed_forward.py", op="feed_forward")
+_kernel = partial(Fault, file="kernels/feed_forward/products.py", op="feed_forward")
+_op = partial(Fault, file="kernels/feed_forward/__init__.py", op="feed_forward")
 _plan = partial(Fault, file="kernels/encoder_layer/plan.py", op="feed_forward")
 
 FAULTS = (

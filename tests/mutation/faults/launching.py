@@ -4,11 +4,11 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-KEPT = "tests/kernels/test_kept.py"
-BOUND = "tests/kernels/test_bound.py"
+KEPT = "tests/kernels/core/test_cache.py"
+BOUND = "tests/kernels/core/test_bound.py"
 
-_kept = partial(Fault, file="kernels/kept.py")
-_bound = partial(Fault, file="kernels/bound.py")
+_kept = partial(Fault, file="kernels/core/cache.py")
+_bound = partial(Fault, file="kernels/core/bound.py")
 
 FAULTS = (
     _kept(

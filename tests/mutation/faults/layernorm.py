@@ -4,12 +4,12 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-MATHS = "kernels/device_math.py"
+MATHS = "kernels/core/device_math.py"
 RESIDUAL = "tests/kernels/test_dropout_add_layernorm.py"
 GELU = "tests/kernels/test_gelu_layernorm.py"
 DROPOUT = "tests/kernels/test_dropout.py"
-BITS = "tests/kernels/test_device_math.py"
-CHUNKS = "tests/kernels/test_configs.py"
+BITS = "tests/kernels/core/test_device_math.py"
+CHUNKS = "tests/kernels/core/test_configs.py"
 
 _shared = partial(Fault, file=MATHS, op="dropout_add_layernorm")
 _residual = partial(Fault, file="kernels/dropout_add_layernorm.py", op="dropout_add_layernorm")

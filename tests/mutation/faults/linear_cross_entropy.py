@@ -4,14 +4,14 @@ from functools import partial
 
 from tests.mutation.fault import Fault
 
-TESTS = "tests/kernels/test_linear_cross_entropy.py"
-WEIGHTS = "tests/kernels/test_linear_cross_entropy_weights.py"
-MEMORY = "tests/kernels/test_linear_cross_entropy_memory.py"
-FUZZ = "tests/kernels/test_linear_cross_entropy_fuzz.py"
+TESTS = "tests/kernels/linear_cross_entropy/test_linear_cross_entropy.py"
+WEIGHTS = "tests/kernels/linear_cross_entropy/test_weights.py"
+MEMORY = "tests/kernels/linear_cross_entropy/test_memory.py"
+FUZZ = "tests/kernels/linear_cross_entropy/test_fuzz.py"
 
-_rows = partial(Fault, file="kernels/linear_cross_entropy_rows.py", op="linear_cross_entropy")
-_chunks = partial(Fault, file="kernels/linear_cross_entropy_chunks.py", op="linear_cross_entropy")
-_op = partial(Fault, file="kernels/linear_cross_entropy.py", op="linear_cross_entropy")
+_rows = partial(Fault, file="kernels/linear_cross_entropy/rows.py", op="linear_cross_entropy")
+_chunks = partial(Fault, file="kernels/linear_cross_entropy/chunked.py", op="linear_cross_entropy")
+_op = partial(Fault, file="kernels/linear_cross_entropy/__init__.py", op="linear_cross_entropy")
 
 FAULTS = (
     _rows(
@@ -80,7 +80,7 @@ FAULTS = (
         "the label after the last class is accepted",
         before="(labels < 0) | (labels >= n_cols))]",
         after="(labels < 0) | (labels > n_cols))]",
-        tests=("tests/kernels/test_linear_cross_entropy_arguments.py::test_a_label_that_is_no_class",),
+        tests=("tests/kernels/linear_cross_entropy/test_arguments.py::test_a_label_that_is_no_class",),
     ),
     _rows(
         "a mean is over the labels' number, not their weights",

@@ -1,0 +1,467 @@
+"""What the audit compiles: for each op the variants that ship, and how to launch one of them.
+
+A variant is launched through the op's own launchers with tensors on the meta device, forward then backward, so what
+is compiled is what a training step would run. A new op adds one entry to CASES.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Odd on purpose: packed rows come in any number, and divisibility must not be what makes a kernel good.
+TOKENS = 16383
+BATCH, SEQLEN, HEADS, GROUP = 32, 509, 12, 3  # attention's; as odd
+SHORT_SEQLENS = 31, 63, 127  # one for each table of short sequences
+EMBEDDED = 127  # the length of embedded sequences, of which TOKENS is a multiple
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+# Every bucket's own width (a power of two), BERT's 384 (MiniLM) and 768 (base) inside theirs, and one that no vector
+# divides. Element size 8 exists for gradcheck, so it is compiled but at the widest of each bucket only.
+HIDDEN = (384, 512, 768, 1023, 1024, 2048, 4096, 8192)
+BUCKETS = (512, 1024, 2048, 4096, 8192)
+FEED_FORWARD = (1536, 3072, 4096, 4095)
+ACTIVATIONS = ("gelu_tanh", "relu", "silu")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """dtype "mixed" is autocast: x in bf16, LayerNorm's input, output and weights in fp32.
+
+    width is the row's, for attention the head size; mask is attention's: none, key, causal, general, packed or
+    grouped, which is key with fewer heads of keys and values. length is that of attention's sequences, of which short ones
+    have kernels of their own; with "sums" as activation they add up the projections' bias gradients, as in a layer.
+    """
+
+    op: str
+    dtype: str
+    width: int
+    p: float = 0.0
+    activation: str = "gelu"
+    mask: str = "none"
+    length: int = SEQLEN
+
+    @property
+    def name(self) -> str:
+        dropped = self.op in ("dropout_add_layernorm", "embedding_layernorm") and self.activation == "gelu"
+        extra = f"p={self.p}" if dropped else self.activation
+        if self.op == "gather_rows":
+            extra = "rows"
+        if self.op == "attention":
+            extra = f"{self.mask} p={self.p}" + (f" {self.length}" if self.length != SEQLEN else "")
+            extra += " sums" if self.activation == "sums" else ""
+        return f"{self.op} {self.dtype} {self.width} {extra}"
+
+
+@dataclass(frozen=True)
+class Case:
+    variants: Callable[[], Iterator[Variant]]
+    launch: Callable[[Variant], None]
+
+
+# BERT-base in bf16 as it is trained: what a change is most likely to spoil, in a minute and a half instead of a quarter
+# of an hour.
+SHORT = (
+    "dropout_add_layernorm bf16 768 p=0.1",
+    "bias_gelu bf16 3072 gelu",
+    "feed_forward bf16 3072 gelu",
+    "embedding_layernorm bf16 768 p=0.1",
+    "gather_rows bf16 768 rows",
+    "gelu_layernorm bf16 768 gelu",
+    "adamw fp32 1 plain",
+    "attention bf16 64 key p=0.0",
+    "attention bf16 64 key p=0.1",
+    "attention bf16 64 key p=0.1 127",
+    "attention bf16 64 key p=0.1 127 sums",
+    "linear_cross_entropy bf16 30522 gradient",
+    "key_bounds bool 509 rows",
+    "row_counts bool 509 rows",
+    "packed_rows bool 509 rows",
+    "encoder_layer bf16 3072 gelu",
+    "encoder_layer bf16 768 norm",
+)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _dtypes(variant: Variant) -> tuple[torch.dtype, torch.dtype]:
+    """Of x, and of the rest."""
+    if variant.dtype == "mixed":
+        return torch.bfloat16, torch.float32
+    return DTYPES[variant.dtype], DTYPES[variant.dtype]
+
+
+def _dropout_add_layernorm_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "dropout_add_layernorm")
+    for width in HIDDEN:
+        for dtype in ("bf16", "fp16", "fp32", "mixed"):
+            yield variant(dtype, width, p=0.1)
+        yield variant("bf16", width)
+        yield variant("fp32", width)
+    for width in BUCKETS:
+        yield variant("fp64", width, p=0.1)
+
+
+def _dropout_add_layernorm(variant: Variant) -> None:
+    from fastbert.kernels import dropout_add_layernorm as op
+
+    x_dtype, dtype = _dtypes(variant)
+    big = partial(_meta, TOKENS, variant.width)
+    vector = _meta(variant.width, dtype=dtype)
+    seed = _meta(dtype=torch.int64) if variant.p else None
+    _, z, mean, rstd = op._launch_fwd(
+        big(dtype=x_dtype), big(dtype=dtype), vector, vector, vector, seed, 1e-12, variant.p, dtype, True
+    )
+    shared = not variant.p and x_dtype == dtype
+    op._launch_bwd(big(dtype=dtype), z, mean, rstd, vector, seed, variant.p, x_dtype, None if shared else dtype, True)
+
+
+def _bias_gelu_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "bias_gelu")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for width in FEED_FORWARD:
+            yield variant(dtype, width)
+    for activation in ACTIVATIONS:
+        yield variant("bf16", 3072, activation=activation)
+        yield variant("fp32", 3072, activation=activation)
+    yield variant("fp64", 3072)
+
+
+def _bias_gelu(variant: Variant) -> None:
+    from fastbert.kernels import bias_gelu as op
+
+    _, dtype = _dtypes(variant)
+    x, bias = _meta(TOKENS, variant.width, dtype=dtype), _meta(variant.width, dtype=dtype)
+    y = op._launch_fwd(x, bias, variant.activation)
+    op._launch_bwd(y, x, bias, variant.activation, True)
+
+
+def _feed_forward_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "feed_forward")
+    for dtype in ("bf16", "fp16"):
+        for width in FEED_FORWARD[:3]:
+            yield variant(dtype, width)
+    yield variant("bf16", 3072, activation="relu")
+
+
+def _feed_forward(variant: Variant) -> None:
+    """The products with epilogues, which are off as shipped. All else that the op launches is bias_gelu's."""
+    from fastbert.kernels import feed_forward as op
+
+    hidden, inner = variant.width // 4, variant.width
+    x, weight, bias = (_meta(*shape, dtype=DTYPES[variant.dtype]) for shape in ((TOKENS, hidden), (inner, hidden), (inner,)))
+    _, h = op._launch_product(x, weight, bias, variant.activation, True)
+    op._launch_gradient(x, weight.t(), bias, h, variant.activation)
+
+
+def _gather_rows_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "gather_rows")
+    for dtype in ("bf16", "fp16", "fp32"):
+        for width in (384, 768, 1023, 1024):
+            yield variant(dtype, width)
+    yield variant("fp64", 1024)
+
+
+def _gather_rows(variant: Variant) -> None:
+    """Every row is taken; the backward is the same kernel."""
+    from fastbert.kernels import gather_rows as op
+
+    x = _meta(TOKENS, variant.width, dtype=DTYPES[variant.dtype])
+    op._launch(x, _meta(TOKENS, dtype=torch.int32), _meta(TOKENS, dtype=torch.int32))
+
+
+def _gelu_layernorm_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "gelu_layernorm")
+    for width in HIDDEN:
+        for dtype in ("bf16", "fp16", "fp32", "mixed"):
+            yield variant(dtype, width)
+    for activation in ACTIVATIONS:
+        yield variant("bf16", 768, activation=activation)
+        yield variant("fp32", 768, activation=activation)
+    for width in BUCKETS:
+        yield variant("fp64", width)
+
+
+def _gelu_layernorm(variant: Variant) -> None:
+    from fastbert.kernels import gelu_layernorm as op
+
+    x_dtype, dtype = _dtypes(variant)
+    x, vector = _meta(TOKENS, variant.width, dtype=x_dtype), _meta(variant.width, dtype=dtype)
+    y, mean, rstd = op._launch_fwd(x, vector, vector, vector, variant.activation, 1e-12, dtype, True)
+    op._launch_bwd(y, x, mean, rstd, vector, vector, variant.activation, True, vector.dtype)
+
+
+def _attention_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "attention")
+    for mask in ("none", "key", "causal", "general", "packed"):
+        for p in (0.0, 0.1):
+            yield variant("bf16", 64, p=p, mask=mask)
+        yield variant("bf16", 128, mask=mask)
+    yield variant("bf16", 128, p=0.1, mask="key")
+    for head_size in (32, 40, 96, 256):
+        yield variant("bf16", head_size, p=0.1, mask="key")
+    for head_size in (64, 128):
+        for p in (0.0, 0.1):
+            yield variant("bf16", head_size, p=p, mask="grouped")
+    yield variant("bf16", 256, p=0.1, mask="grouped")
+    yield variant("fp32", 64, p=0.1, mask="grouped")
+    for head_size, p in ((24, 0.0), (40, 0.1), (72, 0.1)):
+        yield variant("fp16", head_size, p=p, mask="key")
+    for dtype in ("fp16", "fp32"):
+        for head_size in (64, 128):
+            for p in (0.0, 0.1):
+                yield variant(dtype, head_size, p=p, mask="key")
+    yield variant("fp64", 64, p=0.1, mask="key")
+    for mask in ("none", "key", "causal", "packed"):
+        for p in (0.0, 0.1):
+            yield variant("bf16", 64, p=p, mask=mask, length=SHORT_SEQLENS[-1])
+    for length in SHORT_SEQLENS[:-1]:
+        for p in (0.0, 0.1):
+            yield variant("bf16", 64, p=p, mask="key", length=length)
+    for head_size in (32, 40):
+        yield variant("fp16", head_size, p=0.1, mask="key", length=SHORT_SEQLENS[-1])
+    for length in SHORT_SEQLENS:
+        yield variant("bf16", 64, p=0.1, mask="key", length=length, activation="sums")
+    yield variant("bf16", 64, p=0.1, mask="packed", length=SHORT_SEQLENS[-1], activation="sums")
+
+
+def _attention(variant: Variant) -> None:
+    """Self-attention of BERT-base, q, k and v views of one product, whose heads are fewer of k and v where grouped."""
+    from fastbert.kernels import attention as op
+
+    dtype, length = DTYPES[variant.dtype], variant.length
+    packed, general, key = variant.mask == "packed", variant.mask == "general", variant.mask in ("key", "grouped")
+    rows = (BATCH * length,) if packed else (BATCH, length)
+    kv_heads = HEADS // GROUP if variant.mask == "grouped" else HEADS
+    q, k, v = _meta(*rows, HEADS + 2 * kv_heads, variant.width, dtype=dtype).split([HEADS, kv_heads, kv_heads], -2)
+    inputs = {
+        "key_mask": _meta(BATCH, length, dtype=torch.bool) if key else None,
+        "key_bounds": _meta(BATCH, 3, dtype=torch.int32) if key else None,
+        "mask": _meta(BATCH, 1, length, length, dtype=dtype).expand(-1, HEADS, -1, -1) if general else None,
+        "cu_seqlens": _meta(BATCH + 1, dtype=torch.int32) if packed else None,
+        "cu_seqlens_q": None,
+        "seed": _meta(dtype=torch.int64) if variant.p else None,
+        "max_seqlen": length if packed else None,
+        "max_seqlen_q": None,
+        "causal": variant.mask == "causal",
+        "scale": variant.width**-0.5,
+        "p": variant.p,
+    }
+    if variant.activation == "sums":
+        return _attention_with_sums(q, k, v, inputs)
+    out, logsumexp = op._launch_fwd(q, k, v, **inputs)
+    op._launch_bwd_packed(torch.empty_like(out), q, k, v, out, logsumexp, *inputs.values())
+
+
+def _attention_with_sums(q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> None:
+    from fastbert.kernels import attention as op
+
+    options = [inputs[name] for name in ("cu_seqlens", "cu_seqlens_q", "max_seqlen", "max_seqlen_q", "causal", "scale", "p")]
+    geometry, dout, row = op._geometry(q, k, v, None, *options), torch.empty_like(q), q.stride(-3)
+    op.backward_short_work(geometry, q, op._strides(dout), row, row, False).launch(
+        q,
+        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "dq_ptr": q, "dk_ptr": k, "dv_ptr": v, "out_ptr": dout},
+        **{f"{name}_ptr": inputs[name] for name in ("key_mask", "key_bounds", "seed")},
+        **dict.fromkeys(("cu_seqlens_q_ptr", "cu_seqlens_k_ptr"), inputs["cu_seqlens"]),
+        logsumexp_ptr=_meta(1, geometry.n_heads, geometry.n_rows),
+        sums_ptr=_meta(geometry.sequences, 3 * geometry.n_heads * geometry.head_size),
+    )
+
+
+def _adamw_variants() -> Iterator[Variant]:
+    """Of dtype mixed: a bf16 parameter with float32 state and master. The variant's name stands as its `activation`."""
+    variant = partial(Variant, "adamw", width=1)
+    for dtype in ("bf16", "fp16", "fp32", "mixed"):
+        for extra in ("plain", "amsgrad", "scaled"):
+            yield variant(dtype, activation=extra)
+    yield variant("fp64", activation="plain")
+
+
+def _adamw(variant: Variant) -> None:
+    from fastbert.kernels import adamw as op
+    from fastbert.kernels.adamw.tables import Hyperparameters, Parameter
+
+    dtype, state = _dtypes(variant)
+    big = partial(_meta, TOKENS)
+    parameter = Parameter(
+        *(big(dtype=d) for d in (dtype, dtype, state, state)),
+        _meta(),
+        big(dtype=state) if variant.activation == "amsgrad" else None,
+        big(dtype=state) if variant.dtype == "mixed" else None,
+    )
+    scale = _meta() if variant.activation == "scaled" else None
+    op.adamw([parameter], [Hyperparameters()], grad_scale=scale, found_inf=scale)
+
+
+def _linear_cross_entropy_variants() -> Iterator[Variant]:
+    """BERT's vocabularies, uncased, cased and multilingual. The variant's name stands as its `activation`."""
+    variant = partial(Variant, "linear_cross_entropy")
+    for dtype in ("bf16", "fp16", "fp32", "fp64"):
+        yield variant(dtype, 30522, activation="gradient")
+        yield variant(dtype, 768, activation="scale")
+    for extra in ("loss", "smoothing", "weights", "rows"):
+        yield variant("bf16", 30522, activation=extra)
+    for width in (28996, 119547):
+        yield variant("bf16", width, activation="gradient")
+    yield variant("bf16", 768, activation="sums")
+    yield variant("fp32", 1, activation="reduce")
+
+
+def _linear_cross_entropy(variant: Variant) -> None:
+    """One of the kernels that stand between the products, on a chunk of TOKENS rows."""
+    from fastbert.kernels.linear_cross_entropy import rows as op
+
+    dtype, extra = DTYPES[variant.dtype], variant.activation
+    weights = _meta(op.padded(variant.width)) if extra == "weights" else None
+    smoothing = 0.1 if extra in ("smoothing", "weights") else 0.0
+    targets = op.Targets(_meta(TOKENS, dtype=torch.int64), weights, None, -100, smoothing)
+    if extra == "reduce":
+        op.launch_reduce(_meta(TOKENS), targets, 30522, "mean", _meta(dtype=torch.bfloat16), _meta())
+    elif extra in ("scale", "sums"):
+        x = _meta(TOKENS, variant.width, dtype=torch.float32 if extra == "sums" else dtype)
+        op.scaled(x, _meta(dtype=dtype), _meta(), dtype)
+    else:
+        stride = op.padded(variant.width)
+        logits = _meta(TOKENS, stride, dtype=dtype)[:, : variant.width]
+        losses = _meta(TOKENS)
+        dlosses = _meta(TOKENS, dtype=dtype) if extra == "rows" else None
+        bias = _meta(stride, dtype=dtype)
+        op.launch_rows(logits, bias, targets, losses, dlosses, extra != "loss", op.gradient_scale(dtype))
+
+
+def _embedding_layernorm_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "embedding_layernorm")
+    for width in HIDDEN:
+        for dtype in ("bf16", "fp32"):
+            yield variant(dtype, width, p=0.1)
+    yield variant("bf16", 768)
+    yield variant("fp16", 768, p=0.1)
+    for width in (512, 2048, 8192):
+        yield variant("fp64", width, p=0.1)
+    yield variant("bf16", 768, p=0.1, activation="packed")
+    yield variant("bf16", 1, activation="ids")
+    yield variant("bf16", 1, activation="order")
+
+
+def _embedding_layernorm(variant: Variant) -> None:
+    """As many words as tokens, so that what is read of them counts as the floor does: a row a token."""
+    from fastbert.kernels import embedding_layernorm as op
+    from fastbert.kernels.embedding_layernorm.gradients import in_order
+    from fastbert.kernels.embedding_layernorm.ids import packed_ids
+
+    if variant.activation == "order":  # of few ids, wherever those of a batch are more than it takes
+        in_order(_meta(EMBEDDED, dtype=torch.int64))
+        return
+    if variant.activation == "ids":
+        ids = _meta(1, EMBEDDED, dtype=torch.int64)
+        packed_ids(_meta(EMBEDDED, dtype=torch.int32), ids, ids, None, 0)
+        return
+    dtype = DTYPES[variant.dtype]
+    words, positions, types, vector = (_meta(*shape, variant.width, dtype=dtype) for shape in ((TOKENS,), (512,), (2,), ()))
+    ids = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int64)
+    seed = _meta(dtype=torch.int64) if variant.p else None
+    packed = variant.activation == "packed"
+    places = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int32) if packed else None
+    read = (ids, ids, ids if packed else None, places, seed, 0, 0)
+    y, mean, rstd = op._launch_fwd(words, positions, types, vector, vector, *read, 1e-12, variant.p, dtype, True)
+    op._launch_bwd(y, words, positions, types, vector, mean, rstd, *read, variant.p, dtype, True, True, True, True, True)
+
+
+def _masks_variants(op: str) -> Iterator[Variant]:
+    yield Variant(op, "bool", SEQLEN, activation="rows")
+
+
+def _key_bounds(variant: Variant) -> None:
+    from fastbert.kernels.key_bounds import key_bounds
+
+    key_bounds(_meta(TOKENS, variant.width, dtype=torch.bool))
+
+
+def _row_counts(variant: Variant) -> None:
+    from fastbert.kernels.row_counts import row_counts
+
+    row_counts(*(_meta(TOKENS, variant.width, dtype=torch.bool) for _ in range(2)))
+
+
+def _packed_rows(variant: Variant) -> None:
+    """Of a batch, whose rows an int32 counts."""
+    from fastbert.kernels.packed_rows import packed_rows
+
+    tokens, read = (_meta(BATCH, variant.width, dtype=torch.bool) for _ in range(2))
+    room = BATCH * variant.width, variant.width, False
+    packed_rows(_meta(3, BATCH, dtype=torch.int32), tokens, read, variant.width, *room, False, *room, True)
+
+
+def _encoder_layer_variants() -> Iterator[Variant]:
+    variant = partial(Variant, "encoder_layer")
+    for dtype in ("bf16", "fp16", "fp32", "mixed"):
+        for width in HIDDEN:
+            yield variant(dtype, width, p=0.1, activation="norm")
+        for width in FEED_FORWARD:
+            yield variant(dtype, width)
+    for activation in ACTIVATIONS:
+        yield variant("bf16", 3072, activation=activation)
+        yield variant("fp32", 3072, activation=activation)
+    yield variant("fp64", 3072)
+
+
+def _norm_made_again(variant: Variant) -> None:
+    from fastbert.kernels import dropout_add_layernorm as op
+    from fastbert.kernels.core.launch import accumulator_torch
+
+    low, dtype = _dtypes(variant)
+    width, vector, wide = variant.width, _meta(variant.width, dtype=dtype), accumulator_torch(dtype)
+    dy, z, dresidual = (_meta(TOKENS, width, dtype=dtype) for _ in range(3))
+    dx, y = (_meta(TOKENS, width, dtype=low) for _ in range(2))
+    statistics = {name: _meta(TOKENS, dtype=wide) for name in ("mean_ptr", "rstd_ptr")}
+    work = op.backward_work(TOKENS, width, (width, 1), dy, dtype, variant.p)
+    work.launch(
+        dy,
+        **{"dy_ptr": dy, "z_ptr": z, "weight_ptr": vector, "bias_ptr": vector, "seed_ptr": _meta(dtype=torch.int64)},
+        **{"dx_ptr": dx, "dresidual_ptr": dresidual, "y_ptr": y, "sums_ptr": _meta(work.programs, 3, width, dtype=wide)},
+        **statistics,
+    )
+
+
+def _encoder_layer(variant: Variant) -> None:
+    """What no op launches alone: at the hidden size ("norm") the gradient of the first LayerNorm, which makes its output again;
+    at the width of the feed-forward that of the activation, likewise, and the end of all column sums of a layer. All else
+    that it launches is compiled with the other ops."""
+    from fastbert.kernels import bias_gelu
+    from fastbert.kernels.core import column_sums
+    from fastbert.kernels.core.launch import accumulator_torch
+
+    if variant.activation == "norm":
+        return _norm_made_again(variant)
+    low, dtype = _dtypes(variant)
+    hidden, inner = -(-variant.width // 4), variant.width
+    h, bias, wide = _meta(TOKENS, inner, dtype=low), _meta(inner, dtype=dtype), accumulator_torch(low)
+    work, rows = bias_gelu.backward_work(TOKENS, inner, (inner, 1), (inner, 1), h, variant.activation)
+    sums = _meta(rows, inner, dtype=wide)
+    work.launch(h, dy_ptr=h, x_ptr=h, bias_ptr=bias, dx_ptr=h, y_ptr=_meta(TOKENS, inner, dtype=low), sums_ptr=sums)
+    norms = _meta(rows, 3 * hidden, dtype=wide)
+    vectors = _meta(6 * hidden + inner, dtype=dtype)
+    work = column_sums.work((rows, rows, rows), (3 * hidden, inner, 3 * hidden), sums)
+    work.launch(sums, a_ptr=norms, b_ptr=sums, c_ptr=norms, out_ptr=vectors)
+
+
+CASES: dict[str, Case] = {
+    "encoder_layer": Case(_encoder_layer_variants, _encoder_layer),
+    "key_bounds": Case(partial(_masks_variants, "key_bounds"), _key_bounds),
+    "row_counts": Case(partial(_masks_variants, "row_counts"), _row_counts),
+    "packed_rows": Case(partial(_masks_variants, "packed_rows"), _packed_rows),
+    "dropout_add_layernorm": Case(_dropout_add_layernorm_variants, _dropout_add_layernorm),
+    "bias_gelu": Case(_bias_gelu_variants, _bias_gelu),
+    "feed_forward": Case(_feed_forward_variants, _feed_forward),
+    "embedding_layernorm": Case(_embedding_layernorm_variants, _embedding_layernorm),
+    "gather_rows": Case(_gather_rows_variants, _gather_rows),
+    "gelu_layernorm": Case(_gelu_layernorm_variants, _gelu_layernorm),
+    "adamw": Case(_adamw_variants, _adamw),
+    "attention": Case(_attention_variants, _attention),
+    "linear_cross_entropy": Case(_linear_cross_entropy_variants, _linear_cross_entropy),
+}

@@ -1,0 +1,18 @@
+"""What a command says where there is no GPU and no --dry-run: the floors, never a time."""
+
+from rich.console import Console
+
+from bench.audit.run import CASES
+from bench.audit.tables import floor_table
+
+EXIT = 3  # no GPU: nothing was measured
+
+
+def explain(console: Console) -> int:
+    """Print the floor table; returns the exit status."""
+    console.print(floor_table(list(CASES)))
+    console.print(
+        "No GPU here, so nothing was timed: these are the shortest times possible, from stated bytes and operations.\n"
+        "--dry-run walks the same path on tiny shapes; python -m bench audit compiles every kernel."
+    )
+    return EXIT

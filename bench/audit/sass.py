@@ -1,0 +1,174 @@
+"""Reads what the compiler made: SASS from nvdisasm, PTX, and the resource line of cuobjdump. Text in, numbers out."""
+
+import re
+import struct
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+# "        /*0520*/              @!P0 LDG.E.128 R8, desc[UR4][R4.64+0x200] ;"
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*);", re.M)
+_RESOURCE = re.compile(r"\b(REG|STACK|SHARED|LOCAL):(\d+)")
+_PTX_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.M)
+_PTX_EVENT = re.compile(
+    r"^\s*// (?P<inline>begin|end) inline asm"
+    r"|^\s*\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)"
+    r"|(?P<kind>ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(?P<vector>\d))?\.[bfsu](?P<bits>\d+)\b"
+    r"|(?P<copy>cp\.async)\.c[ag]\.shared\.global\s*\[[^]]*\],\s*\[[^]]*\],\s*(?P<bytes>0x[0-9a-f]+|\d+)",
+    re.M,
+)
+_POINTER = re.compile(r"tl\.(?:load|store)\(\s*(\w+)")
+
+_KERNELS = Path(__file__).parents[2] / "kernels"
+
+MATRIX_KINDS = {"HMMA": "mma.sync", "IMMA": "mma.sync", "DMMA": "mma.sync", "HGMMA": "wgmma", "UTCHMMA": "tcgen05"}
+Widths = dict[tuple[str, str], list[int]]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".", 1)[0]
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes, None for anything else."""
+        address = re.search(r"\b0x[0-9a-f]+\s*$", self.operands) if self.name == "BRA" else None
+        return int(address.group(), 16) if address else None
+
+
+def parse(sass: str) -> list[Instruction]:
+    return [Instruction(int(a, 16), opcode, operands.strip()) for a, opcode, operands in _INSTRUCTION.findall(sass)]
+
+
+def disassemble(codes: list[bytes], target: str, nvdisasm: str) -> list[list[Instruction]]:
+    """One list of instructions a piece of machine code.
+
+    All of them go through nvdisasm together: it takes half a second to start and a few milliseconds a kernel.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [nvdisasm, "-ndf", "-b", target, file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return split(parse(text), [len(code) for code in codes])
+
+
+def split(instructions: list[Instruction], sizes: list[int]) -> list[list[Instruction]]:
+    """Cut a joint disassembly into pieces of `sizes` bytes, each with addresses and targets from 0."""
+    pieces, start = [], 0
+    for size in sizes:
+        inside = [i for i in instructions if start <= i.address < start + size]
+        pieces.append([_moved(instruction, -start) for instruction in inside])
+        start += size
+    return pieces
+
+
+def _moved(instruction: Instruction, offset: int) -> Instruction:
+    operands = instruction.operands
+    if instruction.target is not None:
+        operands = re.sub(r"0x[0-9a-f]+\s*$", hex(instruction.target + offset), operands)
+    return Instruction(instruction.address + offset, instruction.opcode, operands)
+
+
+def code(cubin: bytes) -> bytes:
+    """The machine code of a cubin with one kernel: its .text section (ELF, 64 bit, little endian)."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, names = struct.unpack_from("<HH", cubin, 0x3C)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * i) for i in range(count)]
+    strings = sections[names][4]
+    for name, _, _, _, offset, size in sections:
+        if cubin.startswith(b".text.", strings + name):
+            return cubin[offset : offset + size]
+    raise ValueError("a cubin without a .text section")
+
+
+def resources(cuobjdump_output: str) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of the one function that `cuobjdump -res-usage` lists."""
+    line = next(line for line in cuobjdump_output.splitlines() if "REG:" in line)
+    return {name: int(value) for name, value in _RESOURCE.findall(line)}
+
+
+def hot_loop(instructions: list[Instruction]) -> tuple[list[Instruction], bool]:
+    """The loop where the time goes, and True; the whole kernel, and False, when it has no loop.
+
+    Of the innermost loops: the one with the most matrix instructions, and of several the shortest, since attention's
+    kernels have the same loop again for the few tiles that need a mask. Without any, the longest.
+    """
+    spans = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
+    innermost = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    loops = [[i for i in instructions if first <= i.address <= last] for first, last in innermost]
+    if not loops:
+        return _without_padding(instructions), False
+    products = [sum(matrix_instructions(loop).values()) for loop in loops]
+    if not max(products):
+        return max(loops, key=len), True
+    return min((loop for loop, n in zip(loops, products, strict=True) if n == max(products)), key=len), True
+
+
+def _without_padding(instructions: list[Instruction]) -> list[Instruction]:
+    # A kernel ends in a branch to itself and NOPs up to the next 128 bytes.
+    return [i for i in instructions if i.name != "NOP" and i.target != i.address]
+
+
+def matrix_instructions(instructions: list[Instruction]) -> Counter[str]:
+    """Matrix instructions by kind; tf32 counts a second time under its own name, for nobody asks for it by accident."""
+    kinds = Counter(MATRIX_KINDS[i.name] for i in instructions if i.name in MATRIX_KINDS)
+    tf32 = sum("TF32" in i.opcode for i in instructions)
+    return kinds + Counter({"tf32": tf32})
+
+
+def spills(instructions: list[Instruction]) -> int:
+    """Loads and stores of local memory: registers that did not fit."""
+    return sum(i.name in ("LDL", "STL") for i in instructions)
+
+
+def access_bytes(instruction: Instruction) -> int:
+    """Bytes that a lane moves with one load or store."""
+    width = re.search(r"\.(?:[US])?(128|64|16|8)(?:\.|$)", instruction.opcode)
+    return int(width[1]) // 8 if width else 4
+
+
+def access_widths(ptx: str) -> Widths:
+    """Bytes a lane of each global access in PTX, by "ld" or "st" and the pointer's name in the source line.
+
+    Triton writes an access as inline assembly. Within it triton 3.8 counts the assembly's own lines on from the source's,
+    so only the place before it is the access's.
+    """
+    files = {number: _lines(Path(path)) for number, path in _PTX_FILE.findall(ptx)}
+    widths: Widths = {}
+    source: tuple[str, int] | None = None
+    inline = False
+    for event in _PTX_EVENT.finditer(ptx):
+        if event["inline"]:
+            inline = event["inline"] == "begin"
+        elif event["file"]:
+            source = source if inline else (event["file"], int(event["line"]))
+        elif source:
+            size = int(event["bytes"], 0) if event["copy"] else int(event["vector"] or 1) * int(event["bits"]) // 8
+            name = _pointer_name(files[source[0]], source[1])
+            widths.setdefault((event["kind"] or "ld", name), []).append(size)
+    return widths
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of our own copy of a file of kernels: Triton's cache may hold the PTX from a checkout that is gone.
+
+    The cache's key holds the text of a kernel and its line, but not where its file lies. Of another file that is gone
+    (Triton's own library beside that checkout) there are none: it loads and stores no tensor of a kernel's by name.
+    """
+    ours = _KERNELS / path.name
+    source = ours if ours.exists() else path
+    return source.read_text().splitlines() if source.exists() else []
+
+
+def _pointer_name(lines: list[str], number: int) -> str:
+    found = _POINTER.search(" ".join(lines[number - 1 : number + 2]))
+    return found[1].removesuffix("_ptr") if found else "?"

@@ -1,0 +1,210 @@
+"""Results to JSON and back. Whatever a file gets wrong is said in one line that names the file and the place."""
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.core.records import (
+    SCHEMA,
+    STATUSES,
+    Ceiling,
+    HostRecord,
+    ModelRecord,
+    OpRecord,
+    Results,
+    Spread,
+    SuiteRecord,
+    Timed,
+    TuneRecord,
+)
+
+# Which list of Results a record goes to.
+FIELDS = {Ceiling: "ceilings", ModelRecord: "models", OpRecord: "ops", TuneRecord: "tuning", HostRecord: "host"}
+TIMED = [name for kind, name in FIELDS.items() if issubclass(kind, Timed)]
+BY_NAME = {cls.__name__: cls for cls in (*FIELDS, SuiteRecord)}
+
+
+class ResultsError(Exception):
+    """A results file that cannot be used; the message is one line."""
+
+
+def read(path: Path) -> Results:
+    """The results in `path`.
+
+    Raises:
+        ResultsError: no such file, not JSON, not this schema, a field missing, unknown or of the wrong type, or a
+            record that contradicts itself (a time without a passed check, a time in a dry run).
+    """
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ResultsError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, dict) or "schema" not in data:
+        raise ResultsError(f"{path}: not a results file of `python -m bench`")
+    if data["schema"] != SCHEMA:
+        raise ResultsError(f"{path}: has schema {data['schema']!r}, this version reads {SCHEMA}")
+    try:
+        results = build(Results, data)
+        _check(results)
+    except ValueError as error:
+        raise ResultsError(f"{path}: {error}") from None
+    return results
+
+
+def write(results: Results, path: Path) -> None:
+    """Replaced at once, so that a process that is killed leaves a whole file behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def read_all(paths: Sequence[Path]) -> Results:
+    """The results of several files of one machine as one; a case measured again counts as it was measured last.
+
+    Raises:
+        ResultsError: as `read`, or the files do not belong together.
+    """
+    loaded = [(path, read(path)) for path in paths]
+    first_path, first = loaded[0]
+    for path, other in loaded[1:]:
+        if (other.dry_run, other.invented) != (first.dry_run, first.invented):
+            raise ResultsError(f"{path}: cannot stand beside {first_path}: only one of them was measured")
+        if other.environment.identity != first.environment.identity:
+            raise ResultsError(
+                f"{path}: measured with {_named(other)}, {first_path} with {_named(first)}: report them one at a time"
+            )
+        for name in TIMED:
+            merged = {_key(record): record for record in getattr(first, name) + getattr(other, name)}
+            setattr(first, name, list(merged.values()))
+        first.ceilings = list({c.name: c for c in first.ceilings + other.ceilings}.values())
+        first.tests = other.tests or first.tests
+        first.stages += other.stages
+    return first
+
+
+def _named(results: Results) -> str:
+    return "/".join(str(part) for part in results.environment.identity)
+
+
+def _key(record: Any) -> tuple[Any, ...]:
+    config = tuple(record.config.items()) if isinstance(record, TuneRecord) else ()
+    return record.case, record.lane, config
+
+
+def build(kind: Any, data: Any, where: str = "results") -> Any:
+    """An instance of `kind` (a dataclass, a container or a plain type) from JSON's data; ValueError says what is wrong."""
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, data, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if data is None else build(next(a for a in arguments if a is not types.NoneType), data, where)
+    if origin is list:
+        _expect(isinstance(data, list), where, "a list", data)
+        return [build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data)]
+    if origin is dict:
+        _expect(isinstance(data, dict), where, "an object", data)
+        return {key: build(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+    if kind is Any:
+        return data
+    if kind is float:
+        number = isinstance(data, (int, float)) and not isinstance(data, bool)
+        _expect(number and math.isfinite(data), where, "a finite number", data)
+        return float(data)
+    _expect(type(data) is kind, where, kind.__name__, data)
+    return data
+
+
+def _dataclass(kind: Any, data: Any, where: str) -> Any:
+    _expect(isinstance(data, dict), where, "an object", data)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = data.keys() - fields.keys()
+    if unknown:
+        raise ValueError(f"{where}: unknown field {sorted(unknown)[0]!r}")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = build(hints[name], data[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: field {name!r} is missing")
+    return kind(**values)
+
+
+def _expect(right: bool, where: str, what: str, data: Any) -> None:
+    if not right:
+        raise ValueError(f"{where}: expected {what}, got {json.dumps(data)[:60]}")
+
+
+def _check(results: Results) -> None:
+    for name in TIMED:
+        for i, record in enumerate(getattr(results, name)):
+            check_record(record, results.dry_run, f"results.{name}[{i}]")
+    if results.dry_run and results.ceilings:
+        raise ValueError("results.ceilings: a dry run cannot have measured any")
+
+
+def check_record(record: Timed, dry_run: bool, where: str) -> None:
+    """ValueError for a time that no passed check stands behind, or a passed check without a time."""
+    if record.status not in STATUSES:
+        raise ValueError(f"{where}: status {record.status!r} is none of {', '.join(STATUSES)}")
+    if (record.status == "ok") != (record.seconds is not None):
+        raise ValueError(f"{where}: status {record.status!r} {'without' if record.seconds is None else 'with'} a time")
+    if dry_run and record.status == "ok":
+        raise ValueError(f"{where}: a time in a dry run")
+    if record.seconds is not None:
+        _check_spread(record.seconds, where)
+
+
+def _check_spread(spread: Spread, where: str) -> None:
+    if not 0 < spread.low <= spread.median <= spread.high:
+        raise ValueError(f"{where}.seconds: quartiles {spread.low}, {spread.median}, {spread.high} are not in order")
+
+
+def to_line(record: Any) -> str:
+    """One record as a line of JSON that `from_lines` reads: how a worker hands over what it has so far."""
+    return json.dumps({"record": type(record).__name__} | dataclasses.asdict(record))
+
+
+def from_lines(lines: Iterable[str]) -> list[Any]:
+    """The records of whole lines; a last line that was cut off by a kill is left out."""
+    records = []
+    for line in lines:
+        try:
+            data = json.loads(line)
+        except ValueError:
+            continue
+        records.append(build(BY_NAME[data.pop("record")], data, "record"))
+    return records
+
+
+def add(results: Results, records: Iterable[Any]) -> None:
+    """Each record to its place in `results`; what was measured again counts as it was measured last.
+
+    Raises:
+        ValueError: a record that contradicts itself, which would make the whole file unreadable; the others are in.
+    """
+    wrong = None
+    for record in records:
+        if isinstance(record, SuiteRecord):
+            results.tests = record
+            continue
+        found = getattr(results, FIELDS[type(record)])
+        if isinstance(record, Timed):
+            try:
+                check_record(record, results.dry_run, f"{type(record).__name__} {record.case} {record.lane}")
+            except ValueError as error:
+                wrong = error
+                continue
+            found[:] = [other for other in found if _key(other) != _key(record)]
+        found.append(record)
+    if wrong:
+        raise wrong

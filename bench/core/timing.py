@@ -1,0 +1,145 @@
+"""How long a call takes on the GPU: events round each call, the L2 cache flushed before it, quartiles of many.
+
+`measure` is the GPU's own time: each call is queued behind a wait that covers the host's part of it. What the host adds
+shows in `measure_latency`, and in pytest-benchmark's times through `host_timer`.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.core.records import Spread
+
+BLOCKS = 3  # repeated runs of one lane: how far their medians lie apart is shown beside the result
+FEWEST, MOST = 10, 200  # rounds a block
+WARM_UP = 3
+HERTZ = 2e9  # cycles that torch.cuda._sleep waits in a second, on the fastest GPU; on a slower one it waits longer
+
+
+class NoTime(Exception):
+    """The clock gave no time for a call: nothing ran, or the events are not those of a GPU."""
+
+
+class Flush:
+    """Writes twice the L2 cache full, so that the next call reads its inputs from memory."""
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        self.buffer = torch.empty(max(2 * cache, 128 << 20), dtype=torch.uint8, device="cuda")
+
+    def __call__(self) -> None:
+        self.buffer.zero_()
+
+
+def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, seconds: float = 0.1) -> tuple[Spread, list[float]]:
+    """Time `call(prepare(i))`, the preparation left out: quartiles over all rounds, and the median of each block.
+
+    Each block takes about `seconds`, between FEWEST and MOST rounds.
+    """
+    flush = Flush()
+    _block(prepare, call, flush, WARM_UP, 0)
+    host = min(_host_seconds(prepare, call, i) for i in range(WARM_UP))
+    wait = int(1.5 * host * HERTZ)
+    trial = _block(prepare, call, flush, WARM_UP, wait)
+    rounds = _rounds_in(seconds, min(trial) + 1.5 * host)
+    return summary([_block(prepare, call, flush, rounds, wait) for _ in range(BLOCKS)])
+
+
+def _host_seconds(prepare: Callable[[int], Any], call: Callable[[Any], Any], i: int) -> float:
+    """Seconds until the host has launched all of a call."""
+    argument = prepare(i)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call(argument)
+    return time.perf_counter() - start
+
+
+def _block(prepare: Callable[[int], Any], call: Callable[[Any], Any], flush: Flush, rounds: int, wait: int) -> list[float]:
+    events = []
+    for i in range(rounds):
+        argument = prepare(i)
+        flush()
+        torch.cuda._sleep(wait)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call(argument)
+        end.record()
+        events.append((start, end))
+        del argument
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def measure_throughput(step: Callable[[int], Any], *, seconds: float) -> tuple[Spread, list[float]]:
+    """Seconds from the end of one step to the end of the next, nothing waiting between them: as a training loop runs."""
+    rounds = _rounds(step, seconds)
+    blocks = []
+    for _ in range(BLOCKS):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+        step(0)  # so that the first interval too begins while the GPU is busy
+        events[0].record()
+        for i, event in enumerate(events[1:], 1):
+            step(i)
+            event.record()
+        torch.cuda.synchronize()
+        pairs = zip(events, events[1:], strict=False)
+        blocks.append([before.elapsed_time(after) / 1e3 for before, after in pairs])
+    return summary(blocks)
+
+
+def measure_latency(step: Callable[[int], Any], *, seconds: float) -> tuple[Spread, list[float]]:
+    """Seconds from a call to the moment its result is there, by the host's clock: as someone who asks and waits sees it."""
+    rounds = _rounds(step, seconds)
+    return summary([[synchronised(step, i) for i in range(rounds)] for _ in range(BLOCKS)])
+
+
+def synchronised(step: Callable[[int], Any], i: int) -> float:
+    """Seconds of one call by the host's clock, from an idle GPU to an idle GPU."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(i)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _rounds(step: Callable[[int], Any], seconds: float) -> int:
+    for i in range(WARM_UP):
+        synchronised(step, i)
+    estimate = min(synchronised(step, i) for i in range(2))
+    return _rounds_in(seconds / BLOCKS, estimate)
+
+
+def _rounds_in(seconds: float, estimate: float) -> int:
+    """How many rounds of about `estimate` seconds fit."""
+    return min(max(int(seconds / estimate), FEWEST), MOST) if estimate > 0 else FEWEST
+
+
+def summary(blocks: list[list[float]]) -> tuple[Spread, list[float]]:
+    """Quartiles of all samples, and the median of each block.
+
+    Raises:
+        NoTime: a sample is zero or less.
+    """
+    least = min(sample for block in blocks for sample in block)
+    if least <= 0:
+        raise NoTime(f"a call took {least} s by this clock: nothing ran, or it cannot be timed here")
+    return Spread.of([sample for block in blocks for sample in block]), [Spread.of(block).median for block in blocks]
+
+
+def host_timer() -> float:
+    """For pytest-benchmark: the host's clock once the GPU is idle."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Bytes that `call` needs on the GPU beyond what is allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,77 @@
+"""Which steps `python -m bench host` looks at, and in which lanes. Two tables, most telling first."""
+
+from dataclasses import dataclass, replace
+
+from bench.core.lengths import Lengths
+from bench.models import workloads as models
+from bench.models.workloads import Workload
+
+
+@dataclass(frozen=True)
+class HostLane:
+    """`told`: fastbert is told how long the rows are (`fastbert.lengths`), so that it need not count on the device."""
+
+    model: models.Lane
+    told: bool = False
+
+
+def _ours(told: bool = False, **switches: bool | str) -> HostLane:
+    return HostLane(models.Lane(fast=True, optimizer="fastbert", **switches), told)
+
+
+STOCK, COMPILED = "stock", "stock + compile"
+PLAIN, PADDED, PACKED = "fastbert", "fastbert, padded", "fastbert, packed"
+PADDED_NO_LOGITS, PACKED_NO_LOGITS = "fastbert, padded, no logits", "fastbert, packed, no logits"
+
+LANES = {
+    STOCK: HostLane(models.Lane()),
+    COMPILED: HostLane(models.Lane(compiled=True)),
+    PLAIN: _ours(),  # as patch() makes it
+    PADDED: _ours(unpad=False),
+    PACKED: _ours(told=True),
+    PADDED_NO_LOGITS: _ours(unpad=False, mlm_logits="none"),
+    PACKED_NO_LOGITS: _ours(told=True, mlm_logits="none"),
+}
+
+
+@dataclass(frozen=True)
+class HostCase:
+    """A step of BERT-base: a forward for "infer", else forward, backward and AdamW. Weights are bf16 unless `autocast`."""
+
+    name: str
+    head: str
+    mode: str
+    batch: int
+    seqlen: int
+    padded: bool
+    lanes: tuple[str, ...]
+    autocast: bool = False
+    model: str = "BERT-base"
+
+    def workload(self) -> Workload:
+        precision = "autocast" if self.autocast else "fp32" if self.model == "tiny" else "bf16"
+        lengths = quarter_to_whole(self.batch, self.seqlen) if self.padded else Lengths()
+        return Workload(self.model, self.head, self.mode, self.batch, self.seqlen, 1.0, precision, lengths)
+
+    def tiny(self) -> "HostCase":
+        """The same step at a size for the interpreter, in float32: bfloat16 is wrong there."""
+        return replace(self, model="tiny", batch=min(self.batch, 4), seqlen=16, autocast=False)
+
+
+def quarter_to_whole(batch: int, seqlen: int) -> Lengths:
+    """Rows from a quarter of `seqlen` to all of it, evenly: five eighths of the positions are tokens."""
+    least = seqlen // 4
+    sizes = tuple(least + (seqlen - least) * i // max(batch - 1, 1) for i in range(batch))
+    return Lengths("a quarter to the whole", sizes)
+
+
+CLASSIFIER = (STOCK, PADDED, PACKED)
+INFERENCE_1 = HostCase("BertModel B=1 S=128 inference", "base", "infer", 1, 128, False, (STOCK, PADDED))
+INFERENCE_32 = HostCase("SeqCls B=32 S=128 inference", "classification", "infer", 32, 128, True, CLASSIFIER)
+TRAINING = HostCase("SeqCls B=32 S=128 training", "classification", "train", 32, 128, True, CLASSIFIER)
+TRAINING_AUTOCAST = replace(TRAINING, name=f"{TRAINING.name}, autocast", autocast=True)
+MLM = HostCase("MLM B=64 S=512 training", "mlm", "train", 64, 512, True, (STOCK, PLAIN, PADDED_NO_LOGITS, PACKED_NO_LOGITS))
+MLM_FULL_ROWS = replace(MLM, name=f"{MLM.name}, no padding", padded=False, lanes=(STOCK, PLAIN, PADDED_NO_LOGITS))
+MLM_AUTOCAST = replace(MLM, name=f"{MLM.name}, autocast", autocast=True, lanes=(STOCK, PLAIN, PACKED_NO_LOGITS))
+
+CASES = {case.name: case for case in (TRAINING, INFERENCE_1, MLM, MLM_FULL_ROWS, TRAINING_AUTOCAST, INFERENCE_32, MLM_AUTOCAST)}

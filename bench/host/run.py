@@ -1,0 +1,204 @@
+"""`python -m bench host`: the host's time of whole steps, what they launch, and how much memory they need.
+
+A GPU waits for its host wherever a step's launches take longer than its kernels, so times are the host's: from an idle
+device to the moment at which all of a step is issued. Lanes of one case take turns, so that other load on the machine falls
+on all of them, and are compared turn by turn. No result is checked here; `python -m bench models` checks the same models.
+"""
+
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from bench.core.records import HostRecord, Spread
+from bench.host import counts as host_counts
+from bench.host.cases import CASES, COMPILED, LANES, HostCase
+from bench.host.step import Step
+from fastbert.kernels.core import failures, launch
+
+WARM_UP = 3
+
+
+class StepTime(NamedTuple):
+    """Seconds of the processor, seconds that passed, and the processor's by part of the step."""
+
+    cpu: float
+    wall: float
+    parts: dict[str, float]
+
+
+Times = list[list[StepTime]]  # by turn
+
+
+def run(
+    names: Sequence[str] = tuple(CASES),
+    *,
+    seconds: float = 10.0,
+    rounds: int = 15,
+    compiled: bool = False,
+    tiny: bool = False,
+    budget: float = float("inf"),
+) -> Iterator[HostRecord]:
+    """A record a lane of the cases of these names, a case at a time.
+
+    seconds: of timed steps a case, in `rounds` turns of each lane. compiled: with a lane of torch.compile. tiny: a dry run on
+    the CPU, without a time. budget: no case is begun after so many seconds.
+    """
+    end = time.monotonic() + budget
+    with _strict_and_alone():
+        for name in names:
+            if time.monotonic() >= end:
+                return
+            case = CASES[name].tiny() if tiny else CASES[name]
+            yield from measure(case, seconds, rounds, compiled, "cpu" if tiny else "cuda")
+
+
+@contextmanager
+def _strict_and_alone() -> Iterator[None]:
+    """No kernel replaced by plain PyTorch, and one thread: others that wait for work would be counted."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with mock.patch.object(failures, "strict", True):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure(case: HostCase, seconds: float, rounds: int, compiled: bool, device: str) -> list[HostRecord]:
+    """The records of one case, its lanes in the order of its table."""
+    lanes = list(case.lanes)
+    if compiled:
+        lanes.insert(1, COMPILED)
+    found = {lane: _caught(partial(_alone, case, lane, device)) for lane in lanes}
+    if device == "cuda":
+        good = [lane for lane in lanes if found[lane]["status"] == "ok"]
+        for lane, times in _in_turns(case, good, seconds, rounds).items():
+            found[lane] |= times
+        _tidy()
+    return [_record(case, lane, found[lane]) for lane in lanes]
+
+
+def _record(case: HostCase, lane: str, found: dict[str, Any]) -> HostRecord:
+    nothing = {"reason": None, "seconds": None, "wall": None, "peak_bytes": None}
+    nothing |= {"runs": [], "wall_runs": [], "parts": {}, "launches": {}}
+    return HostRecord(**nothing | found, lane=lane, name=case.name)
+
+
+def _caught(call: Callable[[], dict[str, Any]], tidy: bool = True) -> dict[str, Any]:
+    """What `call` found, or what it raised: one lane's end is not the end of the others."""
+    try:
+        return call()
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        return {"status": "error", "reason": f"{type(error).__name__}: {said}\n{traceback.format_exc()}"}
+    finally:
+        if tidy:
+            _tidy()
+
+
+def _tidy() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:
+    """Launches of a warm step and the most that it allocates, with no other lane on the device."""
+    torch._dynamo.reset()
+    step = Step(case, lane, device)
+    before = launch.counts.total()
+    with step.surroundings():
+        for _ in range(WARM_UP if device == "cuda" else 1):
+            step()
+        found = _launches(step, device)
+        peak = _peak(step) if device == "cuda" else None
+    if LANES[lane].model.fast and launch.counts.total() == before:
+        return found | {"status": "failed", "reason": "no kernel was launched"}
+    return found | {"status": "ok" if device == "cuda" else "dry-run", "peak_bytes": peak}
+
+
+def _launches(step: Step, device: str) -> dict[str, Any]:
+    """A profiler that does not work here costs the launches, not the times."""
+    try:
+        found = host_counts.of_step(step, device)
+    except Exception as error:
+        return {"reason": f"launches were not counted: {error}"[:300]}
+    return {"launches": found} if host_counts.kernels(found) else {"reason": "the profiler saw no launches"}
+
+
+def _peak(step: Step) -> int:
+    """Bytes allocated at the fullest moment of a step: weights, gradients and optimizer state included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def _in_turns(case: HostCase, lanes: list[str], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
+    """What is known of each lane's time after `rounds` turns of all of them, of about `seconds` together."""
+    steps: dict[str, Step] = {}
+    times: dict[str, Times] = {lane: [] for lane in lanes}
+    failed: dict[str, dict[str, Any]] = {}
+
+    def start(lane: str) -> dict[str, Any]:
+        steps[lane] = Step(case, lane, "cuda")
+        with steps[lane].surroundings():
+            for _ in range(WARM_UP):
+                steps[lane]()
+        return {}
+
+    def go_on(lane: str) -> dict[str, Any]:
+        with steps[lane].surroundings():
+            times[lane].append(turn(steps[lane], seconds / rounds / len(lanes)))
+        return {}
+
+    for do in (start, *[go_on] * rounds):
+        for lane in lanes:
+            if lane not in failed and (raised := _caught(partial(do, lane), tidy=do is start)):
+                failed[lane] = raised
+                steps.pop(lane, None)
+    return failed | {lane: summary(turns) for lane, turns in times.items() if lane not in failed}
+
+
+def turn(step: Step, seconds: float) -> list[StepTime]:
+    """Times of steps that take about `seconds` together, each begun on an idle device; the first one is not timed."""
+    step()
+    found = []
+    end = time.perf_counter() + seconds
+    while True:
+        torch.cuda.synchronize()
+        found.append(_timed(step))
+        if time.perf_counter() > end and len(found) > 1:
+            torch.cuda.synchronize()
+            return found
+
+
+def _timed(step: Step) -> StepTime:
+    ends: dict[str, float] = {}
+    begun, start = time.process_time(), time.perf_counter()
+    step(lambda part: ends.setdefault(part, time.process_time()))
+    passed, ended = time.perf_counter() - start, time.process_time()
+    begins = [begun, *ends.values()]
+    return StepTime(ended - begun, passed, {part: end - begins[i] for i, (part, end) in enumerate(ends.items())})
+
+
+def summary(turns: Times) -> dict[str, Any]:
+    """The quartiles of all steps, and the median of each turn."""
+    cpu, wall = ([[getattr(step, clock) for step in turn] for turn in turns] for clock in ("cpu", "wall"))
+    names = turns[0][0].parts
+    return {
+        "seconds": Spread.of([x for turn in cpu for x in turn]),
+        "runs": [statistics.median(turn) for turn in cpu],
+        "wall": Spread.of([x for turn in wall for x in turn]),
+        "wall_runs": [statistics.median(turn) for turn in wall],
+        "parts": {part: [statistics.median(step.parts[part] for step in turn) for turn in turns] for part in names},
+    }

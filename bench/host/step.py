@@ -1,0 +1,68 @@
+"""One lane of a step: its model, batch and optimizer, and the call that is measured."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+import fastbert
+from bench.host.cases import LANES, HostCase
+from bench.host.pretended import pretended, true_reads
+from bench.models import batches, gate
+from bench.models import workloads as models
+
+PARTS = FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+
+
+class Step:
+    """`step()` issues one step of the lane and waits for nothing; call it under `surroundings()`.
+
+    `step(issued)` calls `issued(part)` as soon as a part of the step is.
+    """
+
+    def __init__(self, case: HostCase, lane: str, device: str) -> None:
+        self.workload, self.device, self.lane = case.workload(), device, LANES[lane]
+        self.training = case.mode == "train"
+        lengths = self.workload.lengths.of_batch(case.batch, case.seqlen, self.workload.fill)
+        self._make_batch(case, lengths)
+        with self.surroundings():
+            self.model = models.make(self.workload, self.lane.model, device).train(self.training)
+        self.called = models.compiled(self.model, self.lane.model)
+        self.optimizer = models.make_optimizer(self.model, self.lane.model) if self.training else None
+
+    def _make_batch(self, case: HostCase, lengths: list[int]) -> None:
+        made = batches.make(case.head, self.workload.config(), lengths, case.seqlen, 0, "cpu", labels=self.training)
+        mask = made.get("attention_mask")
+        self.tokens: list[int] = [case.seqlen] * case.batch if mask is None else mask.sum(1).tolist()
+        # The positions that the head reads: those with a label for MLM, the first one for a classifier.
+        self.read: list[int] = (made["labels"] != -100).sum(1).tolist() if case.head == "mlm" else [1] * case.batch
+        names = ("input_ids", "attention_mask", "labels")
+        self.batch: dict[str, Tensor] = {name: made[name].to(self.device) for name in names if name in made}
+        self.head = case.head
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """What the host reads back on a pretended GPU, stood in for; nothing anywhere else."""
+        with true_reads(self.tokens, self.read) if self.device == "cuda" and pretended() else nullcontext():
+            yield
+
+    def __call__(self, issued: Callable[[str], object] = lambda part: None) -> None:
+        if self.optimizer is None:
+            with torch.inference_mode(), self._told(), gate.autocast(self.workload, self.device):
+                self.called(**self.batch)
+            issued(FORWARD)
+            return
+        with self._told(), gate.autocast(self.workload, self.device):
+            loss = self.called(**self.batch).loss
+        issued(FORWARD)
+        loss.backward()
+        issued(BACKWARD)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        issued(OPTIMIZER)
+
+    def _told(self) -> AbstractContextManager[None]:
+        if not self.lane.told:
+            return nullcontext()
+        return fastbert.lengths(self.model, self.tokens, read=self.read if self.head == "mlm" else None)

@@ -1,0 +1,85 @@
+"""What bench.host.run found, as a Markdown table and as lists of launches."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from bench.core import comparison as lanes
+from bench.core.records import HostRecord
+from bench.host.counts import KINDS, kernels
+
+GIB = 1 << 30
+
+HEADINGS = (
+    "case",
+    "lane",
+    "CPU / stock [least, most of a turn]",
+    "forward, backward, optimizer / stock",
+    "wall / stock",
+    "launches",
+    *KINDS,
+    "peak, GiB",
+    "peak / stock",
+)
+
+
+def cpu_ratio(record: HostRecord, stock: HostRecord | None) -> float | None:
+    """The processor's time over stock's: the median of the turns' ratios. None without both."""
+    return _median(_ratios(record.runs, stock and stock.runs))
+
+
+def part_ratios(record: HostRecord, stock: HostRecord) -> list[float | None]:
+    """`cpu_ratio` of each part of a step; none where a step has one part."""
+    if len(record.parts) < 2:
+        return []
+    return [_median(_ratios(runs, stock.parts.get(part))) for part, runs in record.parts.items()]
+
+
+def peak_ratio(record: HostRecord, stock: HostRecord | None) -> float | None:
+    """The peak over stock's; None without both."""
+    if stock is None or not stock.peak_bytes or not record.peak_bytes:
+        return None
+    return record.peak_bytes / stock.peak_bytes
+
+
+def rows(records: Iterable[HostRecord]) -> list[Sequence[str]]:
+    """A row a lane, under HEADINGS."""
+    return [_row(record, lanes.baseline(of_case)) for of_case in lanes.by_case(records).values() for record in of_case]
+
+
+def _row(record: HostRecord, stock: HostRecord | None) -> list[str]:
+    counts = [sum(record.launches.get(kind, {}).values()) for kind in KINDS]
+    launched = [str(n) for n in (kernels(record.launches), *counts)] if record.launches else [""] * (1 + len(KINDS))
+    named = [record.name, record.lane]
+    if record.seconds is None or record.wall is None:
+        return [*named, lanes.why_not(record), "", "", *launched, "", ""]
+    own = record is stock
+    ratios = [] if own else _ratios(record.runs, stock and stock.runs)
+    return [
+        *named,
+        f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else "",
+        "" if own or stock is None else ", ".join(_two(ratio) for ratio in part_ratios(record, stock)),
+        "" if own else _two(_median(_ratios(record.wall_runs, stock and stock.wall_runs))),
+        *launched,
+        "" if record.peak_bytes is None else f"{record.peak_bytes / GIB:.3f}",
+        "" if own else _two(peak_ratio(record, stock)),
+    ]
+
+
+def _ratios(runs: Sequence[float], base: Sequence[float] | None) -> list[float]:
+    """Turn by turn: what else the machine did in a turn weighed on both."""
+    return [a / b for a, b in zip(runs, base or (), strict=False)]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def names(record: HostRecord) -> list[str]:
+    """A line a launch of one step: how often, of which kind, by which name; the most frequent first."""
+    found = [(times, kind, name) for kind, of_kind in record.launches.items() for name, times in of_kind.items()]
+    ordered = sorted(found, key=lambda launch: -launch[0])
+    return [f"{times:5}  {kind:9}  {name}" for times, kind, name in ordered]

@@ -1,0 +1,80 @@
+"""The check before a model's lane is timed: loss, outputs and every gradient against eager, without dropout.
+
+The rule is that of fastbert.verify, as tests/models applies it, on a batch of the workload's length and head.
+"""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from bench.host.pretended import true_reads_of
+from bench.models.batches import CHOICES, make, padding
+from bench.models.flattened import Flattened, padded
+from bench.models.workloads import LANES, Workload
+from bench.models.workloads import make as make_model
+from fastbert.kernels.core.launch import counts
+from fastbert.testing.models import Tensors, assert_equal, run
+
+SHOWN = 8  # tensors that a failure names
+ROWS = CHOICES  # the reference is float64: a few rows of the real length, not the whole batch
+
+
+def autocast(workload: Workload, device: str) -> AbstractContextManager:
+    return torch.autocast(device, torch.bfloat16) if workload.precision == "autocast" else nullcontext()
+
+
+def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> str | None:
+    """What is wrong with the lane's model, or None. `called` has no dropout, see `without_dropout`."""
+    lengths = workload.lengths.of_batch(ROWS, workload.seqlen, workload.fill)
+    labels = workload.mode == "train"
+    batch = make(workload.head, called.config, lengths, workload.seqlen, 99, device, labels=labels)
+    before = counts.total()
+    found = _run(workload, called, batch, device)
+    if isinstance(called, Flattened):
+        found = padded(found, batch)
+    if fast and counts.total() == before:
+        return "no kernel was launched"
+    stock = make_model(workload, LANES["eager"], device).eval()
+    eager = _run(workload, stock, batch, device)
+    with torch.autocast(device, enabled=False):
+        exact = run(copy.deepcopy(stock).double(), batch, workload.mode == "train")
+    if called.training:  # a lane that trains without them returns no logits
+        for name in [name for name in eager if name.endswith("logits") and name not in found]:
+            del eager[name], exact[name]
+    try:
+        assert_equal(*(_readable(results, batch) for results in (found, eager, exact)))
+    except AssertionError as failure:
+        lines = str(failure).splitlines()
+        return "\n".join([f"{len(lines)} tensors differ from eager: {lines[0]}", *lines[1:SHOWN]])
+    return None
+
+
+def without_dropout(model: nn.Module, training: bool) -> nn.Module:
+    """In training mode, because what is timed is: a model may return other things, and take other ways, in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train(training)
+
+
+def _run(workload: Workload, model: nn.Module, batch: dict[str, torch.Tensor], device: str) -> Tensors:
+    """Inference is gated on its outputs, training on its gradients too."""
+    training = workload.mode == "train"
+    with true_reads_of(batch), nullcontext() if training else torch.inference_mode():
+        results = run(model, batch, training, autocast(workload, device))
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
+
+
+def _readable(results: Tensors, batch: dict[str, torch.Tensor]) -> Tensors:
+    """What stands at padded positions is nobody's to read, and a lane that skips padding leaves zeros there."""
+    padded = padding(batch)
+    if padded is None:
+        return results
+    return {
+        name: x.masked_fill(padded.view(*padded.shape, *[1] * (x.dim() - padded.dim())), 0.0)
+        if x.is_floating_point() and x.shape[: padded.dim()] == padded.shape
+        else x
+        for name, x in results.items()
+    }

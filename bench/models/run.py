@@ -1,0 +1,168 @@
+"""Times one lane of one workload: first step with cold caches, the gate, the losses without dropout, then the time."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench.core import timing
+from bench.core.flops import step_flops
+from bench.core.peers import Absent
+from bench.core.records import ModelRecord
+from bench.host.pretended import pretended, true_reads_of
+from bench.models import batches, breakdown, gate
+from bench.models import workloads as models
+from bench.models.workloads import Lane, Workload
+
+SETS = 4  # batches that rotate
+STEPS = {"cuda": 12, "cpu": 1}  # of the losses that are compared
+SECONDS = 2.0  # of timed steps
+
+
+def run(workload: Workload, name: str, *, details: bool = True, cold: bool = True) -> Iterator[ModelRecord]:
+    """The record of a lane; with `details` then another one in its place, with the losses and the breakdown, which cost some
+    seconds and must not cost the time where they are cut off. `cold`: the compilers' caches are empty, so the first step's
+    time is noted."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch._dynamo.reset()  # a workload's graphs are its own: none is recompiled into a dynamic one
+    lane = models.LANES[name]
+    lengths = workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill)
+    record: dict[str, Any] = {
+        "lane": name,
+        "reason": None,
+        "seconds": None,
+        "runs": [],
+        "peak_bytes": None,
+        "model": workload.model,
+        "head": workload.head,
+        "mode": workload.mode,
+        "precision": workload.precision,
+        "batch": workload.batch,
+        "seqlen": workload.seqlen,
+        "fill": round(sum(lengths) / (workload.batch * workload.seqlen), 3),
+        "lengths": workload.lengths.name,
+        "real_tokens": float(sum(lengths)),
+        "flops": float(step_flops(workload.config(), workload.head, workload.mode, lengths)),
+        "first_step_seconds": None,
+    }
+    try:
+        for found in _measure(workload, lane, lengths, device, details, cold):
+            record |= found
+            yield ModelRecord(**record)
+    except Absent as absent:
+        yield ModelRecord(**record | {"status": "absent", "reason": str(absent)})
+    except (torch.OutOfMemoryError, timing.NoTime) as error:
+        if "status" not in record:  # later, it is the details that there is no memory for
+            reason = str(error) if isinstance(error, timing.NoTime) else "out of memory"
+            yield ModelRecord(**record | {"status": "error", "reason": reason})
+
+
+def prepare(workload: Workload, name: str) -> None:
+    """Compile what `run` will need, and leave it in the compilers' caches: a step, and the step of the check."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch._dynamo.reset()
+    lane = models.LANES[name]
+    step = Trainer(workload, lane, workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill), device)
+    step(0).cpu()
+    _gated(workload, lane, device)
+
+
+class Trainer:
+    """The step of a lane: zero_grad, forward under the workload's precision, backward, optimizer. i picks the batch."""
+
+    def __init__(self, workload: Workload, lane: Lane, lengths: list[int], device: str) -> None:
+        self.workload, self.lane, self.device = workload, lane, device
+        self.model = models.make(workload, lane, device)
+        self.called = models.compiled(self.model, lane)
+        self.training = workload.mode == "train"
+        self.model.train(self.training)
+        self.optimizer = models.make_optimizer(self.model, lane) if self.training else None
+        config, head, seqlen = self.model.config, workload.head, workload.seqlen
+        self.batches = [batches.make(head, config, lengths, seqlen, seed, device, labels=self.training) for seed in range(SETS)]
+
+    def __call__(self, i: int, mark: Callable[[str], None] = lambda name: None) -> torch.Tensor:
+        batch = self.batches[i % SETS]
+        if pretended() is None:
+            return self._step(batch, mark)
+        with true_reads_of(batch):
+            return self._step(batch, mark)
+
+    def _step(self, batch: batches.Batch, mark: Callable[[str], None]) -> torch.Tensor:
+        if self.lane.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        if self.optimizer is None:
+            with torch.inference_mode(), gate.autocast(self.workload, self.device):
+                return self.called(**batch)[0]
+        self.optimizer.zero_grad(set_to_none=True)
+        with gate.autocast(self.workload, self.device):
+            loss = self.called(**batch).loss
+        mark("forward")
+        loss.backward()
+        mark("backward")
+        self.optimizer.step()
+        mark("optimizer")
+        return loss.detach().clone() if self.lane.graphs else loss.detach()
+
+
+def _measure(
+    workload: Workload, lane: Lane, lengths: list[int], device: str, details: bool, cold: bool
+) -> Iterator[dict[str, Any]]:
+    step = Trainer(workload, lane, lengths, device)
+    start = time.perf_counter()
+    step(0).cpu()
+    first = {"first_step_seconds": time.perf_counter() - start} if device == "cuda" and cold else {}
+
+    wrong = _gated(workload, lane, device)
+    if wrong:
+        yield {"status": "failed", "reason": wrong}
+        return
+    if device == "cpu":
+        step(1)
+        yield {"status": "dry-run"}
+    else:
+        timer = timing.measure_throughput if step.training else timing.measure_latency
+        seconds, runs = timer(step, seconds=SECONDS)
+        yield first | {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": _peak(step)}
+    if details:
+        found = {"losses": losses(workload, lane, lengths, device)} if step.training else {}
+        yield found | (_breakdown(step) if device == "cuda" else {})
+
+
+def _breakdown(step: "Trainer") -> dict[str, Any]:
+    """Where the time goes. A profiler that does not work here costs the breakdown, not the time that was measured."""
+    found: dict[str, Any] = {}
+    if step.training:
+        phases = breakdown.Phases()
+        step(0, phases.mark)
+        found["phases"] = phases.read()
+    try:
+        found["parts"] = breakdown.by_part(step)
+    except Exception as error:
+        found["reason"] = f"no breakdown by kernel: {error}"[:300]
+    return found
+
+
+def _gated(workload: Workload, lane: Lane, device: str) -> str | None:
+    """The gate on fresh weights of the same lane: the timed model has already taken a step."""
+    model = gate.without_dropout(models.make(workload, lane, device), workload.mode == "train")
+    wrong = gate.problem(workload, models.compiled(model, lane), lane.fast, device)
+    del model
+    gc.collect()
+    return wrong
+
+
+def losses(workload: Workload, lane: Lane, lengths: list[int], device: str) -> list[float]:
+    """The first losses without dropout: the same weights, batches and optimizer in every lane."""
+    step = Trainer(workload, lane, lengths, device)
+    gate.without_dropout(step.model, training=True)
+    return [loss.item() for loss in [step(i) for i in range(STEPS[device])]]
+
+
+def _peak(step: Trainer) -> int:
+    """Bytes allocated at the fullest moment of a step: weights, gradients and optimizer state included."""
+    torch.cuda.reset_peak_memory_stats()
+    step(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()

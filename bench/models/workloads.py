@@ -1,0 +1,198 @@
+"""What is timed end to end: BERT-base and BERT-large under eight heads, and the lanes that compete. Two tables.
+
+A lane is a line in LANES, an optimizer a line in OPTIMIZERS. Every lane has the same random weights (from a config,
+nothing is downloaded), the same batches and the same precision.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertConfig
+
+import fastbert
+from bench.core.flops import MLM_HEADS
+from bench.core.lengths import Lengths
+from bench.core.peers import require
+from bench.models import flattened
+from bench.models.batches import HEADS
+from fastbert.cli.tasks import TASKS
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "BERT-base": {},
+    "BERT-large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "tiny": {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+    },
+}
+LONG = {"max_position_embeddings": 2048}  # position embeddings beyond BERT's 512 cost memory, no time
+
+
+@dataclass(frozen=True)
+class Lane:
+    """How a stock model becomes this lane's: its attention in transformers, fastbert or not and with which switches,
+    compiled or not and in which mode of torch.compile, over flattened batches or not."""
+
+    attention: str = "sdpa"
+    fast: bool = False
+    compiled: bool = False
+    compile_mode: str | None = None
+    peer: str | None = None
+    optimizer: str = "torch fused"
+    unpad: bool | str = "auto"
+    mlm_logits: str = "full"
+
+    def suits(self, workload: "Workload") -> bool:
+        """Whether it differs, under this workload, from the lane that it is named after."""
+        training = workload.mode == "train"
+        return (training or self.optimizer == Lane.optimizer) and (
+            self.mlm_logits == "full" or (training and workload.head in MLM_HEADS)
+        )
+
+    @property
+    def graphs(self) -> bool:
+        """Whether each call replays CUDA graphs, which overwrite what the call before returned."""
+        return self.compile_mode == "reduce-overhead"
+
+
+LANES = {
+    "eager": Lane("eager"),
+    "stock": Lane(),
+    "stock + compile": Lane(compiled=True),
+    "stock + reduce-overhead": Lane(compiled=True, compile_mode="reduce-overhead"),
+    "flattened": Lane(flattened.NAME),
+    "flash_attention_2": Lane("flash_attention_2", peer="flash_attention_2"),
+    "fastbert": Lane(fast=True),
+    "fastbert + compile": Lane(fast=True, compiled=True),
+    "fastbert, padded": Lane(fast=True, unpad=False),
+    "fastbert, packed": Lane(fast=True, unpad=True),
+    "fastbert, packed, no logits": Lane(fast=True, unpad=True, mlm_logits="none"),
+    "fastbert + its AdamW": Lane(fast=True, optimizer="fastbert"),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model, head and size. precision: autocast (bf16 over float32 weights), bf16, or fp32."""
+
+    model: str
+    head: str
+    mode: str
+    batch: int
+    seqlen: int
+    fill: float
+    precision: str = "autocast"
+    lengths: Lengths = Lengths()
+
+    def config(self) -> BertConfig:
+        longer = LONG if self.seqlen > 512 else {}
+        return BertConfig(**CONFIGS[self.model] | longer | TASKS[self.head].config)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Workload":
+        lengths = Lengths(data["lengths"]["name"], tuple(data["lengths"]["sizes"]))
+        return Workload(**data | {"lengths": lengths})
+
+
+def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
+    """The lane's model, with dropout as the config has it; weights are the same in every lane.
+
+    Raises:
+        Absent: what the lane needs is not here.
+    """
+    if lane.peer:
+        require(lane.peer)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = TASKS[workload.head].model_class(workload.config())
+    model = model.to(device, torch.bfloat16 if workload.precision == "bf16" else torch.float32)
+    model.set_attn_implementation(lane.attention)
+    if lane.fast:
+        fastbert.patch(model, unpad=lane.unpad, mlm_logits=lane.mlm_logits)
+    return flattened.Flattened(model, workload.head) if lane.attention == flattened.NAME else model
+
+
+def compiled(model: nn.Module, lane: Lane) -> nn.Module:
+    """The model as the lane calls it. Without a GPU the tracing alone is tried, not the code generation."""
+    if not lane.compiled:
+        return model
+    if not torch.cuda.is_available():
+        return torch.compile(model, dynamic=False, backend="aot_eager")
+    return torch.compile(model, dynamic=False, mode=lane.compile_mode)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch fused": partial(torch.optim.AdamW, fused=True),  # transformers' default, adamw_torch_fused
+    "fastbert": fastbert.AdamW,
+}
+
+
+def make_optimizer(model: nn.Module, lane: Lane) -> torch.optim.Optimizer:
+    """The lane's AdamW over all parameters of the model."""
+    return OPTIMIZERS[lane.optimizer](model.parameters(), lr=1e-4, weight_decay=0.01)
+
+
+def headline() -> Iterator[Workload]:
+    """The three that decide, most important first: pre-training, fine-tuning as tutorials do it, an answer at once."""
+    yield Workload("BERT-base", "mlm", "train", 32, 512, 0.5)
+    yield Workload("BERT-base", "classification", "train", 32, 128, 0.5)
+    yield Workload("BERT-base", "classification", "infer", 1, 128, 1.0, "bf16")
+
+
+def wider() -> Iterator[Workload]:
+    """What completes the README's first table: BERT-large, no padding, large batches."""
+    for fill in (0.5, 1.0):
+        yield Workload("BERT-large", "mlm", "train", 32, 512, fill)
+    yield Workload("BERT-base", "mlm", "train", 32, 512, 1.0)
+    for model in ("BERT-base", "BERT-large"):
+        yield Workload(model, "classification", "infer", 128, 128, 0.5, "bf16")
+    yield Workload("BERT-large", "classification", "infer", 1, 128, 1.0, "bf16")
+
+
+def grid(
+    names: tuple[str, ...] = ("BERT-base", "BERT-large"),
+    heads: tuple[str, ...] = HEADS,
+    modes: tuple[str, ...] = ("train", "infer"),
+    batches: tuple[int, ...] = (32,),
+    seqlens: tuple[int, ...] = (128, 512),
+    fills: tuple[float, ...] = (0.5, 1.0),
+) -> Iterator[Workload]:
+    """Every combination; inference runs in bf16, training under autocast."""
+    for model in names:
+        for head in heads:
+            for mode in modes:
+                for batch in batches:
+                    for seqlen in seqlens:
+                        for fill in fills:
+                            precision = "bf16" if mode == "infer" else "autocast"
+                            yield Workload(model, head, mode, batch, seqlen, fill, precision)
+
+
+def scaling() -> Iterator[Workload]:
+    """BERT-base over S and fill at 16,384 tokens a batch: the scaling plots."""
+    for seqlen in (128, 512, 2048, 64, 256, 1024):
+        for fill in (0.5, 1.0):
+            yield Workload("BERT-base", "mlm", "train", 16384 // seqlen, seqlen, fill)
+    for fill in (0.25, 0.75):
+        yield Workload("BERT-base", "mlm", "train", 32, 512, fill)
+
+
+def tiny(workload: Workload) -> Workload:
+    """The same head, mode and fill at a size for the interpreter. float32: bfloat16 is wrong there."""
+    return replace(workload, model="tiny", batch=4, seqlen=16, precision="fp32")

@@ -1,0 +1,163 @@
+"""The ops and their lanes: a table. A new op is an entry in OPS, a new peer a line in its lanes.
+
+A lane builds, for one case, a function (inputs, p) -> output; it raises Absent where it cannot run the case. All lanes
+of a case get the same inputs and are judged by the same reference (bench.ops.check).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bench.core import floors
+from bench.core.lengths import Lengths
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIRECTIONS = ("forward", "backward", "both")
+HEAD_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of one op. Rows of an op over tokens are batch x seqlen; fill is attention's share of real tokens."""
+
+    op: str
+    dtype: str
+    hidden: int
+    batch: int
+    seqlen: int
+    fill: float = 1.0
+    p: float = 0.0
+
+    @property
+    def heads(self) -> int:
+        return max(1, self.hidden // HEAD_SIZE)
+
+    @property
+    def lengths(self) -> list[int]:
+        return Lengths().of_batch(self.batch, self.seqlen, self.fill)
+
+    def moved(self, direction: str) -> int:
+        """Stated bytes: each input read once, each output written once, real rows only."""
+        if direction == "both":
+            return self.moved("forward") + self.moved("backward")
+        size = torch.empty((), dtype=DTYPES[self.dtype]).element_size()
+        return floors.stated_bytes(self.op, direction, sum(self.lengths), self.hidden, size)
+
+    def operations(self, direction: str) -> int:
+        """Stated operations of the matrix products, over pairs of one sequence; 0 for an op that only moves bytes."""
+        if direction == "both":
+            return self.operations("forward") + self.operations("backward")
+        return sum(floors.stated_operations(self.op, direction, 1, n, self.hidden) for n in self.lengths)
+
+
+@dataclass
+class Inputs:
+    """What is differentiated, what goes with it (masks, lengths), and the gradient from above."""
+
+    leaves: dict[str, Tensor]
+    context: dict[str, Tensor | int | None]
+    dy: Tensor
+
+    def converted(self, dtype: torch.dtype) -> "Inputs":
+        return Inputs({name: x.to(dtype) for name, x in self.leaves.items()}, self.context, self.dy.to(dtype))
+
+    def packed(self) -> "Inputs":
+        """The real rows only, [T, heads, D]: what a lane without padding works on."""
+        return Inputs({n: self.real(x) for n, x in self.leaves.items()}, self.context, self.real(self.dy))
+
+    def real(self, x: Tensor) -> Tensor:
+        """The rows of x that are no padding; x itself where none are, or where it is packed already."""
+        mask = self.context.get("key_mask")
+        return x if mask is None or x.shape[:2] != mask.shape else x[mask]
+
+
+Function = Callable[[Inputs, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """build(case) gives the function or raises Absent; a packed lane gets inputs without padding."""
+
+    build: Callable[[Case], Function]
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """make(case, generator, device) -> random inputs in float32; reference is plain PyTorch without dropout."""
+
+    make: Callable[[Case, torch.Generator, str], Inputs]
+    reference: Function
+    lanes: dict[str, Lane]
+    dropout: bool = False
+
+
+@cache
+def table() -> dict[str, Op]:
+    """OPS, by name. A function, because importing the lanes imports triton, whose interpreter is chosen before that."""
+    from bench.ops import attention_lanes, decoder_lanes, embedding_lanes, feed_forward_lanes, packing_lanes, row_lanes
+
+    return row_lanes.OPS | {
+        "attention": attention_lanes.OP,
+        "embedding_layernorm": embedding_lanes.OP,
+        "feed_forward": feed_forward_lanes.OP,
+        "gather_rows": packing_lanes.OP,
+        "linear_cross_entropy": decoder_lanes.OP,
+    }
+
+
+def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:
+    """{"y": output, "dx": gradient, ...} of one forward and backward."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.leaves.items()}
+    y = function(replace(inputs, leaves=leaves), p)
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+NAMES = (
+    "attention",
+    "dropout_add_layernorm",
+    "bias_gelu",
+    "feed_forward",
+    "gelu_layernorm",
+    "gather_rows",
+    "linear_cross_entropy",
+    "embedding_layernorm",
+)
+WITH_DROPOUT = ("attention", "dropout_add_layernorm", "embedding_layernorm")
+SEQLENS = (512, 128, 2048, 64, 256, 1024)  # what matters most first
+TOKENS = 16384
+LABELLED = {512: 16384, 128: 4096, 64: 2457, 256: 614}  # rows of linear_cross_entropy, in place of sequences' lengths
+FED = {512: 16384, 128: 4096, 64: 2048, 256: 1024, 1024: 32768}  # rows of feed_forward, likewise
+ROWS = {"linear_cross_entropy": LABELLED, "feed_forward": FED}
+TINY = {"attention": (64, 2, 24)} | dict.fromkeys(NAMES[1:], (48, 2, 9)) | {"feed_forward": (32, 2, 9)}
+
+
+def cases(names: tuple[str, ...] = NAMES, dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Case]:
+    """The grid, most important first: BERT-base and BERT-large, S from 64 to 2,048 at 16,384 tokens."""
+    for dtype in dtypes:
+        for seqlen in SEQLENS if dtype == "bf16" else SEQLENS[:2]:
+            for hidden in floors.MODELS.values():
+                for name in names:
+                    if name not in ROWS:
+                        yield from _of_shape(Case(name, dtype, hidden, TOKENS // seqlen, seqlen))
+                    elif seqlen in ROWS[name]:
+                        yield Case(name, dtype, hidden, 1, ROWS[name][seqlen])
+
+
+def _of_shape(case: Case) -> Iterator[Case]:
+    """Dropout on and off for what has it; padding for attention, where a row over tokens is a row."""
+    fills = {"attention": (1.0, 0.5), "gather_rows": (0.5,)}.get(case.op, (1.0,))
+    for fill in fills:
+        for p in (0.1, 0.0) if case.op in WITH_DROPOUT else (0.0,):
+            yield replace(case, fill=fill, p=p)
+
+
+def tiny_cases(names: tuple[str, ...] = NAMES) -> Iterator[Case]:
+    """One small case of each kind: what a dry run walks through in the interpreter."""
+    for name in names:
+        hidden, batch, seqlen = TINY[name]
+        yield from _of_shape(Case(name, "fp32", hidden, batch, seqlen))

@@ -1,0 +1,50 @@
+"""Generated tables in documents: whatever stands between <!-- bench:NAME --> and <!-- /bench:NAME -->."""
+
+import re
+from pathlib import Path
+
+from bench.core.records import Results
+from bench.core.schema import ResultsError
+from bench.report import markdown
+
+MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
+ANY_MARKER = re.compile(r"<!-- /?bench:[\w-]+ -->")
+
+
+def fill(text: str, results: Results | None) -> str:
+    """`text` with every marked block made anew; "not measured" without results.
+
+    Results of a pretended GPU fill the tables that are called so and leave the others as they are; those of a GPU do not
+    touch these.
+
+    Raises:
+        ResultsError: results that were not measured, a marker without its partner, or a name that is no table.
+    """
+    if results is not None and (results.invented or results.dry_run):
+        raise ResultsError("only measured results go into a document: these are a dry run or a sample")
+    blocks = list(MARKED.finditer(text))
+    if len(ANY_MARKER.findall(text)) != 2 * len(blocks):
+        raise ResultsError("a bench marker without its partner, or one inside another")
+    unknown = [block["name"] for block in blocks if block["name"] not in markdown.TABLES]
+    if unknown:
+        raise ResultsError(f"no table is called {unknown[0]!r}; there are {', '.join(markdown.TABLES)}")
+
+    def anew(block: re.Match[str]) -> str:
+        name = block["name"]
+        if results is not None and results.environment.pretended != (name in markdown.PRETENDED):
+            return block[0]
+        return f"{block[1]}{markdown.named(name, results)}\n{block[3]}"
+
+    return MARKED.sub(anew, text)
+
+
+def write(path: Path, results: Results | None) -> bool:
+    """Fill the blocks of a file; returns whether it changed."""
+    before = path.read_text()
+    try:
+        after = fill(before, results)
+    except ResultsError as error:
+        raise ResultsError(f"{path}: {error}") from None
+    if after != before:
+        path.write_text(after)
+    return after != before

@@ -1,0 +1,244 @@
+"""Results as pictures, one PNG each. Error bars are quartiles; a picture without data says "not measured"."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+import pandas
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from bench.core import ceilings
+from bench.core import comparison as lanes
+from bench.core.records import ModelRecord, OpRecord, Results
+from bench.report.markdown import GIB, provenance
+
+matplotlib.use("Agg")
+
+COLOURS = {
+    "fastbert": "#d1495b",
+    "fastbert + compile": "#8c2f39",
+    "fastbert packed": "#8c2f39",
+    "fastbert + its AdamW": "#e8919c",
+    "stock": "#30638e",
+    "stock + compile": "#003d5b",
+    "stock + reduce-overhead": "#5c7d95",
+    "flattened": "#edae49",
+    "eager": "#9aa5b1",
+    "compile": "#003d5b",
+    "flash_attention_2": "#edae49",
+    "flash-attn": "#edae49",
+    "sdpa flash": "#00798c",
+    "sdpa efficient": "#30638e",
+    "sdpa cudnn": "#66a182",
+    "sdpa math": "#c5ccd3",
+    "flex": "#a78bba",
+    "liger": "#66a182",
+    "fused": "#30638e",
+    "foreach": "#9fb8cf",
+}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8ebee",
+    "axes.edgecolor": "#9aa5b1",
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+SIZE = (10.0, 4.8)
+
+
+def colour(lane: str) -> str:
+    return COLOURS.get(lane, "#7f8c8d")
+
+
+def model_frame(records: Iterable[ModelRecord]) -> pandas.DataFrame:
+    """A row a timed record: what the pictures need of it, in sequences, tokens and GiB."""
+    rows = []
+    for r in records:
+        if r.seconds is None:
+            continue
+        size = f"{r.batch} x {r.seqlen}, fill {r.fill:g}"
+        rows.append(
+            {
+                "workload": f"{r.model} {r.head}\n{r.mode}, {size}",
+                "lane": r.lane,
+                "rate": r.batch / r.seconds.median,
+                "slow": r.batch / r.seconds.high,
+                "fast": r.batch / r.seconds.low,
+                "tokens": r.real_tokens / r.seconds.median,
+                "memory": (r.peak_bytes or 0) / GIB,
+                "seqlen": r.seqlen,
+                "fill": r.fill,
+                "mode": r.mode,
+                "model": r.model,
+                "head": r.head,
+            }
+        )
+    return pandas.DataFrame(rows)
+
+
+def bars(axes: Axes, results: Results) -> None:
+    """Sequences a second of each lane, relative to stock, so that all workloads fit one axis."""
+    frame = model_frame(results.models)
+    if frame.empty:
+        return _empty(axes)
+    cases = frame.groupby("workload", sort=False).filter(lambda case: len(case) > 1 and "stock" in set(case.lane))
+    if cases.empty:
+        return _empty(axes)
+    base = cases.workload.map(cases[cases.lane == "stock"].set_index("workload")["rate"])
+    cases = cases.assign(times=cases.rate / base, low=cases.slow / base, high=cases.fast / base)
+    _grouped(axes, cases, "times", errors=True)
+    axes.axhline(1.0, color="#30638e", linewidth=0.8)
+    axes.set_ylabel("sequences a second, stock = 1")
+
+
+def memory(axes: Axes, results: Results) -> None:
+    """The fullest moment of a step."""
+    frame = model_frame(r for r in results.models if r.peak_bytes)
+    if frame.empty:
+        return _empty(axes)
+    _grouped(axes, frame.groupby("workload", sort=False).filter(lambda case: len(case) > 1), "memory")
+    axes.set_ylabel("peak memory, GiB")
+
+
+def _grouped(axes: Axes, frame: pandas.DataFrame, column: str, errors: bool = False) -> None:
+    """One group a workload (the first six), one bar a lane."""
+    workloads = list(frame.workload.unique())[:6]
+    names = [name for name in COLOURS if name in set(frame.lane)]
+    width = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
+        rows = frame[frame.lane == name].drop_duplicates("workload").set_index("workload").reindex(workloads)
+        places = [place + (i - (len(names) - 1) / 2) * width for place in range(len(workloads))]
+        spread = [rows[column] - rows.low, rows.high - rows[column]] if errors else None
+        drawn = axes.bar(places, rows[column], width * 0.92, color=colour(name), label=name, yerr=spread, ecolor="#222")
+        labels = ["" if pandas.isna(value) else f"{value:.2f}" for value in rows[column]]
+        axes.bar_label(drawn, labels, padding=3, fontsize=7, rotation=90 if len(names) > 4 else 0)
+    axes.set_xticks(range(len(workloads)), workloads, fontsize=8)
+    axes.margins(y=0.16)
+    axes.grid(axis="x", visible=False)
+    axes.legend(ncols=3, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16))
+
+
+def roofline(left: Axes, right: Axes, results: Results) -> None:
+    """Ops that move bytes against the measured copy bandwidth; attention under both measured ceilings."""
+    copy, product = results.ceiling(ceilings.COPY), results.ceiling(ceilings.PRODUCT)
+    timed = [r for r in results.ops if r.seconds and r.direction != "both"]
+    moving, multiplying = [r for r in timed if not r.operations], [r for r in timed if r.operations]
+    left.set_title("ops over rows")
+    right.set_title("attention")
+    if not moving or not copy:
+        _empty(left)
+    else:
+        _scatter(left, moving, lambda r: r.moved / 1e6, lambda r: r.moved / r.seconds.median / 1e12)
+        left.axhline(copy / 1e12, color="#222", linestyle="--", linewidth=1)
+        label = f"copy, measured: {copy / 1e12:.2f} TB/s"
+        left.text(0.02, copy / 1e12, label, transform=left.get_yaxis_transform(), va="bottom", fontsize=8)
+        left.set(xscale="log", xlabel="stated bytes, MB", ylabel="achieved, TB/s", ylim=(0, None))
+    if not multiplying or not copy or not product:
+        return _empty(right)
+    _scatter(right, multiplying, lambda r: r.operations / r.moved, lambda r: r.operations / r.seconds.median / 1e12)
+    steps = [min(r.operations / r.moved for r in multiplying) / 2, product / copy, 4 * product / copy]
+    right.plot(steps, [min(x * copy, product) / 1e12 for x in steps], color="#222", linestyle="--", linewidth=1)
+    right.set(xscale="log", yscale="log", xlabel="stated operations a byte", ylabel="achieved, TFLOP/s")
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
+
+
+def _scatter(axes: Axes, records: list[OpRecord], x: Callable[[OpRecord], float], y: Callable[[OpRecord], float]) -> None:
+    for name in [name for name in COLOURS if any(r.lane == name for r in records)]:
+        mine = [r for r in records if r.lane == name]
+        axes.scatter([x(r) for r in mine], [y(r) for r in mine], s=22, color=colour(name), alpha=0.75, label=name)
+    axes.legend(fontsize=7, ncols=2)
+
+
+def scaling(left: Axes, right: Axes, results: Results) -> None:
+    """Real tokens a second of BERT-base MLM training over the length, and over the share of real tokens."""
+    frame = model_frame(r for r in results.models if (r.model, r.head, r.mode) == ("BERT-base", "mlm", "train"))
+    left.set_title("over sequence length (16,384 tokens)")
+    right.set_title("over fill (32 x 512)")
+    if frame.empty:
+        _empty(left)
+        return _empty(right)
+    lengths = frame.groupby("lane").seqlen.nunique()
+    for name in [name for name in COLOURS if lengths.get(name, 0) > 1]:  # a point alone is no line
+        mine = frame[frame.lane == name]
+        for full, style in ((True, "-"), (False, ":")):
+            line = mine[(mine.fill >= 0.99) if full else (mine.fill.between(0.45, 0.55))].sort_values("seqlen")
+            label = f"{name}, fill {'1.0' if full else '0.5'}"
+            left.plot(line.seqlen, line.tokens / 1e3, style, marker="o", color=colour(name), label=label)
+        line = mine[mine.seqlen == 512].sort_values("fill")
+        right.plot(line.fill, line.tokens / 1e3, marker="o", color=colour(name), label=name)
+    left.set(xscale="log", xlabel="S", ylabel="thousand real tokens a second", ylim=(0, None))
+    left.set_xticks(sorted(frame.seqlen.unique()), [str(s) for s in sorted(frame.seqlen.unique())], minor=False)
+    left.minorticks_off()
+    right.set(xlabel="fill: real tokens / all positions", ylim=(0, None))
+    if left.lines:
+        left.legend(fontsize=7)
+
+
+def losses(axes: Axes, results: Results) -> None:
+    """The first workload with losses: every lane from the same weights on the same batches, dropout off."""
+    cases = lanes.by_case(r for r in results.models if r.losses)
+    if not cases:
+        return _empty(axes)
+    records = next(iter(cases.values()))
+    for i, record in enumerate(records):
+        # Equal curves lie on each other: wide ones at the bottom, dashed ones on top.
+        style = {"linewidth": 6 - i if i < 5 else 1, "linestyle": "-" if i % 2 == 0 else "--", "alpha": 0.8}
+        axes.plot(range(1, len(record.losses) + 1), record.losses, color=colour(record.lane), label=record.lane, **style)
+    axes.set(xlabel="step", ylabel="loss, dropout off")
+    axes.set_title(f"{records[0].model} {records[0].head}")
+    axes.legend(fontsize=8)
+
+
+def _empty(axes: Axes) -> None:
+    axes.text(0.5, 0.5, lanes.NOT_MEASURED, ha="center", va="center", transform=axes.transAxes, color="#9aa5b1", fontsize=14)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+# Name of the file -> title, how many axes, and what draws on them.
+FIGURES: dict[str, tuple[str, int, Callable[..., None]]] = {
+    "speed": ("Speed by lane", 1, bars),
+    "memory": ("Peak memory by lane", 1, memory),
+    "roofline": ("Ops under the ceilings of this machine", 2, roofline),
+    "scaling": ("Training speed over length and padding", 2, scaling),
+    "losses": ("Losses of the lanes", 1, losses),
+}
+
+
+def with_data(results: Results) -> list[str]:
+    """The figures for which there is a time."""
+    timed = {r.lane: r for r in results.models if r.seconds}
+    there = {
+        "speed": "stock" in timed and len(timed) > 1,
+        "memory": len(timed) > 1,
+        "roofline": bool(results.ceilings) and any(r.seconds for r in results.ops),
+        "scaling": len({r.seqlen for r in results.models if r.seconds and (r.head, r.mode) == ("mlm", "train")}) > 1,
+        "losses": any(r.losses for r in results.models),
+    }
+    return [name for name in FIGURES if there[name]]
+
+
+def draw(results: Results, folder: Path, only: Iterable[str] = tuple(FIGURES), prefix: str = "") -> list[Path]:
+    """The figures, all of them by default, into `folder`; returns their paths in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name in only:
+            title, count, draw_on = FIGURES[name]
+            figure = Figure(figsize=SIZE, layout="constrained")
+            draw_on(*figure.subplots(1, count, squeeze=False)[0], results)
+            figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
+            figure.supxlabel(provenance(results), fontsize=7, color="#66707a")
+            paths.append(folder / f"{prefix}{name}.png")
+            figure.savefig(paths[-1], dpi=130)
+    return paths

@@ -1,0 +1,151 @@
+"""The HTML page: one file with its pictures inside, readable in a browser without a network."""
+
+import base64
+import re
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from bench.core import ceilings
+from bench.core import comparison as lanes
+from bench.core.records import ModelRecord, Results
+from bench.report import markdown
+from bench.report.figures import FIGURES
+
+STYLE = """
+:root { --ink: #1d2733; --soft: #66707a; --line: #e3e7eb; --back: #f6f7f9; --card: #fff; --ours: #d1495b; --good: #2f7d55 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaee; --soft: #98a3ae; --line: #2b343d; --back: #14191e; --card: #1c2329; --good: #7cc7a0 }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 80px }
+h1 { font-size: 30px; margin: 0; letter-spacing: -.02em } h2 { font-size: 20px; margin: 44px 0 12px }
+p, .soft { color: var(--soft) } p { margin: 6px 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; margin: 24px 0 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px }
+.card b { display: block; font-size: 26px; font-variant-numeric: tabular-nums } .card.slower b { color: var(--ours) }
+.card.faster b { color: var(--good) } .card span { color: var(--soft); font-size: 13px; display: block }
+.warn { background: var(--ours); color: #fff; border-radius: 8px; padding: 10px 14px; margin: 16px 0 }
+figure { margin: 0 0 18px; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 10px }
+figure img { width: 100%; height: auto; display: block }
+.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap }
+.number { text-align: right }
+td:has(.long) { white-space: normal; min-width: 260px }
+tr.ours { background: color-mix(in srgb, var(--ours) 9%, transparent) } thead th { color: var(--soft); font-weight: 600 }
+details { margin: 14px 0 } summary { cursor: pointer; font-weight: 600; padding: 6px 0 }
+pre { white-space: pre-wrap; font-size: 12px; color: var(--soft) }
+"""
+
+SECTIONS = {
+    "headline": "Models",
+    "ceilings": "What this machine can do",
+    "tests": "Correctness in the same run",
+    "breakdown": "Where a step goes",
+    "losses": "Losses of the lanes",
+    "models": "Every model, every lane",
+    "ops": "Every op, every lane",
+    "host": "The host: time, launches and memory of a step",
+    "tuning": "Tuning",
+    "stages": "What was run",
+    "environment": "The machine",
+}
+NUMBER = re.compile(r"[\d.,]+( ?(%|x|ms|us|s|[MG]iB|T[BF]\S*)( \[.*\])?)?$")
+OPEN = ("headline", "ceilings", "tests")
+
+
+def render(results: Results, pictures: Iterable[Path]) -> str:
+    """The whole page."""
+    images = "\n".join(_figure(path) for path in pictures)
+    sections = "\n".join(_section(name, title, results) for name, title in SECTIONS.items())
+    failures = "\n".join(
+        f"<pre>{escape(s.name)}\n{escape(s.reason)}</pre>" for s in results.stages if s.status == "error" and s.reason
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>fastbert: benchmark report</title><style>{STYLE}</style></head><body><main>
+<h1>fastbert</h1>
+<p>{escape(markdown.provenance(results))}</p>
+{_warning(results)}
+<div class="cards">{_cards(results)}</div>
+<p>Two lanes are called different only where their quartiles do not overlap. Speeds count real tokens, never padding.
+Every time but the host's stands behind a passed check of the same lane.</p>
+{images}
+{sections}
+<details><summary>Jobs that failed, with what they printed last</summary>{failures or "<p>none</p>"}</details>
+</main></body></html>
+"""
+
+
+def _warning(results: Results) -> str:
+    if results.invented:
+        return '<div class="warn">Invented sample numbers: this page shows its layout and nothing else.</div>'
+    if results.dry_run:
+        return '<div class="warn">Dry run on tiny shapes without a GPU: the path was walked, nothing was timed.</div>'
+    return ""
+
+
+def _cards(results: Results) -> str:
+    """fastbert against stock, one card a workload (the first six), and the two ceilings."""
+    cards = []
+    for records in list(lanes.by_case(results.models).values()):
+        named = {record.lane: record for record in records}
+        ours, stock = named.get("fastbert"), named.get("stock")
+        if ours and stock and len(cards) < 6:
+            cards.append(_card(ours, stock))
+    for name in (ceilings.COPY, ceilings.PRODUCT):
+        measured = results.ceiling(name)
+        unit = "TB/s" if name == ceilings.COPY else "TFLOP/s"
+        value = f"{measured / 1e12:.3g} {unit}" if measured else lanes.NOT_MEASURED
+        cards.append(f'<div class="card"><b>{value}</b><span>{name}, measured ceiling</span></div>')
+    return "".join(cards)
+
+
+def _card(ours: ModelRecord, stock: ModelRecord) -> str:
+    if ours.seconds is None or stock.seconds is None:
+        text, kind = lanes.NOT_MEASURED, ""
+    elif not ours.seconds.differs(stock.seconds):
+        text, kind = "no difference", ""
+    else:
+        times = stock.seconds.median / ours.seconds.median
+        text, kind = f"{times:.2f}x", "faster" if times > 1 else "slower"
+    what = escape(markdown.workload(ours))
+    against = "fastbert against stock (SDPA, fused AdamW)"
+    return f'<div class="card {kind}"><b>{text}</b><span>{against}</span><span>{what}</span></div>'
+
+
+def _figure(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    title = escape(FIGURES[path.stem][0])
+    return f'<figure><img alt="{title}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _section(name: str, title: str, results: Results) -> str:
+    body = _html_table(markdown.TABLES[name](results))
+    opened = " open" if name in OPEN else ""
+    return f"<details{opened}><summary>{escape(title)}</summary>{body}</details>"
+
+
+def _html_table(text: str) -> str:
+    """A table of bench.report.markdown as HTML, our lanes marked; other lines as paragraphs."""
+    lines = text.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    if not rows:
+        return "".join(f"<p>{escape(line)}</p>" for line in lines)
+    head, _, *body = rows
+    lane = head.index("lane") if "lane" in head else None
+
+    def row(cells: list[str]) -> str:
+        ours = ' class="ours"' if lane is not None and lanes.is_ours(cells[lane]) else ""
+        return f"<tr{ours}>{''.join(_cell(cell) for cell in cells)}</tr>"
+
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(map(row, body))}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    if len(text) > 60:
+        return f'<td><span class="long">{escape(text)}</span></td>'
+    return f"<td{' class=number' if NUMBER.match(text) else ''}>{escape(text)}</td>"

@@ -1,0 +1,37 @@
+"""What `python -m bench tune` prints: the best of each entry, or, without a GPU, what the audit says of each candidate."""
+
+from rich.table import Table
+
+from bench.core.comparison import ratio
+from bench.core.records import TuneRecord
+from bench.tune.run import best, refused
+
+
+def best_table(records: list[TuneRecord]) -> Table:
+    """The fastest configuration of each entry as a line of configs.py, with its lead over the present one."""
+    table = Table(title="Fastest configuration of each entry, and its lead over the present one")
+    for heading in ("table", "type", "width", "Config", "us", "present, us", "lead"):
+        table.add_column(heading)
+    for fastest, now in best(records):
+        lead = "present one stays" if fastest is now else ratio(fastest, now)
+        times = (f"{record.seconds.median * 1e6:.1f}" for record in (fastest, now) if record.seconds)
+        table.add_row(fastest.kernel, fastest.dtype, str(fastest.width), _config(fastest), *times, lead)
+    return table
+
+
+def candidates_table(records: list[TuneRecord]) -> Table:
+    """Every candidate and what its compilation gave."""
+    table = Table(title="Candidates, compiled and not timed")
+    for heading in ("table", "type", "width", "Config", "regs", "spills", "shared", "occupancy", "audit"):
+        table.add_column(heading)
+    for record in records:
+        audit = record.audit
+        numbers = (str(audit.get(name, "")) for name in ("registers", "spills", "shared_bytes"))
+        share = f"{audit['occupancy']:.0%}" if "occupancy" in audit else ""
+        verdict = refused(audit) or ("ships now" if record.lane == "present" else "would be timed")
+        table.add_row(record.kernel, record.dtype, str(record.width), _config(record), *numbers, share, verdict)
+    return table
+
+
+def _config(record: TuneRecord) -> str:
+    return f"Config({', '.join(f'{name}={value}' for name, value in record.config.items())})"

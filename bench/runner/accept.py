@@ -1,0 +1,68 @@
+"""`python -m bench accept`: what a GPU gave becomes part of the repository, under a name that says where it is from."""
+
+import re
+from pathlib import Path
+
+from bench.core import comparison as lanes
+from bench.core import schema
+from bench.core.records import Results, TuneRecord
+from bench.report import documents
+from bench.tune.run import PRESENT, best
+
+DOCUMENTS = ("README.md", "bench/NOTES.md")
+FOLDER = "bench/results"
+SHOWN = 800  # characters of a reason
+
+
+def accept(paths: list[Path], root: Path) -> tuple[list[Path], list[str]]:
+    """Write results, pictures and documents under `root`; returns what was written, and lines that say what is to be done.
+
+    Raises:
+        ResultsError: results that were not measured on a GPU, files that do not belong together, or a broken document.
+    """
+    from bench.report import figures  # matplotlib takes a second to import
+
+    results = schema.read_all(paths)
+    if results.environment.pretended:
+        raise schema.ResultsError("only what a GPU gave is accepted: these results are of a pretended one")
+    changed = [root / name for name in DOCUMENTS if documents.write(root / name, results)]
+    stem = name_of(results)
+    path = root / FOLDER / f"{stem}.json"
+    schema.write(results, path)
+    pictures = figures.draw(results, root / FOLDER, only=figures.with_data(results), prefix=f"{stem}-")
+    return [path, *pictures, *changed], [*failures(results), *configurations(results)]
+
+
+def name_of(results: Results) -> str:
+    """GPU, day and commit, in letters, digits and hyphens."""
+    here = results.environment
+    parts = (here.gpu or "no-gpu", here.date[:10], here.commit or "unknown")
+    return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
+
+
+def failures(results: Results) -> list[str]:
+    """Whatever did not pass its check or did not run: what has to be mended, most telling first."""
+    lines = [f"failed test: {line}" for line in (results.tests.failures if results.tests else [])]
+    shipped = (record for record in results.tuning if record.lane == PRESENT)
+    for record in (*results.models, *results.ops, *results.host, *shipped):
+        if record.status in ("failed", "error"):
+            case = " ".join(map(str, record.case))
+            said = " / ".join((record.reason or "").splitlines())[:SHOWN]
+            lines.append(f"{lanes.WHY_NOT[record.status]}: {case}, {record.lane}: {said}")
+    return lines + [f"did not run: {s.name}: {(s.reason or '').strip()[-300:]}" for s in results.stages if s.status == "error"]
+
+
+def configurations(results: Results) -> list[str]:
+    """For each entry of kernels/core/configs.py that a candidate beat beyond the noise: what to write there."""
+    lines = []
+    for fastest, now in best(results.tuning):
+        if fastest.seconds and now.seconds and fastest.seconds.differs(now.seconds):
+            entry = f"{fastest.kernel}, {fastest.architecture}, {fastest.dtype}, {fastest.width}"
+            lead = lanes.ratio(fastest, now)
+            lines.append(f"kernels/core/configs.py, {entry}: {call(now)} -> {call(fastest)}  # {lead} of the one before")
+    return lines
+
+
+def call(record: TuneRecord) -> str:
+    """The configuration as the table writes it."""
+    return f"Config({', '.join(f'{name}={value}' for name, value in record.config.items())})"

@@ -1,0 +1,171 @@
+"""Runs a command in a process group of its own with a time limit, and a job in a worker process."""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench.core import stop
+from bench.core.schema import from_lines
+from bench.runner.forks import ROOT, SERVER
+
+GRACE = 4.0  # seconds between asking a process to end and killing its group
+TAIL = 4000  # characters of a failed job's output that are kept: enough for its traceback
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """status "ok" or "error"; reason: the end of its output, or that time ran out."""
+
+    status: str
+    seconds: float
+    reason: str | None
+    records: list[Any] = field(default_factory=list)
+    timed_out: bool = False
+
+
+class Process(Protocol):
+    """A running process that leads a group."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def send_signal(self, number: int) -> None: ...
+
+
+def run_command(command: list[str], timeout: float, environment: Mapping[str, str]) -> Outcome:
+    """Run `command` from the root. After `timeout` seconds, or when the end is asked for, its whole group is interrupted,
+    then killed."""
+    start = time.monotonic()
+    with tempfile.NamedTemporaryFile("w+", errors="replace") as output:
+        process = _begin(command, environment, output.name)
+        return _watch(process, start, timeout, output.name)
+
+
+def _begin(command: list[str], environment: Mapping[str, str], output: str) -> subprocess.Popen[bytes]:
+    with open(output, "ab") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def _watch(process: Process, start: float, timeout: float, output: str, grace: float = GRACE) -> Outcome:
+    """Wait for the process and end what is left of its group; what it printed last is read from the file `output`."""
+    try:
+        finished = stop.wait_for(lambda: process.poll() is not None, start + timeout - time.monotonic())
+    finally:
+        _end(process, grace)  # also on an exception here, and for what the process left running
+    seconds = time.monotonic() - start
+    tail = Path(output).read_text(errors="replace")[-TAIL:]
+    if not finished:
+        why = stop.reason() or f"stopped after {timeout:.0f} s"
+        return Outcome("error", seconds, f"{why}\n{tail}".rstrip(), timed_out=True)
+    status = process.poll()
+    if status:
+        return Outcome("error", seconds, f"exit status {status}\n{tail}".rstrip())
+    return Outcome("ok", seconds, None)
+
+
+def _end(process: Process, grace: float) -> None:
+    """Ask the process to end, then kill its group: what it left running too."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
+        stop.wait_for(lambda: process.poll() is not None, grace, whatever=True)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    stop.wait_for(lambda: process.poll() is not None, GRACE, whatever=True)
+
+
+@cache
+def shared_caches() -> str:
+    """A folder for what the jobs of this run compile, so that it is compiled once; gone at the end."""
+    folder = tempfile.TemporaryDirectory(prefix="bench-caches-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+def caches(folder: str) -> dict[str, str]:
+    """The environment in which Triton and inductor keep what they compile in `folder`."""
+    return {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+
+
+QUIET = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_job(job: dict[str, Any], timeout: float) -> Outcome:
+    """Run a job of bench.runner.worker; the records that it wrote come back even where it failed or ran out of time.
+
+    The compilers' caches are those of all jobs of this run; for a "cold" job its own and empty, so that the time to the
+    first step is that of a first day.
+    """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        where = caches(folder if job.get("cold") else shared_caches())
+        arguments, records, output = _files(job, folder)
+        process = SERVER.start(arguments, QUIET | where, output) or _fresh(arguments, QUIET | where, output)
+        outcome = _watch(process, start, timeout, output)
+        if "forked subprocess" in (outcome.reason or "") and not isinstance(process, subprocess.Popen):
+            SERVER.give_up()  # something that is imported here touches the GPU
+            outcome = _watch(_fresh(arguments, QUIET | where, output), start, timeout, output)
+        lines = records.read_text().splitlines() if records.exists() else []
+    return Outcome(outcome.status, outcome.seconds, outcome.reason, from_lines(lines), outcome.timed_out)
+
+
+def _files(job: dict[str, Any], folder: str) -> tuple[list[str], Path, str]:
+    """The arguments of a worker that reads the job from `folder`; where its records and its output will be."""
+    job_path, records, output = (Path(folder, name) for name in ("job.json", "records.jsonl", "output"))
+    job_path.write_text(json.dumps(job))
+    output.touch()
+    return [str(job_path), str(records)], records, str(output)
+
+
+def _fresh(arguments: list[str], environment: Mapping[str, str], output: str) -> Process:
+    return _begin([sys.executable, "-m", "bench.runner.worker", *arguments], environment, output)
+
+
+class Background:
+    """Jobs that run beside others and fill the shared caches; their records are not asked for."""
+
+    def __init__(self, jobs: Sequence[dict[str, Any]], environment: Mapping[str, str]) -> None:
+        self.jobs, self.environment = jobs, environment
+        self.running: list[tuple[subprocess.Popen[bytes], str]] = []
+
+    def begin(self, timeout: float) -> Outcome:
+        """Start them all; whatever becomes of this process, they end with it."""
+        folder = tempfile.TemporaryDirectory()
+        for number, job in enumerate(self.jobs):
+            Path(folder.name, str(number)).mkdir()
+            arguments, _, output = _files(job, f"{folder.name}/{number}")
+            environment = {**QUIET, **caches(shared_caches()), **self.environment}
+            self.running.append((_fresh(arguments, environment, output), output))
+        atexit.register(folder.cleanup)
+        atexit.register(self.finish, 0.0)
+        return Outcome("ok", 0.0, None)
+
+    def finish(self, timeout: float) -> Outcome:
+        """Wait for them, for `timeout` seconds at most, and end the others."""
+        start = time.monotonic()
+        wrong = []
+        for process, output in self.running:
+            outcome = _watch(process, start, timeout, output, grace=0.2)
+            if outcome.status != "ok":
+                wrong.append(outcome.reason or "")
+        self.running = []
+        return Outcome("error" if wrong else "ok", time.monotonic() - start, "\n".join(wrong) or None)

@@ -1,0 +1,235 @@
+"""What `python -m bench gpu` does, most important first: a list of jobs, each with the most time it may take.
+
+A stage has a share of the budget, which what comes before it may leave larger; what a stage has no time for comes after the
+last of them (bench.runner.gpu).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from bench.host import cases as host_cases
+from bench.models import workloads as models
+from bench.models.workloads import Workload
+from bench.ops import grid as ops
+from bench.runner import suite
+from bench.runner.isolate import Background, Outcome, run_job
+
+FIRST_LANES = ("fastbert", "stock", "fastbert, packed, no logits")
+PEERS = ("flattened",)
+COMPILED_LANES = ("stock + compile", "stock + reduce-overhead")
+OUR_LANES = ("fastbert, packed", "fastbert, padded", "fastbert + its AdamW", "fastbert + compile")
+OTHER_LANES = (*OUR_LANES, "eager", "flash_attention_2")
+CASES_A_JOB = 8
+QUICK_LANES = ("fastbert", "fastbert packed", "sdpa flash", "sdpa efficient", "sdpa cudnn", "fused", "eager")
+COMPILERS = 4  # processes of each job that prepares caches
+TESTS = 0.22  # of the budget, for the correctness tests
+SHORT = 240.0  # seconds of a budget too small to be shared out, and for filling caches to pay
+ALWAYS = float("-inf")  # the least time of a job that may not be left out: what it ends would disturb every time
+
+
+@dataclass(frozen=True)
+class Job:
+    """run(timeout) in at most `cap` seconds; not begun where fewer than `least` are left. until: the share of the budget by
+    which its stage has to have ended; without one it belongs to no stage."""
+
+    name: str
+    run: Callable[[float], Outcome]
+    cap: float
+    least: float = 10.0
+    until: float | None = None
+
+
+def worker_job(name: str, cap: float, least: float = 10.0, **job: Any) -> Job:
+    return Job(name, partial(run_job, job), cap, least)
+
+
+def model_job(workload: Workload, lane: str, details: bool, cold: bool = True) -> Job:
+    size = f"B={workload.batch} S={workload.seqlen} fill={workload.fill}"
+    compiles = models.LANES[lane].compiled
+    return worker_job(
+        f"model: {workload.model} {workload.head} {workload.mode} {size}, {lane}{'' if cold else ' (warm)'}",
+        240.0 if compiles else 90.0,
+        20.0 if compiles else 12.0,
+        kind="model",
+        workloads=[workload.to_json()],
+        lanes=[lane],
+        details=details,
+        cold=cold,
+    )
+
+
+def model_jobs(workloads: Iterable[Workload], lanes: tuple[str, ...], details: bool = False) -> Iterator[Job]:
+    """With the caches of the whole run. Only lanes that are not compiled are asked for details: they would compile again."""
+    for workload in workloads:
+        for lane in lanes:
+            if models.LANES[lane].suits(workload):
+                more = details and workload.mode == "train" and not models.LANES[lane].compiled
+                yield model_job(workload, lane, details=more, cold=False)
+
+
+def op_jobs(
+    cases: list[ops.Case], directions: tuple[str, ...] = ops.DIRECTIONS, lanes: tuple[str, ...] | None = None
+) -> Iterator[Job]:
+    for i in range(0, len(cases), CASES_A_JOB):
+        some = cases[i : i + CASES_A_JOB]
+        quick = " (quick lanes)" if lanes else ""
+        name = f"ops: {some[0].dtype} S={some[0].seqlen} H={some[0].hidden}, {len(some)} cases{quick}"
+        job: dict[str, Any] = {"cases": [asdict(case) for case in some], "directions": list(directions)}
+        yield worker_job(name, 200.0, 20.0, kind="ops", lanes=lanes and list(lanes), **job)
+
+
+def ceilings_job() -> Job:
+    return worker_job("ceilings", 30.0, kind="ceilings")
+
+
+def optimizer_job(*names: str) -> Job:
+    return worker_job(f"ops: adamw of {', '.join(names)}", 60.0, kind="optimizers", models=list(names))
+
+
+def host_job() -> Job:
+    """The host's share of as many steps as fit, the most telling ones first; the last of them may still be under way."""
+    names = list(host_cases.CASES)
+    return worker_job("host", 45.0, 20.0, kind="host", names=names, seconds=1.0, rounds=4, budget=25.0)
+
+
+def preparation() -> Background:
+    """A process a workload that fills the caches while the tests run, which leave most cores and all timing alone."""
+    lanes = ["fastbert", *COMPILED_LANES]
+    jobs = [{"kind": "prepare", "workload": workload.to_json(), "lanes": lanes} for workload in models.headline()]
+    return Background(jobs, {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)})
+
+
+def stages(budget: float, tests: bool = True) -> list[tuple[float, Callable[[], Iterator[Job]]]]:
+    """The share of the budget and the jobs of each stage, in order of worth. `tests`: False where they have run before."""
+    return [
+        (0.06, _ceilings),
+        (TESTS, partial(_tests, tests, budget)),
+        (0.23, _headline),
+        (0.2, _compiled),
+        (0.08, _host),
+        (0.12, _ops),
+        (0.09, _tuning),
+    ]
+
+
+def gpu_plan(budget: float, tests: bool = True) -> Iterator[Job]:
+    """Everything, each thing once: the stages, then what completes the picture. A short call has no stages: it gets as far as
+    it gets."""
+    parts = stages(budget, tests)
+    ends = accumulate(share for share, _ in parts)
+    staged = (replace(job, until=min(end, 1.0)) for (_, jobs), end in zip(parts, ends, strict=True) for job in jobs())
+    seen = set()
+    for job in (*staged, *_rest()):
+        if job.name not in seen:
+            seen.add(job.name)
+            yield job if budget >= SHORT else replace(job, until=None)
+
+
+def _ceilings() -> Iterator[Job]:
+    yield ceilings_job()
+
+
+def _tests(tests: bool, budget: float) -> Iterator[Job]:
+    background = preparation()
+    if budget >= SHORT:
+        yield Job("caches: begun", background.begin, 10.0, 0.0)
+    if tests:
+        yield Job("tests: pytest -m gpu", suite.run, TESTS * budget)
+    if budget >= SHORT:
+        yield Job("caches: filled", background.finish, 60.0, ALWAYS)
+
+
+def _headline() -> Iterator[Job]:
+    workloads = list(models.headline())
+    yield from model_jobs(workloads, FIRST_LANES, details=True)
+    yield from model_jobs(workloads, PEERS)
+
+
+def _compiled() -> Iterator[Job]:
+    """The mode that suits small batches before the other, for the step that has one."""
+    mlm, *small = models.headline()
+    yield from model_jobs(reversed(small), COMPILED_LANES[::-1])
+    yield from model_jobs([mlm], COMPILED_LANES)
+
+
+def _host() -> Iterator[Job]:
+    yield host_job()
+
+
+def _ops() -> Iterator[Job]:
+    """The shapes of the README's table and those of the fine-tuning step, beside the peers that need no compilation."""
+    for seqlen, hidden in ((512, 1024), (128, 768)):
+        cases = [case for case in ops.cases(dtypes=("bf16",)) if case.hidden == hidden and _length(case) == seqlen]
+        yield from op_jobs(cases, ("forward", "backward"), QUICK_LANES)
+    yield optimizer_job("BERT-base", "BERT-large")
+
+
+def _length(case: ops.Case) -> int:
+    """The sequence length that a case stands for: linear_cross_entropy has its rows there instead."""
+    return next((length for length, rows in ops.LABELLED.items() if (case.batch, case.seqlen) == (1, rows)), case.seqlen)
+
+
+# Of these only what compiled well is timed early; the search through all that may vary comes last.
+GENERAL_SEARCH = (
+    *("attention_forward", "attention_backward_kv", "attention_backward_q", "bias_gelu_forward", "bias_gelu_backward"),
+    *("layernorm_forward", "layernorm_backward", "gelu_layernorm_backward", "gather_rows", "linear_cross_entropy"),
+    *("embedding_runs", "embedding_sums_backward"),
+)
+
+
+def _tuning() -> Iterator[Job]:
+    from bench.tune.candidates import ENTRIES
+
+    for kernel, entry in ENTRIES.items():
+        if entry.promising:
+            yield _tune_job(f"tune: named {kernel}", kernel, entry.widths[0], configs=list(entry.promising))
+    for kernel in ENTRIES:
+        if kernel not in GENERAL_SEARCH:
+            yield _tune_job(f"tune: {kernel} bf16 {ENTRIES[kernel].widths[0]}", kernel, ENTRIES[kernel].widths[0])
+
+
+def _tune_job(name: str, kernel: str, width: int, **job: Any) -> Job:
+    job |= {"kernel": kernel, "architecture": "sm_90", "dtype": "bf16", "width": width}
+    return worker_job(name, 60.0, 15.0, kind="tune", **job)
+
+
+def _rest() -> Iterator[Job]:
+    from bench.tune.candidates import tune_jobs
+
+    first, *others = models.headline()
+    yield from model_jobs(models.wider(), FIRST_LANES, details=True)
+    yield from model_jobs(models.wider(), COMPILED_LANES[:1])
+    yield from model_jobs([first, *others, *models.wider()], PEERS + OTHER_LANES)
+    for lane in ("fastbert", "stock + compile"):
+        yield model_job(first, lane, details=not models.LANES[lane].compiled, cold=True)
+    yield from op_jobs(list(ops.cases(dtypes=("bf16",))))
+    for job in tune_jobs("sm_90"):
+        yield worker_job(f"tune: {job['kernel']} {job['dtype']} {job['width']}", 120.0, 30.0, kind="tune", **job)
+    for workloads in (models.scaling(), models.grid()):
+        yield from model_jobs(workloads, FIRST_LANES)
+    yield from op_jobs(list(ops.cases(dtypes=("fp16", "fp32"))))
+
+
+def dry_plan() -> Iterator[Job]:
+    """The same kinds of job on tiny shapes in Triton's interpreter; nothing is timed."""
+    from bench.tune.candidates import tune_jobs
+
+    training = models.tiny(Workload("tiny", "mlm", "train", 4, 16, 0.5))
+    inference = replace(training, head="classification", mode="infer", fill=1.0)
+    yield Job("tests: pytest -m gpu", partial(suite.run, chosen=("tests/kernels/test_gpu.py",)), 120.0)
+    for workload, lane in (
+        (training, "fastbert"),
+        (training, "stock"),
+        (training, "flattened"),
+        (training, "fastbert, packed, no logits"),
+        (inference, "fastbert"),
+    ):
+        yield model_job(workload, lane, details=True)
+    yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in ops.tiny_cases()], directions=["both"], lanes=None)
+    yield optimizer_job("tiny")
+    yield worker_job("host", 120.0, kind="host", names=[host_cases.TRAINING.name], tiny=True)
+    job = next(tune_jobs("sm_90"))
+    yield worker_job("tune: the first", 120.0, kind="tune", **job | {"most": 2})

@@ -1,0 +1,108 @@
+"""What a command was asked to run, as jobs; what it cannot run is one line."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bench.core import lengths as length_sources
+from bench.core.lengths import Lengths, LengthsError
+from bench.runner.plan import Job, worker_job
+
+ADAMW = "adamw"  # an op without a shape of its own: the parameters of a model
+DIRECTIONS = ("forward", "backward", "both")
+
+
+class SelectionError(Exception):
+    """An option whose value is not known; the message is one line."""
+
+
+def _known(option: str, values: Iterable[str], known: Iterable[str]) -> None:
+    names = list(known)
+    for value in values:
+        if value not in names:
+            raise SelectionError(f"--{option} {value}: known are {', '.join(names)}")
+
+
+def model_jobs(
+    names: Sequence[str],
+    heads: Sequence[str],
+    modes: Sequence[str],
+    batches: Sequence[int],
+    seqlens: Sequence[int],
+    fills: Sequence[float],
+    lanes: Sequence[str],
+    *,
+    lengths: Path | None,
+    data: Path | None,
+    tokenizer: str | None,
+    dry_run: bool,
+) -> list[Job]:
+    """A job a workload and lane; a dry run has the tiny model in every one of them."""
+    from bench.models import workloads as models
+    from bench.runner.plan import ceilings_job, model_job
+
+    _known("model", names, [name for name in models.CONFIGS if name != "tiny"])
+    _known("head", heads, models.HEADS)
+    _known("mode", modes, ("train", "infer"))
+    _known("lane", lanes, models.LANES)
+    for option, values in (("batch", batches), ("seqlen", seqlens)):
+        if any(value < 1 for value in values):
+            raise SelectionError(f"--{option}: expected a number from 1 on, got {min(values)}")
+    if any(not 0.0 < fill <= 1.0 for fill in fills):
+        raise SelectionError(f"--fill: expected a share above 0 and up to 1, got {min(fills)} to {max(fills)}")
+    if "multiple-choice" in heads and any(batch % 2 for batch in batches):
+        raise SelectionError("--batch: multiple choice has two choices a question, so the number has to be even")
+    source = _lengths(lengths, data, tokenizer)
+    shares = fills if source is None else fills[:1]  # given lengths have the fill that they have
+    workloads = list(models.grid(*map(tuple, (names, heads, modes, batches, seqlens, shares))))
+    if dry_run:
+        workloads = list(dict.fromkeys(models.tiny(workload) for workload in workloads))
+    if source is not None:
+        workloads = [replace(workload, lengths=source) for workload in workloads]
+    measuring = [] if dry_run else [ceilings_job()]
+    pairs = [(w, name) for w in workloads for name in lanes or models.LANES if lanes or models.LANES[name].suits(w)]
+    return measuring + [model_job(workload, name, details=True) for workload, name in pairs]
+
+
+def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> Lengths | None:
+    if lengths and data:
+        raise SelectionError("--lengths and --data: give one of them")
+    try:
+        if lengths:
+            return length_sources.from_file(lengths)
+        return length_sources.from_text(data, tokenizer) if data else None
+    except LengthsError as error:
+        raise SelectionError(str(error)) from None
+
+
+def op_jobs(names: Sequence[str], dtypes: Sequence[str], dry_run: bool) -> list[Job]:
+    """The grid of the ops; a dry run walks one tiny case of each kind."""
+    from bench.core import floors
+    from bench.ops import grid as ops
+    from bench.runner import plan
+
+    _known("op", names, (*ops.NAMES, ADAMW))
+    _known("dtype", dtypes, ops.DTYPES)
+    chosen = tuple(name for name in names if name != ADAMW) or (() if names else ops.NAMES)
+    jobs = [] if dry_run else [plan.ceilings_job()]
+    if dry_run and chosen:
+        cases = [asdict(case) for case in ops.tiny_cases(chosen)]
+        jobs.append(worker_job("ops", 300.0, kind="ops", cases=cases, directions=list(DIRECTIONS)))
+    elif chosen:
+        jobs += plan.op_jobs(list(ops.cases(chosen, tuple(dtypes))))
+    if not names or ADAMW in names:
+        jobs.append(plan.optimizer_job(*(["tiny"] if dry_run else floors.MODELS)))
+    return jobs
+
+
+def tune_jobs(kernels: Sequence[str], dtypes: Sequence[str], architecture: str | None, most: int) -> list[Job]:
+    """A job an entry of kernels/core/configs.py, for the GPU that is here or the architecture that was named."""
+    from bench.audit.run import ARCHITECTURES
+    from bench.tune import candidates
+
+    _known("kernel", kernels, candidates.ENTRIES)
+    _known("dtype", dtypes, candidates.ITEMSIZES)
+    _known("arch", [architecture] if architecture else [], ARCHITECTURES)
+    architecture = candidates.architecture_here(architecture or "sm_90")
+    jobs = candidates.tune_jobs(architecture, tuple(kernels) or tuple(candidates.ENTRIES), tuple(dtypes))
+    return [worker_job(f"{job['kernel']} {job['dtype']} {job['width']}", 300.0, kind="tune", most=most, **job) for job in jobs]

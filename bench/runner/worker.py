@@ -1,0 +1,99 @@
+"""The process that one job of a plan runs in: `python -m bench.runner.worker JOB.json RECORDS.jsonl`.
+
+A job in a process of its own can run out of memory, be killed or break the CUDA context, and the next one does not
+notice. Each record is a line, flushed as soon as there is one: what a kill leaves is still whole.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.core.schema import to_line
+
+
+def _ceilings() -> Iterator[Any]:
+    from bench.core import ceilings
+
+    yield from ceilings.run()
+
+
+def _model(workloads: list[dict[str, Any]], lanes: list[str], details: bool, cold: bool) -> Iterator[Any]:
+    from bench.models import run as run_models
+    from bench.models.workloads import Workload
+
+    for workload in workloads:
+        for lane in lanes:
+            yield from run_models.run(Workload.from_json(workload), lane, details=details, cold=cold)
+
+
+def _prepare(workload: dict[str, Any], lanes: list[str]) -> Iterator[Any]:
+    from bench.models import run as run_models
+    from bench.models.workloads import Workload
+
+    for lane in lanes:
+        run_models.prepare(Workload.from_json(workload), lane)
+    yield from ()
+
+
+def _ops(cases: list[dict[str, Any]], directions: list[str], lanes: list[str] | None = None) -> Iterator[Any]:
+    from bench.ops import run as run_ops
+    from bench.ops.grid import Case
+
+    for case in cases:
+        yield from run_ops.run(Case(**case), lanes, tuple(directions))
+
+
+def _optimizers(models: list[str]) -> Iterator[Any]:
+    from bench.ops import optimizers
+
+    for model in models:
+        yield from optimizers.run(model)
+
+
+def _host(**job: Any) -> Iterator[Any]:
+    from bench.host import run as host
+
+    yield from host.run(**job)
+
+
+def _tune(**job: Any) -> Iterator[Any]:
+    from bench.tune import run as tune
+
+    yield from tune.run(**job)
+
+
+# By kind of job, what runs it: a generator of records.
+KINDS: dict[str, Callable[..., Iterator[Any]]] = {
+    "ceilings": _ceilings,
+    "model": _model,
+    "prepare": _prepare,
+    "host": _host,
+    "ops": _ops,
+    "optimizers": _optimizers,
+    "tune": _tune,
+}
+
+
+def main(job_path: str, records_path: str) -> None:
+    """Run the job at `job_path`, a record a line into `records_path`."""
+    import torch
+
+    from fastbert.kernels.core import failures
+    from fastbert.testing.interpreter import hurry
+
+    failures.strict = True  # no time of plain PyTorch under a kernel's name
+    job = json.loads(Path(job_path).read_text())
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+        hurry()
+    with open(records_path, "w") as file:
+        for record in KINDS[job.pop("kind")](**job):
+            print(to_line(record), file=file, flush=True)
+            os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,90 @@
+"""Batches: transformers' collators, masks that depend on the row and the epoch alone, and a tally of what went by."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
+
+from bench.train.encode import IGNORED
+
+Batch = dict[str, Tensor]
+Collate = Callable[[list[dict[str, Any]]], Batch]
+MASKED = 0.15
+ATTEMPTS = 100
+
+
+class Rows(torch.utils.data.Dataset):
+    """Encoded rows, each with a number to draw its masks from: another one each epoch, the same whenever it is asked.
+
+    Stock and fastbert draw dropout from torch's generator, each in its own way, and a run that is resumed skips the
+    batches that it has seen. Masks drawn from that generator would therefore differ; these do not.
+    """
+
+    def __init__(self, features: Dataset, seed: int, kept: tuple[str, ...]) -> None:
+        self.features = features.select_columns([name for name in features.column_names if name in kept])
+        # Not by a set_epoch for accelerate's loader: in the epoch that a resumed run begins in it is not called.
+        self.seed, self.epoch = seed, 0
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draw = zlib.crc32(f"{self.seed} {self.epoch} {index}".encode())
+        return self.features[index] | {"draw": draw}
+
+
+class Masking:
+    """15 % of the tokens to predict: of these 80 % become [MASK], 10 % another token, 10 % stay."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
+
+    def __call__(self, rows: list[dict[str, Any]], draw: int) -> Batch:
+        for attempt in range(ATTEMPTS):
+            # The CPU's generator alone: torch.manual_seed would restart the GPU's dropout too.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(draw + attempt)
+                batch = self.collate([dict(row) for row in rows])
+            if (batch["labels"] != IGNORED).any():  # a batch without one has no loss
+                break
+        return batch
+
+
+class Collator:
+    """A task's collator that keeps a tally of the batches it made: real tokens, and a checksum of what the model gets."""
+
+    def __init__(self, task: str, tokenizer: Any) -> None:
+        self.masking = Masking(tokenizer) if task in ("mlm", "pretraining") else None
+        self.plain = None if self.masking else COLLATORS.get(task, DataCollatorWithPadding)(tokenizer)
+        self.tokens: list[int] = []
+        self.checksums: list[int] = []
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        draw = sum(row.pop("draw") for row in rows)
+        batch = dict(self.masking(rows, draw) if self.masking else self.plain(rows))
+        self.tokens.append(int(batch["attention_mask"].sum()))
+        checksum = 0
+        for name in sorted(batch):
+            checksum = zlib.crc32(batch[name].contiguous().numpy().tobytes(), checksum)
+        self.checksums.append(checksum)
+        return batch
+
+
+def _causal(tokenizer: Any) -> Collate:
+    return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+
+COLLATORS: dict[str, Callable[[Any], Collate]] = {
+    "ner": DataCollatorForTokenClassification,
+    "multiple-choice": DataCollatorForMultipleChoice,
+    "clm": _causal,
+}

@@ -1,0 +1,139 @@
+"""python -m bench train: fine-tune or pre-train on the user's own file, stock and fastbert from the same start."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bench.train.records import DTYPES, LANES, TRUNCATIONS, Settings
+
+# fastbert imports transformers, and that triton, so it is imported once the interpreter has been chosen.
+
+console = Console(width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True)
+LINE = 80  # columns of what is said of the data
+TASKS = ("classification", "matching", "ner", "qa", "multiple-choice", "mlm", "pretraining", "clm")
+TaskName = StrEnum("TaskName", {name.replace("-", "_"): name for name in TASKS})
+LaneName = StrEnum("LaneName", {name: name for name in LANES})
+DtypeName = StrEnum("DtypeName", {name: name for name in DTYPES})
+Truncation = StrEnum("Truncation", {name.replace("+", "_"): name for name in TRUNCATIONS})
+
+
+def train(
+    task: Annotated[TaskName, typer.Option(help="What to train.")],
+    data: Annotated[Path, typer.Option(help="The rows, in the task's format (README: Train on your own data).")],
+    model: Annotated[str | None, typer.Option(help="Directory of a BERT; the trained one of the extra 'demo'.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    eval_data: Annotated[Path | None, typer.Option(help="Rows to evaluate with; otherwise some are held back.")] = None,
+    eval_share: Annotated[float, typer.Option(min=0.0, max=0.9, help="The share that is held back.")] = 0.1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 16,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
+    lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate; it falls linearly to 0.")] = 5e-5,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of all but biases and LayerNorm.")] = 0.01,
+    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which the rate rises.")] = 0.1,
+    dropout: Annotated[float | None, typer.Option(min=0.0, max=0.9, help="The model's own by default.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Autocast's; bf16 by default, fp32 without a GPU.")] = None,
+    max_length: Annotated[int, typer.Option(min=0, help="In tokens; 0: the 95th percentile.")] = 0,
+    truncation: Annotated[Truncation | None, typer.Option(help="What stays of a text over the limit.")] = None,
+    columns: Annotated[str, typer.Option(help="Which column is which, by name or number: text=review,label=3.")] = "",
+    eval_steps: Annotated[int, typer.Option(min=0, help="Evaluate every so many steps; 0: at the end.")] = 0,
+    save_steps: Annotated[int, typer.Option(min=0, help="A checkpoint every so many steps; 0: none.")] = 0,
+    patience: Annotated[int, typer.Option(min=0, help="Stop after so many evaluations without a lower loss; 0: never.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of new heads, the held-back rows, their order, masks and dropout.")] = 0,
+    lane: Annotated[list[LaneName] | None, typer.Option(help="Only this lane; both by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, losses.png, checkpoints.")] = Path("bench-out/train"),
+) -> None:
+    """Train on a file of your own twice, stock and fastbert, from the same start on the same batches."""
+    gpu = _choose_interpreter()
+    from bench.train import options as train_options
+    from fastbert.errors import InputError
+
+    try:
+        train_options.require()
+        settings = train_options.settings(
+            gpu,
+            task=str(task),
+            data=str(data),
+            model=model or "",
+            steps=steps,
+            eval_data=eval_data and str(eval_data),
+            eval_share=eval_share,
+            batch=batch,
+            accumulation=accumulation,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            dropout=dropout,
+            dtype=str(dtype or ""),
+            max_length=max_length,
+            truncation=str(truncation or ""),
+            columns=columns,
+            eval_steps=eval_steps,
+            save_steps=save_steps,
+            patience=patience,
+            seed=seed,
+        )
+        results = _run(settings, out, [str(name) for name in lane or LANES], resume)
+    except InputError as error:
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err.print(f"stopped; with --save-steps, --resume goes on from {out}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    from bench.train import report as train_report
+
+    train_report.show(results, console)
+    for name in (train_report.RESULTS, train_report.PICTURE):
+        console.print(f"{out / name}", highlight=False, markup=False, soft_wrap=True)
+    if results.comparison and results.comparison.problems:
+        raise typer.Exit(1)
+
+
+def _run(settings: Settings, out: Path, lanes: list[str], resume: bool) -> Any:
+    import datasets
+
+    from bench.train.run import run_all
+
+    if not err.is_terminal:
+        datasets.disable_progress_bars()
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        bars: dict[str, Any] = {}
+
+        def advance(lane: str, step: int, loss: float | None) -> None:
+            if lane not in bars:
+                bars[lane] = progress.add_task(lane, total=settings.steps, loss="")
+            said = {} if loss is None else {"loss": f"loss {loss:.4f}"}
+            progress.update(bars[lane], completed=step, **said)
+
+        return run_all(settings, out, lanes, resume, advance, _say)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, width=min(console.width, LINE))
+
+
+def _choose_interpreter() -> bool:
+    """Whether there is a GPU; without one Triton's interpreter runs the kernels."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["TRITON_INTERPRET"] = "1"  # before fastbert brings in triton, which spares a second start
+    from fastbert.testing.interpreter.start import use_interpreter_without_gpu
+
+    use_interpreter_without_gpu(lambda line: err.print(f"{line}; no times are taken", soft_wrap=True))
+    return gpu

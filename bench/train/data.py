@@ -1,0 +1,77 @@
+"""The files that BERT users have, read into rows. Whatever is wrong with one is a line that names the file and the row.
+
+A row is a dictionary with "row", its number in the file (of its first line, or of the question in SQuAD's JSON).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.train import labels as train_labels
+from bench.train.conll import ner
+from bench.train.file import File, Row, Say
+from bench.train.squad import qa
+from bench.train.tables import classification, matching, multiple_choice
+from fastbert.errors import InputError
+
+CLASSES = ("classification", "matching")
+
+
+def documents(file: File) -> list[Row]:
+    """Plain text: documents with an empty line between them, a sentence a line."""
+    if _is_json(file):
+        file.refuse("is JSON lines; expected plain text, a text a line")
+    rows: list[Row] = []
+    inside = False
+    for number, line in file.lines():
+        if not line.strip():
+            inside = False
+            continue
+        if not inside:
+            rows.append({"row": number, "sentences": []})
+            inside = True
+        rows[-1]["sentences"].append(line.strip())
+    return rows
+
+
+def _is_json(file: File) -> bool:
+    try:
+        return file.json_lines() is not None
+    except InputError:  # one line of it is; a text may quote that
+        return False
+
+
+def texts(file: File) -> list[Row]:
+    """Plain text: a document a text where empty lines part documents, otherwise a line a text."""
+    found = documents(file)
+    if len(found) > 1:
+        return [{"row": row["row"], "text": " ".join(row["sentences"])} for row in found]
+    return [{"row": number, "text": line.strip()} for number, line in file.lines() if line.strip()]
+
+
+READERS: dict[str, Callable[[File], list[Row]]] = {
+    "classification": classification,
+    "matching": matching,
+    "ner": ner,
+    "qa": qa,
+    "multiple-choice": multiple_choice,
+    "mlm": texts,
+    "clm": texts,
+    "pretraining": documents,
+}
+
+
+def read(task: str, path: Path, option: str = "--data", columns: str = "", say: Say | None = None) -> list[Row]:
+    """The rows of a file for `task`; `say` gets what was noticed, a line each, `columns` is the option of that name.
+
+    Raises:
+        InputError: what cannot be read, with the row where it stands.
+    """
+    file = File(path, option, columns)
+    rows = READERS[task](file)
+    if not rows:
+        raise InputError(f"{option}: {path} has no rows in it")
+    if task in CLASSES:
+        train_labels.check_classes(file, rows)
+    for note in file.notes if say else ():
+        say(note)
+    return rows

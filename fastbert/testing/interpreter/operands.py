@@ -1,0 +1,93 @@
+"""What two operands of Triton's interpreter become, found quickly: see `fastbert.testing.interpreter`."""
+
+from functools import cache
+
+import numpy as np
+
+
+def settle_at_once() -> None:
+    """Two operands were cast to one type and copied to one shape, by way of some thirty questions.
+
+    NumPy finds the shape by itself. All that takes the two from here is arithmetic of NumPy's, element by element.
+    """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    core, settle, cast = tl.core, TritonSemantic.binary_op_type_checking_impl, TritonSemantic.cast
+    tensor, pointer = core.tensor, core.pointer_type
+    names = (*core.dtype.SINT_TYPES, *core.dtype.UINT_TYPES, *core.dtype.STANDARD_FP_TYPES)
+    numbers = {id(dtype): dtype for dtype in vars(core).values() if type(dtype) is core.dtype and dtype.name in names}
+    integers = {key for key, dtype in numbers.items() if dtype.is_int()}
+
+    @cache
+    def common(semantic, one: int, other: int, divides: bool):
+        return semantic.computation_type_impl(numbers[one], False, numbers[other], False, divides)
+
+    @cache
+    def casts_in_one_step(source: int, target: int) -> bool:
+        """To int1 is a comparison; from 16-bit types one goes by way of float32."""
+        one, other = numbers[source], numbers[target]
+        if one is tl.bfloat16 or other is tl.bfloat16 or other is tl.int1:
+            return False
+        return one is not tl.float16 or other is tl.float32
+
+    def cast_quickly(self, input, dst_ty, fp_downcast_rounding=None):
+        source, target = id(input.dtype), id(dst_ty.scalar)
+        if source == target:
+            return input
+        if fp_downcast_rounding or source not in numbers or target not in numbers or not casts_in_one_step(source, target):
+            return cast(self, input, dst_ty, fp_downcast_rounding)
+        result = numbers[target]
+        return tensor(
+            self.builder.cast_impl(input.handle, result),
+            core.block_type(result, input.type.shape) if input.type.is_block() else result,
+        )
+
+    @cache
+    def joint(lhs: tuple[int, ...], rhs: tuple[int, ...]):
+        return core.block_type(tl.int1, list(np.broadcast_shapes(lhs, rhs))).shape
+
+    def meet(lhs, rhs):
+        if lhs.shape is rhs.shape:
+            return lhs, rhs
+        left, right = lhs.handle, rhs.handle
+        shape = joint(left.data.shape if lhs.type.is_block() else (), right.data.shape if rhs.type.is_block() else ())
+        return tensor(left, core.block_type(lhs.dtype, shape)), tensor(right, core.block_type(rhs.dtype, shape))
+
+    constants: dict[tuple, tensor] = {}
+
+    def constant(self, value, like, divides):
+        """`value` as `settle` gives it beside `like`, or None where `like` is another type then."""
+        key = type(value), value, id(like.dtype), id(like.shape), divides
+        if key not in constants:
+            one, other = settle(self, like, value, div_or_mod=divides)
+            if one is not like:
+                return None
+            if len(constants) >= 1000:
+                constants.clear()
+            constants[key] = other
+        return constants[key]
+
+    def settle_quickly(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+        if arithmetic_check:
+            if type(lhs) is tensor and type(rhs) is tensor:
+                one, other = id(lhs.dtype), id(rhs.dtype)
+                if one in numbers and other in numbers:
+                    if one != other or div_or_mod:
+                        dtype = common(self, one, other, div_or_mod)
+                        lhs, rhs = self.cast(lhs, dtype), self.cast(rhs, dtype)
+                    return meet(lhs, rhs)
+                if allow_lhs_ptr and type(lhs.dtype) is pointer and other in integers:
+                    return meet(lhs, rhs)
+            elif type(rhs) in (int, float) and type(lhs) is tensor and id(lhs.dtype) in numbers:
+                found = constant(self, rhs, lhs, div_or_mod)
+                if found is not None:
+                    return lhs, found
+            elif type(lhs) in (int, float) and type(rhs) is tensor and id(rhs.dtype) in numbers:
+                found = constant(self, lhs, rhs, div_or_mod)
+                if found is not None:
+                    return found, rhs
+        return settle(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    TritonSemantic.binary_op_type_checking_impl = settle_quickly
+    TritonSemantic.cast = cast_quickly

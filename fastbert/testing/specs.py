@@ -1,0 +1,262 @@
+"""One table of calls, at least one of every op: what test_gpu_calls.py repeats, captures and delays for all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastbert.kernels.adamw import adamw
+from fastbert.kernels.adamw.tables import Hyperparameters, Parameter, Tables
+from fastbert.kernels.attention import attention
+from fastbert.kernels.embedding_layernorm import embedding_layernorm
+from fastbert.kernels.encoder_layer import Settings, encoder_layer
+from fastbert.kernels.feed_forward import feed_forward
+from fastbert.kernels.feed_forward.products import decided
+from fastbert.kernels.gather_rows import gather_rows
+from fastbert.kernels.key_bounds import key_bounds
+from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+from fastbert.kernels.packed_rows import packed_rows
+from fastbert.kernels.row_counts import row_counts
+
+from . import attention as attention_inputs
+from . import encoder_layer as layer_inputs
+from . import feed_forward as feed_forward_inputs
+from . import linear_cross_entropy as cross_entropy
+from .rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, make_inputs, run, seed_tensor
+
+Tensors = dict[str, Tensor]
+Step = Callable[[Tensors], Tensors]
+Make = Callable[[bool, torch.dtype, int | None], tuple[Tensors, Step]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """`make(small, dtype, width)`: inputs by name, and a step of them: outputs and gradients by name, inputs left alone.
+
+    All tensors that a step reads are among the inputs, the seed of dropout too: without it, one is drawn. `width` is that
+    of the configurations' tables: a row's, attention's head size, the vocabulary's; None where it does not matter.
+    """
+
+    op: str  # its name in bench/audit/cases.py
+    variant: str
+    make: Make
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.variant}".strip()
+
+
+def _present(results: dict[str, Tensor | None]) -> Tensors:
+    return {name: tensor for name, tensor in results.items() if tensor is not None}
+
+
+def _rows(op: Op, p: float = 0.0) -> Make:
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        shape = (5, width or 24) if small else (4099, width or 768)
+        inputs = make_inputs(op, shape, dtype)
+        names = tuple(inputs)
+        inputs["dy"] = torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+        if p:
+            inputs["seed"] = seed_tensor(7)
+
+        def step(given: Tensors) -> Tensors:
+            options = {"p": p, "seed": given.get("seed")} if p else {}
+            return _present(run(op.call, {name: given[name] for name in names}, given["dy"], **options))
+
+        return inputs, step
+
+    return make
+
+
+def _gather_rows(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+    rows, width = (7, width or 24) if small else (4099, width or 768)
+    taken = rows // 2
+    index = torch.cat([torch.randperm(rows)[:taken], torch.tensor([-1, -1])])
+    inverse = torch.full((rows,), -1)
+    inverse[index[:taken]] = torch.arange(taken)
+    inputs = {"x": torch.randn(rows, width).to(DEVICE, dtype), "dy": torch.randn(len(index), width).to(DEVICE, dtype)}
+    inputs |= {"index": index.to(DEVICE, torch.int32), "inverse": inverse.to(DEVICE, torch.int32)}
+
+    def step(given: Tensors) -> Tensors:
+        indices = {"index": given["index"], "inverse": given["inverse"]}
+        return _present(run(gather_rows, {"x": given["x"]}, given["dy"], **indices))
+
+    return inputs, step
+
+
+def _masks(op: Callable[..., Tensor | list[Tensor]], *names: str) -> Make:
+    """Of masks alone: `op` takes them by `names`."""
+
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        shape = (3, 7) if small else (64, 1500)
+
+        def step(given: Tensors) -> Tensors:
+            results = op(*(given[name] for name in names))
+            return {str(i): x for i, x in enumerate([results] if isinstance(results, Tensor) else results)}
+
+        return {name: torch.rand(shape, device=DEVICE) < 0.7 for name in names}, step
+
+    return make
+
+
+def _pack(tokens: Tensor, read: Tensor) -> list[Tensor]:
+    room = tokens.numel(), tokens.shape[1], False
+    return packed_rows(row_counts(tokens, read), tokens, read, tokens.shape[1], *room, False, *room, True)
+
+
+def _embedding_layernorm(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+    """Half of the tokens are one word, as [MASK] or [PAD] is, so that partial sums are added up too."""
+    shape, vocabulary = ((2, 5), 13) if small else ((32, 128), 30522)
+    width = width or (24 if small else 768)
+    sizes = {"words": (vocabulary,), "positions": (shape[1],), "types": (2,), "weight": (), "bias": ()}
+    inputs = {name: torch.randn(*size, width).to(DEVICE, dtype) for name, size in sizes.items()}
+    ids = torch.randint(vocabulary, shape)
+    ids[:, shape[1] // 2 :] = 7
+    inputs |= {"ids": ids.to(DEVICE), "token_type_ids": torch.randint(2, shape).to(DEVICE), "seed": seed_tensor(7)}
+    inputs["dy"] = torch.randn(*shape, width).to(DEVICE, dtype)
+
+    def step(given: Tensors) -> Tensors:
+        options = {"ids": given["ids"], "token_type_ids": given["token_type_ids"], "p": 0.1, "seed": given.get("seed")}
+        return _present(run(embedding_layernorm, {name: given[name] for name in sizes}, given["dy"], **options))
+
+    return inputs, step
+
+
+def _attention(variant: str) -> Make:
+    """Masks are inputs; what is no tensor (causal, p, the longest sequence) stays."""
+
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        batch, length, heads = (2, 5, 2) if small else (8, 128 if "short" in variant else 512, 12)
+        head_size = width or (8 if small else 64)
+        inputs = attention_inputs.make_inputs(batch, length, heads, head_size, dtype)
+        if variant == "grouped, dropped":
+            inputs |= {name: inputs[name][:, :, : heads // 2].contiguous() for name in "kv"}
+        inputs["dy"] = attention_inputs.normal(batch, length, heads, head_size, dtype=dtype)
+        options: dict[str, object] = {}
+        if variant == "padded, dropped":
+            lengths = torch.randint(1, length + 1, (batch, 1), device=DEVICE)
+            inputs |= {"key_mask": torch.arange(length, device=DEVICE) < lengths, "seed": seed_tensor(7)}
+            options = {"p": 0.1}
+        elif variant in ("grouped, dropped", "short, dropped"):
+            inputs["seed"] = seed_tensor(7)
+            options = {"p": 0.1}
+        elif variant == "causal":
+            options = {"causal": True}
+        elif variant == "general mask":
+            inputs["mask"] = torch.rand(batch, 1, length, length, device=DEVICE) > 0.1
+        else:
+            assert variant == "packed, dropped", variant
+            inputs = {name: x.flatten(0, 1) for name, x in inputs.items()}
+            inputs["cu_seqlens"] = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=DEVICE)
+            inputs["seed"] = seed_tensor(7)
+            options = {"p": 0.1, "max_seqlen": length}
+
+        def step(given: Tensors) -> Tensors:
+            tensors = {name: x for name, x in given.items() if name not in ("q", "k", "v", "dy")}
+            return _present(run(attention, {name: given[name] for name in "qkv"}, given["dy"], **tensors, **options))
+
+        return inputs, step
+
+    return make
+
+
+def _encoder_layer(variant: str) -> Make:
+    """`width` is the feed-forward's."""
+
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        batch, length, heads, hidden = (2, 5, 3, 24) if small else (8, 512, 12, 768)
+        shape = (batch, length, hidden) if variant != "packed, dropped" else (batch * length, hidden)
+        inputs = layer_inputs.make_inputs(shape, width or (40 if small else 3072), dtype)
+        names = [name for name, x in inputs.items() if x is not None]
+        inputs = {name: inputs[name] for name in names} | {"dy": torch.randn(shape).to(DEVICE, dtype)}
+        options: dict[str, object] = {"queries": None, "settings": Settings(heads, causal=variant == "causal")}
+        if "dropped" in variant:
+            inputs["seed"] = layer_inputs.seeds()
+            options["settings"] = Settings(heads, attention_p=0.1, attention_output_p=0.1, output_p=0.1)
+        if variant == "padded, dropped":
+            lengths = torch.randint(1, length + 1, (batch, 1), device=DEVICE)
+            inputs["key_mask"] = torch.arange(length, device=DEVICE) < lengths
+        elif variant == "packed, dropped":
+            inputs["cu_seqlens"] = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=DEVICE)
+            options["max_seqlen"] = length
+
+        def step(given: Tensors) -> Tensors:
+            tensors = {name: x for name, x in given.items() if name not in (*names, "dy")}
+            call = layer_inputs.flat(encoder_layer)
+            return _present(run(call, {name: given[name] for name in names}, given["dy"], **tensors, **options))
+
+        return inputs, step
+
+    return make
+
+
+def _feed_forward(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+    """With epilogues where the dtype allows it: sizes are filled by whole tiles."""
+    rows, hidden, inner = (5, 128 if width else 32, 64) if small else (4099, 768, 3072)
+    if width:
+        inner = -(-width // 128) * 128
+    inputs = feed_forward_inputs.make_inputs(rows, hidden, inner, hidden, dtype)
+    names = tuple(inputs)
+    inputs["dy"] = torch.randn(rows, hidden, dtype=torch.float64).to(DEVICE, dtype)
+
+    def step(given: Tensors) -> Tensors:
+        with decided(True, True):
+            return _present(run(feed_forward, {name: given[name] for name in names}, given["dy"]))
+
+    return inputs, step
+
+
+def _linear_cross_entropy(variant: str) -> Make:
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        n_rows, n_cols, hidden = (5, width or 11, 24) if small else (1500, width or 30522, 128)
+        inputs, labels = cross_entropy.make_inputs(n_rows, n_cols, hidden, dtype)
+        rows = -(-n_rows // 3) if variant == "formed" else None
+        options = {"reduction": "none"} if variant == "none" else {}
+
+        def step(given: Tensors) -> Tensors:
+            tensors = {name: given[name] for name in cross_entropy.NAMES}
+            with cross_entropy.chunks_of(rows):
+                return _present(cross_entropy.run(linear_cross_entropy, tensors, given["labels"], **options))
+
+        return inputs | {"labels": labels}, step
+
+    return make
+
+
+def _adamw(amsgrad: bool) -> Make:
+    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
+        shape = (37,) if small else (4099, 769)
+        names = ("param", "grad", "exp_avg", *(("max_exp_avg_sq",) if amsgrad else ()))
+        inputs = {name: torch.randn(shape).to(DEVICE, dtype) for name in names}
+        inputs |= {"exp_avg_sq": torch.rand(shape).to(DEVICE, dtype), "step": torch.tensor(3.0, device=DEVICE)}
+
+        def step(given: Tensors) -> Tensors:
+            state = {name: x.clone() for name, x in given.items()}
+            tables = Tables(captured=DEVICE.type == "cuda" and torch.cuda.is_current_stream_capturing())
+            adamw([Parameter(**state)], [Hyperparameters()], tables=tables)
+            return state
+
+        return inputs, step
+
+    return make
+
+
+CALLS = (
+    Call("dropout_add_layernorm", "dropped", _rows(DROPOUT_ADD_LAYERNORM, 0.1)),
+    Call("bias_gelu", "", _rows(BIAS_GELU)),
+    Call("feed_forward", "", _feed_forward),
+    Call("gelu_layernorm", "", _rows(GELU_LAYERNORM)),
+    Call("gather_rows", "", _gather_rows),
+    Call("key_bounds", "", _masks(key_bounds, "key_mask")),
+    Call("row_counts", "", _masks(row_counts, "tokens", "read")),
+    Call("packed_rows", "", _masks(_pack, "tokens", "read")),
+    Call("embedding_layernorm", "dropped", _embedding_layernorm),
+    *(
+        Call("attention", variant, _attention(variant))
+        for variant in ("padded, dropped", "causal", "general mask", "packed, dropped", "grouped, dropped", "short, dropped")
+    ),
+    *(Call("encoder_layer", variant, _encoder_layer(variant)) for variant in ("padded, dropped", "causal", "packed, dropped")),
+    *(Call("linear_cross_entropy", way, _linear_cross_entropy(way)) for way in (*cross_entropy.WAYS, "none")),
+    Call("adamw", "", _adamw(False)),
+    Call("adamw", "amsgrad", _adamw(True)),
+)

@@ -1,0 +1,424 @@
+"""out = dropout(softmax(scale Q K' + mask)) V for every head, without the scores ever in memory.
+
+q [B, Sq, heads, D], k and v [B, Sk, kv heads, D] with any strides (the projections' own output, no transposes), or packed
+[T, heads, D] with cu_seqlens (and cu_seqlens_q, where the queries are other rows than the keys); out has the shape of
+q, contiguous: ready for the next product.
+
+    forward    4 Sq Sk D operations a head; reads q, k, v; writes out and 4 bytes a row and head
+    backward   10 Sq Sk D in exact arithmetic, and of short sequences; 14 of others (scores and dP in both kernels)
+
+Saved: q, k, v, out, and the logarithm of each row's softmax sum (in float32 and float64 the top score and the sum apart).
+Dropout's bits are made again, not kept.
+FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in forward.py, backward_kv.py,
+backward_q.py and backward_short.py.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.configs import Config
+from ..core.failures import or_plain
+from ..core.launch import (
+    INTERPRETED,
+    Work,
+    accumulator,
+    accumulator_torch,
+    cdiv,
+    choose,
+    choose_short,
+    differentiable,
+    draw_seed,
+    next_power_of_2,
+)
+from ..key_bounds import key_bounds as bounds_of
+from . import plain
+from .backward_kv import attention_bwd_kv_kernel
+from .backward_q import attention_bwd_q_kernel
+from .backward_short import attention_bwd_short_kernel
+from .checks import check_inputs, check_masks
+from .forward import attention_fwd_kernel
+
+__all__ = ["attention"]
+
+
+Strides = tuple[int, int, int, int]  # batch, row, head, column; no batch (0) where rows are packed
+
+
+class Geometry(NamedTuple):
+    """What a call's kernels are told besides its tensors."""
+
+    sequences: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    n_rows: int  # of queries in all
+    n_heads: int
+    kv_heads: int
+    head_size: int
+    q: Strides
+    k: Strides
+    v: Strides
+    mask: tuple[int, int, int, int] | None  # of a general mask: batch, head, query, key
+    causal: bool
+    scale: float
+    p: float
+
+    def numbers(self, like: Tensor) -> dict[str, Any]:
+        """Those that the forward and both of the large kernels of the backward take."""
+        return {
+            **_named("q", self.q),
+            **_named("k", self.k),
+            **_named("v", self.v),
+            **dict(zip(_MASK_STRIDES, self.mask or (0, 0, 0, 0), strict=True)),
+            "n_heads": self.n_heads,
+            "max_seqlen_q": self.max_seqlen_q,
+            "max_seqlen_k": self.max_seqlen_k,
+            "n_rows": self.n_rows,
+            "SCALE": self.scale,
+            "CAUSAL": self.causal,
+            "P_DROP": self.p,
+            "PRECISION": _precision(like.dtype),
+            "ACC": accumulator(like.dtype),
+            "D": self.head_size,
+            "GROUP": self.n_heads // self.kv_heads,
+            "BLOCK_D": _block_d(self.head_size),
+        }
+
+    def choose(self, kernel: str, like: Tensor, grouped: bool = False) -> Config:
+        """A general mask needs registers for a pointer a score, a loop over heads for what goes round it: smaller tiles."""
+        if grouped:
+            kernel = f"{kernel}_grouped"
+        elif self.mask is not None:
+            kernel = f"{kernel}_masked"
+        return choose(kernel, like, self.head_size, self.longest)
+
+    @property
+    def longest(self) -> int:
+        return max(self.max_seqlen_q, self.max_seqlen_k)
+
+
+_MASK_STRIDES = ("mask_batch_stride", "mask_head_stride", "mask_q_stride", "mask_k_stride")
+
+
+def _named(name: str, strides: Strides) -> dict[str, int]:
+    batch, row, head, col = strides
+    return {
+        f"{name}_batch_stride": batch,
+        f"{name}_row_stride": row,
+        f"{name}_head_stride": head,
+        f"{name}_col_stride": col,
+    }
+
+
+def _strides(x: Tensor) -> Strides:
+    return x.stride() if x.dim() == 4 else (0, *x.stride())
+
+
+def _sizes(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
+    """Sequences, rows of the longest, rows in all."""
+    if cu_seqlens is None:
+        return x.shape[0], x.shape[1], x.shape[0] * x.shape[1]
+    return cu_seqlens.shape[0] - 1, max_seqlen, x.shape[0]
+
+
+def _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p) -> Geometry:
+    if cu_seqlens_q is None:  # the queries are the keys' rows
+        cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
+    sequences, longest_q, n_rows = _sizes(q, cu_seqlens_q, max_seqlen_q)
+    _, longest_k, _ = _sizes(k, cu_seqlens, max_seqlen)
+    heads = q.shape[-2], k.shape[-2], q.shape[-1]
+    strides = _strides(q), _strides(k), _strides(v), None if mask is None else mask.stride()
+    return Geometry(sequences, longest_q, longest_k, n_rows, *heads, *strides, causal, scale, p)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether the kernels are told that each row of a head starts at a multiple of 16 bytes, in all of these tensors.
+
+    Triton sees it for itself where 16 divides every stride, so at BERT's head sizes nobody has to ask. Where it is not so
+    (a slice whose first element is the third of its storage, a stride of 41), a load of 16 bytes would be an error.
+    """
+    head_size, vector = tensors[0].shape[-1], 16 // tensors[0].element_size()
+    if head_size % 16 == 0 or head_size % vector:
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and not any(stride % vector for stride in x.stride()[:-1]) for x in tensors
+    )
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Read at each launch, as torch's own products do: Triton's default would be TF32."""
+    if dtype == torch.float64 and not INTERPRETED:
+        return "sum"  # triton compiles no float64 product; it is there for gradcheck
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _block_d(head_size: int) -> int:
+    return max(16, next_power_of_2(head_size))  # the matrix unit's shortest side is 16
+
+
+def forward_work(geometry: Geometry, like: Tensor, aligned: bool) -> Work:
+    """Of tensors of the dtype and device of `like`; aligned: as `_aligned` says of q, k and v."""
+    config = geometry.choose("attention_forward", like)
+    programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
+    blocks = {"ALIGNED": aligned, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
+    return Work(attention_fwd_kernel, programs, config, geometry.numbers(like) | blocks)
+
+
+def room_of_queries(geometry: Geometry, dtype: torch.dtype) -> tuple[tuple[int, int, int], torch.dtype]:
+    """Shape and dtype of what the kernel for q leaves to the one for k and v: tiles.store_queries."""
+    return (geometry.n_heads, geometry.n_rows, 4), torch.int64 if dtype == torch.float64 else torch.int32
+
+
+def backward_q_work(geometry: Geometry, like: Tensor, dout: Strides, dq_row_stride: int, aligned: bool) -> Work:
+    """aligned: of q, k, v, out, dout and the gradients. It leaves what the other kernel needs of each query row."""
+    config = geometry.choose("attention_backward_q", like)
+    programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
+    return Work(
+        attention_bwd_q_kernel,
+        programs,
+        config,
+        _backward_numbers(geometry, like, dout, aligned, config) | {"dq_row_stride": dq_row_stride},
+    )
+
+
+def backward_kv_work(geometry: Geometry, like: Tensor, dout: Strides, dkv_row_stride: int, aligned: bool) -> Work:
+    """aligned: of q, k, v, dout and the gradients."""
+    config = geometry.choose("attention_backward_kv", like, grouped=geometry.n_heads != geometry.kv_heads)
+    programs = geometry.sequences * geometry.kv_heads * cdiv(geometry.max_seqlen_k, config.BLOCK_N)
+    return Work(
+        attention_bwd_kv_kernel,
+        programs,
+        config,
+        _backward_numbers(geometry, like, dout, aligned, config) | {"dkv_row_stride": dkv_row_stride},
+    )
+
+
+def backward_short_work(
+    geometry: Geometry, like: Tensor, dout: Strides, dq_row_stride: int, dkv_row_stride: int, aligned: bool
+) -> Work | None:
+    """What does the work of the other two, of sequences that the tables of short ones serve. None of longer ones, of a
+    general mask, and where heads share keys. aligned: of q, k, v, out, dout and the gradients."""
+    if geometry.mask is not None or geometry.n_heads != geometry.kv_heads:
+        return None
+    config = choose_short("attention_backward_short", like, geometry.head_size, geometry.longest)
+    if config is None:
+        return None
+    numbers = _backward_numbers(geometry, like, dout, aligned, config)
+    numbers |= {"dq_row_stride": dq_row_stride, "dkv_row_stride": dkv_row_stride}
+    for name in (*_MASK_STRIDES, "GROUP"):
+        del numbers[name]
+    return Work(attention_bwd_short_kernel, geometry.sequences * geometry.n_heads, config, numbers)
+
+
+def _backward_numbers(geometry: Geometry, like: Tensor, dout: Strides, aligned: bool, config: Config) -> dict[str, Any]:
+    blocks = {"ALIGNED": aligned, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
+    return geometry.numbers(like) | _named("dout", dout) | blocks
+
+
+@or_plain(plain.attention)
+def _launch_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    key_bounds: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen: int | None,
+    max_seqlen_q: int | None,
+    causal: bool,
+    scale: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    out, logsumexp = _allocate_fwd(
+        q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, max_seqlen, max_seqlen_q, causal, scale, p
+    )
+    if not q.numel() or not k.numel():
+        return out.zero_(), logsumexp.zero_()  # what an empty sum is
+    geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
+    forward_work(geometry, q, _aligned(q, k, v)).launch(
+        q,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        out_ptr=out,
+        logsumexp_ptr=logsumexp,
+        key_mask_ptr=key_mask,
+        key_bounds_ptr=key_bounds,
+        mask_ptr=mask,
+        cu_seqlens_q_ptr=cu_seqlens if cu_seqlens_q is None else cu_seqlens_q,
+        cu_seqlens_k_ptr=cu_seqlens,
+        seed_ptr=seed,
+    )
+    return out, logsumexp
+
+
+def _allocate_fwd(q, *_):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows = math.prod(q.shape[:-2])  # torch.Size.numel would fix a size that torch.compile keeps open
+    planes = 2 if q.element_size() > 2 else 1  # tiles.store_softmax
+    return out, torch.empty((planes, q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
+
+
+def _launch_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    key_mask: Tensor | None,
+    key_bounds: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen: int | None,
+    max_seqlen_q: int | None,
+    causal: bool,
+    scale: float,
+    p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _allocate_bwd(dout, q, k, v)
+    return _launch_bwd_into(
+        grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed,
+        max_seqlen, max_seqlen_q, causal, scale, p,
+    )  # fmt: skip
+
+
+def _allocate_bwd(dout, q, k, v, *_):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _launch_bwd_packed(dout, q, k, v, *rest):
+    """As _launch_bwd; of one self-attention, the three gradients are views of one buffer [..., 3, heads, D].
+
+    That buffer is the gradient of a product that gave q, k and v at once: `unpack` hands it on without a copy.
+    """
+    if q.shape != k.shape:
+        return _launch_bwd(dout, q, k, v, *rest)
+    buffer = torch.empty((*q.shape[:-2], 3, *q.shape[-2:]), dtype=q.dtype, device=q.device)
+    return _launch_bwd_into(buffer.unbind(-3), dout, q, k, v, *rest)
+
+
+@or_plain(plain.attention_backward, after=_launch_fwd)
+def _launch_bwd_into(
+    grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed,
+    max_seqlen, max_seqlen_q, causal, scale, p,
+):  # fmt: skip
+    dq, dk, dv = grads
+    if not q.numel() or not k.numel():
+        return tuple(grad.zero_() for grad in grads)
+    geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "dout_ptr": dout,
+        "key_mask_ptr": key_mask,
+        "key_bounds_ptr": key_bounds,
+        "cu_seqlens_q_ptr": cu_seqlens if cu_seqlens_q is None else cu_seqlens_q,
+        "cu_seqlens_k_ptr": cu_seqlens,
+    }
+    aligned = _aligned(q, k, v, out, dout, dq, dk, dv)
+    of_queries = {"out_ptr": out, "logsumexp_ptr": logsumexp, "seed_ptr": seed, "dq_ptr": dq, "sums_ptr": None}
+    work = backward_short_work(geometry, q, _strides(dout), dq.stride(-3), dk.stride(-3), aligned)
+    if work is not None:
+        work.launch(q, **shared, **of_queries, dk_ptr=dk, dv_ptr=dv)
+        return dq, dk, dv
+    shape, dtype = room_of_queries(geometry, q.dtype)
+    shared |= {"queries_ptr": torch.empty(shape, dtype=dtype, device=q.device), "mask_ptr": mask}
+    backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, **of_queries)
+    of_keys = {"dk_ptr": dk, "dv_ptr": dv, "sums_ptr": None}
+    backward_kv_work(geometry, q, _strides(dout), dk.stride(-3), aligned).launch(q, **shared, **of_keys)
+    return dq, dk, dv
+
+
+def _save(ctx, inputs, output):
+    q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *ctx.settings = inputs
+    out, logsumexp = output
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed)
+
+
+def _gradients(backward, ctx, dout, *_):
+    if dout is None or not any(ctx.needs_input_grad[:3]):
+        return (None,) * 14
+    return *backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 11
+
+
+_op = torch.library.custom_op("fastbert::attention", _launch_fwd, mutates_args=())
+_op.register_fake(_allocate_fwd)
+_backward_op = torch.library.custom_op("fastbert::attention_backward", _launch_bwd, mutates_args=())
+_backward_op.register_fake(_allocate_bwd)
+_call = differentiable(_launch_fwd, _launch_bwd_packed, _save, _gradients, _op, _backward_op)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    p: float = 0.0,
+    key_bounds: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k' + mask) v for every head, with dropout on the probabilities.
+
+    A row whose keys are all masked is the average of all of them, as it is with eager's additive masks. float32
+    products are true float32 unless torch.set_float32_matmul_precision allows TF32.
+
+    Args:
+        q: [B, Sq, heads, D], or packed [T, heads, D]. fp64, fp32, fp16 or bf16; any strides; D from 1 to 256.
+        k, v: [B, Sk, kv heads, D], or packed like q. kv heads are as many as q's, or a divisor of that: each then serves a
+            group of q's neighbouring heads (grouped queries; one kv head: multi-query).
+        key_mask: bool [B, Sk], true where a key is valid.
+        mask: [B or 1, heads or 1, Sq or 1, Sk or 1], leading dimensions may be left out, [Sq, Sk] for one; bool (true
+            where seen) or a number added to the scaled score.
+        cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T. Rows that it
+            leaves out are not written.
+        max_seqlen: length of the longest packed sequence, or more.
+        cu_seqlens_q, max_seqlen_q: the same of the queries, where they are other rows than the keys: q is then [Tq, heads, D].
+        causal: query i sees keys up to i + Sk - Sq.
+        scale: 1 / sqrt(D) by default.
+        p: probability of dropping a probability, rounded to 2**-32.
+        key_bounds: bounds_of(key_mask), where it is known already.
+        seed: int64 [] on q's device; drawn from torch's generator when None and p > 0.
+
+    Returns:
+        The shape of q, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a dtype that has no kernel, a mask that requires a
+            gradient, heads of k that do not divide q's, D over 256, a scale that is not finite, p outside [0, 1].
+    """
+    check_inputs(q, k, v, scale, p, seed, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q)
+    check_masks(q, k, key_mask, mask, key_bounds)
+    if mask is not None:
+        mask = mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if key_mask is not None:
+        key_bounds = bounds_of(key_mask) if key_bounds is None else key_bounds.contiguous()
+        key_mask = key_mask.contiguous()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+    if cu_seqlens_q is not None:
+        cu_seqlens_q = cu_seqlens_q.contiguous()
+    if p > 0.0 and seed is None:
+        seed = draw_seed(q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seed = seed if p > 0.0 else None
+    lengths = (max_seqlen, max_seqlen_q)
+    return _call(q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *lengths, causal, scale, p)[0]

@@ -1,0 +1,365 @@
+"""Frozen launch configurations, by kernel, architecture, element size in bytes and row width.
+
+A row serves widths up to its own and above the one before it; the last serves every wider one. A table whose name ends in a
+length serves sequences of up to so many rows, in place of the one whose name that is without. Nothing is tuned
+at run time. No entry here was timed yet: they are chosen by what the compiler makes of them (no spills, 16-byte
+loads and stores, bytes in flight), see bench/NOTES.md.
+"""
+
+from dataclasses import dataclass
+
+import triton
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch: tile height, warps a program, tile width (None: the whole row), programs a multiprocessor.
+
+    num_stages: how many iterations of a loop are in flight, where that is not left to Triton.
+    chunk: how many columns of a row the program's warps load at once, where it is not all of them.
+    at_once: how many rows a sum over rows reads at once.
+    BLOCK_K: of a product, the tile's extent along what is summed up.
+    maxnreg: the most registers a thread may have, where that lets more programs run at once; none may spill by it.
+    """
+
+    BLOCK_M: int
+    num_warps: int
+    BLOCK_N: int | None = None
+    programs_per_multiprocessor: int | None = None
+    chunk: int | None = None
+    num_stages: int | None = None
+    at_once: int | None = None
+    BLOCK_K: int | None = None
+    maxnreg: int | None = None
+
+    def chunks(self, width: int) -> tuple[int, int]:
+        """How a row of `width` columns falls into chunks: their number and their columns, both powers of two."""
+        columns = _power_of_two(min(self.chunk or width, width))
+        return _power_of_two(-(-width // columns)), columns
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))  # of Triton, whose compilers differ in a few places
+Table = dict[int, dict[int, Config]]
+
+# A row held by one warp needs no shared memory and no barrier for its sums, and no lane of it idles at 768.
+_LAYERNORM_FORWARD: Table = {
+    2: {512: Config(2, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 4), 8192: Config(1, 8)},
+    4: {512: Config(1, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 8), 8192: Config(1, 16)},
+    8: {512: Config(1, 2), 1024: Config(1, 4), 2048: Config(1, 8), 4096: Config(1, 16), 8192: Config(1, 16)},
+}
+# A warp a row again up to 1024 columns. A thread keeps three float32 sums a column, so 32 columns a thread are the
+# most that registers hold. The programs are those that fit at once: they share the rows evenly, so one that had to
+# wait for another would double the time.
+_LAYERNORM_BACKWARD: Table = {
+    2: {
+        384: Config(8, 4, None, 2, chunk=128),
+        512: Config(4, 4, None, 3, chunk=256),
+        1024: Config(4, 4, None, 2, chunk=256),
+        2048: Config(1, 4, None, 2, chunk=1024),
+        4096: Config(1, 8, None, 1, chunk=2048),
+        8192: Config(1, 8, None, 1, chunk=2048),
+    },
+    4: {
+        512: Config(4, 4, None, 3, chunk=128),
+        768: Config(4, 4, None, 2, chunk=128),
+        1024: Config(4, 4, None, 2, chunk=128),
+        2048: Config(1, 4, None, 2, chunk=512),
+        4096: Config(1, 8, None, 1, chunk=1024),
+        8192: Config(1, 8, None, 1, chunk=1024),
+    },
+    8: {
+        512: Config(1, 4, None, 2, chunk=256),
+        1024: Config(1, 8, None, 1, chunk=512),
+        2048: Config(1, 8, None, 1, chunk=512),
+        4096: Config(1, 16, None, 1, chunk=1024),
+        8192: Config(1, 32, None, 1, chunk=2048),
+    },
+}
+# BERT-base's width with three programs a multiprocessor, so half as many bytes again in flight: where the compiler keeps to a
+# third of the registers without a spill.
+_LAYERNORM_BACKWARD_THREE: Table = _LAYERNORM_BACKWARD | {
+    2: dict(sorted({**_LAYERNORM_BACKWARD[2], 768: Config(4, 4, None, 3, chunk=256, maxnreg=168)}.items()))
+}
+# The compiler for sm_100 asks for more registers: two warps share a row of 1024 columns of 4 bytes. BERT-base's 768 fit.
+_BLACKWELL_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
+    2: _LAYERNORM_BACKWARD[2] | {512: Config(8, 4, None, 2, chunk=256)},
+    4: _LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256), 8192: Config(1, 8, None, 1, chunk=2048)},
+}
+# gelu_layernorm's activation and its slope take registers as well: two warps share a row of 1024 columns of 4 bytes
+# everywhere. 8192 columns fit as one chunk.
+_GELU_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
+    2: _LAYERNORM_BACKWARD[2] | {8192: Config(1, 8, None, 1)},
+    4: _LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256), 8192: Config(1, 8, None, 1)},
+}
+_BLACKWELL_GELU_LAYERNORM_BACKWARD: Table = _GELU_LAYERNORM_BACKWARD | {
+    4: _GELU_LAYERNORM_BACKWARD[4] | {8192: Config(1, 8, None, 1, chunk=4096)}
+}
+# For rows that are no multiple of 16 bytes. They are loaded an element at a time, and a thread's columns then share no
+# Philox call, so a row goes to more warps than elsewhere.
+_LAYERNORM_FORWARD_UNEVEN: Table = {
+    size: {512: Config(1, 1), 1024: Config(1, 2), 2048: Config(1, 4), 4096: Config(1, 8), 8192: Config(1, 16)}
+    for size in (2, 4)
+} | {8: _LAYERNORM_FORWARD[8]}
+_LAYERNORM_BACKWARD_UNEVEN: Table = {
+    size: {
+        512: Config(1, 2, None, 8),
+        1024: Config(1, 4, None, 4),
+        2048: Config(1, 8, None, 2),
+        4096: Config(1, 16, None, 1),
+        8192: Config(1, 8, None, 1),
+    }
+    for size in (2, 4)
+} | {8: _LAYERNORM_BACKWARD[8]}
+# Left alone, the compiler for sm_100 aims at 80 registers here and spills.
+_BLACKWELL_LAYERNORM_BACKWARD_UNEVEN: Table = _LAYERNORM_BACKWARD_UNEVEN | {
+    4: _LAYERNORM_BACKWARD_UNEVEN[4] | {1024: Config(1, 4, None, 4, maxnreg=128)}
+}
+_BIAS_GELU_FORWARD: Table = {
+    2: {8192: Config(4, 2, 512)},
+    4: {8192: Config(4, 4, 512)},
+    8: {8192: Config(1, 4, 512)},
+}
+_GATHER_ROWS: Table = {
+    2: {8192: Config(4, 4, 1024)},
+    4: {8192: Config(4, 4, 512)},
+    8: {8192: Config(4, 4, 256)},
+}
+# Places of the sorted tokens a program (most of them idle), and the columns of a row of which each lane loads 16 bytes.
+_EMBEDDING_RUNS: Table = {
+    2: {256: Config(1, 1, 256, at_once=8), 512: Config(1, 2, 512, at_once=8), 8192: Config(1, 4, 1024, at_once=8)},
+    4: {256: Config(1, 2, 256, at_once=8), 8192: Config(1, 4, 512, at_once=8)},
+    8: {8192: Config(1, 4, 256, at_once=4)},
+}
+_EMBEDDING_SUMS: Table = {
+    2: {8192: Config(1, 4, 256, 8, at_once=8)},
+    4: {8192: Config(1, 4, 128, 8, at_once=8)},
+    8: {8192: Config(1, 4, 64, 8, at_once=8)},
+}
+# BLOCK_M places against BLOCK_N others at once. The element size is that of what is written, int32; the table names the
+# others as well.
+_EMBEDDING_ORDER: Table = dict.fromkeys((2, 4, 8), {8192: Config(16, 4, 128)})
+# Sums in float32 (float64), which has the element size; BLOCK_M of them at once.
+_EMBEDDING_FINISH: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 128)}) | {8: {8192: Config(16, 4, 128)}}
+_BIAS_GELU_BACKWARD: Table = {
+    2: {8192: Config(4, 4, 512, 6)},
+    4: {8192: Config(2, 4, 512, 6)},
+    8: {8192: Config(1, 4, 512, 4)},
+}
+# Columns that neighbours in memory share a program; as many rows at once as keep its loads in flight.
+# Sums are of 4 bytes or 8, never of 2.
+_COLUMN_SUMS: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 64)}) | {8: {8192: Config(16, 4, 64)}}
+# A program updates BLOCK_M blocks of BLOCK_N elements of one tensor, one after the other. The element size is the
+# parameter's; widths mean nothing here.
+_ADAMW: Table = {
+    2: {8192: Config(16, 4, 1024)},
+    4: {8192: Config(16, 4, 1024)},
+    8: {8192: Config(16, 4, 512)},
+}
+# A row of logits a program, BLOCK_N columns of it at once. Wide programs and few of them at a time, though more would
+# hide latency better: the second pass over the rows in flight is meant to find them in the cache (24 MiB of H200's 50).
+_LINEAR_CROSS_ENTROPY: Table = {
+    2: {8192: Config(1, 8, 8192, chunk=2048)},
+    4: {8192: Config(1, 8, 4096, chunk=1024)},
+    8: {8192: Config(1, 8, 2048, chunk=512)},
+}
+# Half as many columns at once where compilers make more of that: for sm_100, and for sm_80 under triton 3.6 and 3.7.
+_NARROW_LINEAR_CROSS_ENTROPY: Table = _LINEAR_CROSS_ENTROPY | {2: {8192: Config(1, 8, 4096, chunk=2048)}}
+_LINEAR_CROSS_ENTROPY_REDUCE: Table = {size: {8192: Config(2048, 8, 1)} for size in (2, 4, 8)}
+_LINEAR_CROSS_ENTROPY_SCALE: Table = {
+    2: {8192: Config(8, 4, 256)},
+    4: {8192: Config(8, 4, 256)},
+    8: {8192: Config(4, 4, 256)},
+}
+
+
+# Tiles of the feed-forward's products, in 16 bits only; where they are used at all, FUSED says. Without programs a
+# multiprocessor each tile is a program of its own. Two programs fit a multiprocessor but for sm_80.
+_FEED_FORWARD: Table = {2: {8192: Config(128, 8, 128, num_stages=3, BLOCK_K=64, maxnreg=128)}}
+_AMPERE_FEED_FORWARD: Table = {2: {8192: Config(128, 8, 128, num_stages=3, BLOCK_K=64)}}
+_BLACKWELL_FEED_FORWARD: Table = {2: {8192: Config(128, 4, 128, num_stages=3, BLOCK_K=64)}}
+
+
+# A row of a mask a program, BLOCK_N of its bytes at once. The element size is that of what is written, int32; the table
+# names the others as well.
+_MASK_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 512)})
+# Where every token of a row goes: twice as many of them at once spill.
+_PACKED_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 256)})
+
+
+# By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
+# sizes 64 and 128, so that one's softmax hides behind the other's products. Head sizes that are no power of two check
+# their columns, which takes registers, and have rows of their own.
+_WIDE_32_BIT = {128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)}
+_64_BIT: Table = {8: {64: Config(16, 16, 16, num_stages=1), 256: Config(16, 32, 16, num_stages=1)}}
+_WIDE_ATTENTION: dict[str, Table] = {
+    "forward": {4: {64: Config(32, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
+    "backward_kv": {4: {64: Config(16, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
+    # Two passes over the keys, with their tiles in shared memory: with one stage Triton loads them into registers.
+    "backward_q": {4: {64: Config(32, 4, 16, num_stages=2), 256: Config(16, 4, 16, num_stages=2)}} | _64_BIT,
+}
+_HOPPER_ATTENTION: dict[str, Table] = {
+    "forward": {
+        2: {
+            32: Config(128, 4, 64, num_stages=3),
+            63: Config(64, 4, 64, num_stages=2),
+            64: Config(128, 4, 64, num_stages=3),
+            128: Config(64, 4, 64, num_stages=3),
+            256: Config(64, 8, 32, num_stages=2),
+        }
+    },
+    "forward_masked": {
+        2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(64, 8, 32, num_stages=2)}
+    },
+    "backward_kv": {
+        2: {
+            64: Config(64, 4, 64, num_stages=2),
+            127: Config(32, 4, 64, num_stages=1),
+            128: Config(32, 4, 64, num_stages=2),
+            256: Config(32, 8, 32, num_stages=1),
+        }
+    },
+    "backward_kv_masked": {
+        2: {
+            64: Config(32, 4, 64, num_stages=2),
+            127: Config(32, 4, 64, num_stages=1),
+            128: Config(32, 4, 64, num_stages=2),
+            256: Config(32, 8, 32, num_stages=1),
+        }
+    },
+    "backward_kv_grouped": {
+        2: {64: Config(32, 4, 64, num_stages=2), 128: Config(16, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
+    },
+    "backward_q": {
+        2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
+    },
+    "backward_q_masked": {
+        2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
+    },
+}
+_BLACKWELL_ATTENTION: dict[str, Table] = _HOPPER_ATTENTION | {
+    "forward": {2: _HOPPER_ATTENTION["forward"][2] | {128: Config(64, 4, 64, num_stages=2)}},
+    "forward_masked": {
+        2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=1), 256: Config(64, 8, 32, num_stages=2)}
+    },
+    "backward_kv": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_kv_masked": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
+    "backward_kv_grouped": {
+        2: {64: Config(64, 8, 64, num_stages=2), 128: Config(32, 8, 64, num_stages=1), 256: Config(32, 8, 32, num_stages=1)}
+    },
+}
+_AMPERE_ATTENTION: dict[str, Table] = {
+    "forward": {
+        2: {64: Config(64, 4, 64, num_stages=3), 128: Config(64, 4, 32, num_stages=3), 256: Config(32, 8, 32, num_stages=2)}
+    },
+    "backward_kv": {
+        2: {64: Config(32, 4, 64, num_stages=2), 128: Config(32, 4, 32, num_stages=2), 256: Config(16, 8, 32, num_stages=1)}
+    },
+    "backward_kv_masked": {
+        2: {64: Config(32, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}
+    },
+    "backward_q": {
+        2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}
+    },
+}
+# Heads of up to 64, where a program holds all queries of its sequence: by the longest sequence that a table serves.
+LENGTHS = (32, 64, 128)
+_HOPPER_SHORT = {
+    32: Config(32, 4, 32, num_stages=1),
+    64: Config(64, 4, 64, num_stages=1),
+    128: Config(128, 8, 64, num_stages=1),
+}
+_SHORT_ATTENTION = {
+    "sm_80": _HOPPER_SHORT | {64: Config(64, 4, 32, num_stages=1), 128: Config(128, 8, 32, num_stages=1)},
+    "sm_90": _HOPPER_SHORT,
+    # Left alone, the compiler for sm_100 spills for the sake of one program more.
+    "sm_100": _HOPPER_SHORT
+    | {64: Config(64, 4, 64, num_stages=1, maxnreg=255), 128: Config(128, 8, 32, num_stages=1, maxnreg=255)},
+    "interpreter": {32: Config(32, 1, 32), 64: Config(64, 1, 32), 128: Config(128, 1, 64)},
+}
+
+
+def _interpreted(config: Config) -> dict[str, Table]:
+    return {"interpreter": {itemsize: {8192: config} for itemsize in (2, 4, 8)}}
+
+
+def _everywhere(table: Table) -> dict[str, Table]:
+    return {architecture: table for architecture in ARCHITECTURES}
+
+
+def _attention(part: str) -> dict[str, Table]:
+    """part may end in _masked or _grouped: where a table has no such entry, general masks take the one without, and grouped
+    heads that of general masks."""
+    plain = part.removesuffix("_masked").removesuffix("_grouped")
+    others = (plain,) if part == plain else (f"{plain}_masked", plain)
+    tables = {"sm_80": _AMPERE_ATTENTION, "sm_90": _HOPPER_ATTENTION, "sm_100": _BLACKWELL_ATTENTION}
+    return {
+        architecture: next(table[name] for name in (part, *others) if name in table) | _WIDE_ATTENTION[plain]
+        for architecture, table in tables.items()
+    } | _interpreted(Config(64, 1, 32))
+
+
+# The interpreter's time goes by programs and steps, not by elements: tall tiles.
+TABLES: dict[str, dict[str, Table]] = (
+    {
+        "mask_rows": _everywhere(_MASK_ROWS) | _interpreted(Config(1, 1, 1024)),
+        "packed_rows": _everywhere(_PACKED_ROWS) | _interpreted(Config(1, 1, 1024)),
+        "gather_rows": _everywhere(_GATHER_ROWS) | _interpreted(Config(32, 1, 1024)),
+        "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
+        "layernorm_forward_uneven": _everywhere(_LAYERNORM_FORWARD_UNEVEN) | _interpreted(Config(32, 1)),
+        "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD_THREE if RELEASE < (3, 8) else _LAYERNORM_BACKWARD)
+        | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD}
+        | _interpreted(Config(32, 1, None, 1)),
+        "gelu_layernorm_backward": _everywhere(_GELU_LAYERNORM_BACKWARD)
+        | {"sm_100": _BLACKWELL_GELU_LAYERNORM_BACKWARD}
+        | _interpreted(Config(32, 1, None, 1)),
+        "layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN)
+        | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD_UNEVEN}
+        | _interpreted(Config(32, 1, None, 1)),
+        "gelu_layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
+        "embedding_runs": _everywhere(_EMBEDDING_RUNS) | _interpreted(Config(32, 1, 1024, at_once=8)),
+        "embedding_sums_backward": _everywhere(_EMBEDDING_SUMS) | _interpreted(Config(32, 1, 1024, 1, at_once=2)),
+        "embedding_order": _everywhere(_EMBEDDING_ORDER) | _interpreted(Config(256, 1, 1024)),
+        "embedding_finish": _everywhere(_EMBEDDING_FINISH) | _interpreted(Config(32, 1, 1024)),
+        "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
+        "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
+        "feed_forward_product": _everywhere(_FEED_FORWARD)
+        | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD}
+        | _interpreted(Config(64, 1, 32, BLOCK_K=32)),
+        "feed_forward_gradient": _everywhere(_FEED_FORWARD)
+        | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD}
+        | _interpreted(Config(64, 1, 32, BLOCK_K=32)),
+        "column_sums": _everywhere(_COLUMN_SUMS) | _interpreted(Config(32, 1, 1024)),
+        "adamw": _everywhere(_ADAMW) | _interpreted(Config(64, 1, 2048)),
+        "linear_cross_entropy": _everywhere(_LINEAR_CROSS_ENTROPY)
+        | {"sm_80": _NARROW_LINEAR_CROSS_ENTROPY, "sm_100": _NARROW_LINEAR_CROSS_ENTROPY}
+        | _interpreted(Config(32, 1, 1024, chunk=256)),
+        "linear_cross_entropy_reduce": _everywhere(_LINEAR_CROSS_ENTROPY_REDUCE) | _interpreted(Config(1024, 1, 1)),
+        "linear_cross_entropy_scale": _everywhere(_LINEAR_CROSS_ENTROPY_SCALE) | _interpreted(Config(128, 1, 1024)),
+    }
+    | {
+        f"attention_{part}": _attention(part)
+        for part in (
+            *("forward", "forward_masked", "backward_kv", "backward_kv_masked", "backward_kv_grouped"),
+            *("backward_q", "backward_q_masked"),
+        )
+    }
+    | {
+        f"attention_backward_short_{length}": {
+            architecture: {2: {64: configs[length]}} for architecture, configs in _SHORT_ATTENTION.items()
+        }
+        for length in LENGTHS
+    }
+)
+
+# Where a product of the feed-forward is Triton's with an epilogue instead of cuBLAS's and a kernel after it: by product,
+# architecture and element size, (H, F) and the rows from which on. Empty: no GPU has shown yet that it is no slower.
+# `python -m bench ops --op feed_forward` prints the entries that its run has earned.
+FUSED: dict[str, dict[str, dict[int, dict[tuple[int, int], int]]]] = {
+    "feed_forward_product": {},
+    "feed_forward_gradient": {},
+}

@@ -1,0 +1,357 @@
+"""How a kernel is launched: on which device, with which configuration; and how it becomes differentiable."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+from . import cache as kept
+from .configs import ARCHITECTURES, LENGTHS, TABLES, Config
+from .failures import KernelFailed, advise, is_of_the_kernel, move_cache
+
+logger = logging.getLogger("fastbert")
+
+# Whether kernels run in Triton's interpreter is settled when they are decorated, so it is read once, here.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+# Launches by kernel name. Tests read it: a kernel that was quietly not used must not pass.
+counts: Counter[str] = Counter()
+
+Result = TypeVar("Result")
+Recorder = Callable[[Any, int, Config, dict[str, Any]], None]
+_recording: tuple[str, Recorder] | None = None
+
+
+@contextmanager
+def recording(architecture: str, record: Recorder) -> Iterator[None]:
+    """Hand each launch (kernel, programs, configuration, arguments) to `record` instead of a device.
+
+    This is how the audit compiles exactly what would be launched on `architecture`, on a machine without a GPU.
+    """
+    global _recording
+    _recording = (architecture, record)
+    try:
+        yield
+    finally:
+        _recording = None
+
+
+def is_recording() -> bool:
+    """Whether launches are handed to somebody instead of a device."""
+    return _recording is not None
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The newest architecture of the tables that is not newer than the device."""
+    if device.type == "cpu":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [name for name in ARCHITECTURES if int(name.removeprefix("sm_")) <= 10 * major + minor]
+    name = known[-1] if known else ARCHITECTURES[0]
+    if name != f"sm_{major}{minor}":
+        logger.info("no table for sm_%d%d: using the one for %s", major, minor, name)
+    return name
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # Two in the interpreter, so that sums over programs are sums; 132 (an H100) where nothing is launched.
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if device.type == "cpu" else 132
+
+
+def table_of(like: Tensor) -> str:
+    """The architecture whose tables a tensor's kernels are configured by."""
+    return _recording[0] if _recording else architecture(like.device)
+
+
+def choose(kernel: str, like: Tensor, width: int, length: int | None = None) -> Config:
+    """The frozen configuration of `kernel` for rows of `width` elements of this tensor's type and device.
+
+    A kernel may have a second table, its name and _uneven, for rows that no 16 bytes divide; and others, its name and a
+    length, for sequences of up to so many rows. `length` is that of the longest.
+    """
+    uneven = f"{kernel}_uneven"
+    if uneven in TABLES and width * like.element_size() % 16:
+        kernel = uneven
+    if length is not None:
+        kernel = by_length(kernel, length) or kernel
+    by_width = _table(kernel, like)
+    return by_width[next((limit for limit in by_width if limit >= width), max(by_width))]
+
+
+def choose_short(kernel: str, like: Tensor, width: int, length: int) -> Config | None:
+    """As `choose` for a kernel that has tables of lengths only; None where none of them has a row for these."""
+    name = by_length(kernel, length)
+    by_width = _table(name, like) if name else {}
+    return next((config for limit, config in by_width.items() if limit >= width), None)
+
+
+def by_length(kernel: str, length: int) -> str | None:
+    """The name of the kernel's table for sequences of up to `length` rows, None where it has none."""
+    names = (f"{kernel}_{limit}" for limit in LENGTHS if limit >= length)
+    return next((name for name in names if name in TABLES), None)
+
+
+def _table(kernel: str, like: Tensor) -> dict[int, Config]:
+    return TABLES[kernel][table_of(like)].get(like.element_size(), {})
+
+
+def resident_programs(config: Config, like: Tensor, blocks: int) -> int:
+    """Programs that share `blocks` blocks of rows: as many as run at once, and no more than there are blocks."""
+    assert config.programs_per_multiprocessor is not None
+    return max(1, min(blocks, _multiprocessors(like.device) * config.programs_per_multiprocessor))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as [rows, columns] with any strides; copied only where no strides can say it."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments: Any) -> None:
+    """Run `kernel` on `programs` programs, on the device of `like` even when another is current.
+
+    Raises:
+        KernelFailed: it could not be compiled or launched.
+        Exception: as it came, if it is no fault of the kernel: of the device, or inside a CUDA graph capture.
+    """
+    if programs == 0:
+        return
+    if _recording:
+        return _recording[1](kernel, programs, config, arguments)
+    # One axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
+    try:
+        if not like.is_cuda:
+            kernel[(programs,)](**arguments, **kept.options(config))
+        elif like.device.index == torch._C._cuda_getDevice():
+            kept.start(kernel, programs, config, like.device, arguments)
+        else:
+            with torch.cuda.device(like.device):
+                kept.start(kernel, programs, config, like.device, arguments)
+    except Exception as error:
+        if move_cache(error):
+            return launch(kernel, programs, config, like, **arguments)
+        raise_for(kernel, error, like.device)
+    counts[kernel.__name__] += 1
+
+
+def retried(kernel: Any, like: Tensor, compile: Callable[[], Result]) -> Result:
+    """What `compile` returns; with Triton's cache moved where its folder is the reason that it fails.
+
+    Raises:
+        KernelFailed: `kernel` cannot be compiled or loaded.
+    """
+    try:
+        return compile()
+    except Exception as error:
+        if move_cache(error):
+            return retried(kernel, like, compile)
+        raise_for(kernel, error, like.device)
+
+
+def raise_for(kernel: Any, error: Exception, device: torch.device) -> NoReturn:
+    """Raise what came of a launch: as KernelFailed where it is the kernel's fault, else as it is, with advice."""
+    if is_of_the_kernel(error, device):
+        raise KernelFailed(kernel.__name__, error) from error
+    advise(kernel.__name__, error, device)
+    raise error
+
+
+class Work(NamedTuple):
+    """A kernel with all that it is launched with besides its tensors: the same for every call of one shape."""
+
+    kernel: Any
+    programs: int
+    config: Config
+    numbers: dict[str, Any]
+
+    def launch(self, like: Tensor, **tensors: Tensor | None) -> None:
+        """Launch it on the device of `like`; raises what `launch` raises."""
+        launch(self.kernel, self.programs, self.config, like, **tensors, **self.numbers)
+
+
+# Triton's own are made for constants of kernels as well, and take two microseconds.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n; 1 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 1
+
+
+class _NotTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError("the kernels have no second derivative: unpatch the model to differentiate a gradient")
+
+
+def not_twice(gradients: Sequence[Tensor | None], sources: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients under create_graph=True: whoever differentiates one in its turn, by whichever of the `sources` that it
+    was made of, is told that this does not go. (torch's once_differentiable knows no sources: where the derivative is asked
+    for by `inputs=`, it is silently zero.)"""
+    sources = [source for source in sources if source is not None and source.requires_grad]
+    return tuple(None if g is None else _NotTwice.apply(g.detach().requires_grad_(), *sources) for g in gradients)
+
+
+class _Link(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError("no gradient comes this way")
+
+
+def links(inputs: Iterable[Any], saved: Sequence[Tensor | None]) -> list[Tensor]:
+    """Stand-ins for what of an op's `inputs` is not `saved`, as sources of its gradients: without their memory."""
+    known = set(map(id, saved))
+    others = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and id(x) not in known]
+    with torch.enable_grad():
+        return [x if x.is_leaf else _Link.apply(x) for x in others]
+
+
+class Unpacked:
+    """A backward's context, whose saved tensors may be read again here (checkpointing allows to read them once) and lie as
+    they did: hooks on saved tensors may give them back with other strides."""
+
+    def __init__(self, ctx: Any, strides: Sequence[tuple[int, ...] | None]) -> None:
+        self._ctx, self.sources = ctx, ctx.saved_tensors
+        self.saved_tensors = [
+            x if x is None or x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
+            for x, stride in zip(self.sources, strides, strict=True)
+        ]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def check_unbatched(upstream: Iterable[Any]) -> None:
+    """Raise RuntimeError for gradients that stand for many: kernels read memory, which those have not."""
+    if any([isinstance(g, Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstream]):
+        raise RuntimeError(
+            "the kernels take one gradient at a time, not a batch of them (is_grads_batched=True, vectorize=True): "
+            "unpatch the model for that, or call the backward once for each"
+        )
+
+
+def differentiable(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    save: Callable[..., None],
+    gradients: Callable[..., Any],
+    op: Any,
+    backward_op: Any,
+) -> Callable[..., Any]:
+    """One autograd rule for both of an op's forms; returns the function that picks the form.
+
+    In eager mode `forward` and `backward` (the launchers) run inside an autograd.Function, because a custom op
+    costs tens of microseconds a call; while torch.compile traces, the custom ops `op` and `backward_op` stand
+    for them. `save(ctx, inputs, output)` keeps what the backward needs and `gradients(backward, ctx, *upstream)`
+    returns one gradient an input. A second derivative raises: the backward kernels have none.
+    """
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = forward(*inputs)
+            save(ctx, inputs, output)
+            ctx.links = links(inputs, ctx.to_save)
+            ctx.strides = [None if x is None else x.stride() for x in ctx.to_save]
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            check_unbatched(upstream)
+            with torch.no_grad():
+                ctx = Unpacked(ctx, ctx.strides)
+                found = gradients(backward, ctx, *upstream)
+            return not_twice(found, (*upstream, *ctx.sources, *ctx.links)) if torch.is_grad_enabled() else found
+
+    op.register_autograd(lambda ctx, *upstream: gradients(backward_op, ctx, *upstream), setup_context=save)
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+
+    return call
+
+
+def accumulator(dtype: torch.dtype) -> triton.language.dtype:
+    """The type a kernel computes in: float32, and float64 for float64 (so that gradcheck means something)."""
+    return triton.language.float64 if dtype == torch.float64 else triton.language.float32
+
+
+def accumulator_torch(dtype: torch.dtype) -> torch.dtype:
+    """The same as a torch type: that of saved statistics and of partial sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed, int64 [], from torch's generator of `device`, without a synchronisation.
+
+    torch.manual_seed repeats it, gradient checkpointing restores it, and each replay of a CUDA graph draws anew.
+    """
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)
+
+
+def needs_backward(*tensors: Tensor | None) -> bool:
+    """Whether a backward can follow, and so whether the forward keeps what that reads."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+MAX_WIDTH = 8192  # a row is one tile; wider ones would spill
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a dtype that the kernels do not compute: an integer one would be rounded to, silently."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor | None, like: Tensor) -> None:
+    """Raise ValueError unless `tensor` is None or where `like` is: elsewhere its address would mean something else."""
+    if tensor is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+
+
+def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> None:
+    """Raise ValueError unless x is [..., H] with H <= MAX_WIDTH and the vectors are [H]."""
+    check_dtype("x", x)
+    if x.dim() == 0 or x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x: expected [..., H] with H <= {MAX_WIDTH}, got {tuple(x.shape)}")
+    for name, vector in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        check_vector(name, vector, x)
+
+
+def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless `vector` is None or has one element a column of x, on its device."""
+    if vector is None:
+        return
+    check_dtype(name, vector)
+    check_device(name, vector, x)
+    if vector.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}")
+
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError for an activation that the kernels do not compute."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -1,0 +1,465 @@
+"""y = dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])): BertEmbeddings.
+
+words [V, H], positions [P, H], types [N, H], ids [B, S]. With z the sum of the three rows, added and rounded in eager's
+order, T = B * S:
+
+    forward    y = dropout((z - mean) * rstd * weight + bias)      reads the rows, writes y             T (3H + H) b bytes
+    backward   dz = LayerNorm'(dropout'(dy)), and its sums a row   reads dy, the rows; writes dz, then reads it once for
+               of each table (gradients.py and sums.py)            the words and once for positions and types
+
+Saved: a row's mean and rstd in float32; z is gathered again, and the keep mask drawn again. Position ids that are
+a range, or the same for the whole batch, and types that are few need no sorting. No atomics: the same bits each time.
+"""
+
+from functools import cache
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..core import plain
+from ..core.failures import or_plain
+from ..core.launch import (
+    MAX_WIDTH,
+    accumulator,
+    accumulator_torch,
+    as_rows,
+    cdiv,
+    check_device,
+    check_dtype,
+    check_vector,
+    choose,
+    differentiable,
+    draw_seed,
+    launch,
+    needs_backward,
+    next_power_of_2,
+    resident_programs,
+)
+from .gradients import by_runs
+from .ids import batch_stride, packed_ids
+from .rows import embedding_layernorm_bwd_kernel, embedding_layernorm_fwd_kernel
+from .sums import GROUPS, MOST_TYPES, by_places, finish
+
+__all__ = ["embedding_layernorm"]
+
+
+def _sum_arguments(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    offset: int,
+) -> dict[str, object]:
+    """What both kernels take to make z: summed_rows' arguments."""
+    shape = words.shape[:-1] if ids is None else ids.shape
+    rows = words if words.dim() == 2 else as_rows(words)
+    summed, z_dtype = _promoted(words.dtype, types.dtype), _z_dtype(words, positions, types)
+    return {
+        "words_ptr": rows,
+        "positions_ptr": positions.contiguous(),
+        "types_ptr": types.contiguous(),
+        "ids_ptr": None if ids is None else ids.contiguous(),
+        "position_ids_ptr": None if position_ids is None else position_ids.contiguous(),
+        "type_ids_ptr": None if token_type_ids is None else token_type_ids.contiguous(),
+        "words_row_stride": rows.stride(0),
+        "words_col_stride": rows.stride(1),
+        "position_batch_stride": batch_stride(position_ids, shape),
+        "type_batch_stride": batch_stride(token_type_ids, shape),
+        "seqlen": shape[-1],
+        "offset": offset,
+        "n_words": rows.shape[0],
+        "n_positions": positions.shape[0],
+        "n_types": types.shape[0],
+        "N_COLS": words.shape[-1],
+        "SUM": _language_type(summed),
+        "Z": _language_type(z_dtype),
+        "ACC": accumulator(z_dtype),
+    }
+
+
+@cache
+def _language_type(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def _z_dtype(words: Tensor, positions: Tensor, types: Tensor) -> torch.dtype:
+    return _promoted(_promoted(words.dtype, types.dtype), positions.dtype)
+
+
+def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    return one if one == other else torch.promote_types(one, other)  # which is dispatched as an op
+
+
+def _check_ranges(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+) -> None:
+    for table_ids, table in ((ids, words), (token_type_ids, types), (position_ids, positions)):
+        _check_range(table_ids, table)
+
+
+def _check_range(ids: Tensor | None, table: Tensor) -> None:
+    # On a GPU the kernel checks, because to look at the ids here would be a synchronisation.
+    if ids is not None and ids.device.type == "cpu" and ids.numel():
+        low, high = ids.aminmax()
+        if low < 0 or high >= table.shape[0]:
+            raise IndexError("index out of range in self")
+
+
+@or_plain(plain.embedding_layernorm)
+def _launch_fwd(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    places: Tensor | None,
+    seed: Tensor | None,
+    offset: int,
+    padding_idx: int | None,
+    eps: float,
+    p: float,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_ranges(words, positions, types, ids, token_type_ids, position_ids)
+    tables, more = (words, positions, types), (places, seed, offset, padding_idx, eps, p, out_dtype, save)
+    y, mean, rstd = _allocate_fwd(*tables, weight, bias, ids, token_type_ids, position_ids, *more)
+    n_rows, n_cols = y.shape[:-1].numel(), y.shape[-1]
+    widest = max((y, *tables), key=Tensor.element_size)
+    config = choose("layernorm_forward", widest, n_cols)
+    launch(
+        embedding_layernorm_fwd_kernel,
+        cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
+        config,
+        y,
+        **_sum_arguments(*tables, ids, token_type_ids, position_ids, offset),
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        seed_ptr=seed,
+        y_ptr=y,
+        mean_ptr=mean if save else None,
+        rstd_ptr=rstd if save else None,
+        n_rows=n_rows,
+        EPS=eps,
+        P_DROP=p,
+        VECTOR=16 // widest.element_size(),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=next_power_of_2(n_cols),
+        debug=True,  # without which the kernel's assertions are left out; told here, as a launch is kept by its arguments
+        sanitize_overflow=False,  # which comes along otherwise
+    )
+    return y, mean, rstd
+
+
+def _allocate_fwd(words, positions, types, weight, bias, ids, *rest):
+    *_, out_dtype, save = rest
+    shape = words.shape[:-1] if ids is None else ids.shape
+    y = words.new_empty((*shape, words.shape[-1]), dtype=out_dtype)
+    statistics = accumulator_torch(_z_dtype(words, positions, types))
+    mean = words.new_empty(shape if save else (0,), dtype=statistics)
+    return y, mean, torch.empty_like(mean)
+
+
+def _launch_bwd(
+    dy: Tensor,
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    places: Tensor | None,
+    seed: Tensor | None,
+    offset: int,
+    padding_idx: int | None,
+    p: float,
+    bias_dtype: torch.dtype,
+    needs_words: bool,
+    needs_positions: bool,
+    needs_types: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the tables, weight and bias; an empty tensor for one that is not asked for."""
+    given = dy, words, positions, types, weight, mean, rstd, ids, token_type_ids, position_ids, seed, offset, p
+    dz, sums = _launch_rows_bwd(*given, needs_words or needs_positions or needs_types, needs_weight or needs_bias)
+    shape = dy.shape[:-1]
+
+    # Positions that all sequences share, and types that are few, are added up by place; others are brought into order.
+    counted = position_ids is None or places is not None
+    shared = needs_positions and (counted or position_ids.numel() < shape.numel())
+    few = needs_types and (token_type_ids is None or types.shape[0] <= MOST_TYPES)
+    seqlen = shape[-1] if places is None else places.shape[-1]
+    place_sums = None
+    if shared or few:
+        n_types = types.shape[0] if few and token_type_ids is not None else 1
+        type_ids = token_type_ids.contiguous() if n_types > 1 else None
+        type_stride = batch_stride(token_type_ids, shape)
+        place_sums = by_places(dz, seqlen if shared else GROUPS, type_ids, n_types, shape[-1], type_stride, places)
+    dwords = dpositions = by_place = dtypes = dweight = dbias = None
+    if shared and counted:
+        dpositions = by_place = positions.new_empty(positions.shape)
+    elif shared:
+        by_place = place_sums.new_empty(seqlen, dz.shape[1])
+    if few:
+        dtypes = types.new_empty(types.shape)
+    if needs_weight:
+        dweight = weight.new_empty(weight.shape)
+    if needs_bias:
+        dbias = weight.new_empty(weight.shape, dtype=bias_dtype)
+    if place_sums is not None or sums is not None:
+        finish(sums, place_sums, dweight, dbias, by_place, dtypes, offset if counted else 0)
+
+    if needs_words and ids is None:
+        dwords = dz.view(words.shape).to(words.dtype)
+    elif needs_words:
+        dwords = by_runs(dz, ids.reshape(-1), words.shape[0], padding_idx, words.dtype)
+    if needs_positions and dpositions is None:
+        read = position_ids if shared else position_ids.expand(shape)
+        dpositions = by_runs(by_place if shared else dz, read.reshape(-1), positions.shape[0], None, positions.dtype)
+    if needs_types and not few:
+        dtypes = by_runs(dz, token_type_ids.expand(shape).reshape(-1), types.shape[0], None, types.dtype)
+    gradients = dwords, dpositions, dtypes, dweight, dbias
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@or_plain(plain.embedding_layernorm_backward)
+def _launch_rows_bwd(
+    dy: Tensor,
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    seed: Tensor | None,
+    offset: int,
+    p: float,
+    needs_dz: bool,
+    needs_sums: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the sum that was normalised, [T, H], and those of weight and bias as sums [n, 2, H]."""
+    tables = words, positions, types
+    n_cols = dy.shape[-1]
+    dy = as_rows(dy)
+    n_rows = dy.shape[0]
+    dz = dy.new_empty((n_rows, n_cols) if needs_dz else (0,), dtype=_z_dtype(*tables))
+    widest = max((dy, *tables), key=Tensor.element_size)
+    config = choose("layernorm_backward", widest, n_cols)
+    programs = resident_programs(config, dy, cdiv(n_rows, config.BLOCK_M))
+    chunks, block_n = config.chunks(n_cols)
+    sums = mean.new_empty(programs if dy.numel() else 0, 2, n_cols) if needs_sums else None
+    launch(
+        embedding_layernorm_bwd_kernel,
+        programs if dy.numel() else 0,
+        config,
+        dy,
+        dy_ptr=dy,
+        **_sum_arguments(*tables, ids, token_type_ids, position_ids, offset),
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        weight_ptr=weight.contiguous(),
+        seed_ptr=seed,
+        dz_ptr=dz if needs_dz else None,
+        sums_ptr=sums,
+        dy_row_stride=dy.stride(0),
+        dy_col_stride=dy.stride(1),
+        n_rows=n_rows,
+        n_programs=programs,
+        P_DROP=p,
+        VECTOR=16 // widest.element_size(),
+        BLOCK_M=config.BLOCK_M,
+        CHUNKS=chunks,
+        BLOCK_N=block_n,
+    )
+    return dz, sums
+
+
+def _allocate_bwd(dy, words, positions, types, weight, mean, *rest):
+    bias_dtype, *needs = rest[-6:]
+    like = words, positions, types, weight, weight
+    dtypes = words.dtype, positions.dtype, types.dtype, weight.dtype, bias_dtype
+    return tuple(
+        tensor.new_empty(tensor.shape, dtype=dtype) if needed else dy.new_empty(0)
+        for tensor, dtype, needed in zip(like, dtypes, needs, strict=True)
+    )
+
+
+def _save(ctx, inputs, output):
+    words, positions, types, weight, bias, *read = inputs
+    *read, offset, padding_idx, _, p, _, _ = read
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(words, positions, types, weight, mean, rstd, *read)
+    ctx.options = offset, padding_idx, p
+    ctx.bias_dtype = bias.dtype
+
+
+def _gradients(backward, ctx, dy, *_):
+    if dy is None:
+        return (None,) * 16
+    needs = ctx.needs_input_grad[:5]
+    gradients = backward(dy, *ctx.saved_tensors, *ctx.options, ctx.bias_dtype, *needs)
+    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *(None,) * 11
+
+
+_op = torch.library.custom_op("fastbert::embedding_layernorm", _launch_fwd, mutates_args=())
+_op.register_fake(_allocate_fwd)
+_backward_op = torch.library.custom_op("fastbert::embedding_layernorm_backward", _launch_bwd, mutates_args=())
+_backward_op.register_fake(_allocate_bwd)
+_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+
+
+def embedding_layernorm(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    offset: int = 0,
+    padding_idx: int | None = None,
+    eps: float = 1e-12,
+    p: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])) in one pass over memory.
+
+    Args:
+        words: [V, H], the word embeddings; or, without ids, [..., S, H]: the words' rows themselves. fp64, fp32, fp16 or
+            bf16, any strides.
+        positions, types: [P, H] and [N, H], the other two tables; other dtypes promote the sum as torch does.
+        weight, bias: [H], LayerNorm's.
+        ids: int64 or int32 [..., S], rows of words.
+        token_type_ids: the same for types, the shape of ids or [1, ..., S] for all sequences alike; row 0 when None.
+        position_ids: the same for positions; offset, offset + 1, ... in each sequence when None.
+        offset: the position of a sequence's first token, without position_ids.
+        padding_idx: a row of words whose gradient is 0, as in nn.Embedding.
+        eps: added to the variance.
+        p: probability of dropping an element, rounded to 1/65536; kept ones are scaled by 1 / (1 - p).
+        out_dtype: dtype of the result (autocast asks for float32); the promoted dtype by default.
+        seed: int64 [] on words' device; drawn from torch's generator when None and p > 0.
+        index: int32 [N], the rows of all these that are wanted, none twice; they are packed as gather_rows packs. Below 0: a
+            row that is not read, whose gradient must be 0.
+        inverse: int32 [... S], with index: where each row is among those, negative if nowhere.
+
+    Returns:
+        [..., S, H], contiguous; with index [1, N, H].
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192, an index
+            without inverse or ids.
+        IndexError: an id outside of its table; on a GPU a failed device assertion instead, as in torch.
+    """
+    tables = {"words": words, "positions": positions, "types": types}
+    for name, table in tables.items():
+        check_dtype(name, table)
+        check_device(name, table, words)
+        rows = name == "words" and ids is None
+        if table.dim() < 2 or (table.dim() > 2 and not rows) or table.shape[-1] > MAX_WIDTH:
+            expected = "[..., S, H]" if rows else "[rows, H]"
+            raise ValueError(f"{name}: expected {expected} with H <= {MAX_WIDTH}, got {tuple(table.shape)}")
+        if table.shape[-1] != words.shape[-1]:
+            raise ValueError(f"{name}: expected rows of {words.shape[-1]}, got {tuple(table.shape)}")
+    check_vector("weight", weight, words)
+    check_vector("bias", bias, words)
+    check_device("seed", seed, words)
+    shape = words.shape[:-1] if ids is None else ids.shape
+    for name, indices in (("ids", ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        _check_indices(name, indices, shape)
+        check_device(name, indices, words)
+    seqlen = shape[-1]
+    if position_ids is None and not 0 <= offset <= positions.shape[0] - seqlen:
+        raise ValueError(f"offset: {positions.shape[0]} positions do not reach from {offset} for {seqlen} tokens")
+    if token_type_ids is None and not types.shape[0]:
+        raise ValueError("types: expected at least one row, got none")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
+    _check_packing(index, inverse, ids, words)
+    read = ids, token_type_ids, position_ids, offset, padding_idx
+    out_dtype = out_dtype or _z_dtype(words, positions, types)
+    return embed(words, positions, types, weight, bias, *read, eps, p, out_dtype, seed, index, inverse)
+
+
+def embed(
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    offset: int,
+    padding_idx: int | None,
+    eps: float,
+    p: float,
+    out_dtype: torch.dtype,
+    seed: Tensor | None = None,
+    index: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> Tensor:
+    """embedding_layernorm, of arguments that the caller has checked."""
+    places = None
+    if index is not None:
+        if not torch.compiler.is_compiling():
+            _check_ranges(words, positions, types, ids, token_type_ids, position_ids)
+        places = inverse.view(-1, ids.shape[-1]) if position_ids is None else None
+        packed = plain.packed_ids if torch.compiler.is_compiling() else packed_ids
+        ids, token_type_ids, position_ids = packed(index, ids, token_type_ids, position_ids, offset)
+    if not p > 0.0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(words.device)
+    save = needs_backward(words, positions, types, weight, bias)
+    read = ids, token_type_ids, position_ids, places, seed, offset, padding_idx
+    arguments = words, positions, types, weight, bias, *read, eps, p, out_dtype, save
+    if save or torch.compiler.is_compiling():
+        return _call(*arguments)[0]
+    return _launch_fwd(*arguments)[0]
+
+
+def _check_packing(index: Tensor | None, inverse: Tensor | None, ids: Tensor | None, words: Tensor) -> None:
+    if index is None and inverse is None:
+        return
+    if index is None or inverse is None or ids is None:
+        raise ValueError("index: expected with inverse and ids, or neither index nor inverse, got one without another")
+    for name, vector, length in (("index", index, None), ("inverse", inverse, ids.numel())):
+        if vector.dtype != torch.int32 or vector.dim() != 1 or (length is not None and vector.shape[0] != length):
+            expected = "[N]" if length is None else f"[{length}]"
+            raise ValueError(f"{name}: expected int32 {expected}, got {vector.dtype} {tuple(vector.shape)}")
+        check_device(name, vector, words)
+
+
+def _check_indices(name: str, indices: Tensor | None, shape: torch.Size) -> None:
+    if indices is None:
+        return
+    if indices.dtype not in (torch.int64, torch.int32) or not indices.dim():
+        raise ValueError(f"{name}: expected int64 or int32 [..., S], got {indices.dtype} {tuple(indices.shape)}")
+    shared = (*(1 for _ in shape[:-1]), shape[-1])
+    if tuple(indices.shape) not in (tuple(shape), shared):
+        raise ValueError(f"{name}: expected shape {tuple(shape)} or {shared}, got {tuple(indices.shape)}")

@@ -1,0 +1,228 @@
+"""Gradients of embedding tables from those of the rows that were read from them: sums over tokens, without atomics.
+
+Tokens are sorted by id, so those of one row of the table are a run. A run is cut into pieces at multiples of PIECE places;
+a piece within a run's ends there writes the row, pieces of a run that crosses such a place leave partial sums, which a
+second kernel adds up. A [CLS] of ten thousand tokens is then as parallel as any others. Sums are in float32 (float64), in
+an order that only the ids decide, and are rounded once. Where the ids follow from the place of a token, or are very few,
+sums.py needs no order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core import plain
+from ..core.device_math import block_rows, columns, offsets
+from ..core.failures import or_plain
+from ..core.launch import accumulator, accumulator_torch, cdiv, choose, launch, next_power_of_2
+
+PIECE = 32  # places of the sorted order that one sum is over at most
+JOINED = 16  # partial sums of a run that are read at once
+MOST_RANKED = 16384  # ids that one kernel brings into order: the time of a sort's dozen launches
+LARGEST = tl.constexpr(2**31 - 1)  # an id that no table has
+
+
+@triton.jit(do_not_specialize=["n_places", "n_table_rows", "skip"])
+def embedding_layernorm_bwd_runs_kernel(
+    dz_ptr,
+    ids_ptr,
+    order_ptr,
+    dtable_ptr,
+    partials_ptr,
+    n_places,
+    n_table_rows,
+    skip,
+    N_COLS: tl.constexpr,
+    ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PIECE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    places = block_rows(program // n_col_blocks, BLOCK_M)
+    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+    col_mask = cols < N_COLS
+
+    # A place is idle unless a piece starts there.
+    here = places < n_places
+    ids = tl.load(ids_ptr + places, here, other=-1)
+    before = tl.load(ids_ptr + places - 1, here & (places > 0), other=-1)
+    wanted = (ids >= 0) & (ids < n_table_rows) & (ids != skip)
+    wanted = wanted & ((places % PIECE == 0) | (ids != before))
+    end = tl.minimum((places // PIECE + 1) * PIECE, n_places)
+    following = places[:, None] + tl.arange(0, PIECE)[None, :]
+    same = tl.load(ids_ptr + following, wanted[:, None] & (following < end[:, None]), other=-1) == ids[:, None]
+    length = tl.where(wanted, tl.sum(same.to(tl.int32), axis=1), 0)
+
+    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for start in range(0, tl.max(length, axis=0), AT_ONCE):
+        steps = start + tl.arange(0, AT_ONCE)[None, :]
+        taken = steps < length[:, None]
+        tokens = tl.load(order_ptr + places[:, None] + steps, taken, other=0)
+        here_dz = offsets(tokens[:, :, None], cols[None, None, :], N_COLS, 1)
+        dz = tl.load(dz_ptr + here_dz, taken[:, :, None] & col_mask[None, None, :], other=0.0).to(ACC)
+        total += tl.sum(dz, axis=1)
+
+    after = places + length
+    goes_on = wanted & (tl.load(ids_ptr + after, wanted & (after < n_places), other=-1) == ids)
+    went_on = wanted & (before == ids)
+    whole = wanted & ((goes_on | went_on) == 0)
+    table_offsets = offsets(ids[:, None], cols[None, :], N_COLS, 1)
+    tl.store(dtable_ptr + table_offsets, total.to(dtable_ptr.dtype.element_ty), whole[:, None] & col_mask[None, :])
+    # Of each PIECE places two partial sums at most: of a run that comes from before (0), of one that starts here (1).
+    slots = places // PIECE * 2 + tl.where(went_on, 0, 1)
+    parts = (goes_on | went_on)[:, None] & col_mask[None, :]
+    tl.store(partials_ptr + offsets(slots[:, None], cols[None, :], N_COLS, 1), total, parts)
+
+
+@triton.jit(do_not_specialize=["n_pieces", "n_table_rows", "skip"])
+def embedding_layernorm_bwd_joins_kernel(
+    ids_ptr,
+    partials_ptr,
+    dtable_ptr,
+    n_pieces,
+    n_table_rows,
+    skip,
+    N_COLS: tl.constexpr,
+    ACC: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    piece = (program // n_col_blocks).to(tl.int64)
+    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+    col_mask = cols < N_COLS
+
+    # The run at the end of this piece, if it starts in it and goes on: there is a place behind it, see the launcher.
+    end = (piece + 1) * PIECE
+    id_ = tl.load(ids_ptr + end - 1)
+    before = tl.load(ids_ptr + piece * PIECE - 1, piece > 0, other=-1)
+    more = (tl.load(ids_ptr + end) == id_) & (before != id_) & (id_ >= 0) & (id_ < n_table_rows) & (id_ != skip)
+    if more:
+        total = tl.load(partials_ptr + offsets(piece * 2 + 1, cols, N_COLS, 1), col_mask, other=0.0)
+        first = piece + 1
+        while more:
+            pieces = first + tl.arange(0, BLOCK_M)
+            same = tl.load(ids_ptr + pieces * PIECE, pieces < n_pieces, other=-1) == id_
+            slots = offsets(pieces[:, None] * 2, cols[None, :], N_COLS, 1)
+            total += tl.sum(tl.load(partials_ptr + slots, same[:, None] & col_mask[None, :], other=0.0), axis=0)
+            first += BLOCK_M
+            more = tl.sum(same.to(tl.int32), axis=0) == BLOCK_M
+        tl.store(dtable_ptr + offsets(id_, cols, N_COLS, 1), total.to(dtable_ptr.dtype.element_ty), col_mask)
+
+
+@triton.jit(do_not_specialize=["n_places"])
+def embedding_layernorm_bwd_order_kernel(
+    ids_ptr,
+    sorted_ptr,
+    order_ptr,
+    n_places,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = places < n_places
+    ids = tl.load(ids_ptr + places, here, other=0).to(tl.int32)
+
+    # How many come before: those of a smaller id, and of the same one those that are before it already.
+    first = tl.zeros([BLOCK_M, BLOCK_N], tl.int64)
+    for start in range(0, n_places, BLOCK_N):
+        others = start + tl.arange(0, BLOCK_N)
+        other_ids = tl.load(ids_ptr + others, others < n_places, other=LARGEST).to(tl.int32)
+        same_first = (others[None, :] < places[:, None]).to(tl.int32)
+        first += (other_ids[None, :] < ids[:, None] + same_first).to(tl.int64)
+    rank = tl.sum(first, axis=1)
+
+    tl.store(sorted_ptr + rank, ids, here)
+    tl.store(order_ptr + rank, places, here)
+
+
+def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [T] in ascending order, int32, and the places that they had; those of one id stay in their order."""
+    if ids.numel() > MOST_RANKED:
+        # The low half of an int64 is as good: ids are rows of a table.
+        narrow = ids.contiguous().view(torch.int32)[::2] if ids.dtype == torch.int64 else ids
+        return narrow.sort(stable=True)
+    return _ranked(ids.contiguous())
+
+
+@or_plain(plain.in_order)
+def _ranked(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """T^2 comparisons, which up to MOST_RANKED take less time than the launches that a sort is made of."""
+    sorted_ids = ids.new_empty(ids.shape, dtype=torch.int32)
+    order = torch.empty_like(sorted_ids)
+    config = choose("embedding_order", order, ids.shape[0])
+    launch(
+        embedding_layernorm_bwd_order_kernel,
+        cdiv(ids.shape[0], config.BLOCK_M),
+        config,
+        ids,
+        ids_ptr=ids,
+        sorted_ptr=sorted_ids,
+        order_ptr=order,
+        n_places=ids.shape[0],
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+    )
+    return sorted_ids, order
+
+
+@or_plain(plain.by_runs)
+def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype: torch.dtype) -> Tensor:
+    """The gradient [n_table_rows, H] of a table from dz [T, H] and the rows of it that were read, ids [T].
+
+    Row `skip` stays 0, as do those that nobody read.
+    """
+    n_places, n_cols = dz.shape
+    dtable = dz.new_zeros((n_table_rows, n_cols), dtype=dtype)
+    sorted_ids, order = in_order(ids)
+    config = choose("embedding_runs", dz, n_cols)
+    n_pieces = cdiv(n_places, PIECE)
+    partials = dz.new_empty((2 * n_pieces, n_cols), dtype=accumulator_torch(dz.dtype))
+    block_n = min(config.BLOCK_N, next_power_of_2(n_cols))
+    col_blocks = cdiv(n_cols, block_n)
+    shared = {
+        "n_table_rows": n_table_rows,
+        "skip": -1 if skip is None else skip,
+        "N_COLS": n_cols,
+        "ACC": accumulator(dz.dtype),
+        "PIECE": PIECE,
+        "BLOCK_N": block_n,
+    }
+    launch(
+        embedding_layernorm_bwd_runs_kernel,
+        cdiv(n_places, config.BLOCK_M) * col_blocks,
+        config,
+        dz,
+        dz_ptr=dz,
+        ids_ptr=sorted_ids,
+        order_ptr=order,
+        dtable_ptr=dtable,
+        partials_ptr=partials,
+        n_places=n_places,
+        VECTOR=16 // dz.element_size(),
+        AT_ONCE=config.at_once,
+        BLOCK_M=config.BLOCK_M,
+        **shared,
+    )
+    launch(
+        embedding_layernorm_bwd_joins_kernel,
+        max(n_pieces - 1, 0) * col_blocks,
+        config,
+        dz,
+        ids_ptr=sorted_ids,
+        partials_ptr=partials,
+        dtable_ptr=dtable,
+        n_pieces=n_pieces,
+        VECTOR=16 // dtable.element_size(),
+        BLOCK_M=JOINED,
+        **shared,
+    )
+    return dtable

@@ -1,0 +1,187 @@
+"""y = activation(x weight' + bias) output_weight': BERT's feed-forward but for its last bias, which LayerNorm's kernel adds.
+
+x [..., H], weight [F, H], bias [F], output_weight [O, F]; T rows:
+
+    forward    2TF(H + O) operations: a product, the activation, a product
+    backward   twice that, and the bias gradient
+
+Saved: x and h = x weight' [T, F]; the activation's output is made again in the backward. Products are cuBLAS's and the
+activation bias_gelu's, or, where configs.FUSED says so, the two are one kernel (products.py): the activation in
+the epilogue of the first product, its slope in that of the product that leads back to it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from .. import bias_gelu
+from ..core import plain
+from ..core.failures import or_plain
+from ..core.launch import (
+    accumulator_torch,
+    as_rows,
+    check_activation,
+    check_device,
+    check_dtype,
+    check_vector,
+    differentiable,
+)
+from .products import GRADIENT, PRODUCT, is_on, rows_of_sums, work
+
+__all__ = ["feed_forward"]
+
+
+@or_plain(plain.activated_product)
+def _launch_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    h = torch.empty_like(y) if save else None
+    work(PRODUCT, *x.shape, weight.shape[0], x, activation).launch(
+        x, x_ptr=x, weight_ptr=weight, bias_ptr=bias, h_ptr=h, y_ptr=y
+    )
+    return y, x.new_empty(0) if h is None else h
+
+
+@or_plain(plain.activation_gradient)
+def _launch_gradient(
+    dout: Tensor, output_weight: Tensor, bias: Tensor | None, h: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dh, y = torch.empty_like(h), torch.empty_like(h)
+    sums = h.new_empty(rows_of_sums(*h.shape, h), h.shape[1], dtype=accumulator_torch(h.dtype))
+    work(GRADIENT, *dout.shape, h.shape[1], h, activation).launch(
+        h, dout_ptr=dout, weight_ptr=output_weight, bias_ptr=bias, h_ptr=h, dh_ptr=dh, y_ptr=y, sums_ptr=sums
+    )
+    return dh, y, sums.sum(0)
+
+
+def _launch_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_weight: Tensor,
+    activation: str,
+    product_on: bool,
+    gradient_on: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        if product_on:
+            y, h = _launch_product(*map(_aligned, (x, weight, bias)), activation, save)
+        else:
+            h = F.linear(x, weight)
+            y = bias_gelu._launch_fwd(h, bias, activation)
+        return F.linear(y, output_weight), h if save else x.new_empty(0)
+
+
+def _allocate_fwd(x, weight, bias, output_weight, activation, product_on, gradient_on, save):
+    h = x.new_empty(x.shape[0], weight.shape[0]) if save else x.new_empty(0)
+    return x.new_empty(x.shape[0], output_weight.shape[0]), h
+
+
+def _launch_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_weight: Tensor,
+    h: Tensor,
+    activation: str,
+    gradient_on: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_output: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        if gradient_on:
+            dh, y, dbias = _launch_gradient(*map(_aligned, (dout, output_weight, bias, h)), activation)
+        else:
+            dh, dbias = bias_gelu._launch_bwd(torch.mm(dout, output_weight), h, bias, activation, bias is not None)
+            y = bias_gelu._launch_fwd(h, bias, activation) if needs_output else h
+        dx = torch.mm(dh, weight) if needs_x else x.new_empty(0)
+        dweight = torch.mm(dh.t(), x) if needs_weight else x.new_empty(0)
+        return dx, dweight, dbias, torch.mm(dout.t(), y) if needs_output else x.new_empty(0)
+
+
+def _allocate_bwd(dout, x, weight, bias, output_weight, h, activation, gradient_on, needs_x, needs_weight, needs_output):
+    dbias = weight.new_empty(weight.shape[0], dtype=accumulator_torch(x.dtype))
+    needed = (x, needs_x), (weight, needs_weight), (output_weight, needs_output)
+    dx, dweight, doutput = (t.new_empty(t.shape) if needs else t.new_empty(0) for t, needs in needed)
+    return dx, dweight, dbias, doutput
+
+
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous and from a multiple of 16 bytes on, as a tile's rows are loaded."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, output_weight, ctx.activation, _, ctx.gradient_on, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, output_weight, output[1])
+
+
+def _gradients(backward, ctx, dout, _):
+    if dout is None:
+        return (None,) * 8
+    x, weight, bias, output_weight, h = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    inputs = dout, x, weight, bias, output_weight, h
+    dx, dweight, dbias, doutput = backward(*inputs, ctx.activation, ctx.gradient_on, needs[0], needs[1], needs[3])
+    found = dx, dweight, None if bias is None else dbias.to(bias.dtype), doutput
+    return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *(None,) * 4
+
+
+_op = torch.library.custom_op("fastbert::feed_forward", _launch_fwd, mutates_args=())
+_op.register_fake(_allocate_fwd)
+_backward_op = torch.library.custom_op("fastbert::feed_forward_backward", _launch_bwd, mutates_args=())
+_backward_op.register_fake(_allocate_bwd)
+_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+
+
+def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: Tensor, *, activation: str = "gelu") -> Tensor:
+    """activation(x weight' + bias) output_weight'.
+
+    Args:
+        x: [..., H]. fp64, fp32, fp16 or bf16, any strides.
+        weight: [F, H], in the dtype of x; so are the others. Autocast does not reach in here: the caller casts.
+        bias: [F], or None.
+        output_weight: [O, F].
+        activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
+
+    Returns:
+        [..., O], contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a dtype or an activation that has no kernel.
+    """
+    _check(x, weight, bias, output_weight, activation)
+    tensors = x, weight, bias, output_weight
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    rows = as_rows(x)
+    sizes = [weight.shape[1], weight.shape[0], output_weight.shape[0]]
+    # While a compiler traces with sizes that it cannot know, the answer is no.
+    known = guard_or_false(rows.shape[0] > 0)
+    product_on = known and is_on(PRODUCT, x, rows.shape[0], sizes[0], sizes[1], activation)
+    gradient_on = known and is_on(GRADIENT, x, rows.shape[0], sizes[2], sizes[1], activation)
+    y, _ = _call(rows, weight, bias, output_weight, activation, product_on, gradient_on, save)
+    return y.view(*x.shape[:-1], output_weight.shape[0])
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: Tensor, activation: str) -> None:
+    check_dtype("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected [..., H], got a tensor without dimensions")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: expected [F, {x.shape[-1]}], got {tuple(weight.shape)}")
+    if output_weight.dim() != 2 or output_weight.shape[1] != weight.shape[0]:
+        raise ValueError(f"output_weight: expected [O, {weight.shape[0]}], got {tuple(output_weight.shape)}")
+    check_vector("bias", bias, weight.t())
+    for name, tensor in (("weight", weight), ("bias", bias), ("output_weight", output_weight)):
+        check_device(name, tensor, x)
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+    check_activation(activation)

@@ -1,0 +1,239 @@
+"""Both products of the feed-forward that meet its activation, with that in their epilogue.
+
+x [T, H], weight [F, H], bias [F], and behind them the output's weight [O, F]:
+
+    product    h = x weight', y = activation(h + bias)              where cuBLAS and bias_gelu move 2TF elements more or
+    gradient   dh = (dout output_weight) * slope(h + bias), y again    three: h read again; dy written and read
+
+Results are those of the product, rounded, and bias_gelu after it: h and dy are rounded to the type of the tensors before
+the activation reads them, as a product of its own rounds them. The bias gradient is a float32 sum a block of rows, added up
+in a second pass: no atomics. float32 products stay cuBLAS's.
+
+`inner_stride` is H, of x and of weight: a stride, by which Triton knows what 16 divides, and how much is summed up.
+
+Programs take tiles in an order in which neighbours share rows and columns of the operands in the L2 cache (the grouped order
+of Triton's tutorial 03; its tutorial 09 is the persistent form, with a fixed number of programs, that
+`programs_per_multiprocessor` asks for). The tile's epilogue goes by quarters of its columns, so that two programs of 128
+registers a thread fit a multiprocessor, and one's epilogue runs beside the other's product. Operands come through pointers
+(cp.async): a descriptor for the tensor memory accelerator has to be encoded on the host for each launch or needs scratch
+memory on the device, and saves a tenth of the loop's instructions (bench/NOTES.md).
+
+Off until a GPU has shown that it is no slower: configs.FUSED.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core import failures
+from ..core.configs import FUSED, TABLES, Config
+from ..core.device_math import activation as activate
+from ..core.device_math import activation_backward
+from ..core.launch import Work, accumulator, cdiv, choose, resident_programs, table_of
+
+PRODUCT, GRADIENT = "feed_forward_product", "feed_forward_gradient"  # their tables in configs.py
+KERNELS = ("feed_forward_fwd_kernel", "feed_forward_bwd_kernel")
+ACTIVATIONS = ("gelu", "relu")  # the slopes of the others fill more registers than a product leaves
+_decided: tuple[bool, bool] | None = None
+
+
+@triton.jit
+def _place(tile, n_rows, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first row (int64) and the first column of a tile: eight blocks of rows at a time, column by column."""
+    GROUP: tl.constexpr = 8
+    n_col_blocks: tl.constexpr = N_COLS // BLOCK_N
+    first = (tile // (GROUP * n_col_blocks)) * GROUP
+    height = tl.minimum(tl.cdiv(n_rows, BLOCK_M) - first, GROUP)
+    inside = tile % (GROUP * n_col_blocks)
+    return (first + inside % height).to(tl.int64) * BLOCK_M, (inside // height) * BLOCK_N
+
+
+@triton.jit
+def _multiplied(
+    x,
+    weight,
+    weight_step,
+    n_inner,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The product of what is behind the pointers x [BLOCK_M, BLOCK_K] and weight [BLOCK_K, BLOCK_N], and on from there."""
+    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for _ in range(0, tl.cdiv(n_inner, BLOCK_K)):
+        total = tl.dot(tl.load(x), tl.load(weight), total, input_precision="ieee", out_dtype=ACC)
+        x += BLOCK_K
+        weight += weight_step
+    return total
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of x's columns."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(x):
+    """The columns of x in four parts, from left to right."""
+    left, right = _halves(x)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def feed_forward_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    h_ptr,
+    y_ptr,
+    n_rows,
+    inner_stride,
+    N_COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    LOW: tl.constexpr = y_ptr.dtype.element_ty
+    EXACT: tl.constexpr = LOW.primitive_bitwidth > 16
+    PART: tl.constexpr = BLOCK_N // 4
+    rows, cols, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    part_cols = tl.arange(0, PART)
+    start = tl.program_id(0)
+    stop = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else start + 1
+    for tile in range(start, stop, tl.num_programs(0)):
+        row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)
+        # Offsets inside a tile fit 32 bits. A row past the last is the last one again: read, and never written.
+        last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
+        x = x_ptr + row * inner_stride + tl.minimum(rows, last)[:, None] * inner_stride + inner[None, :]
+        weight = weight_ptr + col.to(tl.int64) * inner_stride + cols[None, :] * inner_stride + inner[:, None]
+        parts = _quarters(_multiplied(x, weight, BLOCK_K, inner_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))
+
+        out = row * N_COLS + col
+        tile_offsets = rows[:, None] * N_COLS + part_cols[None, :]
+        mask = (rows <= last)[:, None]
+        for i in tl.static_range(4):
+            if h_ptr is not None:
+                tl.store(h_ptr + (out + i * PART) + tile_offsets, parts[i], mask)
+            h = parts[i].to(ACC)
+            if bias_ptr is not None:
+                h += tl.load(bias_ptr + (col + i * PART) + part_cols).to(ACC)[None, :]
+            tl.store(y_ptr + (out + i * PART) + tile_offsets, activate(h, ACTIVATION, EXACT).to(LOW), mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def feed_forward_bwd_kernel(
+    dout_ptr,
+    weight_ptr,
+    bias_ptr,
+    h_ptr,
+    dh_ptr,
+    y_ptr,
+    sums_ptr,
+    n_rows,
+    inner_stride,
+    N_COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    LOW: tl.constexpr = dh_ptr.dtype.element_ty
+    EXACT: tl.constexpr = LOW.primitive_bitwidth > 16
+    PART: tl.constexpr = BLOCK_N // 4
+    rows, cols, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    part_cols = tl.arange(0, PART)
+    start = tl.program_id(0)
+    stop = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else start + 1
+    for tile in range(start, stop, tl.num_programs(0)):
+        row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)
+        last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
+        dout = dout_ptr + row * inner_stride + tl.minimum(rows, last)[:, None] * inner_stride + inner[None, :]
+        weight = weight_ptr + col + inner[:, None] * N_COLS + cols[None, :]
+        parts = _quarters(_multiplied(dout, weight, BLOCK_K * N_COLS, inner_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))
+
+        out = row * N_COLS + col
+        tile_offsets = rows[:, None] * N_COLS + part_cols[None, :]
+        mask = (rows <= last)[:, None]
+        for i in tl.static_range(4):
+            h = tl.load(h_ptr + (out + i * PART) + tile_offsets, mask, other=0.0).to(ACC)
+            if bias_ptr is not None:
+                h += tl.load(bias_ptr + (col + i * PART) + part_cols).to(ACC)[None, :]
+            dh = activation_backward(parts[i].to(ACC), h, ACTIVATION, EXACT)
+            tl.store(dh_ptr + (out + i * PART) + tile_offsets, dh.to(LOW), mask)
+            if y_ptr is not None:
+                tl.store(y_ptr + (out + i * PART) + tile_offsets, activate(h, ACTIVATION, EXACT).to(LOW), mask)
+            if sums_ptr is not None:
+                dbias = tl.sum(tl.where(mask, dh, 0.0), axis=0)
+                tl.store(sums_ptr + (row // BLOCK_M * N_COLS + col + i * PART) + part_cols, dbias)
+
+
+def work(part: str, n_rows: int, n_inner: int, n_cols: int, like: Tensor, activation: str) -> Work:
+    """Of contiguous tensors of the dtype of `like`.
+
+    PRODUCT: x [n_rows, n_inner], weight [n_cols, n_inner]; writes h and y [n_rows, n_cols].
+    GRADIENT: dout [n_rows, n_inner], weight [n_inner, n_cols], h [n_rows, n_cols]; writes dh and y, and sums
+    [rows_of_sums, n_cols], which are float32 (float64 for float64).
+    """
+    config = choose(part, like, n_cols)
+    tiles = cdiv(n_rows, config.BLOCK_M) * (n_cols // config.BLOCK_N)
+    persistent = config.programs_per_multiprocessor is not None
+    numbers = {
+        "n_rows": n_rows,
+        "inner_stride": n_inner,
+        "N_COLS": n_cols,
+        "ACTIVATION": activation,
+        "PERSISTENT": persistent,
+        "ACC": accumulator(like.dtype),
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": config.BLOCK_K,
+    }
+    kernel = feed_forward_fwd_kernel if part == PRODUCT else feed_forward_bwd_kernel
+    return Work(kernel, resident_programs(config, like, tiles) if persistent and tiles else tiles, config, numbers)
+
+
+def rows_of_sums(n_rows: int, n_cols: int, like: Tensor) -> int:
+    """How many rows of sums GRADIENT writes."""
+    return cdiv(n_rows, choose(GRADIENT, like, n_cols).BLOCK_M)
+
+
+def _divides(config: Config, n_inner: int, n_cols: int) -> bool:
+    """Whether tiles fill the operands but for rows: the kernels have no mask for what would be left."""
+    return n_inner % config.BLOCK_K == 0 and n_cols % config.BLOCK_N == 0 and n_inner > 0
+
+
+def is_on(part: str, like: Tensor, n_rows: int, n_inner: int, n_cols: int, activation: str) -> bool:
+    """Whether the product of this size is to be PRODUCT's or GRADIENT's own instead of cuBLAS and a kernel."""
+    name, itemsize = table_of(like), like.element_size()
+    if activation not in ACTIVATIONS or KERNELS[part == GRADIENT] in failures.reasons:
+        return False
+    if not n_rows or itemsize not in TABLES[part][name] or not _divides(choose(part, like, n_cols), n_inner, n_cols):
+        return False
+    if _decided is not None:
+        return _decided[part == GRADIENT]
+    least = FUSED[part].get(name, {}).get(itemsize, {}).get((n_inner, n_cols))
+    return least is not None and n_rows >= least
+
+
+@contextmanager
+def decided(product: bool, gradient: bool) -> Iterator[None]:
+    """For the length of the block each of the two is on or off wherever it can be on, whatever the table says. Plans of layers
+    that are kept are not made anew by it."""
+    global _decided
+    before, _decided = _decided, (product, gradient)
+    try:
+        yield
+    finally:
+        _decided = before

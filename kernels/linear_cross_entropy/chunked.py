@@ -1,0 +1,147 @@
+"""Chunks of rows, whose logits linear_cross_entropy has in memory together: how long, one after the other, what they add to.
+
+How long a chunk is follows from bytes that shapes and dtypes tell, never from what memory happens to be free: asking would
+wait for the device, and sums over other chunks have other bits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..core.launch import accumulator_torch, cdiv
+from .rows import Targets, launch_rows, pad_bias, padded
+
+__all__: list[str] = []
+
+LEAST_ROWS = 1024  # of a chunk: cuBLAS is slower with fewer
+
+
+def most_at_once(n_cols: int, width: int, dtype: torch.dtype) -> int:
+    """Up to how many rows all logits are kept, and nothing is summed up: LEAST_ROWS, or as long as they take no more than
+    twice what chunks are summed into. With so few rows dW and its sum alone are near a quarter of eager's memory."""
+    row, of_dhidden, of_dweight = _bytes(n_cols, width, dtype)
+    return max(LEAST_ROWS, 2 * of_dweight // (row - 2 * of_dhidden)) if row > 2 * of_dhidden else 2**62
+
+
+def rows_a_chunk(n_rows: int, n_cols: int, width: int, dtype: torch.dtype) -> int:
+    """How many rows have their logits in memory together.
+
+    Speed asks for long chunks: each is five launches of the host, and each but the first reads and writes the sum dW. With
+    twice the bytes of that and of dh, a chunk's own passes over its logits move five times as much. Memory asks for short
+    ones: eager keeps three tensors of all logits, and what is held here is to be a fifth of them (a quarter with what torch's
+    sum over columns and the allocator's rounding take), unless chunks were then shorter than LEAST_ROWS.
+    """
+    if n_rows <= most_at_once(n_cols, width, dtype):
+        return n_rows
+    row, of_dhidden, of_dweight = _bytes(n_cols, width, dtype)
+    summed, eager = n_rows * of_dhidden + of_dweight, 3 * n_rows * row
+    chunks = cdiv(n_rows, max(min(2 * summed, eager // 5 - summed) // row, LEAST_ROWS))
+    return cdiv(cdiv(n_rows, chunks), 64) * 64  # evened out: the last is no stub
+
+
+def _bytes(n_cols: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Of a row of logits, a row of dh, and dW as a sum."""
+    return padded(n_cols) * dtype.itemsize, width * dtype.itemsize, n_cols * width * accumulator_torch(dtype).itemsize
+
+
+def chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Targets,
+    *,
+    losses: Tensor | None = None,
+    dlosses: Tensor | None = None,
+    gradient: bool = False,
+    scale: float = 1.0,
+    buffer: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """What its kernel left of a chunk's rows in the buffer; in `buffer`, all rows are one chunk."""
+    n_rows, n_cols = hidden.shape[0], weight.shape[0]
+    if not n_rows:
+        return
+    size = n_rows if buffer is not None else chunk_size(hidden, weight)
+    if buffer is None:
+        buffer = torch.empty((size, padded(n_cols)), dtype=weight.dtype, device=weight.device)
+    bias, transposed = pad_bias(bias), weight.t()
+    logits = buffer if buffer.shape[1] == n_cols else buffer[:, :n_cols]
+    losses_of, dlosses_of = (None if x is None else x.split(size) for x in (losses, dlosses))
+    for i, (rows, compared) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
+        if len(rows) < len(logits):  # the last
+            logits = logits[: len(rows)]
+        torch.mm(rows, transposed, out=logits)
+        launch_rows(
+            logits,
+            bias,
+            compared,
+            None if losses_of is None else losses_of[i],
+            None if dlosses_of is None else dlosses_of[i],
+            gradient,
+            scale,
+        )
+        yield logits
+
+
+def chunk_size(hidden: Tensor, weight: Tensor) -> int:
+    """Rows of a chunk, of which the last one may have fewer."""
+    n_rows = hidden.shape[0]
+    return max(min(rows_a_chunk(n_rows, *weight.shape, weight.dtype), n_rows), 1)
+
+
+class Gradients:
+    """dhidden, dweight and dbias of chunks of `size` rows, summed up and divided by `scale`; empty where not needed."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], sums: torch.dtype, scale: float, size: int
+    ) -> None:
+        self.weight, self.needs, self.alpha = weight, needs, 1.0 / scale
+        new = hidden.new_empty if hidden.shape[0] else hidden.new_zeros
+        self.dhidden = new(hidden.shape if needs[0] else 0)
+        self.dweight = new(weight.shape if needs[1] else 0, dtype=sums)
+        self._hidden = hidden.split(size) if hidden.shape[0] else ()
+        self._dhidden = self.dhidden.split(size)
+        # A row a chunk: adding up comes last, in one launch.
+        rows = len(self._hidden) if needs[2] else 0
+        self._dbias = hidden.new_empty(rows, weight.shape[0], dtype=accumulator_torch(weight.dtype))
+        self._done = 0
+
+    def add(self, dlogits: Tensor) -> None:
+        """Those of the next chunk."""
+        if self.needs[0]:
+            accumulate(self._dhidden[self._done], dlogits, self.weight, self.alpha, True)
+        if self.needs[1]:
+            accumulate(self.dweight, dlogits.t(), self._hidden[self._done], self.alpha, self._done == 0)
+        if self.needs[2]:
+            torch.sum(dlogits, 0, dtype=self._dbias.dtype, out=self._dbias[self._done])
+        self._done += 1
+
+    @property
+    def dbias(self) -> Tensor:
+        if not self.needs[2]:
+            return self._dbias.view(-1)
+        total = self._dbias[0] if len(self._dbias) == 1 else self._dbias.sum(0)
+        return unscaled(total, self.alpha)
+
+
+def unscaled(sums: Tensor, alpha: float) -> Tensor:
+    """sums * alpha, in place."""
+    return sums if alpha == 1.0 else sums.mul_(alpha)
+
+
+def product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha a b, in the type of a."""
+    found = a.new_empty(a.shape[0], b.shape[1])
+    accumulate(found, a, b, alpha, True)
+    return found
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
+    """total (+)= alpha a b, in the type of total, which is wider than that of 16-bit a and b where rows come in chunks."""
+    beta = 0 if first else 1  # 0: what stands in total is not read
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
+    else:  # a CPU has no such product
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha, out=total)

@@ -1,0 +1,166 @@
+"""The report on stored sample results, which are invented and say so."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.core import comparison as lanes
+from bench.core import schema
+from bench.core.records import Environment, Results, Spread, StageRecord
+from bench.report import documents, markdown
+
+SAMPLE = Path(__file__).parents[1] / "data/invented.json"
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return schema.read(SAMPLE)
+
+
+@pytest.fixture
+def measured(sample):
+    """The same as if it had been measured, so that the writing of documents can be tried on a scratch file."""
+    return dataclasses.replace(sample, invented=False)
+
+
+def nothing():
+    where = {field.name: None for field in dataclasses.fields(Environment)}
+    where |= {"clocks": {}, "date": "2000-01-01", "pretended": False}
+    return Results(Environment(**where | dict.fromkeys(("python", "torch", "transformers", "fastbert"), "0")))
+
+
+def test_page_and_pictures(tmp_path):
+    done = CliRunner().invoke(app, ["report", str(SAMPLE), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    written = sorted(path.name for path in tmp_path.iterdir())
+    pictures = ["losses.png", "memory.png", "roofline.png", "scaling.png", "speed.png"]
+    assert written == sorted([*pictures, "report.html", "report.md"])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert "://" not in page and "<script" not in page, "the page stands alone"
+    assert "Invented sample numbers" in page and "Invented GPU, driver 000.00" in page
+    assert "2.38x" in page and "no difference" in page
+    assert all((tmp_path / name).stat().st_size < 1 << 20 for name in written)
+
+
+def test_a_lane_that_failed_has_no_time(sample):
+    row = next(line for line in markdown.models(sample).splitlines() if "failed its check" in line)
+    assert "fastbert + compile" in row and " ms " not in row
+
+
+def test_losing_is_said_as_plainly_as_winning(sample):
+    record = next(r for r in sample.models if r.lane == "eager")
+    stock = next(r for r in sample.models if r.lane == "stock" and r.case == record.case)
+    assert lanes.ratio(record, stock) == "0.70x (slower)"
+    assert lanes.ratio(stock, record) == "1.43x"
+    same = dataclasses.replace(stock, seconds=Spread(*(x * 1.005 for x in dataclasses.astuple(stock.seconds)[:3]), 9))
+    assert lanes.ratio(same, stock).startswith("no difference")
+
+
+def test_rates_count_real_tokens(sample):
+    record = next(r for r in sample.models if r.lane == "stock" and r.fill == 0.5)
+    row = next(line for line in markdown.models(sample).splitlines() if "| stock |" in line)
+    assert f"{record.real_tokens / record.seconds.median:,.0f}" in row
+    assert f"{record.flops / record.seconds.median / 8e14:.1%}" in row
+
+
+def test_share_of_the_ceiling(sample):
+    timed = [r for r in sample.ops if r.seconds and r.lane == "fastbert"]
+    for record in timed:
+        assert lanes.share(record, 4e12, 8e14) == pytest.approx(0.85)
+        assert lanes.share(record, None, 8e14) is None
+
+
+def test_losses_are_compared_with_eagers(sample):
+    record = next(r for r in sample.models if r.lane == "fastbert" and r.losses)
+    moved = dataclasses.replace(record, losses=[*record.losses[:-1], record.losses[-1] * 1.02])
+    models = [moved if r is record else r for r in sample.models]
+    rows = markdown.losses(dataclasses.replace(sample, models=models)).splitlines()
+    apart = [row for row in rows if "2.0e-02 of eager's" in row]
+    assert len(apart) == 1 and "| fastbert |" in apart[0]
+    assert sum("0.0e+00 of eager's" in row for row in rows) > 4
+
+
+def test_losses_of_zero_are_compared_too(sample):
+    record = next(r for r in sample.models if r.losses)
+    models = [dataclasses.replace(record, lane=lane, losses=losses) for lane, losses in (("eager", [0.0]), ("stock", [0.5]))]
+    rows = markdown.losses(dataclasses.replace(sample, models=models))
+    assert "0.0e+00 of eager's" in rows and "inf of eager's" in rows
+
+
+def test_what_was_not_reached_is_one_line(sample):
+    missed = [StageRecord(f"job {i}", "not reached", 0.0, "3 s were left") for i in range(7)]
+    failed = StageRecord("broken", "error", 2.0, "Traceback\nRuntimeError: no")
+    rows = markdown.stages(dataclasses.replace(sample, stages=[failed, *missed])).splitlines()[2:]
+    assert rows == ["| broken | error | 2 s | RuntimeError: no |", "| job 0, and 6 more | not reached |  | 3 s were left |"]
+
+
+@pytest.mark.parametrize("name", markdown.TABLES)
+def test_without_measurements_every_table_says_so(name):
+    assert lanes.NOT_MEASURED in markdown.named(name, None)
+    assert lanes.NOT_MEASURED in markdown.named(name, nothing()), "an empty run has no number either"
+
+
+def test_pictures_of_nothing(tmp_path):
+    from bench.report import files as report
+
+    written = report.write(nothing(), tmp_path)
+    assert len(written) == 7 and lanes.NOT_MEASURED in (tmp_path / "report.html").read_text()
+
+
+DOCUMENT = """before
+<!-- bench:headline -->
+old
+<!-- /bench:headline -->
+between
+<!-- bench:ops-headline -->
+<!-- /bench:ops-headline -->
+"""
+
+
+def test_marked_tables_are_replaced_and_nothing_else(measured, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(DOCUMENT)
+    assert documents.write(file, measured)
+    text = file.read_text()
+    assert "old" not in text and "Invented GPU" in text
+    assert text.startswith("before\n<!-- bench:headline -->\n| workload |") and "\nbetween\n" in text
+    assert not documents.write(file, measured), "a second time changes nothing"
+    assert documents.write(file, None)
+    assert file.read_text().count(lanes.NOT_MEASURED) == 2 and "|" not in file.read_text()
+
+
+def test_sample_numbers_cannot_reach_a_document(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(DOCUMENT)
+    done = CliRunner().invoke(app, ["report", str(SAMPLE), "--out", str(tmp_path), "--write", str(file)])
+    assert done.exit_code == 2 and "only measured results" in done.output
+    assert file.read_text() == DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- bench:headline -->\n", "without its partner"),
+        ("<!-- bench:headlines -->\n<!-- /bench:headlines -->\n", "no table is called 'headlines'"),
+    ],
+)
+def test_wrong_markers(measured, text, said):
+    with pytest.raises(schema.ResultsError, match=said):
+        documents.fill(text, measured)
+
+
+def test_errors_are_one_line(tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    done = CliRunner().invoke(app, ["report", str(broken)])
+    assert done.exit_code == 2 and len(done.output.strip().splitlines()) == 1 and "not JSON" in done.output
+
+
+def test_no_document_holds_an_invented_number():
+    for name in ("README.md", "bench/NOTES.md"):
+        assert "INVENTED SAMPLE" not in (ROOT / name).read_text()

@@ -1,0 +1,120 @@
+"""Rows to tokens: what is cut and where labels and answers stand afterwards."""
+
+import pytest
+from datasets import Dataset
+
+from bench.train import data as train_data
+from bench.train import encode as train_encode
+from bench.train.encode import IGNORED, answer, kept, pieces, windows
+from tests.bench.train.training import FILES, make_tokenizer
+
+SINGLE = [None, *[0] * 10, None]  # [CLS] and ten tokens and [SEP]
+PAIR = [None, *[0] * 3, None, *[1] * 8, None]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("truncation", "places"),
+    [("head", [1, 2, 3, 4, 5]), ("tail", [6, 7, 8, 9, 10]), ("head+tail", [1, 2, 3, 9, 10])],
+)
+def test_what_stays_of_a_text(truncation, places):
+    assert kept(SINGLE, 7, truncation) == [0, *places, 11]
+    assert kept(SINGLE, 12, truncation) == list(range(12)), "what fits stays whole"
+
+
+def test_of_a_pair_the_longer_loses_first():
+    assert kept(PAIR, 10, "head") == [0, 1, 2, 3, 4, 5, 6, 7, 8, 13]
+    assert kept(PAIR, 7, "head") == [0, 1, 2, 4, 5, 6, 13], "then both are cut to a half"
+    assert kept(PAIR, 8, "tail") == [0, 1, 2, 3, 4, 11, 12, 13]
+
+
+def test_pieces_hold_every_token_once():
+    found = pieces(SINGLE, 6)
+    assert [piece[1:-1] for piece in found] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+    assert all(piece[0] == 0 and piece[-1] == 11 for piece in found)
+    assert pieces([None, None], 6) == [[0, 1]], "a text without a token has one piece"
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 20, 21, 50])
+def test_windows_overlap_and_leave_nothing_out(length):
+    segments = [None, 0, 0, None, *[1] * length, None]
+    found = windows(segments, 14)
+    contexts = [[i for i in window if segments[i] == 1] for window in found]
+    assert sorted({i for context in contexts for i in context}) == list(range(4, 4 + length))
+    assert all(len(window) <= 14 for window in found)
+    assert all(len(set(a) & set(b)) == 9 // 3 for a, b in zip(contexts, contexts[1:], strict=False) if len(b) == 9)
+    assert all(set(b) - set(a) for a, b in zip(contexts, contexts[1:], strict=False)), "each adds something"
+
+
+def test_a_question_longer_than_the_limit_leaves_room_for_its_context():
+    segments = [None, *[0] * 30, None, *[1] * 20, None]
+    found = windows(segments, 20)
+    assert all(len(window) <= 20 and any(segments[i] == 1 for i in window) for window in found)
+
+
+def features_of(task, tokenizer, limit=48, truncation="head", labels=None):
+    rows = train_data.read(task, FILES[task])
+    return rows, train_encode.encode(Dataset.from_list(rows), task, tokenizer, limit, truncation, labels or {})
+
+
+def test_a_words_label_stands_at_its_first_token(tokenizer):
+    labels = {name: i for i, name in enumerate(("O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"))}
+    rows, features = features_of("ner", tokenizer, labels=labels)
+    for row, own in zip(rows, features, strict=True):
+        assert [label for label in own["labels"] if label != IGNORED] == [labels[tag] for tag in row["tags"]]
+        tokens = tokenizer.convert_ids_to_tokens(own["input_ids"])
+        assert all(label == IGNORED for label, token in zip(own["labels"], tokens, strict=True) if token[:2] == "##")
+    assert any(token[:2] == "##" for own in features for token in tokenizer.convert_ids_to_tokens(own["input_ids"]))
+
+
+def test_a_blank_word_has_no_token_and_shifts_no_label(tokenizer):
+    rows = Dataset.from_list([{"row": 1, "words": ["the", " ", "soup"], "tags": ["O", "O", "B"]}])
+    (own,) = train_encode.encode(rows, "ner", tokenizer, 48, "head", {"O": 0, "B": 1})
+    assert [label for label in own["labels"] if label != IGNORED] == [0, 1]
+
+
+@pytest.mark.parametrize("limit", [28, 48, 200])
+def test_an_answer_is_found_again_from_its_positions(tokenizer, limit):
+    rows, features = features_of("qa", tokenizer, limit)
+    by_row = {row["row"]: row for row in rows}
+    found = set()
+    for own in features:
+        first, last = own["start_positions"], own["end_positions"]
+        row = by_row[own["question_row"]]
+        if (first, last) != (0, 0):
+            start, end = own["spans"][first][0], own["spans"][last][1]
+            assert row["context"][start:end] == row["answers"][0]
+            found.add(row["row"])
+    answered = {row["row"] for row in rows if row["answers"]}
+    assert found <= answered and (found == answered or limit == 28)
+
+
+def test_an_answer_that_does_not_stand_whole_is_none(tokenizer):
+    (tokens,) = train_encode.tokenize(tokenizer, ["Who?"], ["Anna Berg came"])
+    context = [i for i, segment in enumerate(tokens.segments) if segment == 1]
+    everything = list(range(len(tokens.ids)))
+    first, last = answer(tokens, everything, 0, len("Anna Berg"))
+    assert first == context[0] and last > first
+    assert answer(tokens, everything[:last], 0, len("Anna Berg")) == (0, 0)
+
+
+def test_each_ending_stands_behind_the_context(tokenizer):
+    rows, features = features_of("multiple-choice", tokenizer)
+    for row, own in zip(rows, features, strict=True):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).replace(" ##", "") for ids in own["input_ids"]]
+        assert len(texts) == len(row["endings"]) == 3 and own["labels"] == row["choice"]
+        assert all(own["token_type_ids"][i][-1] == 1 for i in range(3))
+        assert len(set(texts)) == 3
+
+
+def test_the_limit_is_the_95th_percentile(tokenizer):
+    assert train_encode.percentile([*range(1, 101)]) == 96
+    rows = Dataset.from_list(train_data.read("classification", FILES["classification"]))
+    lengths, unknown = train_encode.lengths(rows, "classification", tokenizer)
+    assert len(lengths) == 16 and lengths[0] == len(tokenizer(rows[0]["text"])["input_ids"]) and unknown == 0
+    rows = Dataset.from_list([{"row": 1, "text": "the \N{SNOWMAN} the", "label": "a"}])
+    assert train_encode.lengths(rows, "classification", tokenizer) == ([5], 1)

@@ -1,0 +1,106 @@
+"""The shipped tables, and every tile in them, run on a few rows: a GPU's tile shapes under the interpreter too."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastbert.kernels.core import launch
+from fastbert.kernels.core.configs import ARCHITECTURES, TABLES
+from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, run, seed_tensor
+
+DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+MULTIPROCESSORS = 2  # so that a few rows fill every program and come round again
+
+
+def kernels_of(op):
+    forward = "bias_gelu_forward" if op is BIAS_GELU else "layernorm_forward"
+    return forward, "layernorm_backward" if op is DROPOUT_ADD_LAYERNORM else f"{op.name}_backward"
+
+
+def tiles():
+    """(op, architecture, element size, width): each pair of configurations once, at the narrowest width it serves."""
+    parameters, seen = [], set()
+    for op in OPS:
+        for architecture in ARCHITECTURES:
+            for itemsize, uneven in itertools.product(DTYPES, ("", "_uneven")):
+                names = [f"{name}{uneven}" for name in kernels_of(op)]
+                if not TABLES.keys() >= set(names):
+                    continue  # the op has one table for all widths
+                tables = [TABLES[name][architecture][itemsize] for name in names]
+                limits = sorted({*tables[0], *tables[1]})
+                for below, limit in zip([32, *limits], limits, strict=False):
+                    pair = tuple(table[min(w for w in table if w >= limit)] for table in tables)
+                    shapes = tuple((c.BLOCK_M, c.BLOCK_N, c.chunk, c.programs_per_multiprocessor) for c in pair)
+                    if (op, itemsize, uneven, limit, shapes) not in seen:
+                        seen.add((op, itemsize, uneven, limit, shapes))
+                        name = f"{op}-{architecture}-{8 * itemsize}bit-{limit}{uneven}"
+                        width = below + 1 if uneven or op is BIAS_GELU else below + 16 // itemsize
+                        parameters.append(pytest.param(op, architecture, itemsize, width, id=name))
+    return parameters
+
+
+@pytest.fixture
+def as_on(monkeypatch):
+    """Choose configurations as on an architecture, with few multiprocessors."""
+
+    def pretend(architecture):
+        monkeypatch.setattr(launch, "architecture", lambda device: architecture)
+        monkeypatch.setattr(launch, "_multiprocessors", lambda device: MULTIPROCESSORS)
+
+    return pretend
+
+
+@pytest.mark.parametrize("op, architecture, itemsize, width", tiles())
+def test_shipped_tiles(op, architecture, itemsize, width, as_on, monkeypatch):
+    """Several programs, each with a full block and some with one more that is not full."""
+    as_on(architecture)
+    config = launch.choose(kernels_of(op)[1], torch.empty(0, dtype=DTYPES[itemsize]), width)
+    rows = config.BLOCK_M * (MULTIPROCESSORS * config.programs_per_multiprocessor + 1) + 1
+    programs, launched = [], launch.launch
+
+    def counted(kernel, n, *rest, **arguments):
+        if kernel.__name__ != "column_sums_kernel":
+            programs.append(n)
+        launched(kernel, n, *rest, **arguments)
+
+    monkeypatch.setattr(launch, "launch", counted)  # as a Work is launched
+    monkeypatch.setattr(f"fastbert.kernels.{op.name}.launch", counted, raising=False)
+    check(op, make_inputs(op, (min(rows, 40), width), DTYPES[itemsize]))
+    assert len(programs) == 2 and min(programs) >= 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_a_gpus_tiles_give_the_interpreters_results(op, architecture, as_on):
+    """A row's results are the same bits in any tile; sums over rows are the same but for their order."""
+    options = {"p": 0.3, "seed": seed_tensor(1)} if op is OPS[0] else {}
+    inputs, dy = make_inputs(op, (9, 48), torch.float64), torch.randn(9, 48, dtype=torch.float64, device=DEVICE)
+    expected = run(op.call, inputs, dy, **options)
+    as_on(architecture)
+    for name, result in run(op.call, inputs, dy, **options).items():
+        torch.testing.assert_close(result, expected[name])
+
+
+@pytest.mark.no_launch
+@pytest.mark.parametrize("kernel", [name for name in TABLES if not name.startswith(("attention", "feed_forward"))])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "interpreter"])
+def test_tables_are_complete(kernel, architecture):
+    """Every element size, rows up to the widest a kernel takes, and powers of two where Triton asks for them."""
+    tables = TABLES[kernel][architecture]
+    assert tables.keys() == DTYPES.keys()
+    for table in tables.values():
+        assert list(table) == sorted(table) and max(table) >= launch.MAX_WIDTH
+        for config in table.values():
+            sizes = (config.BLOCK_M, config.num_warps, config.BLOCK_N or 1)
+            assert all(size > 0 and size & (size - 1) == 0 for size in sizes), config
+            assert config.num_warps <= 32
+            assert (config.BLOCK_N is None) == ("layernorm" in kernel)
+            sums = "backward" in kernel  # over rows, which a fixed number of programs share
+            assert (config.programs_per_multiprocessor is None) == (not sums)
+
+
+@pytest.mark.no_launch
+def test_architectures_are_in_order():
+    numbers = [int(name.removeprefix("sm_")) for name in ARCHITECTURES]
+    assert numbers == sorted(numbers) and {"sm_80", "sm_90", "sm_100"} <= set(ARCHITECTURES)
