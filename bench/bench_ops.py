@@ -18,10 +18,11 @@ from bench.core import peers, timing
 from bench.ops import grid as ops
 from bench.ops import run as run_ops
 from bench.ops.check import Checker
+from bench.ops.table import OPS
 
 ROUNDS, WARM_UP = 50, 5
 CASES = list(ops.cases() if GPU else ops.tiny_cases())
-LANES = {name: tuple(op.lanes) for name, op in ops.table().items()}
+LANES = {name: tuple(op.lanes) for name, op in OPS.items()}
 
 
 @cache
@@ -32,7 +33,7 @@ def _flush() -> timing.Flush:
 @lru_cache(maxsize=1)  # the lanes of a case follow each other
 def _prepared(case: ops.Case) -> tuple[list[ops.Inputs], Checker]:
     inputs = run_ops.make_inputs(case)
-    return inputs, Checker(ops.table()[case.op], case, inputs[0])
+    return inputs, Checker(OPS[case.op], case, inputs[0])
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     case, name = request.param
     torch._dynamo.reset()  # a case's graphs are its own: none is recompiled into a dynamic one
     inputs, checker = _prepared(case)
-    lane = ops.table()[case.op].lanes[name]
+    lane = OPS[case.op].lanes[name]
     judged = run_ops.judge(case, lane, checker)
     return Subject(case, name, *judged, [x.packed() for x in inputs] if lane.packed else inputs)
 

@@ -1,4 +1,4 @@
-"""The ops and their lanes: a table. A new op is an entry in OPS, a new peer a line in its lanes.
+"""What an op, a lane and a case are, and the grid of cases.
 
 A lane builds, for one case, a function (inputs, p) -> output; it raises Absent where it cannot run the case. All lanes
 of a case get the same inputs and are judged by the same reference (bench.ops.check).
@@ -6,7 +6,6 @@ of a case get the same inputs and are judged by the same reference (bench.ops.ch
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -93,20 +92,6 @@ class Op:
     reference: Function
     lanes: dict[str, Lane]
     dropout: bool = False
-
-
-@cache
-def table() -> dict[str, Op]:
-    """OPS, by name. A function, because importing the lanes imports triton, whose interpreter is chosen before that."""
-    from bench.ops import attention_lanes, decoder_lanes, embedding_lanes, feed_forward_lanes, packing_lanes, row_lanes
-
-    return row_lanes.OPS | {
-        "attention": attention_lanes.OP,
-        "embedding_layernorm": embedding_lanes.OP,
-        "feed_forward": feed_forward_lanes.OP,
-        "gather_rows": packing_lanes.OP,
-        "linear_cross_entropy": decoder_lanes.OP,
-    }
 
 
 def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:

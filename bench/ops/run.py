@@ -10,7 +10,8 @@ from bench.core import timing
 from bench.core.peers import Absent
 from bench.core.records import OpRecord
 from bench.ops.check import Checker
-from bench.ops.grid import DIRECTIONS, DTYPES, Case, Function, Inputs, Lane, table
+from bench.ops.grid import DIRECTIONS, DTYPES, Case, Function, Inputs, Lane
+from bench.ops.table import OPS
 
 NO_REFERENCE = "out of memory in the float64 reference"
 SETS = 4  # inputs that rotate, so that no round finds the last one's in a cache
@@ -23,13 +24,13 @@ def device() -> str:
 def make_inputs(case: Case, sets: int = SETS) -> list[Inputs]:
     """Random inputs of the case's dtype, another draw each."""
     generator = torch.Generator(device()).manual_seed(0)
-    make = table()[case.op].make
+    make = OPS[case.op].make
     return [make(case, generator, device()).converted(DTYPES[case.dtype]) for _ in range(sets)]
 
 
 def run(case: Case, lanes: list[str] | None = None, directions: tuple[str, ...] = DIRECTIONS) -> Iterator[OpRecord]:
     """One record a lane and direction."""
-    op = table()[case.op]
+    op = OPS[case.op]
     inputs = make_inputs(case)
     try:
         checker = Checker(op, case, inputs[0])

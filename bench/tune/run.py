@@ -101,7 +101,8 @@ class _Timer:
     def __init__(self, kernel: str, architecture: str, dtype: str, width: int) -> None:
         from bench.ops import run as run_ops
         from bench.ops.check import Checker
-        from bench.ops.grid import Case, table
+        from bench.ops.grid import Case
+        from bench.ops.table import OPS
 
         entry = ENTRIES[kernel]
         quarter = dict.fromkeys(("bias_gelu", "feed_forward"), width // 4)
@@ -111,8 +112,8 @@ class _Timer:
             batch, seqlen = 32, entry.extra["length"] + 1
         self.case = Case(entry.op, dtype, hidden, batch, seqlen, p=entry.extra.get("p", 0.0))
         self.inputs = run_ops.make_inputs(self.case)
-        self.lane = table()[entry.op].lanes[entry.lane]
-        self.checker = Checker(table()[entry.op], self.case, self.inputs[0])
+        self.lane = OPS[entry.op].lanes[entry.lane]
+        self.checker = Checker(OPS[entry.op], self.case, self.inputs[0])
         self.direction, self.where = entry.direction, (kernel, architecture, dtype)
 
     def __call__(self, config: Config) -> dict[str, Any]:

@@ -142,9 +142,10 @@ def test_a_wrong_kernel_fails_its_check():
     from bench.ops import grid as ops
     from bench.ops import run as run_ops
     from bench.ops.check import Checker
+    from bench.ops.table import OPS
 
     case = next(ops.tiny_cases(("bias_gelu",)))
-    op, inputs = ops.table()["bias_gelu"], run_ops.make_inputs(case, 1)
+    op, inputs = OPS["bias_gelu"], run_ops.make_inputs(case, 1)
     wrong = ops.Lane(lambda case: lambda inputs, p: 1.001 * op.reference(inputs, p))
     status, reason, function = run_ops.judge(case, wrong, Checker(op, case, inputs[0]))
     assert status == "failed" and "y: error" in reason and function is None
