@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import fastbert
+from bench.core.pretended import pretended
 from bench.core.records import Environment
-from bench.host.pretended import pretended
 
 # nvidia-smi's names; read only, nothing is set.
 CLOCKS = (

@@ -1,37 +1,40 @@
-"""What `python -m bench host` does once it is settled whether this is a dry run."""
+"""python -m bench host, and python -m bench layer."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from bench.core import environment, schema
-from bench.core.comparison import by_case
-from bench.core.records import HostRecord, Results
-from bench.host import run as host
-from bench.host import tables as host_tables
-from bench.host import targets as host_targets
-from bench.host.cases import CASES
-from bench.report import markdown
-from fastbert.testing.interpreter import hurry
+from bench.core.options import DryRun, console
+from bench.runner import session
+
+if TYPE_CHECKING:
+    from bench.core.records import HostRecord, Results
 
 
-def run(
-    console: Console,
-    only: str,
-    seconds: float,
-    rounds: int,
-    compiled: bool,
-    names: bool,
-    path: Path | None,
-    check: bool,
-    dry_run: bool,
-) -> int:
-    """Measure the cases, print a table after each; returns the exit status.
+def host(
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    seconds: Annotated[float, typer.Option(help="Of timed steps a case.")] = 10.0,
+    rounds: Annotated[int, typer.Option(help="Turns of each lane.")] = 15,
+    compiled: Annotated[bool, typer.Option("--compile", help="With a lane of torch.compile, which takes minutes.")] = False,
+    names: Annotated[bool, typer.Option("--names", help="List the launches of each lane by name.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the results here, for `report`.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 if a lane misses its target.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """The host's time of whole steps as ratios to stock, their launches and peak memory; also on a pretended GPU."""
+    if dry_run and check:
+        raise typer.BadParameter("--check takes a measurement: leave --dry-run out")
+    if seconds <= 0 or rounds < 1:
+        raise typer.BadParameter(f"expected --seconds above 0 and --rounds from 1 on, got {seconds:g} and {rounds}")
+    session.start(dry_run)
+    from bench.core import environment, schema
+    from bench.core.records import Results
+    from bench.host.cases import CASES
+    from bench.host.run import run
+    from bench.report import markdown
+    from fastbert.testing.interpreter import hurry
 
-    Raises:
-        typer.BadParameter: no case is called so.
-    """
     chosen = [name for name in CASES if only in name]
     if not chosen:
         raise typer.BadParameter(f"--only: no case contains {only!r}; there are {'; '.join(CASES)}")
@@ -40,30 +43,42 @@ def run(
     if dry_run:
         hurry()
     for name in chosen:
-        found = list(host.run([name], seconds=seconds, rounds=rounds, compiled=compiled, tiny=dry_run))
+        found = list(run([name], seconds=seconds, rounds=rounds, compiled=compiled, tiny=dry_run))
         results.host += found
         typer.echo(f"\n{markdown.host(Results(results.environment, host=found))}")
         if names:
             _print_names(found)
-        if path:
-            schema.write(results, path)
+        if json:
+            schema.write(results, json)
     bad = [record for record in results.host if record.status in ("failed", "error")]
     for record in bad:
         console.print(f"\n[red]{record.name}, {record.lane}:[/]", highlight=False)
         typer.echo(record.reason)
-    return max(_check(console, results) if check else 0, 1 if bad else 0)
+    raise typer.Exit(max(_check(results) if check else 0, 1 if bad else 0))
 
 
-def _print_names(records: list[HostRecord]) -> None:
+def _print_names(records: "list[HostRecord]") -> None:
+    from bench.core.comparison import by_case
+    from bench.host import tables
+
     for of_case in by_case(records).values():
         for record in of_case:
-            typer.echo("\n".join(["", f"{record.name}, {record.lane}", *host_tables.names(record)]))
+            typer.echo("\n".join(["", f"{record.name}, {record.lane}", *tables.names(record)]))
 
 
-def _check(console: Console, results: Results) -> int:
-    missed, count = host_targets.check(results.host)
+def _check(results: "Results") -> int:
+    from bench.host import targets
+
+    missed, count = targets.check(results.host)
     console.print()
     for line in missed:
         console.print(f"[red]missed:[/] {line}", highlight=False, soft_wrap=True)
     console.print(f"{count - len(missed)} of {count} targets reached")
     return 1 if missed else 0
+
+
+def layer() -> None:
+    """What a BERT-base layer in training launches and how many bytes that moves. No GPU needed, nothing runs."""
+    from bench.host.layer_traffic import table
+
+    console.print(table())

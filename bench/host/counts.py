@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from bench.host.pretended import pretended
+from bench.core.pretended import pretended
 from fastbert.kernels.core import launch
 
 ATEN, TRITON, LIBRARIES, COPIES = KINDS = ("ATen", "Triton", "libraries", "copies")  # copies: fills as well

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import fastbert
+from bench.core.pretended import pretended, true_reads
 from bench.host.cases import LANES, HostCase
-from bench.host.pretended import pretended, true_reads
 from bench.models import batches, gate
 from bench.models import workloads as models
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from bench.host.pretended import true_reads_of
+from bench.core.pretended import true_reads_of
 from bench.models.batches import CHOICES, make, padding
 from bench.models.flattened import Flattened, padded
 from bench.models.workloads import LANES, Workload

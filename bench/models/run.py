@@ -10,8 +10,8 @@ import torch
 from bench.core import timing
 from bench.core.flops import step_flops
 from bench.core.peers import Absent
+from bench.core.pretended import pretended, true_reads_of
 from bench.core.records import ModelRecord
-from bench.host.pretended import pretended, true_reads_of
 from bench.models import batches, breakdown, gate
 from bench.models import workloads as models
 from bench.models.workloads import Lane, Workload

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.core import stop
+from bench.runner import stop
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = 120.0  # seconds within which the server has to have imported everything
@@ -97,7 +97,13 @@ def serve() -> None:
     with open(os.devnull, "r+b") as nothing:
         for descriptor in (0, 1):
             os.dup2(nothing.fileno(), descriptor)
-    from bench.runner import worker  # noqa: F401  this is what a fork need not do
+    # This is what a fork need not do.
+    import bench.host.run
+    import bench.models.run
+    import bench.ops.optimizers
+    import bench.ops.run
+    import bench.runner.worker
+    import bench.tune.run  # noqa: F401
 
     print(0, file=answers)
     for line in orders:

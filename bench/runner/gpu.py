@@ -5,8 +5,9 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bench.core import schema, stop
+from bench.core import schema
 from bench.core.records import NOT_REACHED, Results, StageRecord
+from bench.runner import stop
 from bench.runner.plan import Job
 
 RESULTS = "results.json"
@@ -28,7 +29,7 @@ def run(
 
     A job that does not fit into the share of the time that is its stage's waits until all stages have had theirs. One that
     fails is recorded with the end of its output, and the next one runs. One that does not fit into the time left at all is
-    recorded as not reached; so are all others once the end is asked for (bench.core.stop). `after` runs after each job, with
+    recorded as not reached; so are all others once the end is asked for (bench.runner.stop). `after` runs after each job, with
     its records in `results`.
     """
     begin = time.monotonic()

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.core import stop
 from bench.core.schema import from_lines
+from bench.runner import stop
 from bench.runner.forks import ROOT, SERVER
 
 GRACE = 4.0  # seconds between asking a process to end and killing its group

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.core import pretended as host_pretended
+from bench.core.pretended import true_reads
 from bench.host import cases as host_cases
 from bench.host import counts as host_counts
-from bench.host import pretended as host_pretended
 from bench.host import run as host
 from bench.host.cases import CASES, LANES
-from bench.host.pretended import true_reads
 from bench.host.step import BACKWARD, FORWARD, OPTIMIZER, PARTS
 from bench.host.targets import TARGETS
 from bench.runner import plan

@@ -7,29 +7,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import __main__ as command
+from bench.__main__ import app
 from bench.core import environment, schema
 from bench.core.records import HostRecord, Results, Spread
-from bench.host import (
-    cases as host_cases,
-)
-from bench.host import (
-    command as host_command,
-)
-from bench.host import (
-    run as host,
-)
-from bench.host import (
-    tables as host_tables,
-)
-from bench.host import (
-    targets as host_targets,
-)
+from bench.host import cases, tables, targets
 from bench.report import documents, markdown
 from tests.bench.report.test_report import nothing
 
 
-def record(lane, runs=(1e-3, 2e-3), peak=1 << 30, name=host_cases.TRAINING.name, launches=None) -> HostRecord:
+def record(lane, runs=(1e-3, 2e-3), peak=1 << 30, name=cases.TRAINING.name, launches=None) -> HostRecord:
     spread = Spread(min(runs), sorted(runs)[len(runs) // 2], max(runs), 9)
     return HostRecord(
         lane=lane,
@@ -57,9 +43,9 @@ STOCK = record("stock", (4e-3, 8e-3))
 def test_ratios_are_those_of_a_turn():
     """A machine that was busy in one turn slowed both lanes: the ratio stays."""
     busy = record("fastbert, padded", (20e-3, 4e-3), 1 << 29)
-    assert host_tables.cpu_ratio(busy, record("stock", (40e-3, 8e-3))) == pytest.approx(0.5)
-    assert host_tables.peak_ratio(busy, STOCK) == 0.5
-    assert host_tables.cpu_ratio(busy, None) is None and host_tables.peak_ratio(busy, None) is None
+    assert tables.cpu_ratio(busy, record("stock", (40e-3, 8e-3))) == pytest.approx(0.5)
+    assert tables.peak_ratio(busy, STOCK) == 0.5
+    assert tables.cpu_ratio(busy, None) is None and tables.peak_ratio(busy, None) is None
 
 
 def test_table():
@@ -69,24 +55,24 @@ def test_table():
     assert "| 0.38 [0.25, 0.50] | 0.38, 0.38, 0.38 | 0.38 | 380 | 300 | 79 | 1 | 9 | 0.500 | 0.50 |" in fast
     assert "| stock |  |  |  | 380 |" in stock
     assert "did not run: TypeError: x |" in none and "more" not in none
-    assert host_tables.names(ours)[0].split() == ["300", "ATen", "add"]
+    assert tables.names(ours)[0].split() == ["300", "ATen", "add"]
 
 
 def test_a_figure_that_misses_its_target_is_named():
     good = record("fastbert, padded", (2e-3, 4e-3))
-    assert host_targets.check([STOCK, good]) == (
+    assert targets.check([STOCK, good]) == (
         ["SeqCls B=32 S=128 training, fastbert, packed: CPU time / stock: no figure, expected at most 0.75"],
         3,
     )
     slow = record("fastbert, padded", (3e-3, 6e-3), launches={"ATen": {"add": 381}})
-    missed, count = host_targets.check([STOCK, slow, record("fastbert, packed", (2e-3, 4e-3))])
+    missed, count = targets.check([STOCK, slow, record("fastbert, packed", (2e-3, 4e-3))])
     assert count == 3 and missed == [
         "SeqCls B=32 S=128 training, fastbert, padded: CPU time / stock: 0.75, expected at most 0.6",
         "SeqCls B=32 S=128 training, fastbert, padded: launches: 381, expected at most 380",
     ]
-    mlm = host_cases.MLM_FULL_ROWS.name
+    mlm = cases.MLM_FULL_ROWS.name
     large = record("fastbert, padded, no logits", peak=1 << 29, name=mlm)
-    assert host_targets.check([record("stock", name=mlm), large])[0] == [
+    assert targets.check([record("stock", name=mlm), large])[0] == [
         f"{mlm}, fastbert, padded, no logits: peak memory / stock: 0.5, expected at most 0.48"
     ]
 
@@ -94,15 +80,15 @@ def test_a_figure_that_misses_its_target_is_named():
 @pytest.mark.parametrize(("runs", "status"), [((2e-3, 4e-3), 0), ((3e-3, 6e-3), 1)])
 def test_check_is_the_exit_status(monkeypatch, tmp_path, runs, status):
     def run(names, **options) -> Iterator[HostRecord]:
-        assert names == [host_cases.TRAINING.name] and options["seconds"] == 2.0
+        assert names == [cases.TRAINING.name] and options["seconds"] == 2.0
         yield from (STOCK, record("fastbert, padded", runs), record("fastbert, packed", (2e-3, 4e-3)))
 
-    monkeypatch.setattr(host, "run", run)
-    monkeypatch.setattr(host_command, "CASES", {host_cases.TRAINING.name: host_cases.TRAINING})
+    monkeypatch.setattr("bench.host.run.run", run)
+    monkeypatch.setattr(cases, "CASES", {cases.TRAINING.name: cases.TRAINING})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(environment, "read", lambda: pretended([]).environment)
     out = tmp_path / "host.json"
-    done = CliRunner().invoke(command.app, ["host", "--check", "--seconds", "2", "--json", str(out)])
+    done = CliRunner().invoke(app, ["host", "--check", "--seconds", "2", "--json", str(out)])
     assert done.exit_code == status, done.output
     assert "A pretended H100" in done.output and f"{3 - status} of 3 targets reached" in done.output
     assert len(schema.read(out).host) == 3

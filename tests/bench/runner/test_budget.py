@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import typer
 
-import bench.__main__ as main
 from bench.core import schema
 from bench.core.records import Ceiling, Results, Spread, SuiteRecord
-from bench.runner import forks, gpu, isolate, plan, suite
+from bench.runner import forks, gpu, isolate, plan, session, suite
 from bench.runner.isolate import Outcome
 from bench.runner.plan import Job
 from bench.tune import candidates
@@ -327,7 +326,7 @@ def stop_early(folder, reached):
         Job("c", begin, 9.0, 0.0),
     ]
     try:
-        main._run(jobs, True, 900.0, folder)
+        session.run(jobs, True, 900.0, folder)
     except typer.Exit as end:
         os._exit(end.exit_code)
 

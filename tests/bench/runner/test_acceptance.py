@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.core import schema
 from bench.core.records import Spread, StageRecord, SuiteRecord, TuneRecord
-from bench.runner import accept as accepting
+from bench.runner import acceptance
 
 SAMPLE = Path(__file__).parents[1] / "data/invented.json"
 MARKED = "<!-- bench:headline -->\n<!-- /bench:headline -->\n"
@@ -29,7 +29,7 @@ def measured():
 def root(tmp_path):
     """A checkout with the two documents, their marked tables empty."""
     (tmp_path / "bench").mkdir()
-    for name in accepting.DOCUMENTS:
+    for name in acceptance.DOCUMENTS:
         (tmp_path / name).write_text(f"before\n{MARKED}after\n")
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     return tmp_path
@@ -47,7 +47,7 @@ def test_one_command_leaves_what_is_to_be_committed(measured, root):
     stem = "nvidia-h100-80gb-hbm3-2026-01-02-abc"
     kept = root / "bench/results" / f"{stem}.json"
     assert schema.read(kept) == measured
-    for name in accepting.DOCUMENTS:
+    for name in acceptance.DOCUMENTS:
         text = (root / name).read_text()
         assert "| stock |" in text and "NVIDIA H100 80GB HBM3" in text and text.startswith("before\n")
     pictures = sorted(path.name for path in (root / "bench/results").glob("*.png"))
@@ -55,7 +55,7 @@ def test_one_command_leaves_what_is_to_be_committed(measured, root):
     command = done.output.strip().splitlines()[-1]
     subprocess.run(command.split(), cwd=root, check=True)
     staged = subprocess.run(["git", "diff", "--cached", "--name-only"], cwd=root, check=True, capture_output=True, text=True)
-    assert set(staged.stdout.split()) == {*accepting.DOCUMENTS, f"bench/results/{stem}.json"} | {
+    assert set(staged.stdout.split()) == {*acceptance.DOCUMENTS, f"bench/results/{stem}.json"} | {
         f"bench/results/{name}" for name in pictures
     }
 
@@ -112,12 +112,12 @@ def test_a_faster_configuration_is_a_line_for_the_table(measured):
 
     now, better = {"BLOCK_M": 128, "num_warps": 4}, {"BLOCK_M": 128, "num_warps": 8}
     tuning = [record("present", now, 2.0), record("candidate", better, 1.0), record("present", now, 1.0, 128)]
-    assert accepting.configurations(dataclasses.replace(measured, tuning=tuning)) == [
+    assert acceptance.configurations(dataclasses.replace(measured, tuning=tuning)) == [
         "kernels/core/configs.py, attention_forward, sm_90, bf16, 64: Config(BLOCK_M=128, num_warps=4) -> "
         "Config(BLOCK_M=128, num_warps=8)  # 2.00x of the one before"
     ]
     same = [record("present", now, 1.0), record("candidate", better, 1.0)]
-    assert not accepting.configurations(dataclasses.replace(measured, tuning=same)), "no difference beyond the noise"
+    assert not acceptance.configurations(dataclasses.replace(measured, tuning=same)), "no difference beyond the noise"
 
 
 def test_files_of_several_calls_are_one_result(measured, root):

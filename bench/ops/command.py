@@ -1,0 +1,26 @@
+"""python -m bench ops."""
+
+from typing import Annotated
+
+import typer
+
+from bench.core.options import HOUR, OUT, Budget, DryRun, Dtypes, Out
+from bench.runner import session
+
+
+def ops(
+    op: Annotated[list[str], typer.Option(help="Only this op; may be given again.")] = [],
+    dtype: Dtypes = ["bf16"],
+    budget: Budget = HOUR,
+    out: Out = OUT,
+    dry_run: DryRun = False,
+) -> None:
+    """Every op beside its peers: the same grid as `pytest bench`, without what the host adds to a call."""
+    from bench.runner.selection import SelectionError, op_jobs
+
+    try:
+        jobs = op_jobs(op, dtype, dry_run)
+    except SelectionError as error:
+        raise typer.BadParameter(str(error)) from None
+    session.start(dry_run)
+    session.run(jobs, dry_run, budget, out)

@@ -1,0 +1,49 @@
+"""python -m bench gpu, and python -m bench accept."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.core.options import OUT, Budget, DryRun, fail, print_plainly
+from bench.runner import session
+
+
+def gpu(
+    budget: Budget = 480.0,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and report.html.")] = OUT,
+    test_log: Annotated[
+        Path | None,
+        typer.Option(help="Of tests that ran before, with `-p bench.runner.pytest_log --test-log FILE`; no others are run."),
+    ] = None,
+    commit: Annotated[str | None, typer.Option(help="What is measured, where the files are no git checkout.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Everything in one call and within the time given, most important first; whatever is reached is written."""
+    start = time.monotonic()
+    if test_log and not test_log.is_file():
+        raise typer.BadParameter(f"--test-log {test_log}: no such file")
+    session.start(dry_run)
+    from bench.runner import plan, suite
+
+    tests = suite.read(test_log) if test_log else None
+    jobs = plan.dry_plan() if dry_run else plan.gpu_plan(budget, tests=tests is None)
+    session.run(jobs, dry_run, budget - (time.monotonic() - start), out, commit, tests)
+
+
+def accept(
+    results: Annotated[list[Path], typer.Argument(help="results.json of one machine, or the folder with it; one or several.")],
+    root: Annotated[Path, typer.Option(help="The checkout whose documents are written.")] = Path(),
+) -> None:
+    """What a GPU gave, into the repository: results, pictures, the tables of README and NOTES; prints what to change."""
+    from bench.core.schema import ResultsError
+    from bench.runner import acceptance
+
+    try:
+        written, lines = acceptance.accept([path / "results.json" if path.is_dir() else path for path in results], root)
+    except (ResultsError, OSError) as error:
+        raise fail(error) from None
+    for line in lines:
+        print_plainly(line)
+    print_plainly(f"git add {' '.join(map(str, written))}")

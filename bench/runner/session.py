@@ -1,0 +1,83 @@
+"""What the commands that measure share: how they begin, and how a plan becomes results, a report and an exit status."""
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from bench.core.options import console
+
+if TYPE_CHECKING:
+    from bench.core.records import Results, SuiteRecord
+    from bench.runner.plan import Job
+
+
+def start(dry_run: bool) -> None:
+    """Choose the interpreter for a dry run; without one and without a GPU print the floors and exit with 3."""
+    import torch
+
+    from bench.audit.no_gpu import explain
+
+    if dry_run:
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # what is started from here on sees no GPU
+        console.print("[yellow]dry run: tiny shapes, no time is taken[/]")
+    elif not torch.cuda.is_available():
+        raise typer.Exit(explain(console))
+
+
+def run(
+    plan: "Iterable[Job]",
+    dry_run: bool,
+    budget: float,
+    out: Path,
+    commit: str | None = None,
+    tests: "SuiteRecord | None" = None,
+) -> None:
+    """Run a plan, write results and report into `out`, and exit with 1 if a check failed or nothing was reached.
+
+    A signal that asks for the end stops the job that runs; what was reached is written then too, without the pictures.
+    `tests`: a record of tests that have run before.
+    """
+    from bench.core import environment, schema
+    from bench.core.records import Results
+    from bench.report import files
+    from bench.runner import gpu, isolate, stop
+
+    start = time.monotonic()
+    with stop.listening():
+        isolate.SERVER.begin()  # it imports while the machine is asked what it is
+        results = Results(environment.read(commit), dry_run=dry_run, tests=tests)
+        left = budget - (time.monotonic() - start)
+        gpu.run(plan, results, left, out, console.print, after=lambda: files.write_markdown(results, out))
+        write = files.write_markdown if stop.reason() else files.write_page
+        gpu.record("report", lambda: write(results, out), results)
+        schema.write(results, out / gpu.RESULTS)
+        for path in sorted(out.iterdir()):
+            console.print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
+        status = conclude(results)
+        if stop.reason():
+            console.print(f"[red]{stop.reason()}[/]")
+        if status or stop.status():
+            raise typer.Exit(stop.status() or status)
+
+
+def conclude(results: "Results") -> int:
+    """Say what failed; returns the exit status."""
+    from bench.runner import acceptance
+
+    for line in acceptance.failures(results):
+        console.print(line, highlight=False, soft_wrap=True, markup=False, style="red")
+    if any(record.op == "feed_forward" and record.seconds for record in results.ops):
+        from bench.ops import feed_forward_lanes
+        from bench.tune import candidates
+
+        console.print(feed_forward_lanes.earned_table(results.ops, candidates.architecture_here()))
+    reached = [stage for stage in results.stages if stage.status == "ok"]
+    console.print(f"{len(reached)} of {len(results.stages)} jobs done")
+    found = (*results.models, *results.ops, *results.host)
+    tests = results.tests
+    wrong = any(record.status == "failed" for record in found) or (tests and tests.failed + tests.errors)
+    return 1 if wrong or not (found or tests or results.tuning or results.ceilings) else 0

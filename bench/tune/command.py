@@ -1,0 +1,38 @@
+"""python -m bench tune."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.core.options import HOUR, OUT, Budget, DryRun, Dtypes, console
+from bench.runner import session
+
+
+def tune(
+    kernel: Annotated[list[str], typer.Option(help="A table of kernels/core/configs.py; may be given again.")] = [],
+    dtype: Dtypes = ["bf16"],
+    arch: Annotated[str | None, typer.Option(help="Without a GPU: whose candidates to audit.")] = None,
+    most: Annotated[int, typer.Option(help="Candidates an entry, the closest to the present one first.")] = 24,
+    budget: Budget = HOUR,
+    out: Annotated[Path, typer.Option(help="Where the measured table goes, as JSON.")] = OUT / "tune.json",
+    dry_run: DryRun = False,
+) -> None:
+    """Times the candidate configurations that the audit passes, and prints the best of each entry with its lead."""
+    from bench.runner.selection import SelectionError, tune_jobs
+
+    try:
+        jobs = tune_jobs(kernel, dtype, arch, most)
+    except SelectionError as error:
+        raise typer.BadParameter(str(error)) from None
+    session.start(dry_run)
+    from bench.core import environment, schema
+    from bench.core.records import Results
+    from bench.report import tune_tables
+    from bench.runner import gpu
+
+    results = Results(environment.read(), dry_run=dry_run)
+    gpu.run(jobs, results, budget, out.parent, console.print, reserve=0.0, name=out.name)
+    schema.write(results, out)
+    console.print(tune_tables.candidates_table(results.tuning) if dry_run else tune_tables.best_table(results.tuning))
+    console.print(f"{out}")
