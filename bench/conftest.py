@@ -11,9 +11,9 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     torch.set_num_threads(1)
 
-    from fastbert.testing.interpreter import hurry
+    from fastbert.testing.interpreter import accelerate
 
-    hurry()
+    accelerate()
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:

@@ -35,10 +35,10 @@ settings.load_profile("fastbert")
 def pytest_configure(config: pytest.Config) -> None:
     if not GPU and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
         # Not in a process that only hands tests out to others: importing transformers takes ten seconds.
-        from fastbert.testing.interpreter import hurry
+        from fastbert.testing.interpreter import accelerate
         from tests.interpreter import check_overflows
 
-        hurry()
+        accelerate()
         check_overflows()
     for marker in (
         "gpu: shows what only a GPU can (bf16, streams, races, timing); skipped where there is none",

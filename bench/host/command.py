@@ -33,7 +33,7 @@ def host(
     from bench.host.cases import CASES
     from bench.host.run import run
     from bench.report import markdown
-    from fastbert.testing.interpreter import hurry
+    from fastbert.testing.interpreter import accelerate
 
     chosen = [name for name in CASES if only in name]
     if not chosen:
@@ -41,7 +41,7 @@ def host(
     results = Results(environment.read(), dry_run=dry_run)
     console.print(markdown.provenance(results), highlight=False, soft_wrap=True)
     if dry_run:
-        hurry()
+        accelerate()
     for name in chosen:
         found = list(run([name], seconds=seconds, rounds=rounds, compiled=compiled, tiny=dry_run))
         results.host += found

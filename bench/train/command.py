@@ -133,7 +133,7 @@ def _choose_interpreter() -> bool:
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ["TRITON_INTERPRET"] = "1"  # before fastbert brings in triton, which spares a second start
-    from fastbert.testing.interpreter.start import use_interpreter_without_gpu
+    from fastbert.cli.interpreter import use_interpreter_without_gpu
 
     use_interpreter_without_gpu(lambda line: err.print(f"{line}; no times are taken", soft_wrap=True))
     return gpu

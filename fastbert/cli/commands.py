@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fastbert.cli.interpreter import use_interpreter_without_gpu
 from fastbert.errors import InputError
-from fastbert.testing.interpreter.start import use_interpreter_without_gpu
 
 # transformers and the kernels are imported inside the commands: `verify` may have to switch on Triton's
 # interpreter first, and triton looks at that only when it is first imported.

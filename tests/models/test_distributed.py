@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastbert
-from fastbert.testing.interpreter import hurry
+from fastbert.testing.interpreter import accelerate
 from tests.models.tiny import CLASSIFICATION, MLM, make, make_batch
 
 WORLD = 2
@@ -34,7 +34,7 @@ def stock_gradients(kind=MLM):
 
 def worker(rank, port, work):
     # A process of its own: nothing that conftest.py did holds here.
-    hurry()
+    accelerate()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)

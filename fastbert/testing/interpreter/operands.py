@@ -1,11 +1,12 @@
 """What two operands of Triton's interpreter become, found quickly: see `fastbert.testing.interpreter`."""
 
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 
 
-def settle_at_once() -> None:
+def operand_replacements() -> Iterator[tuple[object, str, object]]:
     """Two operands were cast to one type and copied to one shape, by way of some thirty questions.
 
     NumPy finds the shape by itself. All that takes the two from here is arithmetic of NumPy's, element by element.
@@ -13,7 +14,7 @@ def settle_at_once() -> None:
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
 
-    core, settle, cast = tl.core, TritonSemantic.binary_op_type_checking_impl, TritonSemantic.cast
+    core, convert, cast = tl.core, TritonSemantic.binary_op_type_checking_impl, TritonSemantic.cast
     tensor, pointer = core.tensor, core.pointer_type
     names = (*core.dtype.SINT_TYPES, *core.dtype.UINT_TYPES, *core.dtype.STANDARD_FP_TYPES)
     numbers = {id(dtype): dtype for dtype in vars(core).values() if type(dtype) is core.dtype and dtype.name in names}
@@ -57,10 +58,10 @@ def settle_at_once() -> None:
     constants: dict[tuple, tensor] = {}
 
     def constant(self, value, like, divides):
-        """`value` as `settle` gives it beside `like`, or None where `like` is another type then."""
+        """`value` as `convert` gives it beside `like`, or None where `like` is another type then."""
         key = type(value), value, id(like.dtype), id(like.shape), divides
         if key not in constants:
-            one, other = settle(self, like, value, div_or_mod=divides)
+            one, other = convert(self, like, value, div_or_mod=divides)
             if one is not like:
                 return None
             if len(constants) >= 1000:
@@ -68,7 +69,7 @@ def settle_at_once() -> None:
             constants[key] = other
         return constants[key]
 
-    def settle_quickly(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+    def convert_quickly(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
         if arithmetic_check:
             if type(lhs) is tensor and type(rhs) is tensor:
                 one, other = id(lhs.dtype), id(rhs.dtype)
@@ -87,7 +88,7 @@ def settle_at_once() -> None:
                 found = constant(self, lhs, rhs, div_or_mod)
                 if found is not None:
                     return found, rhs
-        return settle(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+        return convert(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
-    TritonSemantic.binary_op_type_checking_impl = settle_quickly
-    TritonSemantic.cast = cast_quickly
+    yield TritonSemantic, "binary_op_type_checking_impl", convert_quickly
+    yield TritonSemantic, "cast", cast_quickly

@@ -24,6 +24,6 @@ def use_interpreter_without_gpu(say: Callable[[str], None]) -> None:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     say("no NVIDIA GPU here: Triton's interpreter runs the kernels on the CPU, on small inputs")
 
-    from fastbert.testing.interpreter import hurry  # brings in triton
+    from fastbert.testing.interpreter import accelerate  # brings in triton
 
-    hurry()
+    accelerate()
