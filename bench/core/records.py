@@ -6,7 +6,7 @@ Seconds, bytes and operations throughout. A record whose status is not "ok" has 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 SCHEMA = 1
 # absent: a peer that is not here or cannot do this; failed: the check did not pass; error: it raised or was killed;
@@ -15,8 +15,14 @@ STATUSES = ("ok", "absent", "failed", "error", "dry-run")
 NOT_REACHED = "not reached"  # a job's status: there was no time for it
 
 
+class FromJson:
+    """What is read from JSON (bench.core.schema) is taken as it stands: no number for a text, no field that is not known."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+
 @dataclass(frozen=True)
-class Spread:
+class Spread(FromJson):
     """Quartiles of repeated measurements in seconds."""
 
     low: float
@@ -35,7 +41,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Environment:
+class Environment(FromJson):
     """Where and with what it was measured. None: could not be read. pretended: the GPU is a stub whose launches do nothing."""
 
     gpu: str | None
@@ -63,7 +69,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Ceiling:
+class Ceiling(FromJson):
     """The best rate this machine gave in this run: bytes a second ("copy") or operations a second ("bf16 product")."""
 
     name: str
@@ -72,7 +78,7 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
-class Timed:
+class Timed(FromJson):
     """What every timed thing has. `runs` are the medians of repeated runs, to show how far they scatter."""
 
     lane: str
@@ -177,7 +183,7 @@ class TuneRecord(Timed):
 
 
 @dataclass(frozen=True)
-class SuiteRecord:
+class SuiteRecord(FromJson):
     """The correctness tests of the same run; finished is False where time ran out."""
 
     passed: int
@@ -190,7 +196,7 @@ class SuiteRecord:
 
 
 @dataclass(frozen=True)
-class StageRecord:
+class StageRecord(FromJson):
     """One job of a plan: ok, error (raised, killed, out of memory), or not reached in the time given."""
 
     name: str
@@ -200,7 +206,7 @@ class StageRecord:
 
 
 @dataclass
-class Results:
+class Results(FromJson):
     """One run. dry_run results hold no time; invented ones are samples for tests and never reach a document."""
 
     environment: Environment

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import math
 import os
-import types
-import typing
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from bench.core.records import (
     SCHEMA,
@@ -24,6 +24,10 @@ from bench.core.records import (
     TuneRecord,
 )
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Kind = TypeVar("Kind")
 # Which list of Results a record goes to.
 FIELDS = {Ceiling: "ceilings", ModelRecord: "models", OpRecord: "ops", TuneRecord: "tuning", HostRecord: "host"}
 TIMED = [name for kind, name in FIELDS.items() if issubclass(kind, Timed)]
@@ -42,7 +46,8 @@ def read(path: Path) -> Results:
             record that contradicts itself (a time without a passed check, a time in a dry run).
     """
     try:
-        data = json.loads(path.read_text())
+        text = path.read_text()
+        data = json.loads(text)
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -52,7 +57,7 @@ def read(path: Path) -> Results:
     if data["schema"] != SCHEMA:
         raise ResultsError(f"{path}: has schema {data['schema']!r}, this version reads {SCHEMA}")
     try:
-        results = build(Results, data)
+        results = parse(Results, text, "results")
         _check(results)
     except ValueError as error:
         raise ResultsError(f"{path}: {error}") from None
@@ -100,48 +105,24 @@ def _key(record: Any) -> tuple[Any, ...]:
     return record.case, record.lane, config
 
 
-def build(kind: Any, data: Any, where: str = "results") -> Any:
-    """An instance of `kind` (a dataclass, a container or a plain type) from JSON's data; ValueError says what is wrong."""
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, data, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if data is None else build(next(a for a in arguments if a is not types.NoneType), data, where)
-    if origin is list:
-        _expect(isinstance(data, list), where, "a list", data)
-        return [build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data)]
-    if origin is dict:
-        _expect(isinstance(data, dict), where, "an object", data)
-        return {key: build(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
-    if kind is Any:
-        return data
-    if kind is float:
-        number = isinstance(data, (int, float)) and not isinstance(data, bool)
-        _expect(number and math.isfinite(data), where, "a finite number", data)
-        return float(data)
-    _expect(type(data) is kind, where, kind.__name__, data)
-    return data
+def parse(kind: type[Kind], text: str | bytes, where: str) -> Kind:
+    """An instance of `kind`, a dataclass, from JSON; ValueError says in one line what is wrong and where, below `where`."""
+    try:
+        return adapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise ValueError(_line(error.errors(include_url=False)[0], where)) from None
 
 
-def _dataclass(kind: Any, data: Any, where: str) -> Any:
-    _expect(isinstance(data, dict), where, "an object", data)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = data.keys() - fields.keys()
-    if unknown:
-        raise ValueError(f"{where}: unknown field {sorted(unknown)[0]!r}")
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for name, field in fields.items():
-        if name in data:
-            values[name] = build(hints[name], data[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{where}: field {name!r} is missing")
-    return kind(**values)
+@cache
+def adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
+    return TypeAdapter(kind)
 
 
-def _expect(right: bool, where: str, what: str, data: Any) -> None:
-    if not right:
-        raise ValueError(f"{where}: expected {what}, got {json.dumps(data)[:60]}")
+def _line(error: "ErrorDetails", where: str) -> str:
+    place = where + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error["loc"])
+    if error["type"] in ("missing", "json_invalid"):  # there is nothing at that place
+        return f"{place}: {error['msg']}"
+    return f"{place}: {error['msg']}, got {json.dumps(error['input'])[:60]}"
 
 
 def _check(results: Results) -> None:
@@ -182,7 +163,8 @@ def from_lines(lines: Iterable[str]) -> list[Any]:
             data = json.loads(line)
         except ValueError:
             continue
-        records.append(build(BY_NAME[data.pop("record")], data, "record"))
+        kind = BY_NAME[data.pop("record")]
+        records.append(parse(kind, json.dumps(data), kind.__name__))
     return records
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 from transformers import BertConfig
 
@@ -106,8 +107,7 @@ class Workload:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Workload":
-        lengths = Lengths(data["lengths"]["name"], tuple(data["lengths"]["sizes"]))
-        return Workload(**data | {"lengths": lengths})
+        return TypeAdapter(Workload).validate_python(data)
 
 
 def make(workload: Workload, lane: Lane, device: str) -> nn.Module:

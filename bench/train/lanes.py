@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 import fastbert
 from bench.core.records import Spread
-from bench.core.schema import ResultsError, build
+from bench.core.schema import parse
 from bench.train.batches import Collator, Rows
 from bench.train.metrics import Compute
 from bench.train.model import arguments
@@ -212,8 +212,8 @@ def _batches_a_step(rows: int, settings: Settings) -> list[int]:
 
 def _read(path: Path) -> LaneRecord:
     try:
-        return build(LaneRecord, json.loads(path.read_text()), "lane")
-    except (ValueError, ResultsError) as error:
+        return parse(LaneRecord, path.read_bytes(), "lane")
+    except (OSError, ValueError) as error:
         raise InputError(f"--resume: {path} cannot be read: {error}") from None
 
 

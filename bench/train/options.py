@@ -11,6 +11,7 @@ NEEDED = {
     "datasets": "datasets",
     "matplotlib": "matplotlib",
     "pandas": "pandas",
+    "pydantic": "pydantic",
     "seqeval": "seqeval",
     "sklearn": "scikit-learn",
     "triton": "triton",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from bench.core.records import Environment, Spread
+from bench.core.records import Environment, FromJson, Spread
 
 SCHEMA = 1
 LANES = ("stock", "fastbert")
@@ -11,7 +11,7 @@ TRUNCATIONS = ("head", "tail", "head+tail", "split")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FromJson):
     """One run's choices; two runs with equal ones see the same rows in the same order from the same weights.
 
     `dropout` None: the model's own. `max_length` 0: the 95th percentile. `truncation` "": the task's default.
@@ -48,7 +48,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class DataRecord:
+class DataRecord(FromJson):
     """What was read. Lengths are in tokens with the special ones; `cut` is the share of sequences over the limit."""
 
     train_rows: int
@@ -64,7 +64,7 @@ class DataRecord:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(FromJson):
     """The loss on the evaluation rows after a step."""
 
     step: int
@@ -72,7 +72,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class LaneRecord:
+class LaneRecord(FromJson):
     """One lane. losses[i] is the loss of step i + 1; checksums those of the batches of the steps after `resumed_at`.
 
     seconds: of a step, from its first batch's forward to the end of the optimizer's; None where nothing was timed.
@@ -98,7 +98,7 @@ class LaneRecord:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(FromJson):
     """How far fastbert's losses are from stock's: the greatest difference and its step, and whether it was judged.
 
     Without dropout the first `judged_steps` have to agree within `tolerance` x max(1, loss); `problems` says what failed.
@@ -113,7 +113,7 @@ class Comparison:
 
 
 @dataclass
-class TrainResults:
+class TrainResults(FromJson):
     """All of one run."""
 
     environment: Environment

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.core.comparison import NOT_MEASURED
-from bench.core.schema import ResultsError, build
+from bench.core.schema import ResultsError, parse
 from bench.report.figures import STYLE, colour
 from bench.report.markdown import GIB, quartiles
 from bench.train.records import SCHEMA, Comparison, LaneRecord, TrainResults
@@ -180,9 +180,10 @@ def read(path: Path) -> TrainResults:
         ResultsError: not a file of this command and schema, or a field missing, unknown or of the wrong type.
     """
     try:
-        data = json.loads(path.read_text())
+        text = path.read_text()
+        data = json.loads(text)
         if not isinstance(data, dict) or data.get("schema") != SCHEMA or "lanes" not in data:
             raise ValueError("not results of `python -m bench train`")
-        return build(TrainResults, data)
+        return parse(TrainResults, text, "results")
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path}: {error}") from None
