@@ -28,7 +28,7 @@ from fastbert.layers.counts import Room, count
 from fastbert.layers.encoder import packs_unseen
 from fastbert.layers.packing import Rows, pack
 from fastbert.layers.reading import Reading
-from fastbert.layers.stock import BertPredictionHeadTransform, stock_class, untested
+from fastbert.layers.stock import BertPredictionHeadTransform, stock_class, subclass, untested
 
 IGNORED = -100
 _HEADS = (stock_class("BertOnlyMLMHead"), stock_class("BertPreTrainingHeads"))
@@ -209,38 +209,23 @@ def _has_causal_loss(module: nn.Module) -> bool:
     return LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
 
 
-_masked = _fast_forward(stock_class("BertForMaskedLM"), _finish_masked, lambda *_: True)
-_pretraining = _fast_forward(stock_class("BertForPreTraining"), _finish_pretraining, _wants_both)
-_causal = _fast_forward(stock_class("BertLMHeadModel"), _finish_causal, _wants_shifted)
+# By the stock class: what makes its output, and whether a call's loss is one that it computes.
+_FINISHES = {
+    "BertForMaskedLM": (_finish_masked, lambda *_: True),
+    "BertForPreTraining": (_finish_pretraining, _wants_both),
+    "BertLMHeadModel": (_finish_causal, _wants_shifted),
+}
+_FORWARDS = {name: _fast_forward(stock_class(name), *how) for name, how in _FINISHES.items()}
 
 
-class Full:
-    """mlm_logits="full"."""
-
-    class BertForMaskedLM(Replicated, stock_class("BertForMaskedLM")):
-        WITHOUT_LOGITS = False
-        forward = _masked
-
-    class BertForPreTraining(Replicated, stock_class("BertForPreTraining")):
-        WITHOUT_LOGITS = False
-        forward = _pretraining
-
-    class BertLMHeadModel(Replicated, stock_class("BertLMHeadModel")):
-        WITHOUT_LOGITS = False
-        forward = _causal
+def _heads(namespace: str, without_logits: bool) -> type:
+    """A class that holds a fast class for each of the stock classes, as its attributes: so pickle finds them."""
+    classes = {
+        name: subclass(name, __name__, namespace, (Replicated,), forward=forward, WITHOUT_LOGITS=without_logits)
+        for name, forward in _FORWARDS.items()
+    }
+    return type(namespace, (), {"__module__": __name__, **classes})
 
 
-class WithoutLogits:
-    """mlm_logits="none"."""
-
-    class BertForMaskedLM(Replicated, stock_class("BertForMaskedLM")):
-        WITHOUT_LOGITS = True
-        forward = _masked
-
-    class BertForPreTraining(Replicated, stock_class("BertForPreTraining")):
-        WITHOUT_LOGITS = True
-        forward = _pretraining
-
-    class BertLMHeadModel(Replicated, stock_class("BertLMHeadModel")):
-        WITHOUT_LOGITS = True
-        forward = _causal
+Full = _heads("Full", without_logits=False)  # mlm_logits="full"
+WithoutLogits = _heads("WithoutLogits", without_logits=True)  # mlm_logits="none"

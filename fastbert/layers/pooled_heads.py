@@ -10,26 +10,21 @@ from torch import nn
 
 from fastbert.layers.encoder import packs_unseen
 from fastbert.layers.reading import Reading
-from fastbert.layers.stock import stock_class, untested
+from fastbert.layers.stock import stock_class, subclass, untested
 
 
-def _reading_first(stock: type[nn.Module]) -> Any:
+def _reading_first(name: str) -> type[nn.Module]:
+    stock = stock_class(name)
+
     @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if untested(stock.__name__) is None and packs_unseen(self):
+        if untested(name) is None and packs_unseen(self):
             kwargs["reading"] = Reading(None, alone=True)
         return stock.forward(self, *args, **kwargs)
 
-    return forward
+    return subclass(name, __name__, forward=forward)
 
 
-class BertForSequenceClassification(stock_class("BertForSequenceClassification")):
-    forward = _reading_first(stock_class("BertForSequenceClassification"))
-
-
-class BertForNextSentencePrediction(stock_class("BertForNextSentencePrediction")):
-    forward = _reading_first(stock_class("BertForNextSentencePrediction"))
-
-
-class BertForMultipleChoice(stock_class("BertForMultipleChoice")):
-    forward = _reading_first(stock_class("BertForMultipleChoice"))
+BertForSequenceClassification = _reading_first("BertForSequenceClassification")
+BertForNextSentencePrediction = _reading_first("BertForNextSentencePrediction")
+BertForMultipleChoice = _reading_first("BertForMultipleChoice")

@@ -24,6 +24,18 @@ def stock_class(name: str) -> type[nn.Module]:
     return getattr(bert, name, None) or type(name, (nn.Module,), {"__module__": bert.__name__})
 
 
+def subclass(name: str, module: str, namespace: str = "", mixins: tuple[type, ...] = (), **members: Any) -> type[nn.Module]:
+    """A subclass of stock's `name` that has its name, by which `save_pretrained`, pipelines and Trainer look a class up.
+
+    Args:
+        module, namespace: where the caller keeps it, so that pickle finds it there.
+        mixins: come before stock's class.
+        members: what the class defines.
+    """
+    found = {"__module__": module, "__qualname__": f"{namespace}.{name}" if namespace else name}
+    return type(name, (*mixins, stock_class(name)), found | members)
+
+
 def fast_forward_of(cls: type[nn.Module]) -> Callable[[Function], Function]:
     """Decorates the fast forward for stock's of `cls`: it takes whatever that one takes, and has its signature.
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
+from fastbert.registry import BY_FAST
 from fastbert.testing.models import KERNELS, MLM_HEADS, POOLED, assert_bitwise, check, counting, expected_launches, run
 from tests.models.tiny import KINDS, MLM, config, make, make_batch
 
@@ -178,6 +179,13 @@ def test_a_copy_is_patched_and_independent(way):
     assert classes(copied) == classes(make()) and classes(model) != classes(copied)
     calls = {row.kernel_calls for row in fastbert.report(model).rows if row.kernel}
     assert calls == {1}, "a copy's calls are its own"
+
+
+@pytest.mark.parametrize("cls", BY_FAST, ids=lambda cls: f"{cls.__module__}.{cls.__qualname__}")
+def test_a_fast_class_is_found_by_its_address_and_has_stocks_name(cls):
+    """As pickle and torch.save (whose protocol is 2) find it, and as `save_pretrained` and pipelines do."""
+    assert all(pickle.loads(pickle.dumps(cls, protocol)) is cls for protocol in (2, pickle.DEFAULT_PROTOCOL))
+    assert cls.__name__ == BY_FAST[cls].stock.__name__ and issubclass(cls, BY_FAST[cls].stock)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
