@@ -16,9 +16,9 @@ from tests.packaging.environments import ROOT, source_files
 
 
 def complaints(root: Path) -> list[str]:
-    """What is missing of each op under `root`: kernel, reference, test, benchmark entry."""
+    """What is missing of each op under `root`: kernel, reference, test, spec."""
     found = []
-    cases = audit_cases(root / "bench" / "audit" / "cases.py")
+    described = specs(root)
     for op, path, reference in ops(root / "kernels"):
         name, name_of_reference = path.relative_to(root), reference.relative_to(root)
         public = functions(path).get(op)
@@ -29,10 +29,10 @@ def complaints(root: Path) -> list[str]:
             found.append(f"{name_of_reference}: no function {op}")
         elif public is not None and signature(public) != signature(definition):
             found.append(f"{name_of_reference}: {op} does not take what the kernel takes")
-        if not (root / "tests" / "kernels" / f"test_{op}.py").is_file():
-            found.append(f"tests/kernels/test_{op}.py: missing")
-        if op not in cases:
-            found.append(f"bench/audit/cases.py: no entry for {op} in CASES")
+        if not (test := place_of_test(root, op, path)).is_file():
+            found.append(f"{test.relative_to(root)}: missing")
+        if op not in described:
+            found.append(f"fastbert/testing/specs/{op}.py: no SPEC")
     return found
 
 
@@ -49,7 +49,7 @@ def ops(kernels: Path) -> list[tuple[str, Path, Path]]:
     ]
 
 
-def test_of(root: Path, op: str, path: Path) -> Path:
+def place_of_test(root: Path, op: str, path: Path) -> Path:
     """Where an op's first test stands: beside the others, or in a folder that is its sources' mirror."""
     tests = root / "tests" / "kernels"
     return (tests / op if path.name == "__init__.py" else tests) / f"test_{op}.py"
@@ -78,6 +78,14 @@ def audit_cases(path: Path) -> set[str]:
     table = assigned(path, "CASES")
     assert isinstance(table, ast.Dict), f"{path}: CASES must be written out as a dictionary"
     return {key.value for key in table.keys if isinstance(key, ast.Constant)}
+
+
+def specs(root: Path) -> set[str]:
+    """The ops that are described for tests, the audit and the benchmarks."""
+    files = (root / "fastbert" / "testing" / "specs").glob("*.py")
+    return {path.stem for path in files if assigned(path, "SPEC") is not None} | audit_cases(
+        root / "bench" / "audit" / "cases.py"
+    )
 
 
 def signature(function: ast.FunctionDef) -> tuple[list[str], dict[str, str]]:
@@ -125,10 +133,10 @@ def remove_a_test(root: Path) -> None:
     [
         (add_a_kernel_alone, "kernels/reference.py: no function twice"),
         (add_a_kernel_alone, "tests/kernels/test_twice.py: missing"),
-        (add_a_kernel_alone, "bench/audit/cases.py: no entry for twice"),
+        (add_a_kernel_alone, "fastbert/testing/specs/twice.py: no SPEC"),
         (add_a_folder_alone, "kernels/reference.py: no function thrice"),
         (add_a_folder_alone, "tests/kernels/thrice/test_thrice.py: missing"),
-        (add_a_folder_alone, "bench/audit/cases.py: no entry for thrice"),
+        (add_a_folder_alone, "fastbert/testing/specs/thrice.py: no SPEC"),
         (
             edit("kernels/encoder_layer/__init__.py", '__all__ = ["encoder_layer"]', ""),
             "kernels/encoder_layer/__init__.py: its only export",
@@ -148,11 +156,11 @@ def remove_a_test(root: Path) -> None:
             "kernels/reference.py: bias_gelu does not",
         ),
         (edit("kernels/reference.py", "1e-12", "1e-5"), "kernels/reference.py: gelu_layernorm does not"),
-        (edit("bench/audit/cases.py", '"bias_gelu"', '"bias_relu"'), "bench/audit/cases.py: no entry for bias_gelu"),
+        (edit("fastbert/testing/specs/bias_gelu.py", "SPEC =", "OTHER ="), "fastbert/testing/specs/bias_gelu.py: no SPEC"),
     ],
 )
 def test_a_missing_place_is_noticed(change: Callable[[Path], object], noticed: str, tmp_path: Path) -> None:
-    for folder in ("kernels", "bench", "tests/kernels"):
+    for folder in ("kernels", "bench/audit", "fastbert/testing", "tests/kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
     change(tmp_path)
     assert [line for line in complaints(tmp_path) if line.startswith(noticed)]

@@ -14,9 +14,9 @@ from tests.mutation.fault import ROOT, Fault
 from tests.mutation.faults import FAULTS
 from tests.mutation.run import Job, Outcome, by_file, run
 from tests.mutation.witness import Statement, statement
-from tests.test_layout import audit_cases, functions
+from tests.test_layout import functions, specs
 
-OPS = audit_cases(ROOT / "bench" / "cases.py")
+OPS = specs(ROOT)
 
 
 def test_every_fault_can_be_planted():

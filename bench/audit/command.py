@@ -51,13 +51,13 @@ def audit(
         console.print(f"{len(records)} records accepted into {path}")
 
 
-def _select(ops: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
-    from bench.audit.run import ARCHITECTURES, CASES, selection
+def _select(names: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
+    from bench.audit.run import ARCHITECTURES, ops, selection
 
     try:
-        return selection(ops, architectures)
+        return selection(names, architectures)
     except KeyError as error:
-        known = ", ".join([*CASES, *ARCHITECTURES])
+        known = ", ".join([*ops(), *ARCHITECTURES])
         raise typer.BadParameter(f"{error.args[0]} is unknown; known are {known}") from None
 
 

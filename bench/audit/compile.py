@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench.audit import sass
-from bench.audit.cases import BATCH, CASES, HEADS, TOKENS, Variant
+from bench.audit.cases import CASES, Variant
 from bench.core.floors import SCORE_PRODUCTS
 from bench.core.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_per_second, resident_programs
 from fastbert.kernels.core import cache as kept
@@ -38,6 +38,12 @@ class Launch:
     arguments: dict[str, Any]
 
     @property
+    def form(self) -> tuple[Any, ...]:
+        """All that it is compiled by: equal of two launches that differ in their tensors alone."""
+        values = ((n, x.dtype if isinstance(x, Tensor) else x) for n, x in self.arguments.items())
+        return self.kernel, self.programs, self.config, *values
+
+    @property
     def direction(self) -> str:
         """forward, backward, or backward-<part> of an op whose backward is several kernels."""
         if self.kernel.__name__ == _COLUMN_SUMS:
@@ -57,7 +63,7 @@ class Launch:
         """
         if self.kernel.__name__ == _COLUMN_SUMS:
             return {"here": self.arguments["b_ptr"]}
-        elements = (BATCH * variant.length * HEADS if variant.op == "attention" else TOKENS) * variant.width
+        elements = CASES[variant.op].elements(variant)
         tensors = {k.removesuffix("_ptr"): v for k, v in self.arguments.items() if isinstance(v, Tensor)}
         return {name: tensor for name, tensor in tensors.items() if tensor.numel() == elements}
 
@@ -90,11 +96,17 @@ def audit_batch(architecture: str, variants: list[Variant]) -> list[dict[str, An
     ]
 
 
-def record(architecture: str, variant: Variant) -> list[Launch]:
+def record(architecture: str, variant: Variant, rows: int | None = None) -> list[Launch]:
+    """What a training step launches of a variant, each kernel once: a backward may be its forward's kernel again.
+
+    rows: instead of as many as the op's spec says.
+    """
     launches: list[Launch] = []
     with launch.recording(architecture, lambda *launched: launches.append(Launch(*launched))):
-        CASES[variant.op].launch(variant)
-    return launches
+        CASES[variant.op].launch(variant, rows)
+    kernels = getattr(variant, "kernels", ()) or {launched.kernel.__name__ for launched in launches}
+    forms = {launched.form: launched for launched in reversed(launches) if launched.kernel.__name__ in kernels}
+    return list(reversed(forms.values()))
 
 
 def compile_launch(architecture: str, launched: Launch) -> Any:

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from bench.audit.run import CASES
+from bench.audit.run import ops
 from bench.audit.tables import floor_table
 
 EXIT = 3  # no GPU: nothing was measured
@@ -10,7 +10,7 @@ EXIT = 3  # no GPU: nothing was measured
 
 def explain(console: Console) -> int:
     """Print the floor table; returns the exit status."""
-    console.print(floor_table(list(CASES)))
+    console.print(floor_table(list(ops())))
     console.print(
         "No GPU here, so nothing was timed: these are the shortest times possible, from stated bytes and operations.\n"
         "--dry-run walks the same path on tiny shapes; python -m bench audit compiles every kernel."

@@ -13,12 +13,14 @@ from fnmatch import fnmatchcase
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.audit.cases import CASES, SHORT, Variant
 from bench.core.hardware import ARCHITECTURES, BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
 
-__all__ = ["CASES", "compare", "differences", "read", "run", "severity", "write"]
+if TYPE_CHECKING:
+    from fastbert.testing.spec import Variant
+
+__all__ = ["compare", "differences", "ops", "read", "run", "severity", "short", "write"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 WHOLE = "3.7"  # the release whose accepted state is of everything; that of the others is of the short list
@@ -40,15 +42,30 @@ ACCEPTED_SPILLS = (
 Record = dict[str, Any]
 
 
+def ops() -> dict[str, Any]:
+    """The ops by name. A function, because this imports triton, whose interpreter a dry run chooses before that."""
+    from bench.audit.cases import CASES
+
+    return CASES
+
+
+def short() -> set[str]:
+    """The variants of the short list, BERT-base in bf16 as it is trained: what a change is most likely to spoil, in a minute
+    and a half instead of a quarter of an hour."""
+    from bench.audit.cases import SHORT
+
+    return {*SHORT, *(f"{op} {form}" for op, spec in ops().items() for form in getattr(spec, "short", ()))}
+
+
 def run(
-    ops: list[str],
+    names: list[str],
     architectures: list[str],
     workers: int,
     progress: Callable[[int, int], None] | None = None,
-    short: bool = False,
+    only_short: bool = False,
 ) -> list[Record]:
-    """The records of all variants of `ops`, or of the short list's, sorted by key."""
-    variants = [v for op in ops for v in CASES[op].variants() if not short or v.name in SHORT]
+    """The records of all variants of the ops `names`, or of the short list's, sorted by key."""
+    variants = [v for name in names for v in ops()[name].variants() if not only_short or v.name in short()]
     batches = [
         (architecture, variants[i : i + BATCH]) for architecture in architectures for i in range(0, len(variants), BATCH)
     ]
@@ -62,7 +79,7 @@ def run(
     return sorted(records, key=lambda record: record["key"])
 
 
-def _audit_batch(architecture: str, variants: list[Variant]) -> list[Record]:
+def _audit_batch(architecture: str, variants: "list[Variant]") -> list[Record]:
     from bench.audit.compile import audit_batch  # imports triton, so in the worker only
 
     return audit_batch(architecture, variants)
@@ -100,20 +117,21 @@ def write(records: list[Record], path: Path) -> None:
     path.write_text(f'{{"records": [\n{lines}\n]}}\n')
 
 
-def merge(baseline: list[Record], records: list[Record], ops: list[str], architectures: list[str]) -> list[Record]:
+def merge(baseline: list[Record], records: list[Record], names: list[str], architectures: list[str]) -> list[Record]:
     """The baseline with the part that was run now replaced."""
-    kept = [r for r in baseline if not (r["op"] in ops and r["architecture"] in architectures)]
+    kept = [r for r in baseline if not (r["op"] in names and r["architecture"] in architectures)]
     return sorted(kept + records, key=lambda record: record["key"])
 
 
-def selected(baseline: list[Record], ops: list[str], architectures: list[str], short: bool) -> list[Record]:
+def selected(baseline: list[Record], names: list[str], architectures: list[str], only_short: bool) -> list[Record]:
     """The part of the baseline that `run` with these arguments compiles."""
+    chosen = short() if only_short else set()
     return [
         record
         for record in baseline
-        if record["op"] in ops
+        if record["op"] in names
         and record["architecture"] in architectures
-        and (not short or record["key"].split(maxsplit=2)[2] in SHORT)
+        and (not only_short or record["key"].split(maxsplit=2)[2] in chosen)
     ]
 
 
@@ -136,7 +154,7 @@ def differences(by_release: dict[str, list[Record]]) -> list[str]:
     loops: dict[str, dict[str, int]] = {}
     problems = []
     for triton, records in by_release.items():
-        for record in selected(records, [op for op in CASES if op != OFF], ["sm_80", "sm_90"], short=True):
+        for record in selected(records, [op for op in ops() if op != OFF], ["sm_80", "sm_90"], only_short=True):
             loops.setdefault(record["key"], {})[triton] = record["hot_instructions"]
             if record["spills"] or record["local_bytes"]:
                 problems.append(f"{record['key']}: spills under triton {triton}")
@@ -178,10 +196,10 @@ def severity(record: Record) -> tuple[bool, float, float]:
     return not broken, record["wide_share"], issue * 1e12 / ceiling
 
 
-def selection(ops: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
+def selection(names: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
     """Both lists, all when empty. KeyError names what is unknown."""
-    for name in ops:
-        CASES[name]
+    for name in names:
+        ops()[name]
     for name in architectures:
         ARCHITECTURES[name]
-    return ops or list(CASES), architectures or list(ARCHITECTURES)
+    return names or list(ops()), architectures or list(ARCHITECTURES)

@@ -164,8 +164,9 @@ def _lines(path: Path) -> list[str]:
     The cache's key holds the text of a kernel and its line, but not where its file lies. Of another file that is gone
     (Triton's own library beside that checkout) there are none: it loads and stores no tensor of a kernel's by name.
     """
-    ours = _KERNELS / path.name
-    source = ours if ours.exists() else path
+    _, found, inside = str(path).rpartition("/kernels/")
+    ours = _KERNELS / inside
+    source = ours if found and ours.exists() else path
     return source.read_text().splitlines() if source.exists() else []
 
 

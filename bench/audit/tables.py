@@ -64,7 +64,7 @@ def floor_table(ops: list[str]) -> Table:
                 floor = floors.floor_microseconds(floors.ADAMW_BYTES * floors.parameters(hidden))
                 table.add_row(op, "step, fp32", model, *[f"{floor:.0f}"] * len(floors.SHAPES))
             continue
-        for direction in floors.TENSORS.get(op, ()):
+        for direction in floors.directions(op):
             for model, hidden in floors.MODELS.items():
                 cells = [_floor(op, direction, *shape, hidden) for shape in floors.SHAPES.values()]
                 table.add_row(op, direction, model, *cells)

@@ -5,26 +5,21 @@ row statistics are left out: at 4,096 tokens they are under 1 %. linear_cross_en
 of its operations.
 """
 
+from typing import Any
+
 from bench.core.hardware import BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
 
 # Tensors of T x W elements that are read or written.
 TENSORS = {
-    "dropout_add_layernorm": {
-        "forward": ("x", "residual", "z", "y"),
-        "backward": ("dy", "z", "dx", "dresidual"),
-    },
     "embedding_layernorm": {
         "forward": ("word", "type", "position", "y"),
         "backward": ("dy", "word", "type", "position", "dz", "dz of each word", "dz of each position"),
     },
-    "bias_gelu": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
     "feed_forward": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
-    "gelu_layernorm": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
     "attention": {
         "forward": ("q", "k", "v", "out"),
         "backward": ("q", "k", "v", "out", "dout", "dq", "dk", "dv"),
     },
-    "gather_rows": {"forward": ("x", "y"), "backward": ("dy", "dx")},
     "linear_cross_entropy": {"forward": ("hidden",), "backward": ("hidden", "dhidden")},
 }
 # Products of attention, each of 2 operations a score and element of a head: as exact arithmetic needs them, and as each
@@ -56,18 +51,28 @@ MODELS = {"BERT-base": 768, "BERT-large": 1024}
 SHAPES = {"1 x 512": (1, 512), "32 x 128": (32, 128), "64 x 512": (64, 512)}  # sequences x their length
 
 
-def width(op: str, hidden: int) -> int:
-    return 4 * hidden if op == "bias_gelu" else hidden
-
-
 def vocabulary(hidden: int) -> int:
     """Classes of the decoder that is measured: BERT's, and few for the tiny model of a dry run."""
     return VOCABULARY if hidden in LAYERS else TINY_VOCABULARY
 
 
+def _specs() -> dict[str, Any]:
+    # They import triton, whose interpreter a dry run chooses before that.
+    from fastbert.testing.specs import SPECS
+
+    return SPECS
+
+
+def directions(op: str) -> tuple[str, ...]:
+    """Those of an op whose bytes are stated."""
+    return tuple(TENSORS[op] if op in TENSORS else _specs()[op].tensors if op in _specs() else ())
+
+
 def stated_bytes(op: str, direction: str, tokens: int, hidden: int, itemsize: int) -> int:
-    """KERNELS' formula: so many tensors of tokens x width elements."""
-    return len(TENSORS[op][direction]) * tokens * width(op, hidden) * itemsize
+    """Of so many tensors of tokens x width elements."""
+    if op in TENSORS:
+        return len(TENSORS[op][direction]) * tokens * hidden * itemsize
+    return _specs()[op].moved(direction, tokens, hidden, itemsize)
 
 
 def stated_operations(op: str, direction: str, batch: int, seqlen: int, hidden: int) -> int:
@@ -76,7 +81,9 @@ def stated_operations(op: str, direction: str, batch: int, seqlen: int, hidden: 
         return DECODER_PRODUCTS[direction] * 2 * batch * seqlen * hidden * vocabulary(hidden)
     if op == "feed_forward":
         return FEED_FORWARD_PRODUCTS[direction] * 2 * batch * seqlen * hidden * 4 * hidden
-    return PRODUCTS[direction] * 2 * batch * seqlen**2 * hidden if op == "attention" else 0
+    if op == "attention":
+        return PRODUCTS[direction] * 2 * batch * seqlen**2 * hidden
+    return _specs()[op].operations(direction, batch, seqlen, hidden) if op not in TENSORS else 0
 
 
 def floor_microseconds(moved: float, operations: float = 0.0) -> float:

@@ -154,5 +154,4 @@ OP = Op(
         "fastbert": Lane(_fastbert),
         "fastbert packed": Lane(_fastbert_packed, packed=True),
     },
-    dropout=True,
 )

@@ -65,5 +65,4 @@ OP = Op(
         "compile": Lane(_compiled),
         "fastbert": Lane(lambda case: _lane(embedding_layernorm)),
     },
-    dropout=True,
 )

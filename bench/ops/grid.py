@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.core import floors
 from bench.core.lengths import Lengths
+from fastbert.testing.spec import Draw, Given, Size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIRECTIONS = ("forward", "backward", "both")
@@ -38,6 +39,20 @@ class Case:
     def lengths(self) -> list[int]:
         return Lengths().of_batch(self.batch, self.seqlen, self.fill)
 
+    @property
+    def size(self) -> Size:
+        """The same as an op's spec has it."""
+        return Size(
+            self.batch,
+            self.seqlen,
+            self.hidden,
+            heads=self.heads,
+            head_size=self.hidden // self.heads,
+            inner=4 * self.hidden,
+            vocabulary=floors.vocabulary(self.hidden),
+            lengths=tuple(self.lengths) if self.fill < 1.0 else None,
+        )
+
     def moved(self, direction: str) -> int:
         """Stated bytes: each input read once, each output written once, real rows only."""
         if direction == "both":
@@ -52,27 +67,7 @@ class Case:
         return sum(floors.stated_operations(self.op, direction, 1, n, self.hidden) for n in self.lengths)
 
 
-@dataclass
-class Inputs:
-    """What is differentiated, what goes with it (masks, lengths), and the gradient from above."""
-
-    leaves: dict[str, Tensor]
-    context: dict[str, Tensor | int | None]
-    dy: Tensor
-
-    def converted(self, dtype: torch.dtype) -> "Inputs":
-        return Inputs({name: x.to(dtype) for name, x in self.leaves.items()}, self.context, self.dy.to(dtype))
-
-    def packed(self) -> "Inputs":
-        """The real rows only, [T, heads, D]: what a lane without padding works on."""
-        return Inputs({n: self.real(x) for n, x in self.leaves.items()}, self.context, self.real(self.dy))
-
-    def real(self, x: Tensor) -> Tensor:
-        """The rows of x that are no padding; x itself where none are, or where it is packed already."""
-        mask = self.context.get("key_mask")
-        return x if mask is None or x.shape[:2] != mask.shape else x[mask]
-
-
+Inputs = Given
 Function = Callable[[Inputs, float], Tensor]
 
 
@@ -86,12 +81,11 @@ class Lane:
 
 @dataclass(frozen=True)
 class Op:
-    """make(case, generator, device) -> random inputs in float32; reference is plain PyTorch without dropout."""
+    """make(case, draw) -> random inputs of the case's dtype; reference is plain PyTorch without dropout."""
 
-    make: Callable[[Case, torch.Generator, str], Inputs]
+    make: Callable[[Case, Draw], Inputs]
     reference: Function
     lanes: dict[str, Lane]
-    dropout: bool = False
 
 
 def run(function: Function, inputs: Inputs, p: float) -> dict[str, Tensor]:

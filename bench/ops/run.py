@@ -10,8 +10,9 @@ from bench.core import timing
 from bench.core.peers import Absent
 from bench.core.records import OpRecord
 from bench.ops.check import Checker
-from bench.ops.grid import DIRECTIONS, DTYPES, Case, Function, Inputs, Lane
+from bench.ops.grid import DIRECTIONS, Case, Function, Inputs, Lane
 from bench.ops.table import OPS
+from fastbert.testing.spec import Draw
 
 NO_REFERENCE = "out of memory in the float64 reference"
 SETS = 4  # inputs that rotate, so that no round finds the last one's in a cache
@@ -23,9 +24,9 @@ def device() -> str:
 
 def make_inputs(case: Case, sets: int = SETS) -> list[Inputs]:
     """Random inputs of the case's dtype, another draw each."""
-    generator = torch.Generator(device()).manual_seed(0)
+    draw = Draw(device(), torch.Generator(device()).manual_seed(0))
     make = OPS[case.op].make
-    return [make(case, generator, device()).converted(DTYPES[case.dtype]) for _ in range(sets)]
+    return [make(case, draw) for _ in range(sets)]
 
 
 def run(case: Case, lanes: list[str] | None = None, directions: tuple[str, ...] = DIRECTIONS) -> Iterator[OpRecord]:

@@ -1,15 +1,28 @@
-"""The ops and their lanes: one table. A new op is an entry in OPS, a new peer a line in its lanes.
+"""The ops and their lanes: one table. A new op is its spec, a new peer a lane beside it.
 
 Apart from the grid of sizes, because the lanes import triton, whose interpreter is chosen before that.
 """
 
-from bench.ops import attention_lanes, decoder_lanes, embedding_lanes, feed_forward_lanes, packing_lanes, row_lanes
-from bench.ops.grid import Op
+from dataclasses import replace
 
-OPS: dict[str, Op] = row_lanes.OPS | {
-    "attention": attention_lanes.OP,
-    "embedding_layernorm": embedding_lanes.OP,
-    "feed_forward": feed_forward_lanes.OP,
-    "gather_rows": packing_lanes.OP,
-    "linear_cross_entropy": decoder_lanes.OP,
+from bench.ops import attention_lanes, decoder_lanes, embedding_lanes, feed_forward_lanes, row_lanes
+from bench.ops.from_spec import op_of
+from bench.ops.grid import DTYPES, Op
+from fastbert.testing.specs import SPECS
+
+
+def _in_float32(op: Op) -> Op:
+    """An op whose inputs are made in float32."""
+    return replace(op, make=lambda case, draw: op.make(case, draw.generator, draw.device).converted(DTYPES[case.dtype]))
+
+
+OPS: dict[str, Op] = {
+    "dropout_add_layernorm": op_of(SPECS["dropout_add_layernorm"], row_lanes.DROPOUT_ADD_LAYERNORM),
+    "bias_gelu": op_of(SPECS["bias_gelu"]),
+    "gelu_layernorm": op_of(SPECS["gelu_layernorm"], row_lanes.GELU_LAYERNORM),
+    "gather_rows": op_of(SPECS["gather_rows"]),
+    "attention": _in_float32(attention_lanes.OP),
+    "embedding_layernorm": _in_float32(embedding_lanes.OP),
+    "feed_forward": _in_float32(feed_forward_lanes.OP),
+    "linear_cross_entropy": _in_float32(decoder_lanes.OP),
 }

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from bench.audit.cases import Variant
 from bench.audit.run import compiling_environment
 from bench.core.records import TuneRecord
 from bench.tune.candidates import ENTRIES, candidates, present, shipped
@@ -78,11 +77,12 @@ def audited(job: tuple[str, str, str, int, Config]) -> dict[str, Any]:
     """
     from bench.audit import compile as compiling
     from bench.audit import sass
+    from bench.audit.cases import CASES
     from bench.core.hardware import ARCHITECTURES
 
     kernel, architecture, dtype, width, config = job
     entry = ENTRIES[kernel]
-    variant = Variant(entry.op, dtype, width, **entry.extra)
+    variant = CASES[entry.op].variant(dtype, width, **entry.extra)
     with shipped(kernel, architecture, dtype, config):
         launches = compiling.record(architecture, variant)
     launched = next(one for one in launches if one.kernel.__name__ == entry.function)

@@ -1,18 +1,16 @@
-"""The ops under test, each beside its reference, and the way a test calls both."""
+"""The ops over rows under test, and the way a test calls any op and its reference."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbert.kernels import reference
-from fastbert.kernels.bias_gelu import bias_gelu
 from fastbert.kernels.core.launch import INTERPRETED, counts
-from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
-from fastbert.kernels.gelu_layernorm import gelu_layernorm
 from fastbert.testing.numerics import assert_close
+
+from .row_op import RowOp
+from .specs import bias_gelu, dropout_add_layernorm, gelu_layernorm
 
 # Compiled where there is a GPU, Triton's interpreter elsewhere: the same tests prove both.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,49 +18,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Inputs = dict[str, Tensor | None]
 
 
-@dataclass(frozen=True)
-class Op:
-    """A public function, its plain-PyTorch reference, and its inputs by name: [..., H] ones, then [H] ones."""
-
-    name: str
-    call: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    rows: tuple[str, ...]
-    vectors: tuple[str, ...]
-    optional: str
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def forward_kernel(self) -> str:
-        return f"{self.name}_fwd_kernel"
-
-    @property
-    def backward_kernel(self) -> str:
-        return f"{self.name}_bwd_kernel"
-
-    @property
-    def backward_kernels(self) -> tuple[str, ...]:
-        """In their order, where every gradient is asked for."""
-        return (self.backward_kernel, *(("column_sums_kernel",) if self.name == "gelu_layernorm" else ()))
-
-
-DROPOUT_ADD_LAYERNORM = Op(
-    "dropout_add_layernorm",
-    dropout_add_layernorm,
-    reference.dropout_add_layernorm,
-    ("x", "residual"),
-    ("weight", "bias", "x_bias"),
-    "x_bias",
-)
-BIAS_GELU = Op("bias_gelu", bias_gelu, reference.bias_gelu, ("x",), ("bias",), "bias")
-GELU_LAYERNORM = Op("gelu_layernorm", gelu_layernorm, reference.gelu_layernorm, ("x",), ("weight", "bias", "x_bias"), "x_bias")
+DROPOUT_ADD_LAYERNORM, BIAS_GELU, GELU_LAYERNORM = dropout_add_layernorm.SPEC, bias_gelu.SPEC, gelu_layernorm.SPEC
 OPS = (DROPOUT_ADD_LAYERNORM, BIAS_GELU, GELU_LAYERNORM)
 
 
 def make_inputs(
-    op: Op,
+    op: RowOp,
     shape: Iterable[int],
     dtype: torch.dtype = torch.float32,
     *,
@@ -71,15 +32,8 @@ def make_inputs(
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Inputs:
     """Random inputs: `scale` times a normal, LayerNorm's weight round 1; `optional` says whether x_bias is there."""
-    shape = tuple(shape)
-    inputs: Inputs = {}
-    for name in (*op.rows, *op.vectors):
-        values = torch.randn(shape if name in op.rows else shape[-1:], dtype=torch.float64)
-        if name == "weight":
-            values = 1.0 + 0.3 * values
-        elif name != "bias" or op is BIAS_GELU:
-            values = scale * values
-        inputs[name] = values.to(DEVICE, (dtypes or {}).get(name, dtype))
+    values = op.leaves(shape, lambda *shape: torch.randn(shape, dtype=torch.float64), scale)
+    inputs: Inputs = {name: x.to(DEVICE, (dtypes or {}).get(name, dtype)) for name, x in values.items()}
     if not optional:
         inputs[op.optional] = None
     return inputs
@@ -132,7 +86,7 @@ def drawn_mask(shape: Iterable[int], p: float, seed: Tensor) -> Tensor:
 
 
 def check(
-    op: Op,
+    op: RowOp,
     inputs: Inputs,
     dy: Tensor | None = None,
     *,

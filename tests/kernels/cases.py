@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastbert.kernels.core.launch import ACTIVATIONS
-from fastbert.testing.rows import BIAS_GELU, DROPOUT_ADD_LAYERNORM, Op
+from fastbert.testing.row_op import RowOp
+from fastbert.testing.rows import BIAS_GELU, DROPOUT_ADD_LAYERNORM
 
 WIDTHS = (1, 37, 312, 768, 1023, 1024, 1500, 8192)
 ROWS = (0, 1, 2, 5, 17, 63, 64, 65, 127, 128, 129, 257)
@@ -20,14 +21,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def drawn_options(op: Op, draw: random.Random, width: int) -> dict[str, Any]:
+def drawn_options(op: RowOp, draw: random.Random, width: int) -> dict[str, Any]:
     """Dropout or not, or an activation: relu only where a row that is 0 throughout (no variance) is out of reach."""
     if op is DROPOUT_ADD_LAYERNORM:
         return {"p": draw.choice((0.0, 0.0, 0.1))}
     return {"activation": draw.choice([a for a in ACTIVATIONS if a != "relu" or width >= 37 or op is BIAS_GELU])}
 
 
-def matrix(op: Op) -> list[Any]:
+def matrix(op: RowOp) -> list[Any]:
     """(rows, width, dtype, whether the optional bias is there, options), as pytest parameters."""
     draw = random.Random(op.name)
     parameters = []

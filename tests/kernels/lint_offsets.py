@@ -60,7 +60,7 @@ def launches(every: bool) -> Iterator[tuple[str, Launch]]:
                 if form in seen and not every:
                     continue
                 seen.add(form)
-                for launched in record(ARCHITECTURE, variant):
+                for launched in record(ARCHITECTURE, variant, TOKENS):
                     yield variant.name, launched
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench.audit.cases import CASES
+from fastbert.testing.calls import CALLS, Call, Tensors
 from fastbert.testing.rows import DEVICE, INTERPRETED
-from fastbert.testing.specs import CALLS, Call, Tensors
 from tests.gpu import captured, no_synchronisation, on_a_late_stream
 
 BF16 = torch.bfloat16

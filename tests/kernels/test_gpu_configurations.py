@@ -17,8 +17,10 @@ from fastbert.kernels.core import configs, launch
 from fastbert.kernels.core.configs import ARCHITECTURES, TABLES
 from fastbert.kernels.core.launch import recording
 from fastbert.testing import attention, encoder_layer, feed_forward, linear_cross_entropy
-from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, check, make_inputs
-from fastbert.testing.specs import CALLS, Call
+from fastbert.testing.calls import CALLS, Call
+from fastbert.testing.row_op import RowOp
+from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, check, make_inputs
+from fastbert.testing.specs import SPECS
 
 from . import test_gather_rows, test_key_bounds, test_packed_rows, test_row_counts
 from .adamw import test_adamw
@@ -30,10 +32,7 @@ _LAYERNORM = ("layernorm_forward", "layernorm_backward")
 _ATTENTION = ("attention_forward", "attention_backward_kv", "attention_backward_q")
 # By the name of the call: what a forward and a backward read their configurations from.
 TABLES_OF = {
-    "dropout_add_layernorm dropped": _LAYERNORM,
-    "bias_gelu": ("bias_gelu_forward", "bias_gelu_backward"),
-    "gelu_layernorm": ("layernorm_forward", "gelu_layernorm_backward"),
-    "gather_rows": ("gather_rows",),
+    **{f"{spec} {form}".strip(): tables for spec in SPECS.values() for form, tables in spec.tables.items()},
     "key_bounds": ("mask_rows",),
     "row_counts": ("mask_rows",),
     "packed_rows": ("packed_rows",),
@@ -120,7 +119,7 @@ def test_every_configuration_has_an_entry():
     assert {entry.call.op for entry in ENTRIES} == set(CASES)
 
 
-def check_rows(op: Op, p: float = 0.0) -> Callable[[int, torch.dtype], object]:
+def check_rows(op: RowOp, p: float = 0.0) -> Callable[[int, torch.dtype], object]:
     """More blocks of rows than programs: 1,031 of them."""
     return lambda width, dtype: check(op, make_inputs(op, (ROWS, width), dtype), **({"p": p} if p else {}))
 

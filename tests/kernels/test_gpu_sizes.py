@@ -25,7 +25,8 @@ from fastbert.testing import encoder_layer as layer
 from fastbert.testing import feed_forward as feed_forward_inputs
 from fastbert.testing import linear_cross_entropy as cross_entropy
 from fastbert.testing.numerics import assert_close
-from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, run
+from fastbert.testing.row_op import RowOp
+from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, run
 
 PAST = 2**31
 GROUPS = [Hyperparameters(lr=0.1)]  # of a step that shows in bfloat16
@@ -43,7 +44,7 @@ def assert_last(whole: dict[str, Tensor | None], alone: dict[str, Tensor | None]
         assert alone[name].any() and torch.equal(whole[name][-len(alone[name]) :], alone[name]), name
 
 
-def check_rows(op: Op) -> Check:
+def check_rows(op: RowOp) -> Check:
     def check(elements: int, dtype: torch.dtype) -> None:
         width = 768
         n_rows = elements // width + ROWS

@@ -32,7 +32,7 @@ def lint(*options):
 
 def kernels():
     """All that are defined in kernels/: their names end so."""
-    sources = "\n".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
     return set(re.findall(r"^@triton.jit[^\n]*\ndef (\w+_kernel)\(", sources, re.MULTILINE))
 
 

@@ -1,7 +1,7 @@
 """One table of calls, at least one of every op: what test_gpu_calls.py repeats, captures and delays for all of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.encoder_layer import Settings, encoder_layer
 from fastbert.kernels.feed_forward import feed_forward
 from fastbert.kernels.feed_forward.products import decided
-from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from fastbert.kernels.packed_rows import packed_rows
@@ -23,7 +22,9 @@ from . import attention as attention_inputs
 from . import encoder_layer as layer_inputs
 from . import feed_forward as feed_forward_inputs
 from . import linear_cross_entropy as cross_entropy
-from .rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, Op, make_inputs, run, seed_tensor
+from .rows import DEVICE, run, seed_tensor
+from .spec import Draw, OpSpec
+from .specs import SPECS
 
 Tensors = dict[str, Tensor]
 Step = Callable[[Tensors], Tensors]
@@ -38,7 +39,7 @@ class Call:
     of the configurations' tables: a row's, attention's head size, the vocabulary's; None where it does not matter.
     """
 
-    op: str  # its name in bench/audit/cases.py
+    op: str
     variant: str
     make: Make
 
@@ -50,38 +51,15 @@ def _present(results: dict[str, Tensor | None]) -> Tensors:
     return {name: tensor for name, tensor in results.items() if tensor is not None}
 
 
-def _rows(op: Op, p: float = 0.0) -> Make:
+def _of(spec: OpSpec, form: str) -> Make:
     def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
-        shape = (5, width or 24) if small else (4099, width or 768)
-        inputs = make_inputs(op, shape, dtype)
-        names = tuple(inputs)
-        inputs["dy"] = torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
-        if p:
-            inputs["seed"] = seed_tensor(7)
-
-        def step(given: Tensors) -> Tensors:
-            options = {"p": p, "seed": given.get("seed")} if p else {}
-            return _present(run(op.call, {name: given[name] for name in names}, given["dy"], **options))
-
-        return inputs, step
+        size = spec.small if small else spec.large
+        if width:
+            size = replace(size, **{spec.width: width})
+        given = spec.inputs(size, Draw(DEVICE), dtype, **spec.forms[form])
+        return given.tensors(), lambda tensors: spec.run(given.with_tensors(tensors))
 
     return make
-
-
-def _gather_rows(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
-    rows, width = (7, width or 24) if small else (4099, width or 768)
-    taken = rows // 2
-    index = torch.cat([torch.randperm(rows)[:taken], torch.tensor([-1, -1])])
-    inverse = torch.full((rows,), -1)
-    inverse[index[:taken]] = torch.arange(taken)
-    inputs = {"x": torch.randn(rows, width).to(DEVICE, dtype), "dy": torch.randn(len(index), width).to(DEVICE, dtype)}
-    inputs |= {"index": index.to(DEVICE, torch.int32), "inverse": inverse.to(DEVICE, torch.int32)}
-
-    def step(given: Tensors) -> Tensors:
-        indices = {"index": given["index"], "inverse": given["inverse"]}
-        return _present(run(gather_rows, {"x": given["x"]}, given["dy"], **indices))
-
-    return inputs, step
 
 
 def _masks(op: Callable[..., Tensor | list[Tensor]], *names: str) -> Make:
@@ -242,11 +220,8 @@ def _adamw(amsgrad: bool) -> Make:
 
 
 CALLS = (
-    Call("dropout_add_layernorm", "dropped", _rows(DROPOUT_ADD_LAYERNORM, 0.1)),
-    Call("bias_gelu", "", _rows(BIAS_GELU)),
+    *(Call(spec.name, form, _of(spec, form)) for spec in SPECS.values() for form in spec.forms),
     Call("feed_forward", "", _feed_forward),
-    Call("gelu_layernorm", "", _rows(GELU_LAYERNORM)),
-    Call("gather_rows", "", _gather_rows),
     Call("key_bounds", "", _masks(key_bounds, "key_mask")),
     Call("row_counts", "", _masks(row_counts, "tokens", "read")),
     Call("packed_rows", "", _masks(_pack, "tokens", "read")),

@@ -1,0 +1,10 @@
+"""Every op by name: the SPEC of each file here."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from ..spec import OpSpec
+
+SPECS: dict[str, OpSpec] = {
+    name: import_module(f"{__name__}.{name}").SPEC for name in sorted(module.name for module in iter_modules(__path__))
+}
