@@ -32,20 +32,20 @@ def host(
     from bench.core.records import Results
     from bench.host.cases import CASES
     from bench.host.run import run
-    from bench.report import markdown
+    from bench.report import tables
     from fastbert.testing.interpreter import accelerate
 
     chosen = [name for name in CASES if only in name]
     if not chosen:
         raise typer.BadParameter(f"--only: no case contains {only!r}; there are {'; '.join(CASES)}")
     results = Results(environment.read(), dry_run=dry_run)
-    console.print(markdown.provenance(results), highlight=False, soft_wrap=True)
+    console.print(tables.provenance(results), highlight=False, soft_wrap=True)
     if dry_run:
         accelerate()
     for name in chosen:
         found = list(run([name], seconds=seconds, rounds=rounds, compiled=compiled, tiny=dry_run))
         results.host += found
-        typer.echo(f"\n{markdown.host(Results(results.environment, host=found))}")
+        typer.echo(f"\n{tables.host(Results(results.environment, host=found)).markdown()}")
         if names:
             _print_names(found)
         if json:
@@ -59,11 +59,11 @@ def host(
 
 def _print_names(records: "list[HostRecord]") -> None:
     from bench.core.comparison import by_case
-    from bench.host import tables
+    from bench.host.tables import names
 
     for of_case in by_case(records).values():
         for record in of_case:
-            typer.echo("\n".join(["", f"{record.name}, {record.lane}", *tables.names(record)]))
+            typer.echo("\n".join(["", f"{record.name}, {record.lane}", *names(record)]))
 
 
 def _check(results: "Results") -> int:

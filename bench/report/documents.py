@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.core.records import Results
 from bench.core.schema import ResultsError
-from bench.report import markdown
+from bench.report import tables
 
 MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
 ANY_MARKER = re.compile(r"<!-- /?bench:[\w-]+ -->")
@@ -25,15 +25,15 @@ def fill(text: str, results: Results | None) -> str:
     blocks = list(MARKED.finditer(text))
     if len(ANY_MARKER.findall(text)) != 2 * len(blocks):
         raise ResultsError("a bench marker without its partner, or one inside another")
-    unknown = [block["name"] for block in blocks if block["name"] not in markdown.TABLES]
+    unknown = [block["name"] for block in blocks if block["name"] not in tables.TABLES]
     if unknown:
-        raise ResultsError(f"no table is called {unknown[0]!r}; there are {', '.join(markdown.TABLES)}")
+        raise ResultsError(f"no table is called {unknown[0]!r}; there are {', '.join(tables.TABLES)}")
 
     def anew(block: re.Match[str]) -> str:
         name = block["name"]
-        if results is not None and results.environment.pretended != (name in markdown.PRETENDED):
+        if results is not None and results.environment.pretended != (name in tables.PRETENDED):
             return block[0]
-        return f"{block[1]}{markdown.named(name, results)}\n{block[3]}"
+        return f"{block[1]}{tables.named(name, results)}\n{block[3]}"
 
     return MARKED.sub(anew, text)
 

@@ -9,10 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from bench.core import ceilings
-from bench.core import comparison as lanes
+from bench.core import ceilings, comparison
 from bench.core.records import ModelRecord, OpRecord, Results
-from bench.report.markdown import GIB, provenance
+from bench.report.tables import GIB, provenance
 
 matplotlib.use("Agg")
 
@@ -186,7 +185,7 @@ def scaling(left: Axes, right: Axes, results: Results) -> None:
 
 def losses(axes: Axes, results: Results) -> None:
     """The first workload with losses: every lane from the same weights on the same batches, dropout off."""
-    cases = lanes.by_case(r for r in results.models if r.losses)
+    cases = comparison.by_case(r for r in results.models if r.losses)
     if not cases:
         return _empty(axes)
     records = next(iter(cases.values()))
@@ -200,7 +199,9 @@ def losses(axes: Axes, results: Results) -> None:
 
 
 def _empty(axes: Axes) -> None:
-    axes.text(0.5, 0.5, lanes.NOT_MEASURED, ha="center", va="center", transform=axes.transAxes, color="#9aa5b1", fontsize=14)
+    axes.text(
+        0.5, 0.5, comparison.NOT_MEASURED, ha="center", va="center", transform=axes.transAxes, color="#9aa5b1", fontsize=14
+    )
     axes.set_xticks([])
     axes.set_yticks([])
 

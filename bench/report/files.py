@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from bench.core.records import Results
-from bench.report import markdown
+from bench.report import tables
 
 TITLES = {
     "headline": "Models, the lanes side by side",
@@ -23,9 +23,9 @@ TITLES = {
 
 def write_markdown(results: Results, folder: Path) -> Path:
     """Every table, as one page."""
-    parts = ["# fastbert: benchmark report", markdown.provenance(results)]
+    parts = ["# fastbert: benchmark report", tables.provenance(results)]
     for name, title in TITLES.items():
-        parts += [f"## {title}", markdown.TABLES[name](results)]
+        parts += [f"## {title}", tables.TABLES[name](results).markdown()]
     path = folder / "report.md"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n")

@@ -1,15 +1,13 @@
 """The HTML page: one file with its pictures inside, readable in a browser without a network."""
 
 import base64
-import re
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from bench.core import ceilings
-from bench.core import comparison as lanes
+from bench.core import ceilings, comparison
 from bench.core.records import ModelRecord, Results
-from bench.report import markdown
+from bench.report import tables
 from bench.report.figures import FIGURES
 
 STYLE = """
@@ -52,7 +50,6 @@ SECTIONS = {
     "stages": "What was run",
     "environment": "The machine",
 }
-NUMBER = re.compile(r"[\d.,]+( ?(%|x|ms|us|s|[MG]iB|T[BF]\S*)( \[.*\])?)?$")
 OPEN = ("headline", "ceilings", "tests")
 
 
@@ -67,7 +64,7 @@ def render(results: Results, pictures: Iterable[Path]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>fastbert: benchmark report</title><style>{STYLE}</style></head><body><main>
 <h1>fastbert</h1>
-<p>{escape(markdown.provenance(results))}</p>
+<p>{escape(tables.provenance(results))}</p>
 {_warning(results)}
 <div class="cards">{_cards(results)}</div>
 <p>Two lanes are called different only where their quartiles do not overlap. Speeds count real tokens, never padding.
@@ -90,7 +87,7 @@ def _warning(results: Results) -> str:
 def _cards(results: Results) -> str:
     """fastbert against stock, one card a workload (the first six), and the two ceilings."""
     cards = []
-    for records in list(lanes.by_case(results.models).values()):
+    for records in list(comparison.by_case(results.models).values()):
         named = {record.lane: record for record in records}
         ours, stock = named.get("fastbert"), named.get("stock")
         if ours and stock and len(cards) < 6:
@@ -98,20 +95,20 @@ def _cards(results: Results) -> str:
     for name in (ceilings.COPY, ceilings.PRODUCT):
         measured = results.ceiling(name)
         unit = "TB/s" if name == ceilings.COPY else "TFLOP/s"
-        value = f"{measured / 1e12:.3g} {unit}" if measured else lanes.NOT_MEASURED
+        value = f"{measured / 1e12:.3g} {unit}" if measured else comparison.NOT_MEASURED
         cards.append(f'<div class="card"><b>{value}</b><span>{name}, measured ceiling</span></div>')
     return "".join(cards)
 
 
 def _card(ours: ModelRecord, stock: ModelRecord) -> str:
     if ours.seconds is None or stock.seconds is None:
-        text, kind = lanes.NOT_MEASURED, ""
+        text, kind = comparison.NOT_MEASURED, ""
     elif not ours.seconds.differs(stock.seconds):
         text, kind = "no difference", ""
     else:
         times = stock.seconds.median / ours.seconds.median
         text, kind = f"{times:.2f}x", "faster" if times > 1 else "slower"
-    what = escape(markdown.workload(ours))
+    what = escape(tables.workload(ours))
     against = "fastbert against stock (SDPA, fused AdamW)"
     return f'<div class="card {kind}"><b>{text}</b><span>{against}</span><span>{what}</span></div>'
 
@@ -123,29 +120,6 @@ def _figure(path: Path) -> str:
 
 
 def _section(name: str, title: str, results: Results) -> str:
-    body = _html_table(markdown.TABLES[name](results))
+    body = tables.TABLES[name](results).html()
     opened = " open" if name in OPEN else ""
     return f"<details{opened}><summary>{escape(title)}</summary>{body}</details>"
-
-
-def _html_table(text: str) -> str:
-    """A table of bench.report.markdown as HTML, our lanes marked; other lines as paragraphs."""
-    lines = text.splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    if not rows:
-        return "".join(f"<p>{escape(line)}</p>" for line in lines)
-    head, _, *body = rows
-    lane = head.index("lane") if "lane" in head else None
-
-    def row(cells: list[str]) -> str:
-        ours = ' class="ours"' if lane is not None and lanes.is_ours(cells[lane]) else ""
-        return f"<tr{ours}>{''.join(_cell(cell) for cell in cells)}</tr>"
-
-    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(map(row, body))}</tbody></table></div>'
-
-
-def _cell(text: str) -> str:
-    if len(text) > 60:
-        return f'<td><span class="long">{escape(text)}</span></td>'
-    return f"<td{' class=number' if NUMBER.match(text) else ''}>{escape(text)}</td>"

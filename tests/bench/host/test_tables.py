@@ -11,7 +11,8 @@ from bench.__main__ import app
 from bench.core import environment, schema
 from bench.core.records import HostRecord, Results, Spread
 from bench.host import cases, tables, targets
-from bench.report import documents, markdown
+from bench.report import documents
+from bench.report.tables import host
 from tests.bench.report.test_report import nothing
 
 
@@ -51,7 +52,7 @@ def test_ratios_are_those_of_a_turn():
 def test_table():
     ours = record("fastbert, padded", (1e-3, 4e-3), 1 << 29)
     failed = dataclasses.replace(ours, lane="fastbert, packed", status="error", reason="TypeError: x\nmore", seconds=None)
-    stock, fast, none = markdown.host(pretended([STOCK, ours, failed])).splitlines()[2:]
+    stock, fast, none = host(pretended([STOCK, ours, failed])).markdown().splitlines()[2:]
     assert "| 0.38 [0.25, 0.50] | 0.38, 0.38, 0.38 | 0.38 | 380 | 300 | 79 | 1 | 9 | 0.500 | 0.50 |" in fast
     assert "| stock |  |  |  | 380 |" in stock
     assert "did not run: TypeError: x |" in none and "more" not in none

@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.core import comparison as lanes
-from bench.core import schema
+from bench.core import comparison, schema
 from bench.core.records import Environment, Results, Spread, StageRecord
-from bench.report import documents, markdown
+from bench.report import documents, tables
+from bench.report.table import Table
 
 SAMPLE = Path(__file__).parents[1] / "data/invented.json"
 ROOT = Path(__file__).parents[3]
@@ -48,22 +48,22 @@ def test_page_and_pictures(tmp_path):
 
 
 def test_a_lane_that_failed_has_no_time(sample):
-    row = next(line for line in markdown.models(sample).splitlines() if "failed its check" in line)
+    row = next(line for line in tables.models(sample).markdown().splitlines() if "failed its check" in line)
     assert "fastbert + compile" in row and " ms " not in row
 
 
 def test_losing_is_said_as_plainly_as_winning(sample):
     record = next(r for r in sample.models if r.lane == "eager")
     stock = next(r for r in sample.models if r.lane == "stock" and r.case == record.case)
-    assert lanes.ratio(record, stock) == "0.70x (slower)"
-    assert lanes.ratio(stock, record) == "1.43x"
+    assert comparison.ratio(record, stock) == "0.70x (slower)"
+    assert comparison.ratio(stock, record) == "1.43x"
     same = dataclasses.replace(stock, seconds=Spread(*(x * 1.005 for x in dataclasses.astuple(stock.seconds)[:3]), 9))
-    assert lanes.ratio(same, stock).startswith("no difference")
+    assert comparison.ratio(same, stock).startswith("no difference")
 
 
 def test_rates_count_real_tokens(sample):
     record = next(r for r in sample.models if r.lane == "stock" and r.fill == 0.5)
-    row = next(line for line in markdown.models(sample).splitlines() if "| stock |" in line)
+    row = next(line for line in tables.models(sample).markdown().splitlines() if "| stock |" in line)
     assert f"{record.real_tokens / record.seconds.median:,.0f}" in row
     assert f"{record.flops / record.seconds.median / 8e14:.1%}" in row
 
@@ -71,15 +71,15 @@ def test_rates_count_real_tokens(sample):
 def test_share_of_the_ceiling(sample):
     timed = [r for r in sample.ops if r.seconds and r.lane == "fastbert"]
     for record in timed:
-        assert lanes.share(record, 4e12, 8e14) == pytest.approx(0.85)
-        assert lanes.share(record, None, 8e14) is None
+        assert comparison.share(record, 4e12, 8e14) == pytest.approx(0.85)
+        assert comparison.share(record, None, 8e14) is None
 
 
 def test_losses_are_compared_with_eagers(sample):
     record = next(r for r in sample.models if r.lane == "fastbert" and r.losses)
     moved = dataclasses.replace(record, losses=[*record.losses[:-1], record.losses[-1] * 1.02])
     models = [moved if r is record else r for r in sample.models]
-    rows = markdown.losses(dataclasses.replace(sample, models=models)).splitlines()
+    rows = tables.losses(dataclasses.replace(sample, models=models)).markdown().splitlines()
     apart = [row for row in rows if "2.0e-02 of eager's" in row]
     assert len(apart) == 1 and "| fastbert |" in apart[0]
     assert sum("0.0e+00 of eager's" in row for row in rows) > 4
@@ -88,28 +88,40 @@ def test_losses_are_compared_with_eagers(sample):
 def test_losses_of_zero_are_compared_too(sample):
     record = next(r for r in sample.models if r.losses)
     models = [dataclasses.replace(record, lane=lane, losses=losses) for lane, losses in (("eager", [0.0]), ("stock", [0.5]))]
-    rows = markdown.losses(dataclasses.replace(sample, models=models))
+    rows = tables.losses(dataclasses.replace(sample, models=models)).markdown()
     assert "0.0e+00 of eager's" in rows and "inf of eager's" in rows
 
 
 def test_what_was_not_reached_is_one_line(sample):
     missed = [StageRecord(f"job {i}", "not reached", 0.0, "3 s were left") for i in range(7)]
     failed = StageRecord("broken", "error", 2.0, "Traceback\nRuntimeError: no")
-    rows = markdown.stages(dataclasses.replace(sample, stages=[failed, *missed])).splitlines()[2:]
+    rows = tables.stages(dataclasses.replace(sample, stages=[failed, *missed])).markdown().splitlines()[2:]
     assert rows == ["| broken | error | 2 s | RuntimeError: no |", "| job 0, and 6 more | not reached |  | 3 s were left |"]
 
 
-@pytest.mark.parametrize("name", markdown.TABLES)
+def test_one_table_in_both_forms():
+    table = Table(("lane", "time"), [("fastbert", "1.5 ms"), ("a|b <i>", "&" * 61)], ["a <note>"])
+    assert table.markdown().splitlines() == [
+        *("| lane | time |", "| --- | --- |", "| fastbert | 1.5 ms |", f"| a/b <i> | {'&' * 61} |", "a <note>")
+    ]
+    page = table.html()
+    assert '<tr class="ours"><td>fastbert</td><td class=number>1.5 ms</td></tr>' in page
+    assert f'<tr><td>a|b &lt;i&gt;</td><td><span class="long">{"&amp;" * 61}</span></td></tr>' in page
+    assert page.startswith('<div class="scroll"><table>') and page.endswith("</table></div><p>a &lt;note&gt;</p>")
+    assert Table(("lane",)).markdown() == comparison.NOT_MEASURED
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_without_measurements_every_table_says_so(name):
-    assert lanes.NOT_MEASURED in markdown.named(name, None)
-    assert lanes.NOT_MEASURED in markdown.named(name, nothing()), "an empty run has no number either"
+    assert comparison.NOT_MEASURED in tables.named(name, None)
+    assert comparison.NOT_MEASURED in tables.named(name, nothing()), "an empty run has no number either"
 
 
 def test_pictures_of_nothing(tmp_path):
-    from bench.report import files as report
+    from bench.report import files
 
-    written = report.write(nothing(), tmp_path)
-    assert len(written) == 7 and lanes.NOT_MEASURED in (tmp_path / "report.html").read_text()
+    written = files.write(nothing(), tmp_path)
+    assert len(written) == 7 and comparison.NOT_MEASURED in (tmp_path / "report.html").read_text()
 
 
 DOCUMENT = """before
@@ -131,7 +143,7 @@ def test_marked_tables_are_replaced_and_nothing_else(measured, tmp_path):
     assert text.startswith("before\n<!-- bench:headline -->\n| workload |") and "\nbetween\n" in text
     assert not documents.write(file, measured), "a second time changes nothing"
     assert documents.write(file, None)
-    assert file.read_text().count(lanes.NOT_MEASURED) == 2 and "|" not in file.read_text()
+    assert file.read_text().count(comparison.NOT_MEASURED) == 2 and "|" not in file.read_text()
 
 
 def test_sample_numbers_cannot_reach_a_document(tmp_path):

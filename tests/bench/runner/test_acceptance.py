@@ -99,7 +99,7 @@ def test_what_is_to_be_mended_is_said(measured, root):
 
 def _rows(root, record):
     """The README's rows of the record's workload and lane."""
-    from bench.report.markdown import workload
+    from bench.report.tables import workload
 
     lines = (root / "README.md").read_text().splitlines()
     return [line for line in lines if line.startswith(f"| {workload(record)} | {record.lane} |")]

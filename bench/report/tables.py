@@ -1,24 +1,16 @@
-"""Results as Markdown tables, by the name that stands in a document's markers. What has no number says so."""
+"""Results as tables, by the name that stands in a document's markers. What has no number says so."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from bench.core import ceilings
-from bench.core import comparison as lanes
+from bench.core import ceilings, comparison
 from bench.core.flops import mfu
 from bench.core.records import NOT_REACHED, ModelRecord, OpRecord, Results
-from bench.host import tables as host_tables
+from bench.host import tables
+from bench.report.table import Table
 from bench.tune.run import best
 
 GIB = 1 << 30
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; "not measured" where there are no rows."""
-    if not rows:
-        return lanes.NOT_MEASURED
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def provenance(results: Results | None) -> str:
@@ -36,25 +28,25 @@ def provenance(results: Results | None) -> str:
     return f"{invented}{where}; {versions}, Python {here.python}; commit {here.commit or 'unknown'}, {here.date[:10]}."
 
 
-def environment(results: Results) -> str:
+def environment(results: Results) -> Table:
     here = results.environment
-    memory = f"{here.memory_bytes / GIB:.0f} GiB" if here.memory_bytes else lanes.NOT_MEASURED
+    memory = f"{here.memory_bytes / GIB:.0f} GiB" if here.memory_bytes else comparison.NOT_MEASURED
     rows = [
         ("GPU", here.gpu or "none"),
-        ("multiprocessors", str(here.multiprocessors or lanes.NOT_MEASURED)),
+        ("multiprocessors", str(here.multiprocessors or comparison.NOT_MEASURED)),
         ("memory", memory),
         *((name, value) for name, value in here.clocks.items()),
     ]
-    return table(("what", "read"), rows)
+    return Table(("what", "read"), rows)
 
 
-def ceilings_table(results: Results) -> str:
+def ceilings_table(results: Results) -> Table:
     units = {ceilings.COPY: "TB/s, bytes read and written", ceilings.PRODUCT: "TFLOP/s"}
     rows = [
         (c.name, f"{c.per_second / 1e12:.2f} {units.get(c.name, '')}", quartiles(c.seconds, 1e3, "ms"))
         for c in results.ceilings
     ]
-    return table(("ceiling", "measured here", "time, median [quartiles]"), rows)
+    return Table(("ceiling", "measured here", "time, median [quartiles]"), rows)
 
 
 def quartiles(spread: object, scale: float, unit: str) -> str:
@@ -62,13 +54,13 @@ def quartiles(spread: object, scale: float, unit: str) -> str:
     return f"{median:.4g} {unit} [{low:.4g}, {high:.4g}]"
 
 
-def tests(results: Results) -> str:
+def tests(results: Results) -> Table:
     found = results.tests
     if found is None:
-        return f"`pytest -m gpu`: {lanes.NOT_MEASURED}"
+        return Table(notes=[f"`pytest -m gpu`: {comparison.NOT_MEASURED}"])
     counts = f"{found.passed} passed, {found.failed} failed, {found.errors} errors, {found.skipped} skipped"
     ended = "" if found.finished else " (stopped before its end)"
-    return "\n".join([f"`pytest -m gpu` in the same run: {counts}{ended}", *(f"- {line}" for line in found.failures)])
+    return Table(notes=[f"`pytest -m gpu` in the same run: {counts}{ended}", *(f"- {line}" for line in found.failures)])
 
 
 def workload(record: ModelRecord) -> str:
@@ -92,7 +84,7 @@ MODEL_HEADINGS = (
 
 def _model_row(record: ModelRecord, base: ModelRecord | None, product: float | None) -> list[str]:
     if record.seconds is None:
-        return [workload(record), record.lane, lanes.why_not(record), *[""] * 7]
+        return [workload(record), record.lane, comparison.why_not(record), *[""] * 7]
     seconds = record.seconds.median
     return [
         workload(record),
@@ -100,26 +92,26 @@ def _model_row(record: ModelRecord, base: ModelRecord | None, product: float | N
         quartiles(record.seconds, 1e3, "ms"),
         f"{record.batch / seconds:,.1f}",
         f"{record.real_tokens / seconds:,.0f}",
-        f"{mfu(record.flops, seconds, product):.1%}" if product else lanes.NOT_MEASURED,
-        f"{record.peak_bytes / GIB:.2f} GiB" if record.peak_bytes else lanes.NOT_MEASURED,
-        f"{record.first_step_seconds:.1f} s" if record.first_step_seconds else lanes.NOT_MEASURED,
-        lanes.ratio(record, base),
+        f"{mfu(record.flops, seconds, product):.1%}" if product else comparison.NOT_MEASURED,
+        f"{record.peak_bytes / GIB:.2f} GiB" if record.peak_bytes else comparison.NOT_MEASURED,
+        f"{record.first_step_seconds:.1f} s" if record.first_step_seconds else comparison.NOT_MEASURED,
+        comparison.ratio(record, base),
         ", ".join(f"{run * 1e3:.4g}" for run in record.runs),
     ]
 
 
-def models(results: Results, only: Callable[[ModelRecord], bool] = lambda record: True) -> str:
+def models(results: Results, only: Callable[[ModelRecord], bool] = lambda record: True) -> Table:
     """Every lane of every workload, those that lost or did not run as plainly as those that won."""
     product = results.ceiling(ceilings.PRODUCT)
     rows = []
-    for records in lanes.by_case(filter(only, results.models)).values():
-        rows += [_model_row(record, lanes.baseline(records), product) for record in records]
-    return table(MODEL_HEADINGS, rows)
+    for records in comparison.by_case(filter(only, results.models)).values():
+        rows += [_model_row(record, comparison.baseline(records), product) for record in records]
+    return Table(MODEL_HEADINGS, rows)
 
 
-def headline(results: Results) -> str:
+def headline(results: Results) -> Table:
     """Workloads in which every lane but the absent ones was tried: what the README shows."""
-    cases = lanes.by_case(results.models)
+    cases = comparison.by_case(results.models)
     whole = {case for case, records in cases.items() if len({r.lane for r in records}) >= 4}
     chosen = whole or set(list(cases)[:4])
     return models(results, lambda record: record.case in chosen)
@@ -144,46 +136,46 @@ def _op_row(record: OpRecord, peer: OpRecord | None, results: Results) -> list[s
     extra = [f"fill {record.fill:g}"] * (record.fill < 1) + [f"p {record.p:g}"] * (record.p > 0)
     named = [record.op, record.direction, record.dtype, ", ".join([shape, *extra]), record.lane]
     if record.seconds is None:
-        return [*named, lanes.why_not(record), "", "", "", ""]
-    share = lanes.share(record, results.ceiling(ceilings.COPY), results.ceiling(ceilings.PRODUCT))
+        return [*named, comparison.why_not(record), "", "", "", ""]
+    share = comparison.share(record, results.ceiling(ceilings.COPY), results.ceiling(ceilings.PRODUCT))
     return [
         *named,
         quartiles(record.seconds, 1e6, "us"),
-        lanes.rate(record),
-        lanes.NOT_MEASURED if share is None else f"{share:.0%}",
-        lanes.NOT_MEASURED if record.peak_bytes is None else f"{record.peak_bytes / (1 << 20):,.0f} MiB",
-        lanes.ratio(record, peer),
+        comparison.rate(record),
+        comparison.NOT_MEASURED if share is None else f"{share:.0%}",
+        comparison.NOT_MEASURED if record.peak_bytes is None else f"{record.peak_bytes / (1 << 20):,.0f} MiB",
+        comparison.ratio(record, peer),
     ]
 
 
-def ops(results: Results, only: Callable[[OpRecord], bool] = lambda record: True) -> str:
+def ops(results: Results, only: Callable[[OpRecord], bool] = lambda record: True) -> Table:
     rows = []
-    for records in lanes.by_case(filter(only, results.ops)).values():
-        peer = lanes.best_peer(records)
+    for records in comparison.by_case(filter(only, results.ops)).values():
+        peer = comparison.best_peer(records)
         rows += [_op_row(record, peer, results) for record in records if record.status != "absent"]
-    return table(OP_HEADINGS, rows)
+    return Table(OP_HEADINGS, rows)
 
 
-def ops_headline(results: Results) -> str:
+def ops_headline(results: Results) -> Table:
     """BERT-large's shapes in bf16 at S = 512, as training runs them."""
     return ops(results, lambda r: (r.dtype, r.hidden, r.seqlen) == ("bf16", 1024, 512) and r.direction != "both")
 
 
-def host(results: Results) -> str:
+def host(results: Results) -> Table:
     """What the host does for a step: its time against stock's, what it launches, and the memory that the step needs."""
-    return table(host_tables.HEADINGS, host_tables.rows(results.host))
+    return Table(tables.HEADINGS, tables.rows(results.host))
 
 
-def tuning(results: Results) -> str:
+def tuning(results: Results) -> Table:
     rows = []
     for fastest, now in best(results.tuning):
-        verdict = "keep the present one" if fastest is now else lanes.ratio(fastest, now)
+        verdict = "keep the present one" if fastest is now else comparison.ratio(fastest, now)
         config = ", ".join(f"{name}={value}" for name, value in fastest.config.items())
         rows.append((*map(str, fastest.case), config, quartiles(fastest.seconds, 1e6, "us"), verdict))
-    return table(("table", "architecture", "type", "width", "fastest", "time", "lead over the present one"), rows)
+    return Table(("table", "architecture", "type", "width", "fastest", "time", "lead over the present one"), rows)
 
 
-def stages(results: Results) -> str:
+def stages(results: Results) -> Table:
     """Every job that ran; of those that time did not reach, the first and how many they are."""
     rows = [
         (stage.name, stage.status, f"{stage.seconds:.0f} s", _last_line(stage.reason))
@@ -193,34 +185,34 @@ def stages(results: Results) -> str:
     missed = [stage for stage in results.stages if stage.status == NOT_REACHED]
     if missed:
         rows.append((f"{missed[0].name}, and {len(missed) - 1} more", NOT_REACHED, "", _last_line(missed[0].reason)))
-    return table(("job", "status", "took", "why"), rows)
+    return Table(("job", "status", "took", "why"), rows)
 
 
 def _last_line(text: str | None) -> str:
     return ((text or "").strip().splitlines() or [""])[-1]
 
 
-def breakdown(results: Results) -> str:
+def breakdown(results: Results) -> Table:
     """Milliseconds of a step by kind of kernel."""
     records = [record for record in results.models if record.parts]
     parts = list(dict.fromkeys(part for record in records for part in record.parts))
     rows = [
         (workload(r), r.lane, *(f"{r.parts[part] * 1e3:.2f}" if part in r.parts else "" for part in parts)) for r in records
     ]
-    return table(("workload", "lane", *(f"{part}, ms" for part in parts)), rows)
+    return Table(("workload", "lane", *(f"{part}, ms" for part in parts)), rows)
 
 
-def losses(results: Results) -> str:
+def losses(results: Results) -> Table:
     """The lanes' first losses without dropout, and how far they are from eager's (or the first lane's) at most."""
     rows = []
-    for records in lanes.by_case(r for r in results.models if r.losses).values():
+    for records in comparison.by_case(r for r in results.models if r.losses).values():
         base = next((record for record in records if record.lane == "eager"), records[0])
         for record in records:
             pairs = list(zip(record.losses, base.losses, strict=False))
             apart = max(_apart(a, b) for a, b in pairs)
             ends = f"{record.losses[0]:.4f} to {record.losses[-1]:.4f}"
             rows.append((workload(record), record.lane, str(len(pairs)), ends, f"{apart:.1e} of {base.lane}'s"))
-    return table(("workload", "lane", "steps", "loss, dropout off", "furthest apart"), rows)
+    return Table(("workload", "lane", "steps", "loss, dropout off", "furthest apart"), rows)
 
 
 def _apart(a: float, b: float) -> float:
@@ -229,7 +221,7 @@ def _apart(a: float, b: float) -> float:
 
 
 # By the name in a document's markers.
-TABLES: dict[str, Callable[[Results], str]] = {
+TABLES: dict[str, Callable[[Results], Table]] = {
     "headline": headline,
     "ops-headline": ops_headline,
     "environment": environment,
@@ -248,5 +240,5 @@ PRETENDED = ("host-pretended",)  # what a pretended GPU can say
 
 
 def named(name: str, results: Results | None) -> str:
-    """The table of this name with its provenance below; "not measured" without results."""
-    return f"{TABLES[name](results) if results else lanes.NOT_MEASURED}\n\n{provenance(results)}"
+    """The table of this name as Markdown with its provenance below; "not measured" without results."""
+    return f"{(TABLES[name](results) if results else Table()).markdown()}\n\n{provenance(results)}"

@@ -1,0 +1,49 @@
+"""One table, as Markdown and as HTML."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from bench.core.comparison import NOT_MEASURED, is_ours
+
+LONG = 60  # characters from which a cell may wrap
+_NUMBER = re.compile(r"[\d.,]+( ?(%|x|ms|us|s|[MG]iB|T[BF]\S*)( \[.*\])?)?$")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells under their headings, and lines of text below. Without either it is "not measured"."""
+
+    headings: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def lines(self) -> Sequence[str]:
+        return self.notes if self.rows or self.notes else (NOT_MEASURED,)
+
+    def markdown(self) -> str:
+        head = [self.headings, ["---"] * len(self.headings)] if self.rows else []
+        cells = [[cell.replace("|", "/") for cell in row] for row in (*head, *self.rows)]
+        return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), *self.lines])
+
+    def html(self) -> str:
+        """Rows of our lanes and cells with a number have a class of their own."""
+        notes = "".join(f"<p>{escape(line)}</p>" for line in self.lines)
+        if not self.rows:
+            return notes
+        heads = "".join(f"<th>{escape(heading)}</th>" for heading in self.headings)
+        body = "".join(map(self._row, self.rows))
+        return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>{notes}'
+
+    def _row(self, cells: Sequence[str]) -> str:
+        named = dict(zip(self.headings, cells, strict=False))
+        ours = ' class="ours"' if is_ours(named.get("lane", "")) else ""
+        return f"<tr{ours}>{''.join(map(_cell, cells))}</tr>"
+
+
+def _cell(text: str) -> str:
+    if len(text) > LONG:
+        return f'<td><span class="long">{escape(text)}</span></td>'
+    return f"<td{' class=number' if _NUMBER.match(text) else ''}>{escape(text)}</td>"
