@@ -205,9 +205,13 @@ def _idle(hooks: dict[int, Any], idle: str | None) -> bool:
 IDLE_HOOKS = ("transformers.utils.output_capturing",)
 
 
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+# The attributes of a module that hold its hooks, a dictionary of each kind.
+HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     """Its own, of each kind: empty where there are none."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return [getattr(module, kind) for kind in HOOK_KINDS]
 
 
 def hooked(module: nn.Module, idle: tuple[str, ...] = IDLE_HOOKS) -> bool:

@@ -23,12 +23,8 @@ _MISSING = object()
 
 # The function that was judged last, and its reason.
 _judged: dict[Pair, tuple[object, str | None]] = {}
-# What `accept` was told, by pair and the function's id; the function, which keeps the id its own.
-_accepted: dict[tuple[Pair, int], object] = {}
-# By the id of pairs, in one dictionary a value of `strict`: the pairs, which keep the id theirs; owners; names; the
-# functions when last seen; the first reason.
-_Seen = tuple[tuple[Pair, ...], tuple[object, ...], tuple[str, ...], list[object], str | None]
-_seen: tuple[dict[int, _Seen], dict[int, _Seen]] = {}, {}
+# The functions that `accept` was given.
+_accepted: dict[Pair, list[object]] = {}
 
 
 def digest(function: object) -> str | None:
@@ -56,11 +52,11 @@ def reason(owner: type | ModuleType, name: str, *, strict: bool = False) -> str 
 
     Args:
         owner: a class, or the module of a function.
-        strict: leave out of account what `accept` was told.
+        strict: leave out of account what `accept` was given.
     """
     function = getattr(owner, name, _MISSING)
     pair = owner, name
-    if not strict and (pair, id(function)) in _accepted:
+    if not strict and any(function is accepted for accepted in _accepted.get(pair, ())):
         return None
     judged = _judged.get(pair)
     if judged is None or judged[0] is not function:
@@ -68,43 +64,41 @@ def reason(owner: type | ModuleType, name: str, *, strict: bool = False) -> str 
     return judged[1]
 
 
-def untested(pairs: tuple[Pair, ...], *, strict: bool = False) -> str | None:
-    """The first reason of several pairs. Cheap where `pairs` is the same object each time and nothing was replaced.
+class Code:
+    """The functions of transformers that a fast class stands in for or rests on."""
 
-    Not for torch.compile to trace: whoever calls it there makes its answer a constant.
-    """
-    seen = _seen[strict].get(id(pairs))
-    if seen is not None and seen[0] is pairs:
-        try:  # a context manager would take as long as the rest
-            if list(map(getattr, seen[1], seen[2])) == seen[3]:
-                return seen[4]
-        except AttributeError:
-            pass  # one is gone
-    return _look_again(pairs, strict)
+    def __init__(self, *pairs: Pair) -> None:
+        self.pairs = pairs
+        self._owners, self._names = zip(*pairs, strict=True)
+        self._functions: list[object] | None = None  # when last looked at, and what was found
+        self._reason: str | None = None
 
+    def untested(self, *, strict: bool = False) -> str | None:
+        """The first reason of them, see `reason`. Cheap as long as nothing was replaced.
 
-def _look_again(pairs: tuple[Pair, ...], strict: bool) -> str | None:
-    owners, names = zip(*pairs, strict=True) if pairs else ((), ())
-    functions = [getattr(*pair, _MISSING) for pair in pairs]
-    found = next((why for owner, name in pairs if (why := reason(owner, name, strict=strict)) is not None), None)
-    if len(_seen[strict]) > 1000:  # somebody makes pairs anew for each call
-        _seen[strict].clear()
-    _seen[strict][id(pairs)] = pairs, owners, names, functions, found
-    return found
+        Not for torch.compile to trace: whoever calls it there makes its answer a constant.
+        """
+        try:
+            functions = list(map(getattr, self._owners, self._names))
+        except AttributeError:  # one is gone
+            functions = None
+        if functions is None or functions != self._functions:
+            self._functions, self._reason = functions, self._first_reason(strict=True)
+        return self._reason if strict or self._reason is None else self._first_reason(strict=False)
 
-
-def accept(pairs: tuple[Pair, ...]) -> None:
-    """Count the functions of `pairs`, as they are now, as tested for the rest of this process."""
-    for pair in pairs:
-        function = getattr(*pair, _MISSING)
-        _accepted[pair, id(function)] = function
-    _seen[False].clear()
+    def _first_reason(self, strict: bool) -> str | None:
+        return next((why for pair in self.pairs if (why := reason(*pair, strict=strict)) is not None), None)
 
 
-def forget() -> None:
-    """Take back what `accept` was told."""
+def accept(code: Code) -> None:
+    """Count the functions of `code`, as they are now, as tested for the rest of this process."""
+    for pair in code.pairs:
+        _accepted.setdefault(pair, []).append(getattr(*pair, _MISSING))
+
+
+def clear_accepted() -> None:
+    """Take back what `accept` was given."""
     _accepted.clear()
-    _seen[False].clear()
 
 
 @cache

@@ -137,7 +137,6 @@ def switches_of(model: nn.Module) -> dict[str, bool] | None:
 
 def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[dict[nn.Module, type], list[str]]:
     """The class that each module should have, and a line for each that would stay stock against the switches."""
-    from fastbert import forwards
     from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, MLM_HEADS, PACKING, encoders_with_a_reader
 
     classes: dict[nn.Module, type] = {}
@@ -158,7 +157,7 @@ def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[d
         if wanted:
             reason = (entry.why_stock if type(module) is entry.stock else entry.why_idle)(module, untested)
         classes[module] = entry.fast if wanted and reason is None else entry.stock
-        if reason is not None and reason == forwards.untested(entry.code, strict=True):
+        if reason is not None and reason == entry.code.untested(strict=True):
             _say_untested(reason)
         if reason is not None and entry.kernel is not None:
             left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")

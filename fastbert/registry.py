@@ -55,11 +55,11 @@ class Entry:
 
     def why_idle(self, module: nn.Module, untested: bool = False) -> str | None:
         """The same of a module that may have the fast class already."""
-        reason = None if untested else forwards.untested(self.code, strict=True)
+        reason = None if untested else self.code.untested(strict=True)
         return reason or self.unsupported(module)
 
     @property
-    def code(self) -> tuple:
+    def code(self) -> forwards.Code:
         """The stock functions that the fast class stands in for or rests on."""
         return CODE[self.stock.__name__]
 

@@ -53,7 +53,6 @@ def put(monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_accepted(monkeypatch):
     monkeypatch.setattr(forwards, "_accepted", {})
-    monkeypatch.setattr(forwards, "_seen", ({}, {}))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_the_table_has_all_of_the_installed_release():
     pairs = stock.covered()
     assert {forwards.reason(*pair) for pair in pairs} == {None}
     assert sorted(forwards.table()) == sorted(forwards.label(*pair) for pair in pairs)
-    assert all(hasattr(*pair) for code in stock.CODE.values() for pair in code)
+    assert all(hasattr(*pair) for code in stock.CODE.values() for pair in code.pairs)
 
 
 def test_importing_it_imports_nothing_that_brings_triton():
@@ -173,12 +172,22 @@ def test_what_is_not_transformers_code_is_replaced(put, function, name):
 
 
 def test_replaced_and_put_back(put):
-    stock, pairs = getattr(*FORWARD), ((modeling_bert.BertOutput, "forward"), FORWARD)
-    assert forwards.untested(pairs) is None
+    stock, code = getattr(*FORWARD), forwards.Code((modeling_bert.BertOutput, "forward"), FORWARD)
+    assert code.untested() is None
     put(mine)
-    assert "mine" in forwards.untested(pairs) and "mine" in forwards.reason(*FORWARD)
+    assert "mine" in code.untested() and "mine" in forwards.reason(*FORWARD)
     put(stock)
-    assert forwards.untested(pairs) is None and forwards.reason(*FORWARD) is None
+    assert code.untested() is None and forwards.reason(*FORWARD) is None
+
+
+def test_one_that_is_gone_and_back(monkeypatch):
+    pair = modeling_bert, "eager_attention_forward"
+    code = forwards.Code(FORWARD, pair)
+    assert code.untested() is None
+    with monkeypatch.context() as without:
+        without.delattr(*pair)
+        assert code.untested() == f"eager_attention_forward is gone (transformers {transformers.__version__})"
+    assert code.untested() is None
 
 
 def test_a_function_of_a_module(monkeypatch):
@@ -210,25 +219,19 @@ def test_without_a_source_nothing_is_vouched_for(released):
 
 
 def test_accepted_for_this_process(put):
-    pairs = (FORWARD,)
+    code = forwards.Code(FORWARD)
     put(mine)
-    assert forwards.untested(pairs) is not None
-    forwards.accept(pairs)
-    assert forwards.untested(pairs) is None and forwards.reason(*FORWARD) is None
-    assert "mine" in forwards.untested(pairs, strict=True) and "mine" in forwards.reason(*FORWARD, strict=True)
+    assert code.untested() is not None
+    forwards.accept(code)
+    assert code.untested() is None and forwards.reason(*FORWARD) is None
+    assert "mine" in code.untested(strict=True) and "mine" in forwards.reason(*FORWARD, strict=True)
     put(lambda self, x: x)
-    assert "<lambda>" in forwards.untested(pairs), "what came after was not vouched for"
+    assert "<lambda>" in code.untested(), "what came after was not vouched for"
 
 
 def test_nothing_is_read_twice(monkeypatch):
-    pairs = stock.covered()
-    assert forwards.untested(pairs) is None
+    code = forwards.Code(*stock.covered())
+    assert code.untested() is None
     monkeypatch.setattr(forwards, "_judge", None)
-    monkeypatch.setattr(forwards, "_look_again", None)
-    assert forwards.untested(pairs) is None
-
-
-def test_pairs_made_anew_do_not_pile_up():
-    kept = [tuple([FORWARD]) for _ in range(1500)]
-    assert {forwards.untested(pairs) for pairs in kept} == {None}
-    assert len(forwards._seen[False]) <= 1001
+    monkeypatch.setattr(forwards, "reason", None)
+    assert code.untested() is None

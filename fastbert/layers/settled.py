@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import ops
-from fastbert.dispatch import hooked, is_plain, is_plain_tensor
+from fastbert.dispatch import HOOK_KINDS, hooked, is_plain, is_plain_tensor
 from fastbert.kernels.adamw.tensor_forms import Forms
 from fastbert.layers import attention, intermediate, residual_norm, stock
 from fastbert.layers.parts import kernel_activation
@@ -213,7 +213,7 @@ def forget(layer: nn.Module) -> None:
 
 
 _FORWARD = attrgetter("forward")
-_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = itemgetter(*HOOK_KINDS)
 _BOTH = itemgetter("weight", "bias")
 
 

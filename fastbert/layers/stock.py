@@ -88,8 +88,7 @@ def _head(name: str, *more: tuple) -> tuple:
     return ((stock_class(name), "forward"), *more)
 
 
-# The functions that must be as tested, by the name of the stock class whose fast class rests on them.
-CODE = {name: ((stock_class(name), "forward"),) for name in _FORWARDS} | {
+_CODE = {name: ((stock_class(name), "forward"),) for name in _FORWARDS} | {
     "eager attention": ((bert, "eager_attention_forward"),),
     "BertEncoder": _PACKED,
     "BertLayer": (*_INSIDE, *_LAYERS[1:], (BertLayer, "feed_forward_chunk")),
@@ -103,12 +102,16 @@ CODE = {name: ((stock_class(name), "forward"),) for name in _FORWARDS} | {
 }
 
 
+# The functions that must be as tested, by the name of the stock class whose fast class rests on them.
+CODE = {name: forwards.Code(*pairs) for name, pairs in _CODE.items()}
+
+
 @torch.compiler.assume_constant_result
 def untested(name: str) -> str | None:
     """Why the fast class for the stock class `name` must not stand in for what transformers holds now, or None."""
-    return forwards.untested(CODE[name])
+    return CODE[name].untested()
 
 
 def covered() -> tuple[forwards.Pair, ...]:
     """All of CODE that the installed release has: what the table of digests holds."""
-    return tuple(dict.fromkeys(pair for pairs in CODE.values() for pair in pairs if hasattr(*pair)))
+    return tuple(dict.fromkeys(pair for code in CODE.values() for pair in code.pairs if hasattr(*pair)))

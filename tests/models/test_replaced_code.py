@@ -187,7 +187,7 @@ def test_strict_raises_and_untested_takes_the_kernel(monkeypatch, caplog):
 def nothing_accepted():
     """Whatever a test declares tested is forgotten."""
     yield
-    forwards.forget()
+    forwards.clear_accepted()
 
 
 def shifted(embeddings):

@@ -41,14 +41,14 @@ FAULTS = (
     ),
     _forwards(
         "what one patch accepted is accepted for all",
-        before="    if not strict and (pair, id(function)) in _accepted:\n",
-        after="    if (pair, id(function)) in _accepted:\n",
+        before="    if not strict and any(function is accepted for accepted in _accepted.get(pair, ())):\n",
+        after="    if any(function is accepted for accepted in _accepted.get(pair, ())):\n",
         tests=(f"{TESTS}::test_accepted_for_this_process",),
     ),
     _forwards(
         "whoever accepts one function accepts all that come after it",
-        before="    if not strict and (pair, id(function)) in _accepted:\n",
-        after="    if not strict and pair in {accepted for accepted, _ in _accepted}:\n",
+        before="    if not strict and any(function is accepted for accepted in _accepted.get(pair, ())):\n",
+        after="    if not strict and pair in _accepted:\n",
         tests=(f"{TESTS}::test_accepted_for_this_process",),
     ),
 )

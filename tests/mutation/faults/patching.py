@@ -68,7 +68,7 @@ FAULTS = (
     ),
     _registry(
         "a forward that was replaced on its class is lost",
-        before="reason = None if untested else forwards.untested(self.code, strict=True)",
+        before="reason = None if untested else self.code.untested(strict=True)",
         after="reason = None",
         tests=("tests/models/test_replaced_code.py::test_strict_raises_and_untested_takes_the_kernel",),
     ),
@@ -81,7 +81,7 @@ FAULTS = (
     Fault(
         "a forward that was replaced after patching is bypassed",
         file="fastbert/layers/stock.py",
-        before="return forwards.untested(CODE[name])",
+        before="return CODE[name].untested()",
         after="return None",
         tests=("tests/models/test_replaced_code.py", "-k", "test_a_forward_replaced_on_its_class and after and intermediate"),
     ),
