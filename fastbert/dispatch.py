@@ -69,10 +69,10 @@ def run(module: nn.Module, op: Callable[..., Any], *arguments: Any, **options: A
     """op(...) for a call that was not refused. If a kernel failed and plain PyTorch stood in, it is tallied so."""
     if torch.compiler.is_compiling():
         return op(*arguments, **options)
-    before = ops.failures.stood_in
+    before = ops.failures.fallbacks
     result = op(*arguments, **options)
-    if ops.failures.stood_in != before:
-        tally, kernel = _calls[module], ops.failures.last
+    if ops.failures.fallbacks != before:
+        tally, kernel = _calls[module], ops.failures.last_failed
         with _lock:
             tally.kernel -= 1
             tally.fallbacks[f"{kernel} failed: {ops.failures.reasons[kernel]}"] += 1

@@ -264,7 +264,7 @@ class AdamW(torch.optim.AdamW):
         except ops.failures.KernelFailed as failure:
             if ops.failures.strict:
                 raise
-            ops.failures.note(failure)
+            ops.failures.record(failure)
             stepped = found()
             left = [stepped[i] for i in failure.left]
             for index, group in enumerate(self.param_groups):

@@ -19,8 +19,7 @@ from bench.audit import sass
 from bench.audit.cases import CASES, Variant
 from bench.core.floors import SCORE_PRODUCTS
 from bench.core.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_per_second, resident_programs
-from fastbert.kernels.core import cache as kept
-from fastbert.kernels.core import launch
+from fastbert.kernels.core import cache, launch
 
 TILES = "pointers"  # what attention's kernels call whatever they load or store a tile through
 _COLUMN_SUMS = "column_sums_kernel"
@@ -113,7 +112,7 @@ def compile_launch(architecture: str, launched: Launch) -> Any:
     """Triton's own warm-up: it specialises the arguments as a launch does, compiles, and stops there."""
     assert isinstance(launched.kernel, triton.JITFunction), "TRITON_INTERPRET is set: nothing can be compiled"
     triton.runtime.driver.set_active(_AbsentDevice(ARCHITECTURES[architecture].capability))
-    return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **kept.options(launched.config))
+    return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **cache.options(launched.config))
 
 
 def resources(cubin: bytes) -> dict[str, int]:

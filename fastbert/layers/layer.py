@@ -105,7 +105,7 @@ class BertLayer(Replicated, stock.BertLayer):
             return f"{failure.kernel} failed: {failure.reason}"
         finally:
             if twins is not None and mask.layers[-1:] == (self,):
-                twins.forget()  # nobody takes that of the last
+                twins.clear()  # nobody takes that of the last
 
 
 _COMPILING = "torch.compile, whose graph is of the modules' own ops"

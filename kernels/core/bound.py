@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from . import cache as kept
+from . import cache
 from .launch import INTERPRETED, Work, counts, is_recording, raise_for, retried
 
 # Where kernels take tensors themselves: nothing is launched by address there.
@@ -56,41 +56,41 @@ class Bound:
         self._name = kernel.__name__
         self._like = like
         self._tensors = tuple(tensors)
-        self._kept: kept.Kept | None = None
+        self._loaded: cache.LoadedKernel | None = None
         if not self._programs or not by_address():
             return
         names = kernel.arg_names
         assert tuple(names[: len(tensors)]) == self._tensors, (names, self._tensors)
         self._numbers = tuple(numbers[name] for name in names[len(tensors) :])
         values = (*tensors.values(), *self._numbers)
-        self._kept = retried(kernel, like, lambda: kept.compiled(kernel, config, like.device, values))
-        _, self._launch, self._told, self._spread = self._kept
+        self._loaded = retried(kernel, like, lambda: cache.compiled(kernel, config, like.device, values))
+        _, self._launch, self._prefix, self._spread = self._loaded
 
     def __call__(self, stream: int | None, *places: Place) -> None:
         """Launch it with tensors in the order of `tensors`, by address where `by_address`."""
-        if self._kept is None:
+        if self._loaded is None:
             tensors = dict(zip(self._tensors, places, strict=True))
             return self._work.launch(self._like, **tensors)
         try:
-            if kept.has_hooks():
+            if cache.has_hooks():
                 self._launch_watched(stream, (*places, *self._numbers))
             elif self._spread:
-                self._launch(self._programs, 1, 1, stream, *self._told, *places, *self._numbers)
+                self._launch(self._programs, 1, 1, stream, *self._prefix, *places, *self._numbers)
             else:
-                self._launch(self._programs, 1, 1, stream, *self._told, (*places, *self._numbers))
+                self._launch(self._programs, 1, 1, stream, *self._prefix, (*places, *self._numbers))
         except Exception as error:
             raise_for(self._work.kernel, error, self._like.device)
         counts[self._name] += 1
 
     def _launch_watched(self, stream: int | None, arguments: tuple[Place, ...]) -> None:
         """As Triton's own launch does it: hooks are told the kernel's name and, where it has more to say, that."""
-        binary, runtime = self._kept.binary, knobs.runtime
+        binary, runtime = self._loaded.binary, knobs.runtime
         metadata = binary.launch_metadata((self._programs, 1, 1), stream, *arguments)
         hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
         binary.run(self._programs, 1, 1, stream, binary.function, binary.packed_metadata, metadata, *hooks, *arguments)
 
 
-class Room:
+class Workspace:
     """Several arrays in one allocation, each from a multiple of 16 bytes on.
 
     Args:

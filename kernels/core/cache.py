@@ -29,13 +29,13 @@ def _class_of(value: Any) -> Any:
     return value if value is None or isinstance(value, torch.dtype) else type(value)
 
 
-class Kept(NamedTuple):
-    """A compiled kernel, loaded on its device: launch(programs, 1, 1, stream, *told, *arguments), the arguments as one tuple
+class LoadedKernel(NamedTuple):
+    """A compiled kernel, loaded on its device: launch(programs, 1, 1, stream, *prefix, *arguments), the arguments as one tuple
     unless `spread`."""
 
     binary: Any
     launch: Any
-    told: tuple[Any, ...]
+    prefix: tuple[Any, ...]
     spread: bool
 
 
@@ -45,13 +45,13 @@ class Family:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.names: list[str] = kernel.arg_names
-        self.kept: dict[tuple, Kept] = {}
+        self.loaded: dict[tuple, LoadedKernel] = {}
         constants = [i for i, param in enumerate(kernel.params) if param.is_constexpr]
         self._constants = itemgetter(slice(0, 0), *constants)  # always a tuple, whatever their number
         self._sizes = [i for i, param in enumerate(kernel.params) if param.do_not_specialize]
         self._others = [i for i in range(len(kernel.params)) if i not in (*constants, *self._sizes)]
         self._unsized = itemgetter(slice(0, 0), *(i for i in range(len(kernel.params)) if i not in self._sizes))
-        self._bound: dict[tuple, Kept] = {}  # by values instead of their classes: as many as there are strides
+        self._bound: dict[tuple, LoadedKernel] = {}  # by values instead of their classes: as many as there are strides
 
     def key(self, values: Sequence[Any], config: Config, device: int) -> tuple:
         """What Triton compiles anew for. A dtype stands for a tensor whose address 16 divides."""
@@ -61,7 +61,7 @@ class Family:
     def _small(self, values: Sequence[Any]) -> list[bool]:
         return [values[i] in _INT32 for i in self._sizes]
 
-    def bound(self, values: Sequence[Any], config: Config, device: int) -> Kept:
+    def bound(self, values: Sequence[Any], config: Config, device: int) -> LoadedKernel:
         """What is kept for `values`, in which dtypes stand for tensors; compiled and loaded where it is not yet. What a batch
         changes are sizes, so this comes at each batch with the same values but for those."""
         unsized = self._unsized(values)[1:]
@@ -69,27 +69,29 @@ class Family:
         found = self._bound.get(known)
         if found is None:
             key = self.key(values, config, device)
-            found = self.kept.get(key) or self.keep(key, self.kernel.warmup(*values, grid=(1,), **options(config)))
+            found = self.loaded.get(key) or self.keep(key, self.kernel.warmup(*values, grid=(1,), **options(config)))
             self._bound[known] = found
         return found
 
-    def keep(self, key: tuple, binary: Any) -> Kept:
+    def keep(self, key: tuple, binary: Any) -> LoadedKernel:
         """Keep what Triton compiled for `key`, and load it where it is not yet."""
-        kept = self.kept[key] = _loaded(binary)
-        return kept
+        loaded = self.loaded[key] = _loaded(binary)
+        return loaded
 
 
-def _loaded(binary: Any) -> Kept:
+def _loaded(binary: Any) -> LoadedKernel:
     """Triton's launcher in Python passes what it is given to one in C, whose arguments changed in 3.7. It allocates scratch
     memory where a kernel asks for it; of ours none does."""
     run, metadata = binary.run, binary.packed_metadata
     scratch = getattr(run, "global_scratch_size", True) or getattr(run, "profile_scratch_size", True)
     if scratch or type(run).__name__ != "CudaLauncher" or getattr(run, "gsan_enabled", False):
-        return Kept(binary, run, (binary.function, metadata, None, None, None), True)
-    told = binary.function, run.launch_cooperative_grid, run.launch_pdl
+        return LoadedKernel(binary, run, (binary.function, metadata, None, None, None), True)
+    prefix = binary.function, run.launch_cooperative_grid, run.launch_pdl
     if hasattr(run, "arg_annotations"):
-        return Kept(binary, run.launch, (*told, metadata, *(None,) * 5, run.arg_annotations, run.kernel_signature), False)
-    return Kept(binary, run.launch, (*told, None, None, metadata, None, None, None), True)
+        return LoadedKernel(
+            binary, run.launch, (*prefix, metadata, *(None,) * 5, run.arg_annotations, run.kernel_signature), False
+        )
+    return LoadedKernel(binary, run.launch, (*prefix, None, None, metadata, None, None, None), True)
 
 
 _families: dict[int, Family] = {}
@@ -152,19 +154,19 @@ def start(kernel: Any, programs: int, config: Config, device: torch.device, argu
     members = family(kernel)
     values = [arguments[name] for name in members.names]
     key = members.key(values, config, device.index)
-    kept = members.kept.get(key)
-    if kept is None:
+    loaded = members.loaded.get(key)
+    if loaded is None:
         members.keep(key, kernel[(programs,)](**arguments, **options(config)))
         return
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     addresses = tuple([value.data_ptr() if isinstance(value, Tensor) else value for value in values])
-    if kept.spread:
-        kept.launch(programs, 1, 1, stream, *kept.told, *addresses)
+    if loaded.spread:
+        loaded.launch(programs, 1, 1, stream, *loaded.prefix, *addresses)
     else:
-        kept.launch(programs, 1, 1, stream, *kept.told, addresses)
+        loaded.launch(programs, 1, 1, stream, *loaded.prefix, addresses)
 
 
-def compiled(kernel: Any, config: Config, device: torch.device, values: Sequence[Any]) -> Kept:
+def compiled(kernel: Any, config: Config, device: torch.device, values: Sequence[Any]) -> LoadedKernel:
     """`kernel` for arguments of these classes (see Family.key), compiled and loaded where it is not yet. Nothing is launched;
     `device` is the current one."""
     return family(kernel).bound(values, config, device.index)

@@ -29,9 +29,9 @@ logger = logging.getLogger("fastbert")
 strict = False
 # Why a kernel is not used, by its name. Empty in a process in which all is well.
 reasons: dict[str, str] = {}
-# How many launches plain PyTorch stood in for, and for the sake of which kernel last.
-stood_in = 0
-last = ""
+# How many launches fell back to plain PyTorch, and whose failure made the last one.
+fallbacks = 0
+last_failed = ""
 _failed: dict[Callable[..., Any], str] = {}  # launchers, with the kernel of theirs that failed
 
 # Errors of earlier work on the device that a launch is merely the first to hear of, after which nothing runs there.
@@ -92,24 +92,24 @@ def is_of_the_kernel(error: Exception, device: torch.device) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, InterpreterError, KernelFailed)):
         return False
     others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING, _OF_A_CAPTURE)
-    return not (_says(error, *others) or _is_capturing(device))
+    return not (_mentions(error, *others) or _is_capturing(device))
 
 
 def advise(kernel: str, error: Exception, device: torch.device) -> None:
     """Add to an error that is not the kernel's what can be done about it, where something can."""
-    if _says(error, _OF_A_CAPTURE) or _is_capturing(device):
+    if _mentions(error, _OF_A_CAPTURE) or _is_capturing(device):
         error.add_note(
             f"fastbert: the launch of {kernel} failed inside a CUDA graph capture. Nothing is switched off by that. Run the "
             "step once before capturing it, so that its kernels are compiled and loaded, then capture it again."
         )
-    elif _says(error, *_OF_THE_CONTEXT):
+    elif _mentions(error, *_OF_THE_CONTEXT):
         error.add_note(
             f"fastbert: {kernel} cannot be launched because this process has no CUDA context that works: it was destroyed, "
             "the process was forked after CUDA had been used, or it is ending. Use the GPU in a new process."
         )
 
 
-def _says(error: Exception, *texts: str) -> bool:
+def _mentions(error: Exception, *texts: str) -> bool:
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(part in text for part in texts)
 
@@ -143,7 +143,7 @@ def move_cache(error: Exception) -> bool:
 move_cache.folder = None
 
 
-def note(failure: KernelFailed) -> None:
+def record(failure: KernelFailed) -> None:
     """Remember why a kernel is not used, and say so if it is not known yet."""
     if failure.kernel not in reasons:
         reasons[failure.kernel] = failure.reason
@@ -155,7 +155,7 @@ def note(failure: KernelFailed) -> None:
         )
 
 
-def forget() -> None:
+def reset() -> None:
     """Try every kernel again."""
     reasons.clear()
     _failed.clear()
@@ -176,7 +176,7 @@ def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) 
                 except KernelFailed as failure:
                     if strict:
                         raise
-                    note(failure)
+                    record(failure)
                     _failed[launcher] = failure.kernel
             _count(_failed.get(launcher) or _failed[after])
             device = next(x.device.type for x in arguments if isinstance(x, Tensor))
@@ -191,5 +191,5 @@ def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) 
 
 
 def _count(kernel: str) -> None:
-    global stood_in, last
-    stood_in, last = stood_in + 1, kernel
+    global fallbacks, last_failed
+    fallbacks, last_failed = fallbacks + 1, kernel

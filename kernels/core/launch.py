@@ -1,17 +1,17 @@
 """How a kernel is launched: on which device, with which configuration; and how it becomes differentiable."""
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-from . import cache as kept
+from . import cache
 from .configs import ARCHITECTURES, LENGTHS, TABLES, Config
 from .failures import KernelFailed, advise, is_of_the_kernel, move_cache
 
@@ -47,7 +47,7 @@ def is_recording() -> bool:
     return _recording is not None
 
 
-@cache
+@functools.cache
 def architecture(device: torch.device) -> str:
     """The newest architecture of the tables that is not newer than the device."""
     if device.type == "cpu":
@@ -60,7 +60,7 @@ def architecture(device: torch.device) -> str:
     return name
 
 
-@cache
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     # Two in the interpreter, so that sums over programs are sums; 132 (an H100) where nothing is launched.
     if device.type == "cuda":
@@ -130,12 +130,12 @@ def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments
     # One axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
     try:
         if not like.is_cuda:
-            kernel[(programs,)](**arguments, **kept.options(config))
+            kernel[(programs,)](**arguments, **cache.options(config))
         elif like.device.index == torch._C._cuda_getDevice():
-            kept.start(kernel, programs, config, like.device, arguments)
+            cache.start(kernel, programs, config, like.device, arguments)
         else:
             with torch.cuda.device(like.device):
-                kept.start(kernel, programs, config, like.device, arguments)
+                cache.start(kernel, programs, config, like.device, arguments)
     except Exception as error:
         if move_cache(error):
             return launch(kernel, programs, config, like, **arguments)

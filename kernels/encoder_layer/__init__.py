@@ -31,7 +31,8 @@ from . import plain
 from .backward import Gradients, Vectors, backward
 from .checks import check
 from .forward import Inputs, Saved, draw_seeds, forward
-from .plan import Plan, forget, plan_of
+from .plan import Plan, plan_of
+from .plan import clear as clear_plans
 from .products import Products
 from .settings import Layout, Settings, Weights
 from .twins import Twins
@@ -174,9 +175,9 @@ def unchecked(
 
 
 def _note(failure: KernelFailed) -> None:
-    failures.note(failure)
+    failures.record(failure)
     if failure.kernel in feed_forward_products.KERNELS:
-        forget()  # the plans that have it: cuBLAS and a kernel take its place in the next ones
+        clear_plans()  # the plans that have it: cuBLAS and a kernel take its place in the next ones
 
 
 class _Layer(torch.autograd.Function):

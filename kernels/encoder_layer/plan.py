@@ -7,7 +7,7 @@ import torch
 
 from .. import attention, bias_gelu, dropout_add_layernorm
 from ..core import column_sums, failures
-from ..core.bound import Bound, Room, by_address, streams
+from ..core.bound import Bound, Workspace, by_address, streams
 from ..core.failures import KernelFailed
 from ..core.launch import Work, accumulator_torch
 from ..feed_forward import products as feed_forward_products
@@ -109,7 +109,7 @@ class Plan:
         self.statistics2 = (n,), accumulator_torch(self.z2_dtype)
         if call.gradient:  # what the backward needs of the forward besides the larger tensors
             z1, z2 = ((n, hidden), self.z1_dtype), ((n, hidden), self.z2_dtype)
-            self.kept = Room(
+            self.kept = Workspace(
                 *(self.softmax, z1, self.statistics1, self.statistics1),
                 *(z2, self.statistics2, self.statistics2),
             )
@@ -164,7 +164,7 @@ class Plan:
         self.vectors = [hidden, hidden, hidden, inner, *[hidden] * 6]
         self.vectors_in_all = sum(self.vectors)
         self.n_sums = len(rows)
-        self.scratch = Room(*((shape, wide) for shape in zip(rows, widths, strict=True)), *self._queries)
+        self.scratch = Workspace(*((shape, wide) for shape in zip(rows, widths, strict=True)), *self._queries)
 
     def _bind_attention_backward(self, low: torch.dtype, head_size: int) -> tuple[int, ...]:
         """How many rows of sums there are of dq, and of dk and dv beside each other; of all three together if sequences are
@@ -203,7 +203,7 @@ class Plan:
         except KernelFailed as failure:
             if failures.strict:
                 raise
-            failures.note(failure)
+            failures.record(failure)
             return None
 
     def _bind_norm_backward(
@@ -267,6 +267,6 @@ def plan_of(call: tuple[Any, ...], settings: Settings) -> Plan:
     return _kept(call, settings) if by_address() else Plan(Call._make(call), settings)
 
 
-def forget() -> None:
+def clear() -> None:
     """Make every plan anew."""
     _kept.cache_clear()

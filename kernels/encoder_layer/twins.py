@@ -25,12 +25,12 @@ class Twins:
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The twin of `x` in `dtype`, if x is the last result and was not written to since. It is taken once."""
         of, version, low = self._of, self._version, self.low
-        self.forget()
+        self.clear()
         if of is not x or low is None or low.dtype != dtype or version != _version(x):
             return None
         return low
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Keep nothing alive."""
         self._of = self._version = self.low = None
 

@@ -11,8 +11,8 @@ from fastbert.kernels.encoder_layer import plan
 @pytest.fixture(autouse=True)
 def forgotten(no_stand_in: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(failures, "strict", False)
-    failures.forget()
-    plan.forget()
+    failures.reset()
+    plan.clear()
     yield
-    failures.forget()
-    plan.forget()
+    failures.reset()
+    plan.clear()

@@ -62,7 +62,7 @@ def test_a_step_with_dropout_and_checkpoints_goes_on(kernels, good, monkeypatch)
     with monkeypatch.context() as patch:  # in float64 the interpreter takes longest
         break_kernels(patch, EVERY)
         exact = step(copy.deepcopy(model).double(), doubled(batch))
-    failures.forget()
+    failures.reset()
     broken = break_kernels(monkeypatch, kernels, good=good)
     assert_equal(step(model, batch), intact, exact)
     assert failures.reasons.keys() <= kernels and any(kernel.attempts for kernel in broken.values())

@@ -270,4 +270,4 @@ def test_a_kernel_that_fails_is_stood_in_for(monkeypatch):
     try:
         assert not check(make().train(), batch_of())[IDS]
     finally:
-        failures.forget()
+        failures.reset()

@@ -7,10 +7,9 @@ import pytest
 import torch
 from triton import knobs
 
-from fastbert.kernels.core import bound, column_sums, failures
-from fastbert.kernels.core import cache as kept
+from fastbert.kernels.core import bound, cache, column_sums, failures
 from fastbert.kernels.core import launch as module
-from fastbert.kernels.core.bound import Bound, Room, addressing
+from fastbert.kernels.core.bound import Bound, Workspace, addressing
 from fastbert.kernels.core.configs import Config
 from fastbert.kernels.core.launch import Work, counts, recording
 from fastbert.testing.numerics import assert_close
@@ -25,7 +24,7 @@ NUMBERS = {"n": 3, "size": 9, "N": 8, "NAME": "gelu"}
 
 @pytest.fixture
 def noting(monkeypatch):
-    on_a_device(monkeypatch, kept)
+    on_a_device(monkeypatch, cache)
     monkeypatch.setattr(bound, "by_address", lambda: True)
     counts.pop("noting_kernel", None)
     yield Noting()
@@ -55,8 +54,8 @@ def test_what_triton_compiled_once_is_shared(noting):
 
 def test_one_tuple_where_tritons_launcher_wants_it(noting, monkeypatch):
     told = []
-    kernel = kept.Kept(None, lambda *arguments: told.append(arguments), ("told",), False)
-    monkeypatch.setattr(kept, "compiled", lambda *arguments: kernel)
+    kernel = cache.LoadedKernel(None, lambda *arguments: told.append(arguments), ("told",), False)
+    monkeypatch.setattr(cache, "compiled", lambda *arguments: kernel)
     bind(noting)(9, 4096)
     assert told == [(5, 1, 1, 9, "told", (4096, 3, 9, 8, "gelu"))]
 
@@ -197,10 +196,10 @@ def test_room(like):
         ((2, 2), torch.int32),
         ((1,), torch.float64),
     ]
-    room = Room(*shapes)
-    memory = room.allocate(torch.empty(0, dtype=like, device=DEVICE))
-    assert memory.dtype == like and memory.numel() * like.itemsize == room.bytes == 64 + 16 + 16 + 16
-    views = [room.view(memory, i) for i in range(len(shapes))]
+    workspace = Workspace(*shapes)
+    memory = workspace.allocate(torch.empty(0, dtype=like, device=DEVICE))
+    assert memory.dtype == like and memory.numel() * like.itemsize == workspace.bytes == 64 + 16 + 16 + 16
+    views = [workspace.view(memory, i) for i in range(len(shapes))]
     first = memory.data_ptr()
     for i, (view, (shape, dtype)) in enumerate(zip(views, shapes, strict=True)):
         assert (tuple(view.shape), view.dtype) == (shape, dtype) and view.is_contiguous()
@@ -211,13 +210,13 @@ def test_room(like):
 
 @no_launch
 def test_places_are_the_views_addresses(monkeypatch):
-    room = Room(((3, 5), torch.float32), ((7,), torch.float16))
-    memory = room.allocate(torch.empty(0))
+    workspace = Workspace(((3, 5), torch.float32), ((7,), torch.float16))
+    memory = workspace.allocate(torch.empty(0))
     monkeypatch.setattr(bound, "by_address", lambda: False)
-    views = room.places(memory)
+    views = workspace.places(memory)
     assert [tuple(view.shape) for view in views] == [(3, 5), (7,)] and addressing()(memory) is memory
     monkeypatch.setattr(bound, "by_address", lambda: True)
-    assert room.places(memory) == [view.data_ptr() for view in views] and addressing()(memory) == memory.data_ptr()
+    assert workspace.places(memory) == [view.data_ptr() for view in views] and addressing()(memory) == memory.data_ptr()
 
 
 @pytest.mark.gpu

@@ -17,8 +17,7 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastbert.kernels.bias_gelu import bias_gelu, bias_gelu_fwd_kernel
-from fastbert.kernels.core import cache as kept
-from fastbert.kernels.core import failures
+from fastbert.kernels.core import cache, failures
 from fastbert.kernels.core.configs import Config
 from fastbert.testing.rows import DEVICE
 
@@ -44,7 +43,7 @@ VALUES = [*TENSORS, *INTS, *OTHERS]
 
 
 def key(x=TENSORS[0], n=3, size=3, N=8, name="gelu", config=CONFIG, device=0):
-    return kept.Family(PROBE).key([x, n, size, N, name], config, device)
+    return cache.Family(PROBE).key([x, n, size, N, name], config, device)
 
 
 def tritons(x=TENSORS[0], n=3, size=3, N=8, name="gelu"):
@@ -137,8 +136,8 @@ def test_the_launcher_in_c_is_told_what_tritons_tells_it(monkeypatch):
     nothing = SimpleNamespace(allocate_default_profile_scratch=lambda *arguments: None)
     monkeypatch.setattr(type(triton.runtime.driver), "active", nothing, raising=False)
     run(5, 1, 1, 9, binary.function, binary.packed_metadata, None, None, None, *arguments)
-    found = kept._loaded(binary)
-    found.launch(5, 1, 1, 9, *found.told, *(arguments if found.spread else (arguments,)))
+    found = cache._loaded(binary)
+    found.launch(5, 1, 1, 9, *found.prefix, *(arguments if found.spread else (arguments,)))
     assert told[0] == told[1] and len(told[0]) > 10
 
 
@@ -151,19 +150,19 @@ def test_a_kernel_that_wants_more_is_launched_by_tritons_launcher(change):
     run = CudaLauncher.__new__(CudaLauncher) if change else (lambda *arguments: None)
     for name, value in ({"global_scratch_size": 0, "profile_scratch_size": 0, "gsan_enabled": False} | change).items():
         setattr(run, name, value)
-    found = kept._loaded(SimpleNamespace(run=run, function=7, packed_metadata=(4,)))
-    assert found.launch is run and found.told == (7, (4,), None, None, None) and found.spread
+    found = cache._loaded(SimpleNamespace(run=run, function=7, packed_metadata=(4,)))
+    assert found.launch is run and found.prefix == (7, (4,), None, None, None) and found.spread
 
 
 @pytest.fixture
 def noting(monkeypatch):
-    on_a_device(monkeypatch, kept)
+    on_a_device(monkeypatch, cache)
     return Noting()
 
 
 def start(kernel, device=0, config=CONFIG, programs=5, **change):
     arguments = {"x_ptr": TENSORS[0], "n": 3, "size": 9, "N": 8, "NAME": "gelu"} | change
-    kept.start(kernel, programs, config, torch.device("cuda", device), arguments)
+    cache.start(kernel, programs, config, torch.device("cuda", device), arguments)
     return kernel.launched[-1]
 
 
@@ -185,9 +184,9 @@ def test_the_first_launch_is_tritons_and_later_ones_pass_addresses(noting):
 def test_another_kernel_at_the_same_place_is_another(noting):
     """An id is given anew when what had it is gone."""
     start(noting)
-    members = kept.family(noting)
-    kept._families[id(noting)] = kept.Family(Noting())
-    assert kept.family(noting) is not members and start(noting)[0] == "triton"
+    members = cache.family(noting)
+    cache._families[id(noting)] = cache.Family(Noting())
+    assert cache.family(noting) is not members and start(noting)[0] == "triton"
 
 
 def _watched(name, holder, value):
@@ -204,7 +203,7 @@ WATCHED = {
     "hooks of a kernel": _watched("pre_run_hooks", None, [print]),
     "another enter hook": _watched("launch_enter_hook", knobs.runtime, lambda metadata: None),
     "another exit hook": _watched("launch_exit_hook", knobs.runtime, lambda metadata: None),
-    "something in its place": lambda patch, kernel: patch.setattr(kept.triton, "JITFunction", JITFunction),
+    "something in its place": lambda patch, kernel: patch.setattr(cache.triton, "JITFunction", JITFunction),
 }
 
 
@@ -226,18 +225,18 @@ def test_a_hook_that_is_added_is_seen(hook, noting):
     told = getattr(knobs.runtime, hook)
     told.add(print)
     try:
-        assert kept.has_hooks() and start(noting)[0] == "triton"
+        assert cache.has_hooks() and start(noting)[0] == "triton"
     finally:
         told.remove(print)
-    assert not kept.has_hooks() and start(noting)[0] == "address"
+    assert not cache.has_hooks() and start(noting)[0] == "address"
 
 
 @no_launch
 def test_a_kernel_is_compiled_ahead_once_and_shared(noting):
     values = (torch.float32, 3, 9, 8, "gelu")
-    first = kept.compiled(noting, CONFIG, torch.device("cuda", 0), values)
+    first = cache.compiled(noting, CONFIG, torch.device("cuda", 0), values)
     assert noting.launched == [("warmup", values, {"num_warps": 4})]
-    assert kept.compiled(noting, CONFIG, torch.device("cuda", 0), (torch.float32, 5, 70, 8, "gelu")) is first
+    assert cache.compiled(noting, CONFIG, torch.device("cuda", 0), (torch.float32, 5, 70, 8, "gelu")) is first
     assert start(noting)[0] == "address"
 
 
@@ -245,7 +244,7 @@ def test_a_kernel_is_compiled_ahead_once_and_shared(noting):
 @pytest.mark.parametrize("numbers", [(3.0, 9), (3, 2**40)], ids=["of another type", "past 32 bits"])
 def test_what_differs_is_another_kernel(numbers, noting):
     device = torch.device("cuda", 0)
-    first, other = (kept.compiled(noting, CONFIG, device, (torch.float32, *n, 8, "gelu")) for n in ((3, 9), numbers))
+    first, other = (cache.compiled(noting, CONFIG, device, (torch.float32, *n, 8, "gelu")) for n in ((3, 9), numbers))
     assert first is not other and len(noting.launched) == 2
 
 
@@ -253,15 +252,15 @@ def test_what_differs_is_another_kernel(numbers, noting):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_launches_of_compiled_kernels(dtype):
     """For whatever argument, the kernel that is launched is the one that Triton would have launched."""
-    members = kept.family(bias_gelu_fwd_kernel)
+    members = cache.family(bias_gelu_fwd_kernel)
     memory = torch.randn(40 * 80 + 9, device=DEVICE).to(dtype)
     for offset, rows, stride, width in itertools.product((0, 1), (1, 16, 17), (48, 49), (16, 33)):
         x = memory[offset : offset + rows * stride].view(rows, stride)[:, :width]
         for y in (bias_gelu(x), bias_gelu(x)):
             assert y.shape == (rows, width)
     of_triton = {id(binary) for binary in bias_gelu_fwd_kernel.device_caches[0][0].values()}
-    assert {id(found.binary) for found in members.kept.values()} <= of_triton
-    assert all(found.told[0] == found.binary.function for found in members.kept.values())
+    assert {id(found.binary) for found in members.loaded.values()} <= of_triton
+    assert all(found.prefix[0] == found.binary.function for found in members.loaded.values())
 
 
 @pytest.mark.gpu
@@ -287,12 +286,12 @@ def test_a_launch_that_fails_is_the_kernels(monkeypatch):
     """By address as by Triton."""
     x = torch.randn(4, 80, device=DEVICE)
     bias_gelu(x)
-    members = kept.family(bias_gelu_fwd_kernel)
+    members = cache.family(bias_gelu_fwd_kernel)
 
     def fails(*arguments):
         raise RuntimeError("Triton Error [CUDA]: invalid argument")
 
-    for key, found in list(members.kept.items()):
-        monkeypatch.setitem(members.kept, key, found._replace(launch=fails))
+    for key, found in list(members.loaded.items()):
+        monkeypatch.setitem(members.loaded, key, found._replace(launch=fails))
     with pytest.raises(failures.KernelFailed, match="bias_gelu_fwd_kernel"):
         bias_gelu(x)

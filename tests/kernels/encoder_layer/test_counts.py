@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert.kernels.core import bound
-from fastbert.kernels.core import cache as kept
+from fastbert.kernels.core import bound, cache
 from fastbert.kernels.core.launch import INTERPRETED, counts
 from fastbert.kernels.encoder_layer import Settings, plan, products
 from fastbert.kernels.encoder_layer.forward import columns, seed_places
@@ -58,10 +57,10 @@ def by_address(monkeypatch):
     """As on a device."""
     monkeypatch.setattr(bound, "INTERPRETED", False)
     monkeypatch.setattr(products, "adds_last", lambda a: True)
-    monkeypatch.setattr(kept, "compiled", lambda *arguments: kept.Kept(None, lambda *places: None, (), True))
-    plan.forget()
+    monkeypatch.setattr(cache, "compiled", lambda *arguments: cache.LoadedKernel(None, lambda *places: None, (), True))
+    plan.clear()
     yield
-    plan.forget()
+    plan.clear()
 
 
 def counted(step):
@@ -188,7 +187,9 @@ def test_a_step_binds_nothing_twice(monkeypatch):
     """Layers and steps of one shape share a plan; another length has its own."""
     compiled = []
     monkeypatch.setattr(
-        kept, "compiled", lambda *arguments: (compiled.append(arguments), kept.Kept(None, lambda *p: None, (), True))[1]
+        cache,
+        "compiled",
+        lambda *arguments: (compiled.append(arguments), cache.LoadedKernel(None, lambda *p: None, (), True))[1],
     )
     for _ in range(3):
         made("masked")()

@@ -5,8 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fastbert.kernels.core import bound
-from fastbert.kernels.core import cache as kept
+from fastbert.kernels.core import bound, cache
 from fastbert.kernels.core.launch import INTERPRETED
 from fastbert.kernels.encoder_layer import Settings, encoder_layer, plan
 from fastbert.kernels.feed_forward.products import KERNELS, decided
@@ -85,9 +84,9 @@ def test_the_same_as_without_them():
 def test_two_launches_fewer(monkeypatch, launches):
     """One kernel for a product and a kernel, forward and backward; and without a gradient h is not written."""
     monkeypatch.setattr(bound, "INTERPRETED", False)
-    compiled, nothing = [], kept.Kept(None, lambda *places: None, (), True)
-    monkeypatch.setattr(kept, "compiled", lambda kernel, _, __, values: compiled.append((kernel.__name__, values)) or nothing)
-    plan.forget()
+    compiled, nothing = [], cache.LoadedKernel(None, lambda *places: None, (), True)
+    monkeypatch.setattr(cache, "compiled", lambda kernel, _, __, values: compiled.append((kernel.__name__, values)) or nothing)
+    plan.clear()
     inputs = make_inputs((2, 9, 32), 64)
     leaves = {name: None if x is None else x.requires_grad_() for name, x in inputs.items()}
     with decided(True, True):
@@ -95,7 +94,7 @@ def test_two_launches_fewer(monkeypatch, launches):
         torch.autograd.grad(y, [x for x in leaves.values() if x is not None], torch.ones_like(y))
         with torch.no_grad():
             flat(direct)(**leaves, settings=Settings(2))
-    plan.forget()
+    plan.clear()
     found = launches()
     assert not any("gelu" in name for name in (*found, *dict(compiled))) and len(compiled) == 10 + 4
     assert [values[3] for name, values in compiled if name == KERNELS[0]] == [torch.float32, None]

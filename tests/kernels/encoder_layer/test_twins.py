@@ -90,5 +90,5 @@ def test_it_is_kept_no_longer_than_needed(weights):
     assert twins.low is None and twins.take(y, HALF) is None
     forward(weights, twins)
     assert twins.low is not None
-    twins.forget()
+    twins.clear()
     assert twins.low is None

@@ -96,7 +96,7 @@ FAULTS = (
     ),
     _plan(
         "a product that does not compile takes the layer with it",
-        before="            failures.note(failure)\n            return None",
+        before="            failures.record(failure)\n            return None",
         after="            raise",
         tests=(FAIL, "-k", "test_in_a_layer and compiled"),
     ),

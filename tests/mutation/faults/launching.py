@@ -1,4 +1,4 @@
-"""Compiled kernels that are kept, and kernels that are bound."""
+"""The cache of compiled kernels, and bound kernels."""
 
 from functools import partial
 
@@ -7,53 +7,53 @@ from tests.mutation.fault import Fault
 KEPT = "tests/kernels/core/test_cache.py"
 BOUND = "tests/kernels/core/test_bound.py"
 
-_kept = partial(Fault, file="kernels/core/cache.py")
+_cache = partial(Fault, file="kernels/core/cache.py")
 _bound = partial(Fault, file="kernels/core/bound.py")
 
 FAULTS = (
-    _kept(
+    _cache(
         "a stride of 1 finds the kernel of another odd one",
         before="return value == 1, value % 16 == 0, value in _INT32",
         after="return value % 16 == 0, value in _INT32",
         tests=(f"{KEPT}::test_one_key_is_one_kernel_of_tritons", f"{KEPT}::test_each_difference_is_another_key"),
     ),
-    _kept(
+    _cache(
         "a size past 32 bits finds the kernel of a small one",
         before="return [values[i] in _INT32 for i in self._sizes]",
         after="return []",
         tests=(f"{KEPT}::test_an_int_that_is_not_specialised_has_two_classes",),
     ),
-    _kept(
+    _cache(
         "a number finds the kernel of an equal one of another type",
         before=", *map(type, unsized)",
         after="",
         tests=(f"{KEPT}::test_what_differs_is_another_kernel",),
     ),
-    _kept(
+    _cache(
         "a tensor at an odd place finds the kernel of 16-byte accesses",
         before="return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)",
         after="return value.dtype",
         tests=(f"{KEPT}::test_one_key_is_one_kernel_of_tritons",),
     ),
-    _kept(
+    _cache(
         "a kernel that is loaded on one device is launched on another",
         before="return device, config.num_warps",
         after="return config.num_warps",
         tests=(f"{KEPT}::test_options_and_devices_have_kernels_of_their_own",),
     ),
-    _kept(
+    _cache(
         "a constant is no part of the key",
         before="self._constants(values)[1:], *self._small(values)",
         after="*self._small(values)",
         tests=(f"{KEPT}::test_each_difference_is_another_key",),
     ),
-    _kept(
+    _cache(
         "profilers do not see what is launched by address",
         before="        or has_hooks()\n",
         after="",
         tests=(f"{KEPT}::test_a_hook_that_is_added_is_seen",),
     ),
-    _kept(
+    _cache(
         "a kernel that wants scratch memory gets none",
         before='if scratch or type(run).__name__ != "CudaLauncher"',
         after='if type(run).__name__ != "CudaLauncher"',
@@ -61,7 +61,7 @@ FAULTS = (
     ),
     _bound(
         "hooks are not told of bound kernels",
-        before="if kept.has_hooks():",
+        before="if cache.has_hooks():",
         after="if False:",
         tests=(f"{BOUND}::test_hooks_are_told",),
     ),

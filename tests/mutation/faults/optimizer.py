@@ -259,8 +259,8 @@ FAULTS = (
     ),
     _failures(
         "a kernel that fails in a capture is switched off if the error does not speak of captures",
-        before="return not (_says(error, *others) or _is_capturing(device))",
-        after="return not _says(error, *others)",
+        before="return not (_mentions(error, *others) or _is_capturing(device))",
+        after="return not _mentions(error, *others)",
         tests=(f"{FAILING}::test_no_error_inside_a_capture_disables_a_kernel",),
     ),
     _groups(
