@@ -36,13 +36,16 @@ def calls(module: nn.Module) -> Calls:
     return _calls.get(module) or Calls()
 
 
-def forget(module: nn.Module) -> None:
+def clear_calls(module: nn.Module) -> None:
     """Drop the tally of `module`."""
     _calls.pop(module, None)
 
 
-class Replicated:
-    """Of a fast class: nn.DataParallel makes replicas of it at every call, and their calls count as the module's own."""
+class FastModule:
+    """What every fast class inherits, by which they are told from stock's.
+
+    nn.DataParallel makes replicas of a module at every call: their calls count as the module's own.
+    """
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
@@ -51,7 +54,7 @@ class Replicated:
         return replica
 
 
-def refused(module: nn.Module, reason: str | None) -> bool:
+def falls_back(module: nn.Module, reason: str | None) -> bool:
     """Whether this call goes to stock code, which it does when there is a reason; tallied either way."""
     if not torch.compiler.is_compiling():  # traced once, run many times: a count would be wrong
         with _lock:
@@ -66,7 +69,7 @@ def refused(module: nn.Module, reason: str | None) -> bool:
 
 
 def run(module: nn.Module, op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """op(...) for a call that was not refused. If a kernel failed and plain PyTorch stood in, it is tallied so."""
+    """op(...) for a call that does not fall back. If a kernel failed and plain PyTorch computed its part, it is tallied so."""
     if torch.compiler.is_compiling():
         return op(*arguments, **options)
     before = ops.failures.fallbacks
@@ -157,7 +160,7 @@ def _library_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
 _LIBRARY = {cls: _library_forward(cls) for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)}
 
 
-def stand_in_for(*classes: type[nn.Module]) -> None:
+def register_library_classes(*classes: type[nn.Module]) -> None:
     """Let modules of these classes, too, be plain."""
     _LIBRARY.update({cls: _library_forward(cls) for cls in classes})
 
@@ -165,16 +168,16 @@ def stand_in_for(*classes: type[nn.Module]) -> None:
 def forward_replaced(module: nn.Module) -> bool:
     """Whether `module` has a forward of its own. Its class's, which transformers 5.0 leaves there when it has captured
     outputs, is none."""
-    return "forward" in module.__dict__ and not repeats_its_class(module)
+    return "forward" in module.__dict__ and not class_forward_on_instance(module)
 
 
-def repeats_its_class(module: nn.Module) -> bool:
+def class_forward_on_instance(module: nn.Module) -> bool:
     """Whether the forward of the class stands on `module` itself, too."""
     forward = vars(module).get("forward")
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 
 
-def replaced(cls: type[nn.Module]) -> bool:
+def class_forward_replaced(cls: type[nn.Module]) -> bool:
     """Whether the forward of `cls` is known here and no longer the library's."""
     return cls in _LIBRARY and cls.forward is not _LIBRARY[cls]
 

@@ -43,7 +43,7 @@ def lengths(
         ValueError: `model` has no encoder that packs; a number below 0, a bucket below 1; neither lengths nor a budget.
             In the call: as many lengths as the batch has no rows.
     """
-    from fastbert.layers.counts import Given
+    from fastbert.layers.counts import CallerCounts
 
     encoders = _packing_encoders(model)
     for name, value, least in (("bucket", bucket, 1), ("token_budget", token_budget, 0), ("read_budget", read_budget, 0)):
@@ -51,18 +51,18 @@ def lengths(
             raise ValueError(f"{name}: expected an integer from {least} on, got {value!r}")
     if lengths is None and token_budget is None and read is None and read_budget is None:
         raise ValueError("lengths: expected the tokens of each row, or a token_budget, got neither")
-    told = Given(_counts("lengths", lengths), _counts("read", read), bucket, token_budget, read_budget)
-    before = [vars(encoder).get("given") for encoder in encoders]
+    counts = CallerCounts(_counts("lengths", lengths), _counts("read", read), bucket, token_budget, read_budget)
+    before = [vars(encoder).get("caller_counts") for encoder in encoders]
     try:
         for encoder in encoders:
-            encoder.given = told
+            encoder.caller_counts = counts
         yield
     finally:
         for encoder, former in zip(encoders, before, strict=True):
             if former is None:
-                del encoder.given
+                del encoder.caller_counts
             else:
-                encoder.given = former
+                encoder.caller_counts = former
 
 
 class Counted(list):
@@ -102,7 +102,7 @@ class LengthsCollator:
 
 
 # By model: what it was patched with when its encoders were looked for, and those that pack.
-_found: WeakKeyDictionary[nn.Module, tuple[object, list[ReferenceType[nn.Module]]]] = WeakKeyDictionary()
+_encoders: WeakKeyDictionary[nn.Module, tuple[object, list[ReferenceType[nn.Module]]]] = WeakKeyDictionary()
 
 
 def _packing_encoders(model: nn.Module) -> list[nn.Module]:
@@ -110,11 +110,11 @@ def _packing_encoders(model: nn.Module) -> list[nn.Module]:
 
     _check_model(model)
     packing = PACKING.fast, AUTO_PACKING.fast
-    patched_with, known = _found.get(model, (None, []))
+    patched_with, known = _encoders.get(model, (None, []))
     found = [encoder for encoder in (reference() for reference in known) if type(encoder) in packing]
     if not found or len(found) != len(known) or patched_with is not switches_of(model):  # a step must not look each time
         found = [module for module in model.modules() if type(module) in packing]
-        _found[model] = switches_of(model), [ref(encoder) for encoder in found]
+        _encoders[model] = switches_of(model), [ref(encoder) for encoder in found]
     if not found:
         raise ValueError(
             f"model: expected one whose encoder packs (unpad=True, or unpad='auto' and a head that reads some positions "

@@ -77,12 +77,12 @@ class AdamW(torch.optim.AdamW):
             raise ValueError("differentiable: expected False, got True: the kernel has no derivative; use torch.optim.AdamW")
         for name, value in (("foreach", foreach), ("fused", fused)):
             if value:
-                _say_ignored(name)
+                _log_ignored(name)
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable)
         self.defaults["master_weights"] = master_weights
         for group in self.param_groups:
             group.setdefault("master_weights", master_weights)
-        self._forget_tables()
+        self._reset_tables()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -92,9 +92,9 @@ class AdamW(torch.optim.AdamW):
                 if "step" in self.state.get(param, ()):
                     own = self.state[param]
                     own["step"] = own["step"].to(device=param.device, dtype=torch.float32)
-        self._forget_tables()
+        self._reset_tables()
 
-    def _forget_tables(self) -> None:
+    def _reset_tables(self) -> None:
         self._tables: Any = None
         # Which groups keep masters, as the last step found it; None unless the kernel took parameters of that step.
         self._masters: list[bool] | None = None
@@ -142,11 +142,11 @@ class AdamW(torch.optim.AdamW):
         from fastbert import ops
 
         failed = ops.failures is not None and "adamw_kernel" in ops.failures.reasons
-        if failed or not self._step_again():
-            self._step_anew(failed)
+        if failed or not self._repeat_step():
+            self._full_step(failed)
         return loss
 
-    def _step_again(self) -> bool:
+    def _repeat_step(self) -> bool:
         """A step of the same parameters as the last one. It takes whole lists: a loop with questions for each parameter
         would take longer than torch's optimizer does. False, and nothing has happened, if it is no such step."""
         groups = self.param_groups
@@ -168,7 +168,7 @@ class AdamW(torch.optim.AdamW):
         if not self._tables.follow(_columns(params, grads, states, owners, [group["amsgrad"] for group in groups])):
             return False
         self._tables.set_hyperparameters(self._hyperparameters())
-        with self._left_to_torch(lambda: list(zip(params, grads, states, owners, strict=True))):
+        with self._falling_back_to_torch(lambda: list(zip(params, grads, states, owners, strict=True))):
             launch_all(self._tables, **self._scaling())
         return True
 
@@ -178,7 +178,7 @@ class AdamW(torch.optim.AdamW):
             return states
         return [self.state.get(param) for param in params]
 
-    def _step_anew(self, failed: bool) -> None:
+    def _full_step(self, failed: bool) -> None:
         """Any step: finds out who steps how, and creates the state of those that had no gradient before."""
         from fastbert.dispatch import device_reason
 
@@ -198,7 +198,7 @@ class AdamW(torch.optim.AdamW):
             if stock:
                 self._step_stock(stock, group)
         if fast:
-            with self._left_to_torch(lambda: fast):
+            with self._falling_back_to_torch(lambda: fast):
                 self._step_fast(fast)
             if self._tables is not None and not any(_is_distributed(type(param)) for param, *_ in fast):
                 self._masters = [group["master_weights"] for group in self.param_groups]
@@ -255,7 +255,7 @@ class AdamW(torch.optim.AdamW):
         return {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
 
     @contextmanager
-    def _left_to_torch(self, found: Callable[[], list[tuple]]) -> Iterator[None]:
+    def _falling_back_to_torch(self, found: Callable[[], list[tuple]]) -> Iterator[None]:
         """Around the kernel: if it fails, torch's own functions take the step of those of `found` that it left."""
         from fastbert import ops
 
@@ -362,5 +362,5 @@ def _check_capture(groups: list[dict[str, Any]]) -> None:
 
 
 @cache
-def _say_ignored(name: str) -> None:
+def _log_ignored(name: str) -> None:
     logger.warning("fastbert.AdamW: %s is ignored, for it chooses among torch's implementations and there is one here", name)

@@ -83,7 +83,7 @@ def patch(
     _check_arguments(model, switches | {"strict": strict, "untested": untested}, unpad, mlm_logits)
     switches |= {"unpad": unpad, "mlm_logits": mlm_logits}
     if os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0"):
-        _say_disabled()
+        _log_disabled()
         return model
 
     classes, left_stock = _plan(model, switches, untested)
@@ -155,10 +155,10 @@ def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[d
             wanted = module in with_a_reader if wanted == "auto" else wanted
         reason = None
         if wanted:
-            reason = (entry.why_stock if type(module) is entry.stock else entry.why_idle)(module, untested)
+            reason = (entry.stock_reason if type(module) is entry.stock else entry.inactive_reason)(module, untested)
         classes[module] = entry.fast if wanted and reason is None else entry.stock
         if reason is not None and reason == entry.code.untested(strict=True):
-            _say_untested(reason)
+            _log_untested(reason)
         if reason is not None and entry.kernel is not None:
             left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")
     if not classes:
@@ -168,12 +168,12 @@ def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[d
 
 def _swap(classes: dict[nn.Module, type]) -> None:
     """Set the class of every module, or, if one refuses, of none. Whose class changes, its calls start at 0."""
-    from fastbert.dispatch import forget, repeats_its_class
-    from fastbert.layers import settled
+    from fastbert.dispatch import class_forward_on_instance, clear_calls
+    from fastbert.layers import layer_state
 
     before = {module: type(module) for module in classes}
     for module in classes:
-        if repeats_its_class(module):  # which would go on being the former class's
+        if class_forward_on_instance(module):  # which would go on being the former class's
             del vars(module)["forward"]
     try:
         for module, cls in classes.items():
@@ -184,8 +184,8 @@ def _swap(classes: dict[nn.Module, type]) -> None:
         raise
     for module, cls in classes.items():
         if before[module] is not cls:
-            forget(module)
-            settled.forget(module)
+            clear_calls(module)
+            layer_state.clear(module)
             kept = vars(module).get("_old_forward")  # where accelerate's hooks keep the forward that they give back
             if getattr(kept, "__func__", None) is before[module].forward:
                 module._old_forward = MethodType(cls.forward, module)
@@ -230,12 +230,12 @@ def _check_model(model: object) -> None:
 
 
 @cache
-def _say_disabled() -> None:
+def _log_disabled() -> None:
     logger.warning("FASTBERT_DISABLE is set: fastbert.patch leaves every model as it is")
 
 
 @cache
-def _say_untested(reason: str) -> None:
+def _log_untested(reason: str) -> None:
     logger.warning(
         "%s: such modules stay on stock code. fastbert.verify(model, batch, untested=True) tells whether the kernels compute "
         "the same; then patch(model, untested=True) uses them.",

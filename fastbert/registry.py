@@ -44,16 +44,16 @@ class Entry:
         """The switch that is off."""
         return next((name for name in self.switches if not switches[name]), self.switch)
 
-    def why_stock(self, module: nn.Module, untested: bool = False) -> str | None:
+    def stock_reason(self, module: nn.Module, untested: bool = False) -> str | None:
         """Why swapping the class of a stock `module` would not put the kernel to use, or None; with `untested`, whether
         fastbert was tested against the code that it would stand in for is not asked."""
         if ops.MISSING:  # first: limits of kernels that are not there would read as limits of theirs
             return ops.MISSING
         if forward_replaced(module):  # accelerate's hooks do that, and have kept the stock forward to call
             return "its forward was replaced on the module itself"
-        return self.why_idle(module, untested)
+        return self.inactive_reason(module, untested)
 
-    def why_idle(self, module: nn.Module, untested: bool = False) -> str | None:
+    def inactive_reason(self, module: nn.Module, untested: bool = False) -> str | None:
         """The same of a module that may have the fast class already."""
         reason = None if untested else self.code.untested(strict=True)
         return reason or self.unsupported(module)

@@ -79,7 +79,7 @@ class Report:
 
 _BY_MODULE = "module by module"  # a layer whose own modules have rows
 _HEADINGS = ("module", "Hugging Face class", "kernel", "state", "kernel calls", "fell back", "reason")
-_SEEN = "unpad='auto', and outputs at padded positions can be seen"
+_PADDING_VISIBLE = "unpad='auto', and outputs at padded positions can be seen"
 _NUMBERS = ("kernel calls", "fell back")
 _WIDEST = 220  # of a printed table; a terminal's own width is used where rich prints it
 
@@ -114,8 +114,8 @@ def report(model: nn.Module) -> Report:
         elif (row := _row_by_name(name, module)) is not None:
             rows.append(row)
         elif cls in BY_STOCK:
-            reason = _why_stock(module, entry, switches)
-            rows.append(_stock_row(name, cls, None if reason == _SEEN else entry.kernel, reason))
+            reason = _stock_reason(module, entry, switches)
+            rows.append(_stock_row(name, cls, None if reason == _PADDING_VISIBLE else entry.kernel, reason))
         elif cls in STOCK_ONLY:
             rows.append(_stock_row(name, cls, None, "no kernel for it in this version"))
         elif isinstance(module, tuple(BY_STOCK)):
@@ -137,7 +137,7 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
     reason = "; ".join([*tally.fallbacks, *_backward_reasons(entry.kernel)])
     state = "active"
     if entry.kernel == LAYER:
-        ahead = None if tally.kernel or fell_back else _why_by_module(module)
+        ahead = None if tally.kernel or fell_back else _module_by_module_reason(module)
         if fell_back or ahead:
             state, reason = _BY_MODULE, ahead or reason
             fell_back = True
@@ -154,11 +154,11 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
     )
 
 
-def _why_by_module(layer: nn.Module) -> str | None:
+def _module_by_module_reason(layer: nn.Module) -> str | None:
     """Why a layer that was not called yet will run module by module, where that is known."""
-    from fastbert.layers.settled import settled
+    from fastbert.layers.layer_state import state_of
 
-    return settled(layer).reason
+    return state_of(layer).reason
 
 
 def _row_by_name(name: str, module: nn.Module) -> Row | None:
@@ -186,12 +186,13 @@ def _stock_row(name: str, cls: type, kernel: str | None, reason: str) -> Row:
     return Row(name, cls.__name__, kernel, "untouched", reason, 0, {})
 
 
-def _why_stock(module: nn.Module, entry: Any, switches: dict[str, bool] | None) -> str:
+def _stock_reason(module: nn.Module, entry: Any, switches: dict[str, bool] | None) -> str:
     if switches is None:
         return "not patched"
-    if entry.wanted(switches) == "auto":
-        return entry.why_stock(module) or _SEEN
-    return entry.why_stock(module) or "not patched" if entry.wanted(switches) else f"{entry.off(switches)}=False"
+    wanted = entry.wanted(switches)
+    if not wanted:
+        return f"{entry.off(switches)}=False"
+    return entry.stock_reason(module) or (_PADDING_VISIBLE if wanted == "auto" else "not patched")
 
 
 def _cells(rows: list[Row]) -> tuple[str, ...]:

@@ -42,8 +42,8 @@ def true_reads(tokens: list[int], read: list[int]) -> Iterator[None]:
     def counting(count: Callable[..., Any]) -> Callable[..., Any]:
         def counted(mask: Any, labelled: Any, *others: Any) -> Any:
             count(mask, labelled, *others)
-            rooms = [None if x is None else counts.Room(sum(n), max(n)) for x, n in ((mask, tokens), (labelled, read))]
-            return *rooms, False
+            capacities = [None if x is None else counts.Capacity(sum(n), max(n)) for x, n in ((mask, tokens), (labelled, read))]
+            return *capacities, False
 
         return counted
 
@@ -52,7 +52,7 @@ def true_reads(tokens: list[int], read: list[int]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module, name, instead in (
-            ("fastbert.layers.plan", "count", counting),
+            ("fastbert.layers.packing_plan", "count", counting),
             ("fastbert.layers.mlm_heads", "count", counting),
             ("fastbert.layers.embeddings", "_position_reason", looking),
         ):

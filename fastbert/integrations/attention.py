@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from fastbert import forwards, ops
-from fastbert.dispatch import refused, run, tensor_reason
+from fastbert.dispatch import falls_back, run, tensor_reason
 
 NAME = "fastbert"
 # What changes scores in a way that the kernel does not compute.
@@ -150,7 +150,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     weights = wants_weights(module, kwargs)
     reason = "attention weights were asked for" if weights else _foreign_keyword(kwargs)
-    if not refused(module, reason or attention_reason(query, key, value, attention_mask)):
+    if not falls_back(module, reason or attention_reason(query, key, value, attention_mask)):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return run(module, attend, q, k, v, attention_mask, causal, scaling, dropout), None
     mask = attention_mask

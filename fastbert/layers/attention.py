@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, refused, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
 from fastbert.integrations.attention import NAME, argument_reason, attend, implementation_reason, mask_reason, wants_weights
 from fastbert.layers import stock
-from fastbert.layers.masks import HandedMask, keys_of, stock_mask
+from fastbert.layers.masks import KernelMask, keys_of, stock_mask
 from fastbert.layers.packing import Packing, side_by_side
 from fastbert.layers.projection import project
 
@@ -25,7 +25,7 @@ def unsupported(module: nn.Module) -> str | None:
     return None  # of the dropout stock, too, reads nothing but p
 
 
-class BertSelfAttention(Replicated, stock.BertSelfAttention):
+class BertSelfAttention(FastModule, stock.BertSelfAttention):
     """BertSelfAttention on the attention kernel."""
 
     @stock.fast_forward_of(stock.BertSelfAttention)
@@ -34,23 +34,23 @@ class BertSelfAttention(Replicated, stock.BertSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         packing = kwargs.get("packing")
         if isinstance(packing, Packing):  # and no keyword of a user's, which stock passes over
-            refused(self, None)  # the encoder asked: stock attention would mix the sequences
-            return _attended_packed(self, hidden_states, packing, kwargs.get("queries")), None
+            falls_back(self, None)  # the encoder asked: stock attention would mix the sequences
+            return _attend_packed(self, hidden_states, packing, kwargs.get("queries")), None
         reason = tensor_reason(hidden_states)
         reason = reason or _reason(self, "BertSelfAttention", hidden_states, attention_mask, args, kwargs)
-        if refused(self, reason):
+        if falls_back(self, reason):
             return super().forward(hidden_states, stock_mask(attention_mask), *args, **kwargs)
         q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
         mask, cache = _kernel_mask(self, attention_mask), _cache(args, kwargs)
-        bounds = _given_bounds(self, attention_mask, cache, kwargs)
+        bounds = _varlen_bounds(self, attention_mask, cache, kwargs)
         if bounds is not None:
-            return _attended_at(self, q, k, v, **bounds), None
+            return _attend_varlen(self, q, k, v, **bounds), None
         if cache is not None:
-            k, v = _cached(self, getattr(cache, "self_attention_cache", cache), k, v, kwargs)
-        return _attended(self, q, k, v, mask, hidden_states.shape), None
+            k, v = _update_cache(self, getattr(cache, "self_attention_cache", cache), k, v, kwargs)
+        return _attend(self, q, k, v, mask, hidden_states.shape), None
 
 
-class BertCrossAttention(Replicated, stock.BertCrossAttention):
+class BertCrossAttention(FastModule, stock.BertCrossAttention):
     """BertCrossAttention on the attention kernel."""
 
     @stock.fast_forward_of(stock.BertCrossAttention)
@@ -64,7 +64,7 @@ class BertCrossAttention(Replicated, stock.BertCrossAttention):
     ) -> tuple[Tensor, Tensor | None]:
         reason = tensor_reason(hidden_states, encoder_hidden_states)
         reason = reason or _reason(self, "BertCrossAttention", encoder_hidden_states, attention_mask, args, kwargs)
-        if refused(self, reason):
+        if falls_back(self, reason):
             return super().forward(hidden_states, encoder_hidden_states, stock_mask(attention_mask), *args, **kwargs)
         (q,) = project(hidden_states, (self.query,), self.attention_head_size)
         mask, cache = _kernel_mask(self, attention_mask), _cache(args, kwargs)
@@ -74,9 +74,9 @@ class BertCrossAttention(Replicated, stock.BertCrossAttention):
         else:
             k, v = project(encoder_hidden_states, (self.key, self.value), self.attention_head_size)
             if cache is not None:
-                k, v = _cached(self, cache.cross_attention_cache, k, v, {})
+                k, v = _update_cache(self, cache.cross_attention_cache, k, v, {})
                 cache.is_updated[self.layer_idx] = True
-        return _attended(self, q, k, v, mask, hidden_states.shape), None
+        return _attend(self, q, k, v, mask, hidden_states.shape), None
 
 
 def _cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,7 +84,7 @@ def _cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
 
 
-def _cached(module: nn.Module, cache: Any, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _update_cache(module: nn.Module, cache: Any, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """k and v [B, S, heads, head size] put into the cache, and all that it then holds."""
     more = {}
     if "cache_position" in kwargs:  # of transformers 5.0, whose static caches are told where to write
@@ -93,23 +93,23 @@ def _cached(module: nn.Module, cache: Any, k: Tensor, v: Tensor, kwargs: dict[st
     return k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _attended_packed(module: nn.Module, hidden_states: Tensor, packing: Packing, queries: Tensor | None) -> Tensor:
+def _attend_packed(module: nn.Module, hidden_states: Tensor, packing: Packing, queries: Tensor | None) -> Tensor:
     """hidden_states [1, T, H], packed; queries [1, N, H] are the rows that are read, None for all of them."""
     bounds = {"cu_seqlens": packing.tokens.cu_seqlens, "max_seqlen": packing.tokens.max_seqlen}
     if queries is None:
         q, k, v = project(hidden_states, (module.query, module.key, module.value), module.attention_head_size)
-        return _attended_at(module, q, k, v, **bounds)
+        return _attend_varlen(module, q, k, v, **bounds)
     (q,) = project(queries, (module.query,), module.attention_head_size)
     k, v = project(hidden_states, (module.key, module.value), module.attention_head_size)
     keys, rows = side_by_side(packing.tokens, packing.read)
     bounds |= {"cu_seqlens": keys, "cu_seqlens_q": rows, "max_seqlen_q": packing.read.max_seqlen}
-    return _attended_at(module, q, k, v, **bounds)
+    return _attend_varlen(module, q, k, v, **bounds)
 
 
-def _given_bounds(module: nn.Module, mask: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _varlen_bounds(module: nn.Module, mask: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """cu_seqlens and max_seqlen of a [1, T, H] call from a flattening collator, where the model's own implementation
     would have read them (the others ignore them)."""
-    if isinstance(mask, HandedMask):
+    if isinstance(mask, KernelMask):
         mask = mask.keys if mask.general is None else mask.general
     if mask is not None or cache is not None or not _reads_packing(module) or not flash_keywords(kwargs):
         return None
@@ -125,7 +125,7 @@ def _reads_packing(module: nn.Module) -> bool:
     return "flash" in (module.config._attn_implementation or "")
 
 
-def _attended_at(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **bounds: Any) -> Tensor:
+def _attend_varlen(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **bounds: Any) -> Tensor:
     q, k, v = (x.squeeze(0) for x in (q, k, v))
     p = module.dropout.p if module.training else 0.0
     out = run(module, ops.attention, q, k, v, causal=module.is_causal, scale=module.scaling, p=p, **bounds)
@@ -139,7 +139,7 @@ def _reason(
     if reason := stock.untested(stock_name) or unsupported(module):
         return reason
     # A model that handed its mask on has asked.
-    if not isinstance(mask, HandedMask) and (reason := implementation_reason(implementation)):
+    if not isinstance(mask, KernelMask) and (reason := implementation_reason(implementation)):
         return reason
     if len(args) > 1:
         return "more arguments than the forwards have that fastbert was tested against"
@@ -153,7 +153,7 @@ def _reason(
 
 
 def _mask_reason(implementation: str, mask: Any, keys: Tensor, cached: bool) -> str | None:
-    if isinstance(mask, HandedMask):
+    if isinstance(mask, KernelMask):
         mask = mask.general
     elif implementation == "eager":
         return "eager attention returns its weights, and more than the kernels could see them"
@@ -171,7 +171,7 @@ def _mask_reason(implementation: str, mask: Any, keys: Tensor, cached: bool) -> 
 
 def _kernel_mask(module: nn.Module, mask: Any) -> Tensor | None:
     """The mask as `attend` takes it: bool [B, K] for the keys that are seen, or [B, 1, Q, K], or None."""
-    if isinstance(mask, HandedMask):
+    if isinstance(mask, KernelMask):
         if mask.general is None:
             return mask.keys
         mask = mask.general
@@ -179,7 +179,7 @@ def _kernel_mask(module: nn.Module, mask: Any) -> Tensor | None:
     return mask if keys is None else keys
 
 
-def _attended(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Any) -> Tensor:
+def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Any) -> Tensor:
     p = module.dropout.p if module.training else 0.0
     out = run(module, attend, q, k, v, mask, module.is_causal, module.scaling, p)
     return out.reshape(*shape[:-1], -1)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fastbert.dispatch import hooked, replaced
+from fastbert.dispatch import class_forward_replaced, hooked
 from fastbert.layers import attention, intermediate, layer, residual_norm, stock
 
 # A layer's own parts, stock and fast, by the name of what has to be as tested.
@@ -41,6 +41,6 @@ def row_reason(module: nn.Module) -> str | None:
         return "a layer with hooks"
     if cls in _PARTS:
         return stock.untested(_PARTS[cls])
-    if not (cls in _TORCH or cls.__module__.startswith(_LIBRARIES)) or replaced(cls):
+    if not (cls in _TORCH or cls.__module__.startswith(_LIBRARIES)) or class_forward_replaced(cls):
         return f"a layer with a {cls.__name__} of its own, which may not work row by row"
     return None

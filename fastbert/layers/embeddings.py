@@ -10,11 +10,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, is_plain, is_plain_tensor, refused, replaced, run, tensor_reason
+from fastbert.dispatch import FastModule, class_forward_replaced, falls_back, is_plain, is_plain_tensor, run, tensor_reason
 from fastbert.layers import stock
+from fastbert.layers.deferred_embeddings import DeferredEmbeddings
 from fastbert.layers.packing import Rows
-from fastbert.layers.parts import OTHER_ARGUMENTS, dropout_reason, given, layernorm_dtype, layernorm_reason
-from fastbert.layers.waiting import Waiting
+from fastbert.layers.parts import UNKNOWN_ARGUMENTS, bind_arguments, dropout_reason, layernorm_dtype, layernorm_reason
 
 _IDS = (torch.int64, torch.int32)
 
@@ -91,11 +91,11 @@ def _are_plain(parts: dict[str, nn.Module | None]) -> bool:
             or "forward" in part.__dict__
         ):
             return False
-    return not (_has_any_global_hook() or any(map(replaced, (nn.Embedding, nn.LayerNorm, nn.Dropout))))
+    return not (_has_any_global_hook() or any(map(class_forward_replaced, (nn.Embedding, nn.LayerNorm, nn.Dropout))))
 
 
 # By a buffer: its version when it was looked at, and whether it counts from 0.
-_counting: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_counts_from_zero: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _position_reason(module: nn.Module) -> str | None:
@@ -104,12 +104,12 @@ def _position_reason(module: nn.Module) -> str | None:
     positions = module.position_ids
     if torch.compiler.is_compiling() or not is_plain_tensor(positions) or positions.is_meta or positions.is_inference():
         return "position_ids that cannot be looked at"
-    known = _counting.get(positions)
+    known = _counts_from_zero.get(positions)
     if known is None or known[0] != positions._version:
         if positions.is_cuda and torch.cuda.is_current_stream_capturing():
             return "position_ids that cannot be looked at"
         counted = torch.arange(positions.shape[-1], device=positions.device, dtype=positions.dtype)
-        known = _counting[positions] = positions._version, torch.equal(positions.view(-1), counted)
+        known = _counts_from_zero[positions] = positions._version, torch.equal(positions.view(-1), counted)
     return None if known[1] else "position_ids of its own"
 
 
@@ -121,7 +121,7 @@ def _tensor_reason(tensors: tuple[Tensor, ...]) -> str | None:
     return tensor_reason(first) if alike else tensor_reason(*tensors)
 
 
-class BertEmbeddings(Replicated, stock.BertEmbeddings):
+class BertEmbeddings(FastModule, stock.BertEmbeddings):
     """BertEmbeddings on the embedding_layernorm kernel."""
 
     @stock.fast_forward_of(stock.BertEmbeddings)
@@ -134,9 +134,9 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        waiting = position_ids if isinstance(position_ids, Waiting) else None
-        if waiting is not None:
-            position_ids = waiting.position_ids
+        deferred = position_ids if isinstance(position_ids, DeferredEmbeddings) else None
+        if deferred is not None:
+            position_ids = deferred.position_ids
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds
         past, reason = _past(args, kwargs)
         tables: tuple[Tensor, ...] = ()
@@ -145,7 +145,7 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         if reason is None:
             token_type_ids, position_ids = self._ids(*inputs, past)
             reason = self._ids_reason(input_ids, token_type_ids, position_ids, inputs_embeds)
-        if refused(self, reason):
+        if falls_back(self, reason):
             return super().forward(*inputs, *args, **kwargs)
         words, positions, types = tables[:3]
         dtype = words.dtype
@@ -165,9 +165,9 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
             self.dropout.p if self.dropout.training else 0.0,
             layernorm_dtype(dtype, words.device.type),
         )
-        if waiting is None or input_ids is None:
+        if deferred is None or input_ids is None:
             return embed()
-        waiting.embed = partial(_embedded, embed)
+        deferred.embed = partial(_embed_rows, embed)
         return words.new_empty((), dtype=embed.args[-1]).expand(*input_ids.shape, words.shape[-1])
 
     def _tables(
@@ -230,7 +230,7 @@ class BertEmbeddings(Replicated, stock.BertEmbeddings):
         return None
 
 
-def _embedded(embed: Callable[..., Tensor], rows: Rows | None) -> Tensor:
+def _embed_rows(embed: Callable[..., Tensor], rows: Rows | None) -> Tensor:
     """[B, S, H], or of these rows of it [1, N, H]."""
     if rows is None or rows.index is None:
         y = embed()
@@ -248,6 +248,6 @@ def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
     for name in _PAST:
         if not args and len(kwargs) == 1 and name in kwargs:
             return kwargs[name], None
-        if (found := given((name,), args, kwargs)) is not None:
+        if (found := bind_arguments((name,), args, kwargs)) is not None:
             return found[0], None
-    return 0, OTHER_ARGUMENTS
+    return 0, UNKNOWN_ARGUMENTS

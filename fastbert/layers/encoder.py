@@ -11,39 +11,39 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, hooked, refused, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, hooked, run, tensor_reason
 from fastbert.integrations.attention import argument_reason, implementation_reason, wants_weights
 from fastbert.layers import stock
 from fastbert.layers.attention import BertSelfAttention, flash_keywords
 from fastbert.layers.attention import unsupported as attention_unsupported
 from fastbert.layers.by_row import row_reason
 from fastbert.layers.capturing import is_recording
-from fastbert.layers.counts import Given
+from fastbert.layers.counts import CallerCounts
+from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
 from fastbert.layers.layer import BertLayer, at_rows
-from fastbert.layers.masks import HandedMask
+from fastbert.layers.masks import KernelMask
 from fastbert.layers.model import BertModel
 from fastbert.layers.packing import Packing
-from fastbert.layers.plan import packing_of
+from fastbert.layers.packing_plan import plan_packing
 from fastbert.layers.reading import Reading
-from fastbert.layers.waiting import Waiting, Waits
 from fastbert.lengths import Counted
 
-_MOST_READ = 0.75  # of the tokens: to take more of them costs as much as it saves
+_MAX_READ_FRACTION = 0.75  # of the tokens: to take more of them costs as much as it saves
 _CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
 
 
-class _PackingEncoder(Waits, Replicated):
-    given: Given | None = None  # fastbert.lengths sets it on the module for the length of a block
+class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
+    caller_counts: CallerCounts | None = None  # fastbert.lengths sets it on the module for the length of a block
 
     @stock.fast_forward_of(stock.BertEncoder)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         # A user's own keywords of these names are handed on, as stock does.
-        told = kwargs.pop("reading") if isinstance(kwargs.get("reading"), Reading) else None
+        reading = kwargs.pop("reading") if isinstance(kwargs.get("reading"), Reading) else None
         embed = None
-        if isinstance(waiting := kwargs.get("position_ids"), Waiting):
-            kwargs["position_ids"], embed = waiting.position_ids, waiting.embed
-        packing = self._packing(hidden_states, attention_mask, told, args, kwargs)
-        if refused(self, packing if isinstance(packing, str) else None):
+        if isinstance(deferred := kwargs.get("position_ids"), DeferredEmbeddings):
+            kwargs["position_ids"], embed = deferred.position_ids, deferred.embed
+        packing = self._packing(hidden_states, attention_mask, reading, args, kwargs)
+        if falls_back(self, packing if isinstance(packing, str) else None):
             hidden_states = hidden_states if embed is None else embed(None)
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         shape = hidden_states.shape
@@ -59,31 +59,31 @@ class _PackingEncoder(Waits, Replicated):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.put(packed.squeeze(0)).view(shape))
 
     def may_pack(self, kwargs: dict[str, Any]) -> bool:
-        told = kwargs.get("reading")
-        return self.ALWAYS or (isinstance(told, Reading) and told.alone)
+        reading = kwargs.get("reading")
+        return self.ALWAYS or (isinstance(reading, Reading) and reading.alone)
 
     def _packing(
         self,
         hidden_states: Tensor,
         mask: Any,
-        told: Reading | None,
+        reading: Reading | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Packing | str:
         """How to pack this call, or the reason not to."""
-        given = self.given or Given()
+        counts = self.caller_counts or CallerCounts()
         for name, field in (("lengths", "lengths"), ("read_lengths", "read")):  # a collator's, see LengthsCollator
             if isinstance(kwargs.get(name), Counted):
-                given = replace(given, **{field: tuple(kwargs.pop(name))})
-        reason = None if self.ALWAYS or (told and told.alone) else "outputs at padded positions can be seen"
+                counts = replace(counts, **{field: tuple(kwargs.pop(name))})
+        reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions can be seen"
         reason = reason or tensor_reason(hidden_states) or self._reason(mask, args, kwargs)
         if reason is not None:
             return reason
-        packing = packing_of(mask.keys, told, given, *hidden_states.shape[:2], hidden_states.device)
+        packing = plan_packing(mask.keys, reading, counts, *hidden_states.shape[:2], hidden_states.device)
         if isinstance(packing, Packing) and packing.read is not None and self.layer[-1].attention.self.is_causal:
             # Attention runs for all rows there, and those that are read are taken of what it gives.
             index, n_read = packing.tokens.index, len(packing.read.index)
-            if n_read > _MOST_READ * (hidden_states.shape[:2].numel() if index is None else len(index)):
+            if n_read > _MAX_READ_FRACTION * (hidden_states.shape[:2].numel() if index is None else len(index)):
                 return "a batch without padding" if index is None else replace(packing, read=None)
         return packing
 
@@ -97,15 +97,15 @@ class _PackingEncoder(Waits, Replicated):
             return "cross-attention or a cache"
         if not len(self.layer):
             return "no layers"
-        known = mask.ready if isinstance(mask, HandedMask) else {}
+        known = mask.prepared if isinstance(mask, KernelMask) else {}
         for layer in self.layer:
-            reason = _one_by_one(layer) if layer not in known else "a layer with hooks" if hooked(layer) else None
+            reason = _layer_reason(layer) if layer not in known else "a layer with hooks" if hooked(layer) else None
             if reason is not None:
                 return reason
             if layer.chunk_size_feed_forward:
                 return "a feed-forward in chunks"
         implementation = self.config._attn_implementation
-        if not isinstance(mask, HandedMask):
+        if not isinstance(mask, KernelMask):
             return implementation_reason(implementation) or "masks that more than the kernels could see"
         if (reason := argument_reason(implementation, tuple(kwargs))) is not None:
             return reason
@@ -116,7 +116,7 @@ class _PackingEncoder(Waits, Replicated):
         return None
 
 
-def _one_by_one(layer: nn.Module) -> str | None:
+def _layer_reason(layer: nn.Module) -> str | None:
     """Why `layer`, of which nothing is known, may not be given packed rows, or None."""
     attention = layer.attention
     if not (type(layer) in (stock.BertLayer, BertLayer) and type(attention) is stock.BertAttention):
@@ -126,7 +126,7 @@ def _one_by_one(layer: nn.Module) -> str | None:
     return attention_unsupported(attention.self) or next(filter(None, map(row_reason, layer.modules())), None)
 
 
-def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: HandedMask, packing: Packing) -> Tensor:
+def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: KernelMask, packing: Packing) -> Tensor:
     """The last layer at the rows that are read: [1, T, H] -> [1, N, H]."""
     if isinstance(layer, BertLayer):
         return layer(hidden_states, mask, packing=packing, reads=True)

@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, refused, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
 from fastbert.layers import stock
-from fastbert.layers.parts import OTHER_ARGUMENTS, activation_reason, given, kernel_activation, product
+from fastbert.layers.parts import UNKNOWN_ARGUMENTS, activation_reason, bind_arguments, kernel_activation, linear_without_bias
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -15,15 +15,15 @@ def unsupported(module: nn.Module) -> str | None:
     return activation_reason(module.intermediate_act_fn)
 
 
-class BertIntermediate(Replicated, stock.BertIntermediate):
+class BertIntermediate(FastModule, stock.BertIntermediate):
     """BertIntermediate on the bias_gelu kernel."""
 
     @stock.fast_forward_of(stock.BertIntermediate)
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = given(("hidden_states",), args, kwargs)
-        if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
+        inputs = bind_arguments(("hidden_states",), args, kwargs)
+        if falls_back(self, UNKNOWN_ARGUMENTS if inputs is None else self._reason(*inputs)):
             return super().forward(*args, **kwargs)
-        x, bias = product(self.dense, *inputs)
+        x, bias = linear_without_bias(self.dense, *inputs)
         return run(self, ops.bias_gelu, x, bias, activation=kernel_activation(self.intermediate_act_fn))
 
     def _reason(self, hidden_states: Tensor) -> str | None:

@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, autocast_dtype, device_reason, hooked, mode_reason, refused, tensor_reason
+from fastbert.dispatch import FastModule, autocast_dtype, device_reason, falls_back, hooked, mode_reason, tensor_reason
 from fastbert.integrations.attention import argument_reason, implementation_reason
 from fastbert.layers import stock
-from fastbert.layers.masks import HandedMask
+from fastbert.layers.layer_state import LayerState, PreparedLayer, state_of, without_state
+from fastbert.layers.masks import KernelMask
 from fastbert.layers.packing import Packing, side_by_side
-from fastbert.layers.settled import Ready, Settled, settled, without
 
 
-class BertLayer(Replicated, stock.BertLayer):
+class BertLayer(FastModule, stock.BertLayer):
     """BertLayer on the encoder_layer op."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return without(vars(self))
+        return without_state(vars(self))
 
     @stock.fast_forward_of(stock.BertLayer)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -27,19 +27,19 @@ class BertLayer(Replicated, stock.BertLayer):
             return self._packed(hidden_states, attention_mask, packing, bool(kwargs.get("reads")))
         if torch.compiler.is_compiling():  # whose graph is of the modules' own ops
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        result = self._attempted(hidden_states, attention_mask, args, kwargs)
-        if refused(self, result if isinstance(result, str) else None):
+        result = self._try_op(hidden_states, attention_mask, args, kwargs)
+        if falls_back(self, result if isinstance(result, str) else None):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         return result
 
-    def _packed(self, hidden_states: Tensor, mask: HandedMask, packing: Packing, reads: bool) -> Tensor:
+    def _packed(self, hidden_states: Tensor, mask: KernelMask, packing: Packing, reads: bool) -> Tensor:
         """hidden_states [1, T, H]; `reads`: the result is of the rows that are read, [1, N, H]."""
-        result = _COMPILING if torch.compiler.is_compiling() else self._attempted_packed(hidden_states, mask, packing, reads)
-        if not refused(self, result if isinstance(result, str) else None):
+        result = _COMPILING if torch.compiler.is_compiling() else self._try_packed(hidden_states, mask, packing, reads)
+        if not falls_back(self, result if isinstance(result, str) else None):
             return result
         return at_rows(self, hidden_states, packing) if reads else super().forward(hidden_states, None, packing=packing)
 
-    def _attempted_packed(self, hidden_states: Tensor, mask: HandedMask, packing: Packing, reads: bool) -> Tensor | str:
+    def _try_packed(self, hidden_states: Tensor, mask: KernelMask, packing: Packing, reads: bool) -> Tensor | str:
         """What the op gives, or why it does not take such a call."""
         tokens = packing.tokens
         layout = None, None, tokens.cu_seqlens, tokens.max_seqlen
@@ -50,32 +50,32 @@ class BertLayer(Replicated, stock.BertLayer):
             queries = packing.read.within(tokens).take(hidden_states.squeeze(0)).unsqueeze(0)
             cu_seqlens, cu_seqlens_q = side_by_side(tokens, packing.read)
             layout = None, None, cu_seqlens, tokens.max_seqlen, queries, cu_seqlens_q, packing.read.max_seqlen
-        return self._run(self._ready(mask), mask, hidden_states, *layout)
+        return self._run(self._prepared(mask), mask, hidden_states, *layout)
 
-    def _attempted(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
+    def _try_op(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
         """What the op gives for a call that the encoder made, or why it does not take that."""
-        if not isinstance(mask, HandedMask):
-            return _why_stocks_mask(self, hidden_states)
+        if not isinstance(mask, KernelMask):
+            return _stock_mask_reason(self, hidden_states)
         if mask.general is not None:
             return "a mask between queries and keys"
         for value in (*args, kwargs.get("past_key_values"), kwargs.get("cache"), kwargs.get("encoder_hidden_states")):
             if value is not None:
                 return "cross-attention or a cache"
-        ready = self._ready(mask)
-        if ready.settled.reason is None and (reason := mask.by_module or _asks_for_more(ready.settled, kwargs)) is not None:
+        prepared = self._prepared(mask)
+        if prepared.state.reason is None and (reason := mask.by_module or _keyword_reason(prepared.state, kwargs)) is not None:
             return reason
         keys = mask.keys
         if keys is not None and keys.shape != hidden_states.shape[:2]:
             return "a mask for other rows"
-        return self._run(ready, mask, hidden_states, keys, mask.bounds)
+        return self._run(prepared, mask, hidden_states, keys, mask.bounds)
 
-    def _ready(self, mask: HandedMask) -> Ready:
-        ready = mask.ready.pop(self, None)  # once: gradient checkpointing comes back later
-        return Ready(settled(self)) if ready is None or ready.around is None else ready
+    def _prepared(self, mask: KernelMask) -> PreparedLayer:
+        prepared = mask.prepared.pop(self, None)  # once: gradient checkpointing comes back later
+        return PreparedLayer(state_of(self)) if prepared is None or prepared.context is None else prepared
 
-    def _run(self, ready: Ready, mask: HandedMask, hidden_states: Tensor, *layout: Any) -> Tensor | str:
+    def _run(self, prepared: PreparedLayer, mask: KernelMask, hidden_states: Tensor, *layout: Any) -> Tensor | str:
         """What the op gives, or why it takes no such call; `layout`: see ops.Layout."""
-        known, weights, settings, around = ready
+        known, weights, settings, context = prepared
         if known.reason is not None:
             return known.reason
         if ops.failures.reasons and (failed := ops.failures.reasons.keys() & ops.LAYER_KERNELS):
@@ -83,15 +83,15 @@ class BertLayer(Replicated, stock.BertLayer):
         own = vars(self)
         if own["chunk_size_feed_forward"] or "feed_forward_chunk" in own:
             return "a feed-forward in chunks, or of its own"
-        if around is None:
+        if context is None:
             weights, settings = known.weights(), known.settings(hidden_states.shape[-1])
             if isinstance(weights, str) or isinstance(settings, str):
                 return weights if isinstance(weights, str) else settings
             low = autocast_dtype(hidden_states.device.type)
             reason = _call_reason(hidden_states, weights.query, low)
         else:
-            low = around.product_dtype
-            reason = None if hidden_states.device == around.device else "hidden states on another device than the model's"
+            low = context.product_dtype
+            reason = None if hidden_states.device == context.device else "hidden states on another device than the model's"
         if (reason := reason or _tensor_reason(hidden_states, weights.query.dtype, low)) is not None:
             return reason
         norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
@@ -123,9 +123,9 @@ def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor
     return layer.feed_forward_chunk(layer.attention.output(attended, rows))
 
 
-def _why_stocks_mask(layer: nn.Module, hidden_states: Tensor) -> str:
+def _stock_mask_reason(layer: nn.Module, hidden_states: Tensor) -> str:
     """Why the model did not hand its mask on."""
-    known = settled(layer)
+    known = state_of(layer)
     reason = tensor_reason(hidden_states) or known.reason or implementation_reason(known.config._attn_implementation)
     reason = reason or ("a layer with hooks" if hooked(layer) else None)
     return reason or "a mask that the model did not hand on"
@@ -133,15 +133,17 @@ def _why_stocks_mask(layer: nn.Module, hidden_states: Tensor) -> str:
 
 _POSITIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
 # What encoders hand on to every layer and no attention function takes.
-_PASSED = {"encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "cache_position", "use_cache"}
-_PASSED |= {"output_attentions", "position_ids"}
+_UNREAD_KEYWORDS = {
+    *("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "cache_position", "use_cache"),
+    *("output_attentions", "position_ids"),
+}
 
 
-def _asks_for_more(known: Settled, kwargs: dict[str, Any]) -> str | None:
+def _keyword_reason(known: LayerState, kwargs: dict[str, Any]) -> str | None:
     """Why keywords ask for what the op does not compute, or None."""
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
-    passed = _PASSED.issuperset(kwargs)
+    passed = _UNREAD_KEYWORDS.issuperset(kwargs)
     if passed and kwargs.get("position_ids") is None:
         return None
     implementation = known.config._attn_implementation

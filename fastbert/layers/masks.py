@@ -20,14 +20,14 @@ from fastbert.layers.stock import BertAttention, BertEncoder, BertLayer, unteste
 
 
 @dataclass(frozen=True, eq=False)
-class HandedMask:
+class KernelMask:
     """What stands in place of `attention_mask` where only fast classes read it.
 
     keys: bool [B, K], the keys that are no padding; None: all of them. Causality is the module's own.
     general: what stock would have been given where that says more, such as a caller's own [B, 1, Q, K]; else None.
     stock: makes the mask that stock would have been given, for a call that no kernel takes.
     by_module: why the layers that get it run module by module, or None.
-    ready: what has just been looked at of layers, by layer, so that they need not look again where `around` says so.
+    prepared: what has just been looked at of layers, by layer, so that they need not look again where `context` says so.
     layers: those that will be called with it, once each (gradient checkpointing calls them again).
     twins: what one layer hands to the next beside its result.
     """
@@ -36,7 +36,7 @@ class HandedMask:
     general: Any
     stock: Callable[[], Any]
     by_module: str | None = None
-    ready: dict[nn.Module, Any] = field(default_factory=dict)
+    prepared: dict[nn.Module, Any] = field(default_factory=dict)
     layers: tuple[nn.Module, ...] = ()
     twins: Any = field(default_factory=lambda: ops.Twins())
     _seeds: dict[nn.Module, Tensor] = field(default_factory=dict)
@@ -57,24 +57,24 @@ class HandedMask:
 
 def stock_mask(mask: Any) -> Any:
     """The mask as stock's forward wants it."""
-    return mask.stock() if isinstance(mask, HandedMask) else mask
+    return mask.stock() if isinstance(mask, KernelMask) else mask
 
 
-def handed(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool, **more: Any) -> HandedMask:
+def kernel_mask(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool, **more: Any) -> KernelMask:
     """The mask over `keys` [B, K, H] from what the caller gave, without a look at its values.
 
     What is neither a padding mask nor None goes the way that stock lets it go. Nothing of the caller's is kept for the
     backward that stock does not keep, as he may write to it before: a padding mask, and where masks are `added` (by eager
-    attention) any. `more`: see HandedMask.
+    attention) any. `more`: see KernelMask.
     """
     if given is None:
-        return HandedMask(None, None, stock, **more)
+        return KernelMask(None, None, stock, **more)
     if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1] and given.shape[0] >= keys.shape[0]:
         # Multiple choice flattens a 4-D mask to more rows than the batch has; stock reads these.
         seen = given[: keys.shape[0]].to(keys.device, torch.bool, copy=True, memory_format=torch.contiguous_format)
-        return HandedMask(seen, None, stock, **more)
+        return KernelMask(seen, None, stock, **more)
     general = stock()
-    return HandedMask(None, general.clone() if added and general is given and isinstance(given, Tensor) else general, stock)
+    return KernelMask(None, general.clone() if added and general is given and isinstance(given, Tensor) else general, stock)
 
 
 def keys_of(mask: Any) -> Tensor | None:
@@ -86,14 +86,14 @@ def keys_of(mask: Any) -> Tensor | None:
     return mask[:, 0, 0]
 
 
-def only_kernels_see(
-    model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], look: Callable[..., Any]
+def prepare_layers(
+    model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], prepare: Callable[..., Any]
 ) -> dict[nn.Module, Any] | None:
     """Whether every module of `model`, a BertModel, that is handed its masks is stock's or one of the fast `layers` and
-    `attentions`, and reads them as the model means them: then what `look(layer, hooked=...)` says of the fast layers
+    `attentions`, and reads them as the model means them: then what `prepare(layer, hooked=...)` says of the fast layers
     that can run as one op, else None."""
     encoder, config = model.encoder, model.config
-    if not _is_known(_unsharded_type(encoder)) or _noticed(encoder) or untested("BertModel") or masks_replaced():
+    if not _is_known(_unsharded_type(encoder)) or _observed(encoder) or untested("BertModel") or masks_replaced():
         return None
     causal = bool(config.is_decoder)
     if causal and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
@@ -106,20 +106,20 @@ def only_kernels_see(
         if cls not in layers:
             return None
         has_hooks = any(hooks_of(layer))
-        if (has_hooks or "forward" in vars(layer)) and _noticed(layer):
+        if (has_hooks or "forward" in vars(layer)) and _observed(layer):
             return None
-        ready = None if cls is BertLayer or compiling else look(layer, hooked=has_hooks)
-        others = others or has_hooks or ready is None or ready.around is None
-        if ready is not None and ready.settled.reason is None:
-            found[layer] = ready
-            if not _means_the_same(ready.settled.attention, ready.settled.config, config, causal):
+        prepared = None if cls is BertLayer or compiling else prepare(layer, hooked=has_hooks)
+        others = others or has_hooks or prepared is None or prepared.context is None
+        if prepared is not None and prepared.state.reason is None:
+            found[layer] = prepared
+            if not _same_attention(prepared.state.attention, prepared.state.config, config, causal):
                 return None
         elif not _attention_sees(layer.attention, attentions, config, causal):
             return None
         crossattention = layer._modules.get("crossattention")
         if crossattention is not None and not _attention_sees(crossattention, attentions, config, False):
             return None
-    return {layer: ready._replace(around=None) for layer, ready in found.items()} if others else found
+    return {layer: prepared._replace(context=None) for layer, prepared in found.items()} if others else found
 
 
 def _is_known(encoder: type) -> bool:
@@ -128,15 +128,15 @@ def _is_known(encoder: type) -> bool:
 
 
 def _attention_sees(attention: nn.Module, attentions: tuple[type, ...], config: Any, causal: bool) -> bool:
-    if _unsharded_type(attention) is not BertAttention or _noticed(attention):
+    if _unsharded_type(attention) is not BertAttention or _observed(attention):
         return False
     attends = attention.self
-    if type(attends) not in attentions or _noticed(attends):
+    if type(attends) not in attentions or _observed(attends):
         return False
-    return _means_the_same(vars(attends), attends.config, config, causal)
+    return _same_attention(vars(attends), attends.config, config, causal)
 
 
-def _means_the_same(attends: dict[str, Any], own: Any, config: Any, causal: bool) -> bool:
+def _same_attention(attends: dict[str, Any], own: Any, config: Any, causal: bool) -> bool:
     """A layer of another model, or one whose causality was changed by hand, takes the model's masks in its own way."""
     same = own is config or own._attn_implementation == config._attn_implementation
     return same and bool(attends["is_causal"]) == causal
@@ -151,14 +151,14 @@ def _unsharded_type(module: nn.Module) -> type:
 @torch.compiler.assume_constant_result
 def masks_replaced() -> bool:
     """Whether BERT's masks are made by something else than transformers' own functions."""
-    return any(hasattr(bert, name) and forwards.innermost(getattr(bert, name)) is None for name in _MAKERS)
+    return any(hasattr(bert, name) and forwards.innermost(getattr(bert, name)) is None for name in _MASK_FUNCTIONS)
 
 
-def _noticed(module: nn.Module) -> bool:
+def _observed(module: nn.Module) -> bool:
     return hooked(module, _IDLE)
 
 
-_MAKERS = ("create_causal_mask", "create_bidirectional_mask")
+_MASK_FUNCTIONS = ("create_causal_mask", "create_bidirectional_mask")
 # Its hooks gather weights and cast floating-point arguments; masks they hand on.
 _SHARDING = "torch.distributed.fsdp"
 _IDLE = (*IDLE_HOOKS, _SHARDING, "fastbert.verify")  # the last one's hooks see outputs alone

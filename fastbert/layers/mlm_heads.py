@@ -22,9 +22,9 @@ from transformers.models.bert import modeling_bert as bert
 from transformers.utils.generic import can_return_tuple
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, autocast_dtype, hooked, is_plain, is_plain_tensor, refused, run, tensor_reason
+from fastbert.dispatch import FastModule, autocast_dtype, falls_back, hooked, is_plain, is_plain_tensor, run, tensor_reason
 from fastbert.layers import prediction_head
-from fastbert.layers.counts import Room, count
+from fastbert.layers.counts import Capacity, count
 from fastbert.layers.encoder import packs_unseen
 from fastbert.layers.packing import Rows, pack
 from fastbert.layers.reading import Reading
@@ -71,8 +71,8 @@ def _reason(module: nn.Module, name: str, labels: Tensor, arguments: _Arguments)
     return tensor_reason(decoder.weight, *(() if decoder.bias is None else (decoder.bias,)))
 
 
-def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], wants: Callable[..., bool]) -> Any:
-    """`stock`'s forward, where `wants(arguments)` from the labelled rows; `finish` makes the output."""
+def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], applies: Callable[..., bool]) -> Any:
+    """`stock`'s forward, where `applies(arguments)` from the labelled rows; `finish` makes the output."""
     signature, name = inspect.signature(stock.forward), stock.__name__
     known = signature.parameters.keys()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
@@ -80,7 +80,7 @@ def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], wants: Cal
     @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
     @can_return_tuple
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, Replicated):  # a wrapper kept this forward, and the model was unpatched since
+        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the model was unpatched since
             return type(self).forward(self, *args, **kwargs)
         if not args and (takes_any or kwargs.keys() <= known):
             arguments = dict(kwargs)
@@ -92,7 +92,7 @@ def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], wants: Cal
             arguments |= arguments.pop("kwargs", {})
             del arguments["self"]
         labels = arguments.get("labels")
-        if labels is None or not wants(self, arguments) or refused(self, _reason(self, name, labels, arguments)):
+        if labels is None or not applies(self, arguments) or falls_back(self, _reason(self, name, labels, arguments)):
             return stock.forward(self, *args, **kwargs)
         return finish(self, arguments)
 
@@ -109,8 +109,8 @@ def _read(
     labelled = targets != ignored
     if without and with_first:
         labelled[:, :1] = True  # without a label it has no loss; it is read all the same
-    told = Reading(labelled, alone=without)
-    extra = {"reading": told} if packs_unseen(module) else {}
+    reading = Reading(labelled, alone=without)
+    extra = {"reading": reading} if packs_unseen(module) else {}
     outputs = module.bert(**arguments, return_dict=True, **extra)
     hidden = outputs.last_hidden_state
     # Under autocast the weight is cast once for logits and loss, as autocast's cache does.
@@ -123,7 +123,7 @@ def _read(
     if not without:
         hidden = head.transform(hidden).to(dtype)
         logits = linear(hidden, weight, bias)
-    hidden, targets = _labelled(hidden, targets, labelled, told.rows, ignored)
+    hidden, targets = _labelled(hidden, targets, labelled, reading.rows, ignored)
     if without:
         hidden = head.transform(hidden).to(dtype)
     return outputs, logits, run(module, ops.linear_cross_entropy, hidden, weight, bias, targets, **options)
@@ -139,9 +139,9 @@ def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | No
         if torch.compiler.is_compiling() or not labelled.numel():
             return hidden, targets
         counts = ops.row_counts(None, labelled)
-        _, room, _ = count(None, labelled, counts)
+        _, capacity, _ = count(None, labelled, counts)
         batch, seqlen = labelled.shape
-        _, rows, _ = pack(counts, None, labelled, seqlen, Room(batch * seqlen, seqlen), room)
+        _, rows, _ = pack(counts, None, labelled, seqlen, Capacity(batch * seqlen, seqlen), capacity)
     if rows.exact:
         return rows.take(hidden), targets.index_select(0, rows.index)
     index = rows.index
@@ -187,11 +187,11 @@ def _finish_causal(module: nn.Module, arguments: _Arguments) -> CausalLMOutputWi
     )
 
 
-def _wants_both(module: nn.Module, arguments: _Arguments) -> bool:
+def _has_both_labels(module: nn.Module, arguments: _Arguments) -> bool:
     return arguments.get("next_sentence_label") is not None  # stock has no loss without
 
 
-def _wants_shifted(module: nn.Module, arguments: _Arguments) -> bool:
+def _causal_loss_applies(module: nn.Module, arguments: _Arguments) -> bool:
     shifted, keep = arguments.get("shift_labels"), arguments.get("logits_to_keep", 0)
     return (
         _has_causal_loss(module)
@@ -212,8 +212,8 @@ def _has_causal_loss(module: nn.Module) -> bool:
 # By the stock class: what makes its output, and whether a call's loss is one that it computes.
 _FINISHES = {
     "BertForMaskedLM": (_finish_masked, lambda *_: True),
-    "BertForPreTraining": (_finish_pretraining, _wants_both),
-    "BertLMHeadModel": (_finish_causal, _wants_shifted),
+    "BertForPreTraining": (_finish_pretraining, _has_both_labels),
+    "BertLMHeadModel": (_finish_causal, _causal_loss_applies),
 }
 _FORWARDS = {name: _fast_forward(stock_class(name), *how) for name, how in _FINISHES.items()}
 
@@ -221,7 +221,7 @@ _FORWARDS = {name: _fast_forward(stock_class(name), *how) for name, how in _FINI
 def _heads(namespace: str, without_logits: bool) -> type:
     """A class that holds a fast class for each of the stock classes, as its attributes: so pickle finds them."""
     classes = {
-        name: subclass(name, __name__, namespace, (Replicated,), forward=forward, WITHOUT_LOGITS=without_logits)
+        name: subclass(name, __name__, namespace, (FastModule,), forward=forward, WITHOUT_LOGITS=without_logits)
         for name, forward in _FORWARDS.items()
     }
     return type(namespace, (), {"__module__": __name__, **classes})

@@ -11,32 +11,32 @@ import torch
 from torch import Tensor, nn
 from transformers import modeling_utils
 
-from fastbert.dispatch import Replicated, autocast_dtype, hooked, tensor_reason
+from fastbert.dispatch import FastModule, autocast_dtype, hooked, tensor_reason
 from fastbert.integrations.attention import implementation_reason
 from fastbert.layers import stock
 from fastbert.layers.attention import BertCrossAttention, BertSelfAttention
 from fastbert.layers.capturing import is_recording_inside_layers
+from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
 from fastbert.layers.embeddings import BertEmbeddings
 from fastbert.layers.layer import BertLayer
-from fastbert.layers.masks import HandedMask, handed, masks_replaced, only_kernels_see
-from fastbert.layers.settled import Around, ready, surroundings
-from fastbert.layers.waiting import Waiting, Waits
+from fastbert.layers.layer_state import CallContext, global_state, prepare
+from fastbert.layers.masks import KernelMask, kernel_mask, masks_replaced, prepare_layers
 
 
-class BertModel(Replicated, stock.BertModel):
+class BertModel(FastModule, stock.BertModel):
     """BertModel as stock has it, but for its masks, and for embeddings that wait until an encoder that packs has its rows."""
 
     @stock.fast_forward_of(stock.BertModel)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) <= 3 and self._may_wait(kwargs):  # position_ids would be the fourth
-            kwargs["position_ids"] = Waiting(kwargs.get("position_ids"))
+        if len(args) <= 3 and self._may_defer(kwargs):  # position_ids would be the fourth
+            kwargs["position_ids"] = DeferredEmbeddings(kwargs.get("position_ids"))
         return super().forward(*args, **kwargs)
 
-    def _may_wait(self, kwargs: dict[str, Any]) -> bool:
+    def _may_defer(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing but fast classes and stock code that is as tested sees what the embeddings return."""
         encoder, embeddings = self.encoder, self.embeddings
         return (
-            isinstance(encoder, Waits)
+            isinstance(encoder, AcceptsDeferredEmbeddings)
             and encoder.may_pack(kwargs)
             and isinstance(embeddings, BertEmbeddings)
             and not torch.compiler.is_compiling()
@@ -50,41 +50,41 @@ class BertModel(Replicated, stock.BertModel):
 
     def _create_attention_masks(self, *args: Any, **given: Any) -> tuple[Any, Any]:
         implementation = self.config._attn_implementation or "eager"
-        known = None if args else self._what_kernels_see(given.get("embedding_output"), implementation)
+        known = None if args else self._prepare_layers(given.get("embedding_output"), implementation)
         if known is None:
             return super()._create_attention_masks(*args, **given)
-        made = _Made(partial(super()._create_attention_masks, **given))
+        made = _StockMasks(partial(super()._create_attention_masks, **given))
         if given.get("cache", given.get("past_key_values")) is not None:
             # Made now, as layers are about to change how long the cache is.
-            return tuple(HandedMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
+            return tuple(KernelMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
         hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
         added = implementation == "eager"
         own = self.encoder.layer
-        looked_at = {"ready": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
+        looked_at = {"prepared": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
         by_module = self._asks_for_weights()
-        mask = handed(given.get("attention_mask"), hidden, partial(made, 0), added, by_module=by_module, **looked_at)
+        mask = kernel_mask(given.get("attention_mask"), hidden, partial(made, 0), added, by_module=by_module, **looked_at)
         if encoder_hidden is None:
             return mask, given.get("encoder_attention_mask")
-        return mask, handed(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1), added)
+        return mask, kernel_mask(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1), added)
 
     def _asks_for_weights(self) -> str | None:
         asked = getattr(self.config, "output_attentions", False) or is_recording_inside_layers()
         return "attention weights were asked for" if asked else None
 
-    def _what_kernels_see(self, hidden: Tensor | None, implementation: str) -> dict[nn.Module, Any] | None:
+    def _prepare_layers(self, hidden: Tensor | None, implementation: str) -> dict[nn.Module, Any] | None:
         """What was looked at of the layers if nothing but fast classes will see the masks of this call, else None."""
         if hidden is None or implementation_reason(implementation) or tensor_reason(hidden):
             return None
         device = hidden.device
-        around = Around(surroundings(), hidden.shape[-1], device, autocast_dtype(device.type))
-        return only_kernels_see(self, _LAYERS, _ATTENTIONS, partial(ready, around=around))
+        context = CallContext(global_state(), hidden.shape[-1], device, autocast_dtype(device.type))
+        return prepare_layers(self, _LAYERS, _ATTENTIONS, partial(prepare, context=context))
 
 
 _LAYERS = (stock.BertLayer, BertLayer)
 _ATTENTIONS = (BertSelfAttention, BertCrossAttention)
 
 
-class _Made:
+class _StockMasks:
     """The masks that stock makes of a call, once, when the first is asked for."""
 
     def __init__(self, make: Callable[[], tuple[Any, Any]]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.layers.counts import Room
+from fastbert.layers.counts import Capacity
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Packing:
     read: Rows | None
 
 
-def rows_of(chosen: Tensor, longest: int, room: int, exact: bool = True) -> Rows:
-    """Where a bool [B, S] is true, at most `longest` times in a row of the batch and `room` times in all.
+def rows_of(chosen: Tensor, longest: int, capacity: int, exact: bool = True) -> Rows:
+    """Where a bool [B, S] is true, at most `longest` times in a row of the batch and `capacity` times in all.
 
-    exact: `room` times to the row. Otherwise what is left of the room stands for no row (index -1, taken as zeros), and
+    exact: `capacity` times to the row. Otherwise what is left of the capacity stands for no row (index -1, taken as zeros), and
     is made sequences of its own, of `longest` at most, behind the others.
     """
     counts = ops.row_counts(chosen, None)
-    return pack(counts, chosen, None, chosen.shape[1], Room(room, longest, exact), None)[0]
+    return pack(counts, chosen, None, chosen.shape[1], Capacity(capacity, longest, exact), None)[0]
 
 
 def pack(
@@ -72,19 +72,19 @@ def pack(
     mask: Tensor | None,
     read: Tensor | None,
     seqlen: int,
-    tokens: Room,
-    reads: Room | None,
+    tokens: Capacity,
+    reads: Capacity | None,
     check: bool = False,
 ) -> tuple[Rows, Rows | None, Tensor | None]:
-    """The tokens of a bool [B, S] mask (None: all positions) and the rows that are read, for which there is room.
+    """The tokens of a bool [B, S] mask (None: all positions) and the rows that are read, for which there is capacity.
 
     Those are where `read` is true, and without it the first of each row; none where `reads` is None. With `check` a
-    bool [3]: whether `counts`, of both masks, fit the tokens' room and that of what is read, and no padding is read.
+    bool [3]: whether `counts`, of both masks, fit the tokens' capacity and that of what is read, and no padding is read.
     """
     alone = () if reads is None else (reads.rows, reads.longest, reads.exact)
     first = reads is not None and read is None
-    room = tokens.rows, tokens.longest, tokens.exact, first, *(alone or (0, 0, True))
-    bounds, *found = ops.packed_rows(counts, mask, read, seqlen, *room, check)
+    capacities = tokens.rows, tokens.longest, tokens.exact, first, *(alone or (0, 0, True))
+    bounds, *found = ops.packed_rows(counts, mask, read, seqlen, *capacities, check)
     fits = found.pop() if check else None
     if mask is None:
         packed = Rows(None, None, bounds, tokens.longest)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from fastbert import ops
-from fastbert.dispatch import is_plain, is_plain_tensor, stand_in_for
+from fastbert.dispatch import is_plain, is_plain_tensor, register_library_classes
 
 # By name: not every supported transformers release has every class.
 _ACTIVATION_CLASSES = {
@@ -24,7 +24,7 @@ _ACTIVATION_CLASSES = {
 _BY_CLASS = {
     getattr(activations, name): kernel for name, kernel in _ACTIVATION_CLASSES.items() if hasattr(activations, name)
 } | {nn.ReLU: "relu", nn.SiLU: "silu"}
-stand_in_for(nn.GELU, *_BY_CLASS)
+register_library_classes(nn.GELU, *_BY_CLASS)
 _BY_FUNCTION = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "silu"}
 
 
@@ -72,10 +72,10 @@ def layernorm_reason(norm: nn.Module) -> str | None:
     return None
 
 
-OTHER_ARGUMENTS = "arguments that the forwards do not have that fastbert was tested against"
+UNKNOWN_ARGUMENTS = "arguments that the forwards do not have that fastbert was tested against"
 
 
-def given(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+def bind_arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """The arguments of these names, in their order; None of a call that has others: an untested forward may take them."""
     if not kwargs and len(args) == len(names):
         return args
@@ -89,7 +89,7 @@ def dropout_reason(dropout: nn.Module) -> str | None:
     return None if is_plain(dropout, nn.Dropout) else f"dropout is a {type(dropout).__name__}, or has hooks"
 
 
-def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def linear_without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The product of a Linear, and the bias that the kernel after it still has to add.
 
     A Linear that is not plainly nn.Linear (LoRA, 4-bit, DTensor, parametrised, hooked) is called as the module

@@ -5,16 +5,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, refused, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
 from fastbert.layers import stock
 from fastbert.layers.parts import (
-    OTHER_ARGUMENTS,
+    UNKNOWN_ARGUMENTS,
     activation_reason,
-    given,
+    bind_arguments,
     kernel_activation,
     layernorm_dtype,
     layernorm_reason,
-    product,
+    linear_without_bias,
 )
 
 
@@ -23,16 +23,16 @@ def unsupported(module: nn.Module) -> str | None:
     return layernorm_reason(module.LayerNorm) or activation_reason(module.transform_act_fn)
 
 
-class BertPredictionHeadTransform(Replicated, stock.BertPredictionHeadTransform):
+class BertPredictionHeadTransform(FastModule, stock.BertPredictionHeadTransform):
     """BertPredictionHeadTransform on the gelu_layernorm kernel."""
 
     @stock.fast_forward_of(stock.BertPredictionHeadTransform)
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = given(("hidden_states",), args, kwargs)
-        if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
+        inputs = bind_arguments(("hidden_states",), args, kwargs)
+        if falls_back(self, UNKNOWN_ARGUMENTS if inputs is None else self._reason(*inputs)):
             return super().forward(*args, **kwargs)
         norm = self.LayerNorm
-        x, x_bias = product(self.dense, *inputs)
+        x, x_bias = linear_without_bias(self.dense, *inputs)
         return run(
             self,
             ops.gelu_layernorm,

@@ -6,9 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import Replicated, refused, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
 from fastbert.layers import stock
-from fastbert.layers.parts import OTHER_ARGUMENTS, dropout_reason, given, layernorm_dtype, layernorm_reason, product
+from fastbert.layers.parts import (
+    UNKNOWN_ARGUMENTS,
+    bind_arguments,
+    dropout_reason,
+    layernorm_dtype,
+    layernorm_reason,
+    linear_without_bias,
+)
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -16,14 +23,14 @@ def unsupported(module: nn.Module) -> str | None:
     return layernorm_reason(module.LayerNorm) or dropout_reason(module.dropout)
 
 
-class _ResidualNorm(Replicated):
+class _ResidualNorm(FastModule):
     @stock.fast_forward_of(stock.BertOutput)
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = given(("hidden_states", "input_tensor"), args, kwargs)
-        if refused(self, OTHER_ARGUMENTS if inputs is None else self._reason(*inputs)):
+        inputs = bind_arguments(("hidden_states", "input_tensor"), args, kwargs)
+        if falls_back(self, UNKNOWN_ARGUMENTS if inputs is None else self._reason(*inputs)):
             return super().forward(*args, **kwargs)
         hidden_states, input_tensor = inputs
-        x, x_bias = product(self.dense, hidden_states)
+        x, x_bias = linear_without_bias(self.dense, hidden_states)
         dtype = torch.promote_types(x.dtype, input_tensor.dtype)
         return run(
             self,

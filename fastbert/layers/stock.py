@@ -14,7 +14,7 @@ from transformers.loss import loss_utils
 from transformers.models.bert import modeling_bert as bert
 
 from fastbert import forwards
-from fastbert.dispatch import Replicated
+from fastbert.dispatch import FastModule
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,7 +44,7 @@ def fast_forward_of(cls: type[nn.Module]) -> Callable[[Function], Function]:
 
     def decorate(forward: Function) -> Function:
         def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(self, Replicated):
+            if isinstance(self, FastModule):
                 return forward(self, *args, **kwargs)
             return type(self).forward(self, *args, **kwargs)
 

@@ -7,7 +7,7 @@ import torch
 from transformers.models.bert import modeling_bert as bert
 
 import fastbert
-from fastbert.layers.masks import HandedMask
+from fastbert.layers.masks import KernelMask
 from fastbert.testing.models import (
     KERNELS,
     assert_bitwise,
@@ -119,13 +119,13 @@ def test_gradient_scaler_steps_alike():
 
 def test_nothing_of_the_last_layer_is_kept_for_a_next(monkeypatch):
     """What layers hand on under autocast would live as long as the mask."""
-    made, init = [], HandedMask.__init__
+    made, init = [], KernelMask.__init__
 
     def noted(self, *args, **kwargs):
         init(self, *args, **kwargs)
         made.append(self)
 
-    monkeypatch.setattr(HandedMask, "__init__", noted)
+    monkeypatch.setattr(KernelMask, "__init__", noted)
     model = fastbert.patch(make().eval())
     with torch.no_grad(), autocast():
         model(**make_batch())

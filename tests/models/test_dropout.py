@@ -8,7 +8,7 @@ from torch import nn
 
 import fastbert
 from fastbert.kernels import embedding_layernorm
-from fastbert.layers.masks import HandedMask
+from fastbert.layers.masks import KernelMask
 from fastbert.testing.models import assert_bitwise, assert_equal, counting, doubled, expected_launches, run
 from fastbert.testing.rows import DEVICE, drawn_mask
 from tests.models.tiny import MLM, make, make_batch
@@ -106,7 +106,7 @@ def dropouts(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_stock_under_the_same_masks_is_equal(dtype, monkeypatch):
     seeds = []
-    draw_seed, seed_of = embedding_layernorm.draw_seed, HandedMask.seed_of
+    draw_seed, seed_of = embedding_layernorm.draw_seed, KernelMask.seed_of
 
     def drawn(*args):
         of_layer = seed_of(*args)
@@ -114,7 +114,7 @@ def test_stock_under_the_same_masks_is_equal(dtype, monkeypatch):
         return of_layer
 
     monkeypatch.setattr(embedding_layernorm, "draw_seed", lambda device: seeds.append(draw_seed(device)) or seeds[-1])
-    monkeypatch.setattr(HandedMask, "seed_of", drawn)
+    monkeypatch.setattr(KernelMask, "seed_of", drawn)
 
     model, batch = make(MLM, dtype, hidden_dropout_prob=P).train(), make_batch()
     patched = fastbert.patch(copy.deepcopy(model))

@@ -13,7 +13,7 @@ from fastbert.kernels import linear_cross_entropy as loss
 from fastbert.kernels.core.launch import recording
 from fastbert.kernels.linear_cross_entropy import chunked as linear_cross_entropy_chunks
 from fastbert.layers import mlm_heads
-from fastbert.layers.counts import Room
+from fastbert.layers.counts import Capacity
 from fastbert.testing.rows import DEVICE
 
 from .tiny import MLM, make
@@ -69,7 +69,7 @@ def batch():
 @pytest.fixture
 def chunks(monkeypatch):
     """What is launched is only written down, so what is read back is given: two chunks of labelled rows."""
-    monkeypatch.setattr(mlm_heads, "count", lambda *masks: (None, Room(LABELS, LABELS), False))
+    monkeypatch.setattr(mlm_heads, "count", lambda *masks: (None, Capacity(LABELS, LABELS), False))
     monkeypatch.setattr(loss, "check_on_cpu", lambda *arguments: None)
     monkeypatch.setattr(linear_cross_entropy_chunks, "rows_a_chunk", lambda *sizes: 3)
     monkeypatch.setattr(loss, "most_at_once", lambda *sizes: -1)

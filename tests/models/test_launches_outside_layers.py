@@ -15,9 +15,9 @@ import fastbert
 from fastbert import ops
 from fastbert.kernels import embedding_layernorm
 from fastbert.kernels.core.launch import counts
-from fastbert.layers.counts import Given
+from fastbert.layers.counts import CallerCounts
 from fastbert.layers.packing import Packing
-from fastbert.layers.plan import packing_of
+from fastbert.layers.packing_plan import plan_packing
 from fastbert.layers.reading import Reading
 from tests.models.tiny import CLASSIFICATION, DEVICE, LENGTH, ROWS, make, make_batch
 
@@ -81,17 +81,17 @@ LENGTHS, READ_LENGTHS = (9, 4, 7), (3, 2, 3)
 MASK = (torch.arange(9) < torch.tensor(LENGTHS)[:, None]).to(DEVICE)
 READ = MASK & (torch.arange(9, device=DEVICE) % 3 == 0)
 TOLD = {
-    "told": Given(lengths=LENGTHS, read=READ_LENGTHS),
-    "bucket": Given(lengths=LENGTHS, read=READ_LENGTHS, bucket=8),
-    "budget": Given(token_budget=24, read_budget=12),
+    "told": CallerCounts(lengths=LENGTHS, read=READ_LENGTHS),
+    "bucket": CallerCounts(lengths=LENGTHS, read=READ_LENGTHS, bucket=8),
+    "budget": CallerCounts(token_budget=24, read_budget=12),
 }
 # Counts are copied to the host; on the CPU they are there.
 COPIES = {"_to_copy": 1} if DEVICE.type == "cuda" else {}
 
 
-def pack(told, given, mask=MASK):
+def pack(reading, given, mask=MASK):
     """A forward's index work: the packing, what is read among it, and the bounds that the last layer takes."""
-    packing = packing_of(mask, told, given, *MASK.shape, DEVICE)
+    packing = plan_packing(mask, reading, given, *MASK.shape, DEVICE)
     assert isinstance(packing, Packing)
     if packing.read is not None:
         packing.read.within(packing.tokens)
@@ -103,24 +103,24 @@ def pack(told, given, mask=MASK):
 @pytest.mark.parametrize("what, asserted", [("first", 2), ("labelled", 3), ("all", 1), ("all, labelled", 2)])
 def test_packing_with_lengths_told(what, asserted, given):
     labelled = READ if "labelled" in what else None
-    told = None if what == "all" else Reading(labelled, alone="all" not in what)
+    reading = None if what == "all" else Reading(labelled, alone="all" not in what)
     with launching() as found:
-        packing = pack(told, TOLD[given])
+        packing = pack(reading, TOLD[given])
     assert found == {"row_counts": 1, "packed_rows": 1, "_assert_async": asserted}
-    assert (packing.read is None) == ("all" in what) and (labelled is None or told.rows is not None)
+    assert (packing.read is None) == ("all" in what) and (labelled is None or reading.rows is not None)
 
 
 @pytest.mark.parametrize("what", ["first", "labelled", "all"])
 def test_packing_with_lengths_counted(what):
-    told = None if what == "all" else Reading(READ if what == "labelled" else None, alone=True)
+    reading = None if what == "all" else Reading(READ if what == "labelled" else None, alone=True)
     with launching() as found:
-        pack(told, Given())
+        pack(reading, CallerCounts())
     assert found == {"row_counts": 1, "packed_rows": 1} | COPIES
 
 
 def test_packing_without_a_mask():
     with launching() as found:
-        pack(Reading(None, alone=True), Given(), mask=None)
+        pack(Reading(None, alone=True), CallerCounts(), mask=None)
     assert found == {"packed_rows": 1}
 
 

@@ -10,9 +10,9 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import fastbert
 from fastbert.kernels.core.launch import recording
-from fastbert.layers.counts import Given
+from fastbert.layers.counts import CallerCounts
 from fastbert.layers.packing import rows_of, side_by_side
-from fastbert.layers.plan import packing_of
+from fastbert.layers.packing_plan import plan_packing
 from fastbert.layers.reading import Reading
 from fastbert.testing.models import assert_equal, counting, doubled, run
 from tests.models.tiny import BASE, CLASSIFICATION, DEVICE, KINDS, LENGTH, MLM, ROWS, VOCABULARY, make, make_batch
@@ -73,7 +73,7 @@ def encoder_row(model):
 def test_given_lengths(kind, bucket):
     batch = batch_of(kind)
     model = check(kind, batch, **known(kind, batch), bucket=bucket)
-    assert not any("given" in vars(module) for module in model.modules())
+    assert not any("caller_counts" in vars(module) for module in model.modules())
 
 
 @pytest.mark.one_in(2)
@@ -113,9 +113,9 @@ def test_other_masks(mask):
 
 
 GIVEN = {
-    "lengths": Given(lengths=(4, 2), read=(2, 1)),
-    "buckets": Given(lengths=(4, 2), read=(2, 1), bucket=8),
-    "budgets": Given(token_budget=16, read_budget=8),
+    "lengths": CallerCounts(lengths=(4, 2), read=(2, 1)),
+    "buckets": CallerCounts(lengths=(4, 2), read=(2, 1), bucket=8),
+    "budgets": CallerCounts(token_budget=16, read_budget=8),
 }
 
 
@@ -124,14 +124,14 @@ GIVEN = {
 def test_no_synchronisation(given, read):
     """On the meta device, where a tensor has no value: whoever asks for one fails."""
     mask = torch.empty(2, 5, dtype=torch.bool, device="meta")
-    told = Reading(None if read == "first" else mask.clone(), alone=True)
+    reading = Reading(None if read == "first" else mask.clone(), alone=True)
     with recording("sm_90", lambda *_: None):
-        packing = packing_of(mask, told, GIVEN[given], 2, 5, mask.device)
+        packing = plan_packing(mask, reading, GIVEN[given], 2, 5, mask.device)
     tokens, reads = {"lengths": (6, 3), "buckets": (8, 8), "budgets": (16, 8)}[given]
     assert packing.tokens.index.shape == (tokens,)
     assert packing.read.index.shape == (2 if read == "first" else reads,)
     with pytest.raises(Exception, match="meta"), recording("sm_90", lambda *_: None):
-        packing_of(mask, told, Given(), 2, 5, mask.device)
+        plan_packing(mask, reading, CallerCounts(), 2, 5, mask.device)
 
 
 def test_one_synchronisation_counts_all(monkeypatch):
@@ -139,7 +139,7 @@ def test_one_synchronisation_counts_all(monkeypatch):
     asked, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: asked.append(x) or tolist(x))
     mask = make_batch(MLM)["attention_mask"].bool()
-    packing = packing_of(mask, Reading(mask.clone(), alone=True), Given(), ROWS, LENGTH, mask.device)
+    packing = plan_packing(mask, Reading(mask.clone(), alone=True), CallerCounts(), ROWS, LENGTH, mask.device)
     assert len(asked) == 1 and len(packing.tokens.index) == int(mask.sum())
 
 
@@ -204,9 +204,9 @@ def test_blocks_nest():
     model = fastbert.patch(make(CLASSIFICATION))
     with fastbert.lengths(model, [9, 6]):
         with fastbert.lengths(model, token_budget=50):
-            assert model.bert.encoder.given.token_budget == 50
-        assert model.bert.encoder.given.lengths == (9, 6)
-    assert model.bert.encoder.given is None
+            assert model.bert.encoder.caller_counts.token_budget == 50
+        assert model.bert.encoder.caller_counts.lengths == (9, 6)
+    assert model.bert.encoder.caller_counts is None
 
 
 @pytest.mark.parametrize("kind", [CLASSIFICATION, MLM], ids=str)
@@ -239,7 +239,7 @@ def test_a_collator_tells_the_trainer_s_model(tmp_path, monkeypatch):
 
     rows = [{name: tensor[i].cpu() for name, tensor in make_batch(CLASSIFICATION).items()} for i in range(ROWS)]
     seen = []
-    monkeypatch.setattr("fastbert.layers.encoder.packing_of", lambda *a: seen.append(a[2].lengths) or packing_of(*a))
+    monkeypatch.setattr("fastbert.layers.encoder.plan_packing", lambda *a: seen.append(a[2].lengths) or plan_packing(*a))
     losses = []
     for patched in (False, True):
         model = make(CLASSIFICATION)

@@ -67,7 +67,7 @@ def test_unpatched_is_bitwise_as_before():
     model.zero_grad()
     # Neither a forward nor a backward leaves anything on a module, but what was looked at on a layer.
     patched = contents(model)
-    looked_at = [own.pop("_fastbert_settled", None) for _, own in patched.values()]
+    looked_at = [own.pop("_fastbert_state", None) for _, own in patched.values()]
     assert patched == before and len(list(filter(None, looked_at))) == model.config.num_hidden_layers
     torch.manual_seed(1)
     with counting() as launched:

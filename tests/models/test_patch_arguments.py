@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaForMaskedLM
 
 import fastbert
-from fastbert.patch import _say_disabled
+from fastbert.patch import _log_disabled
 from fastbert.testing.models import counting, expected_launches, run
 from tests.models.test_patch import classes, contents
 from tests.models.tiny import CLASSIFICATION, MLM, make, make_batch
@@ -162,7 +162,7 @@ def test_switches_are_keywords_only():
 
 def test_the_environment_can_switch_it_off(monkeypatch, caplog):
     monkeypatch.setenv("FASTBERT_DISABLE", "1")
-    _say_disabled.cache_clear()
+    _log_disabled.cache_clear()
     model = make()
     types = classes(model)
     with caplog.at_level(logging.WARNING, logger="fastbert"), counting() as launched:

@@ -201,7 +201,7 @@ def test_isinstance():
 def test_ignored_arguments_say_why(name, caplog):
     from fastbert import optim
 
-    optim._say_ignored.cache_clear()
+    optim._log_ignored.cache_clear()
     optimizer = fastbert.AdamW(make_params(), **{name: True})
     fastbert.AdamW(make_params(), **{name: True})
     assert [record.message.startswith(f"fastbert.AdamW: {name} is ignored") for record in caplog.records] == [True]

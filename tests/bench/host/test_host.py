@@ -16,8 +16,7 @@ from bench.host.cases import CASES, LANES
 from bench.host.step import BACKWARD, FORWARD, OPTIMIZER, PARTS
 from bench.host.targets import TARGETS
 from bench.runner import plan
-from fastbert.layers import counts, embeddings, mlm_heads
-from fastbert.layers import plan as packing_plan
+from fastbert.layers import counts, embeddings, mlm_heads, packing_plan
 
 CASE = host_cases.TRAINING
 STOCK, PADDED, PACKED = CASE.lanes
@@ -160,8 +159,8 @@ def test_what_a_pretended_gpu_reads_as_zeros_is_stood_in_for():
     before = packing_plan.count, mlm_heads.count, embeddings._position_reason
     assert embeddings._position_reason(module) is not None
     with true_reads([3, 5], [1, 2]):
-        assert packing_plan.count(mask, read, None) == (counts.Room(8, 5), counts.Room(3, 2), False)
-        assert mlm_heads.count(None, read, None) == (None, counts.Room(3, 2), False)
+        assert packing_plan.count(mask, read, None) == (counts.Capacity(8, 5), counts.Capacity(3, 2), False)
+        assert mlm_heads.count(None, read, None) == (None, counts.Capacity(3, 2), False)
         assert embeddings._position_reason(module) is None
     assert (packing_plan.count, mlm_heads.count, embeddings._position_reason) == before
 

@@ -9,7 +9,7 @@ CALLS = "tests/models/test_layer_calls.py"
 MASKS_GIVEN = "tests/models/test_masks_given.py"
 VERIFY = "tests/test_verify.py"
 
-_settled = partial(Fault, file="fastbert/layers/settled.py")
+_state = partial(Fault, file="fastbert/layers/layer_state.py")
 _layer = partial(Fault, file="fastbert/layers/layer.py")
 _masks = partial(Fault, file="fastbert/layers/masks.py")
 _verify = partial(Fault, file="fastbert/verify.py")
@@ -20,37 +20,37 @@ def _change(name: str) -> tuple[str, ...]:
 
 
 FAULTS = (
-    _settled(
+    _state(
         "a module that was replaced goes on in the op",
         before='all([own["_modules"] == known for own, known in self._children])',
         after="True",
         tests=_change("refused: subclass of Linear"),
     ),
-    _settled(
+    _state(
         "a module that got another dict goes on with its first",
         before="            and all(map(is_, map(vars, self._modules), self._dicts))\n",
         after="",
         tests=_change("seen: a new dict"),
     ),
-    _settled(
+    _state(
         "a module that got another class goes on in the op",
         before="            and list(map(type, self._modules)) == self._types\n",
         after="",
         tests=_change("refused: orthogonal"),
     ),
-    _settled(
+    _state(
         "a hook that was added after a call never fires",
         before="            and self._hooks() == self._known_hooks\n",
         after="",
         tests=(f"{CHANGES}::test_a_hook_inside_fires[forward]",),
     ),
-    _settled(
+    _state(
         "a hook in a dict that is not the one of the first call never fires",
         before="list(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))",
         after="list(filter(None, self.__dict__.setdefault('first', [h for own in self._dicts for h in _HOOKS(own)])))",
         tests=(f"{CHANGES}::test_a_hook_in_a_new_dict_fires[forward]",),
     ),
-    _settled(
+    _state(
         "parameters are read from the dict of the first call",
         before="self._with_parameters = [vars(inside[name]) for name in order]",
         after="self._with_parameters = [dict(vars(inside[name])) for name in order]",
@@ -59,7 +59,7 @@ FAULTS = (
     Fault(
         "what a hook changes in the next layer goes unnoticed",
         file="fastbert/layers/masks.py",
-        before="others = others or has_hooks or ready is None or ready.around is None",
+        before="others = others or has_hooks or prepared is None or prepared.context is None",
         after="others = False",
         tests=("tests/models/test_layer_calls.py::test_a_hook_changes_the_next_layer[parameter-a hook inside]",),
     ),
@@ -73,7 +73,7 @@ FAULTS = (
     Fault(
         "what was looked at of a layer is copied with it",
         file="fastbert/layers/layer.py",
-        before="return without(vars(self))",
+        before="return without_state(vars(self))",
         after="return vars(self)",
         tests=("tests/models/test_layer_calls.py::test_a_copy_is_its_own[pickle]",),
     ),
@@ -84,73 +84,73 @@ FAULTS = (
         after="kernel",
         tests=_change("refused: GELUActivation's function"),
     ),
-    _settled(
+    _state(
         "a forward that was set on a module after a call is not called",
-        before="            and self._own_forwards() == self._known_own\n",
+        before="            and self._own_forwards() == self._known_own_forwards\n",
         after="",
         tests=_change("refused: own forward of a Linear"),
     ),
-    _settled(
+    _state(
         "a forward that was set on a class after a call is not called",
         before="            and list(map(_FORWARD, self._classes)) == self._forwards\n",
         after="",
         tests=_change("in all: Linear"),
     ),
-    _settled(
+    _state(
         "stock's code that was replaced after a call goes on in the op",
-        before="known.surroundings != (around or surroundings()) or ",
+        before="        or known.global_state != (shared or global_state())\n",
         after="",
         tests=_change("in all: BertIntermediate"),
     ),
-    _settled(
+    _state(
         "an activation that was changed goes on as it was",
-        before="self._activates_by() == self._activation\n",
-        after="self._activates_by() != ()\n",
+        before="self._activation_key() == self._activation\n",
+        after="self._activation_key() != ()\n",
         tests=(f"{CHANGES}::test_gelus_form_is_read_again",),
     ),
-    _settled(
+    _state(
         "what was once refused for its activation stays refused",
-        before="else (self.surroundings[0] or _reason(self._inside)) == self.reason",
+        before="else (self.global_state[0] or _reason(self._inside)) == self.reason",
         after="else True",
         tests=(f"{CHANGES}::test_a_function_as_activation_is_read_again",),
     ),
-    _settled(
+    _state(
         "a transposed weight is read as if it were contiguous",
         before="if not tensor.is_contiguous():",
         after="if tensor.is_sparse:",
         tests=_change("refused: transposed"),
     ),
-    _settled(
+    _state(
         "an address that 16 does not divide is passed on",
         before="if any(address % ops.ALIGNMENT for address in addresses):",
         after="if not all(addresses):",
         tests=_change("refused: unaligned vector"),
     ),
-    _settled(
+    _state(
         "a subclass of Tensor is taken for a plain one",
         before="if not all(tensor is not None and is_plain_tensor(tensor) for tensor in found):",
         after="if not all(tensor is not None for tensor in found):",
         tests=_change("refused: subclass of Tensor"),
     ),
-    _settled(
+    _state(
         "attention drops by its dropout's mode, not by its own",
         before='scores["p"] if attention["training"] else 0.0,',
         after='scores["p"] if scores["training"] else 0.0,',
         tests=(f"{CHANGES}::test_one_dropout_by_itself[attention.self.dropout]",),
     ),
-    _settled(
+    _state(
         "both LayerNorms have the first one's eps",
         before='            second["eps"],\n',
         after='            first["eps"],\n',
         tests=_change("seen: second eps"),
     ),
-    _settled(
+    _state(
         "a hook that leads back to its model keeps it alive",
-        before="known = vars(layer)[_KEY] = Settled(layer)\n",
-        after="known = vars(layer)[_KEY] = vars(settled)[str(id(layer))] = Settled(layer)\n",
+        before="known = vars(layer)[_ATTRIBUTE] = LayerState(layer)\n",
+        after="known = vars(layer)[_ATTRIBUTE] = vars(state_of)[str(id(layer))] = LayerState(layer)\n",
         tests=(f"{CALLS}::test_what_leads_back_to_the_layer_keeps_no_model",),
     ),
-    _settled(
+    _state(
         "a scale that is a tensor reaches the kernel",
         before="if type(scale) is not float:",
         after="if scale is None:",
@@ -164,8 +164,8 @@ FAULTS = (
     ),
     _layer(
         "attention weights that the config asks for are not recorded",
-        before="(reason := mask.by_module or _asks_for_more(ready.settled, kwargs))",
-        after="(reason := _asks_for_more(ready.settled, kwargs))",
+        before="(reason := mask.by_module or _keyword_reason(prepared.state, kwargs))",
+        after="(reason := _keyword_reason(prepared.state, kwargs))",
         tests=(f"{CALLS}::test_asked_for_after_a_plain_call[config-output_attentions-eager]",),
     ),
     _layer(
@@ -196,7 +196,7 @@ FAULTS = (
     Fault(
         "what was looked at of a layer outlives its patch",
         file="fastbert/patch.py",
-        before="            settled.forget(module)\n",
+        before="            layer_state.clear(module)\n",
         after="",
         tests=(f"{CALLS}::test_what_was_looked_at_is_forgotten_with_the_patch",),
     ),

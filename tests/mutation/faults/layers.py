@@ -82,7 +82,7 @@ FAULTS = (
     ),
     _attention(
         "an attention function of the user's own is never called",
-        before="if not isinstance(mask, HandedMask) and (reason := implementation_reason(implementation)):",
+        before="if not isinstance(mask, KernelMask) and (reason := implementation_reason(implementation)):",
         after="if False:",
         tests=(f"{OTHERS_ATTENTION}::test_a_function_of_ones_own_is_called",),
     ),
@@ -179,19 +179,19 @@ FAULTS = (
     ),
     _masks(
         "a module of the user's own gets a mask that it does not know",
-        before="if type(attends) not in attentions or _noticed(attends):",
+        before="if type(attends) not in attentions or _observed(attends):",
         after="if False:",
         tests=(f"{OTHERS_ATTENTION}::test_a_self_attention_of_ones_own_gets_the_masks_it_knows",),
     ),
     _masks(
         "a function of the user's own that makes masks passes for transformers'",
-        before="forwards.innermost(getattr(bert, name)) is None for name in _MAKERS)",
-        after='getattr(bert, name).__module__ != "transformers.masking_utils" for name in _MAKERS)',
+        before="forwards.innermost(getattr(bert, name)) is None for name in _MASK_FUNCTIONS)",
+        after='getattr(bert, name).__module__ != "transformers.masking_utils" for name in _MASK_FUNCTIONS)',
         tests=("tests/models/test_masks_given.py::test_what_makes_masks_was_replaced",),
     ),
     _masks(
         "a hook on a layer sees the kernel's mask",
-        before='if (has_hooks or "forward" in vars(layer)) and _noticed(layer):',
+        before='if (has_hooks or "forward" in vars(layer)) and _observed(layer):',
         after="if False:",
         tests=("tests/models/test_hooks.py::test_a_hook_sees_the_mask_that_stock_gives",),
     ),
@@ -291,7 +291,7 @@ FAULTS = (
     Fault(
         "a wrapper around a fast forward fails once the model is unpatched",
         file="fastbert/layers/stock.py",
-        before="if isinstance(self, Replicated):",
+        before="if isinstance(self, FastModule):",
         after="if True:",
         tests=(f"{WRAPPED}::test_a_wrapper_outlives_the_patch",),
     ),
@@ -305,8 +305,8 @@ FAULTS = (
     Fault(
         "a module of the user's own in a layer is given packed rows",
         file="fastbert/layers/by_row.py",
-        before="if not (cls in _TORCH or cls.__module__.startswith(_LIBRARIES)) or replaced(cls):",
-        after="if replaced(cls):",
+        before="if not (cls in _TORCH or cls.__module__.startswith(_LIBRARIES)) or class_forward_replaced(cls):",
+        after="if class_forward_replaced(cls):",
         tests=("tests/models/test_replaced_code.py::test_a_module_of_ones_own_in_a_layer_never_sees_packed_rows",),
     ),
     _integration(

@@ -78,8 +78,8 @@ FAULTS = (
     ),
     _fault(
         "rows are counted twice",
-        before="_, room, _ = count(None, labelled, counts)",
-        after="_, room, _ = count(None, labelled, ops.row_counts(None, labelled))",
+        before="_, capacity, _ = count(None, labelled, counts)",
+        after="_, capacity, _ = count(None, labelled, ops.row_counts(None, labelled))",
         tests=(f"{HOST}::test_a_head_launches_no_more_than_it_must",),
     ),
     _fault(

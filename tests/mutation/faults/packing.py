@@ -13,7 +13,7 @@ COUNTS = "tests/kernels/test_row_counts.py"
 _kernel = partial(Fault, file="kernels/packed_rows.py", op="packed_rows")
 _counting = partial(Fault, file="kernels/row_counts.py", op="row_counts")
 _rows = partial(Fault, file="fastbert/layers/packing.py")
-_plan = partial(Fault, file="fastbert/layers/plan.py")
+_plan = partial(Fault, file="fastbert/layers/packing_plan.py")
 _encoder = partial(Fault, file="fastbert/layers/encoder.py")
 
 FAULTS = (
@@ -137,7 +137,7 @@ FAULTS = (
     ),
     _encoder(
         "unpad='auto' packs although everything can be seen",
-        before='reason = None if self.ALWAYS or (told and told.alone) else "outputs at padded positions can be seen"',
+        before='reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions can be seen"',
         after="reason = None",
         tests=(
             f"{TESTS}::test_the_encoder_called_by_others_than_the_head_is_seen_everywhere",

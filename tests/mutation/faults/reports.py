@@ -26,8 +26,8 @@ FAULTS = (
     ),
     _report(
         "a switch that is off is not given as the reason",
-        before='return entry.why_stock(module) or "not patched" if entry.wanted(switches) else f"{entry.off(switches)}=False"',
-        after='return entry.why_stock(module) or "not patched"',
+        before='return f"{entry.off(switches)}=False"',
+        after='return entry.stock_reason(module) or "not patched"',
         tests=("tests/models/test_patch_arguments.py::test_a_switch_leaves_its_kernel_out",),
     ),
     _report(

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbert.layers.packing import Rows
 
 
-class Waits:
+class AcceptsDeferredEmbeddings:
     """Of an encoder that can be given embeddings that wait."""
 
     def may_pack(self, kwargs: dict[str, Any]) -> bool:
@@ -18,7 +18,7 @@ class Waits:
 
 
 @dataclass
-class Waiting:
+class DeferredEmbeddings:
     """What a BertModel gives its embeddings and its encoder in place of `position_ids`, which stock hands to both.
 
     The embeddings leave here how they are computed, [B, S, H] or of rows that are packed [1, N, H], and return a tensor that

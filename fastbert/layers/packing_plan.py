@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.layers.counts import Given, Room, count
+from fastbert.layers.counts import CallerCounts, Capacity, count
 from fastbert.layers.packing import Packing, pack
 from fastbert.layers.reading import Reading
 
@@ -12,18 +12,18 @@ _COMPILED = "torch.compile needs sizes that do not depend on the mask: fastbert.
 _WRONG = "fewer than there are, or not as many"
 
 
-def packing_of(
-    mask: Tensor | None, told: Reading | None, given: Given, batch: int, seqlen: int, device: torch.device
+def plan_packing(
+    mask: Tensor | None, reading: Reading | None, caller: CallerCounts, batch: int, seqlen: int, device: torch.device
 ) -> Packing | str:
     """The packing of a bool [B, S] mask, or the reason not to pack. At most one synchronisation, none if all is given."""
     if not batch * seqlen:
         return "an empty batch"
-    alone = told is not None and told.alone
+    alone = reading is not None and reading.alone
     if mask is None and not alone:
         return "a batch without a mask"
-    read = None if told is None else told.positions
-    tokens = None if mask is None else given.room("lengths", batch, seqlen)
-    reads = None if read is None else given.room("read", batch, seqlen)
+    read = None if reading is None else reading.positions
+    tokens = None if mask is None else caller.capacity("lengths", batch, seqlen)
+    reads = None if read is None else caller.capacity("read", batch, seqlen)
     claims = tokens is not None, reads is not None
     counted = (mask is not None and not claims[0]) or (read is not None and not claims[1])
     if counted and torch.compiler.is_compiling():
@@ -35,7 +35,7 @@ def packing_of(
     if counted:
         found = count(None if claims[0] else mask, None if claims[1] else read, counts)
         tokens, reads, padding = tokens or found[0], reads or found[1], found[2] and alone
-    whole = mask is None or tokens == Room(batch * seqlen, seqlen)
+    whole = mask is None or tokens == Capacity(batch * seqlen, seqlen)
     reason = None
     if tokens is not None and tokens.rows == 0:
         reason = "a batch of padding alone"
@@ -47,13 +47,13 @@ def packing_of(
         return reason
 
     if alone and read is None:
-        reads = Room(batch, 1)
+        reads = Capacity(batch, 1)
     checked = (*claims, alone and mask is not None and not counted)
-    room = Room(batch * seqlen, seqlen) if whole else tokens
-    packed, last, fits = pack(counts, None if whole else mask, read, seqlen, room, reads, any(checked))
+    capacity = Capacity(batch * seqlen, seqlen) if whole else tokens
+    packed, last, fits = pack(counts, None if whole else mask, read, seqlen, capacity, reads, any(checked))
     _stop_unless(fits, checked)
     if read is not None:
-        told.rows = last  # so that the head need not count again
+        reading.rows = last  # so that the head need not count again
     return Packing(packed, last if alone else None) if reason is None else reason
 
 

@@ -40,8 +40,8 @@ _UNSUPPORTED = {
 }
 
 
-class Settled:
-    """`reason` is why the layer's op may not stand in for these modules, or None; both hold while `holds()` says so."""
+class LayerState:
+    """`reason` is why the layer's op may not stand in for these modules, or None; both hold while `is_current()` says so."""
 
     def __init__(self, layer: nn.Module) -> None:
         inside = {name: module for name, module in layer.named_modules() if name}
@@ -51,31 +51,31 @@ class Settled:
         self._modules, self._types = modules, list(map(type, modules))
         self._classes = [cls for cls in dict.fromkeys(self._types) if hasattr(cls, "forward")]  # TorchScript's have none
         self._forwards = list(map(_FORWARD, self._classes))
-        self.of = ref(layer)
+        self.layer = ref(layer)
         self._dicts = [vars(module) for module in modules]
         self._known_hooks = list(map(dict, self._hooks()))
-        self._known_own = self._own_forwards()
-        self.surroundings = surroundings()
+        self._known_own_forwards = self._own_forwards()
+        self.global_state = global_state()
         self._inside = inside
-        self.reason = self.surroundings[0] or _reason(inside)
+        self.reason = self.global_state[0] or _reason(inside)
         if self.reason is None:
-            self._settle(inside)
+            self._read(inside)
 
-    def _settle(self, inside: dict[str, nn.Module]) -> None:
+    def _read(self, inside: dict[str, nn.Module]) -> None:
         order = (*_LINEARS[:4], _NORMS[0], *_LINEARS[4:], _NORMS[1])  # as ops.Weights has them
         self._with_parameters = [vars(inside[name]) for name in order]
-        self._fit: tuple[Forms, str | None] | None = None
+        self._forms: tuple[Forms, str | None] | None = None
         self._addresses: list[int] | None = None
         self.attention = vars(inside["attention.self"])
         self._dropouts = [vars(inside[name]) for name in _DROPOUTS]
         self._norms = [vars(inside[name]) for name in _NORMS]
-        self._activates = vars(inside["intermediate"])
+        self._intermediate = vars(inside["intermediate"])
         activation = inside["intermediate"].intermediate_act_fn
-        self._form = vars(activation) if isinstance(activation, nn.Module) else {}
-        self._activation = self._activates_by()
+        self._activation_vars = vars(activation) if isinstance(activation, nn.Module) else {}
+        self._activation = self._activation_key()
         self.activation = kernel_activation(activation)
 
-    def holds(self, layer: nn.Module) -> bool:
+    def is_current(self, layer: nn.Module) -> bool:
         """Whether nothing that was looked at in `layer` changed; parameters, numbers and modes a call reads itself."""
         return (
             layer._modules == self._parts
@@ -84,11 +84,11 @@ class Settled:
             and all(map(is_, map(vars, self._modules), self._dicts))
             and list(map(_FORWARD, self._classes)) == self._forwards
             and self._hooks() == self._known_hooks
-            and self._own_forwards() == self._known_own
+            and self._own_forwards() == self._known_own_forwards
             and (
-                self._activates_by() == self._activation
+                self._activation_key() == self._activation
                 if self.reason is None
-                else (self.surroundings[0] or _reason(self._inside)) == self.reason
+                else (self.global_state[0] or _reason(self._inside)) == self.reason
             )
         )
 
@@ -101,8 +101,12 @@ class Settled:
         hooks are often removed."""
         return list(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))
 
-    def _activates_by(self) -> tuple[Any, ...]:
-        return self._activates.get("intermediate_act_fn"), self._form.get("approximate"), self._form.get("act")
+    def _activation_key(self) -> tuple[Any, ...]:
+        return (
+            self._intermediate.get("intermediate_act_fn"),
+            self._activation_vars.get("approximate"),
+            self._activation_vars.get("act"),
+        )
 
     def _own_forwards(self) -> list[Any]:
         return [own["forward"] for own in self._dicts if "forward" in own]
@@ -113,11 +117,11 @@ class Settled:
             found = [tensor for own in self._with_parameters for tensor in _BOTH(own["_parameters"])]
         except KeyError:
             return "a replica, or a parameter that was replaced"
-        fit = self._fit
+        fit = self._forms
         if fit is None or not fit[0].same(found):
             if not all(tensor is not None and is_plain_tensor(tensor) for tensor in found):
                 return "a parameter that is no plain tensor"
-            self._fit = fit = Forms(found), _unfit(ops.Weights._make(found))
+            self._forms = fit = Forms(found), _weights_reason(ops.Weights._make(found))
         if fit[1] is not None:
             return fit[1]
         addresses = list(map(Tensor.data_ptr, found))
@@ -153,63 +157,68 @@ class Settled:
         )
 
 
-class Around(NamedTuple):
-    """What is the same for all layers in a call of their model: surroundings(), the columns of its hidden states, where they
+class CallContext(NamedTuple):
+    """What is the same for all layers in a call of their model: global_state(), the columns of its hidden states, where they
     are, and the dtype that autocast has products run in."""
 
-    surroundings: tuple[str | None, bool]
+    global_state: tuple[str | None, bool]
     hidden: int
     device: torch.device
     product_dtype: torch.dtype | None
 
 
-class Ready(NamedTuple):
+class PreparedLayer(NamedTuple):
     """A layer as it is now; what is None its call has to look at itself."""
 
-    settled: Settled
+    state: LayerState
     weights: Any = None
     settings: Any = None
-    around: Around | None = None
+    context: CallContext | None = None
 
 
-def ready(layer: nn.Module, around: Around, hooked: bool) -> Ready:
+def prepare(layer: nn.Module, context: CallContext, hooked: bool) -> PreparedLayer:
     """All that a call of `layer` has to know. Hooks on it, FSDP's, may change what its parameters are before it is called;
     what the op does not take, the call says."""
-    known = settled(layer, around.surroundings)
+    known = state_of(layer, context.global_state)
     if hooked or known.reason is not None:
-        return Ready(known)
-    weights, settings = known.weights(), known.settings(around.hidden)
-    if isinstance(weights, str) or isinstance(settings, str) or weights.query.device != around.device:
-        return Ready(known)
-    return Ready(known, weights, settings, around)
+        return PreparedLayer(known)
+    weights, settings = known.weights(), known.settings(context.hidden)
+    if isinstance(weights, str) or isinstance(settings, str) or weights.query.device != context.device:
+        return PreparedLayer(known)
+    return PreparedLayer(known, weights, settings, context)
 
 
 # On the layer, where the garbage collector sees both: what a module holds may lead back to the layer (a hook, an attribute).
 # Copies of the layer and what is pickled of it leave it out.
-_KEY = "_fastbert_settled"
+_ATTRIBUTE = "_fastbert_state"
 
 
-def surroundings() -> tuple[str | None, bool]:
+def global_state() -> tuple[str | None, bool]:
     """What settles the same for all layers: whether the code is what fastbert was tested against, and is unhooked."""
     return stock.untested("BertLayer"), bool(_has_any_global_hook())
 
 
-def settled(layer: nn.Module, around: tuple[str | None, bool] | None = None) -> Settled:
-    """What holds of `layer` now; `around`: surroundings(), where they were just asked."""
-    known = vars(layer).get(_KEY)
-    if known is None or known.of() is not layer or known.surroundings != (around or surroundings()) or not known.holds(layer):
-        known = vars(layer)[_KEY] = Settled(layer)
+def state_of(layer: nn.Module, shared: tuple[str | None, bool] | None = None) -> LayerState:
+    """The state of `layer` as it is now; `shared`: global_state(), where it was just asked for."""
+    known = vars(layer).get(_ATTRIBUTE)
+    if (
+        known is None
+        or known.layer() is not layer
+        or known.global_state != (shared or global_state())
+        or not known.is_current(layer)
+    ):
+        known = vars(layer)[_ATTRIBUTE] = LayerState(layer)
     return known
 
 
-def without(own: dict[str, Any]) -> dict[str, Any]:
+def without_state(own: dict[str, Any]) -> dict[str, Any]:
     """A copy of a layer's vars without what was looked at."""
-    return {name: value for name, value in own.items() if name != _KEY}
+    return {name: value for name, value in own.items() if name != _ATTRIBUTE}
 
 
-def forget(layer: nn.Module) -> None:
+def clear(layer: nn.Module) -> None:
     """Let go of what was looked at."""
-    vars(layer).pop(_KEY, None)
+    vars(layer).pop(_ATTRIBUTE, None)
 
 
 _FORWARD = attrgetter("forward")
@@ -221,7 +230,7 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
     for name, cls in _PARTS.items():
         module = inside.get(name)
         if type(module) is not cls:
-            return _why_not(name, module, cls)
+            return _part_reason(name, module, cls)
         if hooked(module):
             return f"{name} has hooks, or a forward of its own"
     for name in _LINEARS:
@@ -240,14 +249,14 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
     return next((f"{name}: {why}" for name, of in _UNSUPPORTED.items() if (why := of(inside[name]))), None)
 
 
-def _why_not(name: str, module: nn.Module | None, cls: type) -> str:
+def _part_reason(name: str, module: nn.Module | None, cls: type) -> str:
     """Why a part is not of the class that the layer needs."""
     if name in _UNSUPPORTED and type(module) is getattr(stock, cls.__name__):
         return f"{name}: {_UNSUPPORTED[name](module) or 'not patched'}"
     return f"{name} is a {type(module).__name__}"
 
 
-def _unfit(weights: Any) -> str | None:
+def _weights_reason(weights: Any) -> str | None:
     """Why the op does not take these weights, or None."""
     first = weights.query
     inner, hidden = weights.intermediate.shape[0], first.shape[-1]
