@@ -68,10 +68,10 @@ class Geometry(NamedTuple):
     def numbers(self, like: Tensor) -> dict[str, Any]:
         """Those that the forward and both of the large kernels of the backward take."""
         return {
-            **_named("q", self.q),
-            **_named("k", self.k),
-            **_named("v", self.v),
-            **dict(zip(_MASK_STRIDES, self.mask or (0, 0, 0, 0), strict=True)),
+            "q_strides": self.q,
+            "k_strides": self.k,
+            "v_strides": self.v,
+            "mask_strides": self.mask or (0, 0, 0, 0),
             "n_heads": self.n_heads,
             "max_seqlen_q": self.max_seqlen_q,
             "max_seqlen_k": self.max_seqlen_k,
@@ -97,19 +97,6 @@ class Geometry(NamedTuple):
     @property
     def longest(self) -> int:
         return max(self.max_seqlen_q, self.max_seqlen_k)
-
-
-_MASK_STRIDES = ("mask_batch_stride", "mask_head_stride", "mask_q_stride", "mask_k_stride")
-
-
-def _named(name: str, strides: Strides) -> dict[str, int]:
-    batch, row, head, col = strides
-    return {
-        f"{name}_batch_stride": batch,
-        f"{name}_row_stride": row,
-        f"{name}_head_stride": head,
-        f"{name}_col_stride": col,
-    }
 
 
 def _strides(x: Tensor) -> Strides:
@@ -207,14 +194,13 @@ def backward_short_work(
         return None
     numbers = _backward_numbers(geometry, like, dout, aligned, config)
     numbers |= {"dq_row_stride": dq_row_stride, "dkv_row_stride": dkv_row_stride}
-    for name in (*_MASK_STRIDES, "GROUP"):
-        del numbers[name]
+    del numbers["mask_strides"], numbers["GROUP"]
     return Work(attention_bwd_short_kernel, geometry.sequences * geometry.n_heads, config, numbers)
 
 
 def _backward_numbers(geometry: Geometry, like: Tensor, dout: Strides, aligned: bool, config: Config) -> dict[str, Any]:
     blocks = {"ALIGNED": aligned, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
-    return geometry.numbers(like) | _named("dout", dout) | blocks
+    return geometry.numbers(like) | {"dout_strides": dout} | blocks
 
 
 @or_plain(plain.attention)

@@ -12,12 +12,13 @@ import triton.language as tl
 from .tiles import (
     LOG2E,
     SIZES,
+    head_of,
     keep_scores,
     load_tile,
+    locate,
     product,
     row_keys,
     sees_none,
-    sequence_bounds,
     store_row,
     store_tile,
     tile_pointers,
@@ -38,9 +39,9 @@ def _seen_keys(key_mask_ptr, keys, seqlen_k, none, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(ptr, keys, seen, row_stride, col_stride, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+def _load_keys(ptr, keys, seen, strides, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
     """[keys, BLOCK_D], 0 where they are not seen and past the head size."""
-    pointers = tile_pointers(ptr, keys, row_stride, col_stride, BLOCK_D, ALIGNED)
+    pointers = tile_pointers(ptr, keys, strides, BLOCK_D, ALIGNED)
     if D != BLOCK_D:
         tile = tl.load(pointers, seen[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     else:
@@ -49,10 +50,10 @@ def _load_keys(ptr, keys, seen, row_stride, col_stride, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _store_keys(ptr, tile, keys, seen, seqlen_k, row_stride, HIDES: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr):
+def _store_keys(ptr, tile, keys, seen, seqlen_k, strides, HIDES: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr):
     """Rows of keys that are seen, and 0 in those of the sequence that are not where it HIDES any."""
     BLOCK_D: tl.constexpr = tile.shape[1]
-    pointers = tile_pointers(ptr, keys, row_stride, 1, BLOCK_D, ALIGNED)
+    pointers = tile_pointers(ptr, keys, strides, BLOCK_D, ALIGNED)
     inside = (tl.arange(0, BLOCK_D) < D)[None, :]
     tl.store(pointers, tile.to(pointers.dtype.element_ty), seen[:, None] & inside)
     if HIDES:
@@ -62,86 +63,33 @@ def _store_keys(ptr, tile, keys, seen, seqlen_k, row_stride, HIDES: tl.constexpr
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_bwd_short_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    key_mask_ptr,
-    key_bounds_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    out_ptr,
-    logsumexp_ptr,
-    seed_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    sums_ptr,
-    q_batch_stride,
-    q_row_stride,
-    q_head_stride,
-    q_col_stride,
-    k_batch_stride,
-    k_row_stride,
-    k_head_stride,
-    k_col_stride,
-    v_batch_stride,
-    v_row_stride,
-    v_head_stride,
-    v_col_stride,
-    dout_batch_stride,
-    dout_row_stride,
-    dout_head_stride,
-    dout_col_stride,
-    dq_row_stride,
-    dkv_row_stride,
-    n_heads,
-    max_seqlen_q,
-    max_seqlen_k,
-    n_rows,
-    SCALE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    P_DROP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    D: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, dout_ptr, key_mask_ptr, key_bounds_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    out_ptr, logsumexp_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
+    q_strides, k_strides, v_strides, dout_strides, dq_row_stride, dkv_row_stride,
+    n_heads, max_seqlen_q, max_seqlen_k, n_rows,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr, P_DROP: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """With sums [sequences, 3 x heads x D] also those of dq, dk and dv over each sequence, as they are before rounding. That of
     dk is 0: a vector that is added to all keys adds the same to all scores of a row, and softmax ignores it.
     """
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
-    sequence_head = tl.program_id(0)
+    PACKED: tl.constexpr = cu_seqlens_q_ptr is not None
+    sequence_head, _, batch, head, first_row, seqlen_q, first_key_row, seqlen_k = locate(
+        1, n_heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, max_seqlen_q, max_seqlen_k
+    )
     rows = tl.arange(0, BLOCK_M)
-    batch = (sequence_head // n_heads).to(tl.int64)
-    head = (sequence_head % n_heads).to(tl.int64)
-    first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
-    first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
-    if cu_seqlens_q_ptr is None:
-        first_row = batch * max_seqlen_q
-        first_key_row = batch * max_seqlen_k
-        q_ptr += batch * q_batch_stride
-        k_ptr += batch * k_batch_stride
-        v_ptr += batch * v_batch_stride
-        dout_ptr += batch * dout_batch_stride
-    else:
-        first_row = first_q.to(tl.int64)
-        first_key_row = first_k.to(tl.int64)
-        q_ptr += first_row * q_row_stride
-        k_ptr += first_key_row * k_row_stride
-        v_ptr += first_key_row * v_row_stride
-        dout_ptr += first_row * dout_row_stride
-    q_ptr += head * q_head_stride
-    k_ptr += head * k_head_stride
-    v_ptr += head * v_head_stride
-    dout_ptr += head * dout_head_stride
-    out_ptr += first_row * (n_heads * D) + head * D
-    dq_ptr += first_row * dq_row_stride + head * D
-    dk_ptr += first_key_row * dkv_row_stride + head * D
-    dv_ptr += first_key_row * dkv_row_stride + head * D
+    out_strides = (0, n_heads * D, D, 1)
+    dq_strides = (0, dq_row_stride, D, 1)
+    dkv_strides = (0, dkv_row_stride, D, 1)
+    q_ptr = head_of(q_ptr, q_strides, batch, first_row, head, PACKED)
+    k_ptr = head_of(k_ptr, k_strides, batch, first_key_row, head, PACKED)
+    v_ptr = head_of(v_ptr, v_strides, batch, first_key_row, head, PACKED)
+    dout_ptr = head_of(dout_ptr, dout_strides, batch, first_row, head, PACKED)
+    out_ptr = head_of(out_ptr, out_strides, batch, first_row, head, True)
+    dq_ptr = head_of(dq_ptr, dq_strides, batch, first_row, head, True)
+    dk_ptr = head_of(dk_ptr, dkv_strides, batch, first_key_row, head, True)
+    dv_ptr = head_of(dv_ptr, dkv_strides, batch, first_key_row, head, True)
 
     # Keys from `end` on have no gradient, and none has one without queries.
     none = sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL)
@@ -151,10 +99,10 @@ def attention_bwd_short_kernel(
     if key_mask_ptr is not None:
         key_mask_ptr += batch * max_seqlen_k
 
-    dout = load_tile(dout_ptr, rows, dout_row_stride, dout_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
-    out = load_tile(out_ptr, rows, n_heads * D, 1, seqlen_q, D, BLOCK_D, True, ALIGNED)
+    dout = load_tile(dout_ptr, rows, dout_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
+    out = load_tile(out_ptr, rows, out_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
     delta = tl.sum(dout.to(ACC) * out.to(ACC), axis=1) * (1.0 - P_DROP)
-    q = load_tile(q_ptr, rows, q_row_stride, q_col_stride, seqlen_q, D, BLOCK_D, True, ALIGNED)
+    q = load_tile(q_ptr, rows, q_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
     logsumexp = tl.load(logsumexp_ptr + head * n_rows + first_row + rows, rows < seqlen_q, other=0.0)
     # A row that sees no key is the average of all: its scores are all zero.
     average = logsumexp == float("inf")
@@ -169,8 +117,8 @@ def attention_bwd_short_kernel(
     dv_sum = tl.zeros([BLOCK_D], ACC)
     for block in range(0, end, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
-        k = _load_keys(k_ptr, keys, seen, k_row_stride, k_col_stride, D, BLOCK_D, ALIGNED)
-        v = _load_keys(v_ptr, keys, seen, v_row_stride, v_col_stride, D, BLOCK_D, ALIGNED)
+        k = _load_keys(k_ptr, keys, seen, k_strides, D, BLOCK_D, ALIGNED)
+        v = _load_keys(v_ptr, keys, seen, v_strides, D, BLOCK_D, ALIGNED)
         scores = product(q, tl.trans(k), None, PRECISION, ACC) * scale[:, None] - logsumexp[:, None]
         # A key that is not seen is 0 here, and its gradients are stored as 0: its weights need no mask, but have to be finite.
         weights = tl.exp2(tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL))
@@ -186,14 +134,14 @@ def attention_bwd_short_kernel(
             dropped = tl.where(keep, weights, 0.0)
         dscores = (dropped * dweights - weights * delta[:, None]).to(q.dtype)  # 1 - p times it, as in backward_kv.py
         dv = product(tl.trans(dout), dropped.to(dout.dtype), None, PRECISION, ACC) * KEEP_SCALE
-        _store_keys(dv_ptr, tl.trans(dv), keys, seen, seqlen_k, dkv_row_stride, HIDES, D, ALIGNED)
+        _store_keys(dv_ptr, tl.trans(dv), keys, seen, seqlen_k, dkv_strides, HIDES, D, ALIGNED)
         dk = product(tl.trans(q), dscores, None, PRECISION, ACC) * (SCALE * KEEP_SCALE)
-        _store_keys(dk_ptr, tl.trans(dk), keys, seen, seqlen_k, dkv_row_stride, HIDES, D, ALIGNED)
+        _store_keys(dk_ptr, tl.trans(dk), keys, seen, seqlen_k, dkv_strides, HIDES, D, ALIGNED)
         dq = product(dscores, k, dq, PRECISION, ACC)
         if sums_ptr is not None:
             dv_sum += tl.sum(tl.where(seen[None, :], dv, 0.0), axis=1)
         seen = _seen_keys(key_mask_ptr, keys + BLOCK_N, seqlen_k, none, CAUSAL)
-    dq_rows = tile_pointers(dq_ptr, rows, dq_row_stride, 1, BLOCK_D, ALIGNED)
+    dq_rows = tile_pointers(dq_ptr, rows, dq_strides, BLOCK_D, ALIGNED)
     dq *= SCALE * KEEP_SCALE
     store_tile(dq_rows, dq, rows, seqlen_q, D, BLOCK_D)
     if sums_ptr is not None:
@@ -205,5 +153,5 @@ def attention_bwd_short_kernel(
     nothing = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     for block in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, seqlen_k, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
-        _store_keys(dk_ptr, nothing, keys, keys < seqlen_k, seqlen_k, dkv_row_stride, False, D, ALIGNED)
-        _store_keys(dv_ptr, nothing, keys, keys < seqlen_k, seqlen_k, dkv_row_stride, False, D, ALIGNED)
+        _store_keys(dk_ptr, nothing, keys, keys < seqlen_k, seqlen_k, dkv_strides, False, D, ALIGNED)
+        _store_keys(dv_ptr, nothing, keys, keys < seqlen_k, seqlen_k, dkv_strides, False, D, ALIGNED)

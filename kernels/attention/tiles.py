@@ -14,22 +14,55 @@ SIZES = ("n_heads", "max_seqlen_q", "max_seqlen_k", "n_rows")
 MASKED_SCORE = tl.constexpr(-(2.0**100))
 
 
+# The strides of a tensor [batch, rows, heads, columns] are one argument, in that order.
+
+
 @triton.jit
 def sequence_bounds(cu_seqlens_ptr, batch, seqlen):
-    """First row and length of a sequence: from cu_seqlens where rows are packed, else 0 and seqlen."""
-    first = 0
+    """A sequence's first row (int64) and its length: from cu_seqlens where rows are packed, else each has seqlen."""
+    first = batch * seqlen
     length = seqlen
     if cu_seqlens_ptr is not None:
-        first = tl.load(cu_seqlens_ptr + batch)
-        length = tl.load(cu_seqlens_ptr + batch + 1) - first
+        start = tl.load(cu_seqlens_ptr + batch)
+        length = tl.load(cu_seqlens_ptr + batch + 1) - start
+        first = start.to(tl.int64)
     return first, length
 
 
 @triton.jit
-def tile_pointers(ptr, rows, row_stride, col_stride, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+def locate(blocks, n_heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, max_seqlen_q, max_seqlen_k):
+    """Where a program works, of `blocks` a head: sequence * n_heads + head, block; sequence, head (int64); the sequence's first
+    row (int64) and length of queries, and of keys."""
+    sequence_head = tl.program_id(0) // blocks  # blocks of one head are neighbours: its keys stay in the cache
+    block = tl.program_id(0) % blocks
+    batch = (sequence_head // n_heads).to(tl.int64)
+    head = (sequence_head % n_heads).to(tl.int64)
+    first_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, max_seqlen_q)
+    first_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, max_seqlen_k)
+    return sequence_head, block, batch, head, first_q, seqlen_q, first_k, seqlen_k
+
+
+@triton.jit
+def sequence_of(ptr, strides, batch, first_row, PACKED: tl.constexpr):
+    """Where a sequence's rows start: in a batch of its own, or at a row of all."""
+    if PACKED:
+        ptr += first_row * strides[1]
+    else:
+        ptr += batch * strides[0]
+    return ptr
+
+
+@triton.jit
+def head_of(ptr, strides, batch, first_row, head, PACKED: tl.constexpr):
+    """Where a head's rows of a sequence start."""
+    return sequence_of(ptr, strides, batch, first_row, PACKED) + head * strides[2]
+
+
+@triton.jit
+def tile_pointers(ptr, rows, strides, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
     """[rows, BLOCK_D] pointers, int64 within; ALIGNED: each row starts at a multiple of 16 bytes (its caller knows)."""
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
-    pointers = ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :] * col_stride
+    pointers = ptr + rows.to(tl.int64)[:, None] * strides[1] + cols[None, :] * strides[3]
     if ALIGNED:
         pointers = tl.multiple_of(pointers, (1, 16))
     return pointers
@@ -37,18 +70,10 @@ def tile_pointers(ptr, rows, row_stride, col_stride, BLOCK_D: tl.constexpr, ALIG
 
 @triton.jit
 def load_tile(
-    ptr,
-    rows,
-    row_stride,
-    col_stride,
-    n_rows,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ptr, rows, strides, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """[rows, BLOCK_D], 0 outside: past the head size where BLOCK_D rounds it up, past the last row where asked."""
-    pointers = tile_pointers(ptr, rows, row_stride, col_stride, BLOCK_D, ALIGNED)
+    pointers = tile_pointers(ptr, rows, strides, BLOCK_D, ALIGNED)
     if CHECK_ROWS and D != BLOCK_D:
         tile = tl.load(pointers, (rows < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     elif CHECK_ROWS:
@@ -74,36 +99,23 @@ def store_row(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """a b + acc, in ACC; acc may be None. PRECISION is tl.dot's input_precision, or "sum" where there is no tl.dot."""
-    if PRECISION == "sum":
-        c = tl.sum(a[:, :, None] * b[None, :, :], axis=1)
-        if acc is not None:
-            c += acc
-    else:
-        c = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-    return c
+    """a b + acc, in ACC; acc may be None."""
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
-def mask_scores(
-    scores,
-    q_index,
-    k_index,
-    seqlen_q,
-    seqlen_k,
-    key_mask_ptr,
-    mask_ptr,
-    mask_q_stride,
-    mask_k_stride,
-    CAUSAL: tl.constexpr,
-):
+def mask_scores(scores, q_index, k_index, seqlen_q, seqlen_k, masks, head, CAUSAL: tl.constexpr):
     """Scores with every mask applied; q_index and k_index broadcast to them, in either orientation.
 
-    Causal aligns the last query with the last key, as a cache of past keys needs.
+    masks: a pointer to a byte a key and to the general mask, either of which may be None, and the latter's strides (sequence,
+    head, query, key); the sequence and how many keys each has. Causal aligns the last query with the last key, as a cache of
+    past keys needs.
     """
+    key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k = masks
     inside = k_index < seqlen_k
     if mask_ptr is not None:
-        offsets = q_index.to(tl.int64) * mask_q_stride + k_index.to(tl.int64) * mask_k_stride
+        mask_ptr += batch * mask_strides[0] + head * mask_strides[1]
+        offsets = q_index.to(tl.int64) * mask_strides[2] + k_index.to(tl.int64) * mask_strides[3]
         mask = tl.load(mask_ptr + offsets, inside & (q_index < seqlen_q), other=0)
         if mask_ptr.dtype.element_ty == tl.int1:
             scores = tl.where(mask != 0, scores, MASKED_SCORE)
@@ -112,6 +124,7 @@ def mask_scores(
             LOWEST: tl.constexpr = -65504.0 if mask_ptr.dtype.element_ty == tl.float16 else MASKED_SCORE
             scores = tl.where(mask <= LOWEST, MASKED_SCORE, scores + tl.where(mask <= LOWEST, 0, mask).to(scores.dtype) * LOG2E)
     if key_mask_ptr is not None:
+        key_mask_ptr += batch * max_seqlen_k
         scores = tl.where(tl.load(key_mask_ptr + k_index, inside, other=0) != 0, scores, MASKED_SCORE)
     if CAUSAL:
         scores = tl.where(k_index <= q_index + (seqlen_k - seqlen_q), scores, MASKED_SCORE)

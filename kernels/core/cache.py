@@ -26,6 +26,8 @@ def _class_of(value: Any) -> Any:
         return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype,)
     if type(value) is int:
         return value == 1, value % 16 == 0, value in _INT32
+    if isinstance(value, tuple):  # strides
+        return tuple(map(_class_of, value))
     return value if value is None or isinstance(value, torch.dtype) else type(value)
 
 

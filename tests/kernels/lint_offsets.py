@@ -7,6 +7,7 @@ and width. In a process of its own: under the interpreter nothing compiles.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -45,10 +46,19 @@ def lower(source: Any, target: Any = None, options: Any = None, **_: Any) -> str
 
 def findings(launched: Launch) -> list[str]:
     strides = {n: STRIDE for n in launched.arguments if n.endswith("_stride") and n not in CONTIGUOUS}
-    arguments = launched.arguments | strides
+    all_strides = {n: (STRIDE,) * len(value) for n, value in launched.arguments.items() if n.endswith("_strides")}
+    arguments = launched.arguments | strides | all_strides
     text = compile_launch(ARCHITECTURE, replace(launched, arguments=arguments))
     integers = {name: value for name, value in arguments.items() if type(value) is int}
+    for name in all_strides:
+        integers |= dict.fromkeys(members(text, name), STRIDE)
     return wrapped_offsets(text, integers, launched.programs)
+
+
+def members(text: str, name: str) -> list[str]:
+    """What Triton calls the elements of the argument `name`, a tuple."""
+    signature = next(line for line in text.splitlines() if "tt.func" in line)
+    return re.findall(rf"%({name}[._]?\d*): i", signature)
 
 
 def launches(every: bool) -> Iterator[tuple[str, Launch]]:
@@ -65,11 +75,13 @@ def launches(every: bool) -> Iterator[tuple[str, Launch]]:
 
 
 @triton.jit
-def narrow_kernel(x_ptr, y_ptr, x_row_stride, WHICH: tl.constexpr, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr):
+def narrow_kernel(x_ptr, y_ptr, x_row_stride, x_strides, WHICH: tl.constexpr, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr):
     """What the search has to find: offsets in 32 bits, of numbers that are multiplied there or cut down afterwards."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if WHICH == "a stride":
         offsets = rows * x_row_stride
+    elif WHICH == "one of the strides":
+        offsets = rows * x_strides[1]
     elif WHICH == "a width":
         offsets = (rows * N_COLS).to(tl.int64)
     elif WHICH == "cut":
@@ -86,9 +98,10 @@ def narrow_kernel(x_ptr, y_ptr, x_row_stride, WHICH: tl.constexpr, N_COLS: tl.co
 
 
 def planted() -> Iterator[tuple[str, Launch]]:
-    for which in ("a stride", "a width", "cut", "loaded", "counted", "none"):
+    for which in ("a stride", "one of the strides", "a width", "cut", "loaded", "counted", "none"):
         x = torch.empty(1, dtype=torch.int32, device="meta")
-        arguments = {"x_ptr": x, "y_ptr": x, "x_row_stride": 768, "WHICH": which, "N_COLS": 768, "BLOCK_M": 4}
+        arguments = {"x_ptr": x, "y_ptr": x, "x_row_stride": 768, "x_strides": (768, 768)}
+        arguments |= {"WHICH": which, "N_COLS": 768, "BLOCK_M": 4}
         yield which, Launch(narrow_kernel, TOKENS // 4, Config(4, 4), arguments)
 
 

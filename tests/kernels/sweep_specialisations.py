@@ -31,33 +31,40 @@ ONE_IN = 4
 def ints(launched: Launch) -> list[str]:
     """Those that are no constant of the kernel anyway."""
     constants = {parameter.name for parameter in launched.kernel.params if parameter.is_constexpr}
-    return [name for name, value in launched.arguments.items() if type(value) is int and name not in constants]
+    return [name for name, value in launched.arguments.items() if type(value) in (int, tuple) and name not in constants]
+
+
+def changed(launched: Launch, name: str, kind: int) -> int | tuple[int, ...]:
+    """The argument `name`, one int or several, all of this kind."""
+    value = launched.arguments[name]
+    return (kind,) * len(value) if isinstance(value, tuple) else kind
 
 
 def specialised(launched: Launch) -> list[str]:
     return [p.name for p in launched.kernel.params if p.name in ints(launched) and not p.do_not_specialize]
 
 
-def changes(launched: Launch, before: int, every: bool) -> Iterator[dict[str, int]]:
-    """All of a kind at once, then each by itself; `before`: variants of this kernel that were there before."""
+def changes(launched: Launch, before: int, every: bool) -> Iterator[tuple[list[str], int]]:
+    """Names and a kind: all at once, then each by itself; `before`: variants of this kernel that were there before."""
     names = ints(launched)
     for kind in KINDS if every or not before else KINDS[:1]:
-        yield dict.fromkeys(names, kind)
+        yield names, kind
     for place, name in enumerate(names):
         if every or not before or (place + before) % ONE_IN == 0:
             for kind in KINDS if every else KINDS[:1]:
-                yield {name: kind}
+                yield [name], kind
 
 
 def failures(launched: Launch, before: int, every: bool) -> tuple[int, list[str]]:
     lowered, failed = 0, []
-    for changed in changes(launched, before, every):
+    for names, kind in changes(launched, before, every):
+        arguments = launched.arguments | {name: changed(launched, name, kind) for name in names}
         try:
-            compile_launch(ARCHITECTURE, replace(launched, arguments=launched.arguments | changed))
+            compile_launch(ARCHITECTURE, replace(launched, arguments=arguments))
             lowered += 1
         except triton.compiler.errors.CompilationError as error:
-            what = "every int" if len(changed) > 1 else next(iter(changed))
-            failed.append(f"{what} {next(iter(changed.values()))}: {str(error).splitlines()[-1]}")
+            what = "every int" if len(names) > 1 else names[0]
+            failed.append(f"{what} {kind}: {str(error).splitlines()[-1]}")
     return lowered, failed
 
 

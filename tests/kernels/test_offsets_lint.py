@@ -42,7 +42,7 @@ def test_no_kernel_has_an_offset_that_wraps(options):
     found = lint(*options)
     planted = found.pop("narrow_kernel")
     assert not planted.pop("none")
-    assert len(planted) == 5 and all(planted.values()), planted
+    assert len(planted) == 6 and all(planted.values()), planted
     assert found.keys() == kernels()
     wrapped = {f"{kernel}, {variant}": f for kernel, variants in found.items() for variant, f in variants.items() if f}
     assert not wrapped

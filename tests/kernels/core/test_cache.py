@@ -38,8 +38,9 @@ def tensor(dtype, aligned):
 assert tensor(torch.float32, True).data_ptr() % 16 == 0
 TENSORS = [tensor(dtype, aligned) for dtype in (torch.float32, torch.float16, torch.int32) for aligned in (True, False)]
 INTS = [0, 1, 2, 16, 17, 48, -1, -16, 2**31 - 1, 2**31, 2**31 + 16, 2**40 + 1, -(2**31), -(2**31) - 1]
+STRIDES = [(64, 16, 1), (64, 17, 1), (65, 16, 1), (64, 16, 2), (80, 32, 1), (2**31, 16, 1)]
 OTHERS = [None, True, False, 0.5, 1.0]
-VALUES = [*TENSORS, *INTS, *OTHERS]
+VALUES = [*TENSORS, *INTS, *STRIDES, *OTHERS]
 
 
 def key(x=TENSORS[0], n=3, size=3, N=8, name="gelu", config=CONFIG, device=0):
@@ -70,10 +71,10 @@ def test_an_int_that_is_not_specialised_has_two_classes():
 
 @no_launch
 def test_what_compiles_nothing_has_one_key():
-    same = [("n", 2, 17), ("n", 16, 48), ("n", 2**31, 2**31 + 16), ("x", None, None)]
+    same = [("n", 2, 17), ("n", 16, 48), ("n", (64, 16, 1), (80, 32, 1)), ("n", 2**31, 2**31 + 16), ("x", None, None)]
     for place, a, b in same:
         assert key(**{place: a}) == key(**{place: b})
-        if a is not None and a < 2**31:
+        if a != 2**31:
             assert tritons(**{place: a}) == tritons(**{place: b})
 
 
@@ -88,6 +89,7 @@ def test_what_compiles_nothing_has_one_key():
         {"n": 16},
         {"n": 2**31 + 1},
         {"n": None},
+        {"n": (64, 16, 1)},
         {"N": 16},
         {"name": "relu"},
     ],

@@ -40,8 +40,8 @@ FAULTS = (
     ),
     _tiles(
         "a mask's strides are exchanged",
-        before="q_index.to(tl.int64) * mask_q_stride + k_index.to(tl.int64) * mask_k_stride",
-        after="q_index.to(tl.int64) * mask_k_stride + k_index.to(tl.int64) * mask_q_stride",
+        before="q_index.to(tl.int64) * mask_strides[2] + k_index.to(tl.int64) * mask_strides[3]",
+        after="q_index.to(tl.int64) * mask_strides[3] + k_index.to(tl.int64) * mask_strides[2]",
         tests=(f"{MASKS}::test_layouts_of_masks",),
     ),
     _tiles(
@@ -70,14 +70,14 @@ FAULTS = (
     ),
     _tiles(
         "a packed sequence reads its neighbour's first row",
-        before="length = tl.load(cu_seqlens_ptr + batch + 1) - first",
-        after="length = tl.load(cu_seqlens_ptr + batch + 1) - first + 1",
+        before="length = tl.load(cu_seqlens_ptr + batch + 1) - start",
+        after="length = tl.load(cu_seqlens_ptr + batch + 1) - start + 1",
         tests=(f"{PACKED}::test_sequences_do_not_see_each_other",),
     ),
     _tiles(
         "offsets of rows are 32 bits wide",
-        before="rows.to(tl.int64)[:, None] * row_stride",
-        after="rows.to(tl.int32)[:, None] * row_stride",
+        before="rows.to(tl.int64)[:, None] * strides[1]",
+        after="rows.to(tl.int32)[:, None] * strides[1]",
         tests=("tests/kernels/attention/test_offsets.py::test_elements_far_apart[q-1]", "-m", "long"),
     ),
     _tiles(
@@ -100,8 +100,8 @@ FAULTS = (
     ),
     _forward(
         "the key mask is the first sequence's",
-        before="key_mask_ptr += batch * max_seqlen_k",
-        after="key_mask_ptr += batch * 0",
+        before="mask_strides, batch, max_seqlen_k)",
+        after="mask_strides, 0, max_seqlen_k)",
         tests=PADDING,
     ),
     _forward(
@@ -142,8 +142,8 @@ FAULTS = (
     ),
     _forward(
         "a group's heads read the keys of another group",
-        before="k_ptr += head // GROUP * k_head_stride",
-        after="k_ptr += head % (n_heads // GROUP) * k_head_stride",
+        before="k_strides, batch, first_key_row, head // GROUP, PACKED)",
+        after="k_strides, batch, first_key_row, head % (n_heads // GROUP), PACKED)",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and none"),
     ),
     _op(

@@ -24,20 +24,20 @@ FAULTS = (
     ),
     _queries(
         "delta is summed before dropout",
-        before="P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta +=",
-        after="0.0, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,\n        )  # fmt: skip\n        delta +=",
+        before="True, MASK, SCALE, CAUSAL, P_DROP, PRECISION",
+        after="True, MASK, SCALE, CAUSAL, 0.0, PRECISION",
         tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
     ),
     _queries(
         "dq is made with the key mask of the first sequence",
-        before="key_mask_ptr += batch * max_seqlen_k",
-        after="key_mask_ptr += batch * 0",
+        before="mask_strides, batch, max_seqlen_k)",
+        after="mask_strides, 0, max_seqlen_k)",
         tests=PADDING,
     ),
     _queries(
         "dq reads the values of the first group",
-        before="v_ptr += head // GROUP * v_head_stride",
-        after="v_ptr += head * 0",
+        before="v_strides, batch, first_key_row, head // GROUP, PACKED)",
+        after="v_strides, batch, first_key_row, 0, PACKED)",
         tests=(GROUPED, "-k", "test_against_the_reference and none"),
     ),
     _queries(
@@ -48,8 +48,8 @@ FAULTS = (
     ),
     _queries(
         "delta of 16 bits is that of another head's output",
-        before="out_ptr += first_row * (n_heads * D) + head * D",
-        after="out_ptr += first_row * (n_heads * D)",
+        before="out_ptr = head_of(out_ptr, out_strides, batch, first_row, head, True)",
+        after="out_ptr = head_of(out_ptr, out_strides, batch, first_row, 0, True)",
         tests=(f"{TESTS}::test_one_key",),
     ),
     _queries(
@@ -66,14 +66,14 @@ FAULTS = (
     ),
     _keys(
         "a group's heads are masked as its first",
-        before="head_mask_ptr += head * mask_head_stride",
-        after="head_mask_ptr += kv_head * GROUP * mask_head_stride",
+        before="seqlen_k, masks, head,\n            MASK",
+        after="seqlen_k, masks, kv_head * GROUP,\n            MASK",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and by"),
     ),
     _keys(
         "a group's heads drop as its first, and share its softmax",
-        before="queries_ptr + head * n_rows * 4, q_row_stride",
-        after="queries_ptr + kv_head * GROUP * n_rows * 4, q_row_stride",
+        before="queries_ptr + head * n_rows * 4",
+        after="queries_ptr + kv_head * GROUP * n_rows * 4",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and dropped"),
     ),
     _keys(
