@@ -60,22 +60,14 @@ class Case:
     def variant(self, *arguments: Any, **options: Any) -> Variant:
         return Variant(next(self.variants()).op, *arguments, **options)
 
-    def elements(self, variant: Variant) -> int:
-        return (BATCH * variant.length * HEADS if variant.op == "attention" else TOKENS) * variant.width
+    def elements(self, spec: Any, variant: Variant) -> int:
+        return TOKENS * variant.width
 
 
 SHORT = (
     "feed_forward bf16 3072 gelu",
-    "embedding_layernorm bf16 768 p=0.1",
     "adamw fp32 1 plain",
-    "attention bf16 64 key p=0.0",
-    "attention bf16 64 key p=0.1",
-    "attention bf16 64 key p=0.1 127",
-    "attention bf16 64 key p=0.1 127 sums",
     "linear_cross_entropy bf16 30522 gradient",
-    "key_bounds bool 509 rows",
-    "row_counts bool 509 rows",
-    "packed_rows bool 509 rows",
     "encoder_layer bf16 3072 gelu",
     "encoder_layer bf16 768 norm",
 )
@@ -108,83 +100,6 @@ def _feed_forward(variant: Variant) -> None:
     x, weight, bias = (_meta(*shape, dtype=DTYPES[variant.dtype]) for shape in ((TOKENS, hidden), (inner, hidden), (inner,)))
     _, h = op._launch_product(x, weight, bias, variant.activation, True)
     op._launch_gradient(x, weight.t(), bias, h, variant.activation)
-
-
-def _attention_variants() -> Iterator[Variant]:
-    variant = partial(Variant, "attention")
-    for mask in ("none", "key", "causal", "general", "packed"):
-        for p in (0.0, 0.1):
-            yield variant("bf16", 64, p=p, mask=mask)
-        yield variant("bf16", 128, mask=mask)
-    yield variant("bf16", 128, p=0.1, mask="key")
-    for head_size in (32, 40, 96, 256):
-        yield variant("bf16", head_size, p=0.1, mask="key")
-    for head_size in (64, 128):
-        for p in (0.0, 0.1):
-            yield variant("bf16", head_size, p=p, mask="grouped")
-    yield variant("bf16", 256, p=0.1, mask="grouped")
-    yield variant("fp32", 64, p=0.1, mask="grouped")
-    for head_size, p in ((24, 0.0), (40, 0.1), (72, 0.1)):
-        yield variant("fp16", head_size, p=p, mask="key")
-    for dtype in ("fp16", "fp32"):
-        for head_size in (64, 128):
-            for p in (0.0, 0.1):
-                yield variant(dtype, head_size, p=p, mask="key")
-    yield variant("fp64", 64, p=0.1, mask="key")
-    for mask in ("none", "key", "causal", "packed"):
-        for p in (0.0, 0.1):
-            yield variant("bf16", 64, p=p, mask=mask, length=SHORT_SEQLENS[-1])
-    for length in SHORT_SEQLENS[:-1]:
-        for p in (0.0, 0.1):
-            yield variant("bf16", 64, p=p, mask="key", length=length)
-    for head_size in (32, 40):
-        yield variant("fp16", head_size, p=0.1, mask="key", length=SHORT_SEQLENS[-1])
-    for length in SHORT_SEQLENS:
-        yield variant("bf16", 64, p=0.1, mask="key", length=length, activation="sums")
-    yield variant("bf16", 64, p=0.1, mask="packed", length=SHORT_SEQLENS[-1], activation="sums")
-
-
-def _attention(variant: Variant) -> None:
-    """Self-attention of BERT-base, q, k and v views of one product, whose heads are fewer of k and v where grouped."""
-    from fastbert.kernels import attention as op
-
-    dtype, length = DTYPES[variant.dtype], variant.length
-    packed, general, key = variant.mask == "packed", variant.mask == "general", variant.mask in ("key", "grouped")
-    rows = (BATCH * length,) if packed else (BATCH, length)
-    kv_heads = HEADS // GROUP if variant.mask == "grouped" else HEADS
-    q, k, v = _meta(*rows, HEADS + 2 * kv_heads, variant.width, dtype=dtype).split([HEADS, kv_heads, kv_heads], -2)
-    inputs = {
-        "key_mask": _meta(BATCH, length, dtype=torch.bool) if key else None,
-        "key_bounds": _meta(BATCH, 3, dtype=torch.int32) if key else None,
-        "mask": _meta(BATCH, 1, length, length, dtype=dtype).expand(-1, HEADS, -1, -1) if general else None,
-        "cu_seqlens": _meta(BATCH + 1, dtype=torch.int32) if packed else None,
-        "cu_seqlens_q": None,
-        "seed": _meta(dtype=torch.int64) if variant.p else None,
-        "max_seqlen": length if packed else None,
-        "max_seqlen_q": None,
-        "causal": variant.mask == "causal",
-        "scale": variant.width**-0.5,
-        "p": variant.p,
-    }
-    if variant.activation == "sums":
-        return _attention_with_sums(q, k, v, inputs)
-    out, logsumexp = op._launch_fwd(q, k, v, **inputs)
-    op._launch_bwd_packed(torch.empty_like(out), q, k, v, out, logsumexp, *inputs.values())
-
-
-def _attention_with_sums(q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> None:
-    from fastbert.kernels import attention as op
-
-    options = [inputs[name] for name in ("cu_seqlens", "cu_seqlens_q", "max_seqlen", "max_seqlen_q", "causal", "scale", "p")]
-    geometry, dout, row = op._geometry(q, k, v, None, *options), torch.empty_like(q), q.stride(-3)
-    op.backward_short_work(geometry, q, op._strides(dout), row, row, False).launch(
-        q,
-        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "dq_ptr": q, "dk_ptr": k, "dv_ptr": v, "out_ptr": dout},
-        **{f"{name}_ptr": inputs[name] for name in ("key_mask", "key_bounds", "seed")},
-        **dict.fromkeys(("cu_seqlens_q_ptr", "cu_seqlens_k_ptr"), inputs["cu_seqlens"]),
-        logsumexp_ptr=_meta(1, geometry.n_heads, geometry.n_rows),
-        sums_ptr=_meta(geometry.sequences, 3 * geometry.n_heads * geometry.head_size),
-    )
 
 
 def _adamw_variants() -> Iterator[Variant]:
@@ -248,69 +163,6 @@ def _linear_cross_entropy(variant: Variant) -> None:
         op.launch_rows(logits, bias, targets, losses, dlosses, extra != "loss", op.gradient_scale(dtype))
 
 
-def _embedding_layernorm_variants() -> Iterator[Variant]:
-    variant = partial(Variant, "embedding_layernorm")
-    for width in HIDDEN:
-        for dtype in ("bf16", "fp32"):
-            yield variant(dtype, width, p=0.1)
-    yield variant("bf16", 768)
-    yield variant("fp16", 768, p=0.1)
-    for width in (512, 2048, 8192):
-        yield variant("fp64", width, p=0.1)
-    yield variant("bf16", 768, p=0.1, activation="packed")
-    yield variant("bf16", 1, activation="ids")
-    yield variant("bf16", 1, activation="order")
-
-
-def _embedding_layernorm(variant: Variant) -> None:
-    """As many words as tokens, so that what is read of them counts as the floor does: a row a token."""
-    from fastbert.kernels import embedding_layernorm as op
-    from fastbert.kernels.embedding_layernorm.gradients import in_order
-    from fastbert.kernels.embedding_layernorm.ids import packed_ids
-
-    if variant.activation == "order":  # of few ids, wherever those of a batch are more than it takes
-        in_order(_meta(EMBEDDED, dtype=torch.int64))
-        return
-    if variant.activation == "ids":
-        ids = _meta(1, EMBEDDED, dtype=torch.int64)
-        packed_ids(_meta(EMBEDDED, dtype=torch.int32), ids, ids, None, 0)
-        return
-    dtype = DTYPES[variant.dtype]
-    words, positions, types, vector = (_meta(*shape, variant.width, dtype=dtype) for shape in ((TOKENS,), (512,), (2,), ()))
-    ids = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int64)
-    seed = _meta(dtype=torch.int64) if variant.p else None
-    packed = variant.activation == "packed"
-    places = _meta(TOKENS // EMBEDDED, EMBEDDED, dtype=torch.int32) if packed else None
-    read = (ids, ids, ids if packed else None, places, seed, 0, 0)
-    y, mean, rstd = op._launch_fwd(words, positions, types, vector, vector, *read, 1e-12, variant.p, dtype, True)
-    op._launch_bwd(y, words, positions, types, vector, mean, rstd, *read, variant.p, dtype, True, True, True, True, True)
-
-
-def _masks_variants(op: str) -> Iterator[Variant]:
-    yield Variant(op, "bool", SEQLEN, activation="rows")
-
-
-def _key_bounds(variant: Variant) -> None:
-    from fastbert.kernels.key_bounds import key_bounds
-
-    key_bounds(_meta(TOKENS, variant.width, dtype=torch.bool))
-
-
-def _row_counts(variant: Variant) -> None:
-    from fastbert.kernels.row_counts import row_counts
-
-    row_counts(*(_meta(TOKENS, variant.width, dtype=torch.bool) for _ in range(2)))
-
-
-def _packed_rows(variant: Variant) -> None:
-    """Of a batch, whose rows an int32 counts."""
-    from fastbert.kernels.packed_rows import packed_rows
-
-    tokens, read = (_meta(BATCH, variant.width, dtype=torch.bool) for _ in range(2))
-    room = BATCH * variant.width, variant.width, False
-    packed_rows(_meta(3, BATCH, dtype=torch.int32), tokens, read, variant.width, *room, False, *room, True)
-
-
 def _encoder_layer_variants() -> Iterator[Variant]:
     variant = partial(Variant, "encoder_layer")
     for dtype in ("bf16", "fp16", "fp32", "mixed"):
@@ -367,12 +219,7 @@ def _encoder_layer(variant: Variant) -> None:
 CASES: dict[str, Any] = {
     **SPECS,
     "encoder_layer": Case(_encoder_layer_variants, _encoder_layer),
-    "key_bounds": Case(partial(_masks_variants, "key_bounds"), _key_bounds),
-    "row_counts": Case(partial(_masks_variants, "row_counts"), _row_counts),
-    "packed_rows": Case(partial(_masks_variants, "packed_rows"), _packed_rows),
     "feed_forward": Case(_feed_forward_variants, _feed_forward),
-    "embedding_layernorm": Case(_embedding_layernorm_variants, _embedding_layernorm),
     "adamw": Case(_adamw_variants, _adamw),
-    "attention": Case(_attention_variants, _attention),
     "linear_cross_entropy": Case(_linear_cross_entropy_variants, _linear_cross_entropy),
 }

@@ -62,7 +62,7 @@ class Launch:
         """
         if self.kernel.__name__ == _COLUMN_SUMS:
             return {"here": self.arguments["b_ptr"]}
-        elements = CASES[variant.op].elements(variant)
+        elements = CASES[variant.op].elements(CASES[variant.op], variant)
         tensors = {k.removesuffix("_ptr"): v for k, v in self.arguments.items() if isinstance(v, Tensor)}
         return {name: tensor for name, tensor in tensors.items() if tensor.numel() == elements}
 

@@ -11,25 +11,16 @@ from bench.core.hardware import BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECON
 
 # Tensors of T x W elements that are read or written.
 TENSORS = {
-    "embedding_layernorm": {
-        "forward": ("word", "type", "position", "y"),
-        "backward": ("dy", "word", "type", "position", "dz", "dz of each word", "dz of each position"),
-    },
     "feed_forward": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
-    "attention": {
-        "forward": ("q", "k", "v", "out"),
-        "backward": ("q", "k", "v", "out", "dout", "dq", "dk", "dv"),
-    },
     "linear_cross_entropy": {"forward": ("hidden",), "backward": ("hidden", "dhidden")},
 }
-# Products of attention, each of 2 operations a score and element of a head: as exact arithmetic needs them, and as each
-# kernel computes them (both of the backward of longer sequences make scores and dP again).
-PRODUCTS = {"forward": 2, "backward": 5}
 # Products of linear_cross_entropy, each of 2 operations a token, element of hidden and class.
 DECODER_PRODUCTS = {"forward": 1, "backward": 2}
 # Products of feed_forward, each of 2 operations a token, element of hidden and element of the feed-forward.
 FEED_FORWARD_PRODUCTS = {"forward": 2, "backward": 4}
 VOCABULARY, TINY_VOCABULARY = 30522, 101
+# Of attention, each of 2 operations a score and element of a head, as each kernel computes them (both of the backward of
+# longer sequences make scores and dP again).
 SCORE_PRODUCTS = {
     "attention_fwd_kernel": 2,
     "attention_bwd_kv_kernel": 4,
@@ -81,8 +72,6 @@ def stated_operations(op: str, direction: str, batch: int, seqlen: int, hidden: 
         return DECODER_PRODUCTS[direction] * 2 * batch * seqlen * hidden * vocabulary(hidden)
     if op == "feed_forward":
         return FEED_FORWARD_PRODUCTS[direction] * 2 * batch * seqlen * hidden * 4 * hidden
-    if op == "attention":
-        return PRODUCTS[direction] * 2 * batch * seqlen**2 * hidden
     return _specs()[op].operations(direction, batch, seqlen, hidden) if op not in TENSORS else 0
 
 

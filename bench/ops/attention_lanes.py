@@ -1,4 +1,4 @@
-"""The lanes of attention: q, k and v [B, S, heads, D], a key mask where there is padding, dropout on the probabilities."""
+"""The peers of attention: q, k and v [B, S, heads, D], a key mask where there is padding, dropout on the probabilities."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,49 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.core.peers import Absent, require
-from bench.ops.grid import Case, Function, Inputs, Lane, Op
-from fastbert.kernels import reference
-from fastbert.kernels.attention import attention, bounds_of
-
-
-def _make(case: Case, generator: torch.Generator, device: str) -> Inputs:
-    """Random heads. Gradients of padded rows are zero: nothing reads those outputs."""
-    shape = (case.batch, case.seqlen, case.heads, case.hidden // case.heads)
-    leaves = {name: torch.randn(shape, generator=generator, device=device) for name in "qkv"}
-    dy = torch.randn(shape, generator=generator, device=device)
-    lengths = torch.tensor(case.lengths, device=device)
-    context: dict[str, Any] = {"lengths": lengths, "key_mask": None, "key_bounds": None, "mask": None}
-    starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    context |= {"cu_seqlens": starts.to(torch.int32), "max_seqlen": max(case.lengths)}
-    if case.fill < 1.0:
-        key_mask = torch.arange(case.seqlen, device=device)[None, :] < lengths[:, None]
-        context |= {"key_mask": key_mask, "key_bounds": bounds_of(key_mask), "mask": key_mask[:, None, None, :]}
-        dy = dy * key_mask[:, :, None, None]
-    return Inputs(leaves, context, dy)
-
-
-def _reference(inputs: Inputs, p: float) -> Tensor:
-    return reference.attention(**inputs.leaves, key_mask=inputs.context["key_mask"])
-
-
-def _scores_in_memory(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """As transformers' eager attention computes it."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), p)
-    return (weights @ v).transpose(1, 2)
-
-
-def _eager(case: Case) -> Function:
-    return lambda inputs, p: _scores_in_memory(**inputs.leaves, mask=inputs.context["mask"], p=p)
-
-
-def _compiled(case: Case) -> Function:
-    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    call = torch.compile(_scores_in_memory, dynamic=False, backend=backend)
-    return lambda inputs, p: call(**inputs.leaves, mask=inputs.context["mask"], p=p)
+from bench.ops.grid import Case, Function, Inputs, Lane
+from fastbert.kernels.attention import attention
 
 
 def _sdpa(case: Case, backend: SDPBackend) -> Function:
@@ -66,7 +25,7 @@ def _sdpa(case: Case, backend: SDPBackend) -> Function:
     def call(inputs: Inputs, p: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in inputs.leaves.values())
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, inputs.context["mask"], p).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, inputs.peers["mask"], p).transpose(1, 2)
 
     return call
 
@@ -80,10 +39,10 @@ def _flex(case: Case) -> Function:
     attend = torch.compile(flex_attention, dynamic=False)
     masks: dict[int, Any] = {}
 
-    def block_mask(context: dict[str, Any]) -> Any:
+    def block_mask(given: dict[str, Any]) -> Any:
         """Made once for each input, outside of what is timed after the first call: it depends on the lengths alone."""
-        lengths = context["lengths"]
-        if context["key_mask"] is None:
+        lengths = given["lengths"]
+        if given["mask"] is None:
             return None
         if id(lengths) not in masks:
 
@@ -95,7 +54,7 @@ def _flex(case: Case) -> Function:
 
     def call(inputs: Inputs, p: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in inputs.leaves.values())
-        return attend(q, k, v, block_mask=block_mask(inputs.context)).transpose(1, 2)
+        return attend(q, k, v, block_mask=block_mask(inputs.peers)).transpose(1, 2)
 
     return call
 
@@ -110,18 +69,10 @@ def _flash_attn(case: Case) -> Function:
         return flash_attn_func(*inputs.leaves.values(), dropout_p=p)
 
     def packed(inputs: Inputs, p: float) -> Tensor:
-        starts, longest = inputs.context["cu_seqlens"], inputs.context["max_seqlen"]
+        starts, longest = inputs.peers["cu_seqlens"], inputs.peers["max_seqlen"]
         return flash_attn_varlen_func(*inputs.leaves.values(), starts, starts, longest, longest, dropout_p=p)
 
     return packed if case.fill < 1.0 else padded
-
-
-def _fastbert(case: Case) -> Function:
-    def call(inputs: Inputs, p: float) -> Tensor:
-        context = inputs.context
-        return attention(**inputs.leaves, key_mask=context["key_mask"], key_bounds=context["key_bounds"], p=p)
-
-    return call
 
 
 def _fastbert_packed(case: Case) -> Function:
@@ -129,8 +80,8 @@ def _fastbert_packed(case: Case) -> Function:
         raise Absent("nothing to pack: there is no padding")
 
     def call(inputs: Inputs, p: float) -> Tensor:
-        context = inputs.context
-        return attention(**inputs.leaves, cu_seqlens=context["cu_seqlens"], max_seqlen=context["max_seqlen"], p=p)
+        bounds, longest = inputs.peers["cu_seqlens"], inputs.peers["max_seqlen"]
+        return attention(**inputs.leaves, cu_seqlens=bounds, max_seqlen=longest, p=p)
 
     return call
 
@@ -139,19 +90,12 @@ def _backend(name: SDPBackend) -> Callable[[Case], Function]:
     return partial(_sdpa, backend=name)
 
 
-OP = Op(
-    _make,
-    _reference,
-    {
-        "eager": Lane(_eager),
-        "compile": Lane(_compiled),
-        "sdpa math": Lane(_backend(SDPBackend.MATH)),
-        "sdpa efficient": Lane(_backend(SDPBackend.EFFICIENT_ATTENTION)),
-        "sdpa flash": Lane(_backend(SDPBackend.FLASH_ATTENTION)),
-        "sdpa cudnn": Lane(_backend(SDPBackend.CUDNN_ATTENTION)),
-        "flex": Lane(_flex),
-        "flash-attn": Lane(_flash_attn, packed=True),
-        "fastbert": Lane(_fastbert),
-        "fastbert packed": Lane(_fastbert_packed, packed=True),
-    },
-)
+PEERS = {
+    "sdpa math": Lane(_backend(SDPBackend.MATH)),
+    "sdpa efficient": Lane(_backend(SDPBackend.EFFICIENT_ATTENTION)),
+    "sdpa flash": Lane(_backend(SDPBackend.FLASH_ATTENTION)),
+    "sdpa cudnn": Lane(_backend(SDPBackend.CUDNN_ATTENTION)),
+    "flex": Lane(_flex),
+    "flash-attn": Lane(_flash_attn, packed=True),
+}
+PACKED = {"fastbert packed": Lane(_fastbert_packed, packed=True)}

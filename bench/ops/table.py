@@ -5,7 +5,7 @@ Apart from the grid of sizes, because the lanes import triton, whose interpreter
 
 from dataclasses import replace
 
-from bench.ops import attention_lanes, decoder_lanes, embedding_lanes, feed_forward_lanes, row_lanes
+from bench.ops import attention_lanes, decoder_lanes, feed_forward_lanes, row_lanes
 from bench.ops.from_spec import op_of
 from bench.ops.grid import DTYPES, Op
 from fastbert.testing.specs import SPECS
@@ -21,8 +21,8 @@ OPS: dict[str, Op] = {
     "bias_gelu": op_of(SPECS["bias_gelu"]),
     "gelu_layernorm": op_of(SPECS["gelu_layernorm"], row_lanes.GELU_LAYERNORM),
     "gather_rows": op_of(SPECS["gather_rows"]),
-    "attention": _in_float32(attention_lanes.OP),
-    "embedding_layernorm": _in_float32(embedding_lanes.OP),
+    "attention": op_of(SPECS["attention"], attention_lanes.PEERS, attention_lanes.PACKED),
+    "embedding_layernorm": op_of(SPECS["embedding_layernorm"]),
     "feed_forward": _in_float32(feed_forward_lanes.OP),
     "linear_cross_entropy": _in_float32(decoder_lanes.OP),
 }

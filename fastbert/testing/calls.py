@@ -8,21 +8,15 @@ from torch import Tensor
 
 from fastbert.kernels.adamw import adamw
 from fastbert.kernels.adamw.tables import Hyperparameters, Parameter, Tables
-from fastbert.kernels.attention import attention
-from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.encoder_layer import Settings, encoder_layer
 from fastbert.kernels.feed_forward import feed_forward
 from fastbert.kernels.feed_forward.products import decided
-from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
-from fastbert.kernels.packed_rows import packed_rows
-from fastbert.kernels.row_counts import row_counts
 
-from . import attention as attention_inputs
 from . import encoder_layer as layer_inputs
 from . import feed_forward as feed_forward_inputs
 from . import linear_cross_entropy as cross_entropy
-from .rows import DEVICE, run, seed_tensor
+from .rows import DEVICE, run
 from .spec import Draw, OpSpec
 from .specs import SPECS
 
@@ -58,82 +52,6 @@ def _of(spec: OpSpec, form: str) -> Make:
             size = replace(size, **{spec.width: width})
         given = spec.inputs(size, Draw(DEVICE), dtype, **spec.forms[form])
         return given.tensors(), lambda tensors: spec.run(given.with_tensors(tensors))
-
-    return make
-
-
-def _masks(op: Callable[..., Tensor | list[Tensor]], *names: str) -> Make:
-    """Of masks alone: `op` takes them by `names`."""
-
-    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
-        shape = (3, 7) if small else (64, 1500)
-
-        def step(given: Tensors) -> Tensors:
-            results = op(*(given[name] for name in names))
-            return {str(i): x for i, x in enumerate([results] if isinstance(results, Tensor) else results)}
-
-        return {name: torch.rand(shape, device=DEVICE) < 0.7 for name in names}, step
-
-    return make
-
-
-def _pack(tokens: Tensor, read: Tensor) -> list[Tensor]:
-    room = tokens.numel(), tokens.shape[1], False
-    return packed_rows(row_counts(tokens, read), tokens, read, tokens.shape[1], *room, False, *room, True)
-
-
-def _embedding_layernorm(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
-    """Half of the tokens are one word, as [MASK] or [PAD] is, so that partial sums are added up too."""
-    shape, vocabulary = ((2, 5), 13) if small else ((32, 128), 30522)
-    width = width or (24 if small else 768)
-    sizes = {"words": (vocabulary,), "positions": (shape[1],), "types": (2,), "weight": (), "bias": ()}
-    inputs = {name: torch.randn(*size, width).to(DEVICE, dtype) for name, size in sizes.items()}
-    ids = torch.randint(vocabulary, shape)
-    ids[:, shape[1] // 2 :] = 7
-    inputs |= {"ids": ids.to(DEVICE), "token_type_ids": torch.randint(2, shape).to(DEVICE), "seed": seed_tensor(7)}
-    inputs["dy"] = torch.randn(*shape, width).to(DEVICE, dtype)
-
-    def step(given: Tensors) -> Tensors:
-        options = {"ids": given["ids"], "token_type_ids": given["token_type_ids"], "p": 0.1, "seed": given.get("seed")}
-        return _present(run(embedding_layernorm, {name: given[name] for name in sizes}, given["dy"], **options))
-
-    return inputs, step
-
-
-def _attention(variant: str) -> Make:
-    """Masks are inputs; what is no tensor (causal, p, the longest sequence) stays."""
-
-    def make(small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
-        batch, length, heads = (2, 5, 2) if small else (8, 128 if "short" in variant else 512, 12)
-        head_size = width or (8 if small else 64)
-        inputs = attention_inputs.make_inputs(batch, length, heads, head_size, dtype)
-        if variant == "grouped, dropped":
-            inputs |= {name: inputs[name][:, :, : heads // 2].contiguous() for name in "kv"}
-        inputs["dy"] = attention_inputs.normal(batch, length, heads, head_size, dtype=dtype)
-        options: dict[str, object] = {}
-        if variant == "padded, dropped":
-            lengths = torch.randint(1, length + 1, (batch, 1), device=DEVICE)
-            inputs |= {"key_mask": torch.arange(length, device=DEVICE) < lengths, "seed": seed_tensor(7)}
-            options = {"p": 0.1}
-        elif variant in ("grouped, dropped", "short, dropped"):
-            inputs["seed"] = seed_tensor(7)
-            options = {"p": 0.1}
-        elif variant == "causal":
-            options = {"causal": True}
-        elif variant == "general mask":
-            inputs["mask"] = torch.rand(batch, 1, length, length, device=DEVICE) > 0.1
-        else:
-            assert variant == "packed, dropped", variant
-            inputs = {name: x.flatten(0, 1) for name, x in inputs.items()}
-            inputs["cu_seqlens"] = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=DEVICE)
-            inputs["seed"] = seed_tensor(7)
-            options = {"p": 0.1, "max_seqlen": length}
-
-        def step(given: Tensors) -> Tensors:
-            tensors = {name: x for name, x in given.items() if name not in ("q", "k", "v", "dy")}
-            return _present(run(attention, {name: given[name] for name in "qkv"}, given["dy"], **tensors, **options))
-
-        return inputs, step
 
     return make
 
@@ -222,14 +140,6 @@ def _adamw(amsgrad: bool) -> Make:
 CALLS = (
     *(Call(spec.name, form, _of(spec, form)) for spec in SPECS.values() for form in spec.forms),
     Call("feed_forward", "", _feed_forward),
-    Call("key_bounds", "", _masks(key_bounds, "key_mask")),
-    Call("row_counts", "", _masks(row_counts, "tokens", "read")),
-    Call("packed_rows", "", _masks(_pack, "tokens", "read")),
-    Call("embedding_layernorm", "dropped", _embedding_layernorm),
-    *(
-        Call("attention", variant, _attention(variant))
-        for variant in ("padded, dropped", "causal", "general mask", "packed, dropped", "grouped, dropped", "short, dropped")
-    ),
     *(Call("encoder_layer", variant, _encoder_layer(variant)) for variant in ("padded, dropped", "causal", "packed, dropped")),
     *(Call("linear_cross_entropy", way, _linear_cross_entropy(way)) for way in (*cross_entropy.WAYS, "none")),
     Call("adamw", "", _adamw(False)),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bool": torch.bool, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # Odd on purpose: packed rows come in any number, and divisibility must not be what makes a kernel good.
 TOKENS, SEQLEN = 16383, 509
 # Every bucket's own width (a power of two), BERT's 384 (MiniLM) and 768 (base) inside theirs, and one that no vector
@@ -170,6 +170,7 @@ class OpSpec:
     small, large: sizes at which tests call it, under the interpreter and on a GPU.
     audited: the size at which the audit launches a variant, given as many rows.
     tokens: as many rows as the audit gives.
+    elements: of each tensor whose bytes are the floor, as the audit launches a variant.
     """
 
     name: str
@@ -191,6 +192,7 @@ class OpSpec:
     large: Size = Size(1, 4099)
     audited: "Callable[[OpSpec, Variant, int], Size]" = _by_width
     tokens: int = TOKENS
+    elements: "Callable[[OpSpec, Variant], int]" = lambda spec, variant: spec.tokens * variant.width
 
     def __str__(self) -> str:
         return self.name
@@ -206,18 +208,19 @@ class OpSpec:
         with given.within():
             y = self.call(**leaves, **given.context)
             gradients = torch.autograd.grad(y, list(leaves.values()), given.dy) if leaves else ()
-        results = {"y": y.detach()} if isinstance(y, Tensor) else y
+        results = {"y": y.detach()} if isinstance(y, Tensor) else {str(i): x for i, x in enumerate(y)}
         return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
     def launch(self, variant: Variant, rows: int | None = None) -> None:
         """Launch what a training step would of `variant`, forward then backward, on the meta device."""
         rows = rows or self.tokens
         if variant.launch:
-            return variant.launch(variant, rows)
+            variant.launch(variant, rows)
+        else:
+            self.run(self.on_meta(variant, rows))
+
+    def on_meta(self, variant: Variant, rows: int) -> Given:
+        """The inputs that `launch` gives a variant."""
         low, dtype = variant.dtypes
         options = dict(variant.options) | ({} if low == dtype else {"x_dtype": low})
-        self.run(self.inputs(self.audited(self, variant, rows), Draw("meta"), dtype, **options))
-
-    def elements(self, variant: Variant) -> int:
-        """Of each tensor whose bytes are the floor, as the audit launches the variant."""
-        return self.tokens * variant.width
+        return self.inputs(self.audited(self, variant, rows), Draw("meta"), dtype, **options)

@@ -28,22 +28,9 @@ from .cases import dtype_name
 from .embedding_layernorm import test_embedding_layernorm
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-_LAYERNORM = ("layernorm_forward", "layernorm_backward")
-_ATTENTION = ("attention_forward", "attention_backward_kv", "attention_backward_q")
 # By the name of the call: what a forward and a backward read their configurations from.
 TABLES_OF = {
     **{f"{spec} {form}".strip(): tables for spec in SPECS.values() for form, tables in spec.tables.items()},
-    "key_bounds": ("mask_rows",),
-    "row_counts": ("mask_rows",),
-    "packed_rows": ("packed_rows",),
-    "embedding_layernorm dropped": (
-        *(*_LAYERNORM, "embedding_order", "embedding_runs"),
-        *("embedding_sums_backward", "embedding_finish"),
-    ),
-    "attention padded, dropped": _ATTENTION,
-    "attention short, dropped": tuple(f"attention_backward_short_{length}" for length in configs.LENGTHS),
-    "attention general mask": tuple(f"{table}_masked" for table in _ATTENTION),
-    "attention grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
     "encoder_layer padded, dropped": ("column_sums",),
     "feed_forward": ("feed_forward_product", "feed_forward_gradient"),
     "linear_cross_entropy kept": ("linear_cross_entropy", "linear_cross_entropy_scale"),
