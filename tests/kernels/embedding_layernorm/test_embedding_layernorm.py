@@ -11,8 +11,6 @@ from fastbert.kernels.core.launch import MAX_WIDTH, counts
 from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.embedding_layernorm import gradients as embedding_gradients
 from fastbert.kernels.embedding_layernorm import sums as embedding_sums
-from fastbert.kernels.embedding_layernorm.gradients import PIECE
-from fastbert.kernels.embedding_layernorm.sums import MOST_TYPES
 from fastbert.testing.numerics import assert_close
 from fastbert.testing.rows import DEVICE, assert_same, double, drawn_mask, run, seed_tensor
 
@@ -25,6 +23,7 @@ IDS, FORWARD, ROWS, ORDER, RUNS, JOINS, SUMS, FINISH = (
     f"embedding_layernorm_{part}_kernel"
     for part in ("ids", "fwd", "bwd", "bwd_order", "bwd_runs", "bwd_joins", "bwd_sums", "bwd_finish")
 )
+PIECE, MOST_TYPES = embedding_gradients.PIECE, embedding_sums.MOST_TYPES
 TABLES = ("words", "positions", "types")
 NAMES = (*TABLES, "weight", "bias")
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
