@@ -9,6 +9,6 @@ from fastbert.layers.layer import BertLayer
 def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How layers run."""
     if request.param == "module by module":
-        for attempt in ("_attempted", "_attempted_packed"):
+        for attempt in ("_try_op", "_try_packed"):
             monkeypatch.setattr(BertLayer, attempt, lambda *_: "the test wants its modules")
     return request.param
