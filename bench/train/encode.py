@@ -99,30 +99,6 @@ def pieces(segments: Sequence[int | None], limit: int) -> list[list[int]]:
     return [sorted(special + text[start : start + size]) for start in range(0, max(len(text), 1), size)]
 
 
-def windows(segments: Sequence[int | None], limit: int) -> list[list[int]]:
-    """A question with its context in windows that overlap by a third, so that an answer stands whole in one of them."""
-    if len(segments) <= limit:
-        return [list(range(len(segments)))]
-    special = [i for i, segment in enumerate(segments) if segment is None]
-    question = [i for i, segment in enumerate(segments) if segment == 0]
-    context = [i for i, segment in enumerate(segments) if segment == 1]
-    question = question[: max(limit - len(special) - SHORTEST_CONTEXT, 1)]
-    size = limit - len(special) - len(question)
-    step = max(size - size // 3, 1)
-    starts = [start for start in range(0, len(context), step) if start == 0 or start + size // 3 < len(context)]
-    return [sorted(special + question + context[start : start + size]) for start in starts]
-
-
-def answer(tokens: Tokens, places: Sequence[int], start: int, length: int) -> tuple[int, int]:
-    """First and last of `places` that the answer covers; (0, 0), the [CLS], where it does not stand whole among them."""
-    covered = [
-        i for i, (low, high) in enumerate(tokens.offsets) if tokens.segments[i] == 1 and low < start + length and high > start
-    ]
-    if not covered or covered[0] not in places or covered[-1] not in places:
-        return 0, 0
-    return places.index(covered[0]), places.index(covered[-1])
-
-
 def _choice(row: Row, sequences: list[Tokens], limit: int, how: str, _: dict[str, int]) -> list[Features]:
     cut = [tokens.select(kept(tokens.segments, limit, how)) for tokens in sequences]
     return [{name: [features[name] for features in cut] for name in cut[0]} | {"labels": row["choice"]}]
@@ -156,28 +132,59 @@ def _sentences(row: Row, sequences: list[Tokens], limit: int, how: str, labels: 
     return [one | {"next_sentence_label": row["random"]} for one in _plain(row, sequences, limit, how, labels)]
 
 
-def _answered(row: Row, sequences: list[Tokens], limit: int, *_: Any) -> list[Features]:
-    (tokens,) = sequences
-    features = []
-    for places in windows(tokens.segments, limit):
-        first, last = answer(tokens, places, row["starts"][0], len(row["answers"][0])) if row["answers"] else (0, 0)
-        # Where in the context each token stands, for the answer's text; nothing outside it can be one.
-        spans = [list(tokens.offsets[i]) if tokens.segments[i] == 1 else [-1, -1] for i in places]
-        own = {"start_positions": first, "end_positions": last, "spans": spans, "question_row": row["row"]}
-        features.append(tokens.select(places) | own)
-    return features
-
-
 FEATURES: dict[str, Callable[[Row, list[Tokens], int, str, dict[str, int]], list[Features]]] = {
     "classification": _labelled,
     "matching": _labelled,
     "ner": _tagged,
-    "qa": _answered,
     "multiple-choice": _choice,
     "mlm": _plain,
     "clm": _plain,
     "pretraining": _sentences,
 }
+
+
+def in_windows(tokenizer: Any, rows: list[Row], limit: int) -> list[Features]:
+    """Questions with their contexts in windows that overlap by a third, so that an answer stands whole in one of them.
+
+    The tokenizer itself cuts the context and joins each window with its question. A third of what the question leaves is a
+    length of each row's own, so it is told a stride a row and not one for a whole batch.
+    """
+    backend = tokenizer.backend_tokenizer
+    special = backend.num_special_tokens_to_add(True)
+    texts = ([row[name] for row in rows] for name in ("question", "context"))
+    pairs = (tokenizer(own, add_special_tokens=False, truncation=False, verbose=False).encodings for own in texts)
+    found = []
+    for row, question, context in zip(rows, *pairs, strict=True):
+        covered = _answer(context.offsets, row)
+        start = step = 0
+        if len(question) + len(context) + special > limit:
+            question.truncate(max(limit - special - SHORTEST_CONTEXT, 1))
+            size = limit - special - len(question)
+            context.truncate(size, stride=size // 3)
+            step = size - size // 3
+        for part in (context, *context.overflowing):
+            window = backend.post_process(question, part)
+            segments = window.sequence_ids
+            first = last = 0  # [CLS]: the answer does not stand whole in this window
+            if covered and start <= covered[0] and covered[1] < start + len(part):
+                first, last = (segments.index(1) + place - start for place in covered)
+            # Where in the context each token stands, for the answer's text; nothing outside it can be one.
+            spans = [list(span) if segment == 1 else [-1, -1] for span, segment in zip(window.offsets, segments, strict=True)]
+            tokens = {"input_ids": window.ids, "token_type_ids": window.type_ids, "attention_mask": window.attention_mask}
+            own = {"start_positions": first, "end_positions": last, "spans": spans, "question_row": row["row"]}
+            found.append(tokens | own)
+            start += step
+    return found
+
+
+def _answer(offsets: list[tuple[int, int]], row: Row) -> tuple[int, int] | None:
+    """First and last token of the context that the answer covers, or None."""
+    if not row["answers"]:
+        return None
+    start = row["starts"][0]
+    end = start + len(row["answers"][0])
+    covered = [i for i, (low, high) in enumerate(offsets) if low < end and high > start]
+    return (covered[0], covered[-1]) if covered else None
 
 
 def lengths(rows: Dataset, task: str, tokenizer: Any) -> tuple[list[int], int]:
@@ -197,12 +204,11 @@ def encode(rows: Dataset, task: str, tokenizer: Any, limit: int, truncation: str
 
     def features_of(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         own = _as_rows(batch)
-        sequences = of_rows(tokenizer, task, own)
-        found = [
-            features
-            for row, of_row in zip(own, sequences, strict=True)
-            for features in FEATURES[task](row, of_row, limit, truncation, labels)
-        ]
+        if task == "qa":
+            found = in_windows(tokenizer, own, limit)
+        else:
+            pairs = zip(own, of_rows(tokenizer, task, own), strict=True)
+            found = [one for row, of_row in pairs for one in FEATURES[task](row, of_row, limit, truncation, labels)]
         return {name: [features[name] for features in found] for name in found[0]}
 
     return rows.map(features_of, batched=True, remove_columns=rows.column_names, desc="encoding")

@@ -2,10 +2,12 @@
 
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from bench.train import data as train_data
 from bench.train import encode as train_encode
-from bench.train.encode import IGNORED, answer, kept, pieces, windows
+from bench.train.encode import IGNORED, kept, pieces
 from tests.bench.train.training import FILES, make_tokenizer
 
 SINGLE = [None, *[0] * 10, None]  # [CLS] and ten tokens and [SEP]
@@ -39,21 +41,42 @@ def test_pieces_hold_every_token_once():
     assert pieces([None, None], 6) == [[0, 1]], "a text without a token has one piece"
 
 
+def windows_of(tokenizer, question, context, limit, answer="", start=0):
+    row = {
+        "row": 1,
+        "question": question,
+        "context": context,
+        "starts": [start] if answer else [],
+        "answers": [answer] * (answer != ""),
+    }
+    return train_encode.in_windows(tokenizer, [row], limit)
+
+
 @pytest.mark.parametrize("length", [1, 7, 8, 20, 21, 50])
-def test_windows_overlap_and_leave_nothing_out(length):
-    segments = [None, 0, 0, None, *[1] * length, None]
-    found = windows(segments, 14)
-    contexts = [[i for i in window if segments[i] == 1] for window in found]
-    assert sorted({i for context in contexts for i in context}) == list(range(4, 4 + length))
-    assert all(len(window) <= 14 for window in found)
-    assert all(len(set(a) & set(b)) == 9 // 3 for a, b in zip(contexts, contexts[1:], strict=False) if len(b) == 9)
+def test_windows_overlap_and_leave_nothing_out(tokenizer, length):
+    found = windows_of(tokenizer, "the the", " ".join(["the"] * length), 14)
+    contexts = [[low for low, _ in window["spans"] if low >= 0] for window in found]
+    assert sorted({low for context in contexts for low in context}) == [4 * i for i in range(length)]
+    assert all(len(window["input_ids"]) <= 14 for window in found)
+    assert all(len(set(a) & set(b)) == 9 // 3 for a, b in zip(contexts, contexts[1:], strict=False))
     assert all(set(b) - set(a) for a, b in zip(contexts, contexts[1:], strict=False)), "each adds something"
 
 
-def test_a_question_longer_than_the_limit_leaves_room_for_its_context():
-    segments = [None, *[0] * 30, None, *[1] * 20, None]
-    found = windows(segments, 20)
-    assert all(len(window) <= 20 and any(segments[i] == 1 for i in window) for window in found)
+def test_a_window_is_what_the_tokenizer_makes_of_the_pair(tokenizer):
+    for limit in (14, 64):
+        found = windows_of(tokenizer, "the soup", "the the the soup the the the soup the the", limit)
+        stride = (limit - 3 - 2) // 3
+        options = {"truncation": "only_second", "return_overflowing_tokens": True, "return_token_type_ids": True}
+        pair = "the soup", "the the the soup the the the soup the the"
+        encoded = tokenizer(*pair, max_length=limit, stride=stride, **options)
+        for name in ("input_ids", "token_type_ids", "attention_mask"):
+            assert [window[name] for window in found] == encoded[name]
+
+
+def test_a_question_longer_than_the_limit_leaves_room_for_its_context(tokenizer):
+    found = windows_of(tokenizer, " ".join(["the"] * 30), " ".join(["the"] * 20), 20)
+    assert len(found) > 1 and all(len(window["input_ids"]) <= 20 for window in found)
+    assert all(any(low >= 0 for low, _ in window["spans"]) for window in found)
 
 
 def features_of(task, tokenizer, limit=48, truncation="head", labels=None):
@@ -93,13 +116,23 @@ def test_an_answer_is_found_again_from_its_positions(tokenizer, limit):
     assert found <= answered and (found == answered or limit == 28)
 
 
-def test_an_answer_that_does_not_stand_whole_is_none(tokenizer):
-    (tokens,) = train_encode.tokenize(tokenizer, ["Who?"], ["Anna Berg came"])
-    context = [i for i, segment in enumerate(tokens.segments) if segment == 1]
-    everything = list(range(len(tokens.ids)))
-    first, last = answer(tokens, everything, 0, len("Anna Berg"))
-    assert first == context[0] and last > first
-    assert answer(tokens, everything[:last], 0, len("Anna Berg")) == (0, 0)
+@pytest.mark.parametrize(
+    ("answer", "start", "places"),
+    [
+        ("Anna Berg came home", 0, [(3, 6), (0, 0)]),
+        ("Berg came home again", 5, [(0, 0), (0, 0)]),
+        ("home again", 15, [(0, 0), (3, 4)]),
+        ("home", 15, [(6, 6), (3, 3)]),
+    ],
+)
+def test_an_answer_that_does_not_stand_whole_is_none(answer, start, places):
+    """Two windows of four words each, behind [CLS], a question of one word and [SEP]."""
+    words = {name: i for i, name in enumerate(("[CLS]", "[SEP]", "[UNK]", "who", "Anna", "Berg", "came", "home", "again"))}
+    own = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    own.post_processor = processors.BertProcessing(("[SEP]", 1), ("[CLS]", 0))
+    found = windows_of(PreTrainedTokenizerFast(tokenizer_object=own), "who", "Anna Berg came home again Anna", 8, answer, start)
+    assert [(window["start_positions"], window["end_positions"]) for window in found] == places
 
 
 def test_each_ending_stands_behind_the_context(tokenizer):
