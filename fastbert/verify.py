@@ -68,7 +68,7 @@ class VerifyResult:
         table = Table(title=self._title(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("tensor", "error, patched", "error, eager", "allowed", ""):
             table.add_column(heading, overflow="fold", justify="left" if heading in ("tensor", "") else "right")
-        for comparison in self._shown():
+        for comparison in self._listed():
             numbers = (comparison.error, comparison.eager_error, comparison.bound)
             table.add_row(
                 Text(comparison.name),
@@ -97,7 +97,7 @@ class VerifyResult:
         counts = f"{len(self.outputs)} outputs and {len(self.gradients)} gradients"
         return f"EQUAL: {counts}, {self.kernel_calls} calls through kernels"
 
-    def _shown(self) -> list[Comparison]:
+    def _listed(self) -> list[Comparison]:
         """Every output, every gradient that differs, and the gradient that came closest to its bound."""
         wrong = [c for c in self.gradients if not c.ok]
         closest = max(self.gradients, key=lambda c: c.error / c.bound if c.bound else 0.0, default=None)
@@ -135,23 +135,25 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
     size = sum(p.numel() for p in model.parameters())
     half = parameter.dtype in (torch.float16, torch.bfloat16)
     reference_dtype = torch.float32 if half and size > _LARGE else torch.float64
-    batch = _moved(batch, parameter.device, None)
+    batch = _to_device(batch, parameter.device, None)
 
     own = _own_attention(model)
     with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
-        reference, widened = _reference(_quiet_copy(model, own), batch, reference_dtype)  # first: its copy is the largest
-        copied = _quiet_copy(model, own)
+        reference, widened = _reference(
+            _deterministic_copy(model, own), batch, reference_dtype
+        )  # first: its copy is the largest
+        copied = _deterministic_copy(model, own)
         eager = _run(copied, batch)
         with patched(copied, **patch_keywords):
             result = _run(copied, batch)
             after = report(copied)
         outputs = _compare_all(result.outputs, eager.outputs, reference.outputs)
         # Where gradients cancel, what is left is a rounding of the loss's own gradient, which is of the loss's size.
-        loudest = _scale(reference.outputs["loss"]) if "loss" in reference.outputs else 0.0
-        gradients = _compare_all(result.gradients, eager.gradients, reference.gradients, loudest)
+        loss_scale = _scale(reference.outputs["loss"]) if "loss" in reference.outputs else 0.0
+        gradients = _compare_all(result.gradients, eager.gradients, reference.gradients, loss_scale)
         diverged = None
         if not all(c.ok for c in (*outputs, *gradients)):
-            diverged = _first_divergence(copied, batch, patch_keywords, widened) or _last_gradient(gradients)
+            diverged = _first_divergence(copied, batch, patch_keywords, widened) or _last_wrong_gradient(gradients)
 
     notes = ["dropout was off for the comparison"]
     if own:
@@ -204,7 +206,7 @@ def _reference(wide: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) ->
     """The run in `dtype`, and whether operands had to be widened, as a forward may make tensors of a dtype of its own."""
     device = next(wide.parameters()).device
     with torch.autocast(device.type, enabled=False):
-        wide, batch = wide.to(dtype), _moved(batch, device, dtype)
+        wide, batch = wide.to(dtype), _to_device(batch, device, dtype)
         try:
             return _run(wide, batch), False
         except RuntimeError:
@@ -235,7 +237,7 @@ class Widened(TorchFunctionMode):
         return x.to(self.dtype) if narrow else x
 
 
-def _quiet_copy(model: nn.Module, own: str | None) -> nn.Module:
+def _deterministic_copy(model: nn.Module, own: str | None) -> nn.Module:
     """A stock copy that computes the same each time: no dropout, no gradients yet, eager attention but for a model that has
     its `own`."""
     copied = unpatch(copy.deepcopy(model))
@@ -298,17 +300,17 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
                     yield f"{name}[{index}].{key}", getattr(layer, key)
 
 
-def _moved(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
-    def moved(value: Any) -> Any:
+def _to_device(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    def convert(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
 
-    return {name: moved(value) for name, value in batch.items()}
+    return {name: convert(value) for name, value in batch.items()}
 
 
 def _compare_all(
-    result: dict[str, Tensor], eager: dict[str, Tensor], reference: dict[str, Tensor], loudest: float = 0.0
+    result: dict[str, Tensor], eager: dict[str, Tensor], reference: dict[str, Tensor], loss_scale: float = 0.0
 ) -> tuple[Comparison, ...]:
     """`compare` for every tensor of the three runs; a tensor that only one of them has is a difference.
 
@@ -319,8 +321,8 @@ def _compare_all(
     """
     scales = {name: _scale(tensor) for name, tensor in reference.items()}
     typical_scale = statistics.median(scales.values()) if scales else 0.0
-    meant = [n for n in eager if n in reference and scales[n] > _NOTHING * typical_scale]
-    relative = sorted(_error(eager[n], reference[n]) / scales[n] for n in meant)
+    significant = [n for n in eager if n in reference and scales[n] > _NOTHING * typical_scale]
+    relative = sorted(_error(eager[n], reference[n]) / scales[n] for n in significant)
     usual_error = relative[int(0.95 * len(relative))] if relative else 0.0
     comparisons = []
     for name in {**eager, **result}:
@@ -336,7 +338,7 @@ def _compare_all(
                 rounding *= 32
             atol = 2 * max(usual_error, rounding) * scales[name] + rounding * typical_scale
             if scales[name] <= _NOTHING * typical_scale:  # noise alone, of the size of whatever cancelled
-                atol = rounding * max(loudest, *scales.values())
+                atol = rounding * max(loss_scale, *scales.values())
         comparisons.append(compare(name, result[name], eager[name], reference[name], atol=atol))
     return tuple(comparisons)
 
@@ -368,17 +370,17 @@ def _first_of(
             wide = copy.deepcopy(model).double()
             device = next(model.parameters()).device
             with Widened(torch.float64) if widened else nullcontext():
-                reference = _traced(wide, _moved(batch, device, torch.float64), inside)
-        eager = _traced(model, batch, inside)
+                reference = _module_outputs(wide, _to_device(batch, device, torch.float64), inside)
+        eager = _module_outputs(model, batch, inside)
         with patched(model, **patch_keywords):
-            result = _traced(model, batch, inside)
+            result = _module_outputs(model, batch, inside)
     for comparison in _compare_all(result, eager, reference):
         if not comparison.ok:
             return comparison.name
     return None
 
 
-def _traced(model: nn.Module, batch: Mapping[str, Any], inside: bool) -> dict[str, Tensor]:
+def _module_outputs(model: nn.Module, batch: Mapping[str, Any], inside: bool) -> dict[str, Tensor]:
     """The output of every module that has modules in it, in the order in which they finish; of those inside layers where
     `inside`."""
     from fastbert.layers.stock import BertLayer
@@ -395,8 +397,8 @@ def _traced(model: nn.Module, batch: Mapping[str, Any], inside: bool) -> dict[st
         return hook
 
     # Only these: a hook on a Linear or a LayerNorm would itself send the call to stock code.
-    seen_of = [m for m in model.named_modules() if next(m[1].children(), None) and not m[0].startswith(layers)]
-    handles = [module.register_forward_hook(keep(name)) for name, module in seen_of]
+    watched = [m for m in model.named_modules() if next(m[1].children(), None) and not m[0].startswith(layers)]
+    handles = [module.register_forward_hook(keep(name)) for name, module in watched]
     try:
         torch.manual_seed(0)
         _call(model, batch)
@@ -406,7 +408,7 @@ def _traced(model: nn.Module, batch: Mapping[str, Any], inside: bool) -> dict[st
     return {name or type(model).__name__: tensor for name, tensor in seen.items()}
 
 
-def _last_gradient(gradients: tuple[Comparison, ...]) -> str | None:
+def _last_wrong_gradient(gradients: tuple[Comparison, ...]) -> str | None:
     """The module nearest to the loss whose parameter's gradient differs: backward reaches it first."""
     wrong = [c.name for c in gradients if not c.ok]
     return f"{wrong[-1].rpartition('.')[0]} (in the backward)" if wrong else None

@@ -1,17 +1,15 @@
 """The command line: verify, report, env. Whatever the user got wrong is one line and exit code 2."""
 
 import json
-import os
-import platform
 import sys
 from enum import StrEnum
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from fastbert.cli.environment import environment
 from fastbert.cli.interpreter import use_interpreter_without_gpu
 from fastbert.errors import InputError
 
@@ -51,10 +49,10 @@ def verify(
 ) -> None:
     """Prove on real text that the patched model computes what the eager one does: exit code 0 if all is equal."""
     use_interpreter_without_gpu(lambda line: err.print(line, soft_wrap=True))
-    from fastbert.cli import console_verify
+    from fastbert.cli.verify import verify_tasks
 
     names = [str(name) for name in task] if task else None
-    if not console_verify.run(out, err, model, text, names, str(dtype), train, json_file):
+    if not verify_tasks(out, err, model, text, names, str(dtype), train, json_file):
         raise typer.Exit(1)
 
 
@@ -87,49 +85,6 @@ def env() -> None:
     """Print what a bug report needs: versions, GPUs, what is switched on."""
     for name, value in environment().items():
         out.print(f"{name + ':':<24}{value}", highlight=False, markup=False, soft_wrap=True)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, GPUs and switches, as text by name."""
-    import torch
-
-    import fastbert
-    from fastbert import ops
-
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    facts: dict[str, Any] = {"fastbert": fastbert.__version__, "python": platform.python_version()}
-    facts["system"] = platform.platform()
-    facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
-    facts |= {package: version(package) for package in ("triton", "transformers", "peft", "sentence-transformers")}
-    facts["kernels"] = ops.MISSING or ("in Triton's interpreter" if ops.INTERPRETED else "compiled, on CUDA tensors")
-    facts["Triton's cache"] = _cache_of_triton(ops)
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        facts[f"GPU {index}"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}"
-    if not torch.cuda.device_count():
-        facts["GPU"] = "none"
-    facts |= {name: os.environ.get(name, "not set") for name in ("FASTBERT_DISABLE", "TRITON_INTERPRET")}
-    return facts
-
-
-def _cache_of_triton(ops: Any) -> str:
-    """Where compiled kernels are kept, and whether they can be."""
-    if ops.MISSING:
-        return "none"
-    import triton
-
-    folder = existing = Path(triton.knobs.cache.dir)
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if existing.is_dir() and os.access(existing, os.W_OK):
-        return str(folder)
-    return f"{folder}, which cannot be written: set TRITON_CACHE_DIR to a folder that can"
 
 
 def main() -> None:

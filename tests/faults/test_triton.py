@@ -12,7 +12,7 @@ import pytest
 import triton
 
 from fastbert import ops
-from fastbert.cli import commands as cli
+from fastbert.cli.environment import environment
 from fastbert.kernels.core import failures
 
 from .broken import break_kernels
@@ -125,13 +125,13 @@ def test_no_folder_at_all_can_be_written(monkeypatch, caplog):
 
 def test_env_says_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "there" / "yet"))
-    assert cli.environment()["Triton's cache"] == str(tmp_path / "not" / "there" / "yet")
+    assert environment()["Triton's cache"] == str(tmp_path / "not" / "there" / "yet")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(unwritable(tmp_path)))
-    assert "cannot be written: set TRITON_CACHE_DIR" in cli.environment()["Triton's cache"]
+    assert "cannot be written: set TRITON_CACHE_DIR" in environment()["Triton's cache"]
 
 
 def test_env_asks_for_permission(tmp_path, monkeypatch):
     """By what os.access says, since root may write into any folder."""
     monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode == os.W_OK))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    assert "cannot be written" in cli.environment()["Triton's cache"]
+    assert "cannot be written" in environment()["Triton's cache"]

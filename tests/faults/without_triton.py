@@ -6,7 +6,7 @@ import torch
 
 import fastbert
 from fastbert import dispatch, ops
-from fastbert.cli.commands import environment
+from fastbert.cli.environment import environment
 
 
 def check(word: str) -> None:

@@ -24,7 +24,7 @@ _ON_GPU = (8, 128)
 _INTERPRETED = (2, 24)
 
 
-def run(
+def verify_tasks(
     out: Console,
     err: Console,
     model: str | None,
