@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .core import plain
 from .core.device_math import activation as activate
-from .core.device_math import activation_backward, block_rows, tile_offsets
+from .core.device_math import activation_backward, block_rows, place_of_tile, tile_offsets
 from .core.failures import or_plain
 from .core.launch import (
     Work,
@@ -38,23 +38,12 @@ __all__ = ["bias_gelu"]
 
 @triton.jit(do_not_specialize=["n_rows"])
 def bias_gelu_fwd_kernel(
-    x_ptr,
-    bias_ptr,
-    y_ptr,
-    x_row_stride,
-    x_col_stride,
-    n_rows,
-    N_COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x_ptr, bias_ptr, y_ptr, x_row_stride, x_col_stride, n_rows,
+    N_COLS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    rows = block_rows(program // n_col_blocks, BLOCK_M)
-    cols = (program % n_col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, BLOCK_N)
+    rows = block_rows(block, BLOCK_M)
     col_mask = cols < N_COLS
     mask = (rows < n_rows)[:, None] & col_mask[None, :]
 
@@ -68,28 +57,12 @@ def bias_gelu_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "n_row_programs"])
 def bias_gelu_bwd_kernel(
-    dy_ptr,
-    x_ptr,
-    bias_ptr,
-    dx_ptr,
-    y_ptr,
-    sums_ptr,
-    dy_row_stride,
-    dy_col_stride,
-    x_row_stride,
-    x_col_stride,
-    n_rows,
-    n_row_programs,
-    N_COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dy_ptr, x_ptr, bias_ptr, dx_ptr, y_ptr, sums_ptr,
+    dy_row_stride, dy_col_stride, x_row_stride, x_col_stride, n_rows, n_row_programs,
+    N_COLS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    row_program = tl.program_id(0) // n_col_blocks
-    cols = (tl.program_id(0) % n_col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_program, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, BLOCK_N)
     col_mask = cols < N_COLS
     bias = tl.zeros([BLOCK_N], ACC)
     if bias_ptr is not None:

@@ -25,10 +25,9 @@ from .core.device_math import (
     columns_of_chunks,
     dropout,
     keep_mask,
+    layernorm,
     layernorm_backward,
-    layernorm_statistics,
     offsets,
-    sums_of_columns,
     tile_offsets,
 )
 from .core.failures import or_plain
@@ -48,36 +47,18 @@ from .core.launch import (
     next_power_of_2,
     resident_programs,
 )
+from .core.layernorm_rows import load_statistics, load_upstream, store_statistics, store_sums
 
 __all__ = ["dropout_add_layernorm"]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def dropout_add_layernorm_fwd_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    x_bias_ptr,
-    seed_ptr,
-    y_ptr,
-    y_low_ptr,
-    z_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_row_stride,
-    x_col_stride,
-    residual_row_stride,
-    residual_col_stride,
-    n_rows,
-    N_COLS: tl.constexpr,
-    EPS: tl.constexpr,
-    P_DROP: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, y_ptr, y_low_ptr, z_ptr, mean_ptr, rstd_ptr,
+    x_row_stride, x_col_stride, residual_row_stride, residual_col_stride, n_rows,
+    N_COLS: tl.constexpr, EPS: tl.constexpr, P_DROP: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     rows = block_rows(tl.program_id(0), BLOCK_M)
     cols = columns(BLOCK_N, VECTOR)
     row_mask = rows < n_rows
@@ -96,8 +77,7 @@ def dropout_add_layernorm_fwd_kernel(
         x = dropout(x, keep_mask(tl.load(seed_ptr), rows[:, None], cols[None, :], P_DROP), P_DROP)
     # Rounded as it is saved, and as eager rounds it: the backward then sees the row that the statistics are of.
     z = (x + residual).to(z_ptr.dtype.element_ty).to(ACC)
-    mean, rstd = layernorm_statistics(z, col_mask, N_COLS, EPS)
-    y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    y, mean, rstd = layernorm(z, weight, bias, col_mask, N_COLS, EPS)
 
     out = tile_offsets(rows, cols, N_COLS, 1)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask)
@@ -105,35 +85,16 @@ def dropout_add_layernorm_fwd_kernel(
         tl.store(y_low_ptr + out, y.to(y_ptr.dtype.element_ty).to(y_low_ptr.dtype.element_ty), mask)
     if mean_ptr is not None:
         tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask)
-        tl.store(mean_ptr + rows, mean, row_mask)
-        tl.store(rstd_ptr + rows, rstd, row_mask)
+    store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, row_mask)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_programs"])
 def dropout_add_layernorm_bwd_kernel(
-    dy_ptr,
-    z_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    seed_ptr,
-    dx_ptr,
-    dresidual_ptr,
-    y_ptr,
-    sums_ptr,
-    dy_row_stride,
-    dy_col_stride,
-    n_rows,
-    n_programs,
-    N_COLS: tl.constexpr,
-    P_DROP: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dy_ptr, z_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, seed_ptr, dx_ptr, dresidual_ptr, y_ptr, sums_ptr,
+    dy_row_stride, dy_col_stride, n_rows, n_programs,
+    N_COLS: tl.constexpr, P_DROP: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     cols = columns_of_chunks(CHUNKS, BLOCK_M, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
@@ -144,8 +105,7 @@ def dropout_add_layernorm_bwd_kernel(
 
     for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
         row = block_rows(block, BLOCK_M)
-        mean = beside_chunks(tl.load(mean_ptr + row, row < n_rows, other=0.0), CHUNKS)
-        rstd = beside_chunks(tl.load(rstd_ptr + row, row < n_rows, other=0.0), CHUNKS)
+        mean, rstd = load_statistics(mean_ptr, rstd_ptr, row, n_rows, CHUNKS)
         rows = beside_chunks(row, CHUNKS)
         mask = (rows < n_rows) & col_mask
         here = offsets(rows, cols, N_COLS, 1)
@@ -157,8 +117,7 @@ def dropout_add_layernorm_bwd_kernel(
             y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
             tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask)
         # Not before y is stored, whose registers it takes.
-        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
-        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
+        dy = load_upstream(dy_ptr, rows, cols, dy_row_stride, dy_col_stride, mask, col_mask, ACC)
         dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS, CHUNKS)
         dx = dz
         if P_DROP > 0:
@@ -173,11 +132,7 @@ def dropout_add_layernorm_bwd_kernel(
             tl.store(dresidual_ptr + here, dz.to(dresidual_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
-        cols = columns_of_chunks(CHUNKS, 1, BLOCK_N, VECTOR)
-        row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
-        tl.store(row, sums_of_columns(dweight, CHUNKS), cols < N_COLS)
-        tl.store(row + N_COLS, sums_of_columns(dbias, CHUNKS), cols < N_COLS)
-        tl.store(row + 2 * N_COLS, sums_of_columns(dx_bias, CHUNKS), cols < N_COLS)
+        store_sums(sums_ptr, program, (dweight, dbias, dx_bias), 3, N_COLS, CHUNKS, VECTOR)
 
 
 def forward_work(

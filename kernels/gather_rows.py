@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .core import plain
-from .core.device_math import block_rows, tile_offsets
+from .core.device_math import block_rows, place_of_tile, tile_offsets
 from .core.failures import or_plain
 from .core.launch import cdiv, check_device, check_dtype, choose, differentiable, launch, needs_backward
 
@@ -23,20 +23,11 @@ __all__ = ["gather_rows"]
 
 @triton.jit(do_not_specialize=["n_rows"])
 def gather_rows_kernel(
-    x_ptr,
-    index_ptr,
-    y_ptr,
-    x_row_stride,
-    x_col_stride,
-    n_rows,
-    N_COLS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    rows = block_rows(program // n_col_blocks, BLOCK_M)
-    cols = (program % n_col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptr, index_ptr, y_ptr, x_row_stride, x_col_stride, n_rows,
+    N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, BLOCK_N)
+    rows = block_rows(block, BLOCK_M)
     row_mask, col_mask = rows < n_rows, cols < N_COLS
 
     sources = tl.load(index_ptr + rows, row_mask, other=-1)

@@ -22,10 +22,9 @@ from .core.device_math import (
     block_rows,
     columns,
     columns_of_chunks,
+    layernorm,
     layernorm_backward,
-    layernorm_statistics,
     offsets,
-    sums_of_columns,
     tile_offsets,
 )
 from .core.failures import or_plain
@@ -41,30 +40,17 @@ from .core.launch import (
     needs_backward,
     resident_programs,
 )
+from .core.layernorm_rows import load_statistics, load_upstream, store_statistics, store_sums
 
 __all__ = ["gelu_layernorm"]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def gelu_layernorm_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    x_bias_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_row_stride,
-    x_col_stride,
-    n_rows,
-    N_COLS: tl.constexpr,
-    EPS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, x_bias_ptr, y_ptr, mean_ptr, rstd_ptr, x_row_stride, x_col_stride, n_rows,
+    N_COLS: tl.constexpr, EPS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     rows = block_rows(tl.program_id(0), BLOCK_M)
     cols = columns(BLOCK_N, VECTOR)
@@ -79,39 +65,19 @@ def gelu_layernorm_fwd_kernel(
         x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
 
     activated = activate(x, ACTIVATION, EXACT)  # 0 past the last column, as x is
-    mean, rstd = layernorm_statistics(activated, col_mask, N_COLS, EPS)
-    y = (activated - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    y, mean, rstd = layernorm(activated, weight, bias, col_mask, N_COLS, EPS)
 
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), y.to(y_ptr.dtype.element_ty), mask)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + rows, mean, row_mask)
-        tl.store(rstd_ptr + rows, rstd, row_mask)
+    store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, row_mask)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_programs"])
 def gelu_layernorm_bwd_kernel(
-    dy_ptr,
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    x_bias_ptr,
-    dx_ptr,
-    sums_ptr,
-    dy_row_stride,
-    dy_col_stride,
-    x_row_stride,
-    x_col_stride,
-    n_rows,
-    n_programs,
-    N_COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, x_bias_ptr, dx_ptr, sums_ptr,
+    dy_row_stride, dy_col_stride, x_row_stride, x_col_stride, n_rows, n_programs,
+    N_COLS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     program = tl.program_id(0)
     cols = columns_of_chunks(CHUNKS, BLOCK_M, BLOCK_N, VECTOR)
@@ -122,13 +88,11 @@ def gelu_layernorm_bwd_kernel(
 
     for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
         row = block_rows(block, BLOCK_M)
-        mean = beside_chunks(tl.load(mean_ptr + row, row < n_rows, other=0.0), CHUNKS)
-        rstd = beside_chunks(tl.load(rstd_ptr + row, row < n_rows, other=0.0), CHUNKS)
+        mean, rstd = load_statistics(mean_ptr, rstd_ptr, row, n_rows, CHUNKS)
         rows = beside_chunks(row, CHUNKS)
         mask = (rows < n_rows) & col_mask
 
-        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
-        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
+        dy = load_upstream(dy_ptr, rows, cols, dy_row_stride, dy_col_stride, mask, col_mask, ACC)
         x = tl.load(x_ptr + offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
 
         # Loaded again for every row, from the cache: five tiles of sums and gradients leave no registers for them.
@@ -146,11 +110,7 @@ def gelu_layernorm_bwd_kernel(
         tl.store(dx_ptr + offsets(rows, cols, N_COLS, 1), dx.to(dx_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
-        cols = columns_of_chunks(CHUNKS, 1, BLOCK_N, VECTOR)
-        row = sums_ptr + program.to(tl.int64) * 3 * N_COLS + cols
-        tl.store(row, sums_of_columns(dweight, CHUNKS), cols < N_COLS)
-        tl.store(row + N_COLS, sums_of_columns(dbias, CHUNKS), cols < N_COLS)
-        tl.store(row + 2 * N_COLS, sums_of_columns(dx_bias, CHUNKS), cols < N_COLS)
+        store_sums(sums_ptr, program, (dweight, dbias, dx_bias), 3, N_COLS, CHUNKS, VECTOR)
 
 
 @or_plain(plain.gelu_layernorm)

@@ -41,6 +41,27 @@ def totals(counts_ptr, batch, n_sequences, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def fits(counts_ptr, n_sequences, room, longest, EXACT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether what is counted fits into (EXACT: fills) the room, and the most that a row has is no more than longest."""
+    _, n_taken, most = totals(counts_ptr, 0, n_sequences, BLOCK_N)
+    enough = (n_taken == room) if EXACT else (n_taken <= room)
+    return enough & (most <= longest)
+
+
+@triton.jit
+def store_places(index_ptr, inverse_ptr, wanted, before, room, numbers, inside):
+    """Where those rows go that are wanted (1, else 0), from `before` on, both ways.
+
+    Returns their places, which of them have one, and where the next goes.
+    """
+    places = before + tl.cumsum(wanted, axis=0) - 1
+    packed = (wanted != 0) & (places < room)
+    tl.store(index_ptr + places, numbers.to(tl.int32), packed)
+    tl.store(inverse_ptr + numbers, tl.where(packed, places, -1), inside)
+    return places, packed, before + tl.sum(wanted, axis=0)
+
+
+@triton.jit
 def store_bounds(bounds_ptr, batch, before, every, room, longest, n_sequences, n_bounds, BLOCK_N: tl.constexpr):
     """Where the sequence of this row starts; and, shared by all rows, where those of the rest of the room do."""
     tl.store(bounds_ptr + batch, tl.minimum(before, room))
@@ -93,12 +114,9 @@ def packed_rows_kernel(
 
     if fits_ptr is not None:
         if batch == 0:
-            _, n_tokens, most = totals(counts_ptr, batch, n_sequences, BLOCK_N)
-            fits = (n_tokens == room) if EXACT else (n_tokens <= room)
-            tl.store(fits_ptr, fits & (most <= longest))
-            _, n_read, most = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
-            fits = (n_read == read_room) if READ_EXACT else (n_read <= read_room)
-            tl.store(fits_ptr + 1, fits & (most <= read_longest))
+            tl.store(fits_ptr, fits(counts_ptr, n_sequences, room, longest, EXACT, BLOCK_N))
+            read_fits = fits(counts_ptr + n_sequences, n_sequences, read_room, read_longest, READ_EXACT, BLOCK_N)
+            tl.store(fits_ptr + 1, read_fits)
             _, missing, _ = totals(counts_ptr + 2 * n_sequences, batch, n_sequences, BLOCK_N)
             tl.store(fits_ptr + 2, missing == 0)
 
@@ -126,21 +144,15 @@ def packed_rows_kernel(
         if tokens_ptr is not None:
             token = tl.load(tokens_ptr + row * tokens_batch_stride + cols.to(tl.int64) * tokens_col_stride, inside, other=0)
             token = (token != 0).to(tl.int32)
-            places = before + tl.cumsum(token, axis=0) - 1
-            packed = (token != 0) & (places < room)
-            before += tl.sum(token, axis=0)
-            tl.store(index_ptr + places, numbers.to(tl.int32), packed)
-            tl.store(inverse_ptr + numbers, tl.where(packed, places, -1), inside)
+            places, packed, before = store_places(index_ptr, inverse_ptr, token, before, room, numbers, inside)
         if read_index_ptr is not None:
             read = (cols == 0).to(tl.int32)
             if read_ptr is not None:
                 read = tl.load(read_ptr + row * read_batch_stride + cols.to(tl.int64) * read_col_stride, inside, other=0)
                 read = (read != 0).to(tl.int32)
-            read_places = read_before + tl.cumsum(read, axis=0) - 1
-            taken = (read != 0) & (read_places < read_room)
-            read_before += tl.sum(read, axis=0)
-            tl.store(read_index_ptr + read_places, numbers.to(tl.int32), taken)
-            tl.store(read_inverse_ptr + numbers, tl.where(taken, read_places, -1), inside)
+            read_places, taken, read_before = store_places(
+                read_index_ptr, read_inverse_ptr, read, read_before, read_room, numbers, inside
+            )
             if inner_index_ptr is not None:
                 tl.store(inner_index_ptr + read_places, tl.where(packed, places, -1), taken)
                 tl.store(inner_inverse_ptr + places, tl.where(taken, read_places, -1), packed)

@@ -37,6 +37,13 @@ def columns(BLOCK_N: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def place_of_tile(program, N_COLS: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr):
+    """(block of rows, columns) of a program, where a row takes several: neighbours have the same rows. VECTOR as in columns."""
+    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
+    return program // n_col_blocks, (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+
+
+@triton.jit
 def chunked_columns(CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, VECTOR: tl.constexpr):
     """Columns of a [CHUNKS, rows, BLOCK_N] tile, [CHUNKS, 1, BLOCK_N].
 
@@ -187,6 +194,13 @@ def layernorm_statistics(x, col_mask, n_cols, eps):
     centred = tl.where(col_mask[None, :], x - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / n_cols
     return mean, 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def layernorm(x, weight, bias, col_mask, n_cols, eps):
+    """(y, mean, rstd) of a tile that holds whole rows."""
+    mean, rstd = layernorm_statistics(x, col_mask, n_cols, eps)
+    return (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :], mean, rstd
 
 
 @triton.jit

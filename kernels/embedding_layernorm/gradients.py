@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import plain
-from ..core.device_math import block_rows, columns, offsets
+from ..core.device_math import block_rows, offsets, place_of_tile
 from ..core.failures import or_plain
 from ..core.launch import accumulator, accumulator_torch, cdiv, choose, launch, next_power_of_2
 
@@ -25,26 +25,12 @@ LARGEST = tl.constexpr(2**31 - 1)  # an id that no table has
 
 @triton.jit(do_not_specialize=["n_places", "n_table_rows", "skip"])
 def embedding_layernorm_bwd_runs_kernel(
-    dz_ptr,
-    ids_ptr,
-    order_ptr,
-    dtable_ptr,
-    partials_ptr,
-    n_places,
-    n_table_rows,
-    skip,
-    N_COLS: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PIECE: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    places = block_rows(program // n_col_blocks, BLOCK_M)
-    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+    dz_ptr, ids_ptr, order_ptr, dtable_ptr, partials_ptr, n_places, n_table_rows, skip,
+    N_COLS: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr, PIECE: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, VECTOR)
+    places = block_rows(block, BLOCK_M)
     col_mask = cols < N_COLS
 
     # A place is idle unless a piece starts there.
@@ -81,23 +67,12 @@ def embedding_layernorm_bwd_runs_kernel(
 
 @triton.jit(do_not_specialize=["n_pieces", "n_table_rows", "skip"])
 def embedding_layernorm_bwd_joins_kernel(
-    ids_ptr,
-    partials_ptr,
-    dtable_ptr,
-    n_pieces,
-    n_table_rows,
-    skip,
-    N_COLS: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    piece = (program // n_col_blocks).to(tl.int64)
-    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+    ids_ptr, partials_ptr, dtable_ptr, n_pieces, n_table_rows, skip,
+    N_COLS: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    piece, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, VECTOR)
+    piece = piece.to(tl.int64)
     col_mask = cols < N_COLS
 
     # The run at the end of this piece, if it starts in it and goes on: there is a place behind it, see the launcher.

@@ -10,12 +10,12 @@ from ..core.device_math import (
     columns_of_chunks,
     dropout,
     keep_mask,
+    layernorm,
     layernorm_backward,
-    layernorm_statistics,
     offsets,
-    sums_of_columns,
     tile_offsets,
 )
+from ..core.layernorm_rows import load_statistics, load_upstream, store_statistics, store_sums
 
 SIZES = ("seqlen", "offset", "n_words", "n_positions", "n_types", "n_rows", "n_programs")  # of which no kernel is compiled anew
 
@@ -31,46 +31,31 @@ def named_rows(ids_ptr, places, mask, n_table_rows):
 
 @triton.jit
 def summed_rows(
-    words_ptr,
-    positions_ptr,
-    types_ptr,
-    ids_ptr,
-    position_ids_ptr,
-    type_ids_ptr,
-    words_row_stride,
-    words_col_stride,
-    position_batch_stride,
-    type_batch_stride,
-    seqlen,
-    offset,
-    n_words,
-    n_positions,
-    n_types,
-    tokens,
-    token_mask,
-    cols,
-    col_mask,
-    CHUNKS: tl.constexpr,
-    N_COLS: tl.constexpr,
-    SUM: tl.constexpr,
-    Z: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """z of tokens [BLOCK_M] in a tile of chunks: (word + type) + position, rounded each time as eager rounds."""
+    tables, ids, strides, sizes, tokens, token_mask, cols, col_mask,
+    CHUNKS: tl.constexpr, N_COLS: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """z of tokens [BLOCK_M] in a tile of chunks: (word + type) + position, rounded each time as eager rounds.
+
+    tables and ids: of words, positions and types. strides: of the table of words, its rows' and columns'; of position and type
+    ids, their sequences'. sizes: tokens a sequence, the first one's position, rows of the tables.
+    """
+    words_ptr, positions_ptr, types_ptr = tables
+    ids_ptr, position_ids_ptr, type_ids_ptr = ids
+    seqlen, offset, n_words, n_positions, n_types = sizes
     # 32 bits hold the number of a token, though not its offset, and divide in a fifth of the instructions.
     batch, place = tokens.to(tl.int32) // seqlen, tokens.to(tl.int32) % seqlen
     word_rows, type_rows, position_rows = tokens, tl.zeros_like(tokens), (offset + place).to(tl.int64)
     if ids_ptr is not None:
         word_rows = named_rows(ids_ptr, tokens, token_mask, n_words)
     if type_ids_ptr is not None:
-        type_rows = named_rows(type_ids_ptr, batch * type_batch_stride + place, token_mask, n_types)
+        type_rows = named_rows(type_ids_ptr, batch * strides[3] + place, token_mask, n_types)
     if position_ids_ptr is not None:
-        places = batch * position_batch_stride + place
+        places = batch * strides[2] + place
         position_rows = named_rows(position_ids_ptr, places, token_mask, n_positions)
     word_rows, type_rows = beside_chunks(word_rows, CHUNKS), beside_chunks(type_rows, CHUNKS)
     position_rows = beside_chunks(position_rows, CHUNKS)
     mask = beside_chunks(token_mask, CHUNKS) & col_mask
-    word_offsets = offsets(word_rows, cols, words_row_stride, words_col_stride)
+    word_offsets = offsets(word_rows, cols, strides[0], strides[1])
     word = tl.load(words_ptr + word_offsets, mask & (word_rows >= 0), other=0.0).to(ACC)
     type_offsets = offsets(type_rows, cols, N_COLS, 1)
     type_ = tl.load(types_ptr + type_offsets, mask & (type_rows >= 0), other=0.0).to(ACC)
@@ -81,122 +66,45 @@ def summed_rows(
 
 @triton.jit(do_not_specialize=SIZES)
 def embedding_layernorm_fwd_kernel(
-    words_ptr,
-    positions_ptr,
-    types_ptr,
-    ids_ptr,
-    position_ids_ptr,
-    type_ids_ptr,
-    weight_ptr,
-    bias_ptr,
-    seed_ptr,
-    y_ptr,
-    mean_ptr,
-    rstd_ptr,
-    words_row_stride,
-    words_col_stride,
-    position_batch_stride,
-    type_batch_stride,
-    seqlen,
-    offset,
-    n_words,
-    n_positions,
-    n_types,
-    n_rows,
-    N_COLS: tl.constexpr,
-    EPS: tl.constexpr,
-    P_DROP: tl.constexpr,
-    SUM: tl.constexpr,
-    Z: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    words_ptr, positions_ptr, types_ptr, ids_ptr, position_ids_ptr, type_ids_ptr, weight_ptr, bias_ptr, seed_ptr,
+    y_ptr, mean_ptr, rstd_ptr,
+    words_row_stride, words_col_stride, position_batch_stride, type_batch_stride,
+    seqlen, offset, n_words, n_positions, n_types, n_rows,
+    N_COLS: tl.constexpr, EPS: tl.constexpr, P_DROP: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr, ACC: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     rows = block_rows(tl.program_id(0), BLOCK_M)
     cols = columns(BLOCK_N, VECTOR)
     row_mask = rows < n_rows
     col_mask = cols < N_COLS
 
     z = summed_rows(
-        words_ptr,
-        positions_ptr,
-        types_ptr,
-        ids_ptr,
-        position_ids_ptr,
-        type_ids_ptr,
-        words_row_stride,
-        words_col_stride,
-        position_batch_stride,
-        type_batch_stride,
-        seqlen,
-        offset,
-        n_words,
-        n_positions,
-        n_types,
-        rows,
-        row_mask,
-        cols[None, :],
-        col_mask[None, :],
-        1,
-        N_COLS,
-        SUM,
-        Z,
-        ACC,
-    )
+        (words_ptr, positions_ptr, types_ptr), (ids_ptr, position_ids_ptr, type_ids_ptr),
+        (words_row_stride, words_col_stride, position_batch_stride, type_batch_stride),
+        (seqlen, offset, n_words, n_positions, n_types),
+        rows, row_mask, cols[None, :], col_mask[None, :], 1, N_COLS, SUM, Z, ACC,
+    )  # fmt: skip
     weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
     bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
 
-    mean, rstd = layernorm_statistics(z, col_mask, N_COLS, EPS)
-    y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    y, mean, rstd = layernorm(z, weight, bias, col_mask, N_COLS, EPS)
     if P_DROP > 0:
         y = dropout(y, keep_mask(tl.load(seed_ptr), rows[:, None], cols[None, :], P_DROP), P_DROP)
 
     out = tile_offsets(rows, cols, N_COLS, 1)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), row_mask[:, None] & col_mask[None, :])
-    if mean_ptr is not None:
-        tl.store(mean_ptr + rows, mean, row_mask)
-        tl.store(rstd_ptr + rows, rstd, row_mask)
+    store_statistics(mean_ptr, rstd_ptr, mean, rstd, rows, row_mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def embedding_layernorm_bwd_kernel(
-    dy_ptr,
-    words_ptr,
-    positions_ptr,
-    types_ptr,
-    ids_ptr,
-    position_ids_ptr,
-    type_ids_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    seed_ptr,
-    dz_ptr,
-    sums_ptr,
-    dy_row_stride,
-    dy_col_stride,
-    words_row_stride,
-    words_col_stride,
-    position_batch_stride,
-    type_batch_stride,
-    seqlen,
-    offset,
-    n_words,
-    n_positions,
-    n_types,
-    n_rows,
-    n_programs,
-    N_COLS: tl.constexpr,
-    P_DROP: tl.constexpr,
-    SUM: tl.constexpr,
-    Z: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dy_ptr, words_ptr, positions_ptr, types_ptr, ids_ptr, position_ids_ptr, type_ids_ptr, mean_ptr, rstd_ptr, weight_ptr,
+    seed_ptr, dz_ptr, sums_ptr, dy_row_stride, dy_col_stride,
+    words_row_stride, words_col_stride, position_batch_stride, type_batch_stride,
+    seqlen, offset, n_words, n_positions, n_types, n_rows, n_programs,
+    N_COLS: tl.constexpr, P_DROP: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr, ACC: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     cols = columns_of_chunks(CHUNKS, BLOCK_M, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
@@ -209,36 +117,14 @@ def embedding_layernorm_bwd_kernel(
         rows = beside_chunks(tokens, CHUNKS)
         mask = (rows < n_rows) & col_mask
 
-        dy = tl.load(dy_ptr + offsets(rows, cols, dy_row_stride, dy_col_stride), mask, other=0.0).to(ACC)
-        dy = tl.where(col_mask, dy, 0.0)  # as loaded; now the compiler drops what is made of columns past the last
+        dy = load_upstream(dy_ptr, rows, cols, dy_row_stride, dy_col_stride, mask, col_mask, ACC)
         z = summed_rows(
-            words_ptr,
-            positions_ptr,
-            types_ptr,
-            ids_ptr,
-            position_ids_ptr,
-            type_ids_ptr,
-            words_row_stride,
-            words_col_stride,
-            position_batch_stride,
-            type_batch_stride,
-            seqlen,
-            offset,
-            n_words,
-            n_positions,
-            n_types,
-            tokens,
-            tokens < n_rows,
-            cols,
-            col_mask,
-            CHUNKS,
-            N_COLS,
-            SUM,
-            Z,
-            ACC,
-        )
-        mean = beside_chunks(tl.load(mean_ptr + tokens, tokens < n_rows, other=0.0), CHUNKS)
-        rstd = beside_chunks(tl.load(rstd_ptr + tokens, tokens < n_rows, other=0.0), CHUNKS)
+            (words_ptr, positions_ptr, types_ptr), (ids_ptr, position_ids_ptr, type_ids_ptr),
+            (words_row_stride, words_col_stride, position_batch_stride, type_batch_stride),
+            (seqlen, offset, n_words, n_positions, n_types),
+            tokens, tokens < n_rows, cols, col_mask, CHUNKS, N_COLS, SUM, Z, ACC,
+        )  # fmt: skip
+        mean, rstd = load_statistics(mean_ptr, rstd_ptr, tokens, n_rows, CHUNKS)
 
         if P_DROP > 0:
             dy = dropout(dy, keep_mask(tl.load(seed_ptr), rows, cols, P_DROP), P_DROP)
@@ -251,7 +137,4 @@ def embedding_layernorm_bwd_kernel(
             tl.store(dz_ptr + offsets(rows, cols, N_COLS, 1), dz.to(dz_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
-        cols = columns_of_chunks(CHUNKS, 1, BLOCK_N, VECTOR)
-        row = sums_ptr + program.to(tl.int64) * 2 * N_COLS + cols
-        tl.store(row, sums_of_columns(dweight, CHUNKS), cols < N_COLS)
-        tl.store(row + N_COLS, sums_of_columns(dbias, CHUNKS), cols < N_COLS)
+        store_sums(sums_ptr, program, (dweight, dbias), 2, N_COLS, CHUNKS, VECTOR)

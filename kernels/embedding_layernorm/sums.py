@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import plain
-from ..core.device_math import columns, offsets
+from ..core.device_math import offsets, place_of_tile
 from ..core.failures import or_plain
 from ..core.launch import accumulator, accumulator_torch, cdiv, choose, launch, next_power_of_2, resident_programs
 
@@ -39,11 +39,8 @@ def embedding_layernorm_bwd_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+    block, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
-    block = program // n_col_blocks
     n_inner_blocks = tl.cdiv(n_inner, BLOCK_M)
     piece = (block // n_inner_blocks).to(tl.int64)
     # A tile is AT_ONCE steps of the outer axis times BLOCK_M of the inner.
@@ -119,11 +116,8 @@ def embedding_layernorm_bwd_finish_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+    row, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
-    row = program // n_col_blocks
 
     # A row of one of the results a program: of weight and bias, then of positions, then of types.
     if sums_ptr is not None:

@@ -52,15 +52,34 @@ def _place(tile, n_rows, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
+def _tiles(n_rows, N_COLS: tl.constexpr, PERSISTENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a program, the first tile and the end of all; the next is as many further as there are programs."""
+    first = tl.program_id(0)
+    end = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else first + 1
+    return first, end
+
+
+@triton.jit
+def _rows_of_tile(ptr, row, n_rows, inner_stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Pointers [BLOCK_M, BLOCK_K] to the rows from `row` on, and the number of the last one that is there.
+
+    Offsets inside a tile fit 32 bits. A row past the last is the last one again: read, and never written.
+    """
+    last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
+    rows = tl.minimum(tl.arange(0, BLOCK_M), last)
+    return ptr + row * inner_stride + rows[:, None] * inner_stride + tl.arange(0, BLOCK_K)[None, :], last
+
+
+@triton.jit
+def _part_of_tile(row, col, last, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr):
+    """Offsets [BLOCK_M, PART] of a tile's first quarter: the tile's own, in 64 bits, and those inside of it; and their mask."""
+    rows = tl.arange(0, BLOCK_M)
+    return row * N_COLS + col, rows[:, None] * N_COLS + tl.arange(0, PART)[None, :], (rows <= last)[:, None]
+
+
+@triton.jit
 def _multiplied(
-    x,
-    weight,
-    weight_step,
-    n_inner,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, weight, weight_step, n_inner, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """The product of what is behind the pointers x [BLOCK_M, BLOCK_K] and weight [BLOCK_K, BLOCK_N], and on from there."""
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
@@ -88,92 +107,57 @@ def _quarters(x):
 
 @triton.jit(do_not_specialize=["n_rows"])
 def feed_forward_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    h_ptr,
-    y_ptr,
-    n_rows,
-    inner_stride,
-    N_COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, h_ptr, y_ptr, n_rows, inner_stride,
+    N_COLS: tl.constexpr, ACTIVATION: tl.constexpr, PERSISTENT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     LOW: tl.constexpr = y_ptr.dtype.element_ty
     EXACT: tl.constexpr = LOW.primitive_bitwidth > 16
     PART: tl.constexpr = BLOCK_N // 4
-    rows, cols, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    part_cols = tl.arange(0, PART)
-    start = tl.program_id(0)
-    stop = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else start + 1
-    for tile in range(start, stop, tl.num_programs(0)):
+    cols, inner, part_cols = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, PART)
+    first, end = _tiles(n_rows, N_COLS, PERSISTENT, BLOCK_M, BLOCK_N)
+    for tile in range(first, end, tl.num_programs(0)):
         row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)
-        # Offsets inside a tile fit 32 bits. A row past the last is the last one again: read, and never written.
-        last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
-        x = x_ptr + row * inner_stride + tl.minimum(rows, last)[:, None] * inner_stride + inner[None, :]
+        x, last = _rows_of_tile(x_ptr, row, n_rows, inner_stride, BLOCK_M, BLOCK_K)
         weight = weight_ptr + col.to(tl.int64) * inner_stride + cols[None, :] * inner_stride + inner[:, None]
         parts = _quarters(_multiplied(x, weight, BLOCK_K, inner_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))
 
-        out = row * N_COLS + col
-        tile_offsets = rows[:, None] * N_COLS + part_cols[None, :]
-        mask = (rows <= last)[:, None]
+        out, offsets, mask = _part_of_tile(row, col, last, N_COLS, BLOCK_M, PART)
         for i in tl.static_range(4):
             if h_ptr is not None:
-                tl.store(h_ptr + (out + i * PART) + tile_offsets, parts[i], mask)
+                tl.store(h_ptr + (out + i * PART) + offsets, parts[i], mask)
             h = parts[i].to(ACC)
             if bias_ptr is not None:
                 h += tl.load(bias_ptr + (col + i * PART) + part_cols).to(ACC)[None, :]
-            tl.store(y_ptr + (out + i * PART) + tile_offsets, activate(h, ACTIVATION, EXACT).to(LOW), mask)
+            tl.store(y_ptr + (out + i * PART) + offsets, activate(h, ACTIVATION, EXACT).to(LOW), mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def feed_forward_bwd_kernel(
-    dout_ptr,
-    weight_ptr,
-    bias_ptr,
-    h_ptr,
-    dh_ptr,
-    y_ptr,
-    sums_ptr,
-    n_rows,
-    inner_stride,
-    N_COLS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    dout_ptr, weight_ptr, bias_ptr, h_ptr, dh_ptr, y_ptr, sums_ptr, n_rows, inner_stride,
+    N_COLS: tl.constexpr, ACTIVATION: tl.constexpr, PERSISTENT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     LOW: tl.constexpr = dh_ptr.dtype.element_ty
     EXACT: tl.constexpr = LOW.primitive_bitwidth > 16
     PART: tl.constexpr = BLOCK_N // 4
-    rows, cols, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    part_cols = tl.arange(0, PART)
-    start = tl.program_id(0)
-    stop = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else start + 1
-    for tile in range(start, stop, tl.num_programs(0)):
+    cols, inner, part_cols = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, PART)
+    first, end = _tiles(n_rows, N_COLS, PERSISTENT, BLOCK_M, BLOCK_N)
+    for tile in range(first, end, tl.num_programs(0)):
         row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)
-        last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
-        dout = dout_ptr + row * inner_stride + tl.minimum(rows, last)[:, None] * inner_stride + inner[None, :]
+        dout, last = _rows_of_tile(dout_ptr, row, n_rows, inner_stride, BLOCK_M, BLOCK_K)
         weight = weight_ptr + col + inner[:, None] * N_COLS + cols[None, :]
         parts = _quarters(_multiplied(dout, weight, BLOCK_K * N_COLS, inner_stride, ACC, BLOCK_M, BLOCK_N, BLOCK_K).to(LOW))
 
-        out = row * N_COLS + col
-        tile_offsets = rows[:, None] * N_COLS + part_cols[None, :]
-        mask = (rows <= last)[:, None]
+        out, offsets, mask = _part_of_tile(row, col, last, N_COLS, BLOCK_M, PART)
         for i in tl.static_range(4):
-            h = tl.load(h_ptr + (out + i * PART) + tile_offsets, mask, other=0.0).to(ACC)
+            h = tl.load(h_ptr + (out + i * PART) + offsets, mask, other=0.0).to(ACC)
             if bias_ptr is not None:
                 h += tl.load(bias_ptr + (col + i * PART) + part_cols).to(ACC)[None, :]
             dh = activation_backward(parts[i].to(ACC), h, ACTIVATION, EXACT)
-            tl.store(dh_ptr + (out + i * PART) + tile_offsets, dh.to(LOW), mask)
+            tl.store(dh_ptr + (out + i * PART) + offsets, dh.to(LOW), mask)
             if y_ptr is not None:
-                tl.store(y_ptr + (out + i * PART) + tile_offsets, activate(h, ACTIVATION, EXACT).to(LOW), mask)
+                tl.store(y_ptr + (out + i * PART) + offsets, activate(h, ACTIVATION, EXACT).to(LOW), mask)
             if sums_ptr is not None:
                 dbias = tl.sum(tl.where(mask, dh, 0.0), axis=0)
                 tl.store(sums_ptr + (row // BLOCK_M * N_COLS + col + i * PART) + part_cols, dbias)

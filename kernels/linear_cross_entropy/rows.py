@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import plain
-from ..core.device_math import block_rows, chunked_columns, columns, offsets, tile_offsets
+from ..core.device_math import block_rows, chunked_columns, offsets, place_of_tile, tile_offsets
 from ..core.failures import or_plain
 from ..core.launch import accumulator, accumulator_torch, as_rows, cdiv, choose, launch
 
@@ -256,24 +256,12 @@ def linear_cross_entropy_reduce_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def linear_cross_entropy_bwd_scale_kernel(
-    x_ptr,
-    dloss_ptr,
-    scale_ptr,
-    y_ptr,
-    x_row_stride,
-    x_col_stride,
-    n_rows,
-    N_COLS: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x_ptr, dloss_ptr, scale_ptr, y_ptr, x_row_stride, x_col_stride, n_rows,
+    N_COLS: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """y = x dloss scale, of two numbers that only the device knows."""
-    n_col_blocks: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    rows = block_rows(program // n_col_blocks, BLOCK_M)
-    cols = (program % n_col_blocks) * BLOCK_N + columns(BLOCK_N, VECTOR)
+    block, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, VECTOR)
+    rows = block_rows(block, BLOCK_M)
     mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
 
     factor = tl.load(dloss_ptr).to(ACC) * tl.load(scale_ptr).to(ACC)

@@ -64,7 +64,7 @@ FAULTS = (
     ),
     _rows(
         "every sequence has the types of the first",
-        before="named_rows(type_ids_ptr, batch * type_batch_stride + place, token_mask, n_types)",
+        before="named_rows(type_ids_ptr, batch * strides[3] + place, token_mask, n_types)",
         after="named_rows(type_ids_ptr, place, token_mask, n_types)",
         tests=(TESTS, "-k", "test_every_way_to_name_rows and float32"),
     ),

@@ -14,8 +14,8 @@ _plan = partial(Fault, file="kernels/encoder_layer/plan.py", op="feed_forward")
 FAULTS = (
     _kernel(
         "rows past the last are written",
-        before="mask = (rows <= last)[:, None]\n        for i in tl.static_range(4):\n            if h_ptr is not None:",
-        after="mask = (rows >= 0)[:, None]\n        for i in tl.static_range(4):\n            if h_ptr is not None:",
+        before="tl.arange(0, PART)[None, :], (rows <= last)[:, None]",
+        after="tl.arange(0, PART)[None, :], (rows >= 0)[:, None]",
         tests=(f"{OP}::test_rows_past_the_last_are_not_written",),
         short=True,
     ),
@@ -46,10 +46,8 @@ FAULTS = (
     ),
     _kernel(
         "a persistent program stops after its first tile",
-        before="(N_COLS // BLOCK_N) if PERSISTENT else start + 1\n    for tile in range(start, stop, tl.num_programs(0)):\n"
-        "        row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)\n        # Offsets",
-        after="(N_COLS // BLOCK_N)\n    for tile in range(start, start + 1, tl.num_programs(0)):\n"
-        "        row, col = _place(tile, n_rows, N_COLS, BLOCK_M, BLOCK_N)\n        # Offsets",
+        before="end = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else first + 1",
+        after="end = first + 1",
         tests=(OP, "-k", "test_any_number_of_rows and persistent"),
     ),
     _kernel(

@@ -163,8 +163,8 @@ FAULTS = (
     ),
     _gelu(
         "eps is always 1e-12",
-        before="layernorm_statistics(activated, col_mask, N_COLS, EPS)",
-        after="layernorm_statistics(activated, col_mask, N_COLS, 1e-12)",
+        before="layernorm(activated, weight, bias, col_mask, N_COLS, EPS)",
+        after="layernorm(activated, weight, bias, col_mask, N_COLS, 1e-12)",
         tests=(f"{GELU}::test_eps",),
     ),
     _gelu(

@@ -57,8 +57,8 @@ FAULTS = (
     ),
     _kernel(
         "rows past the room are written",
-        before="packed = (token != 0) & (places < room)",
-        after="packed = token != 0",
+        before="packed = (wanted != 0) & (places < room)",
+        after="packed = wanted != 0",
         tests=(f"{PACKED}::test_what_the_room_is_too_small_for_is_left_out_and_said",),
     ),
     _kernel(
@@ -69,14 +69,14 @@ FAULTS = (
     ),
     _kernel(
         "given lengths that are too small leave tokens out",
-        before="fits = (n_tokens == room) if EXACT else (n_tokens <= room)",
-        after="fits = n_tokens >= 0",
+        before="enough = (n_taken == room) if EXACT else (n_taken <= room)",
+        after="enough = n_taken >= 0",
         tests=(f"{LENGTHS}::test_numbers_that_are_wrong_stop",),
     ),
     _kernel(
         "a given longest row that is too short leaves keys out",
-        before="tl.store(fits_ptr, fits & (most <= longest))",
-        after="tl.store(fits_ptr, fits)",
+        before="return enough & (most <= longest)",
+        after="return enough",
         tests=(f"{PACKED}::test_what_is_claimed_is_compared",),
     ),
     _counting(
