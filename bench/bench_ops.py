@@ -15,13 +15,13 @@ import torch
 
 from bench.conftest import GPU
 from bench.core import peers, timing
-from bench.ops import grid as ops
-from bench.ops import run as run_ops
+from bench.ops import grid
 from bench.ops.check import Checker
+from bench.ops.run import judge, make_inputs, steps
 from bench.ops.table import OPS
 
 ROUNDS, WARM_UP = 50, 5
-CASES = list(ops.cases() if GPU else ops.tiny_cases())
+CASES = list(grid.cases() if GPU else grid.tiny_cases())
 LANES = {name: tuple(op.lanes) for name, op in OPS.items()}
 
 
@@ -31,8 +31,8 @@ def _flush() -> timing.Flush:
 
 
 @lru_cache(maxsize=1)  # the lanes of a case follow each other
-def _prepared(case: ops.Case) -> tuple[list[ops.Inputs], Checker]:
-    inputs = run_ops.make_inputs(case)
+def _prepared(case: grid.Case) -> tuple[list[grid.Inputs], Checker]:
+    inputs = make_inputs(case)
     return inputs, Checker(OPS[case.op], case, inputs[0])
 
 
@@ -40,12 +40,12 @@ def _prepared(case: ops.Case) -> tuple[list[ops.Inputs], Checker]:
 class Subject:
     """A lane on a case: what was said of it, and the inputs that it gets."""
 
-    case: ops.Case
+    case: grid.Case
     lane: str
     status: str
     reason: str | None
-    function: ops.Function | None
-    inputs: list[ops.Inputs]
+    function: grid.Function | None
+    inputs: list[grid.Inputs]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     torch._dynamo.reset()  # a case's graphs are its own: none is recompiled into a dynamic one
     inputs, checker = _prepared(case)
     lane = OPS[case.op].lanes[name]
-    judged = run_ops.judge(case, lane, checker)
+    judged = judge(case, lane, checker)
     return Subject(case, name, *judged, [x.packed() for x in inputs] if lane.packed else inputs)
 
 
@@ -62,10 +62,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     pairs = [(case, lane) for case in CASES for lane in LANES[case.op]]
     names = [f"{_name(case)}-{lane}" for case, lane in pairs]
     metafunc.parametrize("subject", pairs, ids=names, indirect=True, scope="module")
-    metafunc.parametrize("direction", ops.DIRECTIONS)
+    metafunc.parametrize("direction", grid.DIRECTIONS)
 
 
-def _name(c: ops.Case) -> str:
+def _name(c: grid.Case) -> str:
     return f"{c.op}-{c.dtype}-H{c.hidden}-B{c.batch}-S{c.seqlen}-fill{c.fill:g}-p{c.p:g}"
 
 
@@ -74,7 +74,7 @@ def test_op(benchmark: Any, subject: Subject, direction: str) -> None:
     if subject.status in ("absent", "error"):
         pytest.skip(f"{subject.lane}: {subject.reason}")
     assert subject.function is not None, subject.reason
-    prepare, call = run_ops.steps(subject.function, subject.inputs, subject.case.p, direction)
+    prepare, call = steps(subject.function, subject.inputs, subject.case.p, direction)
     if not GPU:
         call(prepare(0))
         pytest.skip(f"{peers.NO_GPU}: checked and walked, not timed")
@@ -94,7 +94,7 @@ def _measure(benchmark: Any, prepare: Callable[[int], Any], call: Callable[[Any]
     benchmark.pedantic(call, setup=setup, rounds=ROUNDS, warmup_rounds=WARM_UP)
 
 
-def _describe(benchmark: Any, case: ops.Case, direction: str) -> None:
+def _describe(benchmark: Any, case: grid.Case, direction: str) -> None:
     """Achieved rates from stated bytes and operations, for --benchmark-json."""
     median = benchmark.stats.stats.median
     benchmark.extra_info |= {

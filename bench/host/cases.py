@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from bench.core.lengths import Lengths
-from bench.models import workloads as models
+from bench.models import workloads
 from bench.models.workloads import Workload
 
 
@@ -11,12 +11,12 @@ from bench.models.workloads import Workload
 class HostLane:
     """`told`: fastbert is told how long the rows are (`fastbert.lengths`), so that it need not count on the device."""
 
-    model: models.Lane
+    model: workloads.Lane
     told: bool = False
 
 
 def _ours(told: bool = False, **switches: bool | str) -> HostLane:
-    return HostLane(models.Lane(fast=True, optimizer="fastbert", **switches), told)
+    return HostLane(workloads.Lane(fast=True, optimizer="fastbert", **switches), told)
 
 
 STOCK, COMPILED = "stock", "stock + compile"
@@ -24,8 +24,8 @@ PLAIN, PADDED, PACKED = "fastbert", "fastbert, padded", "fastbert, packed"
 PADDED_NO_LOGITS, PACKED_NO_LOGITS = "fastbert, padded, no logits", "fastbert, packed, no logits"
 
 LANES = {
-    STOCK: HostLane(models.Lane()),
-    COMPILED: HostLane(models.Lane(compiled=True)),
+    STOCK: HostLane(workloads.Lane()),
+    COMPILED: HostLane(workloads.Lane(compiled=True)),
     PLAIN: _ours(),  # as patch() makes it
     PADDED: _ours(unpad=False),
     PACKED: _ours(told=True),

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from bench.core.records import HostRecord, Spread
-from bench.host import counts as host_counts
+from bench.host import counts
 from bench.host.cases import CASES, COMPILED, LANES, HostCase
 from bench.host.step import Step
 from fastbert.kernels.core import failures, launch
@@ -128,10 +128,10 @@ def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:
 def _launches(step: Step, device: str) -> dict[str, Any]:
     """A profiler that does not work here costs the launches, not the times."""
     try:
-        found = host_counts.of_step(step, device)
+        found = counts.of_step(step, device)
     except Exception as error:
         return {"reason": f"launches were not counted: {error}"[:300]}
-    return {"launches": found} if host_counts.kernels(found) else {"reason": "the profiler saw no launches"}
+    return {"launches": found} if counts.kernels(found) else {"reason": "the profiler saw no launches"}
 
 
 def _peak(step: Step) -> int:

@@ -9,8 +9,7 @@ from torch import Tensor
 import fastbert
 from bench.core.pretended import pretended, true_reads
 from bench.host.cases import LANES, HostCase
-from bench.models import batches, gate
-from bench.models import workloads as models
+from bench.models import batches, gate, workloads
 
 PARTS = FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
@@ -27,9 +26,9 @@ class Step:
         lengths = self.workload.lengths.of_batch(case.batch, case.seqlen, self.workload.fill)
         self._make_batch(case, lengths)
         with self.surroundings():
-            self.model = models.make(self.workload, self.lane.model, device).train(self.training)
-        self.called = models.compiled(self.model, self.lane.model)
-        self.optimizer = models.make_optimizer(self.model, self.lane.model) if self.training else None
+            self.model = workloads.make(self.workload, self.lane.model, device).train(self.training)
+        self.called = workloads.compiled(self.model, self.lane.model)
+        self.optimizer = workloads.make_optimizer(self.model, self.lane.model) if self.training else None
 
     def _make_batch(self, case: HostCase, lengths: list[int]) -> None:
         made = batches.make(case.head, self.workload.config(), lengths, case.seqlen, 0, "cpu", labels=self.training)

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from bench.core import comparison as lanes
+from bench.core import comparison
 from bench.core.records import HostRecord
 from bench.host.counts import KINDS, kernels
 
@@ -43,7 +43,9 @@ def peak_ratio(record: HostRecord, stock: HostRecord | None) -> float | None:
 
 def rows(records: Iterable[HostRecord]) -> list[Sequence[str]]:
     """A row a lane, under HEADINGS."""
-    return [_row(record, lanes.baseline(of_case)) for of_case in lanes.by_case(records).values() for record in of_case]
+    return [
+        _row(record, comparison.baseline(of_case)) for of_case in comparison.by_case(records).values() for record in of_case
+    ]
 
 
 def _row(record: HostRecord, stock: HostRecord | None) -> list[str]:
@@ -51,7 +53,7 @@ def _row(record: HostRecord, stock: HostRecord | None) -> list[str]:
     launched = [str(n) for n in (kernels(record.launches), *counts)] if record.launches else [""] * (1 + len(KINDS))
     named = [record.name, record.lane]
     if record.seconds is None or record.wall is None:
-        return [*named, lanes.why_not(record), "", "", *launched, "", ""]
+        return [*named, comparison.why_not(record), "", "", *launched, "", ""]
     own = record is stock
     ratios = [] if own else _ratios(record.runs, stock and stock.runs)
     return [

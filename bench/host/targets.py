@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.core import comparison as lanes
+from bench.core import comparison
 from bench.core.records import HostRecord
 from bench.host import cases
 from bench.host.cases import HostCase
@@ -39,7 +39,7 @@ TARGETS = (
 
 def check(records: Iterable[HostRecord]) -> tuple[list[str], int]:
     """A line for each target that is missed, or whose lane has no figure; and how many targets the records' cases have."""
-    by_case = lanes.by_case(records)
+    by_case = comparison.by_case(records)
     missed, count = [], 0
     for target in TARGETS:
         of_case = by_case.get((target.case.name,))
@@ -47,7 +47,7 @@ def check(records: Iterable[HostRecord]) -> tuple[list[str], int]:
             continue
         count += 1
         record = next((record for record in of_case if record.lane == target.lane), None)
-        found = _figure(target.what, record, lanes.baseline(of_case)) if record else None
+        found = _figure(target.what, record, comparison.baseline(of_case)) if record else None
         if found is None or found > target.most:
             figure = "no figure" if found is None else f"{found:.4g}"
             missed.append(f"{target.case.name}, {target.lane}: {target.what}: {figure}, expected at most {target.most:g}")

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from bench.core.pretended import true_reads_of
-from bench.models.batches import CHOICES, make, padding
+from bench.models import batches, workloads
 from bench.models.flattened import Flattened, padded
 from bench.models.workloads import LANES, Workload
-from bench.models.workloads import make as make_model
 from fastbert.kernels.core.launch import counts
 from fastbert.testing.models import Tensors, assert_equal, run
 
 SHOWN = 8  # tensors that a failure names
-ROWS = CHOICES  # the reference is float64: a few rows of the real length, not the whole batch
+ROWS = batches.CHOICES  # the reference is float64: a few rows of the real length, not the whole batch
 
 
 def autocast(workload: Workload, device: str) -> AbstractContextManager:
@@ -29,14 +28,14 @@ def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> s
     """What is wrong with the lane's model, or None. `called` has no dropout, see `without_dropout`."""
     lengths = workload.lengths.of_batch(ROWS, workload.seqlen, workload.fill)
     labels = workload.mode == "train"
-    batch = make(workload.head, called.config, lengths, workload.seqlen, 99, device, labels=labels)
+    batch = batches.make(workload.head, called.config, lengths, workload.seqlen, 99, device, labels=labels)
     before = counts.total()
     found = _run(workload, called, batch, device)
     if isinstance(called, Flattened):
         found = padded(found, batch)
     if fast and counts.total() == before:
         return "no kernel was launched"
-    stock = make_model(workload, LANES["eager"], device).eval()
+    stock = workloads.make(workload, LANES["eager"], device).eval()
     eager = _run(workload, stock, batch, device)
     with torch.autocast(device, enabled=False):
         exact = run(copy.deepcopy(stock).double(), batch, workload.mode == "train")
@@ -69,7 +68,7 @@ def _run(workload: Workload, model: nn.Module, batch: dict[str, torch.Tensor], d
 
 def _readable(results: Tensors, batch: dict[str, torch.Tensor]) -> Tensors:
     """What stands at padded positions is nobody's to read, and a lane that skips padding leaves zeros there."""
-    padded = padding(batch)
+    padded = batches.padding(batch)
     if padded is None:
         return results
     return {

@@ -12,8 +12,7 @@ from bench.core.flops import step_flops
 from bench.core.peers import Absent
 from bench.core.pretended import pretended, true_reads_of
 from bench.core.records import ModelRecord
-from bench.models import batches, breakdown, gate
-from bench.models import workloads as models
+from bench.models import batches, breakdown, gate, workloads
 from bench.models.workloads import Lane, Workload
 
 SETS = 4  # batches that rotate
@@ -27,7 +26,7 @@ def run(workload: Workload, name: str, *, details: bool = True, cold: bool = Tru
     time is noted."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.reset()  # a workload's graphs are its own: none is recompiled into a dynamic one
-    lane = models.LANES[name]
+    lane = workloads.LANES[name]
     lengths = workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill)
     record: dict[str, Any] = {
         "lane": name,
@@ -63,7 +62,7 @@ def prepare(workload: Workload, name: str) -> None:
     """Compile what `run` will need, and leave it in the compilers' caches: a step, and the step of the check."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.reset()
-    lane = models.LANES[name]
+    lane = workloads.LANES[name]
     step = Trainer(workload, lane, workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill), device)
     step(0).cpu()
     _gated(workload, lane, device)
@@ -74,11 +73,11 @@ class Trainer:
 
     def __init__(self, workload: Workload, lane: Lane, lengths: list[int], device: str) -> None:
         self.workload, self.lane, self.device = workload, lane, device
-        self.model = models.make(workload, lane, device)
-        self.called = models.compiled(self.model, lane)
+        self.model = workloads.make(workload, lane, device)
+        self.called = workloads.compiled(self.model, lane)
         self.training = workload.mode == "train"
         self.model.train(self.training)
-        self.optimizer = models.make_optimizer(self.model, lane) if self.training else None
+        self.optimizer = workloads.make_optimizer(self.model, lane) if self.training else None
         config, head, seqlen = self.model.config, workload.head, workload.seqlen
         self.batches = [batches.make(head, config, lengths, seqlen, seed, device, labels=self.training) for seed in range(SETS)]
 
@@ -146,8 +145,8 @@ def _breakdown(step: "Trainer") -> dict[str, Any]:
 
 def _gated(workload: Workload, lane: Lane, device: str) -> str | None:
     """The gate on fresh weights of the same lane: the timed model has already taken a step."""
-    model = gate.without_dropout(models.make(workload, lane, device), workload.mode == "train")
-    wrong = gate.problem(workload, models.compiled(model, lane), lane.fast, device)
+    model = gate.without_dropout(workloads.make(workload, lane, device), workload.mode == "train")
+    wrong = gate.problem(workload, workloads.compiled(model, lane), lane.fast, device)
     del model
     gc.collect()
     return wrong

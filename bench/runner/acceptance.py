@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from bench.core import comparison as lanes
-from bench.core import schema
+from bench.core import comparison, schema
 from bench.core.records import Results, TuneRecord
 from bench.report import documents
 from bench.tune.run import PRESENT, best
@@ -48,7 +47,7 @@ def failures(results: Results) -> list[str]:
         if record.status in ("failed", "error"):
             case = " ".join(map(str, record.case))
             said = " / ".join((record.reason or "").splitlines())[:SHOWN]
-            lines.append(f"{lanes.WHY_NOT[record.status]}: {case}, {record.lane}: {said}")
+            lines.append(f"{comparison.WHY_NOT[record.status]}: {case}, {record.lane}: {said}")
     return lines + [f"did not run: {s.name}: {(s.reason or '').strip()[-300:]}" for s in results.stages if s.status == "error"]
 
 
@@ -58,7 +57,7 @@ def configurations(results: Results) -> list[str]:
     for fastest, now in best(results.tuning):
         if fastest.seconds and now.seconds and fastest.seconds.differs(now.seconds):
             entry = f"{fastest.kernel}, {fastest.architecture}, {fastest.dtype}, {fastest.width}"
-            lead = lanes.ratio(fastest, now)
+            lead = comparison.ratio(fastest, now)
             lines.append(f"kernels/core/configs.py, {entry}: {call(now)} -> {call(fastest)}  # {lead} of the one before")
     return lines
 

@@ -10,10 +10,10 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from bench.host import cases as host_cases
-from bench.models import workloads as models
+from bench.host.cases import CASES, TRAINING
+from bench.models import workloads
 from bench.models.workloads import Workload
-from bench.ops import grid as ops
+from bench.ops import grid
 from bench.runner import suite
 from bench.runner.isolate import Background, Outcome, run_job
 
@@ -48,7 +48,7 @@ def worker_job(name: str, cap: float, least: float = 10.0, **job: Any) -> Job:
 
 def model_job(workload: Workload, lane: str, details: bool, cold: bool = True) -> Job:
     size = f"B={workload.batch} S={workload.seqlen} fill={workload.fill}"
-    compiles = models.LANES[lane].compiled
+    compiles = workloads.LANES[lane].compiled
     return worker_job(
         f"model: {workload.model} {workload.head} {workload.mode} {size}, {lane}{'' if cold else ' (warm)'}",
         240.0 if compiles else 90.0,
@@ -61,17 +61,17 @@ def model_job(workload: Workload, lane: str, details: bool, cold: bool = True) -
     )
 
 
-def model_jobs(workloads: Iterable[Workload], lanes: tuple[str, ...], details: bool = False) -> Iterator[Job]:
+def model_jobs(chosen: Iterable[Workload], lanes: tuple[str, ...], details: bool = False) -> Iterator[Job]:
     """With the caches of the whole run. Only lanes that are not compiled are asked for details: they would compile again."""
-    for workload in workloads:
+    for workload in chosen:
         for lane in lanes:
-            if models.LANES[lane].suits(workload):
-                more = details and workload.mode == "train" and not models.LANES[lane].compiled
+            if workloads.LANES[lane].suits(workload):
+                more = details and workload.mode == "train" and not workloads.LANES[lane].compiled
                 yield model_job(workload, lane, details=more, cold=False)
 
 
 def op_jobs(
-    cases: list[ops.Case], directions: tuple[str, ...] = ops.DIRECTIONS, lanes: tuple[str, ...] | None = None
+    cases: list[grid.Case], directions: tuple[str, ...] = grid.DIRECTIONS, lanes: tuple[str, ...] | None = None
 ) -> Iterator[Job]:
     for i in range(0, len(cases), CASES_A_JOB):
         some = cases[i : i + CASES_A_JOB]
@@ -91,14 +91,14 @@ def optimizer_job(*names: str) -> Job:
 
 def host_job() -> Job:
     """The host's share of as many steps as fit, the most telling ones first; the last of them may still be under way."""
-    names = list(host_cases.CASES)
+    names = list(CASES)
     return worker_job("host", 45.0, 20.0, kind="host", names=names, seconds=1.0, rounds=4, budget=25.0)
 
 
 def preparation() -> Background:
     """A process a workload that fills the caches while the tests run, which leave most cores and all timing alone."""
     lanes = ["fastbert", *COMPILED_LANES]
-    jobs = [{"kind": "prepare", "workload": workload.to_json(), "lanes": lanes} for workload in models.headline()]
+    jobs = [{"kind": "prepare", "workload": workload.to_json(), "lanes": lanes} for workload in workloads.headline()]
     return Background(jobs, {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)})
 
 
@@ -143,14 +143,14 @@ def _tests(tests: bool, budget: float) -> Iterator[Job]:
 
 
 def _headline() -> Iterator[Job]:
-    workloads = list(models.headline())
-    yield from model_jobs(workloads, FIRST_LANES, details=True)
-    yield from model_jobs(workloads, PEERS)
+    headline = list(workloads.headline())
+    yield from model_jobs(headline, FIRST_LANES, details=True)
+    yield from model_jobs(headline, PEERS)
 
 
 def _compiled() -> Iterator[Job]:
     """The mode that suits small batches before the other, for the step that has one."""
-    mlm, *small = models.headline()
+    mlm, *small = workloads.headline()
     yield from model_jobs(reversed(small), COMPILED_LANES[::-1])
     yield from model_jobs([mlm], COMPILED_LANES)
 
@@ -162,14 +162,14 @@ def _host() -> Iterator[Job]:
 def _ops() -> Iterator[Job]:
     """The shapes of the README's table and those of the fine-tuning step, beside the peers that need no compilation."""
     for seqlen, hidden in ((512, 1024), (128, 768)):
-        cases = [case for case in ops.cases(dtypes=("bf16",)) if case.hidden == hidden and _length(case) == seqlen]
+        cases = [case for case in grid.cases(dtypes=("bf16",)) if case.hidden == hidden and _length(case) == seqlen]
         yield from op_jobs(cases, ("forward", "backward"), QUICK_LANES)
     yield optimizer_job("BERT-base", "BERT-large")
 
 
-def _length(case: ops.Case) -> int:
+def _length(case: grid.Case) -> int:
     """The sequence length that a case stands for: linear_cross_entropy has its rows there instead."""
-    return next((length for length, rows in ops.LABELLED.items() if (case.batch, case.seqlen) == (1, rows)), case.seqlen)
+    return next((length for length, rows in grid.LABELLED.items() if (case.batch, case.seqlen) == (1, rows)), case.seqlen)
 
 
 # Of these only what compiled well is timed early; the search through all that may vary comes last.
@@ -199,25 +199,25 @@ def _tune_job(name: str, kernel: str, width: int, **job: Any) -> Job:
 def _rest() -> Iterator[Job]:
     from bench.tune.candidates import tune_jobs
 
-    first, *others = models.headline()
-    yield from model_jobs(models.wider(), FIRST_LANES, details=True)
-    yield from model_jobs(models.wider(), COMPILED_LANES[:1])
-    yield from model_jobs([first, *others, *models.wider()], PEERS + OTHER_LANES)
+    first, *others = workloads.headline()
+    yield from model_jobs(workloads.wider(), FIRST_LANES, details=True)
+    yield from model_jobs(workloads.wider(), COMPILED_LANES[:1])
+    yield from model_jobs([first, *others, *workloads.wider()], PEERS + OTHER_LANES)
     for lane in ("fastbert", "stock + compile"):
-        yield model_job(first, lane, details=not models.LANES[lane].compiled, cold=True)
-    yield from op_jobs(list(ops.cases(dtypes=("bf16",))))
+        yield model_job(first, lane, details=not workloads.LANES[lane].compiled, cold=True)
+    yield from op_jobs(list(grid.cases(dtypes=("bf16",))))
     for job in tune_jobs("sm_90"):
         yield worker_job(f"tune: {job['kernel']} {job['dtype']} {job['width']}", 120.0, 30.0, kind="tune", **job)
-    for workloads in (models.scaling(), models.grid()):
-        yield from model_jobs(workloads, FIRST_LANES)
-    yield from op_jobs(list(ops.cases(dtypes=("fp16", "fp32"))))
+    for chosen in (workloads.scaling(), workloads.grid()):
+        yield from model_jobs(chosen, FIRST_LANES)
+    yield from op_jobs(list(grid.cases(dtypes=("fp16", "fp32"))))
 
 
 def dry_plan() -> Iterator[Job]:
     """The same kinds of job on tiny shapes in Triton's interpreter; nothing is timed."""
     from bench.tune.candidates import tune_jobs
 
-    training = models.tiny(Workload("tiny", "mlm", "train", 4, 16, 0.5))
+    training = workloads.tiny(Workload("tiny", "mlm", "train", 4, 16, 0.5))
     inference = replace(training, head="classification", mode="infer", fill=1.0)
     yield Job("tests: pytest -m gpu", partial(suite.run, chosen=("tests/kernels/test_gpu.py",)), 120.0)
     for workload, lane in (
@@ -228,8 +228,8 @@ def dry_plan() -> Iterator[Job]:
         (inference, "fastbert"),
     ):
         yield model_job(workload, lane, details=True)
-    yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in ops.tiny_cases()], directions=["both"], lanes=None)
+    yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in grid.tiny_cases()], directions=["both"], lanes=None)
     yield optimizer_job("tiny")
-    yield worker_job("host", 120.0, kind="host", names=[host_cases.TRAINING.name], tiny=True)
+    yield worker_job("host", 120.0, kind="host", names=[TRAINING.name], tiny=True)
     job = next(tune_jobs("sm_90"))
     yield worker_job("tune: the first", 120.0, kind="tune", **job | {"most": 2})

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bench.core import lengths as length_sources
-from bench.core.lengths import Lengths, LengthsError
+from bench.core.lengths import Lengths, LengthsError, from_file, from_text
 from bench.runner.plan import Job, worker_job
 
 ADAMW = "adamw"  # an op without a shape of its own: the parameters of a model
@@ -38,13 +37,13 @@ def model_jobs(
     dry_run: bool,
 ) -> list[Job]:
     """A job a workload and lane; a dry run has the tiny model in every one of them."""
-    from bench.models import workloads as models
+    from bench.models import workloads
     from bench.runner.plan import ceilings_job, model_job
 
-    _known("model", names, [name for name in models.CONFIGS if name != "tiny"])
-    _known("head", heads, models.HEADS)
+    _known("model", names, [name for name in workloads.CONFIGS if name != "tiny"])
+    _known("head", heads, workloads.HEADS)
     _known("mode", modes, ("train", "infer"))
-    _known("lane", lanes, models.LANES)
+    _known("lane", lanes, workloads.LANES)
     for option, values in (("batch", batches), ("seqlen", seqlens)):
         if any(value < 1 for value in values):
             raise SelectionError(f"--{option}: expected a number from 1 on, got {min(values)}")
@@ -54,13 +53,13 @@ def model_jobs(
         raise SelectionError("--batch: multiple choice has two choices a question, so the number has to be even")
     source = _lengths(lengths, data, tokenizer)
     shares = fills if source is None else fills[:1]  # given lengths have the fill that they have
-    workloads = list(models.grid(*map(tuple, (names, heads, modes, batches, seqlens, shares))))
+    chosen = list(workloads.grid(*map(tuple, (names, heads, modes, batches, seqlens, shares))))
     if dry_run:
-        workloads = list(dict.fromkeys(models.tiny(workload) for workload in workloads))
+        chosen = list(dict.fromkeys(workloads.tiny(workload) for workload in chosen))
     if source is not None:
-        workloads = [replace(workload, lengths=source) for workload in workloads]
+        chosen = [replace(workload, lengths=source) for workload in chosen]
     measuring = [] if dry_run else [ceilings_job()]
-    pairs = [(w, name) for w in workloads for name in lanes or models.LANES if lanes or models.LANES[name].suits(w)]
+    pairs = [(w, name) for w in chosen for name in lanes or workloads.LANES if lanes or workloads.LANES[name].suits(w)]
     return measuring + [model_job(workload, name, details=True) for workload, name in pairs]
 
 
@@ -69,8 +68,8 @@ def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> 
         raise SelectionError("--lengths and --data: give one of them")
     try:
         if lengths:
-            return length_sources.from_file(lengths)
-        return length_sources.from_text(data, tokenizer) if data else None
+            return from_file(lengths)
+        return from_text(data, tokenizer) if data else None
     except LengthsError as error:
         raise SelectionError(str(error)) from None
 
@@ -78,18 +77,18 @@ def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> 
 def op_jobs(names: Sequence[str], dtypes: Sequence[str], dry_run: bool) -> list[Job]:
     """The grid of the ops; a dry run walks one tiny case of each kind."""
     from bench.core import floors
-    from bench.ops import grid as ops
+    from bench.ops import grid
     from bench.runner import plan
 
-    _known("op", names, (*ops.NAMES, ADAMW))
-    _known("dtype", dtypes, ops.DTYPES)
-    chosen = tuple(name for name in names if name != ADAMW) or (() if names else ops.NAMES)
+    _known("op", names, (*grid.NAMES, ADAMW))
+    _known("dtype", dtypes, grid.DTYPES)
+    chosen = tuple(name for name in names if name != ADAMW) or (() if names else grid.NAMES)
     jobs = [] if dry_run else [plan.ceilings_job()]
     if dry_run and chosen:
-        cases = [asdict(case) for case in ops.tiny_cases(chosen)]
+        cases = [asdict(case) for case in grid.tiny_cases(chosen)]
         jobs.append(worker_job("ops", 300.0, kind="ops", cases=cases, directions=list(DIRECTIONS)))
     elif chosen:
-        jobs += plan.op_jobs(list(ops.cases(chosen, tuple(dtypes))))
+        jobs += plan.op_jobs(list(grid.cases(chosen, tuple(dtypes))))
     if not names or ADAMW in names:
         jobs.append(plan.optimizer_job(*(["tiny"] if dry_run else floors.MODELS)))
     return jobs

@@ -21,29 +21,29 @@ def _ceilings() -> Iterator[Any]:
 
 
 def _model(workloads: list[dict[str, Any]], lanes: list[str], details: bool, cold: bool) -> Iterator[Any]:
-    from bench.models import run as run_models
+    from bench.models.run import run
     from bench.models.workloads import Workload
 
     for workload in workloads:
         for lane in lanes:
-            yield from run_models.run(Workload.from_json(workload), lane, details=details, cold=cold)
+            yield from run(Workload.from_json(workload), lane, details=details, cold=cold)
 
 
 def _prepare(workload: dict[str, Any], lanes: list[str]) -> Iterator[Any]:
-    from bench.models import run as run_models
+    from bench.models.run import prepare
     from bench.models.workloads import Workload
 
     for lane in lanes:
-        run_models.prepare(Workload.from_json(workload), lane)
+        prepare(Workload.from_json(workload), lane)
     yield from ()
 
 
 def _ops(cases: list[dict[str, Any]], directions: list[str], lanes: list[str] | None = None) -> Iterator[Any]:
-    from bench.ops import run as run_ops
     from bench.ops.grid import Case
+    from bench.ops.run import run
 
     for case in cases:
-        yield from run_ops.run(Case(**case), lanes, tuple(directions))
+        yield from run(Case(**case), lanes, tuple(directions))
 
 
 def _optimizers(models: list[str]) -> Iterator[Any]:
@@ -54,15 +54,15 @@ def _optimizers(models: list[str]) -> Iterator[Any]:
 
 
 def _host(**job: Any) -> Iterator[Any]:
-    from bench.host import run as host
+    from bench.host.run import run
 
-    yield from host.run(**job)
+    yield from run(**job)
 
 
 def _tune(**job: Any) -> Iterator[Any]:
-    from bench.tune import run as tune
+    from bench.tune.run import run
 
-    yield from tune.run(**job)
+    yield from run(**job)
 
 
 # By kind of job, what runs it: a generator of records.

@@ -51,12 +51,12 @@ def train(
 ) -> None:
     """Train on a file of your own twice, stock and fastbert, from the same start on the same batches."""
     gpu = _choose_interpreter()
-    from bench.train import options as train_options
+    from bench.train import options
     from fastbert.errors import InputError
 
     try:
-        train_options.require()
-        settings = train_options.settings(
+        options.require()
+        settings = options.settings(
             gpu,
             task=str(task),
             data=str(data),
@@ -86,10 +86,10 @@ def train(
     except KeyboardInterrupt:
         err.print(f"stopped; with --save-steps, --resume goes on from {out}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    from bench.train import report as train_report
+    from bench.train import report
 
-    train_report.show(results, console)
-    for name in (train_report.RESULTS, train_report.PICTURE):
+    report.show(results, console)
+    for name in (report.RESULTS, report.PICTURE):
         console.print(f"{out / name}", highlight=False, markup=False, soft_wrap=True)
     if results.comparison and results.comparison.problems:
         raise typer.Exit(1)

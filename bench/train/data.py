@@ -6,7 +6,7 @@ A row is a dictionary with "row", its number in the file (of its first line, or 
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.train import labels as train_labels
+from bench.train import labels
 from bench.train.conll import ner
 from bench.train.file import File, Row, Say
 from bench.train.squad import qa
@@ -71,7 +71,7 @@ def read(task: str, path: Path, option: str = "--data", columns: str = "", say: 
     if not rows:
         raise InputError(f"{option}: {path} has no rows in it")
     if task in CLASSES:
-        train_labels.check_classes(file, rows)
+        labels.check_classes(file, rows)
     for note in file.notes if say else ():
         say(note)
     return rows

@@ -10,23 +10,11 @@ import datasets
 from datasets import Dataset
 
 from bench.core import environment, schema
-from bench.train import (
-    data as train_data,
-)
-from bench.train import (
-    encode as train_encode,
-)
-from bench.train import (
-    labels as train_labels,
-)
-from bench.train import (
-    report as train_report,
-)
-from bench.train import (
-    tasks as train_tasks,
-)
+from bench.train import encode, report, tasks
 from bench.train.compare import compare
+from bench.train.data import read
 from bench.train.file import Row, Say
+from bench.train.labels import lines
 from bench.train.lanes import RECORD, Advance, Work, checkpoints, run
 from bench.train.model import load, open_source
 from bench.train.options import SHORTEST
@@ -56,8 +44,8 @@ def run_all(
     both = {record.lane: record for record in records}
     comparison = compare(settings, dropout, both["stock"], both["fastbert"]) if len(both) == len(LANES) else None
     results = TrainResults(environment.read(), settings, data, records, comparison)
-    schema.write(results, out / train_report.RESULTS)
-    train_report.draw(results, out / train_report.PICTURE)
+    schema.write(results, out / report.RESULTS)
+    report.draw(results, out / report.PICTURE)
     return results
 
 
@@ -66,13 +54,13 @@ def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tupl
     task, tokenizer = settings.task, source.tokenizer
     train_rows, eval_rows, labels = rows
     train, evaluation = Dataset.from_list(train_rows), Dataset.from_list(eval_rows)
-    lengths, unknown = train_encode.lengths(train, task, tokenizer)
+    lengths, unknown = encode.lengths(train, task, tokenizer)
     most = source.config.max_position_embeddings
     limit, limit_from = choose_limit(settings.max_length, lengths, most)
     numbers = {name: i for i, name in enumerate(labels)}
-    features = [train_encode.encode(rows, task, tokenizer, limit, settings.cut, numbers) for rows in (train, evaluation)]
+    features = [encode.encode(rows, task, tokenizer, limit, settings.cut, numbers) for rows in (train, evaluation)]
     model = load(source, settings, labels)
-    compute = train_tasks.metrics_for(task, labels, eval_rows, features[1])
+    compute = tasks.metrics_for(task, labels, eval_rows, features[1])
     data = DataRecord(
         train_rows=len(train_rows),
         eval_rows=len(eval_rows),
@@ -91,21 +79,21 @@ def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tupl
 def read_rows(settings: Settings, say: Say = print) -> SplitRows:
     """Rows to train on, rows to evaluate with, and the labels of the first."""
     task = settings.task
-    rows = train_data.read(task, Path(settings.data), columns=settings.columns, say=say)
-    for line in train_labels.lines(rows):
+    rows = read(task, Path(settings.data), columns=settings.columns, say=say)
+    for line in lines(rows):
         say(line)
     if settings.eval_data:
-        train, evaluation = rows, train_data.read(task, Path(settings.eval_data), "--eval-data", settings.columns, say)
-        labels = train_tasks.label_names(train)
-        train_tasks.check_labels(evaluation, labels, f"--eval-data: {settings.eval_data}")
+        train, evaluation = rows, read(task, Path(settings.eval_data), "--eval-data", settings.columns, say)
+        labels = tasks.label_names(train)
+        tasks.check_labels(evaluation, labels, f"--eval-data: {settings.eval_data}")
         _check_endings(train, evaluation, settings.eval_data)
     else:
-        train, evaluation = train_tasks.split(task, rows, settings.eval_share, settings.seed)
-        labels = train_tasks.label_names(rows)
+        train, evaluation = tasks.split(task, rows, settings.eval_share, settings.seed)
+        labels = tasks.label_names(rows)
     if len(labels) == 1:
         raise InputError(f"--data: {settings.data} has one label only, {labels[0]!r}: there is nothing to tell apart")
     if task == "pretraining":
-        train, evaluation = (train_tasks.sentence_pairs(part, settings.seed) for part in (train, evaluation))
+        train, evaluation = (tasks.sentence_pairs(part, settings.seed) for part in (train, evaluation))
     return train, evaluation, labels
 
 
@@ -121,7 +109,7 @@ def choose_limit(asked: int, lengths: Sequence[int], most: int) -> tuple[int, st
         raise InputError(f"--max-length: the model has {most} positions, {asked} were asked for")
     if asked:
         return asked, "--max-length"
-    limit = train_encode.percentile(lengths)
+    limit = encode.percentile(lengths)
     if limit > most:
         return most, f"the model's positions; the 95th percentile is {limit}"
     return max(limit, SHORTEST), "the 95th percentile"

@@ -99,9 +99,9 @@ class _Timer:
     """Checks and times a configuration on the GPU; the inputs and the reference are those of all candidates."""
 
     def __init__(self, kernel: str, architecture: str, dtype: str, width: int) -> None:
-        from bench.ops import run as run_ops
         from bench.ops.check import Checker
         from bench.ops.grid import Case
+        from bench.ops.run import make_inputs
         from bench.ops.table import OPS
 
         entry = ENTRIES[kernel]
@@ -111,21 +111,21 @@ class _Timer:
         if "length" in entry.extra:
             batch, seqlen = 32, entry.extra["length"] + 1
         self.case = Case(entry.op, dtype, hidden, batch, seqlen, p=entry.extra.get("p", 0.0))
-        self.inputs = run_ops.make_inputs(self.case)
+        self.inputs = make_inputs(self.case)
         self.lane = OPS[entry.op].lanes[entry.lane]
         self.checker = Checker(OPS[entry.op], self.case, self.inputs[0])
         self.direction, self.where = entry.direction, (kernel, architecture, dtype)
 
     def __call__(self, config: Config) -> dict[str, Any]:
         from bench.core import timing
-        from bench.ops import run as run_ops
+        from bench.ops.run import judge, steps
 
         with shipped(*self.where, config):
             try:
-                status, reason, function = run_ops.judge(self.case, self.lane, self.checker)
+                status, reason, function = judge(self.case, self.lane, self.checker)
                 if function is None:
                     return {"status": status, "reason": reason}
-                prepare, call = run_ops.steps(function, self.inputs, self.case.p, self.direction)
+                prepare, call = steps(function, self.inputs, self.case.p, self.direction)
                 seconds, runs = timing.measure(prepare, call)
             except Exception as error:  # what the GPU refuses to launch: one candidate less
                 return {"status": "error", "reason": f"{type(error).__name__}: {error}"[:300]}

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.core import flops
 from bench.models import batches
 from bench.models.workloads import LANES, Workload, make
-from bench.ops import grid as ops
+from bench.ops import grid
 
 ROWS, SEQLEN = 4, 16
 
@@ -52,23 +52,23 @@ def test_mfu_is_the_share_of_the_measured_ceiling():
     ],
 )
 def test_stated_bytes(op, direction, moved):
-    assert ops.Case(op, "bf16", 768, 4, 512).moved(direction) == moved
+    assert grid.Case(op, "bf16", 768, 4, 512).moved(direction) == moved
 
 
 def test_the_decoder_counts_rows_and_classes():
-    case = ops.Case("linear_cross_entropy", "bf16", 768, 1, 614)
+    case = grid.Case("linear_cross_entropy", "bf16", 768, 1, 614)
     assert case.operations("forward") == 2 * 614 * 768 * 30522
     assert case.operations("backward") == 2 * case.operations("forward")
-    tiny = next(ops.tiny_cases(("linear_cross_entropy",)))
+    tiny = next(grid.tiny_cases(("linear_cross_entropy",)))
     assert tiny.operations("forward") == 2 * 18 * 48 * 101
 
 
 def test_attention_counts_pairs_of_one_sequence():
-    full = ops.Case("attention", "bf16", 768, 4, 512)
+    full = grid.Case("attention", "bf16", 768, 4, 512)
     assert full.operations("forward") == 4 * (4 * 512**2 * 64) * 12
     assert full.operations("backward") == 2.5 * full.operations("forward")
     assert full.operations("both") == 3.5 * full.operations("forward")
-    padded = ops.Case("attention", "bf16", 768, 4, 512, fill=0.5)
+    padded = grid.Case("attention", "bf16", 768, 4, 512, fill=0.5)
     assert padded.operations("forward") == 4 * sum(n * n for n in padded.lengths) * 768
     assert padded.moved("forward") == pytest.approx(full.moved("forward") / 2, rel=0.01)
 

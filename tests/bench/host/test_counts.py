@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.host import counts as host_counts
+from bench.host import counts
 from bench.host.counts import ATEN, COPIES, LIBRARIES, TRITON, kind_of
 
 FLASH = "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, cutlass::bfloat16_t>>"
@@ -47,10 +47,10 @@ def test_a_stub_is_asked_for_its_counts():
     stub = SimpleNamespace(
         reset=lambda: asked.append("reset"), counts=lambda: found, readable=lambda name: f"void at::native::{name[2:]}"
     )
-    launches = host_counts._of_stub(lambda: asked.append("step"), stub)
+    launches = counts._of_stub(lambda: asked.append("step"), stub)
     assert asked == ["reset", "step"]
     assert launches[ATEN] == {"add": 2, "mul": 1} and launches[COPIES] == {"Memset": 5, "Memcpy HtoD": 1}
-    assert host_counts.kernels(launches) == 2 + 1 + 4 + 3, "copies and fills are no kernels"
+    assert counts.kernels(launches) == 2 + 1 + 4 + 3, "copies and fills are no kernels"
 
 
 def test_the_profilers_events_are_counted_by_name(monkeypatch):
@@ -74,10 +74,10 @@ def test_the_profilers_events_are_counted_by_name(monkeypatch):
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    launches = host_counts._profiled(lambda: None)
+    launches = counts._profiled(lambda: None)
     assert launches == {ATEN: {}, TRITON: {"bias_gelu_fwd_kernel": 2}, LIBRARIES: {}, COPIES: {"Memset (Device)": 1}}
 
 
 def test_long_names_are_cut():
-    name = host_counts._short("void at::native::reduce_kernel<" + "at::native::x, " * 100)
-    assert name.startswith("reduce_kernel<x, x") and len(name) == host_counts.LONGEST
+    name = counts._short("void at::native::reduce_kernel<" + "at::native::x, " * 100)
+    assert name.startswith("reduce_kernel<x, x") and len(name) == counts.LONGEST

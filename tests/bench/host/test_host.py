@@ -7,18 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.core import pretended as host_pretended
+from bench.core import pretended
 from bench.core.pretended import true_reads
-from bench.host import cases as host_cases
-from bench.host import counts as host_counts
-from bench.host import run as host
+from bench.host import cases
 from bench.host.cases import CASES, LANES
+from bench.host.counts import kernels
+from bench.host.run import run
 from bench.host.step import BACKWARD, FORWARD, OPTIMIZER, PARTS
 from bench.host.targets import TARGETS
 from bench.runner import plan
+from fastbert.kernels.core import launch
 from fastbert.layers import counts, embeddings, mlm_heads, packing_plan
 
-CASE = host_cases.TRAINING
+CASE = cases.TRAINING
 STOCK, PADDED, PACKED = CASE.lanes
 
 
@@ -52,18 +53,18 @@ class Device:
                 for part in PARTS:
                     device.now += device.cpu[self.lane] / 4 * (1 + (part == BACKWARD))
                     issued(part)
-                host.launch.counts["kernel"] += self.lane in device.launching
+                launch.counts["kernel"] += self.lane in device.launching
 
         def of_step(step, where):
             step()
             return {"ATen": {"add": 3}}
 
         clock = SimpleNamespace(process_time=lambda: self.now, perf_counter=lambda: 2 * self.now, monotonic=lambda: self.now)
-        monkeypatch.setattr(host, "time", clock)
-        monkeypatch.setattr(host.launch, "counts", Counter())
-        monkeypatch.setattr(host, "Step", Step)
-        monkeypatch.setattr(host, "gc", SimpleNamespace(collect=lambda: None))  # takes long beside all that tests hold
-        monkeypatch.setattr(host.host_counts, "of_step", of_step)
+        monkeypatch.setattr("bench.host.run.time", clock)
+        monkeypatch.setattr(launch, "counts", Counter())
+        monkeypatch.setattr("bench.host.run.Step", Step)
+        monkeypatch.setattr("bench.host.run.gc", SimpleNamespace(collect=lambda: None))  # takes long beside all that tests hold
+        monkeypatch.setattr("bench.host.counts.of_step", of_step)
         for name in ("synchronize", "reset_peak_memory_stats"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1 << 30)
@@ -79,7 +80,7 @@ def by_lane(records):
 
 
 def test_lanes_take_turns_and_are_timed_each_by_itself(device):
-    records = by_lane(host.run([CASE.name], seconds=60.0, rounds=3))
+    records = by_lane(run([CASE.name], seconds=60.0, rounds=3))
     assert list(records) == list(CASE.lanes) and {record.status for record in records.values()} == {"ok"}
     for lane, record in records.items():
         cpu = device.cpu[lane]
@@ -92,7 +93,7 @@ def test_lanes_take_turns_and_are_timed_each_by_itself(device):
 
 
 def test_memory_is_that_of_one_lane_at_a_time(device):
-    list(host.run([CASE.name], seconds=1.0, rounds=2))
+    list(run([CASE.name], seconds=1.0, rounds=2))
     assert device.made[:3] == [(STOCK, 0), (PADDED, 0), (PACKED, 0)], "the lane before is gone"
     assert device.alive == 0, "nothing is left for the next case"
 
@@ -100,7 +101,7 @@ def test_memory_is_that_of_one_lane_at_a_time(device):
 @pytest.mark.parametrize("step", [2, 6, 9], ids=["alone", "before the turns", "in its second turn"])
 def test_one_lanes_failure_is_not_the_others(device, step):
     device.fails[PADDED] = step
-    records = by_lane(host.run([CASE.name], seconds=6.0, rounds=4))
+    records = by_lane(run([CASE.name], seconds=6.0, rounds=4))
     assert records[PADDED].status == "error" and records[PADDED].seconds is None
     assert records[PADDED].reason.startswith("OutOfMemoryError: out of memory\nTraceback")
     assert records[STOCK].status == records[PACKED].status == "ok"
@@ -108,7 +109,7 @@ def test_one_lanes_failure_is_not_the_others(device, step):
 
 def test_a_lane_without_a_kernel_fails(device):
     device.launching = {PADDED}
-    records = by_lane(host.run([CASE.name], seconds=6.0, rounds=2))
+    records = by_lane(run([CASE.name], seconds=6.0, rounds=2))
     assert records[STOCK].status == records[PADDED].status == "ok"
     assert (records[PACKED].status, records[PACKED].reason) == ("failed", "no kernel was launched")
 
@@ -118,19 +119,19 @@ def test_a_lane_without_a_kernel_fails(device):
     [(lambda step, where: 1 / 0, "launches were not counted: division by zero"), (lambda step, where: {}, "saw no launches")],
 )
 def test_a_profiler_that_does_not_work_costs_the_launches_only(device, monkeypatch, of_step, said):
-    monkeypatch.setattr(host.host_counts, "of_step", of_step)
-    for record in host.run([CASE.name], seconds=6.0, rounds=2):
+    monkeypatch.setattr("bench.host.counts.of_step", of_step)
+    for record in run([CASE.name], seconds=6.0, rounds=2):
         assert record.status == "ok" and record.seconds and record.launches == {} and said in record.reason
 
 
 def test_no_case_is_begun_past_the_budget(device):
-    records = list(host.run(list(CASES)[:1] * 3, seconds=10.0, rounds=2, budget=1.0))
+    records = list(run(list(CASES)[:1] * 3, seconds=10.0, rounds=2, budget=1.0))
     assert len(records) == len(CASE.lanes)
 
 
 def test_compiled_on_request(device):
-    device.cpu[host_cases.COMPILED] = 1.0
-    assert host_cases.COMPILED in by_lane(host.run([CASE.name], seconds=1.0, rounds=2, compiled=True))
+    device.cpu[cases.COMPILED] = 1.0
+    assert cases.COMPILED in by_lane(run([CASE.name], seconds=1.0, rounds=2, compiled=True))
 
 
 def test_it_comes_after_the_headline_models_in_the_one_call_run_and_cheap():
@@ -148,9 +149,9 @@ def test_targets_are_of_lanes_that_are_measured():
 
 
 def test_rows_fill_five_eighths():
-    lengths = host_cases.quarter_to_whole(32, 128)
+    lengths = cases.quarter_to_whole(32, 128)
     assert min(lengths.sizes) == 32 and max(lengths.sizes) == 128 and 0.61 < lengths.fill_of(32, 128, 1.0) < 0.63
-    assert host_cases.quarter_to_whole(1, 16).sizes == (4,)
+    assert cases.quarter_to_whole(1, 16).sizes == (4,)
 
 
 def test_what_a_pretended_gpu_reads_as_zeros_is_stood_in_for():
@@ -177,17 +178,17 @@ def test_a_read_that_moved_is_one_clear_line(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is no GPU is not a pretended one either")
 def test_without_a_gpu_none_is_pretended():
-    assert host_pretended.pretended() is None
+    assert pretended.pretended() is None
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
     """Two lanes of the smallest case: times, the profiler's names, memory."""
-    records = by_lane(host.run([host_cases.INFERENCE_1.name], seconds=0.4, rounds=2))
+    records = by_lane(run([cases.INFERENCE_1.name], seconds=0.4, rounds=2))
     ours, stock = records[PADDED], records[STOCK]
     assert ours.status == stock.status == "ok", (ours.reason, stock.reason)
     assert ours.seconds.low > 0 and ours.wall.low > 0 and ours.peak_bytes > 2 * 100e6
     assert list(ours.parts) == [FORWARD] and ours.parts[FORWARD] == pytest.approx(ours.runs, rel=0.05)
     assert ours.launches["Triton"] and not stock.launches["Triton"]
     assert ours.launches["libraries"] and stock.launches["libraries"] and stock.launches["ATen"]
-    assert host_counts.kernels(stock.launches) > 100
+    assert kernels(stock.launches) > 100

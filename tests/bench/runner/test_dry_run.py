@@ -128,9 +128,9 @@ def test_gpu(tmp_path, monkeypatch):
 
 
 def test_a_failed_check_is_the_exit_status(tmp_path, monkeypatch):
-    from bench.models import run as run_models
+    from bench.models import gate
 
-    monkeypatch.setattr(run_models.gate, "problem", lambda *arguments: "loss: error 1")
+    monkeypatch.setattr(gate, "problem", lambda *arguments: "loss: error 1")
     options = ["models", "--dry-run", "--mode", "infer", "--lane", "stock", "--fill", "0.5", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, options)
     assert done.exit_code == 1 and "failed its check" in done.output
@@ -139,61 +139,59 @@ def test_a_failed_check_is_the_exit_status(tmp_path, monkeypatch):
 
 def test_a_wrong_kernel_fails_its_check():
     """The check that stands before every time sees an error of one part in a thousand."""
-    from bench.ops import grid as ops
-    from bench.ops import run as run_ops
+    from bench.ops import grid
     from bench.ops.check import Checker
+    from bench.ops.run import judge, make_inputs
     from bench.ops.table import OPS
 
-    case = next(ops.tiny_cases(("bias_gelu",)))
-    op, inputs = OPS["bias_gelu"], run_ops.make_inputs(case, 1)
-    wrong = ops.Lane(lambda case: lambda inputs, p: 1.001 * op.reference(inputs, p))
-    status, reason, function = run_ops.judge(case, wrong, Checker(op, case, inputs[0]))
+    case = next(grid.tiny_cases(("bias_gelu",)))
+    op, inputs = OPS["bias_gelu"], make_inputs(case, 1)
+    wrong = grid.Lane(lambda case: lambda inputs, p: 1.001 * op.reference(inputs, p))
+    status, reason, function = judge(case, wrong, Checker(op, case, inputs[0]))
     assert status == "failed" and "y: error" in reason and function is None
 
 
 @pytest.mark.parametrize(("head", "mode"), [("mlm", "train"), ("classification", "train"), ("classification", "infer")])
 def test_the_flattened_lane_computes_what_eager_does(head, mode, monkeypatch):
-    from bench.models import flattened
-    from bench.models import run as run_models
-    from bench.models import workloads as models
+    from bench.models import flattened, workloads
+    from bench.models.run import run
 
-    workload = models.tiny(models.Workload("tiny", head, mode, 4, 16, 0.5))
-    records = list(run_models.run(workload, "flattened", details=False))
+    workload = workloads.tiny(workloads.Workload("tiny", head, mode, 4, 16, 0.5))
+    records = list(run(workload, "flattened", details=False))
     assert [record.status for record in records] == ["dry-run"], records[0].reason
     attend = flattened.attend
     whole = lambda *tensors, cu_seq_lens_q, **others: attend(*tensors, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **others)  # noqa: E731
     monkeypatch.setitem(flattened.AttentionInterface._global_mapping, flattened.NAME, whole)
-    (record,) = run_models.run(workload, "flattened", details=False)
+    (record,) = run(workload, "flattened", details=False)
     assert record.status == "failed", "sequences that see each other"
 
 
 def test_the_flattened_lane_says_which_heads_it_lacks():
-    from bench.models import run as run_models
-    from bench.models import workloads as models
+    from bench.models import workloads
+    from bench.models.run import run
 
-    workload = models.tiny(models.Workload("tiny", "qa", "infer", 4, 16, 0.5))
-    (record,) = run_models.run(workload, "flattened", details=False)
+    workload = workloads.tiny(workloads.Workload("tiny", "qa", "infer", 4, 16, 0.5))
+    (record,) = run(workload, "flattened", details=False)
     assert (record.status, record.reason) == ("absent", "no flattened form of the head qa")
 
 
 def test_a_time_is_there_before_its_details(monkeypatch):
     """What is cut off while it is looked at more closely has its time all the same."""
-    from bench.models import run as run_models
-    from bench.models import workloads as models
+    from bench.models import workloads
+    from bench.models.run import run
 
-    workload = models.tiny(models.Workload("tiny", "ner", "train", 4, 16, 0.5))
-    first, second = run_models.run(workload, "stock")
+    workload = workloads.tiny(workloads.Workload("tiny", "ner", "train", 4, 16, 0.5))
+    first, second = run(workload, "stock")
     assert not first.losses and second.losses and second == replace(first, losses=second.losses)
-    monkeypatch.setattr(run_models, "losses", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    assert list(run_models.run(workload, "stock")) == [first]
+    monkeypatch.setattr("bench.models.run.losses", lambda *arguments: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    assert list(run(workload, "stock")) == [first]
 
 
 def test_a_failed_check_says_which_tensors_and_by_how_much(monkeypatch):
-    from bench.models import gate
-    from bench.models import workloads as models
+    from bench.models import gate, workloads
 
-    workload = models.tiny(models.Workload("tiny", "ner", "train", 4, 16, 0.5))
-    model = gate.without_dropout(models.make(workload, models.LANES["stock"], "cpu"), True)
+    workload = workloads.tiny(workloads.Workload("tiny", "ner", "train", 4, 16, 0.5))
+    model = gate.without_dropout(workloads.make(workload, workloads.LANES["stock"], "cpu"), True)
     with torch.no_grad():
         model.classifier.weight.mul_(1.01)
     first, *others = gate.problem(workload, model, False, "cpu").splitlines()
@@ -202,11 +200,10 @@ def test_a_failed_check_says_which_tensors_and_by_how_much(monkeypatch):
 
 
 def test_a_wrong_model_fails_its_gate(monkeypatch):
-    from bench.models import gate
-    from bench.models import workloads as models
+    from bench.models import gate, workloads
 
-    workload = models.tiny(models.Workload("tiny", "qa", "infer", 4, 16, 0.5))
-    model = models.make(workload, models.LANES["stock"], "cpu").eval()
+    workload = workloads.tiny(workloads.Workload("tiny", "qa", "infer", 4, 16, 0.5))
+    model = workloads.make(workload, workloads.LANES["stock"], "cpu").eval()
     assert gate.problem(workload, model, False, "cpu") is None
     assert gate.problem(workload, model, True, "cpu") == "no kernel was launched"
     with torch.no_grad():

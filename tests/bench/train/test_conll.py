@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.train import data as train_data
+from bench.train import data
 from fastbert.errors import InputError
 from tests.bench.train.training import DATA, FILES, written
 
@@ -10,24 +10,24 @@ from tests.bench.train.training import DATA, FILES, written
 def read(folder, content, name="file.txt", columns=""):
     """Words and labels of each row, as text, and what was said."""
     said = []
-    rows = train_data.read("ner", written(folder, content, name), columns=columns, say=said.append)
+    rows = data.read("ner", written(folder, content, name), columns=columns, say=said.append)
     return [(row["words"], " ".join(row["tags"])) for row in rows], said
 
 
 def test_columns_and_rows_of_labels_are_the_same_sentences():
-    columns = train_data.read("ner", DATA / "ner.conll")
-    in_rows = train_data.read("ner", FILES["ner"])[:12]
+    columns = data.read("ner", DATA / "ner.conll")
+    in_rows = data.read("ner", FILES["ner"])[:12]
     assert [(row["words"], row["tags"]) for row in columns] == [(row["words"], row["tags"]) for row in in_rows]
     assert columns[1]["row"] == 11, "after -DOCSTART-, an empty line, seven words and an empty line"
 
 
 def test_characters_with_a_label_each():
-    assert train_data.read("ner", FILES["ner"])[-1]["words"] == list("安娜在奥斯陆")
+    assert data.read("ner", FILES["ner"])[-1]["words"] == list("安娜在奥斯陆")
 
 
 def test_positions_behind_characters_go(tmp_path):
     said = []
-    rows = train_data.read("ner", DATA / "positions.conll", say=said.append)
+    rows = data.read("ner", DATA / "positions.conll", say=said.append)
     assert ["".join(row["words"]) for row in rows] == ["安娜在奥斯陆", "彼得走了"]
     assert said == ["--data: each character has its place in its word behind it: left out"]
     long = "".join(f"哈{place}\tO\n" for place in range(12))

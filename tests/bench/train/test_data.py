@@ -4,9 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bench.train import data as train_data
-from bench.train import labels as train_labels
-from bench.train import tasks as train_tasks
+from bench.train import data, labels, tasks
 from fastbert.errors import InputError
 from tests.bench.train.training import FILES, written
 
@@ -25,27 +23,27 @@ from tests.bench.train.training import FILES, written
     ],
 )
 def test_every_format(task, count, first):
-    rows = train_data.read(task, FILES[task])
+    rows = data.read(task, FILES[task])
     assert len(rows) == count
     assert rows[0] | first == rows[0]
     assert len({row["row"] for row in rows}) == count, "each row has a number of its own"
 
 
 def test_documents_or_lines(tmp_path):
-    assert [row["row"] for row in train_data.read("mlm", FILES["mlm"])] == [1, 6, 11, 16, 21, 26]
-    lines = train_data.read("mlm", written(tmp_path, "one\ntwo\n"))
+    assert [row["row"] for row in data.read("mlm", FILES["mlm"])] == [1, 6, 11, 16, 21, 26]
+    lines = data.read("mlm", written(tmp_path, "one\ntwo\n"))
     assert [row["text"] for row in lines] == ["one", "two"]
-    assert train_data.read("pretraining", written(tmp_path, "one\ntwo\n"))[0]["sentences"] == ["one", "two"]
+    assert data.read("pretraining", written(tmp_path, "one\ntwo\n"))[0]["sentences"] == ["one", "two"]
 
 
 def test_a_cell_of_csv_may_hold_lines_and_commas(tmp_path):
     text = 'context,ending0,ending1,label\n"a,\nb",c,d,1\ne,f,g,0\n'
-    rows = train_data.read("multiple-choice", written(tmp_path, text))
+    rows = data.read("multiple-choice", written(tmp_path, text))
     assert [(row["row"], row["text"], row["choice"]) for row in rows] == [(2, "a,\nb", 1), (4, "e", 0)]
 
 
 def test_a_byte_order_mark_and_returns_are_no_text(tmp_path):
-    rows = train_data.read("classification", written(tmp_path, b"\xef\xbb\xbfgood food\tyes\r\nbad\tno\r\n"))
+    rows = data.read("classification", written(tmp_path, b"\xef\xbb\xbfgood food\tyes\r\nbad\tno\r\n"))
     assert [(row["text"], row["label"]) for row in rows] == [("good food", "yes"), ("bad", "no")]
 
 
@@ -74,22 +72,22 @@ def test_a_byte_order_mark_and_returns_are_no_text(tmp_path):
 def test_a_fault_is_one_line_with_its_row(task, content, said, tmp_path):
     path = written(tmp_path, content)
     with pytest.raises(InputError) as error:
-        train_data.read(task, path, "--eval-data")
+        data.read(task, path, "--eval-data")
     message = str(error.value)
     assert said in message and message.startswith("--eval-data: ") and str(path) in message and "\n" not in message
 
 
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(InputError, match="--data: cannot read .*none.tsv: No such file"):
-        train_data.read("mlm", tmp_path / "none.tsv")
+        data.read("mlm", tmp_path / "none.tsv")
 
 
 def test_lines_end_with_a_carriage_return_alone(tmp_path):
-    assert [row["text"] for row in train_data.read("mlm", written(tmp_path, b"one\rtwo\r"))] == ["one", "two"]
+    assert [row["text"] for row in data.read("mlm", written(tmp_path, b"one\rtwo\r"))] == ["one", "two"]
 
 
 def test_a_text_may_quote_json(tmp_path):
-    assert len(train_data.read("mlm", written(tmp_path, '{"a": 1}\nis an object\n'))) == 2
+    assert len(data.read("mlm", written(tmp_path, '{"a": 1}\nis an object\n'))) == 2
 
 
 @pytest.mark.parametrize(
@@ -103,19 +101,19 @@ def test_a_text_may_quote_json(tmp_path):
     ],
 )
 def test_other_names_of_a_choice(content, columns, context, tmp_path):
-    row = train_data.read("multiple-choice", written(tmp_path, content), columns=columns)[0]
+    row = data.read("multiple-choice", written(tmp_path, content), columns=columns)[0]
     assert (row["text"], row["endings"], row["choice"]) == (context, ["ran", "sat"], 1)
 
 
 def test_labels_are_counted_and_many_are_warned_about():
     rows = [{"label": label} for label in ["10"] * 9 + ["9"] * 4]
-    assert train_labels.lines(rows) == ["--data: 13 rows, labels found: 9 (4), 10 (9)"]
-    few = train_labels.lines([{"label": label} for label in ["a", "a", "b", "c"]])
+    assert labels.lines(rows) == ["--data: 13 rows, labels found: 9 (4), 10 (9)"]
+    few = labels.lines([{"label": label} for label in ["a", "a", "b", "c"]])
     assert few[1:] == ["warning: 3 labels are many for 4 rows; are these the labels?"]
     tags = [{"tags": ["O", "O", "B-X"]}, {"tags": ["O"]}]
-    assert train_labels.lines(tags) == ["--data: 4 words, labels found: B-X (1), O (3)"]
-    assert train_labels.lines([{"text": "no labels"}]) == []
-    assert ", and 5 more" in train_labels.lines([{"label": str(i)} for i in range(25)])[0]
+    assert labels.lines(tags) == ["--data: 4 words, labels found: B-X (1), O (3)"]
+    assert labels.lines([{"text": "no labels"}]) == []
+    assert ", and 5 more" in labels.lines([{"label": str(i)} for i in range(25)])[0]
 
 
 PIECES = st.sampled_from(
@@ -132,7 +130,7 @@ SUFFIX = st.sampled_from([".tsv", ".csv", ".txt", ".json", ".jsonl", ".conll", "
 COLUMNS = st.sampled_from(["", "", "", "text=1,label=2", "label=1", "word=2,label=3", "text=text", "=", "label=9", "²=²"])
 
 
-@given(st.sampled_from(sorted(train_data.READERS)), CONTENT, SUFFIX, COLUMNS)
+@given(st.sampled_from(sorted(data.READERS)), CONTENT, SUFFIX, COLUMNS)
 @example("qa", "[" * 100_000, ".json", "")
 @example("classification", "a\t" + "9" * 5000 + "\nb\t1\n", ".tsv", "")
 @example("classification", "a\t--1\nb\t1\n", ".tsv", "")
@@ -140,9 +138,9 @@ COLUMNS = st.sampled_from(["", "", "", "text=1,label=2", "label=1", "word=2,labe
 def test_any_file_is_read_or_refused_in_one_line(tmp_path, task, content, suffix, columns):
     path, said = written(tmp_path, content, f"any{suffix}"), []
     try:
-        rows = train_data.read(task, path, columns=columns, say=said.append)
+        rows = data.read(task, path, columns=columns, say=said.append)
     except InputError as error:
         assert len(str(error).splitlines()) == 1 and str(error).startswith("--data: ")
         return
-    assert rows and train_tasks.label_names(rows) is not None
-    assert all(len(line.splitlines()) == 1 for line in said + train_labels.lines(rows))
+    assert rows and tasks.label_names(rows) is not None
+    assert all(len(line.splitlines()) == 1 for line in said + labels.lines(rows))

@@ -5,8 +5,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from bench.train import data as train_data
-from bench.train import encode as train_encode
+from bench.train import data, encode
 from bench.train.encode import IGNORED, kept, pieces
 from tests.bench.train.training import FILES, make_tokenizer
 
@@ -49,7 +48,7 @@ def windows_of(tokenizer, question, context, limit, answer="", start=0):
         "starts": [start] if answer else [],
         "answers": [answer] * (answer != ""),
     }
-    return train_encode.in_windows(tokenizer, [row], limit)
+    return encode.in_windows(tokenizer, [row], limit)
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 20, 21, 50])
@@ -80,8 +79,8 @@ def test_a_question_longer_than_the_limit_leaves_room_for_its_context(tokenizer)
 
 
 def features_of(task, tokenizer, limit=48, truncation="head", labels=None):
-    rows = train_data.read(task, FILES[task])
-    return rows, train_encode.encode(Dataset.from_list(rows), task, tokenizer, limit, truncation, labels or {})
+    rows = data.read(task, FILES[task])
+    return rows, encode.encode(Dataset.from_list(rows), task, tokenizer, limit, truncation, labels or {})
 
 
 def test_a_words_label_stands_at_its_first_token(tokenizer):
@@ -96,7 +95,7 @@ def test_a_words_label_stands_at_its_first_token(tokenizer):
 
 def test_a_blank_word_has_no_token_and_shifts_no_label(tokenizer):
     rows = Dataset.from_list([{"row": 1, "words": ["the", " ", "soup"], "tags": ["O", "O", "B"]}])
-    (own,) = train_encode.encode(rows, "ner", tokenizer, 48, "head", {"O": 0, "B": 1})
+    (own,) = encode.encode(rows, "ner", tokenizer, 48, "head", {"O": 0, "B": 1})
     assert [label for label in own["labels"] if label != IGNORED] == [0, 1]
 
 
@@ -145,9 +144,9 @@ def test_each_ending_stands_behind_the_context(tokenizer):
 
 
 def test_the_limit_is_the_95th_percentile(tokenizer):
-    assert train_encode.percentile([*range(1, 101)]) == 96
-    rows = Dataset.from_list(train_data.read("classification", FILES["classification"]))
-    lengths, unknown = train_encode.lengths(rows, "classification", tokenizer)
+    assert encode.percentile([*range(1, 101)]) == 96
+    rows = Dataset.from_list(data.read("classification", FILES["classification"]))
+    lengths, unknown = encode.lengths(rows, "classification", tokenizer)
     assert len(lengths) == 16 and lengths[0] == len(tokenizer(rows[0]["text"])["input_ids"]) and unknown == 0
     rows = Dataset.from_list([{"row": 1, "text": "the \N{SNOWMAN} the", "label": "a"}])
-    assert train_encode.lengths(rows, "classification", tokenizer) == ([5], 1)
+    assert encode.lengths(rows, "classification", tokenizer) == ([5], 1)

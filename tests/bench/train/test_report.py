@@ -8,7 +8,7 @@ from rich.console import Console
 from bench.core import schema
 from bench.core.records import Environment, Spread
 from bench.core.schema import ResultsError
-from bench.train import report as train_report
+from bench.train import report
 from bench.train.compare import compare
 from bench.train.records import DataRecord, Evaluation, LaneRecord, Settings, TrainResults
 
@@ -74,7 +74,7 @@ def made(stock=STOCK, fast=FAST, dropout=0.0, gpu=None, **data):
 def shown(results):
     console = Console(width=120)
     with console.capture() as capture:
-        train_report.show(results, console)
+        report.show(results, console)
     return capture.get()
 
 
@@ -103,13 +103,13 @@ def test_what_the_reader_has_to_know():
 def test_picture_and_file(steps, tmp_path):
     losses = [1 + 2 / (i + 1) for i in range(steps)]
     results = made(replace(STOCK, losses=losses), replace(FAST, losses=[*losses[:-1], None]), dropout=0.1)
-    train_report.draw(results, tmp_path / "both.png")
+    report.draw(results, tmp_path / "both.png")
     results.lanes.pop()
     results.comparison = None
-    train_report.draw(results, tmp_path / "one.png")
+    report.draw(results, tmp_path / "one.png")
     assert (tmp_path / "both.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 10_000
     schema.write(results, tmp_path / "results.json")
-    assert train_report.read(tmp_path / "results.json") == results
+    assert report.read(tmp_path / "results.json") == results
 
 
 @pytest.mark.parametrize(("text", "said"), [("{", "Expecting"), ('{"schema": 1}', "not results of"), ("[]", "not results of")])
@@ -117,4 +117,4 @@ def test_other_files_are_refused(text, said, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(ResultsError, match=said):
-        train_report.read(path)
+        report.read(path)

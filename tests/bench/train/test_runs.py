@@ -10,9 +10,8 @@ import torch
 
 import fastbert
 from bench.runner.isolate import ROOT
-from bench.train import lanes as train_lanes
-from bench.train import options as train_options
-from bench.train import report as train_report
+from bench.train import lanes, report
+from bench.train.options import NEEDED
 from fastbert.testing.rows import DEVICE
 from tests.bench.train.training import FILES, invoke, save_model
 
@@ -44,8 +43,8 @@ def train(model, tmp_path):
         folder = tmp_path / out
         arguments = ["--task", task, "--data", FILES[task], "--model", model, "--out", folder, *SHORT, *options]
         code, text = invoke(*arguments)
-        path = folder / train_report.RESULTS
-        return code, text, train_report.read(path) if path.exists() else None
+        path = folder / report.RESULTS
+        return code, text, report.read(path) if path.exists() else None
 
     return call
 
@@ -118,7 +117,7 @@ def test_resumed_is_as_if_never_stopped(lane, batch, accumulation, train, monkey
     code, text, whole = train("mlm", *options, out="whole")
     assert code == 0, text
     assert 4 < whole.data.train_sequences <= 8, "an epoch is two steps, so the third ends in the middle of one"
-    ends = train_lanes.Watch.on_step_end
+    ends = lanes.Watch.on_step_end
 
     def stop(self, args, state, control, **kwargs):
         ends(self, args, state, control, **kwargs)
@@ -126,10 +125,10 @@ def test_resumed_is_as_if_never_stopped(lane, batch, accumulation, train, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_lanes.Watch, "on_step_end", stop)
+        patch.setattr(lanes.Watch, "on_step_end", stop)
         code, text, _ = train("mlm", *options)
     assert code == 130 and "--resume goes on" in text
-    assert not (tmp_path / "out" / train_report.RESULTS).exists()
+    assert not (tmp_path / "out" / report.RESULTS).exists()
 
     code, text, resumed = train("mlm", *options, "--resume")
     assert code == 0, text
@@ -217,7 +216,7 @@ def test_half_precision_needs_a_gpu(train):
 
 
 def test_a_missing_package_is_one_line(train, monkeypatch):
-    monkeypatch.setitem(train_options.NEEDED, "no_such_module", "no-such-package")
+    monkeypatch.setitem(NEEDED, "no_such_module", "no-such-package")
     code, text, _ = train("mlm")
     assert code == 2 and "error: not installed: no-such-package; mend it with: pip install no-such-package" in text
 
@@ -241,7 +240,7 @@ def test_the_readmes_command_runs_the_kernels_without_a_gpu(model, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     said = "no NVIDIA GPU here: Triton's interpreter runs the kernels on the CPU, on small inputs; no times are taken"
     assert done.stderr.count(said) == 1
-    assert train_report.read(tmp_path / "out" / train_report.RESULTS).lanes[1].launches > 0
+    assert report.read(tmp_path / "out" / report.RESULTS).lanes[1].launches > 0
     before = done.stdout.partition("14 rows to train on")[0].splitlines()
     assert before == [
         "--data: the columns that are read: Review (text), Sentiment (label)",
@@ -276,5 +275,5 @@ def test_a_gpu_gives_times(dtype, train):
     code, text, results = train("mlm", "--steps", 12, "--dropout", 0, "--dtype", dtype, "--lr", 1e-3)
     assert code == 0, text
     for lane in results.lanes:
-        assert lane.seconds.rounds == 12 - train_lanes.WARM_UP and lane.tokens_per_second > 0 and lane.peak_bytes > 0
+        assert lane.seconds.rounds == 12 - lanes.WARM_UP and lane.tokens_per_second > 0 and lane.peak_bytes > 0
     assert "not measured" not in text

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.train import data as train_data
+from bench.train import data
 from fastbert.errors import InputError
 from tests.bench.train.training import written
 
@@ -21,7 +21,7 @@ def squad(*changes, context=CONTEXT, **top):
 
 def read(folder, content):
     said = []
-    return train_data.read("qa", written(folder, content, "file.json"), say=said.append), said
+    return data.read("qa", written(folder, content, "file.json"), say=said.append), said
 
 
 @pytest.mark.parametrize(("text", "start"), [("came", 4), ("came", -1), ("came", 500), ("", 0)])

@@ -2,8 +2,7 @@
 
 import pytest
 
-from bench.train import data as train_data
-from bench.train import tasks as train_tasks
+from bench.train import data, tasks
 from fastbert.errors import InputError
 from tests.bench.train.training import written
 
@@ -15,7 +14,7 @@ SIX = "fine thing here\tpos\n" * 3 + "bad thing here\tneg\n" * 3
 def read(folder, task, content, name="file.tsv", columns=""):
     """Texts and label of each row, and what was said."""
     said = []
-    rows = train_data.read(task, written(folder, content, name), columns=columns, say=said.append)
+    rows = data.read(task, written(folder, content, name), columns=columns, say=said.append)
     return [tuple(row[name] for name in ("text", "second", "label") if name in row) for row in rows], said
 
 
@@ -165,5 +164,5 @@ def test_columns_that_are_not_there(columns, said, tmp_path):
 
 def test_digits_that_int_does_not_read_are_words(tmp_path):
     rows, _ = read(tmp_path, "classification", "fine thing\t1\nbad thing\t²\nno thing\t٣\n")
-    assert train_tasks.label_names([{"label": label} for _, label in rows]) == ["1", "²", "٣"]
-    assert train_tasks.label_names([{"label": label} for label in ("10.0", "9.0", "-1")]) == ["-1", "9.0", "10.0"]
+    assert tasks.label_names([{"label": label} for _, label in rows]) == ["1", "²", "٣"]
+    assert tasks.label_names([{"label": label} for label in ("10.0", "9.0", "-1")]) == ["-1", "9.0", "10.0"]

@@ -9,11 +9,9 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction
 
-from bench.train import data as train_data
-from bench.train import encode as train_encode
-from bench.train import metrics as train_metrics
-from bench.train import tasks as train_tasks
+from bench.train import encode, metrics, tasks
 from bench.train.batches import Collator, Rows
+from bench.train.data import read
 from bench.train.encode import IGNORED
 from fastbert.errors import InputError
 from tests.bench.train.training import FILES, make_tokenizer
@@ -26,42 +24,42 @@ def tokenizer():
 
 def test_the_split_is_the_seeds():
     rows = [{"row": i} for i in range(50)]
-    train, evaluation = train_tasks.split("mlm", rows, 0.1, seed=1)
+    train, evaluation = tasks.split("mlm", rows, 0.1, seed=1)
     assert len(evaluation) == 5 and sorted(row["row"] for row in train + evaluation) == list(range(50))
-    assert train_tasks.split("mlm", rows, 0.1, seed=1)[1] == evaluation
-    assert train_tasks.split("mlm", rows, 0.1, seed=2)[1] != evaluation
-    assert len(train_tasks.split("mlm", rows, 0.0, seed=1)[1]) == 1, "there is always something to evaluate"
+    assert tasks.split("mlm", rows, 0.1, seed=1)[1] == evaluation
+    assert tasks.split("mlm", rows, 0.1, seed=2)[1] != evaluation
+    assert len(tasks.split("mlm", rows, 0.0, seed=1)[1]) == 1, "there is always something to evaluate"
     with pytest.raises(InputError, match="4 documents or more to hold some back for evaluation, got 3"):
-        train_tasks.split("pretraining", rows[:3], 0.5, 0)
+        tasks.split("pretraining", rows[:3], 0.5, 0)
 
 
 def test_labels_in_their_order():
-    assert train_tasks.label_names([{"label": name} for name in ("10", "9", "-1")]) == ["-1", "9", "10"]
-    assert train_tasks.label_names([{"label": "b"}, {"tags": ["a", "c"]}]) == ["a", "b", "c"]
+    assert tasks.label_names([{"label": name} for name in ("10", "9", "-1")]) == ["-1", "9", "10"]
+    assert tasks.label_names([{"label": "b"}, {"tags": ["a", "c"]}]) == ["a", "b", "c"]
 
 
 def test_an_unknown_label_is_one_line():
     with pytest.raises(InputError, match="file, row 7: the label 'c' is none of training's: a, b$"):
-        train_tasks.check_labels([{"row": 5, "label": "a"}, {"row": 7, "label": "c"}], ["a", "b"], "file")
+        tasks.check_labels([{"row": 5, "label": "a"}, {"row": 7, "label": "c"}], ["a", "b"], "file")
 
 
 def test_next_sentence_pairs_are_half_real():
-    documents = train_data.read("pretraining", FILES["pretraining"])
-    pairs = train_tasks.sentence_pairs(documents, seed=0)
+    documents = read("pretraining", FILES["pretraining"])
+    pairs = tasks.sentence_pairs(documents, seed=0)
     following = {a: b for d in documents for a, b in zip(d["sentences"], d["sentences"][1:], strict=False)}
     assert Counter(pair["random"] for pair in pairs) == {0: 9, 1: 9}
     for pair in pairs:
         own = next(d["sentences"] for d in documents if pair["text"] in d["sentences"])
         assert (following[pair["text"]] == pair["second"]) == (not pair["random"])
         assert (pair["second"] in own) == (not pair["random"]), "a random one is another document's"
-    assert train_tasks.sentence_pairs(documents, seed=1) != pairs
+    assert tasks.sentence_pairs(documents, seed=1) != pairs
 
 
 @pytest.mark.parametrize("documents", [[["one", "two"]], [["one"], ["two"]]])
 def test_pairs_need_documents_with_sentences(documents):
     rows = [{"row": i, "sentences": sentences} for i, sentences in enumerate(documents)]
     with pytest.raises(InputError, match="next-sentence pairs need two documents or more"):
-        train_tasks.sentence_pairs(rows, 0)
+        tasks.sentence_pairs(rows, 0)
 
 
 def masked_batches(tokenizer, epoch=0, seed=0):
@@ -93,10 +91,10 @@ def test_masks_are_the_rows_and_the_epochs_alone(tokenizer):
 
 
 def test_padding_is_dynamic_and_the_tally_counts_real_tokens(tokenizer):
-    rows = train_data.read("classification", FILES["classification"])
+    rows = read("classification", FILES["classification"])
     labels = {"good": 0, "bad": 1, "fair": 2}
-    features = train_encode.encode(Dataset.from_list(rows), "classification", tokenizer, 48, "head", labels)
-    data, collator = Rows(features, 0, train_tasks.TASKS["classification"].kept), Collator("classification", tokenizer)
+    features = encode.encode(Dataset.from_list(rows), "classification", tokenizer, 48, "head", labels)
+    data, collator = Rows(features, 0, tasks.TASKS["classification"].kept), Collator("classification", tokenizer)
     for i in (0, 6):
         batch = collator([data[i], data[i + 1]])
         assert batch["input_ids"].shape[1] == max(len(features[j]["input_ids"]) for j in (i, i + 1))
@@ -109,10 +107,10 @@ def test_perplexity_counts_every_label_once():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
     labels[0, 1:] = IGNORED
-    reduced = train_metrics.masked_likelihood(logits, labels).numpy()
+    reduced = metrics.masked_likelihood(logits, labels).numpy()
     expected = cross_entropy(logits.view(-1, 7), labels.view(-1), ignore_index=IGNORED).exp().item()
-    assert train_metrics.perplexity(EvalPrediction(reduced, None))["perplexity"] == pytest.approx(expected)
-    causal = train_metrics.causal_likelihood(logits, labels).sum(0)
+    assert metrics.perplexity(EvalPrediction(reduced, None))["perplexity"] == pytest.approx(expected)
+    causal = metrics.causal_likelihood(logits, labels).sum(0)
     shifted = cross_entropy(logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1), ignore_index=IGNORED)
     assert (causal[0] / causal[1]).item() == pytest.approx(shifted.item())
 
@@ -121,9 +119,9 @@ def test_entity_f1_is_of_whole_entities():
     names = ["B-PER", "I-PER", "O"]
     labels = numpy.array([[IGNORED, 0, 1, 2, 0, IGNORED]])
     found = numpy.array([[0, 0, 2, 2, 0, 0, IGNORED]])  # half an entity is none
-    scores = train_metrics.entities(names)(EvalPrediction(found, labels))
+    scores = metrics.entities(names)(EvalPrediction(found, labels))
     assert scores == {"entity F1": 0.5, "token accuracy": 0.75}
-    plain = train_metrics.entities(["NOUN", "VERB"])(EvalPrediction(numpy.array([[0, 0]]), numpy.array([[0, 1]])))
+    plain = metrics.entities(["NOUN", "VERB"])(EvalPrediction(numpy.array([[0, 0]]), numpy.array([[0, 1]])))
     assert plain == {"macro F1": pytest.approx(1 / 3), "token accuracy": 0.5}
 
 
@@ -134,7 +132,7 @@ def test_answers_take_the_best_span_of_all_windows():
     features = [{"question_row": 1, "spans": spans}, {"question_row": 1, "spans": spans[:3]}]
     starts = numpy.array([[9, 0, 0, 2, 0], [9, 5, 0, -100, -100]], dtype=float)
     ends = numpy.array([[9, 0, 0, 2, 0], [9, 0, 5, -100, -100]], dtype=float)
-    judge = train_metrics.answers(rows, features)
+    judge = metrics.answers(rows, features)
     assert judge(EvalPrediction((starts, ends), None)) == {"exact match": 100.0, "F1": 100.0}
     starts[1, 1] = 1.0  # now the word "came" of the first window is no worse
     ends[1, 2] = 1.0
@@ -147,6 +145,6 @@ def test_no_answer_is_said_only_where_some_question_has_none():
     features = [{"question_row": n, "spans": spans} for n in (1, 2)]
     logits = numpy.array([[0.0, 5.0], [5.0, 0.0]])
     prediction = EvalPrediction((logits, logits), None)
-    assert train_metrics.answers(rows, features)(prediction)["exact match"] == 100.0
+    assert metrics.answers(rows, features)(prediction)["exact match"] == 100.0
     rows[1]["answers"] = ["Anna"]
-    assert train_metrics.answers(rows, features)(prediction)["exact match"] == 100.0, "then the best span, always"
+    assert metrics.answers(rows, features)(prediction)["exact match"] == 100.0, "then the best span, always"
