@@ -22,22 +22,25 @@ def examples(kind):
     return [row | {"unused": torch.tensor(0)} for row in rows]
 
 
+def arguments_in(folder, **settings):
+    """A few steps that write nothing but what `settings` ask for, and whose every loss is logged."""
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": ROWS,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": DEVICE.type == "cpu",
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    return TrainingArguments(**(defaults | settings))
+
+
 def train(model, folder, kind, **settings):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=ACCUMULATED,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=DEVICE.type == "cpu",
-        dataloader_pin_memory=False,
-        seed=3,
-        **settings,
-    )
+    arguments = arguments_in(folder, max_steps=STEPS, gradient_accumulation_steps=ACCUMULATED, **settings)
     trainer = Trainer(model=model, args=arguments, train_dataset=examples(kind))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

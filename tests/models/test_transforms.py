@@ -17,6 +17,15 @@ def reasons(model):
     return {reason for row in fastbert.report(model).rows for reason in row.fallback_calls}
 
 
+def assert_is_stocks(compute, model, reason):
+    """What `compute(model)` gives is bitwise stock's once the model is patched, from no kernel and for this reason."""
+    stock = compute(model)
+    with counting() as launched:
+        assert_bitwise(compute(fastbert.patch(model)), stock)
+    assert not launched
+    assert reasons(model) == {reason}
+
+
 def test_functional_call_uses_the_kernels_with_the_parameters_it_is_given():
     model, other = fastbert.patch(make(seed=1)), fastbert.patch(make(seed=2))
     batch = make_batch()
@@ -40,11 +49,7 @@ def test_func_grad_is_stocks():
 
         return torch.func.grad(loss)(parameters)
 
-    stock = gradients(model)
-    with counting() as launched:
-        assert_bitwise(gradients(fastbert.patch(model)), stock)
-    assert not launched
-    assert reasons(model) == {"torch.func transforms go through stock code"}
+    assert_is_stocks(gradients, model, "torch.func transforms go through stock code")
 
 
 def test_vmap_is_stocks():
@@ -80,11 +85,7 @@ def test_forward_mode_derivative_is_stocks():
             output = model(inputs_embeds=dual).last_hidden_state
             return {"tangent": forward_ad.unpack_dual(output).tangent}
 
-    stock = derivative(model)
-    with counting() as launched:
-        assert_bitwise(derivative(fastbert.patch(model)), stock)
-    assert not launched
-    assert reasons(model) == {"the kernels have no forward-mode derivative"}
+    assert_is_stocks(derivative, model, "the kernels have no forward-mode derivative")
 
 
 def test_jacobian_by_reverse_mode_is_right():

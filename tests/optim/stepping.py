@@ -36,12 +36,22 @@ def give_gradients(*optimizers, step=0, missing=(), scale=1.0):
             param.grad = None if index in missing else grad.to(param.device, param.dtype)
 
 
-def run(ours, theirs, steps=100, each=lambda step: None, missing=lambda step: ()):
-    for step in range(steps):
+def run(ours, theirs, steps=100, each=lambda step: None, missing=lambda step: (), first=0):
+    for step in range(first, first + steps):
         give_gradients(ours, theirs, step=step, missing=missing(step))
         ours.step()
         theirs.step()
         each(step)
+
+
+def run_beside_exact(ours, params, theirs, exact, steps):
+    """Steps of `ours` on 16-bit `params`, and of `theirs` on the same gradients, as float32, of `exact`."""
+    for step in range(steps):
+        give_gradients(ours, step=step)
+        for param, other in zip(params, exact, strict=True):
+            other.grad = param.grad.float()
+        ours.step()
+        theirs.step()
 
 
 def assert_same(ours, theirs, tolerance=TOLERANCE):

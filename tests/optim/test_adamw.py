@@ -183,10 +183,7 @@ def test_duplicates_go_on_by_themselves(duplicate):
     give_gradients(ours)
     ours.step()
     other = duplicate(ours)
-    for step in range(1, 4):
-        give_gradients(ours, other, step=step)
-        ours.step()
-        other.step()
+    run(ours, other, steps=3, first=1)
     assert_bitwise(ours, other)
 
 

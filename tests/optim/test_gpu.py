@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 import fastbert
 from fastbert.testing.rows import DEVICE
 
-from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run
+from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run, run_beside_exact
 
 pytestmark = pytest.mark.gpu
 
@@ -54,12 +54,7 @@ def test_bfloat16_masters_follow_float32():
     params = make_params(LARGE, torch.bfloat16)
     exact = [torch.nn.Parameter(p.detach().float()) for p in params]
     ours, theirs = fastbert.AdamW(params, lr=1e-4, master_weights=True), torch.optim.AdamW(exact, lr=1e-4)
-    for step in range(50):
-        give_gradients(ours, step=step)
-        for param, other in zip(params, exact, strict=True):
-            other.grad = param.grad.float()
-        ours.step()
-        theirs.step()
+    run_beside_exact(ours, params, theirs, exact, steps=50)
     for param, other in zip(params, exact, strict=True):
         torch.testing.assert_close(ours.state[param]["master"], other.detach(), rtol=1e-6, atol=1e-6)
         assert torch.equal(param.detach(), ours.state[param]["master"].bfloat16())

@@ -8,7 +8,7 @@ import torch
 import fastbert
 from fastbert import dispatch
 
-from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run
+from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run, run_beside_exact
 
 
 @pytest.fixture
@@ -55,12 +55,7 @@ def test_bfloat16_in_the_interpreter_and_masters(no_kernels):
     params = [torch.nn.Parameter(p.detach().bfloat16()) for p in on_the_cpu()]
     exact = [torch.nn.Parameter(p.detach().float()) for p in params]
     ours, theirs = fastbert.AdamW(params, master_weights=True), torch.optim.AdamW(exact)
-    for step in range(5):
-        give_gradients(ours, step=step)
-        for param, other in zip(params, exact, strict=True):
-            other.grad = param.grad.float()
-        ours.step()
-        theirs.step()
+    run_beside_exact(ours, params, theirs, exact, steps=5)
     for param, other in zip(params_of(ours), exact, strict=True):
         assert torch.equal(ours.state[param]["master"], other)
         assert torch.equal(param, other.bfloat16())

@@ -6,11 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import fastbert
 from fastbert.integrations.trainer import ReportCallback
 from fastbert.testing.rows import DEVICE
+from tests.models.test_trainer import arguments_in as common_arguments
 from tests.models.test_trainer import assert_same_weights, examples
 from tests.models.tiny import CLASSIFICATION, make
 
@@ -19,26 +20,9 @@ STEPS, ROWS = 8, 2  # as many rows as examples() gives
 
 
 def arguments_in(folder, **settings):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=ROWS,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        adam_beta1=0.8,
-        adam_beta2=0.98,
-        adam_epsilon=1e-7,
-        lr_scheduler_type="linear",
-        warmup_steps=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=DEVICE.type == "cpu",
-        dataloader_pin_memory=False,
-        seed=3,
-        **settings,
-    )
+    rates = {"weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.98, "adam_epsilon": 1e-7}
+    schedule = {"max_steps": STEPS, "lr_scheduler_type": "linear", "warmup_steps": 2}
+    return common_arguments(folder, per_device_train_batch_size=ROWS, **rates, **(schedule | settings))
 
 
 def train(model, arguments, **settings):
