@@ -73,19 +73,10 @@ def exports(path: Path) -> list[str]:
     return [] if value is None else ast.literal_eval(value)
 
 
-def audit_cases(path: Path) -> set[str]:
-    """The ops that `python -m bench audit` compiles: the keys of its CASES."""
-    table = assigned(path, "CASES")
-    assert isinstance(table, ast.Dict), f"{path}: CASES must be written out as a dictionary"
-    return {key.value for key in table.keys if isinstance(key, ast.Constant)}
-
-
 def specs(root: Path) -> set[str]:
     """The ops that are described for tests, the audit and the benchmarks."""
     files = (root / "fastbert" / "testing" / "specs").glob("*.py")
-    return {path.stem for path in files if assigned(path, "SPEC") is not None} | audit_cases(
-        root / "bench" / "audit" / "cases.py"
-    )
+    return {path.stem for path in files if assigned(path, "SPEC") is not None}
 
 
 def signature(function: ast.FunctionDef) -> tuple[list[str], dict[str, str]]:
@@ -160,7 +151,7 @@ def remove_a_test(root: Path) -> None:
     ],
 )
 def test_a_missing_place_is_noticed(change: Callable[[Path], object], noticed: str, tmp_path: Path) -> None:
-    for folder in ("kernels", "bench/audit", "fastbert/testing", "tests/kernels"):
+    for folder in ("kernels", "fastbert/testing", "tests/kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
     change(tmp_path)
     assert [line for line in complaints(tmp_path) if line.startswith(noticed)]

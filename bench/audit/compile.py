@@ -16,10 +16,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench.audit import sass
-from bench.audit.cases import CASES, Variant
 from bench.core.floors import SCORE_PRODUCTS
 from bench.core.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_per_second, resident_programs
 from fastbert.kernels.core import cache, launch
+from fastbert.testing.spec import Variant
+from fastbert.testing.specs import SPECS
 
 TILES = "pointers"  # what attention's kernels call whatever they load or store a tile through
 _COLUMN_SUMS = "column_sums_kernel"
@@ -62,7 +63,7 @@ class Launch:
         """
         if self.kernel.__name__ == _COLUMN_SUMS:
             return {"here": self.arguments["b_ptr"]}
-        elements = CASES[variant.op].elements(CASES[variant.op], variant)
+        elements = SPECS[variant.op].elements(SPECS[variant.op], variant)
         tensors = {k.removesuffix("_ptr"): v for k, v in self.arguments.items() if isinstance(v, Tensor)}
         return {name: tensor for name, tensor in tensors.items() if tensor.numel() == elements}
 
@@ -102,8 +103,8 @@ def record(architecture: str, variant: Variant, rows: int | None = None) -> list
     """
     launches: list[Launch] = []
     with launch.recording(architecture, lambda *launched: launches.append(Launch(*launched))):
-        CASES[variant.op].launch(variant, rows)
-    kernels = getattr(variant, "kernels", ()) or {launched.kernel.__name__ for launched in launches}
+        SPECS[variant.op].launch(variant, rows)
+    kernels = variant.kernels or {launched.kernel.__name__ for launched in launches}
     forms = {launched.form: launched for launched in reversed(launches) if launched.kernel.__name__ in kernels}
     return list(reversed(forms.values()))
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bench.core.hardware import ARCHITECTURES, BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
 
 if TYPE_CHECKING:
-    from fastbert.testing.spec import Variant
+    from fastbert.testing.spec import OpSpec, Variant
 
 __all__ = ["compare", "differences", "ops", "read", "run", "severity", "short", "write"]
 
@@ -42,19 +42,17 @@ ACCEPTED_SPILLS = (
 Record = dict[str, Any]
 
 
-def ops() -> dict[str, Any]:
+def ops() -> "dict[str, OpSpec]":
     """The ops by name. A function, because this imports triton, whose interpreter a dry run chooses before that."""
-    from bench.audit.cases import CASES
+    from fastbert.testing.specs import SPECS
 
-    return CASES
+    return SPECS
 
 
 def short() -> set[str]:
     """The variants of the short list, BERT-base in bf16 as it is trained: what a change is most likely to spoil, in a minute
     and a half instead of a quarter of an hour."""
-    from bench.audit.cases import SHORT
-
-    return {*SHORT, *(f"{op} {form}" for op, spec in ops().items() for form in getattr(spec, "short", ()))}
+    return {f"{op} {form}" for op, spec in ops().items() for form in spec.short}
 
 
 def run(

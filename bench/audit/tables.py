@@ -61,10 +61,10 @@ def floor_table(ops: list[str]) -> Table:
     for op in ops:
         if op == "adamw":
             for model, hidden in floors.MODELS.items():
-                floor = floors.floor_microseconds(floors.ADAMW_BYTES * floors.parameters(hidden))
+                floor = floors.floor_microseconds(floors.adamw_bytes() * floors.parameters(hidden))
                 table.add_row(op, "step, fp32", model, *[f"{floor:.0f}"] * len(floors.SHAPES))
             continue
-        for direction in floors.directions(op):
+        for direction in floors.spec(op).tensors:
             for model, hidden in floors.MODELS.items():
                 cells = [_floor(op, direction, *shape, hidden) for shape in floors.SHAPES.values()]
                 table.add_row(op, direction, model, *cells)

@@ -1,24 +1,17 @@
-"""The fewest bytes and operations of an op, and the time they take at the measured ceilings. KERNELS has the targets.
+"""The fewest bytes and operations of an op, and the time they take at the measured ceilings.
 
-T = tokens, W = width (hidden size, or 4 times that for bias_gelu), b = bytes an element. Weights, biases and the
-row statistics are left out: at 4,096 tokens they are under 1 %. linear_cross_entropy's weight is not, but its floor is that
-of its operations.
+Which tensors an op reads and writes and which products it makes stands in its spec (fastbert/testing/specs).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bench.core.hardware import BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
 
-# Tensors of T x W elements that are read or written.
-TENSORS = {
-    "feed_forward": {"forward": ("x", "y"), "backward": ("dy", "x", "dx")},
-    "linear_cross_entropy": {"forward": ("hidden",), "backward": ("hidden", "dhidden")},
-}
-# Products of linear_cross_entropy, each of 2 operations a token, element of hidden and class.
-DECODER_PRODUCTS = {"forward": 1, "backward": 2}
-# Products of feed_forward, each of 2 operations a token, element of hidden and element of the feed-forward.
-FEED_FORWARD_PRODUCTS = {"forward": 2, "backward": 4}
+if TYPE_CHECKING:
+    from fastbert.testing.spec import OpSpec, Size
+
 VOCABULARY, TINY_VOCABULARY = 30522, 101
+HEAD_SIZE = 64
 # Of attention, each of 2 operations a score and element of a head, as each kernel computes them (both of the backward of
 # longer sequences make scores and dP again).
 SCORE_PRODUCTS = {
@@ -29,7 +22,6 @@ SCORE_PRODUCTS = {
 }
 
 LAYERS = {768: 12, 1024: 24}
-ADAMW_BYTES = 28  # a float32 parameter: reads it, its gradient and two moments; writes it and the moments
 
 
 def parameters(hidden: int) -> int:
@@ -42,37 +34,36 @@ MODELS = {"BERT-base": 768, "BERT-large": 1024}
 SHAPES = {"1 x 512": (1, 512), "32 x 128": (32, 128), "64 x 512": (64, 512)}  # sequences x their length
 
 
-def vocabulary(hidden: int) -> int:
-    """Classes of the decoder that is measured: BERT's, and few for the tiny model of a dry run."""
-    return VOCABULARY if hidden in LAYERS else TINY_VOCABULARY
+def size(batch: int, seqlen: int, hidden: int) -> "Size":
+    """Of BERT with this hidden size; the decoder of the tiny model of a dry run has few classes."""
+    from fastbert.testing.spec import Size
+
+    heads = max(1, hidden // HEAD_SIZE)
+    classes = VOCABULARY if hidden in LAYERS else TINY_VOCABULARY
+    shapes = {"heads": heads, "head_size": hidden // heads, "inner": 4 * hidden}
+    return Size(batch, seqlen, hidden, vocabulary=classes, **shapes)
 
 
-def _specs() -> dict[str, Any]:
-    # They import triton, whose interpreter a dry run chooses before that.
+def spec(op: str) -> "OpSpec":
+    """The op's. A function, because specs import triton, whose interpreter a dry run chooses before that."""
     from fastbert.testing.specs import SPECS
 
-    return SPECS
-
-
-def directions(op: str) -> tuple[str, ...]:
-    """Those of an op whose bytes are stated."""
-    return tuple(TENSORS[op] if op in TENSORS else _specs()[op].tensors if op in _specs() else ())
+    return SPECS[op]
 
 
 def stated_bytes(op: str, direction: str, tokens: int, hidden: int, itemsize: int) -> int:
-    """Of so many tensors of tokens x width elements."""
-    if op in TENSORS:
-        return len(TENSORS[op][direction]) * tokens * hidden * itemsize
-    return _specs()[op].moved(direction, tokens, hidden, itemsize)
+    """Each tensor that the op's spec names once."""
+    return spec(op).moved(direction, tokens, hidden, itemsize)
+
+
+def adamw_bytes() -> int:
+    """Of a step, a float32 parameter: reads it, its gradient and two moments; writes it and the moments."""
+    return stated_bytes("adamw", "step", 1, 1, 4)
 
 
 def stated_operations(op: str, direction: str, batch: int, seqlen: int, hidden: int) -> int:
-    """Of the matrix products: hidden is heads x head size, and every head has seqlen x seqlen scores."""
-    if op == "linear_cross_entropy":
-        return DECODER_PRODUCTS[direction] * 2 * batch * seqlen * hidden * vocabulary(hidden)
-    if op == "feed_forward":
-        return FEED_FORWARD_PRODUCTS[direction] * 2 * batch * seqlen * hidden * 4 * hidden
-    return _specs()[op].operations(direction, batch, seqlen, hidden) if op not in TENSORS else 0
+    """Of the matrix products: every head has seqlen x seqlen scores."""
+    return spec(op).operations(direction, size(batch, seqlen, hidden))
 
 
 def floor_microseconds(moved: float, operations: float = 0.0) -> float:

@@ -1,17 +1,13 @@
 """The lanes of feed_forward, and what they decide: where the products' own epilogues are no slower than cuBLAS and a kernel."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 
-import torch
-import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
 from bench.core.comparison import ratio
 from bench.core.records import OpRecord
-from bench.ops.grid import Case, Function, Inputs, Lane, Op
-from fastbert.kernels import reference
+from bench.ops.grid import Inputs, Lane
 from fastbert.kernels.feed_forward import feed_forward
 from fastbert.kernels.feed_forward.products import GRADIENT, PRODUCT, decided
 
@@ -19,57 +15,17 @@ AFTER, EPILOGUES = "fastbert, cuBLAS + kernel", "fastbert, epilogues"
 PARTS = {"forward": PRODUCT, "backward": GRADIENT}
 
 
-def _make(case: Case, generator: torch.Generator, device: str) -> Inputs:
-    """BERT's: [rows, H] and F = 4 H."""
-    rows, hidden, inner = case.batch * case.seqlen, case.hidden, 4 * case.hidden
+def _deciding(way: tuple[bool, bool]) -> Lane:
+    """With the epilogues that are asked for, not as the table says."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+    def call(inputs: Inputs, p: float) -> Tensor:
+        with decided(*way):
+            return feed_forward(**inputs.leaves)
 
-    leaves = {
-        "x": normal(rows, hidden),
-        "weight": normal(inner, hidden) / hidden**0.5,
-        "bias": normal(inner),
-        "output_weight": normal(hidden, inner) / inner**0.5,
-    }
-    return Inputs(leaves, {}, normal(rows, hidden))
+    return Lane(lambda case: call)
 
 
-def _eager(x: Tensor, weight: Tensor, bias: Tensor, output_weight: Tensor) -> Tensor:
-    """As BertIntermediate and BertOutput compute it."""
-    return F.linear(F.gelu(F.linear(x, weight, bias)), output_weight)
-
-
-def _compiled(case: Case) -> Function:
-    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    call = torch.compile(_eager, dynamic=False, backend=backend)
-    return lambda inputs, p: call(**inputs.leaves)
-
-
-def _ours(way: tuple[bool, bool] | None) -> Lane:
-    """As the table says, or what is asked for."""
-
-    def build(case: Case) -> Function:
-        def call(inputs: Inputs, p: float) -> Tensor:
-            with nullcontext() if way is None else decided(*way):
-                return feed_forward(**inputs.leaves)
-
-        return call
-
-    return Lane(build)
-
-
-OP = Op(
-    _make,
-    lambda inputs, p: reference.feed_forward(**inputs.leaves),
-    {
-        "eager": Lane(lambda case: lambda inputs, p: _eager(**inputs.leaves)),
-        "compile": Lane(_compiled),
-        "fastbert": _ours(None),
-        AFTER: _ours((False, False)),
-        EPILOGUES: _ours((True, True)),
-    },
-)
+WAYS = {AFTER: _deciding((False, False)), EPILOGUES: _deciding((True, True))}
 
 
 def verdicts(records: Iterable[OpRecord]) -> list[tuple[OpRecord, OpRecord, bool]]:

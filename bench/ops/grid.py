@@ -16,7 +16,6 @@ from fastbert.testing.spec import Draw, Given, Size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIRECTIONS = ("forward", "backward", "both")
-HEAD_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -32,26 +31,14 @@ class Case:
     p: float = 0.0
 
     @property
-    def heads(self) -> int:
-        return max(1, self.hidden // HEAD_SIZE)
-
-    @property
     def lengths(self) -> list[int]:
         return Lengths().of_batch(self.batch, self.seqlen, self.fill)
 
     @property
     def size(self) -> Size:
         """The same as an op's spec has it."""
-        return Size(
-            self.batch,
-            self.seqlen,
-            self.hidden,
-            heads=self.heads,
-            head_size=self.hidden // self.heads,
-            inner=4 * self.hidden,
-            vocabulary=floors.vocabulary(self.hidden),
-            lengths=tuple(self.lengths) if self.fill < 1.0 else None,
-        )
+        lengths = tuple(self.lengths) if self.fill < 1.0 else None
+        return replace(floors.size(self.batch, self.seqlen, self.hidden), lengths=lengths)
 
     def moved(self, direction: str) -> int:
         """Stated bytes: each input read once, each output written once, real rows only."""

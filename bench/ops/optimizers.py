@@ -74,7 +74,7 @@ def run(model: str) -> Iterator[OpRecord]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parameters = Parameters.of(model, device)
     eager, exact = parameters.after(_one_by_one), parameters.after(_one_by_one, torch.float64)
-    moved = floors.ADAMW_BYTES * sum(x.numel() for x in parameters.values)
+    moved = floors.adamw_bytes() * sum(x.numel() for x in parameters.values)
     for name, lane in LANES.items():
         yield OpRecord(
             **{"lane": name, "reason": None, "seconds": None, "runs": [], "peak_bytes": None}

@@ -3,18 +3,10 @@
 Apart from the grid of sizes, because the lanes import triton, whose interpreter is chosen before that.
 """
 
-from dataclasses import replace
-
 from bench.ops import attention_lanes, decoder_lanes, feed_forward_lanes, row_lanes
 from bench.ops.from_spec import op_of
-from bench.ops.grid import DTYPES, Op
+from bench.ops.grid import Op
 from fastbert.testing.specs import SPECS
-
-
-def _in_float32(op: Op) -> Op:
-    """An op whose inputs are made in float32."""
-    return replace(op, make=lambda case, draw: op.make(case, draw.generator, draw.device).converted(DTYPES[case.dtype]))
-
 
 OPS: dict[str, Op] = {
     "dropout_add_layernorm": op_of(SPECS["dropout_add_layernorm"], row_lanes.DROPOUT_ADD_LAYERNORM),
@@ -23,6 +15,6 @@ OPS: dict[str, Op] = {
     "gather_rows": op_of(SPECS["gather_rows"]),
     "attention": op_of(SPECS["attention"], attention_lanes.PEERS, attention_lanes.PACKED),
     "embedding_layernorm": op_of(SPECS["embedding_layernorm"]),
-    "feed_forward": _in_float32(feed_forward_lanes.OP),
-    "linear_cross_entropy": _in_float32(decoder_lanes.OP),
+    "feed_forward": op_of(SPECS["feed_forward"], more=feed_forward_lanes.WAYS),
+    "linear_cross_entropy": op_of(SPECS["linear_cross_entropy"], decoder_lanes.PEERS),
 }

@@ -147,7 +147,6 @@ ENTRIES = {
         _VOCABULARY,
         {"BLOCK_N": (2048, 4096, 8192), "chunk": (1024, 2048), "num_warps": (4, 8, 16)},
         "linear_cross_entropy_fwd_kernel",
-        {"activation": "gradient"},
     ),
     "embedding_runs": Entry(
         "embedding_layernorm",

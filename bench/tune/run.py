@@ -77,12 +77,12 @@ def audited(job: tuple[str, str, str, int, Config]) -> dict[str, Any]:
     """
     from bench.audit import compile as compiling
     from bench.audit import sass
-    from bench.audit.cases import CASES
     from bench.core.hardware import ARCHITECTURES
+    from fastbert.testing.specs import SPECS
 
     kernel, architecture, dtype, width, config = job
     entry = ENTRIES[kernel]
-    variant = CASES[entry.op].variant(dtype, width, **entry.extra)
+    variant = SPECS[entry.op].variant(dtype, width, **entry.extra)
     with shipped(kernel, architecture, dtype, config):
         launches = compiling.record(architecture, variant)
     launched = next(one for one in launches if one.kernel.__name__ == entry.function)

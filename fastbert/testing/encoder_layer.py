@@ -1,7 +1,7 @@
 """A whole layer under test: its inputs by name, its dropout's bits, and the check that judges a call."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from fastbert.testing.numerics import assert_close
 from fastbert.verify import _compare_all
 
 from .rows import DEVICE, Inputs, double, run
+from .specs import encoder_layer as spec
+from .specs.encoder_layer import PROJECTIONS, flat, weights
 
 NAMES = Weights._fields
-NORMS = ("attention_norm", "output_norm")
-PROJECTIONS = ("query", "key", "value")
 Results = dict[str, Tensor | None]
 
 FORWARD = Counter({"attention_fwd_kernel": 1, "dropout_add_layernorm_fwd_kernel": 2, "bias_gelu_fwd_kernel": 1})
@@ -43,30 +43,13 @@ def make_inputs(
     hidden = shape[-1]
     inputs: Inputs = {"x": normal(*shape, dtype=dtype)}
     inputs["queries"] = None if queries is None else normal(queries, hidden, dtype=dtype)
-    of_products = {"intermediate": (inner, hidden), "output": (hidden, inner)}
-    of_products |= dict.fromkeys((*PROJECTIONS, "attention_output"), (hidden, hidden))
-    for name in NAMES:
-        if name in of_products:
-            values = torch.randn(of_products[name], dtype=torch.float64) * of_products[name][1] ** -0.5
-        else:
-            width = inner if name == "intermediate_bias" else hidden
-            values = (1.0 if name in NORMS else 0.0) + 0.3 * torch.randn(width, dtype=torch.float64)
-        inputs[name] = values.to(DEVICE, weight_dtype or dtype)
+    drawn = weights(hidden, inner, lambda *shape: torch.randn(shape, dtype=torch.float64))
+    inputs |= {name: values.to(DEVICE, weight_dtype or dtype) for name, values in drawn.items()}
     return inputs
 
 
 def seeds(first: int = 1234) -> Tensor:
-    return torch.arange(first, first + 6, dtype=torch.int64, device=DEVICE) * 0x9E3779B97F4A7C
-
-
-def flat(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` with its weights by name."""
-
-    def call(*, x: Tensor, settings: Settings, **rest: Any) -> Tensor:
-        weights = Weights(*(rest.pop(name) for name in NAMES))
-        return function(x, weights, settings, **rest)
-
-    return call
+    return spec.seeds(DEVICE, first)
 
 
 def direct(

@@ -1,40 +1,24 @@
 """How a test calls linear_cross_entropy and what it is compared with; which of its three ways a call takes."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from fastbert.kernels import linear_cross_entropy as module
 from fastbert.kernels import reference
 from fastbert.kernels.core.launch import counts
-from fastbert.kernels.linear_cross_entropy import chunked as linear_cross_entropy_chunks
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from fastbert.testing.numerics import assert_close
 
 from .rows import DEVICE
+from .specs.linear_cross_entropy import chunks_of
 
 NAMES = ("hidden", "weight", "bias")
 FORWARD, REDUCE, SCALE = (f"linear_cross_entropy_{part}_kernel" for part in ("fwd", "reduce", "bwd_scale"))
 WAYS = ("kept", "formed")  # how a mean or a sum is differentiated; reduction "none" has a way of its own
 
 Inputs = dict[str, Tensor | None]
-
-
-@contextmanager
-def chunks_of(rows: int | None) -> Iterator[None]:
-    """With a number, chunks of so many rows whose gradients are formed in the forward, as of a batch of thousands."""
-    if rows is None:
-        yield
-        return
-    with (
-        patch.object(module, "most_at_once", lambda *sizes: -1),
-        patch.object(linear_cross_entropy_chunks, "rows_a_chunk", lambda *sizes: rows),
-    ):
-        yield
 
 
 def chunk_rows(way: str, rows: int) -> int | None:

@@ -163,7 +163,7 @@ class OpSpec:
     eager: as transformers computes it, which is what a benchmark compares with; the reference by default.
     tensors: those of tokens x width elements that are read or written, by direction.
     widen: how many times as wide as the hidden size they are in BERT.
-    operations: operations(direction, batch, seqlen, hidden) of its matrix products.
+    operations: operations(direction, size) of its matrix products.
     forms: calls that tests repeat, capture and delay: options of inputs by name.
     tables: by form, the tables of configurations that it launches with.
     dropout: whether eager, called by a benchmark, takes p.
@@ -184,7 +184,7 @@ class OpSpec:
     eager: Callable[..., Tensor] | None = None
     tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     widen: int = 1
-    operations: Callable[[str, int, int, int], int] = lambda direction, batch, seqlen, hidden: 0
+    operations: Callable[[str, Size], int] = lambda direction, size: 0
     forms: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropout: bool = False
@@ -208,7 +208,10 @@ class OpSpec:
         with given.within():
             y = self.call(**leaves, **given.context)
             gradients = torch.autograd.grad(y, list(leaves.values()), given.dy) if leaves else ()
-        results = {"y": y.detach()} if isinstance(y, Tensor) else {str(i): x for i, x in enumerate(y)}
+        if isinstance(y, Tensor):
+            results = {"y": y.detach()}
+        else:
+            results = y if isinstance(y, dict) else {str(i): x for i, x in enumerate(y)}
         return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
     def launch(self, variant: Variant, rows: int | None = None) -> None:

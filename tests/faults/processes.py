@@ -13,11 +13,11 @@ import hashlib, sys, time
 from pathlib import Path
 
 import triton
-from bench import compile
-from bench.audit.cases import CASES
-from fastbert.kernels import failures, launch
+from bench.audit import compile
+from fastbert.kernels.core import failures, launch
+from fastbert.testing.specs import SPECS
 
-variant = next(iter(CASES["gather_rows"].variants()))
+variant = next(iter(SPECS["gather_rows"].variants()))
 recorded = compile.record("sm_90", variant)[0]
 triton.runtime.driver.set_active(compile._AbsentDevice(90))
 

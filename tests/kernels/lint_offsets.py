@@ -1,6 +1,6 @@
 """Every kernel's offsets in 64 bits, read off what Triton makes of it: `python -m tests.kernels.lint_offsets [--all]`.
 
-Each case of bench/audit/cases.py is launched as the audit launches it, on tensors of more than 2**31 elements that take no
+Each variant of fastbert/testing/specs is launched as the audit launches it, on tensors of more than 2**31 elements that take no
 memory and with every stride as long as 32 bits hold, lowered to Triton's IR for sm_90 and searched by ranges.py. A line of
 JSON a kernel: its name, the variant and what was found; without --all only of variants that differ in more than their dtype
 and width. In a process of its own: under the interpreter nothing compiles.
@@ -19,14 +19,15 @@ import triton
 import triton.language as tl
 from triton._C.libtriton import ir
 
-from bench.audit import cases
 from bench.audit.compile import Launch, compile_launch, record
 from fastbert.kernels.core.configs import Config
+from fastbert.testing.specs import SPECS
+from fastbert.testing.specs.embedding_layernorm import EMBEDDED
 from tests.kernels.ranges import wrapped_offsets
 
 ARCHITECTURE = "sm_90"
-TOKENS = cases.EMBEDDED * 2**17  # of 384 columns and more
-SIZES = {"adamw": {"TOKENS": 2**33}, "attention": {"BATCH": 2**14}}
+TOKENS = EMBEDDED * 2**17  # of 384 columns and more
+ROWS = {"adamw": 2**33, "attention": 2**14}  # of attention sequences
 STRIDE = 2**31 - 128
 # Of what the launcher makes contiguous. Token ids: their offsets are numbers of tokens, and those fit in 32 bits. Operands of
 # feed_forward's products: a row is H elements, and a tile has 128 of them.
@@ -63,15 +64,14 @@ def members(text: str, name: str) -> list[str]:
 
 def launches(every: bool) -> Iterator[tuple[str, Launch]]:
     seen = set()
-    for op, case in cases.CASES.items():
-        with patch.multiple(cases, **({"TOKENS": TOKENS} | SIZES.get(op, {}))):
-            for variant in case.variants():
-                form = replace(variant, dtype="", width=0)
-                if form in seen and not every:
-                    continue
-                seen.add(form)
-                for launched in record(ARCHITECTURE, variant, TOKENS):
-                    yield variant.name, launched
+    for op, spec in SPECS.items():
+        for variant in spec.variants():
+            form = replace(variant, dtype="", width=0)
+            if form in seen and not every:
+                continue
+            seen.add(form)
+            for launched in record(ARCHITECTURE, variant, ROWS.get(op, TOKENS)):
+                yield variant.name, launched
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Every kernel at every kind of its int arguments: `python -m tests.kernels.sweep_specialisations [--all]`.
 
 Triton compiles a kernel anew for an int that is 1, which it makes a constant, for one that 16 divides and for any other: one
-that compiles for every model seen so far may not for one of one head. Each case of bench/audit/cases.py is launched as the
+that compiles for every model seen so far may not for one of one head. Each variant of fastbert/testing/specs is launched as the
 audit launches it, with its ints changed, and lowered to Triton's IR for sm_90. A line of JSON a launch: the kernel, the
 variant, the ints that are told apart so, how often it was lowered, and the changes with which it could not be. Without --all
 only variants that differ in more than their dtype and width, and after the first of a kernel's only 1, of one int in four by

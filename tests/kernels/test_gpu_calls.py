@@ -6,9 +6,9 @@ The calls come from one table, and every op of the benchmarks has to be in it.
 import pytest
 import torch
 
-from bench.audit.cases import CASES
 from fastbert.testing.calls import CALLS, Call, Tensors
 from fastbert.testing.rows import DEVICE, INTERPRETED
+from fastbert.testing.specs import SPECS
 from tests.gpu import captured, no_synchronisation, on_a_late_stream
 
 BF16 = torch.bfloat16
@@ -32,7 +32,7 @@ def assert_repeats(call: Call, times: int, small: bool = False, dtype: torch.dty
 
 @pytest.mark.no_launch
 def test_every_op_has_a_call():
-    assert {call.op for call in CALLS} == set(CASES)
+    assert {call.spec.name for call in CALLS} == SPECS.keys()
 
 
 @EVERY_CALL
@@ -101,7 +101,7 @@ def test_in_a_cuda_graph(call):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", [call for call in CALLS if "dropped" in call.variant], ids=str)
+@pytest.mark.parametrize("call", [call for call in CALLS if "dropped" in call.form], ids=str)
 def test_each_replay_of_a_cuda_graph_draws_its_own_dropout(call):
     inputs, step = call.make(False, BF16)
     del inputs["seed"]

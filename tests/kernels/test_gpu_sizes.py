@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.audit.cases import CASES
 from fastbert.kernels import reference
 from fastbert.kernels.adamw import adamw
 from fastbert.kernels.adamw.tables import Hyperparameters, Parameter
@@ -27,6 +26,7 @@ from fastbert.testing import linear_cross_entropy as cross_entropy
 from fastbert.testing.numerics import assert_close
 from fastbert.testing.row_op import RowOp
 from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, run
+from fastbert.testing.specs import SPECS
 
 PAST = 2**31
 GROUPS = [Hyperparameters(lr=0.1)]  # of a step that shows in bfloat16
@@ -208,7 +208,7 @@ CHECKS: dict[str, Check] = {
 
 @pytest.mark.no_launch
 def test_every_op_has_a_size():
-    assert CHECKS.keys() == CASES.keys()
+    assert CHECKS.keys() == SPECS.keys()
 
 
 @pytest.mark.parametrize("op", CHECKS)

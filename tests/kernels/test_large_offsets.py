@@ -10,16 +10,16 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from bench.audit.cases import CASES
 from fastbert.kernels.core.launch import INTERPRETED
 from fastbert.testing.rows import OPS
+from fastbert.testing.specs import SPECS
 
 pytestmark = pytest.mark.no_launch  # launched in a process of its own, and counted there
 
 ROOT = Path(__file__).parents[2]
 # Those of attention are in test_attention_offsets.py, and a layer launches the kernels of others.
 # Products' operands are whole, so feed_forward's offsets are only read off its IR (test_offsets_lint.py).
-OTHERS = CASES.keys() - {op.name for op in OPS} - {"attention", "encoder_layer", "feed_forward"}
+OTHERS = SPECS.keys() - {op.name for op in OPS} - {"attention", "encoder_layer", "feed_forward"}
 
 
 @pytest.mark.long

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.audit.cases import CASES
 from bench.audit.run import compiling_environment
+from fastbert.testing.specs import SPECS
 
 from .ranges import wrapped_offsets
 
@@ -46,7 +46,7 @@ def test_no_kernel_has_an_offset_that_wraps(options):
     assert found.keys() == kernels()
     wrapped = {f"{kernel}, {variant}": f for kernel, variants in found.items() for variant, f in variants.items() if f}
     assert not wrapped
-    assert {variant.split()[0] for variants in found.values() for variant in variants} == CASES.keys()
+    assert {variant.split()[0] for variants in found.values() for variant in variants} == SPECS.keys()
 
 
 IR = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.audit.cases import CASES
 from bench.audit.run import compiling_environment
+from fastbert.testing.specs import SPECS
 
 from .test_offsets_lint import kernels
 
@@ -32,7 +32,7 @@ def test_every_kernel_compiles_at_every_kind_of_int(options):
     assert planted[2] == ["n_heads", "n_rows"]
     assert [failure.split(":")[0] for failure in planted[4]] == ["every int 1", "n_heads 1"]
     assert {kernel for kernel, *_ in swept} == kernels()
-    assert {variant.split()[0] for _, variant, *_ in swept} == CASES.keys()
+    assert {variant.split()[0] for _, variant, *_ in swept} == SPECS.keys()
     assert not {f"{kernel}, {variant}": failed for kernel, variant, _, _, failed in swept if failed}
     assert all(lowered for *_, lowered, _ in swept)
     assert not {

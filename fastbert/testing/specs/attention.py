@@ -176,7 +176,7 @@ SPEC = OpSpec(
     width="head_size",
     eager=_eager,
     tensors={"forward": ("q", "k", "v", "out"), "backward": ("q", "k", "v", "out", "dout", "dq", "dk", "dv")},
-    operations=lambda direction, batch, seqlen, hidden: PRODUCTS[direction] * 2 * batch * seqlen**2 * hidden,
+    operations=lambda direction, size: PRODUCTS[direction] * 2 * size.tokens * size.seqlen * size.heads * size.head_size,
     forms={
         "padded, dropped": {"p": 0.1, "mask": "key"},
         "causal": {"mask": "causal"},

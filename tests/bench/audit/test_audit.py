@@ -9,10 +9,10 @@ from transformers import BertConfig, BertModel
 
 from bench.audit import run as audit
 from bench.audit import sass
-from bench.audit.cases import CASES
 from bench.core import floors
 from bench.core.floors import floor_microseconds, stated_bytes
 from fastbert.kernels.core.configs import ARCHITECTURES
+from fastbert.testing.specs import SPECS
 
 pytestmark = pytest.mark.no_launch
 
@@ -128,12 +128,12 @@ def test_adamw_moves_16_bytes_at_a_time_and_nothing_twice():
     records = [r for r in audit.read() if r["op"] == "adamw"]
     assert {r["wide_share"] for r in records} == {1.0} and not any(r["spills"] or r["local_bytes"] for r in records)
     (plain,) = {r["bytes_per_element"] for r in records if "adamw fp32 1 plain" in r["key"]}
-    assert plain == floors.ADAMW_BYTES
+    assert plain == floors.adamw_bytes()
 
 
 def test_the_baseline_covers_every_op_and_architecture():
     records = audit.read()
-    assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
+    assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in SPECS for arch in ARCHITECTURES}
     assert all(record["shared_bytes"] <= record["shared_limit"] for record in records)
 
 
@@ -182,8 +182,8 @@ def test_linear_cross_entropy_as_it_ships():
 
 
 def test_short_is_a_part_of_the_whole():
-    records = audit.selected(audit.read(), list(CASES), list(ARCHITECTURES), only_short=True)
-    assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in CASES for arch in ARCHITECTURES}
+    records = audit.selected(audit.read(), list(SPECS), list(ARCHITECTURES), only_short=True)
+    assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in SPECS for arch in ARCHITECTURES}
     assert len(records) == 3 * (6 * 1 + 3 * 2 + 2 * 3 + 7 + 9)  # ops of one record, of two, of three; embeddings, attention
 
 
@@ -212,8 +212,8 @@ def test_what_differs_between_releases_is_found(other, word):
 
 def test_what_ships_compiles_to_the_baseline(monkeypatch):
     """One op's 16-bit kernels at BERT-base's width on Hopper, compiled here and now."""
-    spec = CASES["bias_gelu"]
-    monkeypatch.setitem(CASES, "bias_gelu", replace(spec, variants=lambda: iter([spec.variant("bf16", 3072)])))
+    spec = SPECS["bias_gelu"]
+    monkeypatch.setitem(SPECS, "bias_gelu", replace(spec, variants=lambda: iter([spec.variant("bf16", 3072)])))
     with audit.compiling_environment():
         records = audit.run(["bias_gelu"], ["sm_90"], workers=1)
     assert {r["kernel"] for r in records} == {"bias_gelu_fwd_kernel", "bias_gelu_bwd_kernel"}
