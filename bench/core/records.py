@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 SCHEMA = 1
+GIB = 1 << 30
 # absent: a peer that is not here or cannot do this; failed: the check did not pass; error: it raised or was killed;
 # dry-run: the path was walked on tiny shapes without a GPU.
 STATUSES = ("ok", "absent", "failed", "error", "dry-run")
@@ -180,6 +181,11 @@ class TuneRecord(Timed):
     @property
     def case(self) -> tuple[Any, ...]:
         return self.kernel, self.architecture, self.dtype, self.width
+
+    @property
+    def call(self) -> str:
+        """The configuration as kernels/core/configs.py writes it."""
+        return f"Config({', '.join(f'{name}={value}' for name, value in self.config.items())})"
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,14 @@ def host_timer() -> float:
 
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Bytes that `call` needs on the GPU beyond what is allocated before it."""
+    before = torch.cuda.memory_allocated()
+    return fullest_bytes(call) - before
+
+
+def fullest_bytes(call: Callable[[], Any]) -> int:
+    """Bytes allocated on the GPU at the fullest moment of `call`, what was there before it included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated()

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from bench.core.records import HostRecord, Spread
+from bench.core.timing import fullest_bytes
 from bench.host import counts
 from bench.host.cases import CASES, COMPILED, LANES, HostCase
 from bench.host.step import Step
@@ -119,7 +120,7 @@ def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:
         for _ in range(WARM_UP if device == "cuda" else 1):
             step()
         found = _launches(step, device)
-        peak = _peak(step) if device == "cuda" else None
+        peak = fullest_bytes(step) if device == "cuda" else None
     if LANES[lane].model.fast and launch.counts.total() == before:
         return found | {"status": "failed", "reason": "no kernel was launched"}
     return found | {"status": "ok" if device == "cuda" else "dry-run", "peak_bytes": peak}
@@ -132,15 +133,6 @@ def _launches(step: Step, device: str) -> dict[str, Any]:
     except Exception as error:
         return {"reason": f"launches were not counted: {error}"[:300]}
     return {"launches": found} if counts.kernels(found) else {"reason": "the profiler saw no launches"}
-
-
-def _peak(step: Step) -> int:
-    """Bytes allocated at the fullest moment of a step: weights, gradients and optimizer state included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
 
 
 def _in_turns(case: HostCase, lanes: list[str], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:

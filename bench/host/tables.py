@@ -4,10 +4,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from bench.core import comparison
-from bench.core.records import HostRecord
+from bench.core.records import GIB, HostRecord
 from bench.host.counts import KINDS, kernels
-
-GIB = 1 << 30
 
 HEADINGS = (
     "case",

@@ -25,13 +25,10 @@ def models(
     dry_run: DryRun = False,
 ) -> None:
     """Training steps and inference of whole models, lane by lane."""
-    from bench.runner.selection import SelectionError, model_jobs
+    from bench.runner.selection import model_jobs
 
-    try:
-        jobs = model_jobs(
-            model, head, mode, batch, seqlen, fill, lane, lengths=lengths, data=data, tokenizer=tokenizer, dry_run=dry_run
-        )
-    except SelectionError as error:
-        raise typer.BadParameter(str(error)) from None
+    jobs = model_jobs(
+        model, head, mode, batch, seqlen, fill, lane, lengths=lengths, data=data, tokenizer=tokenizer, dry_run=dry_run
+    )
     session.start(dry_run)
     session.run(jobs, dry_run, budget, out)

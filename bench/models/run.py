@@ -123,7 +123,7 @@ def _measure(
     else:
         timer = timing.measure_throughput if step.training else timing.measure_latency
         seconds, runs = timer(step, seconds=SECONDS)
-        yield first | {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": _peak(step)}
+        yield first | {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": timing.fullest_bytes(lambda: step(0))}
     if details:
         found = {"losses": losses(workload, lane, lengths, device)} if step.training else {}
         yield found | (_breakdown(step) if device == "cuda" else {})
@@ -157,11 +157,3 @@ def losses(workload: Workload, lane: Lane, lengths: list[int], device: str) -> l
     step = Trainer(workload, lane, lengths, device)
     gate.without_dropout(step.model, training=True)
     return [loss.item() for loss in [step(i) for i in range(STEPS[device])]]
-
-
-def _peak(step: Trainer) -> int:
-    """Bytes allocated at the fullest moment of a step: weights, gradients and optimizer state included."""
-    torch.cuda.reset_peak_memory_stats()
-    step(0)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from bench.core import ceilings, comparison
-from bench.core.records import ModelRecord, OpRecord, Results
-from bench.report.tables import GIB, provenance
+from bench.core.records import GIB, ModelRecord, OpRecord, Results
+from bench.report.tables import provenance
 
 matplotlib.use("Agg")
 

@@ -5,12 +5,10 @@ from collections.abc import Callable
 
 from bench.core import ceilings, comparison
 from bench.core.flops import mfu
-from bench.core.records import NOT_REACHED, ModelRecord, OpRecord, Results
+from bench.core.records import GIB, NOT_REACHED, ModelRecord, OpRecord, Results
 from bench.host import tables
 from bench.report.table import Table
 from bench.tune.run import best
-
-GIB = 1 << 30
 
 
 def provenance(results: Results | None) -> str:

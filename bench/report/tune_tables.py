@@ -15,7 +15,7 @@ def best_table(records: list[TuneRecord]) -> Table:
     for fastest, now in best(records):
         lead = "present one stays" if fastest is now else ratio(fastest, now)
         times = (f"{record.seconds.median * 1e6:.1f}" for record in (fastest, now) if record.seconds)
-        table.add_row(fastest.kernel, fastest.dtype, str(fastest.width), _config(fastest), *times, lead)
+        table.add_row(fastest.kernel, fastest.dtype, str(fastest.width), fastest.call, *times, lead)
     return table
 
 
@@ -29,9 +29,5 @@ def candidates_table(records: list[TuneRecord]) -> Table:
         numbers = (str(audit.get(name, "")) for name in ("registers", "spills", "shared_bytes"))
         share = f"{audit['occupancy']:.0%}" if "occupancy" in audit else ""
         verdict = refused(audit) or ("ships now" if record.lane == "present" else "would be timed")
-        table.add_row(record.kernel, record.dtype, str(record.width), _config(record), *numbers, share, verdict)
+        table.add_row(record.kernel, record.dtype, str(record.width), record.call, *numbers, share, verdict)
     return table
-
-
-def _config(record: TuneRecord) -> str:
-    return f"Config({', '.join(f'{name}={value}' for name, value in record.config.items())})"

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from bench.core import comparison, schema
-from bench.core.records import Results, TuneRecord
+from bench.core.records import Results
 from bench.report import documents
 from bench.tune.run import PRESENT, best
 
@@ -58,10 +58,5 @@ def configurations(results: Results) -> list[str]:
         if fastest.seconds and now.seconds and fastest.seconds.differs(now.seconds):
             entry = f"{fastest.kernel}, {fastest.architecture}, {fastest.dtype}, {fastest.width}"
             lead = comparison.ratio(fastest, now)
-            lines.append(f"kernels/core/configs.py, {entry}: {call(now)} -> {call(fastest)}  # {lead} of the one before")
+            lines.append(f"kernels/core/configs.py, {entry}: {now.call} -> {fastest.call}  # {lead} of the one before")
     return lines
-
-
-def call(record: TuneRecord) -> str:
-    """The configuration as the table writes it."""
-    return f"Config({', '.join(f'{name}={value}' for name, value in record.config.items())})"

@@ -1,8 +1,10 @@
-"""What a command was asked to run, as jobs; what it cannot run is one line."""
+"""What a command was asked to run, as jobs; an option whose value is not known is a BadParameter of one line."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from typer import BadParameter
 
 from bench.core.lengths import Lengths, LengthsError, from_file, from_text
 from bench.runner.plan import Job, worker_job
@@ -11,15 +13,11 @@ ADAMW = "adamw"  # an op without a shape of its own: the parameters of a model
 DIRECTIONS = ("forward", "backward", "both")
 
 
-class SelectionError(Exception):
-    """An option whose value is not known; the message is one line."""
-
-
 def _known(option: str, values: Iterable[str], known: Iterable[str]) -> None:
     names = list(known)
     for value in values:
         if value not in names:
-            raise SelectionError(f"--{option} {value}: known are {', '.join(names)}")
+            raise BadParameter(f"--{option} {value}: known are {', '.join(names)}")
 
 
 def model_jobs(
@@ -46,11 +44,11 @@ def model_jobs(
     _known("lane", lanes, workloads.LANES)
     for option, values in (("batch", batches), ("seqlen", seqlens)):
         if any(value < 1 for value in values):
-            raise SelectionError(f"--{option}: expected a number from 1 on, got {min(values)}")
+            raise BadParameter(f"--{option}: expected a number from 1 on, got {min(values)}")
     if any(not 0.0 < fill <= 1.0 for fill in fills):
-        raise SelectionError(f"--fill: expected a share above 0 and up to 1, got {min(fills)} to {max(fills)}")
+        raise BadParameter(f"--fill: expected a share above 0 and up to 1, got {min(fills)} to {max(fills)}")
     if "multiple-choice" in heads and any(batch % 2 for batch in batches):
-        raise SelectionError("--batch: multiple choice has two choices a question, so the number has to be even")
+        raise BadParameter("--batch: multiple choice has two choices a question, so the number has to be even")
     source = _lengths(lengths, data, tokenizer)
     shares = fills if source is None else fills[:1]  # given lengths have the fill that they have
     chosen = list(workloads.grid(*map(tuple, (names, heads, modes, batches, seqlens, shares))))
@@ -65,13 +63,13 @@ def model_jobs(
 
 def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> Lengths | None:
     if lengths and data:
-        raise SelectionError("--lengths and --data: give one of them")
+        raise BadParameter("--lengths and --data: give one of them")
     try:
         if lengths:
             return from_file(lengths)
         return from_text(data, tokenizer) if data else None
     except LengthsError as error:
-        raise SelectionError(str(error)) from None
+        raise BadParameter(str(error)) from None
 
 
 def op_jobs(names: Sequence[str], dtypes: Sequence[str], dry_run: bool) -> list[Job]:

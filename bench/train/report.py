@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.core.comparison import NOT_MEASURED
+from bench.core.records import GIB
 from bench.core.schema import ResultsError, parse
 from bench.report.figures import STYLE, colour
-from bench.report.tables import GIB, quartiles
+from bench.report.tables import quartiles
 from bench.train.records import SCHEMA, Comparison, LaneRecord, TrainResults
 
 RESULTS, PICTURE = "results.json", "losses.png"

@@ -49,6 +49,12 @@ _PRODUCT_TILES = {
     "programs_per_multiprocessor": (None, 1, 2),
 }
 _TILES = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)}
+_NORM_TILES = {
+    "BLOCK_M": (2, 4, 8),
+    "num_warps": (4, 8),
+    "programs_per_multiprocessor": (1, 2, 3, 4),
+    "chunk": (128, 256, 512),
+}
 _SHORT_TILES = {"BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}  # BLOCK_M holds all queries
 ENTRIES = {
     "attention_forward": Entry(
@@ -79,12 +85,7 @@ ENTRIES = {
         "dropout_add_layernorm",
         "backward",
         _HIDDEN,
-        {
-            "BLOCK_M": (2, 4, 8),
-            "num_warps": (4, 8),
-            "programs_per_multiprocessor": (1, 2, 3, 4),
-            "chunk": (128, 256, 512),
-        },
+        _NORM_TILES,
         "dropout_add_layernorm_bwd_kernel",
         _DROPPED,
         promising=({"programs_per_multiprocessor": 3}, {"BLOCK_M": 8, "num_warps": 8}),
@@ -101,12 +102,7 @@ ENTRIES = {
         "gelu_layernorm",
         "backward",
         _HIDDEN,
-        {
-            "BLOCK_M": (2, 4, 8),
-            "num_warps": (4, 8),
-            "programs_per_multiprocessor": (1, 2, 3, 4),
-            "chunk": (128, 256, 512),
-        },
+        _NORM_TILES,
         "gelu_layernorm_bwd_kernel",
     ),
     "bias_gelu_backward": Entry(

@@ -19,12 +19,9 @@ def tune(
     dry_run: DryRun = False,
 ) -> None:
     """Times the candidate configurations that the audit passes, and prints the best of each entry with its lead."""
-    from bench.runner.selection import SelectionError, tune_jobs
+    from bench.runner.selection import tune_jobs
 
-    try:
-        jobs = tune_jobs(kernel, dtype, arch, most)
-    except SelectionError as error:
-        raise typer.BadParameter(str(error)) from None
+    jobs = tune_jobs(kernel, dtype, arch, most)
     session.start(dry_run)
     from bench.core import environment, schema
     from bench.core.records import Results
