@@ -32,8 +32,9 @@ try:
     from fastbert.kernels.attention.checks import MAX_HEAD_SIZE
     from fastbert.kernels.bias_gelu import bias_gelu
     from fastbert.kernels.core import failures
+    from fastbert.kernels.core.checks import MAX_WIDTH
     from fastbert.kernels.core.failures import KernelFailed
-    from fastbert.kernels.core.launch import INTERPRETED, MAX_WIDTH
+    from fastbert.kernels.core.launch import INTERPRETED
     from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
     from fastbert.kernels.embedding_layernorm import embed, embedding_layernorm
     from fastbert.kernels.encoder_layer import KERNELS as LAYER_KERNELS

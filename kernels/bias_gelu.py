@@ -10,28 +10,21 @@ Saved: x itself, no copy. The bias gradient is a float32 sum a program, added up
 GELU: Hendrycks and Gimpel, arXiv:1606.08415.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import reference
 from .core import plain
+from .core.checks import check_activation, check_dtype, check_vector
 from .core.device_math import activation as activate
 from .core.device_math import activation_backward, block_rows, place_of_tile, tile_offsets
 from .core.failures import or_plain
-from .core.launch import (
-    Work,
-    accumulator,
-    accumulator_torch,
-    as_rows,
-    cdiv,
-    check_activation,
-    check_dtype,
-    check_vector,
-    choose,
-    differentiable,
-    resident_programs,
-)
+from .core.launch import Work, accumulator, accumulator_torch, as_rows, cdiv, choose, resident_programs
+from .core.op import define_op
 
 __all__ = ["bias_gelu"]
 
@@ -105,17 +98,29 @@ def forward_work(n_rows: int, n_cols: int, strides: tuple[int, int], like: Tenso
     return Work(bias_gelu_fwd_kernel, cdiv(n_rows, config.BLOCK_M) * cdiv(n_cols, config.BLOCK_N), config, numbers)
 
 
-@or_plain(plain.bias_gelu)
-def _launch_fwd(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    y = _allocate_fwd(x, bias, activation)
+class Inputs(NamedTuple):
+    x: Tensor
+    bias: Tensor | None
+    activation: str
+
+
+def plain_forward(inputs: Inputs) -> Tensor:
+    x, bias, activation = inputs
+    return reference.bias_gelu(plain.raised(x), bias, activation=activation).to(x.dtype).contiguous()
+
+
+@or_plain(plain_forward)
+def launch_forward(inputs: Inputs) -> Tensor:
+    x, bias, activation = inputs
+    y = _allocate_forward(inputs)
     x = as_rows(x)
     work = forward_work(*x.shape, x.stride(), x, activation)
     work.launch(x, x_ptr=x, bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y)
     return y
 
 
-def _allocate_fwd(x, bias, activation):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _allocate_forward(inputs: Inputs) -> Tensor:
+    return torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
 
 
 def backward_work(
@@ -142,9 +147,17 @@ def backward_work(
     return Work(bias_gelu_bwd_kernel, rows_of_sums * col_blocks, config, numbers), rows_of_sums
 
 
-@or_plain(plain.bias_gelu_backward)
-def _launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, sum_columns: bool) -> tuple[Tensor, Tensor]:
-    dx, _ = _allocate_bwd(dy, x, bias, activation, sum_columns)
+def plain_backward(dy: Tensor, saved: Inputs, sum_columns: bool) -> tuple[Tensor, Tensor]:
+    x, bias, activation = saved
+    inner = plain.raised(x) if bias is None else plain.raised(x) + bias
+    dx = plain.activation_backward(plain.raised(dy), inner, activation)
+    return dx.to(x.dtype).contiguous(), plain.column_sum(dx)
+
+
+@or_plain(plain_backward)
+def launch_backward(dy: Tensor, saved: Inputs, sum_columns: bool) -> tuple[Tensor, Tensor]:
+    x, bias, activation = saved
+    dx, _ = _allocate_backward(dy, saved, sum_columns)
     dy, x = as_rows(dy), as_rows(x)
     work, row_programs = backward_work(*x.shape, dy.stride(), x.stride(), x, activation)
     dtype = accumulator_torch(x.dtype)
@@ -162,29 +175,30 @@ def _launch_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, activation: str, sum
     return dx, sums.sum(0)
 
 
-def _allocate_bwd(dy, x, bias, activation, sum_columns):
+def _allocate_backward(dy: Tensor, saved: Inputs, sum_columns: bool) -> tuple[Tensor, Tensor]:
+    x = saved.x
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return dx, x.new_empty(x.shape[-1], dtype=accumulator_torch(x.dtype))
 
 
-def _save(ctx, inputs, output):
-    x, bias, activation = inputs
-    ctx.save_for_backward(x, bias)
-    ctx.activation = activation
+def _save(inputs: Inputs, y: Tensor) -> Inputs:
+    return inputs
 
 
-def _gradients(backward, ctx, dy):
-    x, bias = ctx.saved_tensors
-    needs_x, needs_bias, _ = ctx.needs_input_grad
-    dx, dbias = backward(dy, x, bias, ctx.activation, needs_bias)
-    return dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None, None
+def _gradients(backward, dy: Tensor, saved: Inputs, needs: Inputs) -> dict[str, Tensor]:
+    dx, dbias = backward(dy, saved, needs.bias)
+    return {"x": dx, "bias": dbias}
 
 
-_op = torch.library.custom_op("fastbert::bias_gelu", _launch_fwd, mutates_args=())
-_op.register_fake(_allocate_fwd)
-_backward_op = torch.library.custom_op("fastbert::bias_gelu_backward", _launch_bwd, mutates_args=())
-_backward_op.register_fake(_allocate_bwd)
-_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+_call = define_op(
+    "bias_gelu",
+    launch_forward,
+    _allocate_forward,
+    save=_save,
+    gradients=_gradients,
+    backward=launch_backward,
+    allocate_backward=_allocate_backward,
+)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
@@ -206,4 +220,4 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
         raise ValueError("x: expected [..., F], got a tensor without dimensions")
     check_vector("bias", bias, x)
     check_activation(activation)
-    return _call(x, bias, activation)
+    return _call(Inputs(x, bias, activation))

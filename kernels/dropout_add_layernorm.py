@@ -12,12 +12,16 @@ float32, added up in a second pass: no atomics, the same bits each time.
 Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450. Dropout bits: device_math.keep_mask.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .core import plain
+from .core.autograd import needs_backward
+from .core.checks import check_device, check_dtype, check_layernorm
 from .core.device_math import (
     beside_chunks,
     block_rows,
@@ -37,17 +41,15 @@ from .core.launch import (
     accumulator_torch,
     as_rows,
     cdiv,
-    check_device,
-    check_dtype,
-    check_layernorm,
     choose,
-    differentiable,
     draw_seed,
-    needs_backward,
     next_power_of_2,
     resident_programs,
 )
 from .core.layernorm_rows import load_statistics, load_upstream, store_statistics, store_sums
+from .core.op import define_op
+from .core.plain_dropout import dropped
+from .core.plain_dropout import keep_mask as plain_keep_mask
 
 __all__ = ["dropout_add_layernorm"]
 
@@ -164,20 +166,48 @@ def forward_work(
     return Work(dropout_add_layernorm_fwd_kernel, cdiv(n_rows, config.BLOCK_M) if n_cols else 0, config, numbers)
 
 
-@or_plain(plain.dropout_add_layernorm)
-def _launch_fwd(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    p: float,
-    out_dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, z, mean, rstd = _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save)
+class Inputs(NamedTuple):
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+    x_bias: Tensor | None
+    seed: Tensor | None
+    eps: float
+    p: float
+    out_dtype: torch.dtype
+    save: bool
+
+
+class Saved(NamedTuple):
+    z: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    seed: Tensor | None
+    p: float
+    x_dtype: torch.dtype
+    residual_dtype: torch.dtype
+
+    @property
+    def shared(self) -> bool:
+        """Whether the gradients of x and of the residual are the same numbers."""
+        return self.p == 0.0 and self.x_dtype == self.residual_dtype
+
+
+def _plain_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save = inputs
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    sum_ = plain.raised(x) if x_bias is None else plain.raised(x) + x_bias
+    z = (dropped(sum_, plain_keep_mask(seed, x.shape, p), p) + residual).to(dtype).contiguous()
+    y, mean, rstd = plain.layernorm(plain.raised(z), weight, bias, eps, out_dtype)
+    return (y, z, mean, rstd) if save else (y, *(t.new_empty(0) for t in (z, mean, rstd)))
+
+
+@or_plain(_plain_forward)
+def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, x_bias, seed, eps, p, _, save = inputs
+    y, z, mean, rstd = _allocate_forward(inputs)
     x, residual = as_rows(x), as_rows(residual)
     widest = y if y.element_size() > z.element_size() else z
     work = forward_work(*x.shape, x.stride(), residual.stride(), widest, z.dtype, eps, p)
@@ -198,9 +228,10 @@ def _launch_fwd(
     return y, z, mean, rstd
 
 
-def _allocate_fwd(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save):
-    z_dtype = torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, save = inputs.x, inputs.save
+    z_dtype = torch.promote_types(x.dtype, inputs.residual.dtype)
+    y = torch.empty(x.shape, dtype=inputs.out_dtype, device=x.device)
     z = torch.empty(x.shape if save else (0,), dtype=z_dtype, device=x.device)
     mean = torch.empty(x.shape[:-1] if save else (0,), dtype=accumulator_torch(z_dtype), device=x.device)
     return y, z, mean, torch.empty_like(mean)
@@ -229,20 +260,19 @@ def backward_work(
     return Work(dropout_add_layernorm_bwd_kernel, programs if n_rows * n_cols else 0, config, numbers)
 
 
-@or_plain(plain.dropout_add_layernorm_backward)
-def _launch_bwd(
-    dy: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    p: float,
-    x_dtype: torch.dtype,
-    dresidual_dtype: torch.dtype | None,
-    sum_columns: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dresidual, _ = _allocate_bwd(dy, z, mean, rstd, weight, seed, p, x_dtype, dresidual_dtype, sum_columns)
+def _plain_backward(dy: Tensor, saved: Saved, apart: bool, sum_columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    z, mean, rstd, weight, seed, p, x_dtype, residual_dtype = saved
+    dz, dweight, dbias = plain.layernorm_backward(dy, plain.raised(z), mean, rstd, weight)
+    dx = dropped(dz, plain_keep_mask(seed, z.shape, p), p)
+    dresidual = dz.to(residual_dtype) if apart else dz.new_empty(0, dtype=residual_dtype)
+    return dx.to(x_dtype).contiguous(), dresidual.contiguous(), torch.stack([dweight, dbias, plain.column_sum(dx)])
+
+
+@or_plain(_plain_backward)
+def launch_backward(dy: Tensor, saved: Saved, apart: bool, sum_columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of the residual (where it is asked for `apart` from that of x) and of the vectors, [3, H]."""
+    z, mean, rstd, weight, seed, p, _, _ = saved
+    dx, dresidual, _ = _allocate_backward(dy, saved, apart, sum_columns)
     dy = as_rows(dy)
     n_rows, n_cols = dy.shape
     widest = dy if dy.element_size() > z.element_size() else z
@@ -258,63 +288,41 @@ def _launch_bwd(
         bias_ptr=None,
         seed_ptr=seed,
         dx_ptr=dx,
-        dresidual_ptr=None if dresidual_dtype is None else dresidual,
+        dresidual_ptr=dresidual if apart else None,
         y_ptr=None,
         sums_ptr=sums if sum_columns else None,
     )
     return dx, dresidual, sums.sum(0)
 
 
-def _allocate_bwd(dy, z, mean, rstd, weight, seed, p, x_dtype, dresidual_dtype, sum_columns):
-    dx = torch.empty(z.shape, dtype=x_dtype, device=z.device)
-    dresidual = torch.empty(z.shape if dresidual_dtype else (0,), dtype=dresidual_dtype, device=z.device)
-    return dx, dresidual, mean.new_empty(3, z.shape[-1])
+def _allocate_backward(dy: Tensor, saved: Saved, apart: bool, sum_columns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    z = saved.z
+    dx = torch.empty(z.shape, dtype=saved.x_dtype, device=z.device)
+    dresidual = torch.empty(z.shape if apart else (0,), dtype=saved.residual_dtype, device=z.device)
+    return dx, dresidual, saved.mean.new_empty(3, z.shape[-1])
 
 
-def _save(ctx, inputs, output):
-    x, residual, weight, bias, x_bias, seed, _, p, _, _ = inputs
-    _, z, mean, rstd = output
-    ctx.mark_non_differentiable(z, mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, mean, rstd, weight, seed)
-    ctx.p = p
-    ctx.dtypes = x.dtype, residual.dtype, bias.dtype, None if x_bias is None else x_bias.dtype
+def _save(inputs: Inputs, y: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Saved:
+    return Saved(z, mean, rstd, inputs.weight, inputs.seed, inputs.p, inputs.x.dtype, inputs.residual.dtype)
 
 
-def _gradients(backward, ctx, dy, *_):
-    if dy is None:
-        return (None,) * 10
-    z, mean, rstd, weight, seed = ctx.saved_tensors
-    x_dtype, residual_dtype, bias_dtype, x_bias_dtype = ctx.dtypes
-    needs_x, needs_residual, needs_weight, needs_bias, needs_x_bias = ctx.needs_input_grad[:5]
-    shared = ctx.p == 0.0 and x_dtype == residual_dtype
-    dx, dresidual, (dweight, dbias, dx_bias) = backward(
-        dy,
-        z,
-        mean,
-        rstd,
-        weight,
-        seed,
-        ctx.p,
-        x_dtype,
-        residual_dtype if needs_residual and not shared else None,
-        needs_weight or needs_bias or needs_x_bias,
-    )
-    return (
-        dx if needs_x else None,
-        (dx if shared else dresidual) if needs_residual else None,
-        dweight.to(weight.dtype) if needs_weight else None,
-        dbias.to(bias_dtype) if needs_bias else None,
-        dx_bias.to(x_bias_dtype) if needs_x_bias else None,
-        *(None,) * 5,
-    )
+def _gradients(backward, dy: Tensor, saved: Saved, needs: Inputs) -> dict[str, Tensor]:
+    apart = needs.residual and not saved.shared
+    dx, dresidual, vectors = backward(dy, saved, apart, needs.weight or needs.bias or needs.x_bias)
+    dweight, dbias, dx_bias = vectors.unbind()
+    residual = dx if saved.shared else dresidual
+    return {"x": dx, "residual": residual, "weight": dweight, "bias": dbias, "x_bias": dx_bias}
 
 
-_op = torch.library.custom_op("fastbert::dropout_add_layernorm", _launch_fwd, mutates_args=())
-_op.register_fake(_allocate_fwd)
-_backward_op = torch.library.custom_op("fastbert::dropout_add_layernorm_backward", _launch_bwd, mutates_args=())
-_backward_op.register_fake(_allocate_bwd)
-_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+_call = define_op(
+    "dropout_add_layernorm",
+    launch_forward,
+    _allocate_forward,
+    save=_save,
+    gradients=_gradients,
+    backward=launch_backward,
+    allocate_backward=_allocate_backward,
+)
 
 
 def dropout_add_layernorm(
@@ -359,4 +367,5 @@ def dropout_add_layernorm(
         seed = draw_seed(x.device)
     out_dtype = out_dtype or torch.promote_types(x.dtype, residual.dtype)
     save = needs_backward(x, residual, weight, bias, x_bias)
-    return _call(x, residual, weight, bias, x_bias, seed if p > 0.0 else None, eps, p, out_dtype, save)[0]
+    seed = seed if p > 0.0 else None
+    return _call(Inputs(x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save))[0]

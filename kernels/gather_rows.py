@@ -8,15 +8,20 @@ x [R, H] with any strides, index [N], inverse [R] (where each row of x goes, neg
 Nothing is saved but the indices. No atomics: every row goes to one place at most.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .core import plain
+from . import reference
+from .core.autograd import needs_backward
+from .core.checks import check_device, check_dtype
 from .core.device_math import block_rows, place_of_tile, tile_offsets
 from .core.failures import or_plain
-from .core.launch import cdiv, check_device, check_dtype, choose, differentiable, launch, needs_backward
+from .core.launch import cdiv, choose, launch
+from .core.op import define_op
 
 __all__ = ["gather_rows"]
 
@@ -36,9 +41,27 @@ def gather_rows_kernel(
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), x, row_mask[:, None] & col_mask[None, :])
 
 
-@or_plain(plain.gather_rows)
-def _launch(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    y = _allocate(x, index, inverse)
+class Inputs(NamedTuple):
+    x: Tensor
+    index: Tensor
+    inverse: Tensor
+
+
+class Saved(NamedTuple):
+    index: Tensor
+    inverse: Tensor
+
+
+def _plain(inputs: Inputs) -> Tensor:
+    if not inputs.x.shape[0]:
+        return torch.zeros_like(_allocate(inputs))
+    return reference.gather_rows(*inputs).contiguous()
+
+
+@or_plain(_plain)
+def launch_rows(inputs: Inputs) -> Tensor:
+    x, index, _ = inputs
+    y = _allocate(inputs)
     n_rows, n_cols = y.shape
     config = choose("gather_rows", x, n_cols)
     launch(
@@ -59,23 +82,19 @@ def _launch(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return y
 
 
-def _allocate(x, index, inverse):
-    return x.new_empty((index.shape[0], x.shape[1]))
+def _allocate(inputs: Inputs) -> Tensor:
+    return inputs.x.new_empty((inputs.index.shape[0], inputs.x.shape[1]))
 
 
-def _save(ctx, inputs, output):
-    _, index, inverse = inputs
-    ctx.save_for_backward(index, inverse)
+def _save(inputs: Inputs, y: Tensor) -> Saved:
+    return Saved(inputs.index, inputs.inverse)
 
 
-def _gradients(backward, ctx, dy):
-    index, inverse = ctx.saved_tensors
-    return backward(dy, inverse, index), None, None
+def _gradients(backward, dy: Tensor, saved: Saved, needs: Inputs) -> dict[str, Tensor]:
+    return {"x": backward(Inputs(dy, saved.inverse, saved.index))}
 
 
-_op = torch.library.custom_op("fastbert::gather_rows", _launch, mutates_args=())
-_op.register_fake(_allocate)
-_call = differentiable(_launch, _launch, _save, _gradients, _op, _op)
+_call = define_op("gather_rows", launch_rows, _allocate, save=_save, gradients=_gradients)
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -102,5 +121,5 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         check_device(name, vector, x)
     index, inverse = index.contiguous(), inverse.contiguous()
     if torch.compiler.is_compiling() or needs_backward(x):
-        return _call(x, index, inverse)
-    return _launch(x, index, inverse)
+        return _call(Inputs(x, index, inverse))
+    return launch_rows(Inputs(x, index, inverse))

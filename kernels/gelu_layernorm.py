@@ -9,12 +9,17 @@ Saved: x itself, and a row's mean and rstd in float32. Weight gradients are sums
 a second launch: no atomics. Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import reference
 from .core import column_sums, plain
+from .core.autograd import needs_backward
+from .core.checks import check_activation, check_layernorm
 from .core.device_math import activation as activate
 from .core.device_math import (
     activation_backward,
@@ -28,19 +33,9 @@ from .core.device_math import (
     tile_offsets,
 )
 from .core.failures import or_plain
-from .core.launch import (
-    accumulator,
-    accumulator_torch,
-    as_rows,
-    check_activation,
-    check_layernorm,
-    choose,
-    differentiable,
-    launch,
-    needs_backward,
-    resident_programs,
-)
+from .core.launch import accumulator, accumulator_torch, as_rows, choose, launch, resident_programs
 from .core.layernorm_rows import load_statistics, load_upstream, store_statistics, store_sums
+from .core.op import define_op
 
 __all__ = ["gelu_layernorm"]
 
@@ -113,18 +108,44 @@ def gelu_layernorm_bwd_kernel(
         store_sums(sums_ptr, program, (dweight, dbias, dx_bias), 3, N_COLS, CHUNKS, VECTOR)
 
 
-@or_plain(plain.gelu_layernorm)
-def _launch_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    activation: str,
-    eps: float,
-    out_dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = _allocate_fwd(x, weight, bias, x_bias, activation, eps, out_dtype, save)
+class Inputs(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    x_bias: Tensor | None
+    activation: str
+    eps: float
+    out_dtype: torch.dtype
+    save: bool
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    x_bias: Tensor | None
+    activation: str
+    bias_dtype: torch.dtype
+
+    @property
+    def sums_dtype(self) -> torch.dtype:
+        """Of the vectors' gradients: their own where that is one dtype, so that they are rounded where they are added up."""
+        dtypes = {self.weight.dtype, self.bias_dtype, self.weight.dtype if self.x_bias is None else self.x_bias.dtype}
+        return dtypes.pop() if len(dtypes) == 1 else self.mean.dtype
+
+
+def _plain_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, x_bias, activation, eps, out_dtype, save = inputs
+    a = reference.bias_gelu(plain.raised(x), x_bias, activation=activation)
+    y, mean, rstd = plain.layernorm(a, weight, bias, eps, out_dtype)
+    return (y, mean, rstd) if save else (y, mean.new_empty(0), mean.new_empty(0))
+
+
+@or_plain(_plain_forward)
+def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, x_bias, activation, eps, _, save = inputs
+    y, mean, rstd = _allocate_forward(inputs)
     x = as_rows(x)
     n_rows, n_cols = x.shape
     widest = y if y.element_size() > x.element_size() else x
@@ -155,25 +176,27 @@ def _launch_fwd(
     return y, mean, rstd
 
 
-def _allocate_fwd(x, weight, bias, x_bias, activation, eps, out_dtype, save):
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    mean = torch.empty(x.shape[:-1] if save else (0,), dtype=accumulator_torch(x.dtype), device=x.device)
+def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    x = inputs.x
+    y = torch.empty(x.shape, dtype=inputs.out_dtype, device=x.device)
+    mean = torch.empty(x.shape[:-1] if inputs.save else (0,), dtype=accumulator_torch(x.dtype), device=x.device)
     return y, mean, torch.empty_like(mean)
 
 
-@or_plain(plain.gelu_layernorm_backward)
-def _launch_bwd(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    x_bias: Tensor | None,
-    activation: str,
-    sum_columns: bool,
-    sums_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    dx, vectors = _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns, sums_dtype)
+def _plain_backward(dy: Tensor, saved: Saved, sum_columns: bool) -> tuple[Tensor, Tensor]:
+    x, mean, rstd, weight, x_bias, activation, _ = saved
+    inner = plain.raised(x) if x_bias is None else plain.raised(x) + x_bias
+    a = reference.ACTIVATIONS[activation](inner)
+    da, dweight, dbias = plain.layernorm_backward(dy, a, mean, rstd, weight)
+    dx = plain.activation_backward(da, inner, activation)
+    return dx.to(x.dtype).contiguous(), torch.stack([dweight, dbias, plain.column_sum(dx)]).to(saved.sums_dtype)
+
+
+@or_plain(_plain_backward)
+def launch_backward(dy: Tensor, saved: Saved, sum_columns: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and those of weight, bias and x_bias, [3, H]."""
+    x, mean, rstd, weight, x_bias, activation, _ = saved
+    dx, vectors = _allocate_backward(dy, saved, sum_columns)
     if not x.numel():
         return dx, vectors.zero_()
     dy, x = as_rows(dy), as_rows(x)
@@ -218,44 +241,31 @@ def _launch_bwd(
     return dx, vectors
 
 
-def _allocate_bwd(dy, x, mean, rstd, weight, x_bias, activation, sum_columns, sums_dtype):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(3, x.shape[-1], dtype=sums_dtype)
+def _allocate_backward(dy: Tensor, saved: Saved, sum_columns: bool) -> tuple[Tensor, Tensor]:
+    x = saved.x
+    vectors = saved.weight.new_empty(3, x.shape[-1], dtype=saved.sums_dtype)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), vectors
 
 
-def _save(ctx, inputs, output):
-    x, weight, bias, x_bias, activation, _, _, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, rstd, weight, x_bias)
-    ctx.activation = activation
-    ctx.bias_dtype = bias.dtype
+def _save(inputs: Inputs, y: Tensor, mean: Tensor, rstd: Tensor) -> Saved:
+    return Saved(inputs.x, mean, rstd, inputs.weight, inputs.x_bias, inputs.activation, inputs.bias.dtype)
 
 
-def _gradients(backward, ctx, dy, *_):
-    if dy is None:
-        return (None,) * 8
-    x, mean, rstd, weight, x_bias = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_x_bias = ctx.needs_input_grad[:4]
-    sum_columns = needs_weight or needs_bias or needs_x_bias
-    dtypes = {weight.dtype, ctx.bias_dtype, weight.dtype if x_bias is None else x_bias.dtype}
-    sums_dtype = dtypes.pop() if len(dtypes) == 1 else mean.dtype  # cast where they are added up, if that is one cast
-    dx, vectors = backward(dy, x, mean, rstd, weight, x_bias, ctx.activation, sum_columns, sums_dtype)
+def _gradients(backward, dy: Tensor, saved: Saved, needs: Inputs) -> dict[str, Tensor]:
+    dx, vectors = backward(dy, saved, needs.weight or needs.bias or needs.x_bias)
     dweight, dbias, dx_bias = vectors.unbind()
-    return (
-        dx if needs_x else None,
-        dweight.to(weight.dtype) if needs_weight else None,
-        dbias.to(ctx.bias_dtype) if needs_bias else None,
-        dx_bias.to(x_bias.dtype) if needs_x_bias else None,
-        *(None,) * 4,
-    )
+    return {"x": dx, "weight": dweight, "bias": dbias, "x_bias": dx_bias}
 
 
-_op = torch.library.custom_op("fastbert::gelu_layernorm", _launch_fwd, mutates_args=())
-_op.register_fake(_allocate_fwd)
-_backward_op = torch.library.custom_op("fastbert::gelu_layernorm_backward", _launch_bwd, mutates_args=())
-_backward_op.register_fake(_allocate_bwd)
-_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+_call = define_op(
+    "gelu_layernorm",
+    launch_forward,
+    _allocate_forward,
+    save=_save,
+    gradients=_gradients,
+    backward=launch_backward,
+    allocate_backward=_allocate_backward,
+)
 
 
 def gelu_layernorm(
@@ -287,5 +297,5 @@ def gelu_layernorm(
     check_layernorm(x, weight, bias, x_bias)
     check_activation(activation)
     save = needs_backward(x, weight, bias, x_bias)
-    call = _call if save or torch.compiler.is_compiling() else _launch_fwd
-    return call(x, weight, bias, x_bias, activation, eps, out_dtype or x.dtype, save)[0]
+    call = _call if save or torch.compiler.is_compiling() else launch_forward
+    return call(Inputs(x, weight, bias, x_bias, activation, eps, out_dtype or x.dtype, save))[0]

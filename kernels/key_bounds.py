@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .core.failures import or_plain
 from .core.launch import choose, launch
+from .core.op import define_op
 
 __all__ = ["key_bounds"]
 
@@ -64,8 +65,7 @@ def _allocate(key_mask):
     return key_mask.new_empty((key_mask.shape[0], 3), dtype=torch.int32)
 
 
-_op = torch.library.custom_op("fastbert::key_bounds", _launch, mutates_args=())
-_op.register_fake(_allocate)
+_call = define_op("key_bounds", _launch, _allocate)
 
 
 def key_bounds(key_mask: Tensor) -> Tensor:
@@ -82,4 +82,4 @@ def key_bounds(key_mask: Tensor) -> Tensor:
     """
     if key_mask.dtype != torch.bool or key_mask.dim() != 2:
         raise ValueError(f"key_mask: expected bool [B, S], got {key_mask.dtype} {tuple(key_mask.shape)}")
-    return _op(key_mask) if torch.compiler.is_compiling() else _launch(key_mask)
+    return _call(key_mask)

@@ -10,6 +10,7 @@ is left out, and `fits` says so. Nothing is saved, and nothing has a gradient.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .core.checks import check_device
 from .core.failures import or_plain
-from .core.launch import check_device, choose, launch
+from .core.launch import choose, launch
+from .core.op import define_op
 
 __all__ = ["packed_rows"]
 
@@ -158,27 +161,37 @@ def packed_rows_kernel(
                 tl.store(inner_inverse_ptr + places, tl.where(taken, read_places, -1), packed)
 
 
-@or_plain(reference.packed_rows)
-def _launch(
-    counts: Tensor,
-    tokens: Tensor | None,
-    read: Tensor | None,
-    seqlen: int,
-    room: int,
-    longest: int,
-    exact: bool,
-    first: bool,
-    read_room: int,
-    read_longest: int,
-    read_exact: bool,
-    check: bool,
-) -> list[Tensor]:
-    rows = room, longest, exact, first, read_room, read_longest, read_exact
-    results = _allocate(counts, tokens, read, seqlen, *rows, check)
-    placed = _NOWHERE | dict(zip(_pointers(tokens is not None, first or read is not None, check), results, strict=True))
+class Inputs(NamedTuple):
+    counts: Tensor
+    tokens: Tensor | None
+    read: Tensor | None
+    seqlen: int
+    room: int
+    longest: int
+    exact: bool
+    first: bool
+    read_room: int
+    read_longest: int
+    read_exact: bool
+    check: bool
+
+    @property
+    def reads(self) -> bool:
+        return self.first or self.read is not None
+
+
+def _plain(inputs: Inputs) -> list[Tensor]:
+    return reference.packed_rows(*inputs)
+
+
+@or_plain(_plain)
+def _launch(inputs: Inputs) -> list[Tensor]:
+    counts, tokens, read = inputs.counts, inputs.tokens, inputs.read
+    results = _allocate(inputs)
+    placed = _NOWHERE | dict(zip(_pointers(tokens is not None, inputs.reads, inputs.check), results, strict=True))
     read_bounds = placed["read_cu_seqlens_ptr"]
     n_sequences = counts.shape[1]
-    config = choose("packed_rows", counts, seqlen)
+    config = choose("packed_rows", counts, inputs.seqlen)
     launch(
         packed_rows_kernel,
         n_sequences,
@@ -193,15 +206,15 @@ def _launch(
         read_batch_stride=0 if read is None else read.stride(0),
         read_col_stride=0 if read is None else read.stride(1),
         n_sequences=n_sequences,
-        seqlen=seqlen,
-        room=room,
-        longest=longest,
+        seqlen=inputs.seqlen,
+        room=inputs.room,
+        longest=inputs.longest,
         n_bounds=results[0].shape[0],
-        read_room=read_room,
-        read_longest=read_longest,
+        read_room=inputs.read_room,
+        read_longest=inputs.read_longest,
         n_read_bounds=0 if read_bounds is None else read_bounds.shape[0],
-        EXACT=exact,
-        READ_EXACT=read_exact,
+        EXACT=inputs.exact,
+        READ_EXACT=inputs.read_exact,
         BLOCK_N=config.BLOCK_N,
     )
     return results
@@ -223,26 +236,26 @@ def _pointers(tokens: bool, read: bool, check: bool) -> list[str]:
 _NOWHERE = dict.fromkeys(_pointers(True, True, True))
 
 
-def _allocate(counts, tokens, read, seqlen, room, longest, exact, first, read_room, read_longest, read_exact, check):
+def _allocate(inputs: Inputs) -> list[Tensor]:
+    counts, tokens, seqlen, room, read_room = inputs.counts, inputs.tokens, inputs.seqlen, inputs.room, inputs.read_room
     n_sequences = counts.shape[1]
-    rest = 0 if exact else -(-room // max(longest, 1))
+    rest = 0 if inputs.exact else -(-room // max(inputs.longest, 1))
     results = [counts.new_empty(n_sequences + 1 + rest)]
     if tokens is not None:
         results += [counts.new_empty(room), counts.new_empty(n_sequences * seqlen)]
-    if first or read is not None:
+    if inputs.reads:
         # As many sequences as the tokens have, or more: attention wants both alike.
-        rest = rest if read_exact else max(rest, -(-read_room // max(read_longest, 1)))
+        rest = rest if inputs.read_exact else max(rest, -(-read_room // max(inputs.read_longest, 1)))
         sizes = n_sequences + 1 + rest, read_room, n_sequences * seqlen
         results += [counts.new_empty(size) for size in sizes]
         if tokens is not None:
             results += [counts.new_empty(read_room), counts.new_empty(room)]
-    if check:
+    if inputs.check:
         results.append(counts.new_empty(3, dtype=torch.bool))
     return results
 
 
-_op = torch.library.custom_op("fastbert::packed_rows", _launch, mutates_args=())
-_op.register_fake(_allocate)
+_call = define_op("packed_rows", _launch, _allocate)
 
 
 def packed_rows(
@@ -289,5 +302,4 @@ def packed_rows(
             raise ValueError(f"{name}: expected bool {expected}, got {mask.dtype} {tuple(mask.shape)}")
         check_device(name, mask, counts)
     rooms = room, longest, exact, first, read_room, read_longest, read_exact
-    arguments = counts.contiguous(), tokens, read, seqlen, *rooms, check
-    return _op(*arguments) if torch.compiler.is_compiling() else _launch(*arguments)
+    return _call(Inputs(counts.contiguous(), tokens, read, seqlen, *rooms, check))

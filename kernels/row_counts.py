@@ -13,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .core.checks import check_device
 from .core.failures import or_plain
-from .core.launch import check_device, choose, launch
+from .core.launch import choose, launch
+from .core.op import define_op
 
 __all__ = ["row_counts"]
 
@@ -85,8 +87,7 @@ def _allocate(tokens, read):
     return either.new_empty((3, either.shape[0]), dtype=torch.int32)
 
 
-_op = torch.library.custom_op("fastbert::row_counts", _launch, mutates_args=())
-_op.register_fake(_allocate)
+_call = define_op("row_counts", _launch, _allocate)
 
 
 def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
@@ -111,4 +112,4 @@ def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
             expected = "[B, S]" if mask is like else f"{tuple(like.shape)}"
             raise ValueError(f"{name}: expected bool {expected}, got {mask.dtype} {tuple(mask.shape)}")
         check_device(name, mask, like)
-    return _op(tokens, read) if torch.compiler.is_compiling() else _launch(tokens, read)
+    return _call(tokens, read)

@@ -110,9 +110,22 @@ def record(architecture: str, variant: Variant, rows: int | None = None) -> list
 
 
 def compile_launch(architecture: str, launched: Launch) -> Any:
-    """Triton's own warm-up: it specialises the arguments as a launch does, compiles, and stops there."""
+    """Triton's own warm-up: it specialises the arguments as a launch does, compiles, and stops there.
+
+    What Triton's cache has from before a file of kernels was moved is compiled again, since its lines are of no file here.
+    """
     assert isinstance(launched.kernel, triton.JITFunction), "TRITON_INTERPRET is set: nothing can be compiled"
     triton.runtime.driver.set_active(_AbsentDevice(ARCHITECTURES[architecture].capability))
+    compiled = _warm_up(launched)
+    if sass.has_moved(compiled.asm["ptx"]):
+        launched.kernel.device_caches.clear()
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True
+            compiled = _warm_up(launched)
+    return compiled
+
+
+def _warm_up(launched: Launch) -> Any:
     return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **cache.options(launched.config))
 
 

@@ -164,10 +164,21 @@ def _lines(path: Path) -> list[str]:
     The cache's key holds the text of a kernel and its line, but not where its file lies. Of another file that is gone
     (Triton's own library beside that checkout) there are none: it loads and stores no tensor of a kernel's by name.
     """
-    _, found, inside = str(path).rpartition("/kernels/")
-    ours = _KERNELS / inside
-    source = ours if found and ours.exists() else path
+    ours = _ours(path)
+    source = path if ours is None or not ours.exists() else ours
     return source.read_text().splitlines() if source.exists() else []
+
+
+def _ours(path: Path) -> Path | None:
+    """Where a file below a folder kernels/ stands in this checkout, None for any other file."""
+    _, found, inside = str(path).rpartition("/kernels/")
+    return _KERNELS / inside if found else None
+
+
+def has_moved(ptx: str) -> bool:
+    """Whether PTX names a file of kernels that is not here: it was compiled before that file was moved."""
+    ours = (_ours(Path(path)) for _, path in _PTX_FILE.findall(ptx))
+    return any(path is not None and not path.exists() for path in ours)
 
 
 def _pointer_name(lines: list[str], number: int) -> str:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.launch import check_dtype, choose
+from ..core.checks import check_dtype
+from ..core.launch import choose
 from .tensor_forms import Forms
 
 # The columns of a row. An absent tensor's pointer is 0, and no program reads it.

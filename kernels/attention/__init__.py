@@ -29,10 +29,10 @@ from ..core.launch import (
     cdiv,
     choose,
     choose_short,
-    differentiable,
     draw_seed,
     next_power_of_2,
 )
+from ..core.op import define_op
 from ..key_bounds import key_bounds as bounds_of
 from . import plain
 from .backward_kv import attention_bwd_kv_kernel
@@ -110,14 +110,16 @@ def _sizes(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tupl
     return cu_seqlens.shape[0] - 1, max_seqlen, x.shape[0]
 
 
-def _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p) -> Geometry:
+def geometry_of(given: "Inputs | Saved") -> Geometry:
+    q, k, v, cu_seqlens, mask = given.q, given.k, given.v, given.cu_seqlens, given.mask
+    cu_seqlens_q, max_seqlen_q = given.cu_seqlens_q, given.max_seqlen_q
     if cu_seqlens_q is None:  # the queries are the keys' rows
-        cu_seqlens_q, max_seqlen_q = cu_seqlens, max_seqlen
+        cu_seqlens_q, max_seqlen_q = cu_seqlens, given.max_seqlen
     sequences, longest_q, n_rows = _sizes(q, cu_seqlens_q, max_seqlen_q)
-    _, longest_k, _ = _sizes(k, cu_seqlens, max_seqlen)
+    _, longest_k, _ = _sizes(k, cu_seqlens, given.max_seqlen)
     heads = q.shape[-2], k.shape[-2], q.shape[-1]
     strides = _strides(q), _strides(k), _strides(v), None if mask is None else mask.stride()
-    return Geometry(sequences, longest_q, longest_k, n_rows, *heads, *strides, causal, scale, p)
+    return Geometry(sequences, longest_q, longest_k, n_rows, *heads, *strides, given.causal, given.scale, given.p)
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -203,29 +205,52 @@ def _backward_numbers(geometry: Geometry, like: Tensor, dout: Strides, aligned: 
     return geometry.numbers(like) | {"dout_strides": dout} | blocks
 
 
-@or_plain(plain.attention)
-def _launch_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    key_bounds: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    seed: Tensor | None,
-    max_seqlen: int | None,
-    max_seqlen_q: int | None,
-    causal: bool,
-    scale: float,
-    p: float,
-) -> tuple[Tensor, Tensor]:
-    out, logsumexp = _allocate_fwd(
-        q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, max_seqlen, max_seqlen_q, causal, scale, p
-    )
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    key_bounds: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    cu_seqlens_q: Tensor | None
+    seed: Tensor | None
+    max_seqlen: int | None
+    max_seqlen_q: int | None
+    causal: bool
+    scale: float
+    p: float
+
+
+class Saved(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    logsumexp: Tensor
+    key_mask: Tensor | None
+    key_bounds: Tensor | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    cu_seqlens_q: Tensor | None
+    seed: Tensor | None
+    max_seqlen: int | None
+    max_seqlen_q: int | None
+    causal: bool
+    scale: float
+    p: float
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@or_plain(plain.forward)
+def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *_ = inputs
+    out, logsumexp = _allocate_forward(inputs)
     if not q.numel() or not k.numel():
         return out.zero_(), logsumexp.zero_()  # what an empty sum is
-    geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
+    geometry = geometry_of(inputs)
     forward_work(geometry, q, _aligned(q, k, v)).launch(
         q,
         q_ptr=q,
@@ -243,63 +268,41 @@ def _launch_fwd(
     return out, logsumexp
 
 
-def _allocate_fwd(q, *_):
+def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    q = inputs.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = math.prod(q.shape[:-2])  # torch.Size.numel would fix a size that torch.compile keeps open
     planes = 2 if q.element_size() > 2 else 1  # tiles.store_softmax
     return out, torch.empty((planes, q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
 
 
-def _launch_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    key_mask: Tensor | None,
-    key_bounds: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    seed: Tensor | None,
-    max_seqlen: int | None,
-    max_seqlen_q: int | None,
-    causal: bool,
-    scale: float,
-    p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _allocate_bwd(dout, q, k, v)
-    return _launch_bwd_into(
-        grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed,
-        max_seqlen, max_seqlen_q, causal, scale, p,
-    )  # fmt: skip
+def _launch_backward(dout: Tensor, saved: Saved) -> Gradients:
+    return _launch_backward_into(_allocate_backward(dout, saved), dout, saved)
 
 
-def _allocate_bwd(dout, q, k, v, *_):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+def _allocate_backward(dout: Tensor, saved: Saved) -> Gradients:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (saved.q, saved.k, saved.v))
 
 
-def _launch_bwd_packed(dout, q, k, v, *rest):
-    """As _launch_bwd; of one self-attention, the three gradients are views of one buffer [..., 3, heads, D].
+def launch_backward_packed(dout: Tensor, saved: Saved) -> Gradients:
+    """As _launch_backward; of one self-attention, the three gradients are views of one buffer [..., 3, heads, D].
 
     That buffer is the gradient of a product that gave q, k and v at once: `unpack` hands it on without a copy.
     """
-    if q.shape != k.shape:
-        return _launch_bwd(dout, q, k, v, *rest)
+    q = saved.q
+    if q.shape != saved.k.shape:
+        return _launch_backward(dout, saved)
     buffer = torch.empty((*q.shape[:-2], 3, *q.shape[-2:]), dtype=q.dtype, device=q.device)
-    return _launch_bwd_into(buffer.unbind(-3), dout, q, k, v, *rest)
+    return _launch_backward_into(buffer.unbind(-3), dout, saved)
 
 
-@or_plain(plain.attention_backward, after=_launch_fwd)
-def _launch_bwd_into(
-    grads, dout, q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed,
-    max_seqlen, max_seqlen_q, causal, scale, p,
-):  # fmt: skip
+@or_plain(plain.backward, after=launch_forward)
+def _launch_backward_into(grads: Gradients, dout: Tensor, saved: Saved) -> Gradients:
+    q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *_ = saved
     dq, dk, dv = grads
     if not q.numel() or not k.numel():
         return tuple(grad.zero_() for grad in grads)
-    geometry = _geometry(q, k, v, mask, cu_seqlens, cu_seqlens_q, max_seqlen, max_seqlen_q, causal, scale, p)
+    geometry = geometry_of(saved)
     shared = {
         "q_ptr": q,
         "k_ptr": k,
@@ -324,25 +327,25 @@ def _launch_bwd_into(
     return dq, dk, dv
 
 
-def _save(ctx, inputs, output):
-    q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *ctx.settings = inputs
-    out, logsumexp = output
-    ctx.mark_non_differentiable(logsumexp)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed)
+def _save(inputs: Inputs, out: Tensor, logsumexp: Tensor) -> Saved:
+    q, k, v, *rest = inputs
+    return Saved(q, k, v, out, logsumexp, *rest)
 
 
-def _gradients(backward, ctx, dout, *_):
-    if dout is None or not any(ctx.needs_input_grad[:3]):
-        return (None,) * 14
-    return *backward(dout, *ctx.saved_tensors, *ctx.settings), *(None,) * 11
+def _gradients(backward, dout: Tensor, saved: Saved, needs: Inputs) -> dict[str, Tensor]:
+    return dict(zip(("q", "k", "v"), backward(dout, saved), strict=True))
 
 
-_op = torch.library.custom_op("fastbert::attention", _launch_fwd, mutates_args=())
-_op.register_fake(_allocate_fwd)
-_backward_op = torch.library.custom_op("fastbert::attention_backward", _launch_bwd, mutates_args=())
-_backward_op.register_fake(_allocate_bwd)
-_call = differentiable(_launch_fwd, _launch_bwd_packed, _save, _gradients, _op, _backward_op)
+_call = define_op(
+    "attention",
+    launch_forward,
+    _allocate_forward,
+    save=_save,
+    gradients=_gradients,
+    backward=_launch_backward,
+    allocate_backward=_allocate_backward,
+    eager_backward=launch_backward_packed,
+)
 
 
 def attention(
@@ -407,4 +410,4 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = seed if p > 0.0 else None
     lengths = (max_seqlen, max_seqlen_q)
-    return _call(q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *lengths, causal, scale, p)[0]
+    return _call(Inputs(q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *lengths, causal, scale, p))[0]

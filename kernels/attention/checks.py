@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.launch import check_dtype
+from ..core.checks import check_dtype
 
 MAX_HEAD_SIZE = 256
 

@@ -1,10 +1,10 @@
 """A kernel that cannot be compiled or launched: plain PyTorch computes its part, and the log says so once.
 
-`launch` makes KernelFailed of the error. A launcher decorated with `or_plain(twin)` then hands its arguments to the twin
-(plain.py), in that call and in all later ones: nothing is compiled again at each step. The twin returns what the launcher
-returns and draws the same dropout from the same seed, so that any of a forward, its backward and a recomputed forward may
-fail alone: the gradients are still those of the outputs. It runs inside the same autograd function and the same custom
-op, so torch.compile and gradient checkpointing notice nothing.
+`launch` makes KernelFailed of the error. A launcher decorated with `or_plain(twin)` then hands its arguments to the twin,
+which stands beside it, in that call and in all later ones: nothing is compiled again at each step. The twin returns what
+the launcher returns and draws the same dropout from the same seed, so that any of a forward, its backward and a recomputed
+forward may fail alone: the gradients are still those of the outputs. It runs inside the same autograd function and the same
+custom op, so torch.compile and gradient checkpointing notice nothing.
 
 An error that is not the kernel's is raised as it came: a device on which nothing runs any more, or a launch inside the
 capture of a CUDA graph, where much is forbidden that works outside. Nothing is switched off by it.
@@ -13,7 +13,7 @@ capture of a CUDA graph, where much is forbidden that works outside. Nothing is 
 import errno
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any
@@ -179,7 +179,7 @@ def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) 
                     record(failure)
                     _failed[launcher] = failure.kernel
             _count(_failed.get(launcher) or _failed[after])
-            device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+            device = next(x.device.type for x in tensors(arguments))
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return twin(*arguments, **keywords)
 
@@ -188,6 +188,15 @@ def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) 
 
     after = getattr(after, "launcher", after)
     return decorate
+
+
+def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among a launcher's arguments, which may be in tuples."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from tensors(argument)
 
 
 def _count(kernel: str) -> None:

@@ -1,9 +1,9 @@
-"""How a kernel is launched: on which device, with which configuration; and how it becomes differentiable."""
+"""How a kernel is launched: on which device, with which configuration."""
 
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -189,107 +189,6 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 1
 
 
-class _NotTwice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        raise RuntimeError("the kernels have no second derivative: unpatch the model to differentiate a gradient")
-
-
-def not_twice(gradients: Sequence[Tensor | None], sources: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients under create_graph=True: whoever differentiates one in its turn, by whichever of the `sources` that it
-    was made of, is told that this does not go. (torch's once_differentiable knows no sources: where the derivative is asked
-    for by `inputs=`, it is silently zero.)"""
-    sources = [source for source in sources if source is not None and source.requires_grad]
-    return tuple(None if g is None else _NotTwice.apply(g.detach().requires_grad_(), *sources) for g in gradients)
-
-
-class _Link(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        raise RuntimeError("no gradient comes this way")
-
-
-def links(inputs: Iterable[Any], saved: Sequence[Tensor | None]) -> list[Tensor]:
-    """Stand-ins for what of an op's `inputs` is not `saved`, as sources of its gradients: without their memory."""
-    known = set(map(id, saved))
-    others = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and id(x) not in known]
-    with torch.enable_grad():
-        return [x if x.is_leaf else _Link.apply(x) for x in others]
-
-
-class Unpacked:
-    """A backward's context, whose saved tensors may be read again here (checkpointing allows to read them once) and lie as
-    they did: hooks on saved tensors may give them back with other strides."""
-
-    def __init__(self, ctx: Any, strides: Sequence[tuple[int, ...] | None]) -> None:
-        self._ctx, self.sources = ctx, ctx.saved_tensors
-        self.saved_tensors = [
-            x if x is None or x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
-            for x, stride in zip(self.sources, strides, strict=True)
-        ]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-
-def check_unbatched(upstream: Iterable[Any]) -> None:
-    """Raise RuntimeError for gradients that stand for many: kernels read memory, which those have not."""
-    if any([isinstance(g, Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstream]):
-        raise RuntimeError(
-            "the kernels take one gradient at a time, not a batch of them (is_grads_batched=True, vectorize=True): "
-            "unpatch the model for that, or call the backward once for each"
-        )
-
-
-def differentiable(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    save: Callable[..., None],
-    gradients: Callable[..., Any],
-    op: Any,
-    backward_op: Any,
-) -> Callable[..., Any]:
-    """One autograd rule for both of an op's forms; returns the function that picks the form.
-
-    In eager mode `forward` and `backward` (the launchers) run inside an autograd.Function, because a custom op
-    costs tens of microseconds a call; while torch.compile traces, the custom ops `op` and `backward_op` stand
-    for them. `save(ctx, inputs, output)` keeps what the backward needs and `gradients(backward, ctx, *upstream)`
-    returns one gradient an input. A second derivative raises: the backward kernels have none.
-    """
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
-            save(ctx, inputs, output)
-            ctx.links = links(inputs, ctx.to_save)
-            ctx.strides = [None if x is None else x.stride() for x in ctx.to_save]
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *upstream: Any) -> Any:
-            check_unbatched(upstream)
-            with torch.no_grad():
-                ctx = Unpacked(ctx, ctx.strides)
-                found = gradients(backward, ctx, *upstream)
-            return not_twice(found, (*upstream, *ctx.sources, *ctx.links)) if torch.is_grad_enabled() else found
-
-    op.register_autograd(lambda ctx, *upstream: gradients(backward_op, ctx, *upstream), setup_context=save)
-
-    def call(*inputs: Any) -> Any:
-        return op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
-
-    return call
-
-
 def accumulator(dtype: torch.dtype) -> triton.language.dtype:
     """The type a kernel computes in: float32, and float64 for float64 (so that gradcheck means something)."""
     return triton.language.float64 if dtype == torch.float64 else triton.language.float32
@@ -306,52 +205,3 @@ def draw_seed(device: torch.device) -> Tensor:
     torch.manual_seed repeats it, gradient checkpointing restores it, and each replay of a CUDA graph draws anew.
     """
     return torch.randint(2**62, (), dtype=torch.int64, device=device)
-
-
-def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether a backward can follow, and so whether the forward keeps what that reads."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-MAX_WIDTH = 8192  # a row is one tile; wider ones would spill
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raise ValueError for a dtype that the kernels do not compute: an integer one would be rounded to, silently."""
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {tensor.dtype}")
-
-
-def check_device(name: str, tensor: Tensor | None, like: Tensor) -> None:
-    """Raise ValueError unless `tensor` is None or where `like` is: elsewhere its address would mean something else."""
-    if tensor is not None and tensor.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
-
-
-def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None) -> None:
-    """Raise ValueError unless x is [..., H] with H <= MAX_WIDTH and the vectors are [H]."""
-    check_dtype("x", x)
-    if x.dim() == 0 or x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"x: expected [..., H] with H <= {MAX_WIDTH}, got {tuple(x.shape)}")
-    for name, vector in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
-        check_vector(name, vector, x)
-
-
-def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
-    """Raise ValueError unless `vector` is None or has one element a column of x, on its device."""
-    if vector is None:
-        return
-    check_dtype(name, vector)
-    check_device(name, vector, x)
-    if vector.shape != x.shape[-1:]:
-        raise ValueError(f"{name}: expected shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}")
-
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-
-
-def check_activation(activation: str) -> None:
-    """Raise ValueError for an activation that the kernels do not compute."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

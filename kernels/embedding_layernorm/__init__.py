@@ -17,25 +17,23 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..core import plain
+from ..core.autograd import needs_backward
+from ..core.checks import MAX_WIDTH, check_device, check_dtype, check_vector
 from ..core.failures import or_plain
 from ..core.launch import (
-    MAX_WIDTH,
     accumulator,
     accumulator_torch,
     as_rows,
     cdiv,
-    check_device,
-    check_dtype,
-    check_vector,
     choose,
-    differentiable,
     draw_seed,
     launch,
-    needs_backward,
     next_power_of_2,
     resident_programs,
 )
+from ..core.op import define_op
+from . import plain
+from .arguments import Inputs, Needs, Saved, promote, z_dtype
 from .gradients import by_runs
 from .ids import batch_stride, packed_ids
 from .rows import embedding_layernorm_bwd_kernel, embedding_layernorm_fwd_kernel
@@ -44,19 +42,13 @@ from .sums import GROUPS, MOST_TYPES, by_places, finish
 __all__ = ["embedding_layernorm"]
 
 
-def _sum_arguments(
-    words: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    offset: int,
-) -> dict[str, object]:
+def _sum_arguments(given: Inputs | Saved) -> dict[str, object]:
     """What both kernels take to make z: summed_rows' arguments."""
+    words, positions, types = given.words, given.positions, given.types
+    ids, token_type_ids, position_ids = given.ids, given.token_type_ids, given.position_ids
     shape = words.shape[:-1] if ids is None else ids.shape
     rows = words if words.dim() == 2 else as_rows(words)
-    summed, z_dtype = _promoted(words.dtype, types.dtype), _z_dtype(words, positions, types)
+    summed, promoted = promote(words.dtype, types.dtype), z_dtype(given)
     return {
         "words_ptr": rows,
         "positions_ptr": positions.contiguous(),
@@ -69,14 +61,14 @@ def _sum_arguments(
         "position_batch_stride": batch_stride(position_ids, shape),
         "type_batch_stride": batch_stride(token_type_ids, shape),
         "seqlen": shape[-1],
-        "offset": offset,
+        "offset": given.offset,
         "n_words": rows.shape[0],
         "n_positions": positions.shape[0],
         "n_types": types.shape[0],
         "N_COLS": words.shape[-1],
         "SUM": _language_type(summed),
-        "Z": _language_type(z_dtype),
-        "ACC": accumulator(z_dtype),
+        "Z": _language_type(promoted),
+        "ACC": accumulator(promoted),
     }
 
 
@@ -85,24 +77,9 @@ def _language_type(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _z_dtype(words: Tensor, positions: Tensor, types: Tensor) -> torch.dtype:
-    return _promoted(_promoted(words.dtype, types.dtype), positions.dtype)
-
-
-def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    return one if one == other else torch.promote_types(one, other)  # which is dispatched as an op
-
-
-def _check_ranges(
-    words: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-) -> None:
-    for table_ids, table in ((ids, words), (token_type_ids, types), (position_ids, positions)):
-        _check_range(table_ids, table)
+def _check_ranges(given: Inputs) -> None:
+    for ids, table in ((given.ids, given.words), (given.token_type_ids, given.types), (given.position_ids, given.positions)):
+        _check_range(ids, table)
 
 
 def _check_range(ids: Tensor | None, table: Tensor) -> None:
@@ -113,46 +90,28 @@ def _check_range(ids: Tensor | None, table: Tensor) -> None:
             raise IndexError("index out of range in self")
 
 
-@or_plain(plain.embedding_layernorm)
-def _launch_fwd(
-    words: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    places: Tensor | None,
-    seed: Tensor | None,
-    offset: int,
-    padding_idx: int | None,
-    eps: float,
-    p: float,
-    out_dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_ranges(words, positions, types, ids, token_type_ids, position_ids)
-    tables, more = (words, positions, types), (places, seed, offset, padding_idx, eps, p, out_dtype, save)
-    y, mean, rstd = _allocate_fwd(*tables, weight, bias, ids, token_type_ids, position_ids, *more)
+@or_plain(plain.forward)
+def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    _check_ranges(inputs)
+    y, mean, rstd = _allocate_forward(inputs)
     n_rows, n_cols = y.shape[:-1].numel(), y.shape[-1]
-    widest = max((y, *tables), key=Tensor.element_size)
+    widest = max((y, inputs.words, inputs.positions, inputs.types), key=Tensor.element_size)
     config = choose("layernorm_forward", widest, n_cols)
     launch(
         embedding_layernorm_fwd_kernel,
         cdiv(n_rows, config.BLOCK_M) if n_cols else 0,
         config,
         y,
-        **_sum_arguments(*tables, ids, token_type_ids, position_ids, offset),
-        weight_ptr=weight.contiguous(),
-        bias_ptr=bias.contiguous(),
-        seed_ptr=seed,
+        **_sum_arguments(inputs),
+        weight_ptr=inputs.weight.contiguous(),
+        bias_ptr=inputs.bias.contiguous(),
+        seed_ptr=inputs.seed,
         y_ptr=y,
-        mean_ptr=mean if save else None,
-        rstd_ptr=rstd if save else None,
+        mean_ptr=mean if inputs.save else None,
+        rstd_ptr=rstd if inputs.save else None,
         n_rows=n_rows,
-        EPS=eps,
-        P_DROP=p,
+        EPS=inputs.eps,
+        P_DROP=inputs.p,
         VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=next_power_of_2(n_cols),
@@ -162,41 +121,20 @@ def _launch_fwd(
     return y, mean, rstd
 
 
-def _allocate_fwd(words, positions, types, weight, bias, ids, *rest):
-    *_, out_dtype, save = rest
+def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    words, ids = inputs.words, inputs.ids
     shape = words.shape[:-1] if ids is None else ids.shape
-    y = words.new_empty((*shape, words.shape[-1]), dtype=out_dtype)
-    statistics = accumulator_torch(_z_dtype(words, positions, types))
-    mean = words.new_empty(shape if save else (0,), dtype=statistics)
+    y = words.new_empty((*shape, words.shape[-1]), dtype=inputs.out_dtype)
+    mean = words.new_empty(shape if inputs.save else (0,), dtype=accumulator_torch(z_dtype(inputs)))
     return y, mean, torch.empty_like(mean)
 
 
-def _launch_bwd(
-    dy: Tensor,
-    words: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    places: Tensor | None,
-    seed: Tensor | None,
-    offset: int,
-    padding_idx: int | None,
-    p: float,
-    bias_dtype: torch.dtype,
-    needs_words: bool,
-    needs_positions: bool,
-    needs_types: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def launch_backward(dy: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the tables, weight and bias; an empty tensor for one that is not asked for."""
-    given = dy, words, positions, types, weight, mean, rstd, ids, token_type_ids, position_ids, seed, offset, p
-    dz, sums = _launch_rows_bwd(*given, needs_words or needs_positions or needs_types, needs_weight or needs_bias)
+    words, positions, types, weight = saved.words, saved.positions, saved.types, saved.weight
+    ids, token_type_ids, position_ids, places = saved.ids, saved.token_type_ids, saved.position_ids, saved.places
+    needs_words, needs_positions, needs_types, needs_weight, needs_bias = needs
+    dz, sums = _launch_rows(dy, saved, needs_words or needs_positions or needs_types, needs_weight or needs_bias)
     shape = dy.shape[:-1]
 
     # Positions that all sequences share, and types that are few, are added up by place; others are brought into order.
@@ -220,14 +158,14 @@ def _launch_bwd(
     if needs_weight:
         dweight = weight.new_empty(weight.shape)
     if needs_bias:
-        dbias = weight.new_empty(weight.shape, dtype=bias_dtype)
+        dbias = weight.new_empty(weight.shape, dtype=saved.bias_dtype)
     if place_sums is not None or sums is not None:
-        finish(sums, place_sums, dweight, dbias, by_place, dtypes, offset if counted else 0)
+        finish(sums, place_sums, dweight, dbias, by_place, dtypes, saved.offset if counted else 0)
 
     if needs_words and ids is None:
         dwords = dz.view(words.shape).to(words.dtype)
     elif needs_words:
-        dwords = by_runs(dz, ids.reshape(-1), words.shape[0], padding_idx, words.dtype)
+        dwords = by_runs(dz, ids.reshape(-1), words.shape[0], saved.padding_idx, words.dtype)
     if needs_positions and dpositions is None:
         read = position_ids if shared else position_ids.expand(shape)
         dpositions = by_runs(by_place if shared else dz, read.reshape(-1), positions.shape[0], None, positions.dtype)
@@ -237,31 +175,15 @@ def _launch_bwd(
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-@or_plain(plain.embedding_layernorm_backward)
-def _launch_rows_bwd(
-    dy: Tensor,
-    words: Tensor,
-    positions: Tensor,
-    types: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    seed: Tensor | None,
-    offset: int,
-    p: float,
-    needs_dz: bool,
-    needs_sums: bool,
-) -> tuple[Tensor, Tensor | None]:
+@or_plain(plain.rows_backward)
+def _launch_rows(dy: Tensor, saved: Saved, needs_dz: bool, needs_sums: bool) -> tuple[Tensor, Tensor | None]:
     """The gradient of the sum that was normalised, [T, H], and those of weight and bias as sums [n, 2, H]."""
-    tables = words, positions, types
+    mean = saved.mean
     n_cols = dy.shape[-1]
     dy = as_rows(dy)
     n_rows = dy.shape[0]
-    dz = dy.new_empty((n_rows, n_cols) if needs_dz else (0,), dtype=_z_dtype(*tables))
-    widest = max((dy, *tables), key=Tensor.element_size)
+    dz = dy.new_empty((n_rows, n_cols) if needs_dz else (0,), dtype=z_dtype(saved))
+    widest = max((dy, saved.words, saved.positions, saved.types), key=Tensor.element_size)
     config = choose("layernorm_backward", widest, n_cols)
     programs = resident_programs(config, dy, cdiv(n_rows, config.BLOCK_M))
     chunks, block_n = config.chunks(n_cols)
@@ -272,18 +194,18 @@ def _launch_rows_bwd(
         config,
         dy,
         dy_ptr=dy,
-        **_sum_arguments(*tables, ids, token_type_ids, position_ids, offset),
+        **_sum_arguments(saved),
         mean_ptr=mean,
-        rstd_ptr=rstd,
-        weight_ptr=weight.contiguous(),
-        seed_ptr=seed,
+        rstd_ptr=saved.rstd,
+        weight_ptr=saved.weight.contiguous(),
+        seed_ptr=saved.seed,
         dz_ptr=dz if needs_dz else None,
         sums_ptr=sums,
         dy_row_stride=dy.stride(0),
         dy_col_stride=dy.stride(1),
         n_rows=n_rows,
         n_programs=programs,
-        P_DROP=p,
+        P_DROP=saved.p,
         VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
         CHUNKS=chunks,
@@ -292,40 +214,35 @@ def _launch_rows_bwd(
     return dz, sums
 
 
-def _allocate_bwd(dy, words, positions, types, weight, mean, *rest):
-    bias_dtype, *needs = rest[-6:]
-    like = words, positions, types, weight, weight
-    dtypes = words.dtype, positions.dtype, types.dtype, weight.dtype, bias_dtype
+def _allocate_backward(dy: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, ...]:
+    like = saved.words, saved.positions, saved.types, saved.weight, saved.weight
+    dtypes = *(tensor.dtype for tensor in like[:4]), saved.bias_dtype
     return tuple(
         tensor.new_empty(tensor.shape, dtype=dtype) if needed else dy.new_empty(0)
         for tensor, dtype, needed in zip(like, dtypes, needs, strict=True)
     )
 
 
-def _save(ctx, inputs, output):
-    words, positions, types, weight, bias, *read = inputs
-    *read, offset, padding_idx, _, p, _, _ = read
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(words, positions, types, weight, mean, rstd, *read)
-    ctx.options = offset, padding_idx, p
-    ctx.bias_dtype = bias.dtype
+def _save(inputs: Inputs, y: Tensor, mean: Tensor, rstd: Tensor) -> Saved:
+    tables = inputs.words, inputs.positions, inputs.types, inputs.weight
+    read = inputs.ids, inputs.token_type_ids, inputs.position_ids, inputs.places, inputs.seed
+    return Saved(*tables, mean, rstd, *read, inputs.offset, inputs.padding_idx, inputs.p, inputs.bias.dtype)
 
 
-def _gradients(backward, ctx, dy, *_):
-    if dy is None:
-        return (None,) * 16
-    needs = ctx.needs_input_grad[:5]
-    gradients = backward(dy, *ctx.saved_tensors, *ctx.options, ctx.bias_dtype, *needs)
-    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), *(None,) * 11
+def _gradients(backward, dy: Tensor, saved: Saved, needs: Inputs) -> dict[str, Tensor]:
+    found = backward(dy, saved, Needs(*needs[:5]))
+    return dict(zip(Inputs._fields[:5], found, strict=True))
 
 
-_op = torch.library.custom_op("fastbert::embedding_layernorm", _launch_fwd, mutates_args=())
-_op.register_fake(_allocate_fwd)
-_backward_op = torch.library.custom_op("fastbert::embedding_layernorm_backward", _launch_bwd, mutates_args=())
-_backward_op.register_fake(_allocate_bwd)
-_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+_call = define_op(
+    "embedding_layernorm",
+    launch_forward,
+    _allocate_forward,
+    save=_save,
+    gradients=_gradients,
+    backward=launch_backward,
+    allocate_backward=_allocate_backward,
+)
 
 
 def embedding_layernorm(
@@ -401,7 +318,7 @@ def embedding_layernorm(
         raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
     _check_packing(index, inverse, ids, words)
     read = ids, token_type_ids, position_ids, offset, padding_idx
-    out_dtype = out_dtype or _z_dtype(words, positions, types)
+    out_dtype = out_dtype or promote(promote(words.dtype, types.dtype), positions.dtype)
     return embed(words, positions, types, weight, bias, *read, eps, p, out_dtype, seed, index, inverse)
 
 
@@ -427,7 +344,8 @@ def embed(
     places = None
     if index is not None:
         if not torch.compiler.is_compiling():
-            _check_ranges(words, positions, types, ids, token_type_ids, position_ids)
+            for indices, table in ((ids, words), (token_type_ids, types), (position_ids, positions)):
+                _check_range(indices, table)
         places = inverse.view(-1, ids.shape[-1]) if position_ids is None else None
         packed = plain.packed_ids if torch.compiler.is_compiling() else packed_ids
         ids, token_type_ids, position_ids = packed(index, ids, token_type_ids, position_ids, offset)
@@ -437,10 +355,9 @@ def embed(
         seed = draw_seed(words.device)
     save = needs_backward(words, positions, types, weight, bias)
     read = ids, token_type_ids, position_ids, places, seed, offset, padding_idx
-    arguments = words, positions, types, weight, bias, *read, eps, p, out_dtype, save
-    if save or torch.compiler.is_compiling():
-        return _call(*arguments)[0]
-    return _launch_fwd(*arguments)[0]
+    inputs = Inputs(words, positions, types, weight, bias, *read, eps, p, out_dtype, save)
+    call = _call if save or torch.compiler.is_compiling() else launch_forward
+    return call(inputs)[0]
 
 
 def _check_packing(index: Tensor | None, inverse: Tensor | None, ids: Tensor | None, words: Tensor) -> None:

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core import plain
 from ..core.device_math import block_rows, offsets, place_of_tile
 from ..core.failures import or_plain
 from ..core.launch import accumulator, accumulator_torch, cdiv, choose, launch, next_power_of_2
+from . import plain
 
 PIECE = 32  # places of the sorted order that one sum is over at most
 JOINED = 16  # partial sums of a run that are read at once

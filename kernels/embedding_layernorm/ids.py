@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core import plain
 from ..core.failures import or_plain
 from ..core.launch import cdiv, choose, launch
+from . import plain
 
 
 @triton.jit(do_not_specialize=["n_rows", "seqlen", "offset"])

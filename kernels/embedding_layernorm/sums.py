@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core import plain
 from ..core.device_math import offsets, place_of_tile
 from ..core.failures import or_plain
 from ..core.launch import accumulator, accumulator_torch, cdiv, choose, launch, next_power_of_2, resident_programs
+from . import plain
 
 GROUPS = 32  # sums that types alone are split into, so that enough programs have work
 MOST_TYPES = 4  # sums are kept apart in registers; a table with more rows goes the other way

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..attention import bounds_of
 from ..core import failures
+from ..core.autograd import check_unbatched, links, needs_backward, not_twice
 from ..core.failures import KernelFailed
-from ..core.launch import check_unbatched, links, needs_backward, not_twice
 from ..feed_forward import products as feed_forward_products
 from . import plain
 from .backward import Gradients, Vectors, backward

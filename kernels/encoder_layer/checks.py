@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..attention.checks import check_inputs, check_masks
-from ..core.launch import MAX_WIDTH, check_activation, check_device, check_dtype
+from ..core.checks import MAX_WIDTH, check_activation, check_device, check_dtype
 from .settings import Layout, Settings, Weights
 
 

@@ -10,29 +10,29 @@ activation bias_gelu's, or, where configs.FUSED says so, the two are one kernel 
 the epilogue of the first product, its slope in that of the product that leads back to it.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from .. import bias_gelu
-from ..core import plain
+from ..core.checks import check_activation, check_device, check_dtype, check_vector
 from ..core.failures import or_plain
-from ..core.launch import (
-    accumulator_torch,
-    as_rows,
-    check_activation,
-    check_device,
-    check_dtype,
-    check_vector,
-    differentiable,
-)
+from ..core.launch import accumulator_torch, as_rows
+from ..core.op import define_op
 from .products import GRADIENT, PRODUCT, is_on, rows_of_sums, work
 
 __all__ = ["feed_forward"]
 
 
-@or_plain(plain.activated_product)
+def _plain_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, weight)
+    return bias_gelu.plain_forward(bias_gelu.Inputs(h, bias, activation)), h if save else x.new_empty(0)
+
+
+@or_plain(_plain_product)
 def _launch_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0])
     h = torch.empty_like(y) if save else None
@@ -42,10 +42,14 @@ def _launch_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
     return y, x.new_empty(0) if h is None else h
 
 
-@or_plain(plain.activation_gradient)
-def _launch_gradient(
-    dout: Tensor, output_weight: Tensor, bias: Tensor | None, h: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _plain_gradient(dout: Tensor, output_weight: Tensor, middle: bias_gelu.Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    dh, dbias = bias_gelu.plain_backward(torch.mm(dout, output_weight), middle, True)
+    return dh, bias_gelu.plain_forward(middle), dbias
+
+
+@or_plain(_plain_gradient)
+def _launch_gradient(dout: Tensor, output_weight: Tensor, middle: bias_gelu.Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    h, bias, activation = middle
     dh, y = torch.empty_like(h), torch.empty_like(h)
     sums = h.new_empty(rows_of_sums(*h.shape, h), h.shape[1], dtype=accumulator_torch(h.dtype))
     work(GRADIENT, *dout.shape, h.shape[1], h, activation).launch(
@@ -54,58 +58,71 @@ def _launch_gradient(
     return dh, y, sums.sum(0)
 
 
-def _launch_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    output_weight: Tensor,
-    activation: str,
-    product_on: bool,
-    gradient_on: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+class Inputs(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    output_weight: Tensor
+    activation: str
+    product_on: bool
+    gradient_on: bool
+    save: bool
+
+
+class Saved(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    output_weight: Tensor
+    h: Tensor
+    activation: str
+    gradient_on: bool
+
+
+class Needs(NamedTuple):
+    """Whose gradients are asked for, besides the bias."""
+
+    needs_x: bool
+    needs_weight: bool
+    needs_output: bool
+
+
+def _launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    x, weight, bias, output_weight, activation, product_on, _, save = inputs
     with torch.autocast(x.device.type, enabled=False):
         if product_on:
             y, h = _launch_product(*map(_aligned, (x, weight, bias)), activation, save)
         else:
             h = F.linear(x, weight)
-            y = bias_gelu._launch_fwd(h, bias, activation)
+            y = bias_gelu.launch_forward(bias_gelu.Inputs(h, bias, activation))
         return F.linear(y, output_weight), h if save else x.new_empty(0)
 
 
-def _allocate_fwd(x, weight, bias, output_weight, activation, product_on, gradient_on, save):
-    h = x.new_empty(x.shape[0], weight.shape[0]) if save else x.new_empty(0)
-    return x.new_empty(x.shape[0], output_weight.shape[0]), h
+def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    x, inner = inputs.x, inputs.weight.shape[0]
+    h = x.new_empty(x.shape[0], inner) if inputs.save else x.new_empty(0)
+    return x.new_empty(x.shape[0], inputs.output_weight.shape[0]), h
 
 
-def _launch_bwd(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    output_weight: Tensor,
-    h: Tensor,
-    activation: str,
-    gradient_on: bool,
-    needs_x: bool,
-    needs_weight: bool,
-    needs_output: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch_backward(dout: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, bias, output_weight, h, activation, gradient_on = saved
     with torch.autocast(x.device.type, enabled=False):
         if gradient_on:
-            dh, y, dbias = _launch_gradient(*map(_aligned, (dout, output_weight, bias, h)), activation)
+            dout, output_weight, bias, h = map(_aligned, (dout, output_weight, bias, h))
+            dh, y, dbias = _launch_gradient(dout, output_weight, bias_gelu.Inputs(h, bias, activation))
         else:
-            dh, dbias = bias_gelu._launch_bwd(torch.mm(dout, output_weight), h, bias, activation, bias is not None)
-            y = bias_gelu._launch_fwd(h, bias, activation) if needs_output else h
-        dx = torch.mm(dh, weight) if needs_x else x.new_empty(0)
-        dweight = torch.mm(dh.t(), x) if needs_weight else x.new_empty(0)
-        return dx, dweight, dbias, torch.mm(dout.t(), y) if needs_output else x.new_empty(0)
+            middle = bias_gelu.Inputs(h, bias, activation)
+            dh, dbias = bias_gelu.launch_backward(torch.mm(dout, output_weight), middle, bias is not None)
+            y = bias_gelu.launch_forward(middle) if needs.needs_output else h
+        dx = torch.mm(dh, weight) if needs.needs_x else x.new_empty(0)
+        dweight = torch.mm(dh.t(), x) if needs.needs_weight else x.new_empty(0)
+        return dx, dweight, dbias, torch.mm(dout.t(), y) if needs.needs_output else x.new_empty(0)
 
 
-def _allocate_bwd(dout, x, weight, bias, output_weight, h, activation, gradient_on, needs_x, needs_weight, needs_output):
-    dbias = weight.new_empty(weight.shape[0], dtype=accumulator_torch(x.dtype))
-    needed = (x, needs_x), (weight, needs_weight), (output_weight, needs_output)
-    dx, dweight, doutput = (t.new_empty(t.shape) if needs else t.new_empty(0) for t, needs in needed)
+def _allocate_backward(dout: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dbias = saved.weight.new_empty(saved.weight.shape[0], dtype=accumulator_torch(saved.x.dtype))
+    like = saved.x, saved.weight, saved.output_weight
+    dx, dweight, doutput = (t.new_empty(t.shape if needed else 0) for t, needed in zip(like, needs, strict=True))
     return dx, dweight, dbias, doutput
 
 
@@ -117,29 +134,24 @@ def _aligned(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _save(ctx, inputs, output):
-    x, weight, bias, output_weight, ctx.activation, _, ctx.gradient_on, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, output_weight, output[1])
+def _save(inputs: Inputs, y: Tensor, h: Tensor) -> Saved:
+    return Saved(*inputs[:4], h, inputs.activation, inputs.gradient_on)
 
 
-def _gradients(backward, ctx, dout, _):
-    if dout is None:
-        return (None,) * 8
-    x, weight, bias, output_weight, h = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:4]
-    inputs = dout, x, weight, bias, output_weight, h
-    dx, dweight, dbias, doutput = backward(*inputs, ctx.activation, ctx.gradient_on, needs[0], needs[1], needs[3])
-    found = dx, dweight, None if bias is None else dbias.to(bias.dtype), doutput
-    return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *(None,) * 4
+def _gradients(backward, dout: Tensor, saved: Saved, needs: Inputs) -> dict[str, Tensor]:
+    found = backward(dout, saved, Needs(needs.x, needs.weight, needs.output_weight))
+    return dict(zip(Inputs._fields[:4], found, strict=True))
 
 
-_op = torch.library.custom_op("fastbert::feed_forward", _launch_fwd, mutates_args=())
-_op.register_fake(_allocate_fwd)
-_backward_op = torch.library.custom_op("fastbert::feed_forward_backward", _launch_bwd, mutates_args=())
-_backward_op.register_fake(_allocate_bwd)
-_call = differentiable(_launch_fwd, _launch_bwd, _save, _gradients, _op, _backward_op)
+_call = define_op(
+    "feed_forward",
+    _launch_forward,
+    _allocate_forward,
+    save=_save,
+    gradients=_gradients,
+    backward=_launch_backward,
+    allocate_backward=_allocate_backward,
+)
 
 
 def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: Tensor, *, activation: str = "gelu") -> Tensor:
@@ -167,7 +179,7 @@ def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: 
     known = guard_or_false(rows.shape[0] > 0)
     product_on = known and is_on(PRODUCT, x, rows.shape[0], sizes[0], sizes[1], activation)
     gradient_on = known and is_on(GRADIENT, x, rows.shape[0], sizes[2], sizes[1], activation)
-    y, _ = _call(rows, weight, bias, output_weight, activation, product_on, gradient_on, save)
+    y, _ = _call(Inputs(rows, weight, bias, output_weight, activation, product_on, gradient_on, save))
     return y.view(*x.shape[:-1], output_weight.shape[0])
 
 

@@ -22,13 +22,15 @@ There are three ways, which the parts of this file are:
                 how long they are.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from ..core.launch import DTYPES, accumulator_torch, as_rows, check_device, check_dtype, differentiable
+from ..core.checks import DTYPES, check_device, check_dtype
+from ..core.launch import accumulator_torch, as_rows
+from ..core.op import define_op
 from .chunked import Gradients, chunk_size, chunks, most_at_once, product, unscaled
 from .rows import Targets, check_on_cpu, gradient_scale, launch_reduce, padded, scaled, targets_of
 
@@ -37,248 +39,228 @@ __all__ = ["linear_cross_entropy"]
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _reduced(losses: Tensor, targets: Targets, n_cols: int, reduction: str, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+class Inputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    class_weights: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    out_dtype: torch.dtype
+
+    def targets(self, kept: bool = False) -> Targets:
+        return targets_of(
+            self.labels, self.class_weights, self.ignore_index, self.label_smoothing, self.weight.dtype, kept=kept
+        )
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+
+class Needs(NamedTuple):
+    """Whose gradients are asked for."""
+
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+
+
+Found = tuple[Tensor, Tensor, Tensor]  # dhidden, dweight, dbias; empty where not asked for
+
+
+def _reduced(losses: Tensor, targets: Targets, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The loss, and its derivative by a row's."""
-    loss, scale = losses.new_empty((), dtype=out_dtype), losses.new_empty(())
-    launch_reduce(losses, targets, n_cols, reduction, loss, scale)
+    loss, scale = losses.new_empty((), dtype=inputs.out_dtype), losses.new_empty(())
+    launch_reduce(losses, targets, inputs.weight.shape[0], inputs.reduction, loss, scale)
     return loss, scale
 
 
-def _row_losses(targets: Targets, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    labels = targets.labels
+def _row_losses(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    labels = inputs.labels
     if not labels.is_cuda:
-        check_on_cpu(labels, weight.shape[0], targets.ignore_index)
+        check_on_cpu(labels, inputs.weight.shape[0], inputs.ignore_index)
     return torch.empty(labels.shape, dtype=dtype, device=labels.device)
+
+
+def _allocate_scalars(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    weight = inputs.weight
+    return weight.new_empty((), dtype=inputs.out_dtype), weight.new_empty((), dtype=accumulator_torch(weight.dtype))
+
+
+def _allocate_gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> Found:
+    dhidden = hidden.new_empty(hidden.shape if needs.needs_hidden else 0)
+    dweight = weight.new_empty(weight.shape if needs.needs_weight else 0)
+    return dhidden, dweight, weight.new_empty(weight.shape[0] if needs.needs_bias else 0)
+
+
+def _by_name(found: Found) -> dict[str, Tensor]:
+    return dict(zip(Inputs._fields[:3], found, strict=True))
 
 
 # 1. Only the loss in the forward: inference, and reduction "none".
 
 
-def _launch_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    class_weights: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    dtype, n_cols = weight.dtype, weight.shape[0]
-    targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype)
-    losses = _row_losses(targets, weight, out_dtype if reduction == "none" else accumulator_torch(dtype))
-    for _ in chunks(hidden, weight, bias, targets, losses=losses):
+def _launch_losses(inputs: Inputs) -> Tensor:
+    dtype, none = inputs.weight.dtype, inputs.reduction == "none"
+    targets = inputs.targets()
+    losses = _row_losses(inputs, inputs.out_dtype if none else accumulator_torch(dtype))
+    for _ in chunks(*inputs.products(), targets, losses=losses):
         pass
-    if reduction == "none":
-        launch_reduce(losses, targets, n_cols, reduction, None, None)
+    if none:
+        launch_reduce(losses, targets, inputs.weight.shape[0], inputs.reduction, None, None)
         return losses
-    return _reduced(losses, targets, n_cols, reduction, out_dtype)[0]
+    return _reduced(losses, targets, inputs)[0]
 
 
-def _allocate_losses(hidden, weight, bias, labels, class_weights, ignore_index, reduction, label_smoothing, out_dtype):
-    return hidden.new_empty(labels.shape if reduction == "none" else (), dtype=out_dtype)
+def _allocate_losses(inputs: Inputs) -> Tensor:
+    return inputs.hidden.new_empty(inputs.labels.shape if inputs.reduction == "none" else (), dtype=inputs.out_dtype)
 
 
-def _launch_losses_bwd(
-    dlosses: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    class_weights: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_losses_backward(dlosses: Tensor, inputs: Inputs, needs: Needs) -> Found:
+    hidden, weight, bias = inputs.products()
     size, dtype = chunk_size(hidden, weight), weight.dtype
     sums = dtype if hidden.shape[0] <= size else accumulator_torch(dtype)
-    targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype)
-    found = Gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias), sums, 1.0, size)
-    for dlogits in chunks(hidden, weight, bias, targets, dlosses=dlosses, gradient=True):
+    found = Gradients(hidden, weight, needs, sums, 1.0, size)
+    for dlogits in chunks(hidden, weight, bias, inputs.targets(), dlosses=dlosses, gradient=True):
         found.add(dlogits)
     return found.dhidden, found.dweight.to(dtype), found.dbias.to(dtype)
 
 
-def _allocate_losses_bwd(dlosses, hidden, weight, bias, labels, class_weights, ignore_index, label_smoothing, *needs):
-    return _allocate_gradients(hidden, weight, *needs)
+def _allocate_losses_backward(dlosses: Tensor, inputs: Inputs, needs: Needs) -> Found:
+    return _allocate_gradients(inputs.hidden, inputs.weight, needs)
 
 
-def _allocate_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias):
-    dhidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    dweight = weight.new_empty(weight.shape if needs_weight else 0)
-    return dhidden, dweight, weight.new_empty(weight.shape[0] if needs_bias else 0)
+def _save_losses(inputs: Inputs, losses: Tensor) -> Inputs:
+    return inputs
 
 
-def _save_losses(ctx, inputs, output):
-    *tensors, ctx.ignore_index, _, ctx.label_smoothing, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients_losses(backward, ctx, dlosses):
-    needs = ctx.needs_input_grad[:3]
-    found = backward(dlosses, *ctx.saved_tensors, ctx.ignore_index, ctx.label_smoothing, *needs)
-    return *_needed(found, needs), *(None,) * 6
-
-
-def _needed(found: Any, needs: Any) -> list[Tensor | None]:
-    return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+def _gradients_losses(backward, dlosses: Tensor, saved: Inputs, needs: Inputs) -> dict[str, Tensor]:
+    return _by_name(backward(dlosses, saved, Needs(*needs[:3])))
 
 
 # 2. Few rows: dlogits are kept, and the backward multiplies.
 
 
-def _launch_kept(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    class_weights: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, n_cols = weight.dtype, weight.shape[0]
-    targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype, kept=True)
-    losses = _row_losses(targets, weight, accumulator_torch(dtype))
-    dlogits = torch.empty((hidden.shape[0], padded(n_cols)), dtype=dtype, device=weight.device)
-    options = {"losses": losses, "gradient": True, "scale": gradient_scale(dtype), "buffer": dlogits}
-    for _ in chunks(hidden, weight, bias, targets, **options):
+class Kept(NamedTuple):
+    scale: Tensor
+    dlogits: Tensor
+    hidden: Tensor
+    weight: Tensor
+
+
+def _launch_kept(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    weight, targets = inputs.weight, inputs.targets(kept=True)
+    losses = _row_losses(inputs, accumulator_torch(weight.dtype))
+    dlogits = torch.empty((inputs.hidden.shape[0], padded(weight.shape[0])), dtype=weight.dtype, device=weight.device)
+    options = {"losses": losses, "gradient": True, "scale": gradient_scale(weight.dtype), "buffer": dlogits}
+    for _ in chunks(*inputs.products(), targets, **options):
         pass
-    return *_reduced(losses, targets, n_cols, reduction, out_dtype), dlogits
+    return *_reduced(losses, targets, inputs), dlogits
 
 
-def _allocate_kept(hidden, weight, *settings):
-    return *_allocate_scalars(weight, settings[-1]), weight.new_empty(hidden.shape[0], padded(weight.shape[0]))
+def _allocate_kept(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    dlogits = inputs.weight.new_empty(inputs.hidden.shape[0], padded(inputs.weight.shape[0]))
+    return *_allocate_scalars(inputs), dlogits
 
 
-def _allocate_scalars(weight, out_dtype):
-    return weight.new_empty((), dtype=out_dtype), weight.new_empty((), dtype=accumulator_torch(weight.dtype))
-
-
-def _launch_kept_bwd(
-    dloss: Tensor,
-    scale: Tensor,
-    dlogits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_kept_backward(dloss: Tensor, kept: Kept, needs: Needs) -> Found:
+    scale, dlogits, hidden, weight = kept
     dtype, alpha = weight.dtype, 1.0 / gradient_scale(weight.dtype)
     dlogits = dlogits[:, : weight.shape[0]]
     dweight, dhidden, dbias = (hidden.new_empty(0) for _ in range(3))
-    if needs_weight:  # first, so that scaled rows and those of dhidden are not held together
+    if needs.needs_weight:  # first, so that scaled rows and those of dhidden are not held together
         dweight = product(dlogits.t(), scaled(hidden, dloss, scale, dtype), alpha)
-    if needs_hidden:
+    if needs.needs_hidden:
         dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype, in_place=True)
-    if needs_bias:
+    if needs.needs_bias:
         dbias = scaled(unscaled(torch.sum(dlogits, 0, dtype=scale.dtype), alpha), dloss, scale, dtype)
     return dhidden, dweight, dbias
 
 
-def _allocate_kept_bwd(dloss, scale, dlogits, hidden, weight, *needs):
-    return _allocate_gradients(hidden, weight, *needs)
+def _allocate_kept_backward(dloss: Tensor, kept: Kept, needs: Needs) -> Found:
+    return _allocate_gradients(kept.hidden, kept.weight, needs)
 
 
-def _save_kept(ctx, inputs, output):
-    _, scale, dlogits = output
-    ctx.mark_non_differentiable(scale, dlogits)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(scale, dlogits, *inputs[:2])
+def _save_kept(inputs: Inputs, loss: Tensor, scale: Tensor, dlogits: Tensor) -> Kept:
+    return Kept(scale, dlogits, inputs.hidden, inputs.weight)
 
 
-def _gradients_kept(backward, ctx, dloss, *_):
-    if dloss is None:
-        return (None,) * 9
-    needs = ctx.needs_input_grad[:3]
-    return *_needed(backward(dloss, *ctx.saved_tensors, *needs), needs), *(None,) * 6
+def _gradients_kept(backward, dloss: Tensor, saved: Kept, needs: Inputs) -> dict[str, Tensor]:
+    return _by_name(backward(dloss, saved, Needs(*needs[:3])))
 
 
 # 3. Many rows: gradients of chunks are summed up in the forward, and the backward scales them.
 
 
-def _launch_formed(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    class_weights: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    out_dtype: torch.dtype,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype, n_cols, sums = weight.dtype, weight.shape[0], accumulator_torch(weight.dtype)
-    targets = targets_of(labels, class_weights, ignore_index, label_smoothing, dtype, kept=True)
-    losses, factor = _row_losses(targets, weight, sums), gradient_scale(dtype)
-    needs = (needs_hidden, needs_weight, needs_bias)
+class Formed(NamedTuple):
+    scale: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+def _launch_formed(inputs: Inputs, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, _ = inputs.products()
+    sums, factor, targets = accumulator_torch(weight.dtype), gradient_scale(weight.dtype), inputs.targets(kept=True)
+    losses = _row_losses(inputs, sums)
     found = Gradients(hidden, weight, needs, sums, factor, chunk_size(hidden, weight))
-    for dlogits in chunks(hidden, weight, bias, targets, losses=losses, gradient=True, scale=factor):
+    for dlogits in chunks(*inputs.products(), targets, losses=losses, gradient=True, scale=factor):
         found.add(dlogits)
-    return *_reduced(losses, targets, n_cols, reduction, out_dtype), found.dhidden, found.dweight, found.dbias
+    return *_reduced(losses, targets, inputs), found.dhidden, found.dweight, found.dbias
 
 
-def _allocate_formed(hidden, weight, bias, labels, class_weights, ignore_index, reduction, label_smoothing, out_dtype, *needs):
-    sums = accumulator_torch(weight.dtype)
-    dhidden, dweight, dbias = _allocate_gradients(hidden, weight, *needs)
-    return *_allocate_scalars(weight, out_dtype), dhidden, dweight.to(sums), dbias.to(sums)
+def _allocate_formed(inputs: Inputs, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = accumulator_torch(inputs.weight.dtype)
+    dhidden, dweight, dbias = _allocate_gradients(inputs.hidden, inputs.weight, needs)
+    return *_allocate_scalars(inputs), dhidden, dweight.to(sums), dbias.to(sums)
 
 
-def _launch_formed_bwd(
-    dloss: Tensor, scale: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = dhidden.dtype
-    return (
-        scaled(dhidden, dloss, scale, dtype),
-        scaled(dweight, dloss, scale, dtype),
-        scaled(dbias, dloss, scale, dtype),
-    )
+def _launch_formed_backward(dloss: Tensor, formed: Formed) -> Found:
+    scale, *sums = formed
+    return tuple(scaled(x, dloss, scale, formed.dhidden.dtype) for x in sums)
 
 
-def _allocate_formed_bwd(dloss, scale, *gradients):
-    return tuple(x.new_empty(x.shape, dtype=gradients[0].dtype) for x in gradients)
+def _allocate_formed_backward(dloss: Tensor, formed: Formed) -> Found:
+    _, *sums = formed
+    return tuple(x.new_empty(x.shape, dtype=formed.dhidden.dtype) for x in sums)
 
 
-def _save_formed(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+def _save_formed(inputs: Inputs, needs: Needs, loss: Tensor, *kept: Tensor) -> Formed:
+    return Formed(*kept)
 
 
-def _gradients_formed(backward, ctx, dloss, *_):
-    if dloss is None:
-        return (None,) * 12
-    return *_needed(backward(dloss, *ctx.saved_tensors), ctx.needs_input_grad[:3]), *(None,) * 9
+def _gradients_formed(backward, dloss: Tensor, saved: Formed, needs: Inputs) -> dict[str, Tensor]:
+    return _by_name(backward(dloss, saved))
 
 
-def _rule(name, forward, allocate, backward, allocate_backward, save, gradients):
-    """The custom ops `name` and name_backward, and the function that is differentiated by them or without them."""
-    op = torch.library.custom_op(f"fastbert::{name}", forward, mutates_args=())
-    op.register_fake(allocate)
-    backward_op = torch.library.custom_op(f"fastbert::{name}_backward", backward, mutates_args=())
-    backward_op.register_fake(allocate_backward)
-    return differentiable(forward, backward, save, gradients, op, backward_op)
-
-
-_losses = _rule(
+_losses = define_op(
     "linear_cross_entropy_losses",
-    *(_launch_losses, _allocate_losses, _launch_losses_bwd, _allocate_losses_bwd, _save_losses, _gradients_losses),
+    _launch_losses,
+    _allocate_losses,
+    save=_save_losses,
+    gradients=_gradients_losses,
+    backward=_launch_losses_backward,
+    allocate_backward=_allocate_losses_backward,
 )
-_kept = _rule(
+_kept = define_op(
     "linear_cross_entropy_kept",
-    *(_launch_kept, _allocate_kept, _launch_kept_bwd, _allocate_kept_bwd, _save_kept, _gradients_kept),
+    _launch_kept,
+    _allocate_kept,
+    save=_save_kept,
+    gradients=_gradients_kept,
+    backward=_launch_kept_backward,
+    allocate_backward=_allocate_kept_backward,
 )
-_formed = _rule(
+_formed = define_op(
     "linear_cross_entropy_formed",
-    *(_launch_formed, _allocate_formed, _launch_formed_bwd, _allocate_formed_bwd, _save_formed, _gradients_formed),
+    _launch_formed,
+    _allocate_formed,
+    save=_save_formed,
+    gradients=_gradients_formed,
+    backward=_launch_formed_backward,
+    allocate_backward=_allocate_formed_backward,
 )
 
 
@@ -322,15 +304,15 @@ def linear_cross_entropy(
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     rows, targets = as_rows(hidden), labels.reshape(-1).contiguous()
     settings = (ignore_index, reduction, float(label_smoothing), out_dtype or hidden.dtype)
-    inputs = (rows, weight, bias, targets, class_weights, *settings)
+    inputs = Inputs(rows, weight, bias, targets, class_weights, *settings)
     if reduction == "none":
-        return _losses(*inputs).view(labels.shape)
+        return _losses(inputs).view(labels.shape)
     if not any(needs):
-        return _losses(*inputs)
+        return _losses(inputs)
     # While a compiler traces with a length that it cannot know, the answer is no.
     if guard_or_false(rows.shape[0] <= most_at_once(*weight.shape, weight.dtype)):
-        return _kept(*inputs)[0]
-    return _formed(*inputs, *needs)[0]
+        return _kept(inputs)[0]
+    return _formed(inputs, Needs(*needs))[0]
 
 
 def _check(

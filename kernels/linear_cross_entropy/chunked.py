@@ -4,7 +4,7 @@ How long a chunk is follows from bytes that shapes and dtypes tell, never from w
 wait for the device, and sums over other chunks have other bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class Gradients:
     """dhidden, dweight and dbias of chunks of `size` rows, summed up and divided by `scale`; empty where not needed."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], sums: torch.dtype, scale: float, size: int
+        self, hidden: Tensor, weight: Tensor, needs: Sequence[bool], sums: torch.dtype, scale: float, size: int
     ) -> None:
         self.weight, self.needs, self.alpha = weight, needs, 1.0 / scale
         new = hidden.new_empty if hidden.shape[0] else hidden.new_zeros

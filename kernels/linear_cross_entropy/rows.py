@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core import plain
 from ..core.device_math import block_rows, chunked_columns, offsets, place_of_tile, tile_offsets
 from ..core.failures import or_plain
 from ..core.launch import accumulator, accumulator_torch, as_rows, cdiv, choose, launch
+from . import plain
 
 __all__: list[str] = []
 
@@ -339,7 +339,7 @@ def pad_bias(bias: Tensor | None) -> Tensor | None:
     return found
 
 
-@or_plain(plain.cross_entropy_rows)
+@or_plain(plain.launch_rows)
 def launch_rows(
     logits: Tensor,
     bias: Tensor | None,
@@ -387,7 +387,7 @@ def launch_rows(
     )
 
 
-@or_plain(plain.cross_entropy_reduce)
+@or_plain(plain.launch_reduce)
 def launch_reduce(
     losses: Tensor, targets: Targets, n_cols: int, reduction: str, loss: Tensor | None, scale: Tensor | None
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.kernels.core.checks import ACTIVATIONS
 from fastbert.testing.row_op import RowOp
 from fastbert.testing.rows import BIAS_GELU, DROPOUT_ADD_LAYERNORM
 

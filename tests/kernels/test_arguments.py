@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert.kernels.bias_gelu import bias_gelu
-from fastbert.kernels.core.launch import MAX_WIDTH
+from fastbert.kernels.core.checks import MAX_WIDTH
 from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
 from fastbert.kernels.gelu_layernorm import gelu_layernorm
 from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, OPS, make_inputs

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastbert.kernels.bias_gelu import bias_gelu
-from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.kernels.core.checks import ACTIVATIONS
 from fastbert.testing.rows import BIAS_GELU, DEVICE, check, make_inputs, run
 
 from .cases import DTYPES, dtype_name, matrix

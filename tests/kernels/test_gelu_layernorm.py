@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert.kernels.core.launch import ACTIVATIONS, recording
+from fastbert.kernels.core.checks import ACTIVATIONS
+from fastbert.kernels.core.launch import recording
 from fastbert.kernels.gelu_layernorm import gelu_layernorm
 from fastbert.testing.rows import DEVICE, GELU_LAYERNORM, check, make_inputs, run
 

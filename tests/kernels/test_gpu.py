@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.kernels.core.checks import ACTIVATIONS
 from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, seed_tensor
 
 from .cases import dtype_name

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.kernels.core.checks import ACTIVATIONS
 from fastbert.testing.rows import BIAS_GELU, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, OPS, make_inputs, seed_tensor
 
 from .layouts import expanded, sliced, transposed

@@ -40,12 +40,9 @@ def test_dropout_add_layernorm(layout, p):
 def test_dropout_add_layernorm_backward(layout):
     dy, z, statistics = rows(grad=False, layout=layout), rows(grad=False), rows((5,), grad=False)
     weight = vector(grad=False)
-    for p, x_dtype, dresidual_dtype, sum_columns in (
-        (0.0, torch.float32, None, True),
-        (0.3, torch.float16, torch.float32, False),
-    ):
+    for p, x_dtype, apart, sum_columns in ((0.0, torch.float32, False, True), (0.3, torch.float16, True, False)):
         arguments = (dy, z, statistics, statistics.exp(), weight, seed_tensor(3) if p else None, p)
-        opcheck(OPS.dropout_add_layernorm_backward, *arguments, x_dtype, dresidual_dtype, sum_columns)
+        opcheck(OPS.dropout_add_layernorm_backward, *arguments, x_dtype, torch.float32, apart, sum_columns)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
@@ -71,7 +68,7 @@ def test_gelu_layernorm(layout):
 def test_gelu_layernorm_backward(layout, sum_columns):
     dy, x, statistics = rows(grad=False, layout=layout), rows(grad=False, layout=sliced), rows((5,), grad=False)
     arguments = (dy, x, statistics, statistics.exp(), vector(grad=False), vector(grad=False))
-    opcheck(OPS.gelu_layernorm_backward, *arguments, "relu", sum_columns, torch.float32)
+    opcheck(OPS.gelu_layernorm_backward, *arguments, "relu", torch.float32, sum_columns)
 
 
 def test_float16_backward():
@@ -79,8 +76,8 @@ def test_float16_backward():
     x, weight, statistics = rows(dtype=torch.float16, grad=False), vector(grad=False), rows((5,), grad=False)
     dy = rows(dtype=torch.float16, grad=False, layout=expanded)
     opcheck(OPS.bias_gelu_backward, dy, x, vector(dtype=torch.float16, grad=False), "gelu", True)
-    opcheck(OPS.gelu_layernorm_backward, dy, x, statistics, statistics.exp(), weight, None, "gelu", True, torch.float16)
-    arguments = (dy, x, statistics, statistics.exp(), weight, None, 0.0, torch.float16, torch.float32, True)
+    opcheck(OPS.gelu_layernorm_backward, dy, x, statistics, statistics.exp(), weight, None, "gelu", torch.float16, True)
+    arguments = (dy, x, statistics, statistics.exp(), weight, None, 0.0, torch.float16, torch.float32, True, True)
     opcheck(OPS.dropout_add_layernorm_backward, *arguments)
 
 
@@ -96,10 +93,10 @@ def test_empty(shape):
     x, weight, x_bias = x.detach(), weight.detach(), x_bias.detach()
     opcheck(
         OPS.dropout_add_layernorm_backward,
-        *(x, x, statistics, statistics, weight, None, 0.0, torch.float32, torch.float32, True),
+        *(x, x, statistics, statistics, weight, None, 0.0, torch.float32, torch.float32, True, True),
     )
     opcheck(OPS.bias_gelu_backward, x, x, x_bias, "gelu", True)
-    opcheck(OPS.gelu_layernorm_backward, x, x, statistics, statistics, weight, x_bias, "gelu", True, torch.float32)
+    opcheck(OPS.gelu_layernorm_backward, x, x, statistics, statistics, weight, x_bias, "gelu", torch.float32, True)
 
 
 @pytest.mark.parametrize("out", [torch.float32, torch.float16], ids=str)

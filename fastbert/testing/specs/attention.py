@@ -131,9 +131,9 @@ def _variants() -> Iterator[Variant]:
 def _launch_with_sums(variant: Variant, rows: int) -> None:
     given = SPEC.on_meta(variant, rows)
     q, k, v = given.leaves.values()
-    bounds, longest = given.context.get("cu_seqlens"), given.context.get("max_seqlen")
-    p, causal = variant.options["p"], given.context.get("causal", False)
-    geometry = module._geometry(q, k, v, None, bounds, None, longest, None, causal, q.shape[-1] ** -0.5, p)
+    options = dict.fromkeys(module.Inputs._fields) | {"causal": False, "scale": q.shape[-1] ** -0.5} | given.context
+    bounds = options["cu_seqlens"]
+    geometry = module.geometry_of(module.Inputs(**options | {"q": q, "k": k, "v": v, "p": variant.options["p"]}))
     dout, row = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.stride(-3)
     module.backward_short_work(geometry, q, module._strides(dout), row, row, False).launch(
         q,

@@ -214,9 +214,10 @@ def test_sums_of_each_sequence(option):
     q, k, v = make_inputs(2, 70, 3, 24, HALF).values()
     dout, seed = normal(2, 70, 3, 24, dtype=HALF), seed_tensor(3) if options["p"] else None
     masks = key_mask, bounds_of, None, None, None, seed, None, None, options["causal"], 0.2, options["p"]
-    out, logsumexp = module._launch_fwd(q, k, v, *masks)
+    inputs = module.Inputs(q, k, v, *masks)
+    out, logsumexp = module.launch_forward(inputs)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    geometry = module._geometry(q, k, v, None, None, None, None, None, options["causal"], 0.2, options["p"])
+    geometry = module.geometry_of(inputs)
     sums = torch.full((2, 3, 3, 24), torch.nan, device=DEVICE)
     strides = q.stride(1), k.stride(1)
     module.backward_short_work(geometry, q, dout.stride(), *strides, False).launch(

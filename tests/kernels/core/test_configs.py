@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastbert.kernels.core import launch
+from fastbert.kernels.core.checks import MAX_WIDTH
 from fastbert.kernels.core.configs import ARCHITECTURES, TABLES
 from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, run, seed_tensor
 
@@ -90,7 +91,7 @@ def test_tables_are_complete(kernel, architecture):
     tables = TABLES[kernel][architecture]
     assert tables.keys() == DTYPES.keys()
     for table in tables.values():
-        assert list(table) == sorted(table) and max(table) >= launch.MAX_WIDTH
+        assert list(table) == sorted(table) and max(table) >= MAX_WIDTH
         for config in table.values():
             sizes = (config.BLOCK_M, config.num_warps, config.BLOCK_N or 1)
             assert all(size > 0 and size & (size - 1) == 0 for size in sizes), config

@@ -5,6 +5,7 @@ import torch
 import triton.language as tl
 
 from fastbert.kernels.core import launch as module
+from fastbert.kernels.core.autograd import needs_backward
 from fastbert.kernels.core.configs import ARCHITECTURES, TABLES, Config
 from fastbert.kernels.core.launch import (
     accumulator,
@@ -14,7 +15,6 @@ from fastbert.kernels.core.launch import (
     choose,
     counts,
     draw_seed,
-    needs_backward,
     recording,
     resident_programs,
 )

@@ -6,9 +6,9 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 from fastbert.kernels import reference
-from fastbert.kernels.core import plain
-from fastbert.kernels.core.launch import MAX_WIDTH, counts
-from fastbert.kernels.embedding_layernorm import embedding_layernorm
+from fastbert.kernels.core.checks import MAX_WIDTH
+from fastbert.kernels.core.launch import counts
+from fastbert.kernels.embedding_layernorm import embedding_layernorm, plain
 from fastbert.kernels.embedding_layernorm import gradients as embedding_gradients
 from fastbert.kernels.embedding_layernorm import sums as embedding_sums
 from fastbert.testing.numerics import assert_close

@@ -5,9 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from fastbert.kernels.core import plain
 from fastbert.kernels.core.launch import counts
-from fastbert.kernels.embedding_layernorm import embedding_layernorm
+from fastbert.kernels.embedding_layernorm import embedding_layernorm, plain
 from fastbert.kernels.embedding_layernorm import ids as embedding_ids
 from fastbert.kernels.embedding_layernorm import sums as embedding_sums
 from fastbert.kernels.embedding_layernorm.sums import MOST_TYPES

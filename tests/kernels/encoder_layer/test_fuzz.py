@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.kernels.core.checks import ACTIVATIONS
 from fastbert.kernels.encoder_layer import Settings
 from fastbert.testing.encoder_layer import NAMES, check, make_inputs, seeds
 from fastbert.testing.rows import DEVICE

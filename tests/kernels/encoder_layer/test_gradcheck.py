@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastbert.kernels.core.launch import ACTIVATIONS
+from fastbert.kernels.core.checks import ACTIVATIONS
 from fastbert.kernels.encoder_layer import Settings, encoder_layer
 from fastbert.testing.encoder_layer import flat, make_inputs, seeds
 from fastbert.testing.rows import DEVICE

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastbert.kernels import reference
+from fastbert.kernels.core.checks import ACTIVATIONS
 from fastbert.kernels.core.configs import ARCHITECTURES, FUSED, TABLES
-from fastbert.kernels.core.launch import ACTIVATIONS
 from fastbert.kernels.feed_forward import feed_forward
 from fastbert.kernels.feed_forward import products as feed_forward_products
 from fastbert.kernels.feed_forward.products import GRADIENT, KERNELS, PRODUCT, decided, is_on

@@ -116,7 +116,8 @@ def test_opcheck_backwards(needs, dtype):
     dlosses, dloss = torch.randn(5, device=DEVICE).to(dtype), torch.tensor(0.5, device=DEVICE)
     scale, dlogits = torch.tensor(0.25, device=DEVICE), torch.randn(5, padded(13), device=DEVICE).to(dtype)
     for weights in (None, make_weights(13)):
-        opcheck(OPS.linear_cross_entropy_losses_backward, dlosses, hidden, weight, bias, labels, weights, -100, 0.1, *needs)
+        settings = (-100, "none", 0.1, hidden.dtype)
+        opcheck(OPS.linear_cross_entropy_losses_backward, dlosses, hidden, weight, bias, labels, weights, *settings, *needs)
     opcheck(OPS.linear_cross_entropy_kept_backward, dloss, scale, dlogits, hidden, weight, *needs)
     sums = (torch.randn(13, 6, device=DEVICE), torch.randn(13, device=DEVICE))
     opcheck(OPS.linear_cross_entropy_formed_backward, dloss, scale, hidden.contiguous(), *sums)

@@ -11,6 +11,8 @@ _gelu = partial(Fault, file="kernels/bias_gelu.py", op="bias_gelu")
 _maths = partial(Fault, file="kernels/core/device_math.py", op="bias_gelu")
 _gather = partial(Fault, file="kernels/gather_rows.py", op="gather_rows")
 _launch = partial(Fault, file="kernels/core/launch.py")
+_autograd = partial(Fault, file="kernels/core/autograd.py")
+_define = partial(Fault, file="kernels/core/op.py")
 
 FAULTS = (
     _maths(
@@ -77,8 +79,8 @@ FAULTS = (
     ),
     _gather(
         "the backward gathers by the forward's index",
-        before="return backward(dy, inverse, index), None, None",
-        after="return backward(dy, index, inverse), None, None",
+        before="backward(Inputs(dy, saved.inverse, saved.index))",
+        after="backward(Inputs(dy, saved.index, saved.inverse))",
         tests=(f"{GATHER}::test_rows_that_nobody_takes_are_not_read_and_get_no_gradient",),
         short=True,
     ),
@@ -104,25 +106,25 @@ FAULTS = (
         after="x_col_stride=1",
         tests=(f"{GATHER}::test_layouts",),
     ),
-    _launch(
+    _define(
         "a second derivative is silently 0",
-        before="return not_twice(found, (*upstream, *ctx.sources, *ctx.links)) if torch.is_grad_enabled() else found",
+        before="return not_twice(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found",
         after="return found",
         tests=("tests/kernels/test_gradcheck.py::test_a_second_derivative_raises",),
     ),
-    _launch(
+    _autograd(
         "a second derivative that is asked for by name is silently 0",
         before="_NotTwice.apply(g.detach().requires_grad_(), *sources)",
         after="_NotTwice.apply(g.detach().requires_grad_())",
         tests=("tests/models/test_autograd.py::test_a_second_derivative_asked_for_by_name_raises[of_inputs--one op]",),
     ),
-    _launch(
+    _autograd(
         "a second derivative by what an op keeps nothing of is silently 0",
         before="[x if x.is_leaf else _Link.apply(x) for x in others]",
         after="[]",
         tests=("tests/models/test_autograd.py::test_a_second_derivative_by_what_is_not_kept_raises",),
     ),
-    _launch(
+    _define(
         "saved tensors come back to single kernels as hooks left them",
         before="x if x is None or x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)",
         after="x",

@@ -82,8 +82,8 @@ FAULTS = (
     ),
     _op(
         "the backward does not ask whether its product is on",
-        before="ctx.activation, _, ctx.gradient_on, _ = inputs",
-        after="ctx.activation, ctx.gradient_on, _, _ = inputs",
+        before="return Saved(*inputs[:4], h, inputs.activation, inputs.gradient_on)",
+        after="return Saved(*inputs[:4], h, inputs.activation, inputs.product_on)",
         tests=(OP, "-k", "test_every_way and gelu and float32"),
     ),
     _plan(

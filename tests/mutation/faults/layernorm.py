@@ -94,8 +94,8 @@ FAULTS = (
     ),
     _residual(
         "the residual gets the gradient of x, dropout and all",
-        before="(dx if shared else dresidual) if needs_residual else None",
-        after="dx if needs_residual else None",
+        before="residual = dx if saved.shared else dresidual",
+        after="residual = dx",
         tests=(f"{RESIDUAL}::test_probabilities",),
         short=True,
     ),
@@ -125,8 +125,8 @@ FAULTS = (
     ),
     _residual(
         "the bias of the product has no gradient where x needs none",
-        before="needs_weight or needs_bias or needs_x_bias,",
-        after="needs_weight or needs_bias,",
+        before="needs.weight or needs.bias or needs.x_bias",
+        after="needs.weight or needs.bias",
         tests=(f"{RESIDUAL}::test_frozen_inputs",),
     ),
     _gelu(
@@ -145,14 +145,14 @@ FAULTS = (
     ),
     _gelu(
         "gradients of vectors are rounded to the weight's dtype, whatever theirs is",
-        before="if len(dtypes) == 1 else mean.dtype",
-        after="if len(dtypes) == 1 else weight.dtype",
+        before="if len(dtypes) == 1 else self.mean.dtype",
+        after="if len(dtypes) == 1 else self.weight.dtype",
         tests=(f"{GELU}::test_sums_over_rows_are_added_up_and_cast_in_one_launch",),
     ),
     _gelu(
         "sums over rows are cast one by one",
-        before="sums_dtype = dtypes.pop() if len(dtypes) == 1 else mean.dtype",
-        after="sums_dtype = mean.dtype",
+        before="return dtypes.pop() if len(dtypes) == 1 else self.mean.dtype",
+        after="return self.mean.dtype",
         tests=(f"{GELU}::test_sums_over_rows_are_added_up_and_cast_in_one_launch",),
     ),
     _gelu(

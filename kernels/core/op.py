@@ -1,0 +1,172 @@
+"""An op from one description: the eager function, the custom ops for torch.compile, their fakes and the autograd rule.
+
+An op's arguments are the fields of a NamedTuple, and so is what its backward reads; each list is written once:
+
+    class Inputs(NamedTuple):                           class Saved(NamedTuple):
+        x: Tensor                                           x: Tensor
+        bias: Tensor | None                                 bias: Tensor | None
+        activation: str                                     activation: str
+
+    forward(inputs: Inputs) -> outputs                  backward(dy: Tensor, saved: Saved, ...) -> gradients
+
+In eager mode `forward` and `backward` (the launchers) run inside an autograd.Function, because a custom op costs tens of
+microseconds a call. While torch.compile traces, the custom ops fastbert::<name> and fastbert::<name>_backward stand for
+them, whose arguments are those fields in their order. torch.library.triton_op would let a compiler see the kernels, but it
+fails opcheck's fake-tensor test under Triton's interpreter.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .autograd import check_unbatched, links, not_twice
+
+TENSORS = (Tensor, Tensor | None)
+
+
+def define_op(
+    name: str,
+    forward: Callable[..., Any],
+    allocate: Callable[..., Any],
+    *,
+    save: Callable[..., Any] | None = None,
+    gradients: Callable[..., dict[str, Tensor]] | None = None,
+    backward: Callable[..., Any] | None = None,
+    allocate_backward: Callable[..., Any] | None = None,
+    eager_backward: Callable[..., Any] | None = None,
+) -> Callable[[Any], Any]:
+    """The function of `forward`'s arguments that runs it, by the form that fits and differentiably.
+
+    Args:
+        name: of the custom op.
+        forward: the launcher; its annotations are the op's. Of a tuple of outputs the first has a gradient.
+        allocate: the same of tensors without memory: what the outputs look like.
+        save: (*forward's arguments, *outputs) -> the NamedTuple that the backward reads. Without it there is no gradient.
+        gradients: (backward, dy, saved, needs) -> gradients by the names of `forward`'s first argument, a NamedTuple. `needs`
+            says of each whether its gradient is asked for; others are ignored, and each is cast to the dtype of its input.
+        backward: the launcher that `gradients` is handed, of any annotated arguments; `forward` itself by default.
+        allocate_backward: as `allocate`.
+        eager_backward: in place of `backward` in eager mode, where gradients may be views of one buffer.
+
+    A second derivative raises: the backward kernels have none.
+    """
+    taken = _Arguments(forward)
+    op = _custom_op(name, forward, allocate)
+    if save is None:
+        return lambda *arguments: op(*flat(arguments)) if torch.compiler.is_compiling() else forward(*arguments)
+    backward_op = op if backward is None else _custom_op(f"{name}_backward", backward, allocate_backward)
+    backward = eager_backward or backward or forward
+    inputs_type, saved_type = taken.types[0], get_type_hints(save)["return"]
+    n_inputs = len(inputs_type._fields)
+    is_tensor = [hint in TENSORS for hint in get_type_hints(saved_type).values()]
+
+    def keep(ctx: Any, values: Sequence[Any], output: Any) -> list[Tensor | None]:
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        saved = save(*taken.of(values), *outputs)
+        tensors = [value for value, tensor in zip(saved, is_tensor, strict=True) if tensor]
+        ctx.save_for_backward(*tensors)
+        ctx.settings = [value for value, tensor in zip(saved, is_tensor, strict=True) if not tensor]
+        ctx.dtypes = [value.dtype if isinstance(value, Tensor) else None for value in values[:n_inputs]]
+        ctx.n_others = len(values) - n_inputs
+        return tensors
+
+    def derive(ctx: Any, backward: Callable[..., Any], tensors: Sequence[Tensor | None], dy: Tensor | None) -> tuple[Any, ...]:
+        needs = inputs_type(*ctx.needs_input_grad[:n_inputs])
+        others = (None,) * ctx.n_others
+        if dy is None or not any(needs):
+            return (None,) * n_inputs + others
+        left, right = iter(tensors), iter(ctx.settings)
+        saved = saved_type(*(next(left if tensor else right) for tensor in is_tensor))
+        found = gradients(backward, dy, saved, needs)
+        fields = zip(inputs_type._fields, needs, ctx.dtypes, strict=True)
+        return *(found[field].to(dtype) if needed else None for field, needed, dtype in fields), *others
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Any) -> Any:
+            output = forward(*taken.of(values))
+            tensors = keep(ctx, values, output)
+            ctx.links = links(values, tensors)
+            ctx.strides = [None if x is None else x.stride() for x in tensors]
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            check_unbatched(upstream)
+            sources = ctx.saved_tensors  # which checkpointing allows to read once
+            with torch.no_grad():
+                found = derive(ctx, backward, as_they_lay(sources, ctx.strides), upstream[0])
+            return not_twice(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found
+
+    def keep_compiled(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        keep(ctx, inputs, output)
+
+    def derive_compiled(ctx: Any, *upstream: Any) -> Any:
+        return derive(ctx, lambda *arguments: backward_op(*flat(arguments)), ctx.saved_tensors, upstream[0])
+
+    op.register_autograd(derive_compiled, setup_context=keep_compiled)
+
+    def call(*arguments: Any) -> Any:
+        values = flat(arguments)
+        return op(*values) if torch.compiler.is_compiling() else Eager.apply(*values)
+
+    return call
+
+
+def as_they_lay(tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...] | None]) -> list[Tensor | None]:
+    """The tensors with these strides: hooks on saved tensors may give them back with others."""
+    return [
+        x if x is None or x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
+        for x, stride in zip(tensors, strides, strict=True)
+    ]
+
+
+def _custom_op(name: str, launcher: Callable[..., Any], allocate: Callable[..., Any]) -> Any:
+    """`launcher` as fastbert::<name>, of the fields of those arguments that are NamedTuples, and of the others."""
+    taken = _Arguments(launcher)
+
+    def launched(*values: Any) -> Any:
+        return launcher(*taken.of(values))
+
+    launched.__signature__ = taken.signature
+    op = torch.library.custom_op(f"fastbert::{name}", launched, mutates_args=())
+    op.register_fake(lambda *values: allocate(*taken.of(values)))
+    return op
+
+
+class _Arguments:
+    """How a function's arguments are made of a flat list of values: `signature`, in which a NamedTuple is its fields."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        hints = get_type_hints(function)
+        returned = hints.pop("return")
+        self.types = list(hints.values())
+        fields = [get_type_hints(hint) if _is_many(hint) else {name: hint} for name, hint in hints.items()]
+        self._sizes = [len(names) if _is_many(hint) else None for names, hint in zip(fields, self.types, strict=True)]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=hint) for names in fields for name, hint in names.items()]
+        self.signature = inspect.Signature(parameters, return_annotation=returned)
+
+    def of(self, values: Sequence[Any]) -> list[Any]:
+        found, at = [], 0
+        for hint, size in zip(self.types, self._sizes, strict=True):
+            found.append(values[at] if size is None else hint(*values[at : at + size]))
+            at += size or 1
+        return found
+
+
+def _is_many(hint: Any) -> bool:
+    return hasattr(hint, "_fields")
+
+
+def flat(arguments: Iterable[Any]) -> list[Any]:
+    """The arguments, with the fields of each NamedTuple in its place."""
+    values: list[Any] = []
+    for argument in arguments:
+        values += argument if _is_many(argument) else (argument,)
+    return values
