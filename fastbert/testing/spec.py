@@ -202,11 +202,11 @@ class OpSpec:
         4,096 tokens."""
         return len(self.tensors[direction]) * tokens * self.widen * hidden * itemsize
 
-    def run(self, given: Given) -> dict[str, Tensor]:
-        """{"y": what the op returns, "dx": the gradient of x, ...} of one forward and backward."""
+    def run(self, given: Given, call: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+        """{"y": what the op (or `call`) returns, "dx": the gradient of x, ...} of one forward and backward."""
         leaves = {name: x.detach().requires_grad_() for name, x in given.leaves.items()}
         with given.within():
-            y = self.call(**leaves, **given.context)
+            y = (call or self.call)(**leaves, **given.context)
             gradients = torch.autograd.grad(y, list(leaves.values()), given.dy) if leaves else ()
         if isinstance(y, Tensor):
             results = {"y": y.detach()}

@@ -1,5 +1,7 @@
 """Every tile in the tables of the ops that test_configs.py leaves out, under the interpreter, in several programs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,10 @@ from fastbert.kernels.core import launch
 from fastbert.kernels.core.configs import ARCHITECTURES, TABLES
 from fastbert.kernels.linear_cross_entropy.rows import Targets, launch_reduce, scaled
 from fastbert.testing import linear_cross_entropy
+from fastbert.testing.checking import check
 from fastbert.testing.rows import DEVICE
+from fastbert.testing.spec import Draw
+from fastbert.testing.specs import SPECS
 
 from .. import test_gather_rows, test_key_bounds, test_packed_rows, test_row_counts
 from ..adamw import test_adamw
@@ -17,10 +22,12 @@ from ..embedding_layernorm import test_embedding_layernorm
 from . import test_bound
 from .test_configs import DTYPES, as_on  # noqa: F401
 
-EMBEDDING = (
-    *("layernorm_forward", "layernorm_backward", "embedding_order", "embedding_runs"),
-    *("embedding_sums_backward", "embedding_finish"),
-)
+EMBEDDING = SPECS["embedding_layernorm"].tables["dropped"]
+# Whose tables are run tile by tile below, in test_configs.py or in test_feed_forward.py.
+BY_HAND = {
+    *("dropout_add_layernorm", "bias_gelu", "gelu_layernorm", "attention", "encoder_layer", "feed_forward"),
+    *("embedding_layernorm", "gather_rows", "linear_cross_entropy", "adamw", "key_bounds", "row_counts", "packed_rows"),
+}
 
 
 def configured(*names):
@@ -145,12 +152,29 @@ def test_tiles_of_column_sums(architecture, dtype, as_on):  # noqa: F811
     test_bound.test_column_sums(dtype)
 
 
+def of_any_op():
+    """(spec, form, architecture, element size, width): what of an op's tables nobody runs by hand; of the others one each."""
+    for spec in SPECS.values():
+        for form, tables in spec.tables.items():
+            if spec.name in BY_HAND:
+                small = getattr(spec.small, spec.width)
+                yield from (pytest.param(spec, form, architecture, 4, small) for architecture in ARCHITECTURES)
+            else:
+                yield from (pytest.param(spec, form, *parameter.values, id=parameter.id) for parameter in configured(*tables))
+
+
+@pytest.mark.parametrize("spec, form, architecture, itemsize, width", list(of_any_op()), ids=str)
+def test_tiles_of_any_op(spec, form, architecture, itemsize, width, as_on):  # noqa: F811
+    as_on(architecture)
+    if spec.name in ("adamw", "encoder_layer"):  # see test_specs.py
+        spec.run(spec.inputs(spec.small, Draw(DEVICE), DTYPES[itemsize], **spec.forms[form]))
+    else:
+        check(spec, replace(spec.small, **{spec.width: width}), DTYPES[itemsize], **spec.forms[form])
+
+
 @pytest.mark.no_launch
 def test_every_table_is_run():
-    """A new table has to be named here or in test_configs.py."""
-    elsewhere = {"layernorm", "bias_gelu", "gelu_layernorm", "attention"}
-    ours = {*EMBEDDING, "gather_rows", "mask_rows", "packed_rows", "adamw", "column_sums"}
-    ours |= {"feed_forward_product", "feed_forward_gradient"}  # test_feed_forward.py
-    ours |= {f"linear_cross_entropy{part}" for part in ("", "_reduce", "_scale")}
-    others = {name for name in TABLES if any(name.startswith(f"{op}_") for op in elsewhere)}
-    assert TABLES.keys() == ours | others
+    """Each belongs to an op, whose tables are run by hand or by the test above."""
+    named = {name for spec in SPECS.values() for tables in spec.tables.values() for name in tables}
+    assert TABLES.keys() == named | {f"{name}_uneven" for name in named if f"{name}_uneven" in TABLES}
+    assert SPECS.keys() >= BY_HAND
