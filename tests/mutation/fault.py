@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 class Fault:
     """`says` is the line that describes it. `tests` are pytest's arguments, the fewest and quickest that are about it.
 
-    op: the op of bench/audit/cases.py whose kernel or launcher it is in, "" for what stands around the kernels.
+    op: the op (fastbert/testing/specs) whose kernel or launcher it is in, "" for what stands around the kernels.
     short: one of the two nastiest of its op, which `--short` plants.
     """
 
