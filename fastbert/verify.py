@@ -139,9 +139,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
 
     own = _own_attention(model)
     with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
-        reference, widened = _reference(
-            _deterministic_copy(model, own), batch, reference_dtype
-        )  # first: its copy is the largest
+        # The reference first: its copy is the largest.
+        reference, widened = _reference(_deterministic_copy(model, own), batch, reference_dtype)
         copied = _deterministic_copy(model, own)
         eager = _run(copied, batch)
         with patched(copied, **patch_keywords):
