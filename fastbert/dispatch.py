@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastbert import ops
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FLOAT64 = "torch.float64 has no kernel on a GPU"
 
 
 @dataclass
@@ -91,6 +92,8 @@ def tensor_reason(*tensors: Tensor) -> str | None:
             return f"tensors on {first.device} and {tensor.device}"
         if tensor.dtype not in _DTYPES:
             return f"{tensor.dtype} has no kernel"
+        if tensor.dtype == torch.float64 and tensor.is_cuda:
+            return _FLOAT64
         if tensor.dtype != first.dtype and not autocast:
             return f"{first.dtype} and {tensor.dtype} together outside autocast"
         if type(tensor) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
@@ -117,6 +120,8 @@ def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return ops.MISSING
     if ops.INTERPRETED and device.type == "cpu":
         return "bfloat16 is wrong in Triton's interpreter" if dtype == torch.bfloat16 else None
+    if device.type == "cuda" and dtype == torch.float64:
+        return _FLOAT64
     if device.type != "cuda" or torch.version.hip is not None:
         return f"tensors on {device.type}: the kernels need an NVIDIA GPU"
     major, minor = torch.cuda.get_device_capability(device)

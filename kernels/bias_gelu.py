@@ -205,7 +205,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
     """activation(x + bias) in one pass over memory.
 
     Args:
-        x: [..., F], the product whose bias was left out. fp64, fp32, fp16 or bf16, any strides.
+        x: [..., F], the product whose bias was left out. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
         bias: [F], or None.
         activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
 

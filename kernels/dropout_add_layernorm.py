@@ -340,7 +340,7 @@ def dropout_add_layernorm(
     """LayerNorm(dropout(x + x_bias) + residual) in one pass over memory.
 
     Args:
-        x: [..., H], the product whose bias was left out. fp64, fp32, fp16 or bf16, any strides.
+        x: [..., H], the product whose bias was left out. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
         residual: [..., H], shape of x; another dtype promotes the sum as torch does.
         weight, bias: [H], LayerNorm's.
         x_bias: [H], the bias of the product, or None.

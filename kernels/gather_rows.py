@@ -101,7 +101,7 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Row index[i] of x as row i, zeros where index[i] is negative.
 
     Args:
-        x: [R, H]. fp64, fp32, fp16 or bf16, any strides.
+        x: [R, H]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
         index: int32 [N], below R. No row of x may be named twice.
         inverse: int32 [R], where each row of x goes: inverse[index[i]] == i, negative for rows that go nowhere.
 

@@ -281,7 +281,7 @@ def gelu_layernorm(
     """LayerNorm(activation(x + x_bias)) in one pass over memory.
 
     Args:
-        x: [..., H], the product whose bias was left out. fp64, fp32, fp16 or bf16, any strides.
+        x: [..., H], the product whose bias was left out. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
         weight, bias: [H], LayerNorm's.
         x_bias: [H], the bias of the product, or None.
         activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".

@@ -231,8 +231,9 @@ def adamw(
     One launch for each device and combination of dtypes, amsgrad and 16-byte alignment among the parameters.
 
     Args:
-        parameters: each with its gradient and state; all but `step` (float32 []) have the parameter's shape. fp64,
-            fp32, fp16 or bf16, any strides; `master`, the parameter in a higher precision, is the one that is updated.
+        parameters: each with its gradient and state; all but `step` (float32 []) have the parameter's shape. fp32, fp16 or
+            bf16 (in the interpreter fp64 too), any strides; `master`, the parameter in a higher precision, is the one that
+            is updated.
         groups: hyperparameters; `Parameter.group` is an index into them.
         grad_scale: fp32 []: gradients are divided by it first, and stored so, as torch's fused AdamW does.
         found_inf: fp32 []: where it is not 0, nothing changes.

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..core.configs import Config
 from ..core.failures import or_plain
 from ..core.launch import (
-    INTERPRETED,
     Work,
     accumulator,
     accumulator_torch,
@@ -138,8 +137,6 @@ def _aligned(*tensors: Tensor) -> bool:
 
 def _precision(dtype: torch.dtype) -> str:
     """Read at each launch, as torch's own products do: Triton's default would be TF32."""
-    if dtype == torch.float64 and not INTERPRETED:
-        return "sum"  # triton compiles no float64 product; it is there for gradcheck
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -371,7 +368,8 @@ def attention(
     products are true float32 unless torch.set_float32_matmul_precision allows TF32.
 
     Args:
-        q: [B, Sq, heads, D], or packed [T, heads, D]. fp64, fp32, fp16 or bf16; any strides; D from 1 to 256.
+        q: [B, Sq, heads, D], or packed [T, heads, D]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16; any strides; D from
+            1 to 256.
         k, v: [B, Sk, kv heads, D], or packed like q. kv heads are as many as q's, or a divisor of that: each then serves a
             group of q's neighbouring heads (grouped queries; one kv head: multi-query).
         key_mask: bool [B, Sk], true where a key is valid.

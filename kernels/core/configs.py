@@ -50,7 +50,6 @@ Table = dict[int, dict[int, Config]]
 _LAYERNORM_FORWARD: Table = {
     2: {512: Config(2, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 4), 8192: Config(1, 8)},
     4: {512: Config(1, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 8), 8192: Config(1, 16)},
-    8: {512: Config(1, 2), 1024: Config(1, 4), 2048: Config(1, 8), 4096: Config(1, 16), 8192: Config(1, 16)},
 }
 # A warp a row again up to 1024 columns. A thread keeps three float32 sums a column, so 32 columns a thread are the
 # most that registers hold. The programs are those that fit at once: they share the rows evenly, so one that had to
@@ -71,13 +70,6 @@ _LAYERNORM_BACKWARD: Table = {
         2048: Config(1, 4, None, 2, chunk=512),
         4096: Config(1, 8, None, 1, chunk=1024),
         8192: Config(1, 8, None, 1, chunk=1024),
-    },
-    8: {
-        512: Config(1, 4, None, 2, chunk=256),
-        1024: Config(1, 8, None, 1, chunk=512),
-        2048: Config(1, 8, None, 1, chunk=512),
-        4096: Config(1, 16, None, 1, chunk=1024),
-        8192: Config(1, 32, None, 1, chunk=2048),
     },
 }
 # BERT-base's width with three programs a multiprocessor, so half as many bytes again in flight: where the compiler keeps to a
@@ -104,7 +96,7 @@ _BLACKWELL_GELU_LAYERNORM_BACKWARD: Table = _GELU_LAYERNORM_BACKWARD | {
 _LAYERNORM_FORWARD_UNEVEN: Table = {
     size: {512: Config(1, 1), 1024: Config(1, 2), 2048: Config(1, 4), 4096: Config(1, 8), 8192: Config(1, 16)}
     for size in (2, 4)
-} | {8: _LAYERNORM_FORWARD[8]}
+}
 _LAYERNORM_BACKWARD_UNEVEN: Table = {
     size: {
         512: Config(1, 2, None, 8),
@@ -114,7 +106,7 @@ _LAYERNORM_BACKWARD_UNEVEN: Table = {
         8192: Config(1, 8, None, 1),
     }
     for size in (2, 4)
-} | {8: _LAYERNORM_BACKWARD[8]}
+}
 # Left alone, the compiler for sm_100 aims at 80 registers here and spills.
 _BLACKWELL_LAYERNORM_BACKWARD_UNEVEN: Table = _LAYERNORM_BACKWARD_UNEVEN | {
     4: _LAYERNORM_BACKWARD_UNEVEN[4] | {1024: Config(1, 4, None, 4, maxnreg=128)}
@@ -122,58 +114,50 @@ _BLACKWELL_LAYERNORM_BACKWARD_UNEVEN: Table = _LAYERNORM_BACKWARD_UNEVEN | {
 _BIAS_GELU_FORWARD: Table = {
     2: {8192: Config(4, 2, 512)},
     4: {8192: Config(4, 4, 512)},
-    8: {8192: Config(1, 4, 512)},
 }
 _GATHER_ROWS: Table = {
     2: {8192: Config(4, 4, 1024)},
     4: {8192: Config(4, 4, 512)},
-    8: {8192: Config(4, 4, 256)},
 }
 # Places of the sorted tokens a program (most of them idle), and the columns of a row of which each lane loads 16 bytes.
 _EMBEDDING_RUNS: Table = {
     2: {256: Config(1, 1, 256, at_once=8), 512: Config(1, 2, 512, at_once=8), 8192: Config(1, 4, 1024, at_once=8)},
     4: {256: Config(1, 2, 256, at_once=8), 8192: Config(1, 4, 512, at_once=8)},
-    8: {8192: Config(1, 4, 256, at_once=4)},
 }
 _EMBEDDING_SUMS: Table = {
     2: {8192: Config(1, 4, 256, 8, at_once=8)},
     4: {8192: Config(1, 4, 128, 8, at_once=8)},
-    8: {8192: Config(1, 4, 64, 8, at_once=8)},
 }
 # BLOCK_M places against BLOCK_N others at once. The element size is that of what is written, int32; the table names the
 # others as well.
-_EMBEDDING_ORDER: Table = dict.fromkeys((2, 4, 8), {8192: Config(16, 4, 128)})
-# Sums in float32 (float64), which has the element size; BLOCK_M of them at once.
-_EMBEDDING_FINISH: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 128)}) | {8: {8192: Config(16, 4, 128)}}
+_EMBEDDING_ORDER: Table = dict.fromkeys((2, 4), {8192: Config(16, 4, 128)})
+# Sums in float32, which has the element size; BLOCK_M of them at once.
+_EMBEDDING_FINISH: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 128)})
 _BIAS_GELU_BACKWARD: Table = {
     2: {8192: Config(4, 4, 512, 6)},
     4: {8192: Config(2, 4, 512, 6)},
-    8: {8192: Config(1, 4, 512, 4)},
 }
 # Columns that neighbours in memory share a program; as many rows at once as keep its loads in flight.
-# Sums are of 4 bytes or 8, never of 2.
-_COLUMN_SUMS: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 64)}) | {8: {8192: Config(16, 4, 64)}}
+# Sums are of 4 bytes, never of 2.
+_COLUMN_SUMS: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 64)})
 # A program updates BLOCK_M blocks of BLOCK_N elements of one tensor, one after the other. The element size is the
 # parameter's; widths mean nothing here.
 _ADAMW: Table = {
     2: {8192: Config(16, 4, 1024)},
     4: {8192: Config(16, 4, 1024)},
-    8: {8192: Config(16, 4, 512)},
 }
 # A row of logits a program, BLOCK_N columns of it at once. Wide programs and few of them at a time, though more would
 # hide latency better: the second pass over the rows in flight is meant to find them in the cache (24 MiB of H200's 50).
 _LINEAR_CROSS_ENTROPY: Table = {
     2: {8192: Config(1, 8, 8192, chunk=2048)},
     4: {8192: Config(1, 8, 4096, chunk=1024)},
-    8: {8192: Config(1, 8, 2048, chunk=512)},
 }
 # Half as many columns at once where compilers make more of that: for sm_100, and for sm_80 under triton 3.6 and 3.7.
 _NARROW_LINEAR_CROSS_ENTROPY: Table = _LINEAR_CROSS_ENTROPY | {2: {8192: Config(1, 8, 4096, chunk=2048)}}
-_LINEAR_CROSS_ENTROPY_REDUCE: Table = {size: {8192: Config(2048, 8, 1)} for size in (2, 4, 8)}
+_LINEAR_CROSS_ENTROPY_REDUCE: Table = {size: {8192: Config(2048, 8, 1)} for size in (2, 4)}
 _LINEAR_CROSS_ENTROPY_SCALE: Table = {
     2: {8192: Config(8, 4, 256)},
     4: {8192: Config(8, 4, 256)},
-    8: {8192: Config(4, 4, 256)},
 }
 
 
@@ -186,21 +170,20 @@ _BLACKWELL_FEED_FORWARD: Table = {2: {8192: Config(128, 4, 128, num_stages=3, BL
 
 # A row of a mask a program, BLOCK_N of its bytes at once. The element size is that of what is written, int32; the table
 # names the others as well.
-_MASK_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 512)})
+_MASK_ROWS: Table = dict.fromkeys((2, 4), {8192: Config(1, 4, 512)})
 # Where every token of a row goes: twice as many of them at once spill.
-_PACKED_ROWS: Table = dict.fromkeys((2, 4, 8), {8192: Config(1, 4, 256)})
+_PACKED_ROWS: Table = dict.fromkeys((2, 4), {8192: Config(1, 4, 256)})
 
 
 # By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
 # sizes 64 and 128, so that one's softmax hides behind the other's products. Head sizes that are no power of two check
 # their columns, which takes registers, and have rows of their own.
 _WIDE_32_BIT = {128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)}
-_64_BIT: Table = {8: {64: Config(16, 16, 16, num_stages=1), 256: Config(16, 32, 16, num_stages=1)}}
 _WIDE_ATTENTION: dict[str, Table] = {
-    "forward": {4: {64: Config(32, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
-    "backward_kv": {4: {64: Config(16, 4, 32, num_stages=2)} | _WIDE_32_BIT} | _64_BIT,
+    "forward": {4: {64: Config(32, 4, 32, num_stages=2)} | _WIDE_32_BIT},
+    "backward_kv": {4: {64: Config(16, 4, 32, num_stages=2)} | _WIDE_32_BIT},
     # Two passes over the keys, with their tiles in shared memory: with one stage Triton loads them into registers.
-    "backward_q": {4: {64: Config(32, 4, 16, num_stages=2), 256: Config(16, 4, 16, num_stages=2)}} | _64_BIT,
+    "backward_q": {4: {64: Config(32, 4, 16, num_stages=2), 256: Config(16, 4, 16, num_stages=2)}},
 }
 _HOPPER_ATTENTION: dict[str, Table] = {
     "forward": {
@@ -284,6 +267,7 @@ _SHORT_ATTENTION = {
 
 
 def _interpreted(config: Config) -> dict[str, Table]:
+    # float64 as well, which gradcheck needs: on a GPU plain PyTorch computes it.
     return {"interpreter": {itemsize: {8192: config} for itemsize in (2, 4, 8)}}
 
 

@@ -164,13 +164,15 @@ def reset() -> None:
 def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Decorates a launcher: `twin` takes its arguments from the call on in which one of its kernels fails.
 
-    `after` is the launcher whose output this one reads: if that one's twin ran, so does this one's.
+    `after` is the launcher whose output this one reads: if that one's twin ran, so does this one's. float64 is always the
+    twin's on a GPU, which is no failure: kernels compute it in the interpreter alone, for gradcheck.
     """
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(launcher)
         def launched(*arguments: Any, **keywords: Any) -> Any:
-            if not _failed or (launcher not in _failed and after not in _failed):
+            wide = is_wide(*arguments)
+            if not wide and (not _failed or (launcher not in _failed and after not in _failed)):
                 try:
                     return launcher(*arguments, **keywords)
                 except KernelFailed as failure:
@@ -178,7 +180,8 @@ def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) 
                         raise
                     record(failure)
                     _failed[launcher] = failure.kernel
-            _count(_failed.get(launcher) or _failed[after])
+            if not wide:
+                _count(_failed.get(launcher) or _failed[after])
             device = next(x.device.type for x in tensors(arguments))
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 return twin(*arguments, **keywords)
@@ -197,6 +200,11 @@ def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield argument
         elif isinstance(argument, tuple):
             yield from tensors(argument)
+
+
+def is_wide(*arguments: Any) -> bool:
+    """Whether a tensor among these is one of float64 on a GPU, for which there is no kernel."""
+    return any([x.dtype == torch.float64 and x.is_cuda for x in tensors(arguments)])
 
 
 def _count(kernel: str) -> None:

@@ -190,7 +190,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def accumulator(dtype: torch.dtype) -> triton.language.dtype:
-    """The type a kernel computes in: float32, and float64 for float64 (so that gradcheck means something)."""
+    """The type a kernel computes in: float32, and float64 for float64, which only the interpreter computes (for gradcheck)."""
     return triton.language.float64 if dtype == torch.float64 else triton.language.float32
 
 

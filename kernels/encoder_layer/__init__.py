@@ -74,7 +74,7 @@ def encoder_layer(
     """One layer of BERT's encoder.
 
     Args:
-        x: [B, S, H], or packed [T, H]. fp64, fp32, fp16 or bf16.
+        x: [B, S, H], or packed [T, H]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16.
         weights: the layer's parameters, of one dtype.
         settings: its numbers.
         key_mask: bool [B, S], true where a key is valid.
@@ -108,6 +108,8 @@ def encoder_layer(
     if settings.drops:
         seed = draw_seeds(settings, x.device) if seed is None else aligned(seed)
     with torch.autocast(x.device.type, enabled=False):  # products have the dtype that was asked for
+        if failures.is_wide(x):
+            return plain.forward(x, weights, settings, layout, *dtypes, seed)
         try:
             return unchecked(x, weights, settings, layout, *dtypes, seed)
         except KernelFailed:

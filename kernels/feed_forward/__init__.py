@@ -158,7 +158,7 @@ def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: 
     """activation(x weight' + bias) output_weight'.
 
     Args:
-        x: [..., H]. fp64, fp32, fp16 or bf16, any strides.
+        x: [..., H]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
         weight: [F, H], in the dtype of x; so are the others. Autocast does not reach in here: the caller casts.
         bias: [F], or None.
         output_weight: [O, F].

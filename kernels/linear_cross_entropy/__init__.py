@@ -279,7 +279,7 @@ def linear_cross_entropy(
     """torch's cross_entropy(linear(hidden, weight, bias), labels) without a tensor of all logits.
 
     Args:
-        hidden: [..., H]. fp64, fp32, fp16 or bf16, any strides.
+        hidden: [..., H]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
         weight: [V, H], in the dtype of hidden; so is the bias. Autocast does not reach in here: the caller casts.
         bias: [V], or None.
         labels: [...], int64: a class, 0 to V - 1, or ignore_index.

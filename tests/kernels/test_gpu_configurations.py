@@ -25,7 +25,7 @@ from .adamw import test_adamw
 from .cases import dtype_name
 from .embedding_layernorm import test_embedding_layernorm
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # By the name of the call: what a forward and a backward read their configurations from.
 TABLES_OF = {
     **{f"{spec} {form}".strip(): tables for spec in SPECS.values() for form, tables in spec.tables.items()},
@@ -194,13 +194,8 @@ def test_checks_run_anywhere(name, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "entry",
-    [pytest.param(entry, marks=[pytest.mark.long] if entry.dtype == torch.float64 else []) for entry in ENTRIES],
-    ids=str,
-)
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_bound_of_every_configuration(entry, monkeypatch):
-    """float64, which is there for gradcheck, in the long run."""
     mine = launch.architecture(DEVICE)
     if ARCHITECTURES.index(entry.architecture) > ARCHITECTURES.index(mine):
         pytest.skip(f"this GPU takes the tables of {mine}")

@@ -60,7 +60,6 @@ def _variants() -> Iterator[Variant]:
     for dtype in ("bf16", "fp16", "fp32", "mixed"):
         for form in ("plain", "amsgrad", "scaled"):
             yield _variant(dtype, form=form)
-    yield _variant("fp64")
 
 
 SPEC = OpSpec(

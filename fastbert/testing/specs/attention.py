@@ -114,7 +114,6 @@ def _variants() -> Iterator[Variant]:
         for head_size in (64, 128):
             for p in (0.0, 0.1):
                 yield variant(dtype, head_size, p=p, mask="key")
-    yield variant("fp64", 64, p=0.1, mask="key")
     for mask in ("none", "key", "causal", "packed"):
         for p in (0.0, 0.1):
             yield variant("bf16", 64, p=p, mask=mask, length=SHORT[-1])

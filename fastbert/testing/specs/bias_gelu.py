@@ -22,7 +22,6 @@ def _variants() -> Iterator[Variant]:
     for activation in ACTIVATIONS:
         yield _variant("bf16", 3072, activation)
         yield _variant("fp32", 3072, activation)
-    yield _variant("fp64", 3072)
 
 
 SPEC = row_op(

@@ -9,7 +9,7 @@ from fastbert.kernels import reference
 from fastbert.kernels.dropout_add_layernorm import dropout_add_layernorm
 
 from ..row_op import row_op
-from ..spec import BUCKETS, HIDDEN, Variant
+from ..spec import HIDDEN, Variant
 
 NAME = "dropout_add_layernorm"
 
@@ -24,8 +24,6 @@ def _variants() -> Iterator[Variant]:
             yield _variant(dtype, width, p=0.1)
         yield _variant("bf16", width)
         yield _variant("fp32", width)
-    for width in BUCKETS:
-        yield _variant("fp64", width, p=0.1)
 
 
 def _eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, p: float = 0.0) -> Tensor:

@@ -61,8 +61,6 @@ def _variants() -> Iterator[Variant]:
             yield _variant(dtype, width, p=0.1)
     yield _variant("bf16", 768)
     yield _variant("fp16", 768, p=0.1)
-    for width in (512, 2048, 8192):
-        yield _variant("fp64", width, p=0.1)
     yield Variant(NAME, "bf16", 768, "packed", {"p": 0.1, "packed": True}, OF_ROWS)
     yield Variant(NAME, "bf16", 1, "ids", {"packed": True}, (IDS,))
     yield Variant(NAME, "bf16", 1, "order", {}, (ORDER,))

@@ -82,7 +82,6 @@ def _variants() -> Iterator[Variant]:
     for activation in ACTIVATIONS:
         yield _variant("bf16", 3072, activation)
         yield _variant("fp32", 3072, activation)
-    yield _variant("fp64", 3072)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -34,7 +34,6 @@ def _variants() -> Iterator[Variant]:
     for dtype in ("bf16", "fp16", "fp32"):
         for width in (384, 768, 1023, 1024):
             yield _variant(dtype, width)
-    yield _variant("fp64", 1024)
 
 
 def _eager(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from fastbert.kernels import reference
 from fastbert.kernels.gelu_layernorm import gelu_layernorm
 
 from ..row_op import row_op
-from ..spec import ACTIVATIONS, BUCKETS, HIDDEN, Variant
+from ..spec import ACTIVATIONS, HIDDEN, Variant
 
 NAME = "gelu_layernorm"
 
@@ -22,8 +22,6 @@ def _variants() -> Iterator[Variant]:
     for activation in ACTIVATIONS:
         yield _variant("bf16", 768, activation)
         yield _variant("fp32", 768, activation)
-    for width in BUCKETS:
-        yield _variant("fp64", width)
 
 
 SPEC = row_op(

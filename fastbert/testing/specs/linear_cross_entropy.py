@@ -62,7 +62,7 @@ def _variant(dtype: str, width: int, part: str = "gradient") -> Variant:
 
 
 def _variants() -> Iterator[Variant]:
-    for dtype in ("bf16", "fp16", "fp32", "fp64"):
+    for dtype in ("bf16", "fp16", "fp32"):
         yield _variant(dtype, VOCABULARY)
         yield _variant(dtype, 768, "scale")
     for part in ("loss", "smoothing", "weights", "rows"):

@@ -10,7 +10,7 @@ from fastbert.kernels.core.checks import MAX_WIDTH
 from fastbert.kernels.core.configs import ARCHITECTURES, TABLES
 from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, run, seed_tensor
 
-DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+DTYPES = {2: torch.float16, 4: torch.float32}
 MULTIPROCESSORS = 2  # so that a few rows fill every program and come round again
 
 
@@ -76,7 +76,7 @@ def test_shipped_tiles(op, architecture, itemsize, width, as_on, monkeypatch):
 def test_a_gpus_tiles_give_the_interpreters_results(op, architecture, as_on):
     """A row's results are the same bits in any tile; sums over rows are the same but for their order."""
     options = {"p": 0.3, "seed": seed_tensor(1)} if op is OPS[0] else {}
-    inputs, dy = make_inputs(op, (9, 48), torch.float64), torch.randn(9, 48, dtype=torch.float64, device=DEVICE)
+    inputs, dy = make_inputs(op, (9, 48), torch.float32), torch.randn(9, 48, device=DEVICE)
     expected = run(op.call, inputs, dy, **options)
     as_on(architecture)
     for name, result in run(op.call, inputs, dy, **options).items():
@@ -87,9 +87,12 @@ def test_a_gpus_tiles_give_the_interpreters_results(op, architecture, as_on):
 @pytest.mark.parametrize("kernel", [name for name in TABLES if not name.startswith(("attention", "feed_forward"))])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "interpreter"])
 def test_tables_are_complete(kernel, architecture):
-    """Every element size, rows up to the widest a kernel takes, and powers of two where Triton asks for them."""
+    """Every element size, rows up to the widest a kernel takes, and powers of two where Triton asks for them.
+
+    float64 for the interpreter alone, where gradcheck needs it.
+    """
     tables = TABLES[kernel][architecture]
-    assert tables.keys() == DTYPES.keys()
+    assert tables.keys() == DTYPES.keys() | ({8} if architecture == "interpreter" else set())
     for table in tables.values():
         assert list(table) == sorted(table) and max(table) >= MAX_WIDTH
         for config in table.values():

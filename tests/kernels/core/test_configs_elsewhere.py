@@ -145,11 +145,10 @@ def test_tiles_of_masks(architecture, as_on):  # noqa: F811
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_tiles_of_column_sums(architecture, dtype, as_on):  # noqa: F811
+def test_tiles_of_column_sums(architecture, as_on):  # noqa: F811
     """More rows and columns than a tile has."""
     as_on(architecture)
-    test_bound.test_column_sums(dtype)
+    test_bound.test_column_sums(torch.float32)
 
 
 def of_any_op():

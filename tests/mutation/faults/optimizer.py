@@ -246,6 +246,18 @@ FAULTS = (
         tests=("tests/optim/test_stock.py::test_is_torchs",),
     ),
     _failures(
+        "float64 goes to a kernel on a GPU",
+        before="x.dtype == torch.float64 and x.is_cuda",
+        after="x.dtype == torch.float64 and x.is_cpu",
+        tests=("tests/kernels/test_float64_on_a_gpu.py::test_which_tensors_have_no_kernel",),
+    ),
+    _failures(
+        "float64 on a GPU counts as a kernel that failed",
+        before="            if not wide:\n                _count(",
+        after="            if wide:\n                _count(",
+        tests=("tests/kernels/test_float64_on_a_gpu.py::test_an_op_runs_its_twin",),
+    ),
+    _failures(
         "what a capture forbids is taken for the kernel's fault",
         before="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING, _OF_A_CAPTURE)",
         after="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING)",

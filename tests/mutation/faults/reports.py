@@ -37,6 +37,12 @@ FAULTS = (
         tests=(f"{REPORT}::test_layers_that_agree_share_a_line",),
     ),
     _dispatch(
+        "a model in float64 goes to the kernels on a GPU",
+        before='device.type == "cuda" and dtype == torch.float64',
+        after='device.type == "cpu" and dtype == torch.float64',
+        tests=("tests/kernels/test_float64_on_a_gpu.py::test_a_model_is_told_why",),
+    ),
+    _dispatch(
         "reasons are lost",
         before="tally.fallbacks[reason] += 1",
         after='tally.fallbacks["stock"] += 1',
