@@ -86,10 +86,10 @@ def patch(
         _log_disabled()
         return model
 
-    classes, left_stock = _plan(model, switches, untested)
+    classes, left_stock = _plan_classes(model, switches, untested)
     if strict and left_stock:
         raise UnsupportedModelError("strict=True, and these stay on stock code: " + "; ".join(left_stock))
-    _swap(classes)
+    _swap_classes(classes)
     if untested:
         _accept(classes)
     _switches[model] = switches
@@ -107,7 +107,7 @@ def unpatch(model: Model) -> Model:
     from fastbert.registry import BY_FAST
 
     _check_model(model)
-    _swap({module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST})
+    _swap_classes({module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST})
     _switches.pop(model, None)
     return model
 
@@ -123,7 +123,7 @@ def patched(model: Model, **keywords: object) -> Iterator[Model]:
         yield model
     finally:
         unpatch(model)
-        _swap(before)
+        _swap_classes(before)
         if switches_before is None:
             _switches.pop(model, None)
         else:
@@ -135,7 +135,7 @@ def switches_of(model: nn.Module) -> dict[str, bool] | None:
     return _switches.get(model)
 
 
-def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[dict[nn.Module, type], list[str]]:
+def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[dict[nn.Module, type], list[str]]:
     """The class that each module should have, and a line for each that would stay stock against the switches."""
     from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, MLM_HEADS, PACKING, encoders_with_a_reader
 
@@ -166,7 +166,7 @@ def _plan(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[d
     return classes, left_stock
 
 
-def _swap(classes: dict[nn.Module, type]) -> None:
+def _swap_classes(classes: dict[nn.Module, type]) -> None:
     """Set the class of every module, or, if one refuses, of none. Whose class changes, its calls start at 0."""
     from fastbert.dispatch import class_forward_on_instance, clear_calls
     from fastbert.layers import layer_state
@@ -186,8 +186,8 @@ def _swap(classes: dict[nn.Module, type]) -> None:
         if before[module] is not cls:
             clear_calls(module)
             layer_state.clear(module)
-            kept = vars(module).get("_old_forward")  # where accelerate's hooks keep the forward that they give back
-            if getattr(kept, "__func__", None) is before[module].forward:
+            replaced_forward = vars(module).get("_old_forward")  # where accelerate's hooks keep the forward that they give back
+            if getattr(replaced_forward, "__func__", None) is before[module].forward:
                 module._old_forward = MethodType(cls.forward, module)
 
 

@@ -40,7 +40,7 @@ class Entry:
         """The value of the switch, False where one of several is off."""
         return all(switches[name] for name in self.switches) if self.switches else switches[self.switch]
 
-    def off(self, switches: dict[str, Any]) -> str:
+    def disabled_switch(self, switches: dict[str, Any]) -> str:
         """The switch that is off."""
         return next((name for name in self.switches if not switches[name]), self.switch)
 

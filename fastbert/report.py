@@ -191,7 +191,7 @@ def _stock_reason(module: nn.Module, entry: Any, switches: dict[str, bool] | Non
         return "not patched"
     wanted = entry.wanted(switches)
     if not wanted:
-        return f"{entry.off(switches)}=False"
+        return f"{entry.disabled_switch(switches)}=False"
     return entry.stock_reason(module) or (_PADDING_VISIBLE if wanted == "auto" else "not patched")
 
 

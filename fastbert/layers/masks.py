@@ -93,7 +93,7 @@ def prepare_layers(
     `attentions`, and reads them as the model means them: then what `prepare(layer, hooked=...)` says of the fast layers
     that can run as one op, else None."""
     encoder, config = model.encoder, model.config
-    if not _is_known(_unsharded_type(encoder)) or _observed(encoder) or untested("BertModel") or masks_replaced():
+    if not _is_fast_or_stock(_unsharded_type(encoder)) or _observed(encoder) or untested("BertModel") or masks_replaced():
         return None
     causal = bool(config.is_decoder)
     if causal and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
@@ -122,7 +122,7 @@ def prepare_layers(
     return {layer: prepared._replace(context=None) for layer, prepared in found.items()} if others else found
 
 
-def _is_known(encoder: type) -> bool:
+def _is_fast_or_stock(encoder: type) -> bool:
     """Whether it is stock's or a fast one: a class of somebody's own may read its mask."""
     return encoder is BertEncoder or (issubclass(encoder, BertEncoder) and encoder.__module__.startswith("fastbert."))
 

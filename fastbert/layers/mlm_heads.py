@@ -99,7 +99,7 @@ def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], applies: C
     return forward
 
 
-def _read(
+def _run_with_loss(
     module: nn.Module, targets: Tensor, arguments: _Arguments, with_first: bool, **options: Any
 ) -> tuple[Any, Tensor | None, Tensor]:
     """What module.bert gives, the logits (None where nobody is to have them) and the loss of `targets` [B, S]."""
@@ -149,13 +149,13 @@ def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | No
 
 
 def _finish_masked(module: nn.Module, arguments: _Arguments) -> MaskedLMOutput:
-    outputs, logits, loss = _read(module, arguments.pop("labels"), arguments, with_first=False)
+    outputs, logits, loss = _run_with_loss(module, arguments.pop("labels"), arguments, with_first=False)
     return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
 def _finish_pretraining(module: nn.Module, arguments: _Arguments) -> bert.BertForPreTrainingOutput:
     labels, next_sentence = arguments.pop("labels"), arguments.pop("next_sentence_label")
-    outputs, logits, loss = _read(module, labels, arguments, with_first=True)
+    outputs, logits, loss = _run_with_loss(module, labels, arguments, with_first=True)
     relationship = module.cls.seq_relationship(outputs.pooler_output)
     return bert.BertForPreTrainingOutput(
         loss=loss + cross_entropy(relationship.view(-1, 2), next_sentence.view(-1)),
@@ -175,7 +175,7 @@ def _finish_causal(module: nn.Module, arguments: _Arguments) -> CausalLMOutputWi
     if targets is None:
         targets = pad_labels(labels, (0, 1), value=ignored)[..., 1:]
     options = {"ignore_index": ignored, "reduction": "mean" if items is None else "sum", "out_dtype": torch.float32}
-    outputs, logits, loss = _read(module, targets, arguments | {"use_cache": False}, with_first=False, **options)
+    outputs, logits, loss = _run_with_loss(module, targets, arguments | {"use_cache": False}, with_first=False, **options)
     if items is not None:
         loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
     return CausalLMOutputWithCrossAttentions(

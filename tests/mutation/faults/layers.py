@@ -298,7 +298,7 @@ FAULTS = (
     Fault(
         "accelerate's hooks give a forward back that is not the module's any more",
         file="fastbert/patch.py",
-        before='if getattr(kept, "__func__", None) is before[module].forward:',
+        before='if getattr(replaced_forward, "__func__", None) is before[module].forward:',
         after="if False:",
         tests=(f"{WRAPPED}::test_hooks_of_accelerate_outlive_the_patch",),
     ),

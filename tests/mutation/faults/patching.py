@@ -38,7 +38,7 @@ FAULTS = (
     ),
     _patch(
         "leaving the block of patched() leaves a model stock that was patched before",
-        before="        unpatch(model)\n        _swap(before)\n",
+        before="        unpatch(model)\n        _swap_classes(before)\n",
         after="        unpatch(model)\n",
         tests=(f"{ATOMIC}::test_patched_restores_what_was_patched_before",),
     ),

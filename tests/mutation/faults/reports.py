@@ -26,7 +26,7 @@ FAULTS = (
     ),
     _report(
         "a switch that is off is not given as the reason",
-        before='return f"{entry.off(switches)}=False"',
+        before='return f"{entry.disabled_switch(switches)}=False"',
         after='return entry.stock_reason(module) or "not patched"',
         tests=("tests/models/test_patch_arguments.py::test_a_switch_leaves_its_kernel_out",),
     ),
