@@ -42,6 +42,7 @@ def make_inputs(
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Drawn in float64 and rounded."""
     return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
@@ -128,6 +129,7 @@ def check(
 
 
 def launches_of(inputs: Inputs, differentiated: bool, options: dict[str, Any]) -> Counter[str]:
+    """The kernels that a call launches, by name."""
     if not inputs["q"].numel() or not inputs["k"].numel():
         return Counter()
     return Counter([FORWARD, *(backward_of(inputs, options) if differentiated else ())])

@@ -27,6 +27,7 @@ OF_SHORT_ATTENTION = Counter(["attention_bwd_short_kernel"])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Drawn in float64 and rounded."""
     return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
@@ -49,6 +50,7 @@ def make_inputs(
 
 
 def seeds(first: int = 1234) -> Tensor:
+    """Of a layer's dropouts, on the device."""
     return spec.seeds(DEVICE, first)
 
 

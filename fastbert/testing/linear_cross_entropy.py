@@ -22,6 +22,7 @@ Inputs = dict[str, Tensor | None]
 
 
 def chunk_rows(way: str, rows: int) -> int | None:
+    """What chunks_of takes for a call to go this way: `rows`, or None where logits are kept."""
     return None if way == "kept" else rows
 
 
@@ -74,6 +75,7 @@ def run(
 
 
 def double(tensor: Tensor | None) -> Tensor | None:
+    """The same in float64."""
     return None if tensor is None else tensor.double()
 
 

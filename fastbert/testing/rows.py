@@ -68,10 +68,12 @@ def assert_same(results: Mapping[str, Tensor | None], others: Mapping[str, Tenso
 
 
 def double(inputs: Inputs) -> Inputs:
+    """The same in float64."""
     return {name: t if t is None else t.double() for name, t in inputs.items()}
 
 
 def seed_tensor(seed: int) -> Tensor:
+    """A seed of dropout, on the device."""
     return torch.tensor(seed, dtype=torch.int64, device=DEVICE)
 
 
