@@ -8,8 +8,11 @@ import sys
 import torch
 from torch import Tensor
 
-from fastbert.testing.rows import DEVICE, OPS, check, make_inputs
 from tests import conftest  # noqa: F401  (chooses the interpreter before triton is imported)
+
+# isort: split
+from fastbert.testing.rows import DEVICE, check, make_inputs
+from fastbert.testing.specs import SPECS
 
 SHORT, STRIDE = 40, 2**30 + 24  # the third row, or column, begins past 2**31
 
@@ -38,7 +41,7 @@ def leave_storages_where_they_are() -> None:
 
 def main(op_name: str, layout: str, name: str) -> None:
     leave_storages_where_they_are()
-    op = next(op for op in OPS if op.name == op_name)
+    op = SPECS[op_name]
     shape = (3, SHORT) if layout == "rows" else (SHORT, 3)
     inputs, dy = make_inputs(op, shape, torch.float16), torch.randn(shape).to(DEVICE, torch.float16)
     if name == "dy":

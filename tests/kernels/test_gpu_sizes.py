@@ -25,8 +25,8 @@ from fastbert.testing import feed_forward as feed_forward_inputs
 from fastbert.testing import linear_cross_entropy as cross_entropy
 from fastbert.testing.numerics import assert_close
 from fastbert.testing.row_op import RowOp
-from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM, run
-from fastbert.testing.specs import SPECS
+from fastbert.testing.rows import DEVICE, run
+from fastbert.testing.specs import ROW_OPS, SPECS
 
 PAST = 2**31
 GROUPS = [Hyperparameters(lr=0.1)]  # of a step that shows in bfloat16
@@ -190,9 +190,7 @@ def check_adamw(elements: int, dtype: torch.dtype) -> None:
 
 
 CHECKS: dict[str, Check] = {
-    "dropout_add_layernorm": check_rows(DROPOUT_ADD_LAYERNORM),
-    "bias_gelu": check_rows(BIAS_GELU),
-    "gelu_layernorm": check_rows(GELU_LAYERNORM),
+    **{spec.name: check_rows(spec) for spec in ROW_OPS},
     "feed_forward": check_feed_forward,
     "gather_rows": check_gather_rows,
     "key_bounds": check_key_bounds,

@@ -11,20 +11,19 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from fastbert.kernels.core.launch import INTERPRETED
-from fastbert.testing.rows import OPS
-from fastbert.testing.specs import SPECS
+from fastbert.testing.specs import ROW_OPS, SPECS
 
 pytestmark = pytest.mark.no_launch  # launched in a process of its own, and counted there
 
 ROOT = Path(__file__).parents[2]
 # Those of attention are in test_attention_offsets.py, and a layer launches the kernels of others.
 # Products' operands are whole, so feed_forward's offsets are only read off its IR (test_offsets_lint.py).
-OTHERS = SPECS.keys() - {op.name for op in OPS} - {"attention", "encoder_layer", "feed_forward"}
+OTHERS = SPECS.keys() - {op.name for op in ROW_OPS} - {"attention", "encoder_layer", "feed_forward"}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("op, name", [(op, name) for op in OPS for name in (*op.rows, "dy")], ids=str)
+@pytest.mark.parametrize("op, name", [(op, name) for op in ROW_OPS for name in (*op.rows, "dy")], ids=str)
 def test_rows_or_columns_far_apart(op, name, layout):
     command = [sys.executable, "-m", "tests.kernels.large_offsets", op.name, layout, name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
