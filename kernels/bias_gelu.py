@@ -190,15 +190,7 @@ def _gradients(backward, dy: Tensor, saved: Inputs, needs: Inputs) -> dict[str, 
     return {"x": dx, "bias": dbias}
 
 
-_call = define_op(
-    "bias_gelu",
-    launch_forward,
-    _allocate_forward,
-    save=_save,
-    gradients=_gradients,
-    backward=launch_backward,
-    allocate_backward=_allocate_backward,
-)
+_call = define_op("bias_gelu", (launch_forward, _allocate_forward), (launch_backward, _allocate_backward), _save, _gradients)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:

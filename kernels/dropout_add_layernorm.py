@@ -315,13 +315,7 @@ def _gradients(backward, dy: Tensor, saved: Saved, needs: Inputs) -> dict[str, T
 
 
 _call = define_op(
-    "dropout_add_layernorm",
-    launch_forward,
-    _allocate_forward,
-    save=_save,
-    gradients=_gradients,
-    backward=launch_backward,
-    allocate_backward=_allocate_backward,
+    "dropout_add_layernorm", (launch_forward, _allocate_forward), (launch_backward, _allocate_backward), _save, _gradients
 )
 
 

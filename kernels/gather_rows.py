@@ -94,7 +94,7 @@ def _gradients(backward, dy: Tensor, saved: Saved, needs: Inputs) -> dict[str, T
     return {"x": backward(Inputs(dy, saved.inverse, saved.index))}
 
 
-_call = define_op("gather_rows", launch_rows, _allocate, save=_save, gradients=_gradients)
+_call = define_op("gather_rows", (launch_rows, _allocate), save=_save, gradients=_gradients)
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

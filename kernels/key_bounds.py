@@ -65,7 +65,7 @@ def _allocate(key_mask):
     return key_mask.new_empty((key_mask.shape[0], 3), dtype=torch.int32)
 
 
-_call = define_op("key_bounds", _launch, _allocate)
+_call = define_op("key_bounds", (_launch, _allocate))
 
 
 def key_bounds(key_mask: Tensor) -> Tensor:

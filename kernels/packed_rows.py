@@ -255,7 +255,7 @@ def _allocate(inputs: Inputs) -> list[Tensor]:
     return results
 
 
-_call = define_op("packed_rows", _launch, _allocate)
+_call = define_op("packed_rows", (_launch, _allocate))
 
 
 def packed_rows(

@@ -87,7 +87,7 @@ def _allocate(tokens, read):
     return either.new_empty((3, either.shape[0]), dtype=torch.int32)
 
 
-_call = define_op("row_counts", _launch, _allocate)
+_call = define_op("row_counts", (_launch, _allocate))
 
 
 def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:

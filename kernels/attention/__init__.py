@@ -109,7 +109,7 @@ def _sizes(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tupl
     return cu_seqlens.shape[0] - 1, max_seqlen, x.shape[0]
 
 
-def geometry_of(given: "Inputs | Saved") -> Geometry:
+def geometry_of(given: "Inputs") -> Geometry:
     q, k, v, cu_seqlens, mask = given.q, given.k, given.v, given.cu_seqlens, given.mask
     cu_seqlens_q, max_seqlen_q = given.cu_seqlens_q, given.max_seqlen_q
     if cu_seqlens_q is None:  # the queries are the keys' rows
@@ -220,22 +220,9 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    inputs: Inputs
     out: Tensor
     logsumexp: Tensor
-    key_mask: Tensor | None
-    key_bounds: Tensor | None
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-    cu_seqlens_q: Tensor | None
-    seed: Tensor | None
-    max_seqlen: int | None
-    max_seqlen_q: int | None
-    causal: bool
-    scale: float
-    p: float
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -278,7 +265,7 @@ def _launch_backward(dout: Tensor, saved: Saved) -> Gradients:
 
 
 def _allocate_backward(dout: Tensor, saved: Saved) -> Gradients:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (saved.q, saved.k, saved.v))
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in saved.inputs[:3])
 
 
 def launch_backward_packed(dout: Tensor, saved: Saved) -> Gradients:
@@ -286,8 +273,8 @@ def launch_backward_packed(dout: Tensor, saved: Saved) -> Gradients:
 
     That buffer is the gradient of a product that gave q, k and v at once: `unpack` hands it on without a copy.
     """
-    q = saved.q
-    if q.shape != saved.k.shape:
+    q, k, *_ = saved.inputs
+    if q.shape != k.shape:
         return _launch_backward(dout, saved)
     buffer = torch.empty((*q.shape[:-2], 3, *q.shape[-2:]), dtype=q.dtype, device=q.device)
     return _launch_backward_into(buffer.unbind(-3), dout, saved)
@@ -295,11 +282,12 @@ def launch_backward_packed(dout: Tensor, saved: Saved) -> Gradients:
 
 @or_plain(plain.backward, after=launch_forward)
 def _launch_backward_into(grads: Gradients, dout: Tensor, saved: Saved) -> Gradients:
-    q, k, v, out, logsumexp, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *_ = saved
+    inputs, out, logsumexp = saved
+    q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *_ = inputs
     dq, dk, dv = grads
     if not q.numel() or not k.numel():
         return tuple(grad.zero_() for grad in grads)
-    geometry = geometry_of(saved)
+    geometry = geometry_of(inputs)
     shared = {
         "q_ptr": q,
         "k_ptr": k,
@@ -325,8 +313,7 @@ def _launch_backward_into(grads: Gradients, dout: Tensor, saved: Saved) -> Gradi
 
 
 def _save(inputs: Inputs, out: Tensor, logsumexp: Tensor) -> Saved:
-    q, k, v, *rest = inputs
-    return Saved(q, k, v, out, logsumexp, *rest)
+    return Saved(inputs, out, logsumexp)
 
 
 def _gradients(backward, dout: Tensor, saved: Saved, needs: Inputs) -> dict[str, Tensor]:
@@ -335,12 +322,10 @@ def _gradients(backward, dout: Tensor, saved: Saved, needs: Inputs) -> dict[str,
 
 _call = define_op(
     "attention",
-    launch_forward,
-    _allocate_forward,
-    save=_save,
-    gradients=_gradients,
-    backward=_launch_backward,
-    allocate_backward=_allocate_backward,
+    (launch_forward, _allocate_forward),
+    (_launch_backward, _allocate_backward),
+    _save,
+    _gradients,
     eager_backward=launch_backward_packed,
 )
 

@@ -27,13 +27,14 @@ def forward(inputs: "Inputs") -> tuple[Tensor, Tensor]:
 
 def backward(grads: tuple[Tensor, ...], dout: Tensor, saved: "Saved") -> tuple[Tensor, ...]:
     """dq, dk and dv, written into `grads`."""
-    q, k, v, scale, p = saved.q, saved.k, saved.v, saved.scale, saved.p
+    inputs = saved.inputs
+    q, k, v, scale, p = inputs.q, inputs.k, inputs.v, inputs.scale, inputs.p
     for grad in grads:
         grad.zero_()
-    for rows, keys, sequences in _sequences(saved):
+    for rows, keys, sequences in _sequences(inputs):
         q_, k_, v_, dout_ = _part(q, rows), _part(k, keys), _part(v, keys), _part(dout, rows)
         k_, v_ = _of_each_head(k_, q), _of_each_head(v_, q)
-        weights, keep = _weights(q_, k_, sequences, saved)
+        weights, keep = _weights(q_, k_, sequences, inputs)
         dweights = dropped(torch.einsum("bqhd,bkhd->bhqk", dout_, v_).to(weights.dtype), keep, p)
         dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
         dscores, weights = dscores.to(q.dtype), dropped(weights, keep, p).to(q.dtype)
@@ -45,7 +46,7 @@ def backward(grads: tuple[Tensor, ...], dout: Tensor, saved: "Saved") -> tuple[T
     return tuple(grads)
 
 
-def _sequences(given: "Inputs | Saved") -> Iterator[tuple[Any, Any, range]]:
+def _sequences(given: "Inputs") -> Iterator[tuple[Any, Any, range]]:
     """Rows of q, rows of k and v, and which sequences they are: all at once, or one by one where they are packed."""
     if given.cu_seqlens is None:
         yield None, None, range(given.q.shape[0])
@@ -71,7 +72,7 @@ def _summed_by_group(group: int, scores: Tensor, rows: Tensor) -> Tensor:
     return torch.einsum("bhgqk,bqhgd->bkhd", scores.unflatten(1, (-1, group)), rows.unflatten(2, (-1, group)))
 
 
-def _weights(q: Tensor, k: Tensor, sequences: range, given: "Inputs | Saved") -> tuple[Tensor, Tensor | None]:
+def _weights(q: Tensor, k: Tensor, sequences: range, given: "Inputs") -> tuple[Tensor, Tensor | None]:
     """Probabilities before dropout, and what that keeps. Masks mean what they do in tiles.mask_scores."""
     mask, key_mask, seed = given.mask, given.key_mask, given.seed
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k)

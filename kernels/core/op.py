@@ -25,49 +25,48 @@ from torch import Tensor
 from .autograd import check_unbatched, links, not_twice
 
 TENSORS = (Tensor, Tensor | None)
+# The function that launches, and the one that allocates what that returns.
+Launcher = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def define_op(
     name: str,
-    forward: Callable[..., Any],
-    allocate: Callable[..., Any],
-    *,
+    forward: Launcher,
+    backward: Launcher | None = None,
     save: Callable[..., Any] | None = None,
     gradients: Callable[..., dict[str, Tensor]] | None = None,
-    backward: Callable[..., Any] | None = None,
-    allocate_backward: Callable[..., Any] | None = None,
     eager_backward: Callable[..., Any] | None = None,
-) -> Callable[[Any], Any]:
+) -> Callable[..., Any]:
     """The function of `forward`'s arguments that runs it, by the form that fits and differentiably.
 
     Args:
         name: of the custom op.
-        forward: the launcher; its annotations are the op's. Of a tuple of outputs the first has a gradient.
-        allocate: the same of tensors without memory: what the outputs look like.
+        forward: launches, and allocates what the outputs look like, which is all that a tracing compiler needs. The launcher's
+            annotations are the op's. Of a tuple of outputs the first has a gradient.
+        backward: the same of what `gradients` is handed, of any annotated arguments; None: the forward again.
         save: (*forward's arguments, *outputs) -> the NamedTuple that the backward reads. Without it there is no gradient.
         gradients: (backward, dy, saved, needs) -> gradients by the names of `forward`'s first argument, a NamedTuple. `needs`
             says of each whether its gradient is asked for; others are ignored, and each is cast to the dtype of its input.
-        backward: the launcher that `gradients` is handed, of any annotated arguments; `forward` itself by default.
-        allocate_backward: as `allocate`.
-        eager_backward: in place of `backward` in eager mode, where gradients may be views of one buffer.
+        eager_backward: launches the backward in eager mode, where gradients may be views of one buffer.
 
     A second derivative raises: the backward kernels have none.
     """
-    taken = _Arguments(forward)
-    op = _custom_op(name, forward, allocate)
+    launch, _ = forward
+    taken = _Arguments(get_type_hints(launch))
+    op = _custom_op(name, *forward)
     if save is None:
-        return lambda *arguments: op(*flat(arguments)) if torch.compiler.is_compiling() else forward(*arguments)
-    backward_op = op if backward is None else _custom_op(f"{name}_backward", backward, allocate_backward)
-    backward = eager_backward or backward or forward
-    inputs_type, saved_type = taken.types[0], get_type_hints(save)["return"]
+        return lambda *arguments: op(*flat(arguments)) if torch.compiler.is_compiling() else launch(*arguments)
+    backward_op = op if backward is None else _custom_op(f"{name}_backward", *backward)
+    launch_backward = eager_backward or (backward or forward)[0]
+    inputs_type, saved_type = taken.types[0], _Arguments({"saved": get_type_hints(save)["return"]})
     n_inputs = len(inputs_type._fields)
-    is_tensor = [hint in TENSORS for hint in get_type_hints(saved_type).values()]
+    is_tensor = [hint in TENSORS for hint in saved_type.fields.values()]
 
     def keep(ctx: Any, values: Sequence[Any], output: Any) -> list[Tensor | None]:
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        saved = save(*taken.of(values), *outputs)
+        saved = flat([save(*taken.of(values), *outputs)])
         tensors = [value for value, tensor in zip(saved, is_tensor, strict=True) if tensor]
         ctx.save_for_backward(*tensors)
         ctx.settings = [value for value, tensor in zip(saved, is_tensor, strict=True) if not tensor]
@@ -81,7 +80,7 @@ def define_op(
         if dy is None or not any(needs):
             return (None,) * n_inputs + others
         left, right = iter(tensors), iter(ctx.settings)
-        saved = saved_type(*(next(left if tensor else right) for tensor in is_tensor))
+        [saved] = saved_type.of([next(left if tensor else right) for tensor in is_tensor])
         found = gradients(backward, dy, saved, needs)
         fields = zip(inputs_type._fields, needs, ctx.dtypes, strict=True)
         return *(found[field].to(dtype) if needed else None for field, needed, dtype in fields), *others
@@ -89,7 +88,7 @@ def define_op(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> Any:
-            output = forward(*taken.of(values))
+            output = launch(*taken.of(values))
             tensors = keep(ctx, values, output)
             ctx.links = links(values, tensors)
             ctx.strides = [None if x is None else x.stride() for x in tensors]
@@ -100,7 +99,7 @@ def define_op(
             check_unbatched(upstream)
             sources = ctx.saved_tensors  # which checkpointing allows to read once
             with torch.no_grad():
-                found = derive(ctx, backward, as_they_lay(sources, ctx.strides), upstream[0])
+                found = derive(ctx, launch_backward, as_they_lay(sources, ctx.strides), upstream[0])
             return not_twice(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found
 
     def keep_compiled(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -126,37 +125,42 @@ def as_they_lay(tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, .
     ]
 
 
-def _custom_op(name: str, launcher: Callable[..., Any], allocate: Callable[..., Any]) -> Any:
-    """`launcher` as fastbert::<name>, of the fields of those arguments that are NamedTuples, and of the others."""
-    taken = _Arguments(launcher)
+def _custom_op(name: str, launch: Callable[..., Any], allocate: Callable[..., Any]) -> Any:
+    """`launch` as fastbert::<name>, of the fields of those arguments that are NamedTuples, and of the others."""
+    hints = get_type_hints(launch)
+    taken = _Arguments(hints)
 
     def launched(*values: Any) -> Any:
-        return launcher(*taken.of(values))
+        return launch(*taken.of(values))
 
-    launched.__signature__ = taken.signature
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(field, kind, annotation=hint) for field, hint in taken.fields.items()]
+    launched.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])
     op = torch.library.custom_op(f"fastbert::{name}", launched, mutates_args=())
     op.register_fake(lambda *values: allocate(*taken.of(values)))
     return op
 
 
 class _Arguments:
-    """How a function's arguments are made of a flat list of values: `signature`, in which a NamedTuple is its fields."""
+    """How arguments of these types are made of a flat list of values, one for each of `fields`: a NamedTuple is its fields,
+    and so is one inside another."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        hints = get_type_hints(function)
-        returned = hints.pop("return")
+    def __init__(self, hints: dict[str, Any]) -> None:
+        hints = {name: hint for name, hint in hints.items() if name != "return"}
         self.types = list(hints.values())
-        fields = [get_type_hints(hint) if _is_many(hint) else {name: hint} for name, hint in hints.items()]
-        self._sizes = [len(names) if _is_many(hint) else None for names, hint in zip(fields, self.types, strict=True)]
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, kind, annotation=hint) for names in fields for name, hint in names.items()]
-        self.signature = inspect.Signature(parameters, return_annotation=returned)
+        self.fields: dict[str, Any] = {}
+        self._inner: list[_Arguments | None] = []
+        for name, hint in hints.items():
+            inner = _Arguments(get_type_hints(hint)) if _is_many(hint) else None
+            self._inner.append(inner)
+            self.fields |= {name: hint} if inner is None else inner.fields
 
     def of(self, values: Sequence[Any]) -> list[Any]:
         found, at = [], 0
-        for hint, size in zip(self.types, self._sizes, strict=True):
-            found.append(values[at] if size is None else hint(*values[at : at + size]))
-            at += size or 1
+        for hint, inner in zip(self.types, self._inner, strict=True):
+            size = 1 if inner is None else len(inner.fields)
+            found.append(values[at] if inner is None else hint(*inner.of(values[at : at + size])))
+            at += size
         return found
 
 
@@ -168,5 +172,5 @@ def flat(arguments: Iterable[Any]) -> list[Any]:
     """The arguments, with the fields of each NamedTuple in its place."""
     values: list[Any] = []
     for argument in arguments:
-        values += argument if _is_many(argument) else (argument,)
+        values += flat(argument) if isinstance(argument, tuple) else (argument,)
     return values

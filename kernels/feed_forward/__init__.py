@@ -144,13 +144,7 @@ def _gradients(backward, dout: Tensor, saved: Saved, needs: Inputs) -> dict[str,
 
 
 _call = define_op(
-    "feed_forward",
-    _launch_forward,
-    _allocate_forward,
-    save=_save,
-    gradients=_gradients,
-    backward=_launch_backward,
-    allocate_backward=_allocate_backward,
+    "feed_forward", (_launch_forward, _allocate_forward), (_launch_backward, _allocate_backward), _save, _gradients
 )
 
 

@@ -237,30 +237,24 @@ def _gradients_formed(backward, dloss: Tensor, saved: Formed, needs: Inputs) -> 
 
 _losses = define_op(
     "linear_cross_entropy_losses",
-    _launch_losses,
-    _allocate_losses,
-    save=_save_losses,
-    gradients=_gradients_losses,
-    backward=_launch_losses_backward,
-    allocate_backward=_allocate_losses_backward,
+    (_launch_losses, _allocate_losses),
+    (_launch_losses_backward, _allocate_losses_backward),
+    _save_losses,
+    _gradients_losses,
 )
 _kept = define_op(
     "linear_cross_entropy_kept",
-    _launch_kept,
-    _allocate_kept,
-    save=_save_kept,
-    gradients=_gradients_kept,
-    backward=_launch_kept_backward,
-    allocate_backward=_allocate_kept_backward,
+    (_launch_kept, _allocate_kept),
+    (_launch_kept_backward, _allocate_kept_backward),
+    _save_kept,
+    _gradients_kept,
 )
 _formed = define_op(
     "linear_cross_entropy_formed",
-    _launch_formed,
-    _allocate_formed,
-    save=_save_formed,
-    gradients=_gradients_formed,
-    backward=_launch_formed_backward,
-    allocate_backward=_allocate_formed_backward,
+    (_launch_formed, _allocate_formed),
+    (_launch_formed_backward, _allocate_formed_backward),
+    _save_formed,
+    _gradients_formed,
 )
 
 

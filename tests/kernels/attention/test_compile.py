@@ -79,7 +79,7 @@ def opcheck_both(inputs, options, dout=torch.clone):
     opcheck(OPS.attention, *(x.requires_grad_() for x in arguments[:3]), *arguments[3:])
     q, k, v, *rest = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
     out, logsumexp = OPS.attention(q, k, v, *rest)
-    opcheck(OPS.attention_backward, dout(torch.randn_like(out)), q, k, v, out, logsumexp, *rest)
+    opcheck(OPS.attention_backward, dout(torch.randn_like(out)), q, k, v, *rest, out, logsumexp)
 
 
 @pytest.mark.parametrize("kind", KINDS)
