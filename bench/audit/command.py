@@ -68,6 +68,6 @@ def _check(records: "list[Record]", ops: list[str], architectures: list[str], sh
     for problem in problems:
         console.print(f"[red]worse:[/] {problem}", highlight=False)
     if problems:
-        console.print("If this is meant: python -m bench audit --update, and say why in bench/NOTES.md.")
+        console.print("If this is meant: python -m bench audit --update, and say why in bench/LOG.md.")
         raise typer.Exit(1)
     console.print(f"[green]{len(records)} kernels, none worse than the baseline.[/]")

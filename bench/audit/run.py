@@ -30,7 +30,7 @@ HOT_LOOP_GROWTH = 1.10
 OFF = "feed_forward"  # compiled, but nothing launches it as it ships
 APART = 1.15  # how much longer a hot loop of the short list may be under one release than under the best
 # The only keys that may spill, and no more than the baseline says: rows and tiles that are larger than the registers of
-# a multiprocessor, see bench/NOTES.md.
+# a multiprocessor, see bench/FINDINGS.md.
 ACCEPTED_SPILLS = (
     "sm_100 backward gelu_layernorm mixed 8192 gelu",
     "sm_90 backward embedding_layernorm fp32 8192 *",

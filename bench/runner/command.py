@@ -36,7 +36,7 @@ def accept(
     results: Annotated[list[Path], typer.Argument(help="results.json of one machine, or the folder with it; one or several.")],
     root: Annotated[Path, typer.Option(help="The checkout whose documents are written.")] = Path(),
 ) -> None:
-    """What a GPU gave, into the repository: results, pictures, the tables of README and NOTES; prints what to change."""
+    """What a GPU gave, into the repository: results, pictures, the tables of README and FINDINGS; prints what to change."""
     from bench.core.schema import ResultsError
     from bench.runner import acceptance
 

@@ -243,7 +243,7 @@ def row_keys(seed, head, rows):
 def keep_scores(row_key, rows, keys, first_key, P_DROP: tl.constexpr):
     """True where dropout keeps a probability: a function of (seed, head, query) and of the key first_key + keys.
 
-    A Philox call a score would cost seven times the loop (bench/NOTES.md), so only rows get one; along a row the bits
+    A Philox call a score would cost seven times the loop (bench/FINDINGS.md), so only rows get one; along a row the bits
     come from a Weyl sequence through the first half of the integer hash lowbias32 (Wellons, "Prospecting for Hash
     Functions", 2018). Four scores share it, queries and keys 8 apart, each with a multiplier of its own at the end:
     the matrix unit's accumulators give the four to one thread whether queries or keys are its rows, so the compiler

@@ -3,7 +3,7 @@
 A row serves widths up to its own and above the one before it; the last serves every wider one. A table whose name ends in a
 length serves sequences of up to so many rows, in place of the one whose name that is without. Nothing is tuned
 at run time. No entry here was timed yet: they are chosen by what the compiler makes of them (no spills, 16-byte
-loads and stores, bytes in flight), see bench/NOTES.md.
+loads and stores, bytes in flight), see bench/FINDINGS.md.
 """
 
 from dataclasses import dataclass

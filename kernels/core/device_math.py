@@ -110,7 +110,7 @@ def normal(x, EXACT: tl.constexpr):
     Not EXACT is for 16-bit tensors, which hold a relative 2e-4 at best: 3e-6 off in half of libdevice's instructions,
     with which the schedulers and not the memory would set the pace. The tail is the bell times a polynomial in
     1 / (1 + 0.303 |x|), the form of Abramowitz and Stegun 7.1.26 with coefficients that bound the relative error
-    (bench/NOTES.md). exp2 and rsqrt are one instruction each, exp and division are not.
+    (bench/FINDINGS.md). exp2 and rsqrt are one instruction each, exp and division are not.
     """
     if EXACT:
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))

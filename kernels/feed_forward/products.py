@@ -16,7 +16,7 @@ of Triton's tutorial 03; its tutorial 09 is the persistent form, with a fixed nu
 `programs_per_multiprocessor` asks for). The tile's epilogue goes by quarters of its columns, so that two programs of 128
 registers a thread fit a multiprocessor, and one's epilogue runs beside the other's product. Operands come through pointers
 (cp.async): a descriptor for the tensor memory accelerator has to be encoded on the host for each launch or needs scratch
-memory on the device, and saves a tenth of the loop's instructions (bench/NOTES.md).
+memory on the device, and saves a tenth of the loop's instructions (bench/FINDINGS.md).
 
 Off until a GPU has shown that it is no slower: configs.FUSED.
 """

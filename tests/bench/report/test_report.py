@@ -174,5 +174,5 @@ def test_errors_are_one_line(tmp_path):
 
 
 def test_no_document_holds_an_invented_number():
-    for name in ("README.md", "bench/NOTES.md"):
+    for name in ("README.md", "bench/FINDINGS.md"):
         assert "INVENTED SAMPLE" not in (ROOT / name).read_text()
