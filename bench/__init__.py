@@ -1,1 +1,1 @@
-"""Measurements of the kernels: `python -m bench --help`. Nothing here is installed with the package."""
+"""Benchmarks and audits of the kernels: `python -m bench --help`. Not installed with the package."""

@@ -1,6 +1,6 @@
-"""python -m bench: measurements of the kernels from the command line. A folder's commands stand in its command.py.
+"""Command line of the benchmarks, `python -m bench`. Each folder defines its commands in command.py.
 
-What imports triton is imported inside the commands: a dry run first chooses its interpreter.
+Commands import modules that import triton inside the function, because a dry run has to select the interpreter first.
 """
 
 import typer
@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.callback()
 def main() -> None:
-    """Measurements of the kernels."""
+    """Benchmarks and audits of the kernels."""
 
 
 for command in (audit, layer, gpu, models, ops, host, tune, accept, report, train):

@@ -1,8 +1,8 @@
-"""`pytest bench`: every op beside its peers in pytest-benchmark's tables, a group a case, each lane behind its check.
+"""`pytest bench`: every op beside its peers in pytest-benchmark's tables, one group per case.
 
-The timer waits for the GPU, so a time is what a caller sees, the host's part included (`python -m bench ops` leaves
-that out). Before each round the L2 cache is flushed and the next random inputs are taken. Compare saved runs with
-`--benchmark-autosave` and `--benchmark-compare`, select with -k ("attention and 512 and forward").
+Each lane is checked before it is timed. The timer synchronises with the GPU, so a time includes the host's part of a
+call, which `python -m bench ops` leaves out. Each round starts with a flushed L2 cache and the next random inputs.
+Compare saved runs with `--benchmark-autosave` and `--benchmark-compare`; select with -k ("attention and 512 and forward").
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _flush() -> timing.Flush:
     return timing.Flush()
 
 
-@lru_cache(maxsize=1)  # the lanes of a case follow each other
+@lru_cache(maxsize=1)  # the lanes of one case run one after another
 def _prepared(case: grid.Case) -> tuple[list[grid.Inputs], Checker]:
     inputs = make_inputs(case)
     return inputs, Checker(OPS[case.op], case, inputs[0])
@@ -38,7 +38,7 @@ def _prepared(case: grid.Case) -> tuple[list[grid.Inputs], Checker]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A lane on a case: what was said of it, and the inputs that it gets."""
+    """One lane on one case: the verdict of its check, and its inputs."""
 
     case: grid.Case
     lane: str
@@ -51,7 +51,7 @@ class Subject:
 @pytest.fixture(scope="module")
 def subject(request: pytest.FixtureRequest) -> Subject:
     case, name = request.param
-    torch._dynamo.reset()  # a case's graphs are its own: none is recompiled into a dynamic one
+    torch._dynamo.reset()  # otherwise a second case would recompile the graph with dynamic shapes
     inputs, checker = _prepared(case)
     lane = OPS[case.op].lanes[name]
     judged = judge(case, lane, checker)
@@ -95,7 +95,7 @@ def _measure(benchmark: Any, prepare: Callable[[int], Any], call: Callable[[Any]
 
 
 def _describe(benchmark: Any, case: grid.Case, direction: str) -> None:
-    """Achieved rates from stated bytes and operations, for --benchmark-json."""
+    """Add the achieved rates, from stated bytes and operations, for --benchmark-json."""
     median = benchmark.stats.stats.median
     benchmark.extra_info |= {
         "quartiles": [benchmark.stats.stats.q1, median, benchmark.stats.stats.q3],

@@ -1,4 +1,4 @@
-"""`pytest bench`: collects bench_*.py and, without a GPU, walks tiny shapes in Triton's interpreter and times nothing."""
+"""Configures `pytest bench`: collects bench_*.py. Without a GPU it runs tiny shapes in Triton's interpreter, untimed."""
 
 import os
 from pathlib import Path
@@ -17,8 +17,8 @@ if not GPU:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Our files are called bench_*.py, so that `pytest` without a folder never takes them for tests."""
-    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):  # a file that is named pytest takes itself
+    """Collect bench_*.py, a name that `pytest` without a folder does not match."""
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):  # pytest collects named files
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 

@@ -1,4 +1,4 @@
-"""python -m bench audit."""
+"""The command `python -m bench audit`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 
 def audit(
-    op: Annotated[list[str], typer.Option(help="Only this op; may be given again.")] = [],
-    arch: Annotated[list[str], typer.Option(help="Only this architecture; may be given again.")] = [],
-    json: Annotated[Path | None, typer.Option(help="Write the records here.")] = None,
+    op: Annotated[list[str], typer.Option(help="Only this op; may be repeated.")] = [],
+    arch: Annotated[list[str], typer.Option(help="Only this architecture; may be repeated.")] = [],
+    json: Annotated[Path | None, typer.Option(help="Write the records to this file.")] = None,
     short: Annotated[bool, typer.Option("--short", help="Only BERT-base in bf16, as .ci/run does.")] = False,
-    check: Annotated[bool, typer.Option(help="Exit 1 if anything is worse than the baseline.")] = False,
-    update: Annotated[bool, typer.Option(help="Accept what was found as the new baseline.")] = False,
+    check: Annotated[bool, typer.Option(help="Exit with 1 if anything is worse than the baseline.")] = False,
+    update: Annotated[bool, typer.Option(help="Accept the records as the new baseline.")] = False,
     top: Annotated[int, typer.Option(help="Rows of the table; 0 for all.")] = 40,
-    workers: Annotated[int, typer.Option(help="Compilers at a time.")] = 2,
+    workers: Annotated[int, typer.Option(help="Compiler processes.")] = 2,
 ) -> None:
-    """Compile every op x configuration x architecture and read what came out. No GPU needed, nothing is timed."""
+    """Compile every op x configuration x architecture and inspect the machine code. Needs no GPU and times nothing."""
     from bench.audit.run import WHOLE, baseline, merge, read, release, run, write
     from bench.audit.tables import audit_table, floor_table
 
     triton = release()
     if update and short is (triton == WHOLE):
-        raise typer.BadParameter(f"--update takes a whole run under triton {WHOLE}, and one with --short under others")
+        raise typer.BadParameter(f"--update needs a full run under triton {WHOLE}, and --short under any other release")
     if check and not baseline(triton).exists():
-        raise typer.BadParameter(f"no state was accepted under triton {triton}: --short --update does that")
+        raise typer.BadParameter(f"there is no accepted state for triton {triton}; --short --update creates one")
     ops, architectures = _select(op, arch)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("compiling")
@@ -68,6 +68,6 @@ def _check(records: "list[Record]", ops: list[str], architectures: list[str], sh
     for problem in problems:
         console.print(f"[red]worse:[/] {problem}", highlight=False)
     if problems:
-        console.print("If this is meant: python -m bench audit --update, and say why in bench/LOG.md.")
+        console.print("If this is intended: python -m bench audit --update, and give the reason in bench/LOG.md.")
         raise typer.Exit(1)
     console.print(f"[green]{len(records)} kernels, none worse than the baseline.[/]")

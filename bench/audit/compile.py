@@ -1,7 +1,7 @@
-"""Compiles a variant for an architecture the way a launch would, and reads what came out.
+"""Compiles a variant for an architecture as a launch would, and reads registers, spills and accesses from the result.
 
 Runs in worker processes: kernels decorated under TRITON_INTERPRET=1 cannot be compiled, so the interpreter must be
-off before triton is imported (bench.audit.run sees to it). No GPU is touched: triton is told of a device that is not there.
+off before triton is imported (bench.audit.run ensures this). No GPU is used; triton sees a driver for an absent device.
 """
 
 import subprocess
@@ -22,7 +22,7 @@ from fastbert.kernels.core import cache, launch
 from fastbert.testing.spec import Variant
 from fastbert.testing.specs import SPECS
 
-TILES = "pointers"  # what attention's kernels call whatever they load or store a tile through
+TILES = "pointers"  # the name of every pointer through which attention's kernels load or store a tile
 _COLUMN_SUMS = "column_sums_kernel"
 _ADAMW_TENSORS = ("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "MAX_EXP_AVG_SQ", "MASTER")
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -30,7 +30,7 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: the arguments of launch.launch."""
+    """One recorded launch, with the arguments of launch.launch."""
 
     kernel: Any
     programs: int
@@ -39,13 +39,13 @@ class Launch:
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """All that it is compiled by: equal of two launches that differ in their tensors alone."""
+        """Everything that determines the compiled kernel; equal for two launches that differ in their tensors only."""
         values = ((n, x.dtype if isinstance(x, Tensor) else x) for n, x in self.arguments.items())
         return self.kernel, self.programs, self.config, *values
 
     @property
     def direction(self) -> str:
-        """forward, backward, or backward-<part> of an op whose backward is several kernels."""
+        """forward, backward, or backward-<part> for an op whose backward has several kernels."""
         if self.kernel.__name__ == _COLUMN_SUMS:
             return "backward-sums"
         part = self.kernel.__name__.removesuffix("_kernel").rpartition("_bwd")[2]
@@ -53,13 +53,13 @@ class Launch:
 
     @property
     def loops_over_scores(self) -> bool:
-        """Whether it is one of attention's kernels whose work is queries x keys."""
+        """Whether this is one of attention's kernels over queries x keys."""
         return "max_seqlen_k" in self.arguments
 
     def big(self, variant: Variant) -> dict[str, Tensor]:
-        """The tensors of tokens x width elements, by name without _ptr: those whose bytes are the floor.
+        """The tensors of tokens x width elements, by name without _ptr. Their bytes make up the floor.
 
-        Of column sums, which read three tensors through one pointer, the one of that width.
+        Column sums read three tensors through one pointer; this returns the one of that width.
         """
         if self.kernel.__name__ == _COLUMN_SUMS:
             return {"here": self.arguments["b_ptr"]}
@@ -69,13 +69,13 @@ class Launch:
 
 
 class _AbsentDevice:
-    """The three questions that triton's launch path asks of a driver, answered for an architecture without a GPU."""
+    """Answers the three queries that triton's launch path makes to a driver, for an architecture without a GPU."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, LANES)
 
     def get_current_device(self) -> int:
-        return self.target.arch  # keys triton's per-device cache of kernels
+        return self.target.arch  # the key of triton's per-device kernel cache
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -85,7 +85,7 @@ class _AbsentDevice:
 
 
 def audit_batch(architecture: str, variants: list[Variant]) -> list[dict[str, Any]]:
-    """One record a launch of each variant."""
+    """One record per launch of each variant."""
     launches = [(variant, launched) for variant in variants for launched in record(architecture, variant)]
     kernels = [compile_launch(architecture, launched) for _, launched in launches]
     codes = [sass.code(kernel.asm["cubin"]) for kernel in kernels]
@@ -97,9 +97,9 @@ def audit_batch(architecture: str, variants: list[Variant]) -> list[dict[str, An
 
 
 def record(architecture: str, variant: Variant, rows: int | None = None) -> list[Launch]:
-    """What a training step launches of a variant, each kernel once: a backward may be its forward's kernel again.
+    """The launches of a variant in a training step. Each kernel counts once; a backward may reuse its forward's kernel.
 
-    rows: instead of as many as the op's spec says.
+    rows: replaces the number of rows in the op's spec.
     """
     launches: list[Launch] = []
     with launch.recording(architecture, lambda *launched: launches.append(Launch(*launched))):
@@ -110,9 +110,9 @@ def record(architecture: str, variant: Variant, rows: int | None = None) -> list
 
 
 def compile_launch(architecture: str, launched: Launch) -> Any:
-    """Triton's own warm-up: it specialises the arguments as a launch does, compiles, and stops there.
+    """Compile through Triton's warm-up, which specialises the arguments as a launch does and stops after compiling.
 
-    What Triton's cache has from before a file of kernels was moved is compiled again, since its lines are of no file here.
+    Cached code that was compiled before its source file moved is compiled again, since its line numbers name no file here.
     """
     assert isinstance(launched.kernel, triton.JITFunction), "TRITON_INTERPRET is set: nothing can be compiled"
     triton.runtime.driver.set_active(_AbsentDevice(ARCHITECTURES[architecture].capability))
@@ -140,7 +140,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def describe(
     architecture: str, variant: Variant, launched: Launch, kernel: Any, listing: list[sass.Instruction]
 ) -> dict[str, Any]:
-    """Everything the audit says about one kernel, ready for JSON."""
+    """The audit's record of one kernel, ready for JSON."""
     limits, config = ARCHITECTURES[architecture], launched.config
     used = resources(kernel.asm["cubin"])
     shared = kernel.metadata.shared + used["SHARED"]
@@ -177,7 +177,7 @@ def describe(
 def _of_rows(
     variant: Variant, launched: Launch, resident: int, shared: int, hot: list[sass.Instruction], widths: sass.Widths
 ) -> dict[str, Any]:
-    """What is counted by element of a [tokens, width] tensor: the kernel passes once over memory."""
+    """Counts per element of a [tokens, width] tensor, for a kernel that passes over memory once."""
     arguments = launched.arguments
     columns = arguments.get("CHUNKS", 1) * arguments.get("BLOCK_N", arguments.get("BLOCK_D", 1))
     elements = arguments.get("BLOCK_M", 1) * arguments.get("AT_ONCE", 1) * min(columns, variant.width)
@@ -202,7 +202,7 @@ def _of_rows(
 def _of_scores(
     variant: Variant, launched: Launch, resident: int, shared: int, hot: list[sass.Instruction], widths: sass.Widths
 ) -> dict[str, Any]:
-    """What is counted by score: the kernel multiplies tiles that wait in shared memory."""
+    """Counts per score, for a kernel that multiplies tiles held in shared memory."""
     arguments = launched.arguments
     lanes_per_score = launched.config.num_warps * LANES / (arguments["BLOCK_M"] * arguments["BLOCK_N"])
     per_score = len(hot) * lanes_per_score
@@ -227,7 +227,7 @@ def _of_products(
     hot: list[sass.Instruction],
     widths: sass.Widths,
 ) -> dict[str, Any]:
-    """What is counted by element of the product: the hot loop as often as it runs, and the rest once."""
+    """Counts per element of the product: the hot loop as often as it runs, the rest once."""
     arguments, names = launched.arguments, set(launched.big(variant))
     lanes_per_element = launched.config.num_warps * LANES / (arguments["BLOCK_M"] * arguments["BLOCK_N"])
     rest = (instructions - len(hot)) * lanes_per_element
@@ -248,7 +248,7 @@ def _of_products(
 def _of_parameters(
     variant: Variant, launched: Launch, resident: int, shared: int, hot: list[sass.Instruction], widths: sass.Widths
 ) -> dict[str, Any]:
-    """What is counted by parameter: the tensors stand behind a table of pointers, so accesses are those of the loop."""
+    """Counts per parameter. The tensors are behind a table of pointers, so accesses are those of the loop."""
     arguments = launched.arguments
     size = {name: arguments[name].primitive_bitwidth // 8 for name in _ADAMW_TENSORS if arguments[name] is not None}
     read = sum(size.values()) - (size["PARAM"] if "MASTER" in size else 0)
@@ -267,6 +267,6 @@ def _of_parameters(
 
 
 def wide_share(names: set[str], widths: sass.Widths) -> float:
-    """The share of these tensors' bytes that move 16 or more at a time."""
+    """The share of these tensors' bytes that move in accesses of 16 bytes or more."""
     sizes = [size for (_, name), accesses in widths.items() if name in names for size in accesses]
     return sum(size for size in sizes if size >= 16) / sum(sizes) if sizes else 0.0

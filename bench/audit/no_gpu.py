@@ -1,4 +1,4 @@
-"""What a command says where there is no GPU and no --dry-run: the floors, never a time."""
+"""Output of a command without a GPU and without --dry-run: the floors, and no times."""
 
 from rich.console import Console
 
@@ -13,6 +13,6 @@ def explain(console: Console) -> int:
     console.print(floor_table(list(ops())))
     console.print(
         "No GPU here, so nothing was timed: these are the shortest times possible, from stated bytes and operations.\n"
-        "--dry-run walks the same path on tiny shapes; python -m bench audit compiles every kernel."
+        "--dry-run runs the same code on tiny shapes; python -m bench audit compiles every kernel."
     )
     return EXIT

@@ -1,7 +1,7 @@
-"""The compile audit: every op x shipped configuration x architecture, compiled ahead of time, without a GPU.
+"""Runs the compile audit: every op x shipped configuration x architecture, compiled ahead of time without a GPU.
 
-It reads what the compiler made and compares it with the state that was accepted for that release of Triton,
-results/audit-<release>.json. It says nothing about results or time.
+It compares the compiler's output with the state accepted for that release of Triton, results/audit-<release>.json.
+It says nothing about results or time.
 """
 
 import json
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["compare", "differences", "ops", "read", "run", "severity", "short", "write"]
 
 RESULTS = Path(__file__).parents[1] / "results"
-WHOLE = "3.7"  # the release whose accepted state is of everything; that of the others is of the short list
+WHOLE = "3.7"  # the release whose accepted state covers everything; other releases' states cover the short list
 RELEASES = ("3.6", WHOLE, "3.8")
-BATCH = 8  # variants a task: nvdisasm's start is shared, and two workers still end together
+BATCH = 8  # variants per task: few starts of nvdisasm, and the workers still finish at about the same time
 HOT_LOOP_GROWTH = 1.10
-OFF = "feed_forward"  # compiled, but nothing launches it as it ships
-APART = 1.15  # how much longer a hot loop of the short list may be under one release than under the best
-# The only keys that may spill, and no more than the baseline says: rows and tiles that are larger than the registers of
-# a multiprocessor, see bench/FINDINGS.md.
+OFF = "feed_forward"  # compiled, but not launched by the shipped configuration
+APART = 1.15  # how much longer a hot loop of the short list may be under one release than under the best one
+# The only keys that may spill, up to the baseline's count: rows and tiles that do not fit into the registers of an SM
+# (bench/FINDINGS.md).
 ACCEPTED_SPILLS = (
     "sm_100 backward gelu_layernorm mixed 8192 gelu",
     "sm_90 backward embedding_layernorm fp32 8192 *",
@@ -40,15 +40,15 @@ Record = dict[str, Any]
 
 
 def ops() -> "dict[str, OpSpec]":
-    """The ops by name. A function, because this imports triton, whose interpreter a dry run chooses before that."""
+    """The ops by name. Imported inside the function: specs import triton, and a dry run selects its interpreter first."""
     from fastbert.testing.specs import SPECS
 
     return SPECS
 
 
 def short() -> set[str]:
-    """The variants of the short list, BERT-base in bf16 as it is trained: what a change is most likely to spoil, in a minute
-    and a half instead of a quarter of an hour."""
+    """The variants of the short list: BERT-base in bf16 training. It takes a minute and a half instead of a quarter of an
+    hour and covers what a change is most likely to break."""
     return {f"{op} {form}" for op, spec in ops().items() for form in spec.short}
 
 
@@ -59,7 +59,7 @@ def run(
     progress: Callable[[int, int], None] | None = None,
     only_short: bool = False,
 ) -> list[Record]:
-    """The records of all variants of the ops `names`, or of the short list's, sorted by key."""
+    """Records of all variants of the ops `names`, or of their short list, sorted by key."""
     variants = [v for name in names for v in ops()[name].variants() if not only_short or v.name in short()]
     batches = [
         (architecture, variants[i : i + BATCH]) for architecture in architectures for i in range(0, len(variants), BATCH)
@@ -75,14 +75,14 @@ def run(
 
 
 def _audit_batch(architecture: str, variants: "list[Variant]") -> list[Record]:
-    from bench.audit.compile import audit_batch  # imports triton, so in the worker only
+    from bench.audit.compile import audit_batch  # imports triton, so only in the worker
 
     return audit_batch(architecture, variants)
 
 
 @contextmanager
 def compiling_environment() -> Iterator[None]:
-    """Workers inherit an environment in which triton compiles, with the line numbers that access widths need."""
+    """Let workers inherit an environment in which triton compiles and keeps line numbers, which access widths need."""
     names = ("TRITON_INTERPRET", "TRITON_DISABLE_LINE_INFO")
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -92,12 +92,12 @@ def compiling_environment() -> Iterator[None]:
 
 
 def release() -> str:
-    """That of the Triton which would be imported: "3.7"."""
+    """The release of the installed Triton, for example "3.7"."""
     return ".".join(metadata.version("triton").split(".")[:2])
 
 
 def baseline(triton: str) -> Path:
-    """The accepted state under this release."""
+    """The file with the accepted state of this release."""
     return RESULTS / f"audit-{triton}.json"
 
 
@@ -106,14 +106,14 @@ def read(triton: str = WHOLE) -> list[Record]:
 
 
 def write(records: list[Record], path: Path) -> None:
-    """One record a line, so that a change of the baseline reads well in a diff."""
+    """Write one record per line, so that changes of the baseline are readable in a diff."""
     lines = ",\n".join(json.dumps(record) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"records": [\n{lines}\n]}}\n')
 
 
 def merge(baseline: list[Record], records: list[Record], names: list[str], architectures: list[str]) -> list[Record]:
-    """The baseline with the part that was run now replaced."""
+    """The baseline with the selected part replaced by `records`."""
     kept = [r for r in baseline if not (r["op"] in names and r["architecture"] in architectures)]
     return sorted(kept + records, key=lambda record: record["key"])
 
@@ -131,9 +131,9 @@ def selected(baseline: list[Record], names: list[str], architectures: list[str],
 
 
 def compare(baseline: list[Record], records: list[Record]) -> list[str]:
-    """What is worse than the accepted state, one line each; nothing when all is well.
+    """What is worse than the accepted state, one line each; empty if nothing is.
 
-    Both lists must cover the same selection: a case that is gone or new asks for a deliberate update as well.
+    Both lists must cover the same selection: a case that is new or no longer there requires a deliberate update too.
     """
     accepted = {record["key"]: record for record in baseline}
     found = {record["key"]: record for record in records}
@@ -145,7 +145,7 @@ def compare(baseline: list[Record], records: list[Record]) -> list[str]:
 
 
 def differences(by_release: dict[str, list[Record]]) -> list[str]:
-    """What of the short list spills on sm_80 or sm_90, or has a hot loop much longer under one release than under the best."""
+    """Kernels of the short list that spill on sm_80 or sm_90, or whose hot loop is much longer than under the best release."""
     loops: dict[str, dict[str, int]] = {}
     problems = []
     for triton, records in by_release.items():
@@ -184,7 +184,7 @@ def _regressions(before: Record, now: Record) -> Iterator[str]:
 
 
 def severity(record: Record) -> tuple[bool, float, float]:
-    """Sorts the worst first: what spills or does not fit, then narrow accesses, then the closest to what can be issued."""
+    """Sort key, worst first: spills and kernels that do not fit, then narrow accesses, then the closest to the issue bound."""
     broken = bool(record["spills"] or record["local_bytes"] or record["shared_bytes"] > record["shared_limit"])
     ceiling = COPY_BYTES_PER_SECOND if "issue_tb_per_second" in record else BF16_OPERATIONS_PER_SECOND
     issue = record["issue_tb_per_second"] if "issue_tb_per_second" in record else record["issue_tflop_per_second"]
@@ -192,7 +192,7 @@ def severity(record: Record) -> tuple[bool, float, float]:
 
 
 def selection(names: list[str], architectures: list[str]) -> tuple[list[str], list[str]]:
-    """Both lists, all when empty. KeyError names what is unknown."""
+    """Ops and architectures, all if the lists are empty. A KeyError names what is unknown."""
     for name in names:
         ops()[name]
     for name in architectures:

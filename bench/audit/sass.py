@@ -1,4 +1,4 @@
-"""Reads what the compiler made: SASS from nvdisasm, PTX, and the resource line of cuobjdump. Text in, numbers out."""
+"""Parses the compiler's output: SASS from nvdisasm, PTX, and cuobjdump's resource line. Text in, numbers out."""
 
 import re
 import struct
@@ -39,7 +39,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes, None for anything else."""
+        """The target address of a branch; None for any other instruction."""
         address = re.search(r"\b0x[0-9a-f]+\s*$", self.operands) if self.name == "BRA" else None
         return int(address.group(), 16) if address else None
 
@@ -49,9 +49,9 @@ def parse(sass: str) -> list[Instruction]:
 
 
 def disassemble(codes: list[bytes], target: str, nvdisasm: str) -> list[list[Instruction]]:
-    """One list of instructions a piece of machine code.
+    """One list of instructions per piece of machine code.
 
-    All of them go through nvdisasm together: it takes half a second to start and a few milliseconds a kernel.
+    One call of nvdisasm handles all pieces: it takes half a second to start and a few milliseconds per kernel.
     """
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))
@@ -79,7 +79,7 @@ def _moved(instruction: Instruction, offset: int) -> Instruction:
 
 
 def code(cubin: bytes) -> bytes:
-    """The machine code of a cubin with one kernel: its .text section (ELF, 64 bit, little endian)."""
+    """The machine code of a cubin with one kernel: its .text section (64-bit little-endian ELF)."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     count, names = struct.unpack_from("<HH", cubin, 0x3C)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * i) for i in range(count)]
@@ -97,10 +97,10 @@ def resources(cuobjdump_output: str) -> dict[str, int]:
 
 
 def hot_loop(instructions: list[Instruction]) -> tuple[list[Instruction], bool]:
-    """The loop where the time goes, and True; the whole kernel, and False, when it has no loop.
+    """The hot loop and True; for a kernel without a loop the whole kernel and False.
 
-    Of the innermost loops: the one with the most matrix instructions, and of several the shortest, since attention's
-    kernels have the same loop again for the few tiles that need a mask. Without any, the longest.
+    It is the innermost loop with the most matrix instructions. Of several the shortest is taken, because attention's
+    kernels repeat the loop for the few tiles that need a mask. Without matrix instructions it is the longest loop.
     """
     spans = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
     innermost = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
@@ -119,28 +119,28 @@ def _without_padding(instructions: list[Instruction]) -> list[Instruction]:
 
 
 def matrix_instructions(instructions: list[Instruction]) -> Counter[str]:
-    """Matrix instructions by kind; tf32 counts a second time under its own name, for nobody asks for it by accident."""
+    """Matrix instructions by kind. tf32 also counts under its own name, so that an unintended one shows."""
     kinds = Counter(MATRIX_KINDS[i.name] for i in instructions if i.name in MATRIX_KINDS)
     tf32 = sum("TF32" in i.opcode for i in instructions)
     return kinds + Counter({"tf32": tf32})
 
 
 def spills(instructions: list[Instruction]) -> int:
-    """Loads and stores of local memory: registers that did not fit."""
+    """Loads and stores of local memory: spilled registers."""
     return sum(i.name in ("LDL", "STL") for i in instructions)
 
 
 def access_bytes(instruction: Instruction) -> int:
-    """Bytes that a lane moves with one load or store."""
+    """Bytes per lane of one load or store."""
     width = re.search(r"\.(?:[US])?(128|64|16|8)(?:\.|$)", instruction.opcode)
     return int(width[1]) // 8 if width else 4
 
 
 def access_widths(ptx: str) -> Widths:
-    """Bytes a lane of each global access in PTX, by "ld" or "st" and the pointer's name in the source line.
+    """Bytes per lane of each global access in PTX, by "ld" or "st" and the pointer's name in the source line.
 
-    Triton writes an access as inline assembly. Within it triton 3.8 counts the assembly's own lines on from the source's,
-    so only the place before it is the access's.
+    Triton writes an access as inline assembly. Within the assembly triton 3.8 numbers lines onward from the source line,
+    so only the line number before the assembly belongs to the access.
     """
     files = {number: _lines(Path(path)) for number, path in _PTX_FILE.findall(ptx)}
     widths: Widths = {}
@@ -159,10 +159,10 @@ def access_widths(ptx: str) -> Widths:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of our own copy of a file of kernels: Triton's cache may hold the PTX from a checkout that is gone.
+    """The lines of this checkout's copy of a kernel file: Triton's cache may hold PTX from a checkout that was deleted.
 
-    The cache's key holds the text of a kernel and its line, but not where its file lies. Of another file that is gone
-    (Triton's own library beside that checkout) there are none: it loads and stores no tensor of a kernel's by name.
+    The cache key holds a kernel's text and line but not the path of its file. Any other missing file (Triton's own library
+    beside that checkout) yields no lines; it loads and stores no kernel tensor by name.
     """
     ours = _ours(path)
     source = path if ours is None or not ours.exists() else ours
@@ -170,13 +170,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _ours(path: Path) -> Path | None:
-    """Where a file below a folder kernels/ stands in this checkout, None for any other file."""
+    """The path in this checkout of a file below a folder kernels/; None for any other file."""
     _, found, inside = str(path).rpartition("/kernels/")
     return _KERNELS / inside if found else None
 
 
 def has_moved(ptx: str) -> bool:
-    """Whether PTX names a file of kernels that is not here: it was compiled before that file was moved."""
+    """Whether the PTX names a kernel file that does not exist here because it was compiled before the file moved."""
     ours = (_ours(Path(path)) for _, path in _PTX_FILE.findall(ptx))
     return any(path is not None and not path.exists() for path in ours)
 

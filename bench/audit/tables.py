@@ -1,15 +1,15 @@
-"""The audit as tables in the terminal."""
+"""Renders the audit as tables for the terminal."""
 
 from rich.table import Table
 
 from bench.audit.run import Record, severity
 from bench.core import floors
 
-CAPTION = "issue: TB/s that an H200's schedulers could keep up with (it copies 4.3); for attention TFLOP/s (it multiplies 790)"
+CAPTION = "issue: TB/s that an H200's schedulers can issue (copy rate: 4.3); TFLOP/s for attention (product rate: 790)"
 
 
 def audit_table(records: list[Record], rows: int) -> Table:
-    """The worst `rows` records first."""
+    """The worst `rows` records, worst first."""
     title = f"{min(rows, len(records))} of {len(records)} kernels, worst first"
     table = Table(title=title, caption=CAPTION)
     table.add_column("kernel", no_wrap=True)

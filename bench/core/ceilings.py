@@ -1,4 +1,4 @@
-"""The two ceilings of this machine, measured in the same run: copying memory, and multiplying bf16 matrices."""
+"""Measures this machine's two ceilings in the same run: memory copy bandwidth and bf16 matrix product throughput."""
 
 import torch
 
@@ -11,12 +11,12 @@ SIDE = 8192
 
 
 def run() -> list[Ceiling]:
-    """Both ceilings, from random data: on zeros a product runs faster than it ever does on real numbers."""
+    """Both ceilings, from random data: a product of zeros runs faster than one of real numbers."""
     return [copy(COPY_BYTES), product(SIDE)]
 
 
 def copy(size: int) -> Ceiling:
-    """Bytes read plus bytes written a second by a copy of `size` bytes."""
+    """Bytes read plus bytes written per second by a copy of `size` bytes."""
     source = torch.randint(256, (size,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     seconds, _ = measure(lambda i: None, lambda _: target.copy_(source))
@@ -24,7 +24,7 @@ def copy(size: int) -> Ceiling:
 
 
 def product(side: int) -> Ceiling:
-    """Operations (2 side^3) a second of a product of two bf16 matrices."""
+    """Operations (2 side^3) per second of a product of two bf16 matrices."""
     a, b = (torch.randn(side, side, device="cuda").bfloat16() for _ in range(2))
     out = torch.empty_like(a)
     seconds, _ = measure(lambda i: None, lambda _: torch.mm(a, b, out=out))

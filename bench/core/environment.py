@@ -1,4 +1,4 @@
-"""Which GPU, which driver, which clocks, which versions: what stands beside every figure."""
+"""Reads the environment of a measurement: GPU, driver, clocks and versions."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ import fastbert
 from bench.core.pretended import pretended
 from bench.core.records import Environment
 
-# nvidia-smi's names; read only, nothing is set.
+# Names of nvidia-smi's queries. They are only read.
 CLOCKS = (
     "clocks.sm",
     "clocks.mem",
@@ -26,7 +26,7 @@ CLOCKS = (
 
 
 def read(commit: str | None = None) -> Environment:
-    """The environment of this process; without a GPU its fields are None. `commit`: where the files are no checkout."""
+    """The environment of this process. GPU fields are None without a GPU. `commit` is for files outside a git checkout."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     driver = _query("driver_version")
     return Environment(
@@ -50,11 +50,11 @@ def read(commit: str | None = None) -> Environment:
 
 
 def clocks() -> dict[str, str]:
-    """Clocks, power and temperature now; empty without nvidia-smi."""
+    """Current clocks, power and temperature; empty without nvidia-smi."""
     together = (_query(",".join(CLOCKS)) or "").split(", ")
     if len(together) == len(CLOCKS):
         answers: dict[str, str | None] = dict(zip(CLOCKS, together, strict=True))
-    else:  # an older nvidia-smi refuses a whole list for one name that it does not know
+    else:  # an older nvidia-smi rejects the whole list if it does not know one name
         answers = {name: _query(name) for name in CLOCKS}
     return {name: answer for name, answer in answers.items() if answer and "[N/A]" not in answer}
 
@@ -66,7 +66,7 @@ def _query(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with a "+" where files differ from it."""
+    """The commit of the checkout, with a "+" if files differ from it."""
     root = Path(__file__).resolve().parents[2]
     commit = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
     changed = commit and _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])

@@ -1,6 +1,6 @@
-"""The fewest bytes and operations of an op, and the time they take at the measured ceilings.
+"""Computes the minimum bytes and operations of an op, and the time they take at the measured ceilings.
 
-Which tensors an op reads and writes and which products it makes stands in its spec (fastbert/testing/specs).
+The tensors that an op reads and writes, and its matrix products, are listed in its spec (fastbert/testing/specs).
 """
 
 from typing import TYPE_CHECKING
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 VOCABULARY, TINY_VOCABULARY = 30522, 101
 HEAD_SIZE = 64
-# Of attention, each of 2 operations a score and element of a head, as each kernel computes them (both of the backward of
-# longer sequences make scores and dP again).
+# Products of each attention kernel, each of 2 operations per score and element of a head. The two kernels of the backward
+# of longer sequences both compute scores and dP.
 SCORE_PRODUCTS = {
     "attention_fwd_kernel": 2,
     "attention_bwd_kv_kernel": 4,
@@ -25,7 +25,7 @@ LAYERS = {768: 12, 1024: 24}
 
 
 def parameters(hidden: int) -> int:
-    """Of BertModel: word, position and type embeddings with their norm, the layers, the pooler."""
+    """Number of parameters of BertModel: embeddings (word, position, type) with their norm, the layers, the pooler."""
     embeddings = (30522 + 512 + 2) * hidden + 2 * hidden
     return embeddings + LAYERS[hidden] * (12 * hidden**2 + 13 * hidden) + hidden**2 + hidden
 
@@ -35,7 +35,7 @@ SHAPES = {"1 x 512": (1, 512), "32 x 128": (32, 128), "64 x 512": (64, 512)}  # 
 
 
 def size(batch: int, seqlen: int, hidden: int) -> "Size":
-    """Of BERT with this hidden size; the decoder of the tiny model of a dry run has few classes."""
+    """The spec's size for a BERT of this hidden size. The tiny model of a dry run has a small vocabulary."""
     from fastbert.testing.spec import Size
 
     heads = max(1, hidden // HEAD_SIZE)
@@ -45,27 +45,27 @@ def size(batch: int, seqlen: int, hidden: int) -> "Size":
 
 
 def spec(op: str) -> "OpSpec":
-    """The op's. A function, because specs import triton, whose interpreter a dry run chooses before that."""
+    """The op's spec. Imported inside the function: specs import triton, and a dry run selects its interpreter first."""
     from fastbert.testing.specs import SPECS
 
     return SPECS[op]
 
 
 def stated_bytes(op: str, direction: str, tokens: int, hidden: int, itemsize: int) -> int:
-    """Each tensor that the op's spec names once."""
+    """Bytes of every tensor in the op's spec, each counted once."""
     return spec(op).moved(direction, tokens, hidden, itemsize)
 
 
 def adamw_bytes() -> int:
-    """Of a step, a float32 parameter: reads it, its gradient and two moments; writes it and the moments."""
+    """Bytes per step and float32 parameter: reads parameter, gradient and two moments; writes parameter and moments."""
     return stated_bytes("adamw", "step", 1, 1, 4)
 
 
 def stated_operations(op: str, direction: str, batch: int, seqlen: int, hidden: int) -> int:
-    """Of the matrix products: every head has seqlen x seqlen scores."""
+    """Operations of the matrix products; every head has seqlen x seqlen scores."""
     return spec(op).operations(direction, size(batch, seqlen, hidden))
 
 
 def floor_microseconds(moved: float, operations: float = 0.0) -> float:
-    """Whichever takes longer: the bytes at the measured copy bandwidth, or the operations at the measured bf16 rate."""
+    """The longer of two times: bytes at the measured copy bandwidth, operations at the measured bf16 rate."""
     return max(moved / COPY_BYTES_PER_SECOND, operations / BF16_OPERATIONS_PER_SECOND) * 1e6

@@ -1,15 +1,15 @@
-"""What a multiprocessor holds, by architecture, and the two measured ceilings that floors are divided by.
+"""Limits of an SM by architecture, and the two measured ceilings that floors are computed from.
 
 Limits: CUDA C++ programming guide, "Technical specifications per compute capability".
 """
 
 from dataclasses import dataclass
 
-# Measured on one H200 (KERNELS: bytes read + written by a device copy; a bf16 matrix product).
+# Measured on one H200: bytes read plus bytes written by a device copy, and a bf16 matrix product.
 COPY_BYTES_PER_SECOND = 4.3e12
 BF16_OPERATIONS_PER_SECOND = 790e12
 
-# Not measured: an H200's multiprocessors and boost clock, for the bound by instruction issue.
+# Specifications, not measured: an H200's SM count and boost clock, for the bound by instruction issue.
 H200_MULTIPROCESSORS = 132
 H200_BOOST_HERTZ = 1.98e9
 SCHEDULERS = 4
@@ -35,10 +35,10 @@ ARCHITECTURES = {
 
 
 def resident_programs(architecture: Architecture, warps: int, registers: int, shared: int) -> int:
-    """Programs that one multiprocessor holds at once.
+    """Programs that are resident on one SM at the same time.
 
-    Registers go to a warp in units of 256 and a warp stays with one of four schedulers; each program takes 1 KiB of
-    shared memory more than it asks for.
+    A warp gets registers in units of 256 and belongs to one of four schedulers. Each program takes 1 KiB of shared
+    memory in addition to what it requests.
     """
     per_warp = -(-registers * LANES // 256) * 256
     by_registers = architecture.registers_per_scheduler // per_warp * SCHEDULERS // warps
@@ -48,10 +48,10 @@ def resident_programs(architecture: Architecture, warps: int, registers: int, sh
 
 
 def issue_per_second(instructions: float) -> float:
-    """How often a second an H200's schedulers can issue this many instructions of a lane, one of a warp a cycle each."""
+    """How many lanes of this many instructions an H200 issues per second: one warp instruction per scheduler and cycle."""
     return H200_MULTIPROCESSORS * H200_BOOST_HERTZ * SCHEDULERS * LANES / instructions
 
 
 def issue_bytes_per_second(instructions_per_element: float, bytes_per_element: float) -> float:
-    """Bytes a second of a kernel that an H200's schedulers could keep up with."""
+    """The memory throughput in bytes per second that an H200's schedulers can keep up with."""
     return issue_per_second(instructions_per_element) * bytes_per_element

@@ -1,6 +1,6 @@
-"""How long the sequences of a batch are: a stated distribution, a list of lengths, or the user's own text.
+"""Chooses the sequence lengths of a batch: from a stated distribution, a list of lengths, or a text file.
 
-Lengths are the distribution's evenly spaced quantiles, so every batch has the same ones and no lane is lucky.
+Lengths are evenly spaced quantiles of the distribution, so all batches and all lanes have the same lengths.
 """
 
 import math
@@ -8,35 +8,35 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-SIGMA = 0.8  # of the logarithm of a text's length
+SIGMA = 0.8  # standard deviation of the logarithm of a text's length
 SHORTEST = 4  # [CLS], a word, a word, [SEP]
 FULL = 1.0
 
 
 class LengthsError(Exception):
-    """A file of lengths or of text that cannot be used; the message is one line."""
+    """A file of lengths or text that cannot be used. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Where lengths come from. `sizes` empty: the log-normal with mean fill x S, cut off at S as a tokenizer truncates."""
+    """Source of lengths. Empty `sizes`: the log-normal with mean fill x S, cut off at S as a tokenizer truncates."""
 
     name: str = "log-normal"
     sizes: tuple[int, ...] = ()
 
     def of_batch(self, batch: int, seqlen: int, fill: float) -> list[int]:
-        """`batch` lengths from 1 to `seqlen`; with the distribution their mean is fill x seqlen."""
+        """`batch` lengths from 1 to `seqlen`. Lengths from the distribution have the mean fill x seqlen."""
         if self.sizes:
             return [min(size, seqlen) for size in _quantiles(sorted(self.sizes), batch)]
         return [seqlen] * batch if fill >= FULL else log_normal(batch, seqlen, fill)
 
     def fill_of(self, batch: int, seqlen: int, fill: float) -> float:
-        """The share of real tokens that these lengths give."""
+        """The share of real tokens among all positions."""
         return sum(self.of_batch(batch, seqlen, fill)) / (batch * seqlen)
 
 
 def log_normal(batch: int, seqlen: int, fill: float) -> list[int]:
-    """Lengths whose logarithm is normal, cut off at seqlen, with their median chosen so that the mean is fill x seqlen."""
+    """Log-normal lengths, cut off at seqlen, with the median chosen so that their mean is fill x seqlen."""
     steps = [statistics.NormalDist(0.0, SIGMA).inv_cdf((i + 0.5) / batch) for i in range(batch)]
 
     def lengths(logarithm: float) -> list[int]:
@@ -54,10 +54,10 @@ def _quantiles(ordered: list[int], count: int) -> list[int]:
 
 
 def from_file(path: Path) -> Lengths:
-    """One length a line.
+    """Read one length per line.
 
     Raises:
-        LengthsError: no such file, no lines, or a line that is no positive integer.
+        LengthsError: the file is missing or empty, or a line is not a positive integer.
     """
     lines = _lines(path, "--lengths")
     for number, line in enumerate(lines, 1):
@@ -67,10 +67,10 @@ def from_file(path: Path) -> Lengths:
 
 
 def from_text(path: Path, model: str | None) -> Lengths:
-    """The tokens of each line of a text, by the tokenizer of `model` (default: the one of fastbert's demo).
+    """Token counts of the lines of a text, by the tokenizer of `model` (default: that of fastbert's demo model).
 
     Raises:
-        LengthsError: no such file, no text in it, or no such model.
+        LengthsError: the file is missing or empty, or the model cannot be found.
     """
     from fastbert.cli.source import Source
     from fastbert.errors import InputError

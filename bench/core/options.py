@@ -1,4 +1,4 @@
-"""What several commands of `python -m bench` take, and where they print."""
+"""Options that several commands of `python -m bench` share, and their console."""
 
 import sys
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-# Piped output has no width of its own: wide enough that no table wraps.
+# Piped output has no terminal width. This width keeps tables from wrapping.
 console = Console(width=None if sys.stdout.isatty() else 200)
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="The same path on tiny shapes, without a GPU and without a time.")]
-Budget = Annotated[float, typer.Option(help="Seconds that all of it may take.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Run the same code on tiny shapes without a GPU; nothing is timed.")]
+Budget = Annotated[float, typer.Option(help="Time limit for the whole run, in seconds.")]
 Dtypes = Annotated[list[str], typer.Option(help="bf16, fp16 or fp32.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results and the report.")]
 OUT = Path("bench-out")
@@ -19,11 +19,11 @@ HOUR = 3600.0
 
 
 def print_plainly(line: object) -> None:
-    """One line as it is: not wrapped, no markup, no colours."""
+    """Print one line without wrapping, markup or colours."""
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def fail(error: object) -> typer.Exit:
-    """Print a file's one-line error; the exit for a command to raise."""
+    """Print a one-line error; returns the exit for the command to raise."""
     console.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
     return typer.Exit(2)

@@ -1,4 +1,4 @@
-"""What else could do the work, and why it is not here where it is not. None: it can."""
+"""Finds the other implementations (peers) that a lane may need, and says why one cannot be used here. None: it can."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -9,7 +9,7 @@ NO_GPU = "needs a GPU"
 
 
 class Absent(Exception):
-    """This lane cannot run this case; the message says why."""
+    """This lane cannot run this case. The message gives the reason."""
 
 
 def _importable(module: str, package: str) -> str | None:
@@ -29,7 +29,7 @@ def _liger() -> str | None:
 
 
 def _flash_attention_2() -> str | None:
-    """transformers' own question: it wants a GPU and a flash-attn of the right age."""
+    """transformers' own check, which requires a GPU and a supported version of flash-attn."""
     from transformers.utils import is_flash_attn_2_available
 
     return _flash_attn() or (None if is_flash_attn_2_available() else "transformers does not accept this flash-attn")
@@ -44,7 +44,7 @@ PEERS: dict[str, Callable[[], str | None]] = {
 
 
 def require(peer: str) -> None:
-    """Raise Absent with the reason unless `peer` is here."""
+    """Raise Absent with the reason if `peer` cannot be used here."""
     reason = PEERS[peer]()
     if reason:
         raise Absent(reason)

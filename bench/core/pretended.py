@@ -1,9 +1,9 @@
-"""A pretended GPU: a stub driver whose launches do nothing, so that a step's time is the host's alone.
+"""Supports a pretended GPU: a stub driver whose launches do nothing, so a step's time is the host's alone.
 
-Its memory reads as zeros. What the host reads back from the device would then be wrong, and the steps after it other ones
-than on a GPU: fastbert's reads are stood in for here. The stock model needs none: it asks whether a mask leaves all
-positions in, which zeros answer rightly for a batch with padding. (What torch.compile makes is loaded by inductor's own
-launcher, which a stub may not serve: TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER=0 takes Triton's.)
+The stub's memory reads as zeros. Values that the host reads back would be wrong and would change what a step does, so
+this module supplies the values that fastbert reads. The stock model needs no substitute: it asks whether a mask keeps all
+positions, and zeros give the right answer for a batch with padding. (Inductor's own launcher may not work on a stub:
+TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER=0 selects Triton's for torch.compile.)
 """
 
 import importlib
@@ -15,27 +15,27 @@ from unittest import mock
 
 import torch
 
-STUB = "fakecuda"  # the module that comes with such a driver: reset(), counts(), readable(name)
+STUB = "fakecuda"  # the module that comes with the stub driver: reset(), counts(), readable(name)
 
 
 @cache
 def pretended() -> Any | None:
-    """The stub's module, or None on a real GPU and without one."""
+    """The stub's module; None on a real GPU and without any GPU."""
     if not torch.cuda.is_available():
         return None
     try:
         return importlib.import_module(STUB)
-    except (ImportError, OSError):  # OSError: the module is there, its library is not loaded
+    except (ImportError, OSError):  # OSError: the module is installed, but its library is not loaded
         return None
 
 
 @contextmanager
 def true_reads(tokens: list[int], read: list[int]) -> Iterator[None]:
-    """Let fastbert read on the device as it does, and then go on with what it should have read: how many tokens and how
-    many positions that count each row has, and that position ids count from 0.
+    """Let fastbert read from the device as usual, then replace what it read by the true values: each row's number of
+    tokens and of positions that are read, and that position ids count from 0.
 
     Raises:
-        RuntimeError: a function that reads is no longer where this file looks for it.
+        RuntimeError: a function to be patched does not exist.
     """
     counts = importlib.import_module("fastbert.layers.counts")
 
@@ -62,7 +62,7 @@ def true_reads(tokens: list[int], read: list[int]) -> Iterator[None]:
 
 @contextmanager
 def true_reads_of(batch: dict[str, Any]) -> Iterator[None]:
-    """`true_reads` of what a padded batch holds, on a pretended GPU; nothing anywhere else."""
+    """`true_reads` with the values of a padded batch on a pretended GPU; does nothing elsewhere."""
     if pretended() is None:
         yield
         return

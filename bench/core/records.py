@@ -1,6 +1,6 @@
-"""What a run of the benchmarks leaves behind: plain dataclasses, one for each kind of measurement.
+"""Records of a benchmark run: plain dataclasses, one for each kind of measurement.
 
-Seconds, bytes and operations throughout. A record whose status is not "ok" has no time: `reason` says why.
+Units are seconds, bytes and operations. A record whose status is not "ok" has no time; `reason` says why.
 """
 
 import statistics
@@ -10,21 +10,21 @@ from typing import Any, ClassVar
 
 SCHEMA = 1
 GIB = 1 << 30
-# absent: a peer that is not here or cannot do this; failed: the check did not pass; error: it raised or was killed;
-# dry-run: the path was walked on tiny shapes without a GPU.
+# absent: a peer that is not installed or cannot run the case; failed: the check did not pass; error: it raised or was
+# killed; dry-run: it ran on tiny shapes without a GPU.
 STATUSES = ("ok", "absent", "failed", "error", "dry-run")
-NOT_REACHED = "not reached"  # a job's status: there was no time for it
+NOT_REACHED = "not reached"  # status of a job for which no time was left
 
 
 class FromJson:
-    """What is read from JSON (bench.core.schema) is taken as it stands: no number for a text, no field that is not known."""
+    """Base of what is read from JSON (bench.core.schema). Types are not converted and unknown fields are errors."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
 
 @dataclass(frozen=True)
 class Spread(FromJson):
-    """Quartiles of repeated measurements in seconds."""
+    """Quartiles of repeated measurements, in seconds."""
 
     low: float
     median: float
@@ -37,13 +37,13 @@ class Spread(FromJson):
         return cls(low, median, high, len(samples))
 
     def differs(self, other: "Spread") -> bool:
-        """The rule for noise: two lanes are different only where their quartiles do not overlap."""
+        """The noise rule: two lanes differ only if their quartiles do not overlap."""
         return self.low > other.high or self.high < other.low
 
 
 @dataclass(frozen=True)
 class Environment(FromJson):
-    """Where and with what it was measured. None: could not be read. pretended: the GPU is a stub whose launches do nothing."""
+    """Machine and versions. None: could not be read. pretended: the GPU is a stub whose launches do nothing."""
 
     gpu: str | None
     driver: str | None
@@ -64,14 +64,14 @@ class Environment(FromJson):
 
     @property
     def identity(self) -> tuple[str | None, ...]:
-        """What has to be equal for two results to stand in one table."""
+        """The fields that must be equal for two results to share a table."""
         gpu = f"pretended {self.gpu}" if self.pretended else self.gpu
         return gpu, self.driver, self.cuda, self.torch, self.triton, self.transformers, self.commit
 
 
 @dataclass(frozen=True)
 class Ceiling(FromJson):
-    """The best rate this machine gave in this run: bytes a second ("copy") or operations a second ("bf16 product")."""
+    """The best rate measured in this run: bytes per second ("copy") or operations per second ("bf16 product")."""
 
     name: str
     per_second: float
@@ -80,7 +80,7 @@ class Ceiling(FromJson):
 
 @dataclass(frozen=True)
 class Timed(FromJson):
-    """What every timed thing has. `runs` are the medians of repeated runs, to show how far they scatter."""
+    """Fields of every timed record. `runs` are the medians of repeated runs and show their scatter."""
 
     lane: str
     status: str
@@ -92,7 +92,7 @@ class Timed(FromJson):
 
 @dataclass(frozen=True)
 class OpRecord(Timed):
-    """One lane of one op. `moved` bytes and `operations` are the stated ones of bench.core.floors, whatever the lane does."""
+    """One lane of one op. `moved` bytes and `operations` come from bench.core.floors and are the same for all lanes."""
 
     op: str
     direction: str
@@ -112,10 +112,10 @@ class OpRecord(Timed):
 
 @dataclass(frozen=True)
 class ModelRecord(Timed):
-    """One lane of one model: seconds a step (or a forward), over batches that hold `real_tokens` on average.
+    """One lane of one model: seconds per step (or forward), over batches with `real_tokens` on average.
 
-    flops counts real tokens only (bench.core.flops). phases and parts: seconds of a step, by phase and by kind of kernel.
-    losses: the first steps without dropout, from the same weights on the same data in every lane.
+    flops counts real tokens only (bench.core.flops). phases and parts: seconds per step, by phase and by kind of kernel.
+    losses: losses of the first steps without dropout, from the same weights and data in every lane.
     """
 
     model: str
@@ -149,11 +149,11 @@ class ModelRecord(Timed):
 
 @dataclass(frozen=True)
 class HostRecord(Timed):
-    """One lane of one step of bench.host.run: `seconds` of the processor until all of a step is issued, `wall` those that pass.
+    """One lane of one step of bench.host.run: CPU time (`seconds`) and wall time (`wall`) until the whole step is issued.
 
-    runs and wall_runs: the medians of the lane's turns, to be compared with the other lanes' in the same turn. launches: of
-    one step, by kind and name (bench.host.counts). peak_bytes: with weights, gradients and optimizer state. parts: `runs` of
-    each part of a step (bench.host.step.PARTS).
+    runs and wall_runs: medians per turn, comparable with the other lanes' of the same turn. launches: those of one step, by
+    kind and name (bench.host.counts). peak_bytes: includes weights, gradients and optimizer state. parts: `runs` of each
+    part of a step (bench.host.step.PARTS).
     """
 
     name: str
@@ -169,7 +169,7 @@ class HostRecord(Timed):
 
 @dataclass(frozen=True)
 class TuneRecord(Timed):
-    """One candidate configuration of one entry of kernels/core/configs.py; lane is "present" or "candidate"."""
+    """One configuration tried for an entry of kernels/core/configs.py. lane is "present" or "candidate"."""
 
     kernel: str
     architecture: str
@@ -184,13 +184,13 @@ class TuneRecord(Timed):
 
     @property
     def call(self) -> str:
-        """The configuration as kernels/core/configs.py writes it."""
+        """The configuration as source text for kernels/core/configs.py."""
         return f"Config({', '.join(f'{name}={value}' for name, value in self.config.items())})"
 
 
 @dataclass(frozen=True)
 class SuiteRecord(FromJson):
-    """The correctness tests of the same run; finished is False where time ran out."""
+    """The correctness tests of the same run. finished is False if time ran out."""
 
     passed: int
     failed: int
@@ -203,7 +203,7 @@ class SuiteRecord(FromJson):
 
 @dataclass(frozen=True)
 class StageRecord(FromJson):
-    """One job of a plan: ok, error (raised, killed, out of memory), or not reached in the time given."""
+    """One job of a plan. status: ok, error (raised, killed, out of memory), or not reached in the given time."""
 
     name: str
     status: str
@@ -213,7 +213,7 @@ class StageRecord(FromJson):
 
 @dataclass
 class Results(FromJson):
-    """One run. dry_run results hold no time; invented ones are samples for tests and never reach a document."""
+    """All records of one run. dry_run results hold no times. invented results are samples for tests; documents reject them."""
 
     environment: Environment
     dry_run: bool = False

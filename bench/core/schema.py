@@ -1,4 +1,4 @@
-"""Results to JSON and back. Whatever a file gets wrong is said in one line that names the file and the place."""
+"""Writes results as JSON and reads them back. An error is one line that names the file and the place in it."""
 
 import dataclasses
 import json
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Kind = TypeVar("Kind")
-# Which list of Results a record goes to.
+# The list of Results that a record belongs to.
 FIELDS = {Ceiling: "ceilings", ModelRecord: "models", OpRecord: "ops", TuneRecord: "tuning", HostRecord: "host"}
 TIMED = [name for kind, name in FIELDS.items() if issubclass(kind, Timed)]
 BY_NAME = {cls.__name__: cls for cls in (*FIELDS, SuiteRecord)}
 
 
 class ResultsError(Exception):
-    """A results file that cannot be used; the message is one line."""
+    """A results file that cannot be used. The message is one line."""
 
 
 def read(path: Path) -> Results:
-    """The results in `path`.
+    """Read the results in `path`.
 
     Raises:
-        ResultsError: no such file, not JSON, not this schema, a field missing, unknown or of the wrong type, or a
-            record that contradicts itself (a time without a passed check, a time in a dry run).
+        ResultsError: the file is missing, is not JSON, or has another schema; a field is missing, unknown or of the
+            wrong type; or a record contradicts itself (a time without a passed check, a time in a dry run).
     """
     try:
         text = path.read_text()
@@ -65,7 +65,7 @@ def read(path: Path) -> Results:
 
 
 def write(results: Results, path: Path) -> None:
-    """Replaced at once, so that a process that is killed leaves a whole file behind."""
+    """Write `path` atomically, so that a killed process leaves a complete file behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
@@ -73,10 +73,10 @@ def write(results: Results, path: Path) -> None:
 
 
 def read_all(paths: Sequence[Path]) -> Results:
-    """The results of several files of one machine as one; a case measured again counts as it was measured last.
+    """Merge the results of several files of one machine. Of a case measured twice the last measurement counts.
 
     Raises:
-        ResultsError: as `read`, or the files do not belong together.
+        ResultsError: as for `read`, or the files do not belong together.
     """
     loaded = [(path, read(path)) for path in paths]
     first_path, first = loaded[0]
@@ -106,7 +106,7 @@ def _key(record: Any) -> tuple[Any, ...]:
 
 
 def parse(kind: type[Kind], text: str | bytes, where: str) -> Kind:
-    """An instance of `kind`, a dataclass, from JSON; ValueError says in one line what is wrong and where, below `where`."""
+    """Parse JSON into `kind`, a dataclass. A ValueError says in one line what is wrong and where, below `where`."""
     try:
         return adapter(kind).validate_json(text)
     except ValidationError as error:
@@ -120,7 +120,7 @@ def adapter(kind: type[Kind]) -> TypeAdapter[Kind]:
 
 def _line(error: "ErrorDetails", where: str) -> str:
     place = where + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error["loc"])
-    if error["type"] in ("missing", "json_invalid"):  # there is nothing at that place
+    if error["type"] in ("missing", "json_invalid"):  # there is no input to show
         return f"{place}: {error['msg']}"
     return f"{place}: {error['msg']}, got {json.dumps(error['input'])[:60]}"
 
@@ -134,7 +134,7 @@ def _check(results: Results) -> None:
 
 
 def check_record(record: Timed, dry_run: bool, where: str) -> None:
-    """ValueError for a time that no passed check stands behind, or a passed check without a time."""
+    """Raise ValueError for a time without a passed check, or a passed check without a time."""
     if record.status not in STATUSES:
         raise ValueError(f"{where}: status {record.status!r} is none of {', '.join(STATUSES)}")
     if (record.status == "ok") != (record.seconds is not None):
@@ -151,12 +151,12 @@ def _check_spread(spread: Spread, where: str) -> None:
 
 
 def to_line(record: Any) -> str:
-    """One record as a line of JSON that `from_lines` reads: how a worker hands over what it has so far."""
+    """One record as a line of JSON for `from_lines`. Workers hand over their records this way, one at a time."""
     return json.dumps({"record": type(record).__name__} | dataclasses.asdict(record))
 
 
 def from_lines(lines: Iterable[str]) -> list[Any]:
-    """The records of whole lines; a last line that was cut off by a kill is left out."""
+    """Parse records from complete lines. A last line that a kill cut off is ignored."""
     records = []
     for line in lines:
         try:
@@ -169,10 +169,10 @@ def from_lines(lines: Iterable[str]) -> list[Any]:
 
 
 def add(results: Results, records: Iterable[Any]) -> None:
-    """Each record to its place in `results`; what was measured again counts as it was measured last.
+    """Add records to `results`. Of a case measured twice the last measurement counts.
 
     Raises:
-        ValueError: a record that contradicts itself, which would make the whole file unreadable; the others are in.
+        ValueError: a record contradicts itself and would make the whole file unreadable. The others are added.
     """
     wrong = None
     for record in records:

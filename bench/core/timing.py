@@ -1,6 +1,6 @@
-"""How long a call takes on the GPU: events round each call, the L2 cache flushed before it, quartiles of many.
+"""Times calls on the GPU: events around each call, the L2 cache flushed before it, quartiles over many calls.
 
-`measure` is the GPU's own time: each call is queued behind a wait that covers the host's part of it. What the host adds
+`measure` takes the GPU's own time: each call is queued behind a wait that covers the host's part of it. The host's part
 shows in `measure_latency`, and in pytest-benchmark's times through `host_timer`.
 """
 
@@ -12,18 +12,18 @@ import torch
 
 from bench.core.records import Spread
 
-BLOCKS = 3  # repeated runs of one lane: how far their medians lie apart is shown beside the result
-FEWEST, MOST = 10, 200  # rounds a block
+BLOCKS = 3  # repeated runs of one lane; reports show the scatter of their medians
+FEWEST, MOST = 10, 200  # rounds per block
 WARM_UP = 3
-HERTZ = 2e9  # cycles that torch.cuda._sleep waits in a second, on the fastest GPU; on a slower one it waits longer
+HERTZ = 2e9  # cycles per second for torch.cuda._sleep on the fastest GPU; a slower one waits longer
 
 
 class NoTime(Exception):
-    """The clock gave no time for a call: nothing ran, or the events are not those of a GPU."""
+    """The clock measured no time for a call: nothing ran, or the events do not come from a GPU."""
 
 
 class Flush:
-    """Writes twice the L2 cache full, so that the next call reads its inputs from memory."""
+    """Writes twice the size of the L2 cache, so that the next call reads its inputs from memory."""
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -34,9 +34,9 @@ class Flush:
 
 
 def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, seconds: float = 0.1) -> tuple[Spread, list[float]]:
-    """Time `call(prepare(i))`, the preparation left out: quartiles over all rounds, and the median of each block.
+    """Time `call(prepare(i))` without the preparation: quartiles over all rounds, and the median of each block.
 
-    Each block takes about `seconds`, between FEWEST and MOST rounds.
+    Each block takes about `seconds` and has between FEWEST and MOST rounds.
     """
     flush = Flush()
     _block(prepare, call, flush, WARM_UP, 0)
@@ -48,7 +48,7 @@ def measure(prepare: Callable[[int], Any], call: Callable[[Any], Any], *, second
 
 
 def _host_seconds(prepare: Callable[[int], Any], call: Callable[[Any], Any], i: int) -> float:
-    """Seconds until the host has launched all of a call."""
+    """Seconds until the host has launched the whole call."""
     argument = prepare(i)
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -73,12 +73,12 @@ def _block(prepare: Callable[[int], Any], call: Callable[[Any], Any], flush: Flu
 
 
 def measure_throughput(step: Callable[[int], Any], *, seconds: float) -> tuple[Spread, list[float]]:
-    """Seconds from the end of one step to the end of the next, nothing waiting between them: as a training loop runs."""
+    """Seconds from the end of one step to the end of the next, without synchronisation between them, as in training."""
     rounds = _rounds(step, seconds)
     blocks = []
     for _ in range(BLOCKS):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-        step(0)  # so that the first interval too begins while the GPU is busy
+        step(0)  # so that the first interval also begins on a busy GPU
         events[0].record()
         for i, event in enumerate(events[1:], 1):
             step(i)
@@ -90,13 +90,13 @@ def measure_throughput(step: Callable[[int], Any], *, seconds: float) -> tuple[S
 
 
 def measure_latency(step: Callable[[int], Any], *, seconds: float) -> tuple[Spread, list[float]]:
-    """Seconds from a call to the moment its result is there, by the host's clock: as someone who asks and waits sees it."""
+    """Seconds from a call until its result is ready, by the host's clock: the latency that a caller sees."""
     rounds = _rounds(step, seconds)
     return summary([[synchronised(step, i) for i in range(rounds)] for _ in range(BLOCKS)])
 
 
 def synchronised(step: Callable[[int], Any], i: int) -> float:
-    """Seconds of one call by the host's clock, from an idle GPU to an idle GPU."""
+    """Seconds of one call by the host's clock, from idle GPU to idle GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     step(i)
@@ -112,7 +112,7 @@ def _rounds(step: Callable[[int], Any], seconds: float) -> int:
 
 
 def _rounds_in(seconds: float, estimate: float) -> int:
-    """How many rounds of about `estimate` seconds fit."""
+    """The number of rounds of about `estimate` seconds that fit."""
     return min(max(int(seconds / estimate), FEWEST), MOST) if estimate > 0 else FEWEST
 
 
@@ -129,20 +129,20 @@ def summary(blocks: list[list[float]]) -> tuple[Spread, list[float]]:
 
 
 def host_timer() -> float:
-    """For pytest-benchmark: the host's clock once the GPU is idle."""
+    """The host's clock after the GPU is idle, for pytest-benchmark."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Bytes that `call` needs on the GPU beyond what is allocated before it."""
+    """Peak bytes that `call` allocates on the GPU beyond what was allocated before."""
     before = torch.cuda.memory_allocated()
     return fullest_bytes(call) - before
 
 
 def fullest_bytes(call: Callable[[], Any]) -> int:
-    """Bytes allocated on the GPU at the fullest moment of `call`, what was there before it included."""
+    """Peak bytes allocated on the GPU during `call`, including what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     call()
