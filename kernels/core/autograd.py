@@ -1,4 +1,4 @@
-"""What all derivatives of kernels share: they are taken once, of one gradient at a time, from tensors that lie as they did."""
+"""Limits that every op's autograd function shares: first derivatives only, and one gradient at a time."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,9 +18,11 @@ class _NotTwice(torch.autograd.Function):
 
 
 def not_twice(gradients: Sequence[Tensor | None], sources: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients under create_graph=True: whoever differentiates one in its turn, by whichever of the `sources` that it
-    was made of, is told that this does not go. (torch's once_differentiable knows no sources: where the derivative is asked
-    for by `inputs=`, it is silently zero.)"""
+    """The gradients under create_graph=True, wrapped so that differentiating one of them raises.
+
+    It raises for a derivative with respect to any of `sources`, the tensors that the gradients were computed from. (torch's
+    once_differentiable does not know its sources: a second derivative that names its `inputs=` would silently be zero.)
+    """
     sources = [source for source in sources if source is not None and source.requires_grad]
     return tuple(None if g is None else _NotTwice.apply(g.detach().requires_grad_(), *sources) for g in gradients)
 
@@ -36,7 +38,7 @@ class _Link(torch.autograd.Function):
 
 
 def links(inputs: Iterable[Any], saved: Sequence[Tensor | None]) -> list[Tensor]:
-    """Stand-ins for what of an op's `inputs` is not `saved`, as sources of its gradients: without their memory."""
+    """Sources for `not_twice`: those of an op's `inputs` that are not `saved`; stand-ins for non-leaves hold no memory."""
     known = set(map(id, saved))
     others = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and id(x) not in known]
     with torch.enable_grad():
@@ -44,14 +46,14 @@ def links(inputs: Iterable[Any], saved: Sequence[Tensor | None]) -> list[Tensor]
 
 
 def check_unbatched(upstream: Iterable[Any]) -> None:
-    """Raise RuntimeError for gradients that stand for many: kernels read memory, which those have not."""
+    """Raise RuntimeError for batched gradients: kernels read memory, and a batched tensor has none of its own."""
     if any([isinstance(g, Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in upstream]):
         raise RuntimeError(
             "the kernels take one gradient at a time, not a batch of them (is_grads_batched=True, vectorize=True): "
-            "unpatch the model for that, or call the backward once for each"
+            "unpatch the model for that, or call the backward once per gradient"
         )
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether a backward can follow, and so whether the forward keeps what that reads."""
+    """Whether a backward can follow, and the forward therefore has to save what it reads."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

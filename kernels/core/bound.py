@@ -1,7 +1,8 @@
-"""A kernel bound to everything but its tensors: what an op of many launches prepares once for all calls of one shape.
+"""A kernel bound to everything but its tensors: an op of many launches binds once for all calls of one shape.
 
-Binding compiles and loads the kernel, so that a kernel which cannot be says so before any of the op's work is done. A call
-passes addresses, all of them multiples of 16, and takes about two microseconds.
+Binding compiles and loads the kernel, so a kernel that fails to compile says so before the op has done any work. A call passes
+addresses, all multiples of 16, and takes about two microseconds. An argument that never changes costs some ten nanoseconds
+per launch, so strides of absent masks stay in the signatures: shorter ones would gain nothing.
 """
 
 from collections.abc import Callable
@@ -14,17 +15,17 @@ from triton import knobs
 from . import cache
 from .launch import INTERPRETED, Work, counts, is_recording, raise_for, retried
 
-# Where kernels take tensors themselves: nothing is launched by address there.
+# The interpreter and the audit take the tensors themselves in place of addresses.
 Place = Tensor | int | None
 
 
 def by_address() -> bool:
-    """Whether bound kernels are called with addresses: on a device. The interpreter and the audit want the tensors."""
+    """Whether bound kernels are called with addresses: on a device. The interpreter and the audit take the tensors."""
     return not (INTERPRETED or is_recording())
 
 
 def addressing() -> Callable[[Tensor], Place]:
-    """What makes of a tensor what bound kernels take."""
+    """The function that turns a tensor into what bound kernels take."""
     return Tensor.data_ptr if by_address() else _itself
 
 
@@ -33,22 +34,22 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def streams(device: torch.device) -> Callable[[], int | None]:
-    """What gives the stream that kernels of `device` run on now, as bound kernels take it."""
+    """The function that returns the current stream of `device` in the form that bound kernels take."""
     if device.type != "cuda":
         return lambda: None
     return partial(torch._C._cuda_getCurrentRawStream, device.index)
 
 
 class Bound:
-    """A kernel for tensors of these dtypes (None: there is none).
+    """A kernel bound for tensors of given dtypes.
 
     Args:
-        work: of a kernel whose first arguments are its tensors.
-        like: a tensor on the device that it runs on, which is the current one.
-        tensors: dtypes by argument name, in the kernel's order.
+        work: a kernel whose first arguments are its tensors, and everything else that it is launched with.
+        like: a tensor on the device that the kernel runs on, which must be the current device.
+        tensors: dtypes by argument name, in the kernel's order; None for an absent tensor.
 
     Raises:
-        KernelFailed: it cannot be compiled or loaded.
+        KernelFailed: the kernel cannot be compiled or loaded.
     """
 
     def __init__(self, work: Work, like: Tensor, tensors: dict[str, torch.dtype | None]) -> None:
@@ -67,7 +68,7 @@ class Bound:
         _, self._launch, self._prefix, self._spread = self._loaded
 
     def __call__(self, stream: int | None, *places: Place) -> None:
-        """Launch it with tensors in the order of `tensors`, by address where `by_address`."""
+        """Launch with the tensors in the order of `tensors`, as addresses where `by_address()`."""
         if self._loaded is None:
             tensors = dict(zip(self._tensors, places, strict=True))
             return self._work.launch(self._like, **tensors)
@@ -83,7 +84,7 @@ class Bound:
         counts[self._name] += 1
 
     def _launch_watched(self, stream: int | None, arguments: tuple[Place, ...]) -> None:
-        """As Triton's own launch does it: hooks are told the kernel's name and, where it has more to say, that."""
+        """Launch as Triton does, so that hooks receive the kernel's name and, where the kernel defines any, its metadata."""
         binary, runtime = self._loaded.binary, knobs.runtime
         metadata = binary.launch_metadata((self._programs, 1, 1), stream, *arguments)
         hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -91,7 +92,7 @@ class Bound:
 
 
 class Workspace:
-    """Several arrays in one allocation, each from a multiple of 16 bytes on.
+    """Several arrays in one allocation, each aligned to 16 bytes.
 
     Args:
         arrays: shape and dtype of each.
@@ -107,11 +108,11 @@ class Workspace:
         self.bytes = end
 
     def allocate(self, like: Tensor) -> Tensor:
-        """A tensor of the dtype of `like`, on its device."""
+        """The memory for all arrays, as a tensor of the dtype and device of `like`."""
         return like.new_empty(self.bytes // like.element_size())
 
     def places(self, memory: Tensor) -> list[Place]:
-        """Each array as bound kernels take it."""
+        """Each array in the form that bound kernels take."""
         if by_address():
             first = memory.data_ptr()
             return [first + start for start in self._starts]

@@ -1,10 +1,13 @@
-"""Compiled kernels, kept by what they were compiled for, and launched by address.
+"""Compiled kernels, cached by what they were compiled for and launched by address.
 
-Triton binds a launch's arguments, tells their classes and looks up its cache in Python: 25 to 50 µs a launch, where the
-driver needs about one. Here a key of the same classes (dtypes, alignments, whether 16 divides a number) finds the compiled
-kernel, whose own launcher takes addresses. A key that is new goes Triton's own way, and so does every launch while
-somebody debugs or instruments kernels. Kernels that are bound (bound.py) are debugged or instrumented where that was
-asked for before they were compiled, as Triton's environment variables do.
+Triton binds a launch's arguments, classifies them and looks up its cache in Python: 25 to 50 microseconds per launch, where the
+compiled kernel's own launcher takes about one. Here a key of the same classes (dtypes, alignment, whether 16 divides a number)
+finds the compiled kernel, whose launcher takes addresses; `launch()` then costs 5 to 15 microseconds. A new key goes through
+Triton, and so does every launch while a debugger, an instrumenter or a profiler is active. Bound kernels (bound.py) are
+debugged or instrumented only if that was enabled before they were compiled, as Triton's environment variables do.
+
+tests/kernels/core/test_cache.py compares keys with Triton's own binder and launches with Triton's launcher, on any machine. A
+new release of Triton is tried there first.
 """
 
 from collections.abc import Sequence
@@ -32,8 +35,10 @@ def _class_of(value: Any) -> Any:
 
 
 class LoadedKernel(NamedTuple):
-    """A compiled kernel, loaded on its device: launch(programs, 1, 1, stream, *prefix, *arguments), the arguments as one tuple
-    unless `spread`."""
+    """A compiled kernel, loaded on its device.
+
+    To launch it: launch(programs, 1, 1, stream, *prefix, *arguments), with the arguments as one tuple unless `spread`.
+    """
 
     binary: Any
     launch: Any
@@ -42,21 +47,21 @@ class LoadedKernel(NamedTuple):
 
 
 class Family:
-    """What has been compiled of one kernel: by device, options and the classes of its arguments."""
+    """Everything compiled from one kernel: by device, options and the classes of its arguments."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.names: list[str] = kernel.arg_names
         self.loaded: dict[tuple, LoadedKernel] = {}
         constants = [i for i, param in enumerate(kernel.params) if param.is_constexpr]
-        self._constants = itemgetter(slice(0, 0), *constants)  # always a tuple, whatever their number
+        self._constants = itemgetter(slice(0, 0), *constants)  # with the slice always a tuple
         self._sizes = [i for i, param in enumerate(kernel.params) if param.do_not_specialize]
         self._others = [i for i in range(len(kernel.params)) if i not in (*constants, *self._sizes)]
         self._unsized = itemgetter(slice(0, 0), *(i for i in range(len(kernel.params)) if i not in self._sizes))
-        self._bound: dict[tuple, LoadedKernel] = {}  # by values instead of their classes: as many as there are strides
+        self._bound: dict[tuple, LoadedKernel] = {}  # by values instead of classes: one entry per set of strides
 
     def key(self, values: Sequence[Any], config: Config, device: int) -> tuple:
-        """What Triton compiles anew for. A dtype stands for a tensor whose address 16 divides."""
+        """What Triton recompiles for. A dtype stands for a tensor whose address 16 divides."""
         others = [_class_of(values[i]) for i in self._others]
         return *_compiled_for(config, device), self._constants(values)[1:], *self._small(values), *others
 
@@ -64,8 +69,10 @@ class Family:
         return [values[i] in _INT32 for i in self._sizes]
 
     def bound(self, values: Sequence[Any], config: Config, device: int) -> LoadedKernel:
-        """What is kept for `values`, in which dtypes stand for tensors; compiled and loaded where it is not yet. What a batch
-        changes are sizes, so this comes at each batch with the same values but for those."""
+        """The kernel for `values`, in which dtypes stand for tensors; compiled and loaded if it is new.
+
+        Only sizes differ from batch to batch, so the values without sizes are looked up first.
+        """
         unsized = self._unsized(values)[1:]
         known = *_compiled_for(config, device), *self._small(values), unsized, *map(type, unsized)  # 1 and 1.0 are equal
         found = self._bound.get(known)
@@ -76,14 +83,17 @@ class Family:
         return found
 
     def keep(self, key: tuple, binary: Any) -> LoadedKernel:
-        """Keep what Triton compiled for `key`, and load it where it is not yet."""
+        """Store what Triton compiled for `key`, and load it if necessary."""
         loaded = self.loaded[key] = _loaded(binary)
         return loaded
 
 
 def _loaded(binary: Any) -> LoadedKernel:
-    """Triton's launcher in Python passes what it is given to one in C, whose arguments changed in 3.7. It allocates scratch
-    memory where a kernel asks for it; of ours none does."""
+    """The kernel's launcher in C, where its arguments are known, else Triton's launcher in Python.
+
+    The C launcher's arguments changed in triton 3.7, so it is called directly only where it looks as in 3.6 to 3.8 and asks for
+    no scratch memory; these kernels need none.
+    """
     run, metadata = binary.run, binary.packed_metadata
     scratch = getattr(run, "global_scratch_size", True) or getattr(run, "profile_scratch_size", True)
     if scratch or type(run).__name__ != "CudaLauncher" or getattr(run, "gsan_enabled", False):
@@ -100,15 +110,15 @@ _families: dict[int, Family] = {}
 
 
 def family(kernel: Any) -> Family:
-    """The one of `kernel`."""
-    found = _families.get(id(kernel))  # a JITFunction's hash is that of its source, which takes as long as a launch
+    """The Family of `kernel`."""
+    found = _families.get(id(kernel))  # hash(JITFunction) hashes its source, which takes as long as a launch
     if found is None or found.kernel is not kernel:
         found = _families[id(kernel)] = Family(kernel)
     return found
 
 
 def is_watched(kernel: Any) -> bool:
-    """Whether this launch is Triton's to make: somebody debugs it, instruments it, hooks it or put another in its place."""
+    """Whether Triton must make this launch: the kernel is debugged, instrumented, hooked or replaced."""
     return (
         type(kernel) is not triton.JITFunction
         or bool(knobs.runtime.debug or knobs.compilation.instrumentation_mode or kernel.debug or kernel.pre_run_hooks)
@@ -117,7 +127,7 @@ def is_watched(kernel: Any) -> bool:
 
 
 def has_hooks() -> bool:
-    """Whether somebody, a profiler for one, is told of each launch."""
+    """Whether a hook, such as a profiler's, is called for each launch."""
     return (
         _runtime.launch_enter_hook is not _ENTER
         or _runtime.launch_exit_hook is not _EXIT
@@ -126,7 +136,7 @@ def has_hooks() -> bool:
 
 
 _runtime = knobs.runtime
-# Triton's own, to which hooks are added; somebody may also put a function of his own in their place.
+# Triton's own hook lists. Hooks are added to them, or a function replaces them altogether.
 _ENTER, _EXIT = _runtime.launch_enter_hook, _runtime.launch_exit_hook
 
 
@@ -139,7 +149,7 @@ def _compiled_for(config: Config, device: int) -> tuple[int | None, ...]:
 
 
 def options(config: Config) -> dict[str, int]:
-    """What a configuration tells the compiler besides the kernel's own constants."""
+    """The compiler options of a configuration; its tile sizes are the kernel's constants."""
     found = {"num_warps": config.num_warps}
     if config.num_stages is not None:
         found["num_stages"] = config.num_stages
@@ -149,7 +159,7 @@ def options(config: Config) -> dict[str, int]:
 
 
 def start(kernel: Any, programs: int, config: Config, device: torch.device, arguments: dict[str, Any]) -> None:
-    """Launch `kernel` on `device`, which is the current one."""
+    """Launch `kernel` on `device`, which must be the current device."""
     if is_watched(kernel):
         kernel[(programs,)](**arguments, **options(config))
         return
@@ -169,6 +179,6 @@ def start(kernel: Any, programs: int, config: Config, device: torch.device, argu
 
 
 def compiled(kernel: Any, config: Config, device: torch.device, values: Sequence[Any]) -> LoadedKernel:
-    """`kernel` for arguments of these classes (see Family.key), compiled and loaded where it is not yet. Nothing is launched;
-    `device` is the current one."""
+    """`kernel` for arguments of these classes (see Family.key), compiled and loaded if it is new. Nothing is launched; `device`
+    must be the current device."""
     return family(kernel).bound(values, config, device.index)

@@ -1,20 +1,20 @@
-"""What the public functions ask of their arguments: one clear error that names the argument, what came and what fits."""
+"""Argument checks of the public functions: each error names the argument, what is expected and what came."""
 
 import torch
 from torch import Tensor
 
-MAX_WIDTH = 8192  # a row is one tile; wider ones would spill
+MAX_WIDTH = 8192  # a row is one tile; wider tiles would spill
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raise ValueError for a dtype that the kernels do not compute: an integer one would be rounded to, silently."""
+    """Raise ValueError for a dtype without a kernel; results of an integer dtype would silently be rounded."""
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {tensor.dtype}")
 
 
 def check_device(name: str, tensor: Tensor | None, like: Tensor) -> None:
-    """Raise ValueError unless `tensor` is None or where `like` is: elsewhere its address would mean something else."""
+    """Raise ValueError unless `tensor` is None or on the device of `like`: kernels receive its address."""
     if tensor is not None and tensor.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
 
@@ -29,7 +29,7 @@ def check_layernorm(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | No
 
 
 def check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
-    """Raise ValueError unless `vector` is None or has one element a column of x, on its device."""
+    """Raise ValueError unless `vector` is None or has one element per column of x, on its device."""
     if vector is None:
         return
     check_dtype(name, vector)
@@ -42,6 +42,6 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 def check_activation(activation: str) -> None:
-    """Raise ValueError for an activation that the kernels do not compute."""
+    """Raise ValueError for an activation without a kernel."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -1,6 +1,7 @@
-"""The end of a sum over rows: adds up what programs left of up to five tensors' columns, and casts it, in one launch.
+"""The final reduction of column sums: adds up the partial sums of up to five tensors and casts the results, in one launch.
 
-Kernels that sum columns write a float32 row a program instead of adding to one place: no atomics, the same bits each time.
+Kernels that sum over rows write one float32 row per program instead of adding to one place: no atomics, and the same bits
+every time.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ _PARTS = "abcde"
 
 @triton.jit
 def _next(block, out_ptr, here, width, rows, next_ptr, NEXT: tl.constexpr, next_rows, BLOCK_N: tl.constexpr):
-    """The next tensor in place of the one `here`, if `block` is none of this one's."""
+    """The next tensor if `block` lies behind the last block of the current one, which is at `here`."""
     if block >= tl.cdiv(width, BLOCK_N):
         block -= tl.cdiv(width, BLOCK_N)
         out_ptr += width
@@ -53,7 +54,7 @@ def column_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out [A + B + ...], the sums over rows of a [a_rows, A], b [b_rows, B] and so on, side by side."""
+    """out [A + B + ...]: the column sums of a [a_rows, A], b [b_rows, B] and so on, side by side."""
     block = tl.program_id(0)
     here = a_ptr
     width = A
@@ -78,7 +79,7 @@ def column_sums_kernel(
 
 
 def work(rows: Sequence[int], widths: Sequence[int], like: Tensor) -> Work:
-    """Of one to five tensors of the dtype of `like`, the one that is added up in."""
+    """The launch for one to five tensors of the dtype of `like`, which is also the dtype of the accumulator."""
     config = choose("column_sums", like, max(widths))
     numbers: dict[str, Any] = {"ACC": accumulator(like.dtype), "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
     for i, part in enumerate(_PARTS):

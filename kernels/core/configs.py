@@ -1,9 +1,12 @@
 """Frozen launch configurations, by kernel, architecture, element size in bytes and row width.
 
-A row serves widths up to its own and above the one before it; the last serves every wider one. A table whose name ends in a
-length serves sequences of up to so many rows, in place of the one whose name that is without. Nothing is tuned
-at run time. No entry here was timed yet: they are chosen by what the compiler makes of them (no spills, 16-byte
-loads and stores, bytes in flight), see bench/FINDINGS.md.
+An entry serves widths up to its key and above the previous key; the last one also serves wider rows. A table whose name ends in
+a length serves sequences of at most that many rows, in place of the table without a length. Nothing is tuned at run time. No
+entry has been timed yet: they are chosen by what the compiler makes of them (no spills, 16-byte loads and stores, bytes in
+flight), see bench/FINDINGS.md.
+
+Kernels are written so that every supported Triton merges, folds and lays out well what one of them does by luck: torch 2.9 to
+2.11 bring Triton 3.5 and 3.6. A configuration depends on RELEASE only where register counts do.
 """
 
 from dataclasses import dataclass
@@ -13,13 +16,13 @@ import triton
 
 @dataclass(frozen=True)
 class Config:
-    """One launch: tile height, warps a program, tile width (None: the whole row), programs a multiprocessor.
+    """One launch: tile height, warps per program, tile width (None: the whole row), programs per SM.
 
-    num_stages: how many iterations of a loop are in flight, where that is not left to Triton.
-    chunk: how many columns of a row the program's warps load at once, where it is not all of them.
-    at_once: how many rows a sum over rows reads at once.
-    BLOCK_K: of a product, the tile's extent along what is summed up.
-    maxnreg: the most registers a thread may have, where that lets more programs run at once; none may spill by it.
+    num_stages: loop iterations in flight; None leaves it to Triton.
+    chunk: columns of a row that the program's warps load at once; None: all of them.
+    at_once: rows that a sum over rows reads at once.
+    BLOCK_K: a product's tile size along the summed dimension.
+    maxnreg: register limit per thread, where that raises occupancy without spills.
     """
 
     BLOCK_M: int
@@ -33,7 +36,7 @@ class Config:
     maxnreg: int | None = None
 
     def chunks(self, width: int) -> tuple[int, int]:
-        """How a row of `width` columns falls into chunks: their number and their columns, both powers of two."""
+        """How a row of `width` columns is cut into chunks: (number of chunks, columns per chunk), both powers of two."""
         columns = _power_of_two(min(self.chunk or width, width))
         return _power_of_two(-(-width // columns)), columns
 
@@ -43,17 +46,17 @@ def _power_of_two(n: int) -> int:
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))  # of Triton, whose compilers differ in a few places
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))  # Triton's, whose compilers differ in a few places
 Table = dict[int, dict[int, Config]]
 
-# A row held by one warp needs no shared memory and no barrier for its sums, and no lane of it idles at 768.
+# A row held by one warp needs no shared memory and no barrier for its sums, and at 768 columns no lane is idle.
 _LAYERNORM_FORWARD: Table = {
     2: {512: Config(2, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 4), 8192: Config(1, 8)},
     4: {512: Config(1, 1), 1024: Config(1, 1), 2048: Config(1, 2), 4096: Config(1, 8), 8192: Config(1, 16)},
 }
-# A warp a row again up to 1024 columns. A thread keeps three float32 sums a column, so 32 columns a thread are the
-# most that registers hold. The programs are those that fit at once: they share the rows evenly, so one that had to
-# wait for another would double the time.
+# One warp per row again up to 1024 columns. A thread keeps three float32 sums per column, so registers hold at most 32 columns
+# per thread. Persistent programs, no more than are resident at once: they share the rows evenly, so a program that had to wait
+# for another would double the time.
 _LAYERNORM_BACKWARD: Table = {
     2: {
         384: Config(8, 4, None, 2, chunk=128),
@@ -72,18 +75,18 @@ _LAYERNORM_BACKWARD: Table = {
         8192: Config(1, 8, None, 1, chunk=1024),
     },
 }
-# BERT-base's width with three programs a multiprocessor, so half as many bytes again in flight: where the compiler keeps to a
-# third of the registers without a spill.
+# At BERT-base's width three programs per SM, which puts 1.5 times as many bytes in flight, where the compiler fits a third of
+# the registers without a spill.
 _LAYERNORM_BACKWARD_THREE: Table = _LAYERNORM_BACKWARD | {
     2: dict(sorted({**_LAYERNORM_BACKWARD[2], 768: Config(4, 4, None, 3, chunk=256, maxnreg=168)}.items()))
 }
-# The compiler for sm_100 asks for more registers: two warps share a row of 1024 columns of 4 bytes. BERT-base's 768 fit.
+# The compiler for sm_100 needs more registers: two warps share a row of 1024 4-byte columns. BERT-base's 768 fit one warp.
 _BLACKWELL_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
     2: _LAYERNORM_BACKWARD[2] | {512: Config(8, 4, None, 2, chunk=256)},
     4: _LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256), 8192: Config(1, 8, None, 1, chunk=2048)},
 }
-# gelu_layernorm's activation and its slope take registers as well: two warps share a row of 1024 columns of 4 bytes
-# everywhere. 8192 columns fit as one chunk.
+# gelu_layernorm's activation and its slope need registers too: two warps share a row of 1024 4-byte columns on every
+# architecture. 8192 columns fit as one chunk.
 _GELU_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
     2: _LAYERNORM_BACKWARD[2] | {8192: Config(1, 8, None, 1)},
     4: _LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256), 8192: Config(1, 8, None, 1)},
@@ -91,8 +94,8 @@ _GELU_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
 _BLACKWELL_GELU_LAYERNORM_BACKWARD: Table = _GELU_LAYERNORM_BACKWARD | {
     4: _GELU_LAYERNORM_BACKWARD[4] | {8192: Config(1, 8, None, 1, chunk=4096)}
 }
-# For rows that are no multiple of 16 bytes. They are loaded an element at a time, and a thread's columns then share no
-# Philox call, so a row goes to more warps than elsewhere.
+# For rows whose bytes 16 does not divide. They are loaded element by element, and a thread's columns then share no Philox call,
+# so more warps share a row.
 _LAYERNORM_FORWARD_UNEVEN: Table = {
     size: {512: Config(1, 1), 1024: Config(1, 2), 2048: Config(1, 4), 4096: Config(1, 8), 8192: Config(1, 16)}
     for size in (2, 4)
@@ -107,7 +110,7 @@ _LAYERNORM_BACKWARD_UNEVEN: Table = {
     }
     for size in (2, 4)
 }
-# Left alone, the compiler for sm_100 aims at 80 registers here and spills.
+# Without maxnreg the compiler for sm_100 aims at 80 registers here and spills.
 _BLACKWELL_LAYERNORM_BACKWARD_UNEVEN: Table = _LAYERNORM_BACKWARD_UNEVEN | {
     4: _LAYERNORM_BACKWARD_UNEVEN[4] | {1024: Config(1, 4, None, 4, maxnreg=128)}
 }
@@ -119,7 +122,7 @@ _GATHER_ROWS: Table = {
     2: {8192: Config(4, 4, 1024)},
     4: {8192: Config(4, 4, 512)},
 }
-# Places of the sorted tokens a program (most of them idle), and the columns of a row of which each lane loads 16 bytes.
+# BLOCK_M sorted positions per program (most of them idle); of a row's columns each lane loads 16 bytes.
 _EMBEDDING_RUNS: Table = {
     2: {256: Config(1, 1, 256, at_once=8), 512: Config(1, 2, 512, at_once=8), 8192: Config(1, 4, 1024, at_once=8)},
     4: {256: Config(1, 2, 256, at_once=8), 8192: Config(1, 4, 512, at_once=8)},
@@ -128,31 +131,30 @@ _EMBEDDING_SUMS: Table = {
     2: {8192: Config(1, 4, 256, 8, at_once=8)},
     4: {8192: Config(1, 4, 128, 8, at_once=8)},
 }
-# BLOCK_M places against BLOCK_N others at once. The element size is that of what is written, int32; the table names the
-# others as well.
+# BLOCK_M positions are compared with BLOCK_N others at once. The element size is that of the int32 output; the table is read
+# with other sizes too.
 _EMBEDDING_ORDER: Table = dict.fromkeys((2, 4), {8192: Config(16, 4, 128)})
-# Sums in float32, which has the element size; BLOCK_M of them at once.
+# The element size is that of the float32 sums; BLOCK_M of them are read at once.
 _EMBEDDING_FINISH: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 128)})
 _BIAS_GELU_BACKWARD: Table = {
     2: {8192: Config(4, 4, 512, 6)},
     4: {8192: Config(2, 4, 512, 6)},
 }
-# Columns that neighbours in memory share a program; as many rows at once as keep its loads in flight.
-# Sums are of 4 bytes, never of 2.
+# Adjacent columns share a program, which reads as many rows at once as keep its loads in flight. Sums have 4 bytes, never 2.
 _COLUMN_SUMS: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 64)})
 # A program updates BLOCK_M blocks of BLOCK_N elements of one tensor, one after the other. The element size is the
-# parameter's; widths mean nothing here.
+# parameter's; the width is ignored.
 _ADAMW: Table = {
     2: {8192: Config(16, 4, 1024)},
     4: {8192: Config(16, 4, 1024)},
 }
-# A row of logits a program, BLOCK_N columns of it at once. Wide programs and few of them at a time, though more would
-# hide latency better: the second pass over the rows in flight is meant to find them in the cache (24 MiB of H200's 50).
+# One row of logits per program, BLOCK_N columns at once. Wide programs at low occupancy, although more would hide latency
+# better: the second pass over the rows in flight should find them in the cache (24 of an H200's 50 MiB).
 _LINEAR_CROSS_ENTROPY: Table = {
     2: {8192: Config(1, 8, 8192, chunk=2048)},
     4: {8192: Config(1, 8, 4096, chunk=1024)},
 }
-# Half as many columns at once where compilers make more of that: for sm_100, and for sm_80 under triton 3.6 and 3.7.
+# Half as many columns at once where the compiler does better with them: on sm_100, and on sm_80 under triton 3.6 and 3.7.
 _NARROW_LINEAR_CROSS_ENTROPY: Table = _LINEAR_CROSS_ENTROPY | {2: {8192: Config(1, 8, 4096, chunk=2048)}}
 _LINEAR_CROSS_ENTROPY_REDUCE: Table = {size: {8192: Config(2048, 8, 1)} for size in (2, 4)}
 _LINEAR_CROSS_ENTROPY_SCALE: Table = {
@@ -161,28 +163,28 @@ _LINEAR_CROSS_ENTROPY_SCALE: Table = {
 }
 
 
-# Tiles of the feed-forward's products, in 16 bits only; where they are used at all, FUSED says. Without programs a
-# multiprocessor each tile is a program of its own. Two programs fit a multiprocessor but for sm_80.
+# Tiles of the feed-forward's products, in 16 bits only; FUSED says where they are used. Without programs per SM each tile is a
+# program of its own. Two programs fit an SM, except on sm_80.
 _FEED_FORWARD: Table = {2: {8192: Config(128, 8, 128, num_stages=3, BLOCK_K=64, maxnreg=128)}}
 _AMPERE_FEED_FORWARD: Table = {2: {8192: Config(128, 8, 128, num_stages=3, BLOCK_K=64)}}
 _BLACKWELL_FEED_FORWARD: Table = {2: {8192: Config(128, 4, 128, num_stages=3, BLOCK_K=64)}}
 
 
-# A row of a mask a program, BLOCK_N of its bytes at once. The element size is that of what is written, int32; the table
-# names the others as well.
+# One row of a mask per program, BLOCK_N of its bytes at once. The element size is that of the int32 output; the table is read
+# with other sizes too.
 _MASK_ROWS: Table = dict.fromkeys((2, 4), {8192: Config(1, 4, 512)})
-# Where every token of a row goes: twice as many of them at once spill.
+# Positions of a row's tokens: twice as many at once would spill.
 _PACKED_ROWS: Table = dict.fromkeys((2, 4), {8192: Config(1, 4, 256)})
 
 
-# By head size instead of row width; BLOCK_M queries, BLOCK_N keys. Two programs a multiprocessor in the forward at head
-# sizes 64 and 128, so that one's softmax hides behind the other's products. Head sizes that are no power of two check
-# their columns, which takes registers, and have rows of their own.
+# By head size instead of row width; BLOCK_M queries, BLOCK_N keys. At head sizes 64 and 128 two programs of the forward fit an
+# SM, so that the softmax of one overlaps the products of the other. Head sizes that are no power of two mask their columns,
+# which takes registers, and have entries of their own.
 _WIDE_32_BIT = {128: Config(32, 8, 16, num_stages=1), 256: Config(16, 8, 16, num_stages=1)}
 _WIDE_ATTENTION: dict[str, Table] = {
     "forward": {4: {64: Config(32, 4, 32, num_stages=2)} | _WIDE_32_BIT},
     "backward_kv": {4: {64: Config(16, 4, 32, num_stages=2)} | _WIDE_32_BIT},
-    # Two passes over the keys, with their tiles in shared memory: with one stage Triton loads them into registers.
+    # Two passes over the keys, whose tiles are in shared memory: with one stage Triton loads them into registers.
     "backward_q": {4: {64: Config(32, 4, 16, num_stages=2), 256: Config(16, 4, 16, num_stages=2)}},
 }
 _HOPPER_ATTENTION: dict[str, Table] = {
@@ -249,7 +251,7 @@ _AMPERE_ATTENTION: dict[str, Table] = {
         2: {64: Config(64, 4, 32, num_stages=2), 128: Config(32, 4, 32, num_stages=1), 256: Config(16, 8, 32, num_stages=1)}
     },
 }
-# Heads of up to 64, where a program holds all queries of its sequence: by the longest sequence that a table serves.
+# Head sizes up to 64, where one program holds all queries of its sequence; by the longest sequence that a table serves.
 LENGTHS = (32, 64, 128)
 _HOPPER_SHORT = {
     32: Config(32, 4, 32, num_stages=1),
@@ -259,7 +261,7 @@ _HOPPER_SHORT = {
 _SHORT_ATTENTION = {
     "sm_80": _HOPPER_SHORT | {64: Config(64, 4, 32, num_stages=1), 128: Config(128, 8, 32, num_stages=1)},
     "sm_90": _HOPPER_SHORT,
-    # Left alone, the compiler for sm_100 spills for the sake of one program more.
+    # Without maxnreg the compiler for sm_100 spills to raise occupancy by one program.
     "sm_100": _HOPPER_SHORT
     | {64: Config(64, 4, 64, num_stages=1, maxnreg=255), 128: Config(128, 8, 32, num_stages=1, maxnreg=255)},
     "interpreter": {32: Config(32, 1, 32), 64: Config(64, 1, 32), 128: Config(128, 1, 64)},
@@ -267,7 +269,7 @@ _SHORT_ATTENTION = {
 
 
 def _interpreted(config: Config) -> dict[str, Table]:
-    # float64 as well, which gradcheck needs: on a GPU plain PyTorch computes it.
+    # float64 too, which gradcheck needs. On a GPU plain PyTorch computes it.
     return {"interpreter": {itemsize: {8192: config} for itemsize in (2, 4, 8)}}
 
 
@@ -276,8 +278,8 @@ def _everywhere(table: Table) -> dict[str, Table]:
 
 
 def _attention(part: str) -> dict[str, Table]:
-    """part may end in _masked or _grouped: where a table has no such entry, general masks take the one without, and grouped
-    heads that of general masks."""
+    """The tables of a part, whose name may end in _masked or _grouped. Where a table has no such entry, general masks take that
+    of the plain part, and grouped heads that of general masks."""
     plain = part.removesuffix("_masked").removesuffix("_grouped")
     others = (plain,) if part == plain else (f"{plain}_masked", plain)
     tables = {"sm_80": _AMPERE_ATTENTION, "sm_90": _HOPPER_ATTENTION, "sm_100": _BLACKWELL_ATTENTION}
@@ -287,7 +289,7 @@ def _attention(part: str) -> dict[str, Table]:
     } | _interpreted(Config(64, 1, 32))
 
 
-# The interpreter's time goes by programs and steps, not by elements: tall tiles.
+# The interpreter's time depends on programs and steps, not on elements: tall tiles.
 TABLES: dict[str, dict[str, Table]] = (
     {
         "mask_rows": _everywhere(_MASK_ROWS) | _interpreted(Config(1, 1, 1024)),
@@ -340,8 +342,8 @@ TABLES: dict[str, dict[str, Table]] = (
     }
 )
 
-# Where a product of the feed-forward is Triton's with an epilogue instead of cuBLAS's and a kernel after it: by product,
-# architecture and element size, (H, F) and the rows from which on. Empty: no GPU has shown yet that it is no slower.
+# Where a product of the feed-forward is a Triton kernel with an epilogue instead of cuBLAS and a kernel: by product,
+# architecture, element size and (H, F), the number of rows from which on. Empty until a GPU run has shown that it is no slower;
 # `python -m bench ops --op feed_forward` prints the entries that its run has earned.
 FUSED: dict[str, dict[str, dict[int, dict[tuple[int, int], int]]]] = {
     "feed_forward_product": {},

@@ -1,13 +1,15 @@
-"""A kernel that cannot be compiled or launched: plain PyTorch computes its part, and the log says so once.
+"""The fallback for a kernel that cannot be compiled or launched: plain PyTorch computes its part, and the log says so once.
 
-`launch` makes KernelFailed of the error. A launcher decorated with `or_plain(twin)` then hands its arguments to the twin,
-which stands beside it, in that call and in all later ones: nothing is compiled again at each step. The twin returns what
-the launcher returns and draws the same dropout from the same seed, so that any of a forward, its backward and a recomputed
-forward may fail alone: the gradients are still those of the outputs. It runs inside the same autograd function and the same
-custom op, so torch.compile and gradient checkpointing notice nothing.
+`launch` turns the error into KernelFailed. A launcher decorated with `or_plain(twin)` then passes its arguments to the twin
+beside it, in that call and in all later ones, so that nothing is recompiled at each step. The twin returns what the launcher
+returns and draws the same dropout bits from the same seed.
 
-An error that is not the kernel's is raised as it came: a device on which nothing runs any more, or a launch inside the
-capture of a CUDA graph, where much is forbidden that works outside. Nothing is switched off by it.
+The fallback is the launcher's and not the layer's, so that a forward, its backward or a recomputed forward may fail alone and
+their results still belong together, also packed, cached, checkpointed or compiled: the twin runs inside the same autograd
+function and the same custom op.
+
+An error that is not the kernel's is raised unchanged: a device on which nothing runs any more, or a launch during the capture
+of a CUDA graph, which forbids much that works outside. Such an error disables no kernel.
 """
 
 import errno
@@ -25,17 +27,17 @@ from triton.runtime.errors import InterpreterError
 
 logger = logging.getLogger("fastbert")
 
-# Raise instead: where a kernel is tested or timed, nothing may quietly stand in for it.
+# Raise instead of falling back. Tests and benchmarks set it, so that nothing but the kernel is tested or timed under its name.
 strict = False
-# Why a kernel is not used, by its name. Empty in a process in which all is well.
+# Why a kernel is not used, by kernel name. Empty in a healthy process.
 reasons: dict[str, str] = {}
-# How many launches fell back to plain PyTorch, and whose failure made the last one.
+# How many launches fell back to plain PyTorch, and which failure caused the last one.
 fallbacks = 0
 last_failed = ""
-_failed: dict[Callable[..., Any], str] = {}  # launchers, with the kernel of theirs that failed
+_failed: dict[Callable[..., Any], str] = {}  # launchers that fall back, with the name of the kernel that failed
 
-# Errors of earlier work on the device that a launch is merely the first to hear of, after which nothing runs there.
-# In lower case, as all texts below; some drivers' errors come by name, some by description.
+# Errors of earlier work on the device that a launch merely reports, after which nothing runs on the device.
+# In lower case, like all texts below; a driver's error comes by its name or by its description.
 _OF_THE_DEVICE = (
     "device-side assert",
     "illegal address",
@@ -50,7 +52,7 @@ _OF_THE_DEVICE = (
     "stack error",
     "uncorrectable",
 )
-# The process may use the GPU no more, or not yet again: its context is destroyed, it was forked, or it is ending.
+# The process cannot use the GPU: its context is destroyed, it was forked, or it is exiting.
 _OF_THE_CONTEXT = (
     "busy or unavailable",
     "context_is_destroyed",
@@ -66,16 +68,16 @@ _OF_THE_CONTEXT = (
     "not_initialized",
     "re-initialize cuda",
 )
-# A policy's own, of selective checkpointing: in the interpreter it sees what a launch does.
+# Raised by a policy of selective checkpointing, which sees a launch's operations in the interpreter.
 _OF_CHECKPOINTING = ("selective activation checkpoint", "not found in storage")
 _OF_A_CAPTURE = "captur"  # "operation not permitted when stream is capturing", cudaErrorStreamCaptureInvalidated, ...
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
 
 class KernelFailed(RuntimeError):
-    """`kernel` could not be compiled or launched. Nothing was computed; what it was to write is as before."""
+    """`kernel` could not be compiled or launched. Nothing was computed; its outputs were not written."""
 
-    left: list[int]  # of an optimizer's step: the parameters that did not take it
+    left: list[int]  # for an optimizer step: indices of the parameters that were not updated
 
     def __init__(self, kernel: str, error: BaseException) -> None:
         text = str(error).strip().splitlines()
@@ -85,9 +87,9 @@ class KernelFailed(RuntimeError):
 
 
 def is_of_the_kernel(error: Exception, device: torch.device) -> bool:
-    """Whether compiling or launching went wrong, and not the device, its memory, or a kernel's code in the interpreter.
+    """Whether compiling or launching failed, as opposed to the device, its memory, or the kernel's code in the interpreter.
 
-    While a CUDA graph is captured nothing is taken for the kernel's fault: what fails there may well work outside.
+    During the capture of a CUDA graph no error is attributed to the kernel, which may work outside of the capture.
     """
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError, InterpreterError, KernelFailed)):
         return False
@@ -96,7 +98,7 @@ def is_of_the_kernel(error: Exception, device: torch.device) -> bool:
 
 
 def advise(kernel: str, error: Exception, device: torch.device) -> None:
-    """Add to an error that is not the kernel's what can be done about it, where something can."""
+    """Add advice to an error that is not the kernel's, where there is any."""
     if _mentions(error, _OF_A_CAPTURE) or _is_capturing(device):
         error.add_note(
             f"fastbert: the launch of {kernel} failed inside a CUDA graph capture. Nothing is switched off by that. Run the "
@@ -115,18 +117,18 @@ def _mentions(error: Exception, *texts: str) -> bool:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, on the device's current stream; asked only when a launch has failed."""
+    """Whether the device's current stream is capturing a CUDA graph; called only after a launch has failed."""
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return torch.cuda.is_current_stream_capturing()
     except RuntimeError:
-        # The default stream cannot be asked while another one captures, and no stream without a context; on the CPU there
-        # may be none to ask.
+        # The default stream cannot be queried while another stream captures, and no stream without a context. On the CPU there
+        # may be no stream.
         return device.type == "cuda"
 
 
 def move_cache(error: Exception) -> bool:
-    """Where the error is that Triton's cache cannot be written: have it in a temporary folder from now on, once."""
+    """Move Triton's cache to a temporary folder, once, if `error` says that it cannot be written. Returns whether it moved."""
     if not isinstance(error, OSError) or error.errno not in _NOT_WRITABLE or move_cache.folder:
         return False
     move_cache.folder = tempfile.TemporaryDirectory(prefix="fastbert-triton-")  # removed when the process ends
@@ -144,7 +146,7 @@ move_cache.folder = None
 
 
 def record(failure: KernelFailed) -> None:
-    """Remember why a kernel is not used, and say so if it is not known yet."""
+    """Store why a kernel is not used, and log it if it is new."""
     if failure.kernel not in reasons:
         reasons[failure.kernel] = failure.reason
         logger.warning(
@@ -156,16 +158,16 @@ def record(failure: KernelFailed) -> None:
 
 
 def reset() -> None:
-    """Try every kernel again."""
+    """Forget all failures, so that every kernel is tried again."""
     reasons.clear()
     _failed.clear()
 
 
 def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Decorates a launcher: `twin` takes its arguments from the call on in which one of its kernels fails.
+    """Decorate a launcher with its fallback: once one of its kernels has failed, `twin` receives its arguments.
 
-    `after` is the launcher whose output this one reads: if that one's twin ran, so does this one's. float64 is always the
-    twin's on a GPU, which is no failure: kernels compute it in the interpreter alone, for gradcheck.
+    `after` is the launcher whose output this one reads: if that launcher fell back, so does this one. float64 on a GPU always
+    goes to the twin, without counting as a failure: kernels compute float64 only in the interpreter, for gradcheck.
     """
 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +196,7 @@ def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) 
 
 
 def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among a launcher's arguments, which may be in tuples."""
+    """The tensors among a launcher's arguments, also those inside tuples."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             yield argument
@@ -203,7 +205,7 @@ def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def is_wide(*arguments: Any) -> bool:
-    """Whether a tensor among these is one of float64 on a GPU, for which there is no kernel."""
+    """Whether one of the arguments is a float64 tensor on a GPU, for which there is no kernel."""
     return any([x.dtype == torch.float64 and x.is_cuda for x in tensors(arguments)])
 
 

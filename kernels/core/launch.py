@@ -1,4 +1,9 @@
-"""How a kernel is launched: on which device, with which configuration."""
+"""How a kernel is launched: on which device, with which configuration.
+
+Sizes and counts are `do_not_specialize` arguments: Triton would otherwise recompile for a size that is 1, which it makes a
+constant, or a multiple of 16, in the middle of training. Strides are specialised, because a stride that 16 divides is what
+allows 16-byte accesses. tests/kernels/test_specialisations.py lowers every kernel at every kind of int.
+"""
 
 import functools
 import logging
@@ -17,10 +22,10 @@ from .failures import KernelFailed, advise, is_of_the_kernel, move_cache
 
 logger = logging.getLogger("fastbert")
 
-# Whether kernels run in Triton's interpreter is settled when they are decorated, so it is read once, here.
+# triton.jit decides at decoration time whether kernels run in the interpreter, so this is read once.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
-# Launches by kernel name. Tests read it: a kernel that was quietly not used must not pass.
+# Launches by kernel name. Tests read it: a kernel that silently fell back must not pass.
 counts: Counter[str] = Counter()
 
 Result = TypeVar("Result")
@@ -30,9 +35,9 @@ _recording: tuple[str, Recorder] | None = None
 
 @contextmanager
 def recording(architecture: str, record: Recorder) -> Iterator[None]:
-    """Hand each launch (kernel, programs, configuration, arguments) to `record` instead of a device.
+    """Pass each launch (kernel, programs, configuration, arguments) to `record` instead of a device.
 
-    This is how the audit compiles exactly what would be launched on `architecture`, on a machine without a GPU.
+    The audit compiles exactly what `architecture` would launch this way, on a machine without a GPU.
     """
     global _recording
     _recording = (architecture, record)
@@ -43,7 +48,7 @@ def recording(architecture: str, record: Recorder) -> Iterator[None]:
 
 
 def is_recording() -> bool:
-    """Whether launches are handed to somebody instead of a device."""
+    """Whether launches are recorded instead of made."""
     return _recording is not None
 
 
@@ -62,22 +67,22 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    # Two in the interpreter, so that sums over programs are sums; 132 (an H100) where nothing is launched.
+    # In the interpreter two, so that sums over programs have several terms; 132 (an H100) where launches are only recorded.
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 2 if device.type == "cpu" else 132
 
 
 def table_of(like: Tensor) -> str:
-    """The architecture whose tables a tensor's kernels are configured by."""
+    """The architecture whose tables configure kernels on the tensor's device."""
     return _recording[0] if _recording else architecture(like.device)
 
 
 def choose(kernel: str, like: Tensor, width: int, length: int | None = None) -> Config:
-    """The frozen configuration of `kernel` for rows of `width` elements of this tensor's type and device.
+    """The frozen configuration of `kernel` for rows of `width` elements of the type and on the device of `like`.
 
-    A kernel may have a second table, its name and _uneven, for rows that no 16 bytes divide; and others, its name and a
-    length, for sequences of up to so many rows. `length` is that of the longest.
+    A kernel may have a second table, named with the suffix _uneven, for rows whose bytes 16 does not divide; and tables named
+    with a length, for sequences of at most that many rows. `length` is that of the longest sequence.
     """
     uneven = f"{kernel}_uneven"
     if uneven in TABLES and width * like.element_size() % 16:
@@ -89,14 +94,14 @@ def choose(kernel: str, like: Tensor, width: int, length: int | None = None) -> 
 
 
 def choose_short(kernel: str, like: Tensor, width: int, length: int) -> Config | None:
-    """As `choose` for a kernel that has tables of lengths only; None where none of them has a row for these."""
+    """Like `choose`, for a kernel with tables by length only; None where no table serves this width and length."""
     name = by_length(kernel, length)
     by_width = _table(name, like) if name else {}
     return next((config for limit, config in by_width.items() if limit >= width), None)
 
 
 def by_length(kernel: str, length: int) -> str | None:
-    """The name of the kernel's table for sequences of up to `length` rows, None where it has none."""
+    """The name of the kernel's table for sequences of up to `length` rows; None if there is none."""
     names = (f"{kernel}_{limit}" for limit in LENGTHS if limit >= length)
     return next((name for name in names if name in TABLES), None)
 
@@ -106,28 +111,28 @@ def _table(kernel: str, like: Tensor) -> dict[int, Config]:
 
 
 def resident_programs(config: Config, like: Tensor, blocks: int) -> int:
-    """Programs that share `blocks` blocks of rows: as many as run at once, and no more than there are blocks."""
+    """The number of persistent programs that share `blocks` blocks of rows: as many as run at once, at most one per block."""
     assert config.programs_per_multiprocessor is not None
     return max(1, min(blocks, _multiprocessors(like.device) * config.programs_per_multiprocessor))
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x as [rows, columns] with any strides; copied only where no strides can say it."""
+    """x as [rows, columns] with any strides; copied only where no strides can express that."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments: Any) -> None:
-    """Run `kernel` on `programs` programs, on the device of `like` even when another is current.
+    """Run `kernel` with `programs` programs on the device of `like`, even when another device is current.
 
     Raises:
-        KernelFailed: it could not be compiled or launched.
-        Exception: as it came, if it is no fault of the kernel: of the device, or inside a CUDA graph capture.
+        KernelFailed: the kernel could not be compiled or launched.
+        Exception: unchanged, if the fault is not the kernel's: the device failed, or a CUDA graph is being captured.
     """
     if programs == 0:
         return
     if _recording:
         return _recording[1](kernel, programs, config, arguments)
-    # One axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
+    # One grid axis only: axes 1 and 2 of a CUDA grid stop at 65,535.
     try:
         if not like.is_cuda:
             kernel[(programs,)](**arguments, **cache.options(config))
@@ -144,7 +149,7 @@ def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments
 
 
 def retried(kernel: Any, like: Tensor, compile: Callable[[], Result]) -> Result:
-    """What `compile` returns; with Triton's cache moved where its folder is the reason that it fails.
+    """The result of `compile`, called again with Triton's cache in another folder if its folder cannot be written.
 
     Raises:
         KernelFailed: `kernel` cannot be compiled or loaded.
@@ -158,7 +163,7 @@ def retried(kernel: Any, like: Tensor, compile: Callable[[], Result]) -> Result:
 
 
 def raise_for(kernel: Any, error: Exception, device: torch.device) -> NoReturn:
-    """Raise what came of a launch: as KernelFailed where it is the kernel's fault, else as it is, with advice."""
+    """Raise the error of a launch: as KernelFailed if it is the kernel's, else unchanged, with advice."""
     if is_of_the_kernel(error, device):
         raise KernelFailed(kernel.__name__, error) from error
     advise(kernel.__name__, error, device)
@@ -166,7 +171,7 @@ def raise_for(kernel: Any, error: Exception, device: torch.device) -> NoReturn:
 
 
 class Work(NamedTuple):
-    """A kernel with all that it is launched with besides its tensors: the same for every call of one shape."""
+    """A launch without its tensors: kernel, programs, configuration and numbers, the same for every call of one shape."""
 
     kernel: Any
     programs: int
@@ -174,34 +179,34 @@ class Work(NamedTuple):
     numbers: dict[str, Any]
 
     def launch(self, like: Tensor, **tensors: Tensor | None) -> None:
-        """Launch it on the device of `like`; raises what `launch` raises."""
+        """Launch with these tensors on the device of `like`; raises what `launch` raises."""
         launch(self.kernel, self.programs, self.config, like, **tensors, **self.numbers)
 
 
-# Triton's own are made for constants of kernels as well, and take two microseconds.
+# Triton's versions also work on constants inside kernels, and take two microseconds.
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n; 1 for 0."""
+    """The smallest power of two that is at least n; 1 for 0."""
     return 1 << (n - 1).bit_length() if n > 0 else 1
 
 
 def accumulator(dtype: torch.dtype) -> triton.language.dtype:
-    """The type a kernel computes in: float32, and float64 for float64, which only the interpreter computes (for gradcheck)."""
+    """The type a kernel computes in: float32; float64 for float64, which only the interpreter computes, for gradcheck."""
     return triton.language.float64 if dtype == torch.float64 else triton.language.float32
 
 
 def accumulator_torch(dtype: torch.dtype) -> torch.dtype:
-    """The same as a torch type: that of saved statistics and of partial sums."""
+    """The accumulator as a torch dtype: that of saved statistics and of partial sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def draw_seed(device: torch.device) -> Tensor:
     """A dropout seed, int64 [], from torch's generator of `device`, without a synchronisation.
 
-    torch.manual_seed repeats it, gradient checkpointing restores it, and each replay of a CUDA graph draws anew.
+    torch.manual_seed reproduces it, gradient checkpointing restores it, and each replay of a CUDA graph draws a new one.
     """
     return torch.randint(2**62, (), dtype=torch.int64, device=device)

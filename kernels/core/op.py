@@ -9,10 +9,10 @@ An op's arguments are the fields of a NamedTuple, and so is what its backward re
 
     forward(inputs: Inputs) -> outputs                  backward(dy: Tensor, saved: Saved, ...) -> gradients
 
-In eager mode `forward` and `backward` (the launchers) run inside an autograd.Function, because a custom op costs tens of
-microseconds a call. While torch.compile traces, the custom ops fastbert::<name> and fastbert::<name>_backward stand for
-them, whose arguments are those fields in their order. torch.library.triton_op would let a compiler see the kernels, but it
-fails opcheck's fake-tensor test under Triton's interpreter.
+One autograd rule has two forms. In eager mode `forward` and `backward` (the launchers) run inside an autograd.Function, because
+a custom op costs tens of microseconds per call. While torch.compile traces, the custom ops fastbert::<name> and
+fastbert::<name>_backward replace them and take those fields in their order. torch.library.triton_op would let a compiler see
+the kernels, but fails opcheck's fake-tensor test under Triton's interpreter.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from torch import Tensor
 from .autograd import check_unbatched, links, not_twice
 
 TENSORS = (Tensor, Tensor | None)
-# The function that launches, and the one that allocates what that returns.
+# The function that launches, and the function that allocates what it returns.
 Launcher = tuple[Callable[..., Any], Callable[..., Any]]
 
 
@@ -37,19 +37,19 @@ def define_op(
     gradients: Callable[..., dict[str, Tensor]] | None = None,
     eager_backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """The function of `forward`'s arguments that runs it, by the form that fits and differentiably.
+    """The differentiable function of `forward`'s arguments, eager or as a custom op while torch.compile traces.
 
     Args:
         name: of the custom op.
-        forward: launches, and allocates what the outputs look like, which is all that a tracing compiler needs. The launcher's
-            annotations are the op's. Of a tuple of outputs the first has a gradient.
-        backward: the same of what `gradients` is handed, of any annotated arguments; None: the forward again.
-        save: (*forward's arguments, *outputs) -> the NamedTuple that the backward reads. Without it there is no gradient.
-        gradients: (backward, dy, saved, needs) -> gradients by the names of `forward`'s first argument, a NamedTuple. `needs`
-            says of each whether its gradient is asked for; others are ignored, and each is cast to the dtype of its input.
-        eager_backward: launches the backward in eager mode, where gradients may be views of one buffer.
+        forward: the launcher, whose annotations become the op's, and the allocation of its outputs, which is all that tracing
+            needs. Of a tuple of outputs only the first has a gradient.
+        backward: the same for the backward, with any annotated arguments; None: `forward` again.
+        save: (*forward's arguments, *outputs) -> the NamedTuple that the backward reads. Without it the op has no gradient.
+        gradients: (backward, dy, saved, needs) -> gradients by field name of `forward`'s first argument, a NamedTuple. `needs`
+            has a bool per field; gradients that nobody asked for are ignored, the others are cast to their input's dtype.
+        eager_backward: the backward launcher in eager mode, where gradients may be views of one buffer.
 
-    A second derivative raises: the backward kernels have none.
+    A second derivative raises RuntimeError: the backward kernels have none.
     """
     launch, _ = forward
     taken = _Arguments(get_type_hints(launch))
@@ -97,7 +97,7 @@ def define_op(
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
             check_unbatched(upstream)
-            sources = ctx.saved_tensors  # which checkpointing allows to read once
+            sources = ctx.saved_tensors  # once: checkpointing allows a single read
             with torch.no_grad():
                 found = derive(ctx, launch_backward, as_they_lay(sources, ctx.strides), upstream[0])
             return not_twice(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found
@@ -118,7 +118,7 @@ def define_op(
 
 
 def as_they_lay(tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...] | None]) -> list[Tensor | None]:
-    """The tensors with these strides: hooks on saved tensors may give them back with others."""
+    """The tensors with these strides, copied if necessary: hooks on saved tensors may return them with others."""
     return [
         x if x is None or x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)
         for x, stride in zip(tensors, strides, strict=True)
@@ -126,7 +126,7 @@ def as_they_lay(tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, .
 
 
 def _custom_op(name: str, launch: Callable[..., Any], allocate: Callable[..., Any]) -> Any:
-    """`launch` as fastbert::<name>, of the fields of those arguments that are NamedTuples, and of the others."""
+    """`launch` as the custom op fastbert::<name>. NamedTuples among its arguments are flattened into their fields."""
     hints = get_type_hints(launch)
     taken = _Arguments(hints)
 
@@ -142,8 +142,8 @@ def _custom_op(name: str, launch: Callable[..., Any], allocate: Callable[..., An
 
 
 class _Arguments:
-    """How arguments of these types are made of a flat list of values, one for each of `fields`: a NamedTuple is its fields,
-    and so is one inside another."""
+    """Builds arguments of these types from a flat list of values, one per entry of `fields`. NamedTuples are flattened, also
+    inside one another."""
 
     def __init__(self, hints: dict[str, Any]) -> None:
         hints = {name: hint for name, hint in hints.items() if name != "return"}
@@ -169,7 +169,7 @@ def _is_many(hint: Any) -> bool:
 
 
 def flat(arguments: Iterable[Any]) -> list[Any]:
-    """The arguments, with the fields of each NamedTuple in its place."""
+    """The arguments with each NamedTuple replaced by its fields."""
     values: list[Any] = []
     for argument in arguments:
         values += flat(argument) if isinstance(argument, tuple) else (argument,)

@@ -1,8 +1,8 @@
-"""What the ops' twins in plain PyTorch share: the twins are what runs where a kernel cannot (failures.py).
+"""What the ops' twins share: the fallbacks in plain PyTorch that run where a kernel cannot (failures.py).
 
-A twin stands beside its op, takes what the launcher takes and returns what that returns, of the same types, from dropout's
-same bits. Twins are written for being right: in the type that the kernel computes in, with every intermediate in memory. No
-derivative is taken by autograd here, which is off inside a custom op.
+A twin stands beside its launcher, takes the same arguments, returns the same types and draws the same dropout bits. Twins
+favour correctness: they compute in the kernel's accumulation type, with every intermediate in memory. Derivatives are written
+out, because autograd is off inside a custom op.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def raised(x: Tensor) -> Tensor:
-    """In the type that kernels compute in."""
+    """x in the type that kernels compute in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -27,7 +27,7 @@ def activation_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
 
 
 def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean and 1 / standard deviation of rows in the type that they are computed in."""
+    """y, mean and 1 / sqrt(variance + eps) of each row, computed in the dtype of x."""
     mean = x.mean(-1)
     centred = x - mean[..., None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()

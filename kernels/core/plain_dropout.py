@@ -1,4 +1,4 @@
-"""Dropout's bits in plain PyTorch, the same that the kernels draw: device_math.keep_mask, attention.tiles.keep_scores.
+"""The kernels' dropout bits in plain PyTorch: device_math.keep_mask and attention.tiles.keep_scores.
 
 Unsigned 32-bit numbers are held in int64, which torch can multiply and shift.
 """
@@ -15,7 +15,7 @@ def dropped(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
 
 
 def keep_mask(seed: Tensor | None, shape: torch.Size, p: float) -> Tensor | None:
-    """What dropout keeps of a tensor of rows; None where it keeps all."""
+    """The keep mask of a tensor of rows; None where nothing is dropped."""
     if seed is None:
         return None
     n_rows, n_cols = shape[:-1].numel(), shape[-1]
@@ -28,7 +28,7 @@ def keep_mask(seed: Tensor | None, shape: torch.Size, p: float) -> Tensor | None
 
 
 def keep_scores(seed: Tensor, sequences: range, n_heads: int, n_queries: int, n_keys: int, p: float) -> Tensor:
-    """What attention's dropout keeps of the probabilities [sequences, heads, queries, keys]."""
+    """The keep mask of attention's probabilities, [sequences, heads, queries, keys]."""
     first = sequences.start * n_heads
     head = torch.arange(first, sequences.stop * n_heads, device=seed.device).view(-1, n_heads, 1, 1)
     rows = torch.arange(n_queries, device=seed.device)[:, None]
@@ -48,7 +48,7 @@ def _group(places: Tensor) -> Tensor:
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int) -> tuple[Tensor, ...]:
-    """Four random words of a counter whose last word is 0: Philox4x32 with seven rounds, as in the kernels."""
+    """Four random words for a counter whose last word is 0: Philox4x32 with seven rounds, as in the kernels."""
     c3 = torch.zeros_like(c0)
     c2 = c3 + c2
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
@@ -61,7 +61,7 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int) -> tuple[Ten
 
 
 def _product(a: Tensor, b: Tensor | int) -> tuple[Tensor, Tensor]:
-    """The two words of a product, from halves: the whole would not fit into int64."""
+    """The high and low words of a product, from 16-bit halves: the whole would overflow int64."""
     low = (a & 0xFFFF) * b
     high = (a >> 16) * b + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
