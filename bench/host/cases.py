@@ -1,4 +1,4 @@
-"""Which steps `python -m bench host` looks at, and in which lanes. Two tables, most telling first."""
+"""Defines the steps and lanes that `python -m bench host` measures, in two tables, most important first."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from bench.models.workloads import Workload
 
 @dataclass(frozen=True)
 class HostLane:
-    """`told`: fastbert is told how long the rows are (`fastbert.lengths`), so that it need not count on the device."""
+    """A lane of bench.models.workloads. `told`: fastbert gets the row lengths (`fastbert.lengths`) and does not count them."""
 
     model: workloads.Lane
     told: bool = False
@@ -26,7 +26,7 @@ PADDED_NO_LOGITS, PACKED_NO_LOGITS = "fastbert, padded, no logits", "fastbert, p
 LANES = {
     STOCK: HostLane(workloads.Lane()),
     COMPILED: HostLane(workloads.Lane(compiled=True)),
-    PLAIN: _ours(),  # as patch() makes it
+    PLAIN: _ours(),  # patch() with its defaults
     PADDED: _ours(unpad=False),
     PACKED: _ours(told=True),
     PADDED_NO_LOGITS: _ours(unpad=False, mlm_logits="none"),
@@ -36,7 +36,7 @@ LANES = {
 
 @dataclass(frozen=True)
 class HostCase:
-    """A step of BERT-base: a forward for "infer", else forward, backward and AdamW. Weights are bf16 unless `autocast`."""
+    """A step of BERT-base: a forward for "infer", otherwise forward, backward and AdamW. bf16 weights unless `autocast`."""
 
     name: str
     head: str
@@ -54,12 +54,12 @@ class HostCase:
         return Workload(self.model, self.head, self.mode, self.batch, self.seqlen, 1.0, precision, lengths)
 
     def tiny(self) -> "HostCase":
-        """The same step at a size for the interpreter, in float32: bfloat16 is wrong there."""
+        """The same step at a size for the interpreter. In float32, because the interpreter computes bfloat16 wrongly."""
         return replace(self, model="tiny", batch=min(self.batch, 4), seqlen=16, autocast=False)
 
 
 def quarter_to_whole(batch: int, seqlen: int) -> Lengths:
-    """Rows from a quarter of `seqlen` to all of it, evenly: five eighths of the positions are tokens."""
+    """Row lengths spaced evenly from a quarter of `seqlen` to all of it: five eighths of the positions are tokens."""
     least = seqlen // 4
     sizes = tuple(least + (seqlen - least) * i // max(batch - 1, 1) for i in range(batch))
     return Lengths("a quarter to the whole", sizes)

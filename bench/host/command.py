@@ -1,4 +1,4 @@
-"""python -m bench host, and python -m bench layer."""
+"""The commands `python -m bench host` and `python -m bench layer`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 def host(
     only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
-    seconds: Annotated[float, typer.Option(help="Of timed steps a case.")] = 10.0,
-    rounds: Annotated[int, typer.Option(help="Turns of each lane.")] = 15,
-    compiled: Annotated[bool, typer.Option("--compile", help="With a lane of torch.compile, which takes minutes.")] = False,
-    names: Annotated[bool, typer.Option("--names", help="List the launches of each lane by name.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the results here, for `report`.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 if a lane misses its target.")] = False,
+    seconds: Annotated[float, typer.Option(help="Seconds of timed steps per case.")] = 10.0,
+    rounds: Annotated[int, typer.Option(help="Turns per lane.")] = 15,
+    compiled: Annotated[bool, typer.Option("--compile", help="Add a lane of torch.compile, which takes minutes.")] = False,
+    names: Annotated[bool, typer.Option("--names", help="List each lane's launches by name.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file, for `report`.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a lane misses its target.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """The host's time of whole steps as ratios to stock, their launches and peak memory; also on a pretended GPU."""
+    """Measure whole steps: host time as a ratio to stock, launches and peak memory. Also runs on a pretended GPU."""
     if dry_run and check:
-        raise typer.BadParameter("--check takes a measurement: leave --dry-run out")
+        raise typer.BadParameter("--check needs a measurement: leave out --dry-run")
     if seconds <= 0 or rounds < 1:
         raise typer.BadParameter(f"expected --seconds above 0 and --rounds from 1 on, got {seconds:g} and {rounds}")
     session.start(dry_run)
@@ -78,7 +78,7 @@ def _check(results: "Results") -> int:
 
 
 def layer() -> None:
-    """What a BERT-base layer in training launches and how many bytes that moves. No GPU needed, nothing runs."""
+    """Count what a BERT-base layer in training launches and the bytes that it moves. Needs no GPU and runs nothing."""
     from bench.host.layer_traffic import table
 
     console.print(table())

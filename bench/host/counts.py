@@ -1,7 +1,7 @@
-"""What one step puts into the device's queue, by kind and name.
+"""Counts what one step launches, by kind and name.
 
-On a GPU from torch's profiler, where each kernel counts; on a pretended one from its stub, where a call of cuBLAS or cuDNN
-counts as one launch. Without either, what is dispatched: ATen's calls and Triton's launches.
+On a GPU torch's profiler counts every kernel. On a pretended GPU the stub counts, and a call of cuBLAS or cuDNN is one
+launch. Without either, dispatched ATen calls and Triton launches count.
 """
 
 import re
@@ -17,16 +17,16 @@ from triton.runtime.interpreter import GridExecutor
 from bench.core.pretended import pretended
 from fastbert.kernels.core import launch
 
-ATEN, TRITON, LIBRARIES, COPIES = KINDS = ("ATen", "Triton", "libraries", "copies")  # copies: fills as well
+ATEN, TRITON, LIBRARIES, COPIES = KINDS = ("ATen", "Triton", "libraries", "copies")  # copies include fills
 Launches = dict[str, dict[str, int]]  # kind -> name -> how often
 
-LONGEST = 160  # characters of a name; C++ templates go on for a thousand
+LONGEST = 160  # characters of a name; those of C++ templates can exceed a thousand
 _LIBRARY = re.compile(r"gemm|gemv|nvjet|xmma|cublas|cudnn|splitk|cutlass", re.IGNORECASE)
-_ATTENTION = re.compile(r"^(void )?(pytorch_flash|flash|fmha)")  # ATen's own, though made of cutlass
+_ATTENTION = re.compile(r"^(void )?(pytorch_flash|flash|fmha)")  # ATen's own kernels, although built from cutlass
 
 
 def of_step(step: Callable[[], None], device: str) -> Launches:
-    """The launches of one call of `step`, which has run before."""
+    """The launches of one call of `step`, which must have run before."""
     if device != "cuda":
         return _dispatched(step)
     stub = pretended()
@@ -34,7 +34,7 @@ def of_step(step: Callable[[], None], device: str) -> Launches:
 
 
 def kernels(launches: Launches) -> int:
-    """Kernels of all kinds; copies and fills are no kernels."""
+    """The number of kernels of all kinds, without copies and fills."""
     return sum(sum(names.values()) for kind, names in launches.items() if kind != COPIES)
 
 
@@ -47,12 +47,12 @@ def _short(name: str) -> str:
 
 
 def kind_of(event: str) -> str:
-    """The kind of what torch's profiler calls by this name."""
+    """The kind of launch that torch's profiler reports under this name."""
     if event.startswith(("Memcpy", "Memset")):
         return COPIES
     if _LIBRARY.search(event) and not _ATTENTION.match(event):
         return LIBRARIES
-    # Triton's kernels are named as in Python, ATen's are C++ with namespaces and arguments.
+    # Triton's kernels have their Python names; ATen's have C++ names with namespaces and arguments.
     return TRITON if re.fullmatch(r"\w+", event) and not _ATTENTION.match(event) else ATEN
 
 
@@ -84,7 +84,7 @@ def _of_stub(step: Callable[[], None], stub: Any) -> Launches:
 
 
 class _Calls(TorchDispatchMode):
-    """Counts ATen's calls by name."""
+    """Counts ATen calls by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def pausing(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, without what it dispatches: Triton's interpreter copies a kernel's tensors."""
+        """Wrap `call` so that its own dispatches do not count: Triton's interpreter copies a kernel's tensors."""
 
         def paused(*args: Any, **kwargs: Any) -> Any:
             self.paused = True

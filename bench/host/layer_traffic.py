@@ -1,7 +1,7 @@
-"""What a layer of BERT in training launches and how many bytes that moves, counted on tensors that have no memory.
+"""Counts what a BERT layer in training launches and the bytes that it moves, on tensors without memory.
 
-Each launch reads and writes every tensor that it is given once, and what it is given twice twice (it reads one and writes the
-other). That is what a perfect cache leaves, of products as well. Kernels are those that would run on an H100.
+Each launch counts every tensor argument once; a tensor passed twice counts twice (read once, written once). This is the
+traffic with a perfect cache, for matrix products too. Kernels are those that would run on an H100.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["SHAPES", "Traffic", "of_layer", "table"]
 
 SHAPES = ((32, 128), (16, 512))  # sequences x their length
-# ATen's calls that launch nothing: memory, and other views of it. Any other counts.
+# ATen calls that launch nothing: allocations and views. Any other call counts.
 _OF_THE_HOST = {
     *("empty", "empty_like", "new_empty", "view", "t", "slice", "detach", "unbind", "chunk", "promote_types"),
     *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"),
@@ -28,14 +28,14 @@ _OF_THE_HOST = {
 
 @dataclass
 class Traffic:
-    """By name of what is launched: how often, and bytes."""
+    """Number of launches and bytes, by name."""
 
     launches: dict[str, int] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> tuple[int, int]:
-        """Launches and bytes."""
+        """Launches and bytes of all names together."""
         return sum(self.launches.values()), sum(self.moved.values())
 
     def add(self, name: str, moved: int) -> None:
@@ -83,14 +83,14 @@ def _counting(architecture: str) -> Iterator[Traffic]:
     with (
         launch.recording(architecture, record),
         patch.object(products, "adds_last", lambda a: True),
-        patch.object(torch, "is_autocast_enabled", lambda device: False),  # which knows no such device
+        patch.object(torch, "is_autocast_enabled", lambda device: False),  # rejects the meta device
         _Calls(traffic),
     ):
         yield traffic
 
 
 def of_layer(batch: int, seqlen: int, hidden: int = 768, architecture: str = "sm_90") -> Traffic:
-    """Forward and backward of one layer of `hidden` columns in bf16 with dropout 0.1 and a key mask."""
+    """The traffic of forward and backward of one layer with `hidden` columns, in bf16, with dropout 0.1 and a key mask."""
     from fastbert.kernels.encoder_layer import Settings, unchecked
     from fastbert.kernels.encoder_layer.settings import Layout, Weights
 
@@ -112,7 +112,7 @@ def of_layer(batch: int, seqlen: int, hidden: int = 768, architecture: str = "sm
 
 
 def table() -> Table:
-    """By what is launched, for each of SHAPES."""
+    """Launches and bytes by name, for each of SHAPES."""
     found = [of_layer(*shape) for shape in SHAPES]
     result = Table(title="A BERT-base layer in training, bf16, dropout 0.1, key mask", caption="MB: 10^6 bytes")
     result.add_column("launch", no_wrap=True)

@@ -1,8 +1,8 @@
-"""`python -m bench host`: the host's time of whole steps, what they launch, and how much memory they need.
+"""Runs `python -m bench host`: measures the host time, launches and peak memory of whole steps.
 
-A GPU waits for its host wherever a step's launches take longer than its kernels, so times are the host's: from an idle
-device to the moment at which all of a step is issued. Lanes of one case take turns, so that other load on the machine falls
-on all of them, and are compared turn by turn. No result is checked here; `python -m bench models` checks the same models.
+A GPU waits for its host wherever a step's launches take longer than its kernels. Times are therefore the host's: from an
+idle device until the whole step is issued. The lanes of a case take turns, so that other load on the machine affects all
+of them, and are compared turn by turn. Results are not checked here; `python -m bench models` checks the same models.
 """
 
 import gc
@@ -28,7 +28,7 @@ WARM_UP = 3
 
 
 class StepTime(NamedTuple):
-    """Seconds of the processor, seconds that passed, and the processor's by part of the step."""
+    """CPU seconds, wall seconds, and CPU seconds by part of the step."""
 
     cpu: float
     wall: float
@@ -47,10 +47,10 @@ def run(
     tiny: bool = False,
     budget: float = float("inf"),
 ) -> Iterator[HostRecord]:
-    """A record a lane of the cases of these names, a case at a time.
+    """Yield one record per lane of the named cases, case by case.
 
-    seconds: of timed steps a case, in `rounds` turns of each lane. compiled: with a lane of torch.compile. tiny: a dry run on
-    the CPU, without a time. budget: no case is begun after so many seconds.
+    seconds: of timed steps per case, in `rounds` turns per lane. compiled: adds a lane of torch.compile. tiny: a dry run on
+    the CPU, untimed. budget: no case starts after this many seconds.
     """
     end = time.monotonic() + budget
     with _strict_and_alone():
@@ -63,7 +63,7 @@ def run(
 
 @contextmanager
 def _strict_and_alone() -> Iterator[None]:
-    """No kernel replaced by plain PyTorch, and one thread: others that wait for work would be counted."""
+    """Forbid fallbacks to plain PyTorch, and use one thread: the CPU time of waiting threads would count."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -74,7 +74,7 @@ def _strict_and_alone() -> Iterator[None]:
 
 
 def measure(case: HostCase, seconds: float, rounds: int, compiled: bool, device: str) -> list[HostRecord]:
-    """The records of one case, its lanes in the order of its table."""
+    """The records of one case, with lanes in the order of the case."""
     lanes = list(case.lanes)
     if compiled:
         lanes.insert(1, COMPILED)
@@ -94,7 +94,7 @@ def _record(case: HostCase, lane: str, found: dict[str, Any]) -> HostRecord:
 
 
 def _caught(call: Callable[[], dict[str, Any]], tidy: bool = True) -> dict[str, Any]:
-    """What `call` found, or what it raised: one lane's end is not the end of the others."""
+    """The result of `call`, or an error record if it raises, so that one lane's failure does not end the others."""
     try:
         return call()
     except Exception as error:
@@ -112,7 +112,7 @@ def _tidy() -> None:
 
 
 def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:
-    """Launches of a warm step and the most that it allocates, with no other lane on the device."""
+    """Launches and peak memory of a warm step, with no other lane on the device."""
     torch._dynamo.reset()
     step = Step(case, lane, device)
     before = launch.counts.total()
@@ -127,7 +127,7 @@ def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:
 
 
 def _launches(step: Step, device: str) -> dict[str, Any]:
-    """A profiler that does not work here costs the launches, not the times."""
+    """The launches of a step. If the profiler does not work here, the lane is still timed."""
     try:
         found = counts.of_step(step, device)
     except Exception as error:
@@ -136,7 +136,7 @@ def _launches(step: Step, device: str) -> dict[str, Any]:
 
 
 def _in_turns(case: HostCase, lanes: list[str], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
-    """What is known of each lane's time after `rounds` turns of all of them, of about `seconds` together."""
+    """Times of each lane from `rounds` turns of all lanes, about `seconds` in total."""
     steps: dict[str, Step] = {}
     times: dict[str, Times] = {lane: [] for lane in lanes}
     failed: dict[str, dict[str, Any]] = {}
@@ -162,7 +162,7 @@ def _in_turns(case: HostCase, lanes: list[str], seconds: float, rounds: int) -> 
 
 
 def turn(step: Step, seconds: float) -> list[StepTime]:
-    """Times of steps that take about `seconds` together, each begun on an idle device; the first one is not timed."""
+    """Times of consecutive steps for about `seconds`, each started on an idle device. The first step is not timed."""
     step()
     found = []
     end = time.perf_counter() + seconds
@@ -184,7 +184,7 @@ def _timed(step: Step) -> StepTime:
 
 
 def summary(turns: Times) -> dict[str, Any]:
-    """The quartiles of all steps, and the median of each turn."""
+    """Quartiles over all steps, and the median of each turn."""
     cpu, wall = ([[getattr(step, clock) for step in turn] for turn in turns] for clock in ("cpu", "wall"))
     names = turns[0][0].parts
     return {

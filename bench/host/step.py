@@ -1,4 +1,4 @@
-"""One lane of a step: its model, batch and optimizer, and the call that is measured."""
+"""Builds one lane of a step: its model, batch, optimizer, and the call that is measured."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,9 +15,9 @@ PARTS = FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
 
 class Step:
-    """`step()` issues one step of the lane and waits for nothing; call it under `surroundings()`.
+    """`step()` issues one step of the lane without synchronising. Call it under `surroundings()`.
 
-    `step(issued)` calls `issued(part)` as soon as a part of the step is.
+    `step(issued)` calls `issued(part)` as soon as that part of the step is issued.
     """
 
     def __init__(self, case: HostCase, lane: str, device: str) -> None:
@@ -34,7 +34,7 @@ class Step:
         made = batches.make(case.head, self.workload.config(), lengths, case.seqlen, 0, "cpu", labels=self.training)
         mask = made.get("attention_mask")
         self.tokens: list[int] = [case.seqlen] * case.batch if mask is None else mask.sum(1).tolist()
-        # The positions that the head reads: those with a label for MLM, the first one for a classifier.
+        # Positions per row that the head reads: those with a label for MLM, the first one for a classifier.
         self.read: list[int] = (made["labels"] != -100).sum(1).tolist() if case.head == "mlm" else [1] * case.batch
         names = ("input_ids", "attention_mask", "labels")
         self.batch: dict[str, Tensor] = {name: made[name].to(self.device) for name in names if name in made}
@@ -42,7 +42,7 @@ class Step:
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
-        """What the host reads back on a pretended GPU, stood in for; nothing anywhere else."""
+        """Supply what the host reads back on a pretended GPU; do nothing elsewhere."""
         with true_reads(self.tokens, self.read) if self.device == "cuda" and pretended() else nullcontext():
             yield
 

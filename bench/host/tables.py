@@ -1,4 +1,4 @@
-"""What bench.host.run found, as a Markdown table and as lists of launches."""
+"""Formats the records of bench.host.run as table rows and as lists of launches."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,26 +21,26 @@ HEADINGS = (
 
 
 def cpu_ratio(record: HostRecord, stock: HostRecord | None) -> float | None:
-    """The processor's time over stock's: the median of the turns' ratios. None without both."""
+    """CPU time relative to stock: the median of the ratios per turn. None if either is missing."""
     return _median(_ratios(record.runs, stock and stock.runs))
 
 
 def part_ratios(record: HostRecord, stock: HostRecord) -> list[float | None]:
-    """`cpu_ratio` of each part of a step; none where a step has one part."""
+    """`cpu_ratio` of each part of a step; empty for a step with one part."""
     if len(record.parts) < 2:
         return []
     return [_median(_ratios(runs, stock.parts.get(part))) for part, runs in record.parts.items()]
 
 
 def peak_ratio(record: HostRecord, stock: HostRecord | None) -> float | None:
-    """The peak over stock's; None without both."""
+    """Peak memory relative to stock; None if either is missing."""
     if stock is None or not stock.peak_bytes or not record.peak_bytes:
         return None
     return record.peak_bytes / stock.peak_bytes
 
 
 def rows(records: Iterable[HostRecord]) -> list[Sequence[str]]:
-    """A row a lane, under HEADINGS."""
+    """One row per lane, under HEADINGS."""
     return [
         _row(record, comparison.baseline(of_case)) for of_case in comparison.by_case(records).values() for record in of_case
     ]
@@ -66,7 +66,7 @@ def _row(record: HostRecord, stock: HostRecord | None) -> list[str]:
 
 
 def _ratios(runs: Sequence[float], base: Sequence[float] | None) -> list[float]:
-    """Turn by turn: what else the machine did in a turn weighed on both."""
+    """Ratios per turn: other load on the machine affects both lanes of a turn."""
     return [a / b for a, b in zip(runs, base or (), strict=False)]
 
 
@@ -79,7 +79,7 @@ def _two(value: float | None) -> str:
 
 
 def names(record: HostRecord) -> list[str]:
-    """A line a launch of one step: how often, of which kind, by which name; the most frequent first."""
+    """One line per kernel name of one step: count, kind and name, most frequent first."""
     found = [(times, kind, name) for kind, of_kind in record.launches.items() for name, times in of_kind.items()]
     ordered = sorted(found, key=lambda launch: -launch[0])
     return [f"{times:5}  {kind:9}  {name}" for times, kind, name in ordered]

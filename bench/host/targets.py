@@ -1,4 +1,4 @@
-"""How fast the host has to be: one table, and what misses it."""
+"""Defines the targets of the host measurements and checks records against them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ CPU, PEAK, LAUNCHES = "CPU time / stock", "peak memory / stock", "launches"
 
 @dataclass(frozen=True)
 class Target:
-    """`what` of a lane is at most `most`."""
+    """The upper limit `most` for the figure `what` of a lane."""
 
     case: HostCase
     lane: str
@@ -38,7 +38,7 @@ TARGETS = (
 
 
 def check(records: Iterable[HostRecord]) -> tuple[list[str], int]:
-    """A line for each target that is missed, or whose lane has no figure; and how many targets the records' cases have."""
+    """One line for each target that is missed or has no figure, and the number of targets for the cases of the records."""
     by_case = comparison.by_case(records)
     missed, count = [], 0
     for target in TARGETS:

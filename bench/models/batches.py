@@ -1,4 +1,4 @@
-"""Random batches for the eight heads: token ids, segments, the mask of given lengths, labels."""
+"""Makes random batches for the eight heads: token ids, segments, the mask of given lengths, labels."""
 
 import random
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from fastbert.cli.tasks import TASKS
 
 HEADS = tuple(name for name in TASKS if name != "base")
 CHOICES = 2
-MASKED = 0.15  # share of the real positions that MLM labels
+MASKED = 0.15  # share of real positions with an MLM label
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 Batch = dict[str, Tensor]
 
 
 def make(head: str, config: Any, lengths: Sequence[int], seqlen: int, seed: int, device: str, *, labels: bool = True) -> Batch:
-    """A batch of len(lengths) sequences padded to `seqlen`, on `device`. For multiple choice they are pairs of choices.
+    """A batch of len(lengths) sequences padded to `seqlen`, on `device`; pairs of choices for multiple choice.
 
-    The mask is left out where there is no padding, as a data collator that packs full rows does.
+    There is no mask if there is no padding, as from a data collator that packs full rows.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = list(lengths)
@@ -40,7 +40,7 @@ def make(head: str, config: Any, lengths: Sequence[int], seqlen: int, seed: int,
 
     def chosen_labels() -> Tensor:
         chosen = (torch.rand(real.shape, generator=generator) < MASKED) & real
-        chosen[:, 0] = True  # so that no batch is without a label
+        chosen[:, 0] = True  # so that every batch has a label
         return batch["input_ids"].masked_fill(~chosen, -100)
 
     if head in ("mlm", "pretraining"):
@@ -65,5 +65,5 @@ def make(head: str, config: Any, lengths: Sequence[int], seqlen: int, seed: int,
 
 
 def padding(batch: Batch) -> Tensor | None:
-    """bool, true at padded positions, in the shape of input_ids; None where there is no padding."""
+    """bool in the shape of input_ids, true at padded positions; None if there is no padding."""
     return batch["attention_mask"] == 0 if "attention_mask" in batch else None

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: by phase, from events; by kind of kernel, from torch's profiler."""
+"""Breaks down the time of a step: by phase, from events, and by kind of kernel, from torch's profiler."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# First match wins. The names are those that cuBLAS, torch, inductor, flash-attn and fastbert give their kernels.
+# The first match wins. These are kernel names of cuBLAS, torch, inductor, flash-attn and fastbert.
 PARTS = (
     ("attention", r"attention|flash|fmha|softmax|sdp"),
     ("products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma"),
@@ -24,12 +24,12 @@ PARTS = (
 
 
 def part_of(kernel: str) -> str:
-    """The kind of work that a kernel of this name does; "other" where its name does not say."""
+    """The kind of work of a kernel with this name; "other" if no pattern matches."""
     return next((part for part, pattern in PARTS if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
 def by_part(step: Callable[[int], Any], steps: int = 3) -> dict[str, float]:
-    """Seconds of GPU time a step by kind of kernel, largest first."""
+    """Seconds of GPU time per step by kind of kernel, largest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for i in range(steps):
             step(i)
@@ -41,7 +41,7 @@ def by_part(step: Callable[[int], Any], steps: int = 3) -> dict[str, float]:
 
 
 class Phases:
-    """Seconds of forward, backward and optimizer in one step: mark() between them, read() after the GPU is done."""
+    """Seconds of forward, backward and optimizer in one step. Call mark() between them and read() when the GPU is idle."""
 
     def __init__(self) -> None:
         self.events = [("", self._now())]

@@ -1,4 +1,4 @@
-"""python -m bench models."""
+"""The command `python -m bench models`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,17 +14,17 @@ def models(
     head: Annotated[list[str], typer.Option(help="A task of `fastbert verify`: mlm, classification, ...")] = ["mlm"],
     mode: Annotated[list[str], typer.Option(help="train or infer.")] = ["train"],
     batch: Annotated[list[int], typer.Option(help="Sequences.")] = [32],
-    seqlen: Annotated[list[int], typer.Option(help="Their padded length.")] = [512],
+    seqlen: Annotated[list[int], typer.Option(help="Padded sequence length.")] = [512],
     fill: Annotated[list[float], typer.Option(help="Share of real tokens.")] = [0.5, 1.0],
-    lane: Annotated[list[str], typer.Option(help="Only this lane; all of them by default.")] = [],
-    lengths: Annotated[Path | None, typer.Option(help="A length a line, instead of the distribution.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A text, a sequence a line: its tokenised lengths.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Whose tokenizer reads --data.")] = None,
+    lane: Annotated[list[str], typer.Option(help="Only this lane; all lanes by default.")] = [],
+    lengths: Annotated[Path | None, typer.Option(help="A file with one length per line, instead of the distribution.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A text with one sequence per line, for its lengths in tokens.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The model whose tokenizer reads --data.")] = None,
     budget: Budget = HOUR,
     out: Out = OUT,
     dry_run: DryRun = False,
 ) -> None:
-    """Training steps and inference of whole models, lane by lane."""
+    """Time training steps and inference of whole models, lane by lane."""
     from bench.runner.selection import model_jobs
 
     jobs = model_jobs(

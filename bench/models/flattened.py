@@ -1,9 +1,9 @@
-"""A stock model over flattened batches: all tokens in one row, no padding, FlashAttention-2 told where sequences end.
+"""Runs a stock model over flattened batches: all tokens in one row without padding, with sequence bounds for FlashAttention-2.
 
-This is what sentence-transformers and a padding-free data collator do with `attn_implementation="flash_attention_2"`. That
-package need not be here: torch holds the same kernel, with dropout and a backward. Batches are flattened once, by the
-collator, so that costs the lane no time. Heads that read the first position of each sequence are given those rows, which
-nobody's flattened BERT offers yet.
+sentence-transformers and padding-free data collators do this with `attn_implementation="flash_attention_2"`. The package
+flash-attn is not needed: torch has the same kernel, with dropout and a backward. Batches are flattened once, as by a
+collator, outside the timed region. Heads that read the first position of each sequence get those rows, which transformers'
+flattened BERT does not offer.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from bench.core.peers import Absent
 
 NAME = "flattened"
-BY_TOKEN = ("mlm", "ner")  # heads that give a row for each token and so run as they are
+BY_TOKEN = ("mlm", "ner")  # heads with one output row per token, which need no change
 BY_SEQUENCE = ("classification",)
 
 
@@ -35,8 +35,8 @@ def attend(
     max_length_q: int,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """One row of all tokens, [1, heads, T, D], as transformers hands it to an attention; without a GPU by SDPA, a sequence
-    at a time, so that a dry run checks the rest."""
+    """Attention over one row of all tokens, [1, heads, T, D], with transformers' signature. Without a GPU it calls SDPA for
+    one sequence at a time, so that a dry run checks the rest."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if query.is_cuda:
         ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
@@ -53,9 +53,9 @@ AttentionInterface.register(NAME, attend)
 
 @dataclass(frozen=True)
 class Flat:
-    """A batch in one row: what the model takes, where sequences begin, and which positions of the batch are tokens.
+    """A batch in one row: the model's inputs, the start of each sequence, and the positions of the batch that are tokens.
 
-    Made on the host, as a collator makes it.
+    Built on the host, as by a collator.
     """
 
     source: Tensor
@@ -80,13 +80,13 @@ class Flat:
 
 
 class Flattened(nn.Module):
-    """`model` called with padded batches, which it sees flattened; made once for each batch, which is kept."""
+    """Takes padded batches and calls `model` with flattened ones. Each batch is flattened once and kept."""
 
     def __init__(self, model: nn.Module, head: str) -> None:
         super().__init__()
         if head not in BY_TOKEN + BY_SEQUENCE:
             raise Absent(f"no flattened form of the head {head}")
-        self._orig_mod = model  # as torch.compile's wrapper calls it: the check then finds the parameters by their names
+        self._orig_mod = model  # the attribute of torch.compile's wrapper, by which the check finds parameters by name
         self.config, self.head = model.config, head
         self.kept: dict[int, Flat] = {}
 
@@ -97,7 +97,7 @@ class Flattened(nn.Module):
         return self.kept[key]
 
     def forward(self, **batch: Tensor) -> Any:
-        """The model's own output, its rows those of all tokens; for a head by sequence that of the padded batch."""
+        """The model's output with one row per token; for a head over sequences, the output of the padded batch."""
         flat = self.flat(batch)
         if self.head in BY_TOKEN:
             return self._orig_mod(**flat.inputs)
@@ -109,7 +109,7 @@ class Flattened(nn.Module):
 
 
 def padded(results: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Results by token as a padded batch would have them, zeros where there is none; the others as they are."""
+    """Results per token scattered into padded shape, with zeros at padding; other results unchanged."""
     index, shape = Flat.of(batch).index, batch["input_ids"].shape
 
     def spread(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The check before a model's lane is timed: loss, outputs and every gradient against eager, without dropout.
+"""Checks a model's lane before it is timed: loss, outputs and every gradient against eager, without dropout.
 
-The rule is that of fastbert.verify, as tests/models applies it, on a batch of the workload's length and head.
+The rule is that of fastbert.verify, as in tests/models, on a batch with the workload's length and head.
 """
 
 import copy
@@ -16,8 +16,8 @@ from bench.models.workloads import LANES, Workload
 from fastbert.kernels.core.launch import counts
 from fastbert.testing.models import Tensors, assert_equal, run
 
-SHOWN = 8  # tensors that a failure names
-ROWS = batches.CHOICES  # the reference is float64: a few rows of the real length, not the whole batch
+SHOWN = 8  # number of tensors that a failure names
+ROWS = batches.CHOICES  # the reference is float64, so the check takes a few rows of full length, not the whole batch
 
 
 def autocast(workload: Workload, device: str) -> AbstractContextManager:
@@ -39,7 +39,7 @@ def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> s
     eager = _run(workload, stock, batch, device)
     with torch.autocast(device, enabled=False):
         exact = run(copy.deepcopy(stock).double(), batch, workload.mode == "train")
-    if called.training:  # a lane that trains without them returns no logits
+    if called.training:  # a lane may train without returning logits
         for name in [name for name in eager if name.endswith("logits") and name not in found]:
             del eager[name], exact[name]
     try:
@@ -51,7 +51,7 @@ def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> s
 
 
 def without_dropout(model: nn.Module, training: bool) -> nn.Module:
-    """In training mode, because what is timed is: a model may return other things, and take other ways, in eval mode."""
+    """Switch off dropout but keep the timed mode: in eval mode a model may return other outputs and take other code paths."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -59,7 +59,7 @@ def without_dropout(model: nn.Module, training: bool) -> nn.Module:
 
 
 def _run(workload: Workload, model: nn.Module, batch: dict[str, torch.Tensor], device: str) -> Tensors:
-    """Inference is gated on its outputs, training on its gradients too."""
+    """Outputs for inference; outputs and gradients for training."""
     training = workload.mode == "train"
     with true_reads_of(batch), nullcontext() if training else torch.inference_mode():
         results = run(model, batch, training, autocast(workload, device))
@@ -67,7 +67,7 @@ def _run(workload: Workload, model: nn.Module, batch: dict[str, torch.Tensor], d
 
 
 def _readable(results: Tensors, batch: dict[str, torch.Tensor]) -> Tensors:
-    """What stands at padded positions is nobody's to read, and a lane that skips padding leaves zeros there."""
+    """Zero the padded positions: their contents are unspecified, and a lane that skips padding leaves zeros there."""
     padded = batches.padding(batch)
     if padded is None:
         return results

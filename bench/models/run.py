@@ -1,4 +1,4 @@
-"""Times one lane of one workload: first step with cold caches, the gate, the losses without dropout, then the time."""
+"""Measures one lane of one workload: first step with cold caches, check against eager, step time, losses without dropout."""
 
 import gc
 import time
@@ -15,17 +15,17 @@ from bench.core.records import ModelRecord
 from bench.models import batches, breakdown, gate, workloads
 from bench.models.workloads import Lane, Workload
 
-SETS = 4  # batches that rotate
-STEPS = {"cuda": 12, "cpu": 1}  # of the losses that are compared
-SECONDS = 2.0  # of timed steps
+SETS = 4  # rotating batches
+STEPS = {"cuda": 12, "cpu": 1}  # steps whose losses are compared
+SECONDS = 2.0  # duration of the timed steps
 
 
 def run(workload: Workload, name: str, *, details: bool = True, cold: bool = True) -> Iterator[ModelRecord]:
-    """The record of a lane; with `details` then another one in its place, with the losses and the breakdown, which cost some
-    seconds and must not cost the time where they are cut off. `cold`: the compilers' caches are empty, so the first step's
-    time is noted."""
+    """Yield the record of a lane. With `details` a second record replaces it, with losses and breakdown: these take some
+    seconds, and a run that is cut off during them keeps its time. `cold`: the compilers' caches are empty, so the time of
+    the first step is recorded."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch._dynamo.reset()  # a workload's graphs are its own: none is recompiled into a dynamic one
+    torch._dynamo.reset()  # otherwise a second workload would recompile the graph with dynamic shapes
     lane = workloads.LANES[name]
     lengths = workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill)
     record: dict[str, Any] = {
@@ -53,13 +53,13 @@ def run(workload: Workload, name: str, *, details: bool = True, cold: bool = Tru
     except Absent as absent:
         yield ModelRecord(**record | {"status": "absent", "reason": str(absent)})
     except (torch.OutOfMemoryError, timing.NoTime) as error:
-        if "status" not in record:  # later, it is the details that there is no memory for
+        if "status" not in record:  # otherwise only the details ran out of memory
             reason = str(error) if isinstance(error, timing.NoTime) else "out of memory"
             yield ModelRecord(**record | {"status": "error", "reason": reason})
 
 
 def prepare(workload: Workload, name: str) -> None:
-    """Compile what `run` will need, and leave it in the compilers' caches: a step, and the step of the check."""
+    """Fill the compilers' caches with what `run` needs: a step, and the step of the check."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch._dynamo.reset()
     lane = workloads.LANES[name]
@@ -69,7 +69,7 @@ def prepare(workload: Workload, name: str) -> None:
 
 
 class Trainer:
-    """The step of a lane: zero_grad, forward under the workload's precision, backward, optimizer. i picks the batch."""
+    """The step of a lane: zero_grad, forward in the workload's precision, backward, optimizer. i selects the batch."""
 
     def __init__(self, workload: Workload, lane: Lane, lengths: list[int], device: str) -> None:
         self.workload, self.lane, self.device = workload, lane, device
@@ -130,7 +130,7 @@ def _measure(
 
 
 def _breakdown(step: "Trainer") -> dict[str, Any]:
-    """Where the time goes. A profiler that does not work here costs the breakdown, not the time that was measured."""
+    """The breakdown of a step's time. If the profiler does not work here, the measured time remains."""
     found: dict[str, Any] = {}
     if step.training:
         phases = breakdown.Phases()
@@ -144,7 +144,7 @@ def _breakdown(step: "Trainer") -> dict[str, Any]:
 
 
 def _gated(workload: Workload, lane: Lane, device: str) -> str | None:
-    """The gate on fresh weights of the same lane: the timed model has already taken a step."""
+    """The check, on fresh weights of the same lane: the timed model has already taken a step."""
     model = gate.without_dropout(workloads.make(workload, lane, device), workload.mode == "train")
     wrong = gate.problem(workload, workloads.compiled(model, lane), lane.fast, device)
     del model
@@ -153,7 +153,7 @@ def _gated(workload: Workload, lane: Lane, device: str) -> str | None:
 
 
 def losses(workload: Workload, lane: Lane, lengths: list[int], device: str) -> list[float]:
-    """The first losses without dropout: the same weights, batches and optimizer in every lane."""
+    """The first losses without dropout, from the same weights, batches and optimizer in every lane."""
     step = Trainer(workload, lane, lengths, device)
     gate.without_dropout(step.model, training=True)
     return [loss.item() for loss in [step(i) for i in range(STEPS[device])]]

@@ -1,7 +1,7 @@
-"""What is timed end to end: BERT-base and BERT-large under eight heads, and the lanes that compete. Two tables.
+"""Defines the end-to-end workloads and lanes: BERT-base and BERT-large under eight heads, in two tables.
 
-A lane is a line in LANES, an optimizer a line in OPTIMIZERS. Every lane has the same random weights (from a config,
-nothing is downloaded), the same batches and the same precision.
+A lane is a line in LANES, an optimizer a line in OPTIMIZERS. All lanes have the same random weights (from a config,
+without a download), the same batches and the same precision.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,13 +39,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32,
     },
 }
-LONG = {"max_position_embeddings": 2048}  # position embeddings beyond BERT's 512 cost memory, no time
+LONG = {"max_position_embeddings": 2048}  # position embeddings beyond BERT's 512 cost memory but no time
 
 
 @dataclass(frozen=True)
 class Lane:
-    """How a stock model becomes this lane's: its attention in transformers, fastbert or not and with which switches,
-    compiled or not and in which mode of torch.compile, over flattened batches or not."""
+    """How a stock model becomes this lane's model: attention implementation, fastbert and its switches, torch.compile and
+    its mode, flattened batches."""
 
     attention: str = "sdpa"
     fast: bool = False
@@ -57,7 +57,7 @@ class Lane:
     mlm_logits: str = "full"
 
     def suits(self, workload: "Workload") -> bool:
-        """Whether it differs, under this workload, from the lane that it is named after."""
+        """Whether the lane differs under this workload from the lane that it is named after."""
         training = workload.mode == "train"
         return (training or self.optimizer == Lane.optimizer) and (
             self.mlm_logits == "full" or (training and workload.head in MLM_HEADS)
@@ -65,7 +65,7 @@ class Lane:
 
     @property
     def graphs(self) -> bool:
-        """Whether each call replays CUDA graphs, which overwrite what the call before returned."""
+        """Whether each call replays CUDA graphs, which overwrite the outputs of the previous call."""
         return self.compile_mode == "reduce-overhead"
 
 
@@ -111,10 +111,10 @@ class Workload:
 
 
 def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
-    """The lane's model, with dropout as the config has it; weights are the same in every lane.
+    """The lane's model, with the config's dropout and the same weights as every other lane.
 
     Raises:
-        Absent: what the lane needs is not here.
+        Absent: something that the lane needs is not available here.
     """
     if lane.peer:
         require(lane.peer)
@@ -129,7 +129,7 @@ def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
 
 
 def compiled(model: nn.Module, lane: Lane) -> nn.Module:
-    """The model as the lane calls it. Without a GPU the tracing alone is tried, not the code generation."""
+    """The model as the lane calls it. Without a GPU torch.compile only traces and generates no code."""
     if not lane.compiled:
         return model
     if not torch.cuda.is_available():
@@ -149,14 +149,14 @@ def make_optimizer(model: nn.Module, lane: Lane) -> torch.optim.Optimizer:
 
 
 def headline() -> Iterator[Workload]:
-    """The three that decide, most important first: pre-training, fine-tuning as tutorials do it, an answer at once."""
+    """The three main workloads, most important first: pre-training, fine-tuning as in tutorials, single-request inference."""
     yield Workload("BERT-base", "mlm", "train", 32, 512, 0.5)
     yield Workload("BERT-base", "classification", "train", 32, 128, 0.5)
     yield Workload("BERT-base", "classification", "infer", 1, 128, 1.0, "bf16")
 
 
 def wider() -> Iterator[Workload]:
-    """What completes the README's first table: BERT-large, no padding, large batches."""
+    """The workloads that complete the README's first table: BERT-large, no padding, large batches."""
     for fill in (0.5, 1.0):
         yield Workload("BERT-large", "mlm", "train", 32, 512, fill)
     yield Workload("BERT-base", "mlm", "train", 32, 512, 1.0)
@@ -173,7 +173,7 @@ def grid(
     seqlens: tuple[int, ...] = (128, 512),
     fills: tuple[float, ...] = (0.5, 1.0),
 ) -> Iterator[Workload]:
-    """Every combination; inference runs in bf16, training under autocast."""
+    """All combinations; inference in bf16, training under autocast."""
     for model in names:
         for head in heads:
             for mode in modes:
@@ -185,7 +185,7 @@ def grid(
 
 
 def scaling() -> Iterator[Workload]:
-    """BERT-base over S and fill at 16,384 tokens a batch: the scaling plots."""
+    """BERT-base over S and fill at 16,384 tokens per batch, for the scaling plots."""
     for seqlen in (128, 512, 2048, 64, 256, 1024):
         for fill in (0.5, 1.0):
             yield Workload("BERT-base", "mlm", "train", 16384 // seqlen, seqlen, fill)
@@ -194,5 +194,5 @@ def scaling() -> Iterator[Workload]:
 
 
 def tiny(workload: Workload) -> Workload:
-    """The same head, mode and fill at a size for the interpreter. float32: bfloat16 is wrong there."""
+    """The same head, mode and fill at a size for the interpreter. In float32: the interpreter computes bfloat16 wrongly."""
     return replace(workload, model="tiny", batch=4, seqlen=16, precision="fp32")

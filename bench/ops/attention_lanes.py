@@ -1,4 +1,4 @@
-"""The peers of attention: q, k and v [B, S, heads, D], a key mask where there is padding, dropout on the probabilities."""
+"""Peers of attention: q, k and v [B, S, heads, D], a key mask if there is padding, dropout on the probabilities."""
 
 from collections.abc import Callable
 from functools import partial
@@ -40,7 +40,7 @@ def _flex(case: Case) -> Function:
     masks: dict[int, Any] = {}
 
     def block_mask(given: dict[str, Any]) -> Any:
-        """Made once for each input, outside of what is timed after the first call: it depends on the lengths alone."""
+        """The mask of the given lengths. Built once per input, in the first call and therefore outside the timed ones."""
         lengths = given["lengths"]
         if given["mask"] is None:
             return None

@@ -1,4 +1,4 @@
-"""python -m bench ops."""
+"""The command `python -m bench ops`."""
 
 from typing import Annotated
 
@@ -9,13 +9,13 @@ from bench.runner import session
 
 
 def ops(
-    op: Annotated[list[str], typer.Option(help="Only this op; may be given again.")] = [],
+    op: Annotated[list[str], typer.Option(help="Only this op; may be repeated.")] = [],
     dtype: Dtypes = ["bf16"],
     budget: Budget = HOUR,
     out: Out = OUT,
     dry_run: DryRun = False,
 ) -> None:
-    """Every op beside its peers: the same grid as `pytest bench`, without what the host adds to a call."""
+    """Time every op beside its peers, on the grid of `pytest bench` but without the host's part of a call."""
     from bench.runner.selection import op_jobs
 
     jobs = op_jobs(op, dtype, dry_run)

@@ -1,4 +1,4 @@
-"""The peers of linear_cross_entropy: Liger's fused one."""
+"""Peers of linear_cross_entropy: Liger's fused kernel."""
 
 from torch import Tensor
 

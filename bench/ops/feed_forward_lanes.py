@@ -1,4 +1,4 @@
-"""The lanes of feed_forward, and what they decide: where the products' own epilogues are no slower than cuBLAS and a kernel."""
+"""Lanes of feed_forward. They decide where products with epilogues are no slower than cuBLAS followed by a kernel."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ PARTS = {"forward": PRODUCT, "backward": GRADIENT}
 
 
 def _deciding(way: tuple[bool, bool]) -> Lane:
-    """With the epilogues that are asked for, not as the table says."""
+    """A lane with the given epilogues, regardless of the table."""
 
     def call(inputs: Inputs, p: float) -> Tensor:
         with decided(*way):
@@ -29,8 +29,8 @@ WAYS = {AFTER: _deciding((False, False)), EPILOGUES: _deciding((True, True))}
 
 
 def verdicts(records: Iterable[OpRecord]) -> list[tuple[OpRecord, OpRecord, bool]]:
-    """Of each size in 16 bits and each direction in which both were timed behind their checks: the lane with epilogues, the one
-    without, and whether the first is no slower: its quartiles overlap with the other's, or lie below them."""
+    """For each size in 16 bits and each direction in which both were timed: the lane with epilogues, the lane without, and
+    whether the first is no slower, which means that its quartiles overlap the other's or lie below them."""
     timed: dict[tuple, dict[str, OpRecord]] = {}
     for record in records:
         if record.op == "feed_forward" and record.seconds and record.direction in PARTS and record.dtype != "fp32":
@@ -44,8 +44,8 @@ def verdicts(records: Iterable[OpRecord]) -> list[tuple[OpRecord, OpRecord, bool
 
 
 def earned(records: Iterable[OpRecord]) -> dict[str, dict[tuple[int, int], int]]:
-    """Entries of configs.FUSED for 16-bit types, by product: (H, F) and the rows from which on every size that was timed, in
-    every type, is no slower."""
+    """Entries of configs.FUSED for 16-bit types, by product: (H, F), and the number of rows from which every timed size is
+    no slower in every type."""
     rows: dict[tuple[str, int], dict[int, bool]] = {}
     for ours, _, no_slower in verdicts(records):
         sizes = rows.setdefault((PARTS[ours.direction], ours.hidden), {})
@@ -59,7 +59,7 @@ def earned(records: Iterable[OpRecord]) -> dict[str, dict[tuple[int, int], int]]
 
 
 def earned_table(records: Iterable[OpRecord], architecture: str) -> Table:
-    """Each verdict, and below them the lines for configs.py."""
+    """A table of all verdicts, with the lines for configs.py below."""
     records = list(records)
     lines = [f'FUSED["{part}"]["{architecture}"] = {{2: {shapes}}}' for part, shapes in earned(records).items() if shapes]
     caption = "\n".join(lines) or "No entry is earned: configs.FUSED stays as it is."

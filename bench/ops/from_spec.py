@@ -1,4 +1,4 @@
-"""An op's lanes out of its spec: eager, eager compiled, its peers, and fastbert's own; inputs and reference too."""
+"""Builds an op's inputs, reference and lanes from its spec: eager, compiled eager, peers, and fastbert's own."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def op_of(spec: OpSpec, peers: Mapping[str, Lane] | None = None, more: Mapping[s
 
 
 def calling(spec: OpSpec, call: Callable[..., Tensor]) -> Lane:
-    """A lane that passes everything by name, and p where the op has dropout."""
+    """A lane that passes all arguments by name, with p if the op has dropout."""
 
     def run(inputs: Inputs, p: float) -> Tensor:
         options: dict[str, Any] = {"p": p} if spec.dropout else {}
@@ -35,7 +35,7 @@ def calling(spec: OpSpec, call: Callable[..., Tensor]) -> Lane:
 
 def _compiled(spec: OpSpec, call: Callable[..., Tensor]) -> Lane:
     def build(case: Case) -> Function:
-        # Without a GPU the tracing is what a dry run tries; generating C++ would take most of its time.
+        # Without a GPU a dry run tries the tracing only; generating C++ would take most of its time.
         backend = "inductor" if torch.cuda.is_available() else "aot_eager"
         return calling(spec, torch.compile(call, dynamic=False, backend=backend)).build(case)
 

@@ -1,7 +1,7 @@
-"""What an op, a lane and a case are, and the grid of cases.
+"""Defines ops, lanes and cases, and the grid of cases.
 
-A lane builds, for one case, a function (inputs, p) -> output; it raises Absent where it cannot run the case. All lanes
-of a case get the same inputs and are judged by the same reference (bench.ops.check).
+For one case a lane builds a function (inputs, p) -> output, or raises Absent if it cannot run the case. All lanes of a
+case get the same inputs and are checked against the same reference (bench.ops.check).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ DIRECTIONS = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Case:
-    """One size of one op. Rows of an op over tokens are batch x seqlen; fill is attention's share of real tokens."""
+    """One size of one op. An op over tokens has batch x seqlen rows; fill is attention's share of real tokens."""
 
     op: str
     dtype: str
@@ -36,7 +36,7 @@ class Case:
 
     @property
     def size(self) -> Size:
-        """The same as an op's spec has it."""
+        """The case's size in the form that an op's spec takes."""
         lengths = tuple(self.lengths) if self.fill < 1.0 else None
         return replace(floors.size(self.batch, self.seqlen, self.hidden), lengths=lengths)
 
@@ -48,7 +48,7 @@ class Case:
         return floors.stated_bytes(self.op, direction, sum(self.lengths), self.hidden, size)
 
     def operations(self, direction: str) -> int:
-        """Stated operations of the matrix products, over pairs of one sequence; 0 for an op that only moves bytes."""
+        """Stated operations of the matrix products, over pairs within a sequence; 0 for an op that only moves bytes."""
         if direction == "both":
             return self.operations("forward") + self.operations("backward")
         return sum(floors.stated_operations(self.op, direction, 1, n, self.hidden) for n in self.lengths)
@@ -60,7 +60,7 @@ Function = Callable[[Inputs, float], Tensor]
 
 @dataclass(frozen=True)
 class Lane:
-    """build(case) gives the function or raises Absent; a packed lane gets inputs without padding."""
+    """build(case) returns the function or raises Absent. A packed lane gets inputs without padding."""
 
     build: Callable[[Case], Function]
     packed: bool = False
@@ -68,7 +68,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Op:
-    """make(case, draw) -> random inputs of the case's dtype; reference is plain PyTorch without dropout."""
+    """make(case, draw) returns random inputs of the case's dtype. reference is plain PyTorch without dropout."""
 
     make: Callable[[Case, Draw], Inputs]
     reference: Function
@@ -94,9 +94,9 @@ NAMES = (
     "embedding_layernorm",
 )
 WITH_DROPOUT = ("attention", "dropout_add_layernorm", "embedding_layernorm")
-SEQLENS = (512, 128, 2048, 64, 256, 1024)  # what matters most first
+SEQLENS = (512, 128, 2048, 64, 256, 1024)  # most important first
 TOKENS = 16384
-LABELLED = {512: 16384, 128: 4096, 64: 2457, 256: 614}  # rows of linear_cross_entropy, in place of sequences' lengths
+LABELLED = {512: 16384, 128: 4096, 64: 2457, 256: 614}  # rows of linear_cross_entropy, in place of a sequence length
 FED = {512: 16384, 128: 4096, 64: 2048, 256: 1024, 1024: 32768}  # rows of feed_forward, likewise
 ROWS = {"linear_cross_entropy": LABELLED, "feed_forward": FED}
 TINY = {"attention": (64, 2, 24)} | dict.fromkeys(NAMES[1:], (48, 2, 9)) | {"feed_forward": (32, 2, 9)}
@@ -115,7 +115,7 @@ def cases(names: tuple[str, ...] = NAMES, dtypes: tuple[str, ...] = ("bf16", "fp
 
 
 def _of_shape(case: Case) -> Iterator[Case]:
-    """Dropout on and off for what has it; padding for attention, where a row over tokens is a row."""
+    """The cases of one shape: with and without dropout for ops that have it, with and without padding for attention."""
     fills = {"attention": (1.0, 0.5), "gather_rows": (0.5,)}.get(case.op, (1.0,))
     for fill in fills:
         for p in (0.1, 0.0) if case.op in WITH_DROPOUT else (0.0,):
@@ -123,7 +123,7 @@ def _of_shape(case: Case) -> Iterator[Case]:
 
 
 def tiny_cases(names: tuple[str, ...] = NAMES) -> Iterator[Case]:
-    """One small case of each kind: what a dry run walks through in the interpreter."""
+    """One small case of each kind, for a dry run in the interpreter."""
     for name in names:
         hidden, batch, seqlen = TINY[name]
         yield from _of_shape(Case(name, "fp32", hidden, batch, seqlen))

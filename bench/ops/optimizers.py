@@ -1,6 +1,6 @@
-"""AdamW's lanes: one step over all parameters of a BERT, in float32.
+"""Times the lanes of AdamW: one step over all parameters of a BERT, in float32.
 
-The stated bytes are those of bench.core.floors: weight, gradient and two moments read, weight and two moments written.
+The stated bytes come from bench.core.floors: weight, gradient and two moments read, weight and two moments written.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ HIDDEN = floors.MODELS | {"tiny": 32}
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of a model and their gradients in two draws that alternate."""
+    """The parameters of a model, and two sets of gradients that alternate."""
 
     values: list[Tensor]
     gradients: list[list[Tensor]]
@@ -70,7 +70,7 @@ class Parameters:
 
 
 def run(model: str) -> Iterator[OpRecord]:
-    """One record a lane, each behind a check of its first steps against float64."""
+    """One record per lane. Each lane's first steps are checked against float64 before it is timed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parameters = Parameters.of(model, device)
     eager, exact = parameters.after(_one_by_one), parameters.after(_one_by_one, torch.float64)

@@ -1,4 +1,4 @@
-"""The peers of the ops over rows: Liger's LayerNorm."""
+"""Peers of the ops over rows: Liger's LayerNorm."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ EPS = 1e-12  # BERT's
 
 
 def _liger_layer_norm(before: Callable[..., Tensor], dropout: bool) -> Lane:
-    """Liger's LayerNorm behind what comes before it in eager."""
+    """Liger's LayerNorm after the eager operations that precede it."""
 
     def build(case: Case) -> Function:
         require("liger")

@@ -1,4 +1,4 @@
-"""Times the lanes of an op, each behind its check. Without a GPU (a dry run) it checks them and times nothing."""
+"""Checks the lanes of an op and times those that pass. Without a GPU (a dry run) it only checks them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -15,7 +15,7 @@ from bench.ops.table import OPS
 from fastbert.testing.spec import Draw
 
 NO_REFERENCE = "out of memory in the float64 reference"
-SETS = 4  # inputs that rotate, so that no round finds the last one's in a cache
+SETS = 4  # rotating inputs, so that no round finds those of the previous one in a cache
 
 
 def device() -> str:
@@ -23,19 +23,19 @@ def device() -> str:
 
 
 def make_inputs(case: Case, sets: int = SETS) -> list[Inputs]:
-    """Random inputs of the case's dtype, another draw each."""
+    """Random inputs of the case's dtype, each with its own draw."""
     draw = Draw(device(), torch.Generator(device()).manual_seed(0))
     make = OPS[case.op].make
     return [make(case, draw) for _ in range(sets)]
 
 
 def run(case: Case, lanes: list[str] | None = None, directions: tuple[str, ...] = DIRECTIONS) -> Iterator[OpRecord]:
-    """One record a lane and direction."""
+    """One record per lane and direction."""
     op = OPS[case.op]
     inputs = make_inputs(case)
     try:
         checker = Checker(op, case, inputs[0])
-    except torch.OutOfMemoryError:  # the float64 reference of a long sequence; no lane can be timed unchecked
+    except torch.OutOfMemoryError:  # by the float64 reference of a long sequence; no lane is timed unchecked
         checker = None
     for name, lane in op.lanes.items():
         if lanes is None or name in lanes:
@@ -45,7 +45,7 @@ def run(case: Case, lanes: list[str] | None = None, directions: tuple[str, ...] 
 def _run_lane(
     case: Case, name: str, lane: Lane, inputs: list[Inputs], checker: Checker | None, directions: tuple[str, ...]
 ) -> Iterator[OpRecord]:
-    torch._dynamo.reset()  # a case's graphs are its own: nothing is recompiled into a dynamic one
+    torch._dynamo.reset()  # otherwise a second case would recompile the graph with dynamic shapes
     status, reason, function = judge(case, lane, checker) if checker else ("error", NO_REFERENCE, None)
     mine = [x.packed() for x in inputs] if lane.packed else inputs
     for direction in directions:
@@ -62,7 +62,7 @@ def _run_lane(
 
 
 def judge(case: Case, lane: Lane, checker: Checker) -> tuple[str, str | None, Function | None]:
-    """The status a lane has before it is timed, the reason where it will not be, and its function."""
+    """A lane's status before timing, the reason if it will not be timed, and its function."""
     try:
         function = lane.build(case)
         problem = checker.problem(lane, function)
@@ -76,18 +76,18 @@ def judge(case: Case, lane: Lane, checker: Checker) -> tuple[str, str | None, Fu
 
 
 def _refusal(error: Exception) -> tuple[str, str]:
-    """Status and reason of a lane that raised. After a CUDA error nothing in this process can be trusted: it goes on up."""
+    """Status and reason of a lane that raised. A CUDA error is raised again, because the process cannot be trusted after it."""
     if isinstance(error, torch.OutOfMemoryError):
         return "error", "out of memory"
     if "CUDA error" in str(error):
         raise error
-    if "No available kernel" in str(error):  # SDPA's words
+    if "No available kernel" in str(error):  # SDPA's message
         return "absent", "this backend refuses the case"
     return "error", f"{type(error).__name__}: {error}"[:500]
 
 
 def _walk(prepare: Callable[[int], Any], call: Callable[[Any], Any]) -> dict[str, Any]:
-    """Without a GPU: what would be timed, once."""
+    """Run once what would be timed on a GPU."""
     call(prepare(0))
     return {}
 
@@ -100,7 +100,7 @@ def _time(prepare: Callable[[int], Any], call: Callable[[Any], Any]) -> dict[str
 def steps(
     function: Function, inputs: list[Inputs], p: float, direction: str
 ) -> tuple[Callable[[int], Any], Callable[[Any], Any]]:
-    """What is prepared for round i, untimed, and what is timed. A backward is prepared by its forward."""
+    """The untimed preparation of round i, and the timed call. The preparation of a backward is its forward."""
     own = [replace(x, leaves={n: t.detach().requires_grad_() for n, t in x.leaves.items()}) for x in inputs]
 
     def forward(i: int) -> tuple[Inputs, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""The ops that are timed and their lanes: what a spec gives, and beside it other implementations.
+"""Lists the timed ops and their lanes: those that a spec gives, and other implementations beside them.
 
-Apart from the grid of sizes, because the lanes import triton, whose interpreter is chosen before that.
+Separate from bench.ops.grid, because lanes import triton and a dry run has to select its interpreter first.
 """
 
 from bench.ops import attention_lanes, decoder_lanes, feed_forward_lanes, row_lanes

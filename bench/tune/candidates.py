@@ -1,6 +1,6 @@
-"""The configurations that `python -m bench tune` tries for each entry of kernels/core/configs.py.
+"""Lists the configurations that `python -m bench tune` tries for each entry of kernels/core/configs.py.
 
-The closest to the present entry come first, so that a run that is cut short has tried the likeliest.
+Those closest to the present entry come first, so that a run that is cut short has tried the most likely ones.
 """
 
 import itertools
@@ -19,12 +19,12 @@ ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Entry:
-    """A table of configs.py, or one of a length that could stand there: the op and direction that show its time, BERT's
-    widths, and what may vary.
+    """A table of configs.py, or a possible table for one length: the op and direction whose time shows its effect, BERT's
+    widths, and the values to try.
 
-    extra: what else the audit's variant of it is, where that is not the op's plain one.
-    lane: of the op's, the one that uses it.
-    promising: changes of the present entry that compile well on sm_90, the first to try.
+    extra: further properties of the audit's variant.
+    lane: the op's lane that uses the table.
+    promising: changes of the present entry that compile well on sm_90; they are tried first.
     """
 
     op: str
@@ -39,7 +39,7 @@ class Entry:
 
 _HIDDEN, _FEED_FORWARD, _HEAD_SIZES, _VOCABULARY = (1024, 768, 384), (4096, 3072, 1536), (64,), (30522,)
 _DROPPED = {"p": 0.1}
-# None and 1 or 2 programs a multiprocessor, which then take tile after tile.
+# programs_per_multiprocessor: with 1 or 2, persistent programs process tile after tile; with None, one program per tile.
 _PRODUCT_TILES = {
     "maxnreg": (None, 128),
     "BLOCK_M": (64, 128, 256),
@@ -55,7 +55,7 @@ _NORM_TILES = {
     "programs_per_multiprocessor": (1, 2, 3, 4),
     "chunk": (128, 256, 512),
 }
-_SHORT_TILES = {"BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}  # BLOCK_M holds all queries
+_SHORT_TILES = {"BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}  # BLOCK_M covers all queries
 ENTRIES = {
     "attention_forward": Entry(
         *("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3, 4)}, "attention_fwd_kernel", _DROPPED),
@@ -69,7 +69,7 @@ ENTRIES = {
         *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED),
         promising=({"BLOCK_N": 32, "num_stages": 3}, {"BLOCK_M": 128, "num_warps": 8}),
     ),
-    # At the tutorials' own size, 32 sequences of 128.
+    # At the size of common tutorials, 32 sequences of 128.
     "attention_forward_128": Entry(
         *("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3)}, "attention_fwd_kernel"),
         extra=_DROPPED | {"length": 127},
@@ -164,18 +164,18 @@ ENTRIES = {
 
 
 def bucket(kernel: str, architecture: str, dtype: str, width: int) -> int:
-    """The row of the table that serves this width: for attention, that of the head size."""
+    """The table's row for this width, which is the head size for attention."""
     limits = _tables(kernel)[architecture][ITEMSIZES[dtype]]
     return next((limit for limit in limits if limit >= width), max(limits))
 
 
 def present(kernel: str, architecture: str, dtype: str, width: int) -> Config:
-    """What ships now."""
+    """The shipped configuration."""
     return _tables(kernel)[architecture][ITEMSIZES[dtype]][bucket(kernel, architecture, dtype, width)]
 
 
 def candidates(kernel: str, architecture: str, dtype: str, width: int) -> list[Config]:
-    """The present configuration, the promising ones, then the others by how many of their fields differ from it."""
+    """The present configuration, the promising ones, then the others by the number of fields that differ from it."""
     now = present(kernel, architecture, dtype, width)
     choices = ENTRIES[kernel].choices
     first = [now, *(replace(now, **changes) for changes in ENTRIES[kernel].promising)]
@@ -189,13 +189,13 @@ def _distance(a: Config, b: Config) -> int:
 
 
 def _tables(kernel: str) -> dict[str, Table]:
-    """Those of a length that has none of its own yet are the ones for every length."""
+    """The tables of an entry. A length without tables of its own uses those for every length."""
     return TABLES[kernel] if kernel in TABLES else TABLES[kernel.rpartition("_")[0]]
 
 
 @contextmanager
 def shipped(kernel: str, architecture: str, dtype: str, config: Config) -> Iterator[None]:
-    """For the length of the block `config` stands in the table for every width of this type."""
+    """Within the block, put `config` into the table for every width of this type."""
     tables, itemsize = _tables(kernel), ITEMSIZES[dtype]
     row = {max(tables[architecture][itemsize]): config}
     with patch.dict(TABLES, {kernel: tables | {architecture: tables[architecture] | {itemsize: row}}}):
@@ -205,7 +205,7 @@ def shipped(kernel: str, architecture: str, dtype: str, config: Config) -> Itera
 def tune_jobs(
     architecture: str, kernels: tuple[str, ...] = tuple(ENTRIES), dtypes: tuple[str, ...] = ("bf16",)
 ) -> Iterator[dict[str, Any]]:
-    """The arguments of bench.tune.run.run, an entry each: BERT's own widths first."""
+    """The arguments of bench.tune.run.run, one set per entry, BERT's own widths first."""
     for dtype in dtypes:
         for place in range(max(len(entry.widths) for entry in ENTRIES.values())):
             for kernel in kernels:
@@ -219,7 +219,7 @@ def tune_jobs(
 
 
 def architecture_here(default: str = "sm_90") -> str:
-    """The GPU's row of the tables, or `default` where there is no GPU."""
+    """The architecture of the GPU as the tables name it; `default` without a GPU."""
     if not torch.cuda.is_available():
         return default
     from fastbert.kernels.core.launch import architecture

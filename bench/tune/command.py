@@ -1,4 +1,4 @@
-"""python -m bench tune."""
+"""The command `python -m bench tune`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +10,15 @@ from bench.runner import session
 
 
 def tune(
-    kernel: Annotated[list[str], typer.Option(help="A table of kernels/core/configs.py; may be given again.")] = [],
+    kernel: Annotated[list[str], typer.Option(help="A table of kernels/core/configs.py; may be repeated.")] = [],
     dtype: Dtypes = ["bf16"],
-    arch: Annotated[str | None, typer.Option(help="Without a GPU: whose candidates to audit.")] = None,
-    most: Annotated[int, typer.Option(help="Candidates an entry, the closest to the present one first.")] = 24,
+    arch: Annotated[str | None, typer.Option(help="Without a GPU: the architecture whose candidates are audited.")] = None,
+    most: Annotated[int, typer.Option(help="Candidates per entry, the closest to the present one first.")] = 24,
     budget: Budget = HOUR,
-    out: Annotated[Path, typer.Option(help="Where the measured table goes, as JSON.")] = OUT / "tune.json",
+    out: Annotated[Path, typer.Option(help="JSON file for the measured table.")] = OUT / "tune.json",
     dry_run: DryRun = False,
 ) -> None:
-    """Times the candidate configurations that the audit passes, and prints the best of each entry with its lead."""
+    """Time the candidate configurations that pass the audit, and print the best of each entry with its lead."""
     from bench.runner.selection import tune_jobs
 
     jobs = tune_jobs(kernel, dtype, arch, most)

@@ -1,6 +1,6 @@
-"""Times the candidates of one entry of kernels/core/configs.py: those that compile without spills and pass the check.
+"""Times the candidates of one entry of kernels/core/configs.py that compile without spills and pass the check.
 
-Never at run time: what is found here is committed to configs.py together with its measurement.
+Tuning never happens at run time: its result is committed to configs.py together with its measurement.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,23 +17,23 @@ from bench.tune.candidates import ENTRIES, candidates, present, shipped
 from fastbert.kernels.core.configs import Config
 
 PRESENT, CANDIDATE = "present", "candidate"
-COMPILERS = {True: 8, False: 1}  # at a time, with a GPU and without: a machine with one has the cores
-ROWS = {"attention": (16, 512), "rows": (32, 512)}  # batch and length at which a candidate is timed
+COMPILERS = {True: 8, False: 1}  # processes, with a GPU and without; a machine with a GPU has more cores
+ROWS = {"attention": (16, 512), "rows": (32, 512)}  # batch and length for timing
 SHOWN = ("registers", "spills", "local_bytes", "shared_bytes", "shared_limit", "occupancy", "wide_share")
 
 
 def run(
     kernel: str, architecture: str, dtype: str, width: int, most: int = 24, configs: Sequence[dict[str, int]] | None = None
 ) -> Iterator[TuneRecord]:
-    """A record a candidate, the present configuration first; at most `most` of them, or those that `configs` names by what
-    differs from the present one."""
+    """Yield one record per candidate, the present configuration first: at most `most` of them, or those that `configs` gives
+    as differences from the present one."""
     if configs is None:
         tried = candidates(kernel, architecture, dtype, width)[:most]
     else:
         now = present(kernel, architecture, dtype, width)
         tried = list(dict.fromkeys([now, *(replace(now, **changes) for changes in configs)]))
     gpu = torch.cuda.is_available()
-    # A fork has everything imported. Without a GPU this process has triton's interpreter, with which nothing is compiled.
+    # A fork has everything imported. Without a GPU this process runs triton's interpreter, which cannot compile, so it spawns.
     context = get_context("fork" if gpu else "spawn")
     with compiling_environment(), ProcessPoolExecutor(min(COMPILERS[gpu], len(tried)), mp_context=context) as pool:
         audits = list(pool.map(audited, [(kernel, architecture, dtype, width, config) for config in tried]))
@@ -60,7 +60,7 @@ def run(
 
 
 def refused(audit: dict[str, Any]) -> str | None:
-    """Why a candidate is not worth timing, or None."""
+    """Why a candidate is not timed, or None."""
     if "reason" in audit:
         return audit["reason"]
     if audit["shared_bytes"] > audit["shared_limit"]:
@@ -71,9 +71,9 @@ def refused(audit: dict[str, Any]) -> str | None:
 
 
 def audited(job: tuple[str, str, str, int, Config]) -> dict[str, Any]:
-    """The audit's record of the kernel that a candidate is for; {"reason": ...} where it does not compile.
+    """The audit's record of a candidate's kernel; {"reason": ...} if it does not compile.
 
-    Runs in a process of its own, which must not have imported triton under its interpreter.
+    Runs in its own process, which must not have imported triton under the interpreter.
     """
     from bench.audit import compile as compiling
     from bench.audit import sass
@@ -96,7 +96,7 @@ def audited(job: tuple[str, str, str, int, Config]) -> dict[str, Any]:
 
 
 class _Timer:
-    """Checks and times a configuration on the GPU; the inputs and the reference are those of all candidates."""
+    """Checks and times configurations on the GPU, all on the same inputs and reference."""
 
     def __init__(self, kernel: str, architecture: str, dtype: str, width: int) -> None:
         from bench.ops.check import Checker
@@ -127,13 +127,13 @@ class _Timer:
                     return {"status": status, "reason": reason}
                 prepare, call = steps(function, self.inputs, self.case.p, self.direction)
                 seconds, runs = timing.measure(prepare, call)
-            except Exception as error:  # what the GPU refuses to launch: one candidate less
+            except Exception as error:  # the GPU may refuse a launch; only this candidate is lost
                 return {"status": "error", "reason": f"{type(error).__name__}: {error}"[:300]}
         return {"status": "ok", "seconds": seconds, "runs": runs}
 
 
 def best(records: list[TuneRecord]) -> list[tuple[TuneRecord, TuneRecord]]:
-    """For each entry that was timed: its fastest configuration, and the present one."""
+    """For each timed entry: its fastest configuration and the present one."""
     pairs = []
     for case in dict.fromkeys(record.case for record in records):
         timed = [record for record in records if record.case == case and record.seconds]
