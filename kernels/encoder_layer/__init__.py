@@ -1,18 +1,19 @@
-"""A whole layer of BERT as one op: y = LN(dropout(gelu(y1 W1' + b1) W2' + b2) + y1), y1 = LN(dropout(a Wo' + bo) + x),
-where a is the attention of x's projections.
+"""One BERT layer as one op: y = LN(dropout(gelu(y1 W1' + b1) W2' + b2) + y1), y1 = LN(dropout(a Wo' + bo) + x), where a is the
+attention of x's projections.
 
-Host time is why: on a fast GPU a layer's kernels are done before Python has called its modules one by one. Here a layer is
-a straight line of 24 launches, 25 where sequences are long, of kernels that were bound before (plan.py), in one autograd
-function.
-And some work is only saved in this form: a residual's gradient is added inside a product (6 T H elements of memory traffic),
-and the sums of all vectors' gradients end in one launch. Of 16 T H elements that a layer would keep, 11 are kept: the
-activation's output and the first LayerNorm's are made again by the kernels of the backward that read their inputs anyway, for
-one write of each (5 of the 44 T H elements that a layer's kernels move besides products), which no switch is worth.
+    forward    products 8 T H^2 + 4 T H F operations, attention 4 T S H; kernels between them move 16 T H elements
+    backward   twice the products, attention as in kernels/attention; kernels between them move 28 T H elements
 
-    forward    products 8 T H^2 + 4 T H F operations, attention 4 T S H; kernels between them 16 T H elements
-    backward   twice the products, attention as in attention.py; kernels between them 28 T H elements
+Saved: forward.Saved, 11 T H elements for F = 4 H. Attention, dropout, LayerNorm and the activation are the single ops' kernels.
 
-Saved: see forward.Saved. Attention, dropout, LayerNorm and the activation are the single ops' own kernels.
+The reason for one op is host time: on a fast GPU a layer's kernels finish before Python has called its modules one by one. Here
+a layer is a straight line of 24 launches (25 for long sequences) of kernels that are already bound (plan.py), in one autograd
+function. tests/kernels/encoder_layer/test_counts.py pins its ATen calls, its kernels and the calls that launch nothing.
+
+Some work is saved only in this form. A residual's gradient is added inside a product (6 T H elements of memory traffic), and
+the sums of all vectors' gradients end in one launch. Of the 16 T H elements that a layer would save, 5 are recomputed: the
+activation's and the first LayerNorm's outputs are written again by backward kernels that read their inputs anyway. That costs 5
+of the 44 T H elements that a layer's kernels move besides products, too little for a switch.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ from .twins import Twins
 
 __all__ = ["encoder_layer"]
 
-# What a layer may launch, by which a failure is told to be one of its own.
+# The kernels that a layer may launch: a failure of one of these counts as the layer's own.
 KERNELS = (
     "attention_fwd_kernel",
     "attention_bwd_q_kernel",
@@ -74,29 +75,29 @@ def encoder_layer(
     """One layer of BERT's encoder.
 
     Args:
-        x: [B, S, H], or packed [T, H]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16.
-        weights: the layer's parameters, of one dtype.
-        settings: its numbers.
+        x: [B, S, H], or packed [T, H]. fp64 (on a GPU computed by plain PyTorch), fp32, fp16 or bf16.
+        weights: the layer's parameters, all of one dtype.
+        settings: the layer's numbers.
         key_mask: bool [B, S], true where a key is valid.
-        key_bounds: bounds_of(key_mask), where it is known already.
-        cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T.
+        key_bounds: bounds_of(key_mask), if already known.
+        cu_seqlens: int32 [sequences + 1], the start of each packed sequence and the end of the last: from 0 to T.
         max_seqlen: length of the longest packed sequence, or more.
-        queries: [N, H], the packed rows that are read, where those are not all: the result is of these alone.
-        cu_seqlens_q, max_seqlen_q: the same of them. Causal queries are the last of their sequence, see attention.
-        index: int32 [N], the packed rows that are read, in place of queries: any rows of x, none twice, zeros where it is
-            below 0. Attention runs for all rows, and what follows it for these.
-        inverse: int32 [T], with index: where each row of x is among those, negative if nowhere.
-        product_dtype: of the matrix products and attention, as autocast has it; x's by default.
-        norm_dtype: that LayerNorm returns (autocast asks for float32); by default what its sum has.
-        seed: int64 [6], of which the dropouts take the first, third and fifth; drawn from torch's generator when None and
-            something is dropped.
+        queries: [N, H], the packed rows to compute, if not all; the result has only these.
+        cu_seqlens_q, max_seqlen_q: the same for the queries. Causal queries are the last of their sequence, see attention.
+        index: int32 [N], the packed rows to compute, instead of queries: any rows of x, none twice; below 0 a row of zeros.
+            Attention runs for all rows, and everything after it for these. A causal last layer needs this form.
+        inverse: int32 [T], with index: the place of each row of x in index, negative if it has none.
+        product_dtype: dtype of the matrix products and of attention, as under autocast; x's by default.
+        norm_dtype: dtype that LayerNorm returns (autocast asks for float32); by default that of its input.
+        seed: int64 [6], whose elements 0, 2 and 4 seed the three dropouts; drawn from torch's generator when None and something
+            is dropped.
 
     Returns:
         The shape of x, or of queries, or [N, H]; contiguous.
 
     Raises:
-        ValueError: shapes, dtypes (float64 beside others for one) or devices that do not fit, an activation that has no
-            kernel, a probability outside [0, 1], packed rows with a key_mask.
+        ValueError: shapes, dtypes (float64 mixed with others) or devices that do not fit, an activation without a kernel, a
+            probability outside [0, 1], packed rows with a key_mask.
     """
     layout = Layout(key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q, index, inverse)
     dtypes = product_dtype, norm_dtype
@@ -107,7 +108,7 @@ def encoder_layer(
     x, weights = aligned(x), Weights(*map(aligned, weights))
     if settings.drops:
         seed = draw_seeds(settings, x.device) if seed is None else aligned(seed)
-    with torch.autocast(x.device.type, enabled=False):  # products have the dtype that was asked for
+    with torch.autocast(x.device.type, enabled=False):  # products run in product_dtype, not in autocast's
         if failures.is_wide(x):
             return plain.forward(x, weights, settings, layout, *dtypes, seed)
         try:
@@ -119,7 +120,7 @@ def encoder_layer(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """`tensor` as the layer's kernels take it, contiguous and from a multiple of 16 bytes on; a copy where it is not so."""
+    """`tensor` contiguous and aligned to 16 bytes, as the layer's kernels require; copied only if necessary."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -134,11 +135,12 @@ def unchecked(
     seed: Tensor | None = None,
     twins: Twins | None = None,
 ) -> Tensor:
-    """encoder_layer for arguments that are known to fit and are aligned; `seed` is drawn where it is None, key_bounds are
-    those of the key_mask. `twins`: of the forward that this call is one of.
+    """encoder_layer for checked and aligned arguments; `key_bounds` must come with key_mask, a `seed` of None is drawn.
+
+    `twins` are handed from layer to layer within one forward.
 
     Raises:
-        KernelFailed: a kernel cannot be compiled or loaded, which was noted (failures.reasons). Nothing was computed.
+        KernelFailed: a kernel cannot be compiled or loaded. It is recorded (failures.reasons), and nothing was computed.
     """
     if _elsewhere(x):
         with torch.cuda.device(x.device):
@@ -157,7 +159,7 @@ def unchecked(
     masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens, index, inverse
     try:
         plan = plan_of(call, settings)
-        if torch._C._are_functorch_transforms_active():  # tensors stand for others there
+        if torch._C._are_functorch_transforms_active():  # tensors may be wrappers of others
             twins = None
         x_low = None if twins is None else twins.take(x, plan.product_dtype)
         if gradient:
@@ -179,7 +181,7 @@ def unchecked(
 def _note(failure: KernelFailed) -> None:
     failures.record(failure)
     if failure.kernel in feed_forward_products.KERNELS:
-        clear_plans()  # the plans that have it: cuBLAS and a kernel take its place in the next ones
+        clear_plans()  # so that later plans have cuBLAS and a kernel in its place
 
 
 class _Layer(torch.autograd.Function):
@@ -201,7 +203,7 @@ class _Layer(torch.autograd.Function):
         y, low, saved = forward(plan, settings, _inputs(x, queries, masks), weights, seed, x_low)
         if twins is not None:
             twins.low = low
-        if saved.x.dtype == x.dtype:  # themselves, by which a second derivative finds what the gradients were made of
+        if saved.x.dtype == x.dtype:  # the very tensors, which a second derivative finds as sources of the gradients
             saved, ctx.links = saved._replace(x=x, queries=queries), ()
         else:
             ctx.links = links((x, queries), ())
@@ -217,7 +219,7 @@ class _Layer(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         check_unbatched((dy,))
-        saved = ctx.saved_tensors  # once: checkpointing allows no more
+        saved = ctx.saved_tensors  # once: checkpointing allows a single read
         if not torch.is_grad_enabled():
             return *(None,) * 6, *_gradients(ctx, saved, dy)
         with torch.no_grad():
@@ -225,21 +227,21 @@ class _Layer(torch.autograd.Function):
         return *(None,) * 6, *not_twice(found, (dy, *saved, *ctx.links, *ctx.weights))
 
 
-# The hooks that see what is saved now, or None.
+# The hooks on saved tensors that are active, or None.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
-# Function's own looks for what functorch's transforms may have left in each argument.
+# Function.apply also unwraps what functorch's transforms may have left in each argument.
 _apply = super(torch.autograd.Function, _Layer).apply
 
 
 def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, of the queries and of each weight: those that are needed, and some that autograd drops."""
+    """The gradients of x, of the queries and of each weight. Some that are not needed come along; autograd drops them."""
     if _elsewhere(dy):
         with torch.cuda.device(dy.device):
             return _gradients(ctx, tensors, dy)
     if torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
             return _gradients(ctx, tensors, dy)
-    if ctx.hooked:  # hooks may give saved tensors back in other places and with other strides
+    if ctx.hooked:  # hooks may return saved tensors at other addresses and with other strides
         tensors = [None if tensor is None else aligned(tensor) for tensor in tensors]
     needs, plan, settings = ctx.needs_input_grad, ctx.plan, ctx.settings
     saved, vectors, seed = Saved(*tensors[:8], Products._make(tensors[8:13])), Vectors._make(tensors[13:17]), tensors[17]
@@ -268,5 +270,5 @@ def _inputs(x: Tensor, queries: Tensor | None, masks: tuple[Tensor | None, ...])
 
 
 def _elsewhere(x: Tensor) -> bool:
-    """Whether another device than x's is the current one."""
+    """Whether the current device is not x's."""
     return x.is_cuda and x.device.index != torch._C._cuda_getDevice()

@@ -1,6 +1,6 @@
-"""The layer's backward: fourteen launches, thirteen where sequences are short.
+"""The layer's backward: fourteen launches, thirteen for short sequences.
 
-A residual's gradient is added inside the product whose gradient meets it.
+A residual's gradient is added inside the product that computes the other gradient of the same tensor.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch import unsafe_split_with_sizes as split  # gradients are no views, whatever is done to one of them
+from torch import unsafe_split_with_sizes as split  # the parts are no views, so writing to one is allowed
 
 from ..core.bound import Place, addressing
 from .forward import Inputs, Saved, columns, seed_places
@@ -19,7 +19,7 @@ from .settings import Settings, Weights
 
 
 class Gradients(NamedTuple):
-    """None where it was not asked for."""
+    """Gradients; None where none was asked for."""
 
     x: Tensor | None
     queries: Tensor | None
@@ -27,7 +27,7 @@ class Gradients(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """What the backward's kernels read of the weights."""
+    """The weights' vectors that the backward's kernels read."""
 
     attention_norm: Tensor
     attention_norm_bias: Tensor
@@ -50,7 +50,7 @@ def backward(
     seed: Tensor | None,
     needed: Gradients,
 ) -> Gradients:
-    """`needed` says of each whether it is asked for; of `inputs` the masks are read."""
+    """The gradients that `needed` marks. Of `inputs` only the masks and the index are read."""
     at, stream, low, w, products = addressing(), plan.stream(), plan.product_dtype, vectors, saved.products
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     softmax, z1, mean1, rstd1, z2, mean2, rstd2 = plan.kept.places(saved.kept)
@@ -74,7 +74,7 @@ def backward(
     doutput = _of_weight(needed.weights.output, dout, activated, plan.weight_dtype)
     del activated
     add_product(dy1, dh, products.intermediate)
-    # A program reads a row before it writes there, so a gradient may go where the one that it is made of was.
+    # A program reads a row before it writes one, so a gradient may overwrite the one that it is computed from.
     dprojected = dy1 if plan.y1_dtype == low else dout
     unused = dout if dprojected is dy1 else dy1
     if plan.shares1:
@@ -100,7 +100,7 @@ def backward(
         dqkv, dq = _through_attention(plan, dattended, inputs, saved, places, attention_seed)
         dx, dqueries, dprojections = _of_projections(plan, dread, dqkv, dq, saved, needed)
     dvectors = w.output_norm.new_empty(plan.vectors_in_all)
-    plan.sums(stream, at(dvectors), *sums)  # where nothing goes through attention, of whatever stands there as well
+    plan.sums(stream, at(dvectors), *sums)  # without attention's backward it also sums uninitialised rows, which are dropped
     dnorm2, dnorm2_bias, doutput_bias, dintermediate_bias, dnorm1, dnorm1_bias, dattention_output_bias, *dbiases = split(
         dvectors, plan.vectors
     )
@@ -128,7 +128,7 @@ def _through_attention(
     places: tuple[Place, ...],
     seed: Place,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of what attention read, laid out as that is: [T, 3 H]; or [T, 2 H], and of queries of their own [N, H]."""
+    """The gradients of attention's inputs in their layout: [T, 3 H]; with queries of their own, [T, 2 H] and [N, H]."""
     at, stream, masks, dout = addressing(), plan.stream(), inputs.masks(), addressing()(dattended)
     softmax, *places = places
     parts, dqkv, dq = columns(saved.qkv, plan.hidden), torch.empty_like(saved.qkv), None
@@ -152,7 +152,7 @@ def _through_attention(
 def _of_projections(
     plan: Plan, dread: Tensor, dqkv: Tensor, dq: Tensor | None, saved: Saved, needed: Gradients
 ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
-    """Of x, of the queries, and of the projections' weights in their order; `dread` [N, H] is the residual's."""
+    """The gradients of x, of the queries and of the projections' weights, in that order; `dread` [N, H] is the residual's."""
     hidden, weights = plan.hidden, saved.products.projections
     q, k, v = needed.weights[:6:2]
     if dq is None:
@@ -167,7 +167,7 @@ def _of_projections(
 
 
 def _side_by_side(plan: Plan, doutput: Tensor, rows: Tensor, n: int, needed: bool) -> Sequence[Tensor | None]:
-    """Gradients of the weights [H, H] of n projections of `rows`."""
+    """The gradients of the weights [H, H] of n projections of `rows`."""
     return split(product(doutput.t(), rows, plan.weight_dtype), [plan.hidden] * n) if needed else (None,) * n
 
 

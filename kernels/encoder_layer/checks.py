@@ -1,4 +1,4 @@
-"""What the layer refuses, each with one error that names the argument, what was expected and what came."""
+"""The layer's argument checks: each error names the argument, what is expected and what came."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def check(
     norm_dtype: torch.dtype | None,
     seed: Tensor | None,
 ) -> None:
-    """Raise ValueError unless everything fits x and the settings."""
+    """Raise ValueError unless all arguments fit x and the settings."""
     key_mask, key_bounds, cu_seqlens, max_seqlen, queries, cu_seqlens_q, max_seqlen_q, index, inverse = layout
     check_dtype("x", x)
     packed = cu_seqlens is not None
@@ -61,7 +61,7 @@ def _check_rows(index: Tensor | None, inverse: Tensor | None, x: Tensor, fits: b
 
 
 def _check_float64(dtypes: dict[str, torch.dtype | None]) -> None:
-    """What is kept and summed has the width that float32 needs, unless everything is float64."""
+    """Raise ValueError if only some dtypes are float64: what is saved and summed would have float32's width."""
     given = {name: dtype for name, dtype in dtypes.items() if dtype is not None}
     wide = [name for name, dtype in given.items() if dtype == torch.float64]
     if wide and len(wide) < len(given):

@@ -1,4 +1,4 @@
-"""The layer's forward: ten launches, two of them for weights that lie side by side (without a backward three products do)."""
+"""The layer's forward: ten launches, two of which concatenate weights (without a backward, three products replace those)."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,11 @@ from .settings import Settings, Weights
 
 
 class Inputs(NamedTuple):
-    """x [T, H]; queries [N, H] where they are rows of their own; a tensor of the result's shape, but for its number of rows;
-    what attention sees (as in attention.attention); the rows that are read of what it gives, see encoder_layer."""
+    """The tensors of a call.
+
+    x is [T, H]; queries, if they are rows of their own, [N, H]. `like` has the shape of the result, except for its number of
+    rows. Then what attention reads (as in kernels/attention), and the rows to continue with after it (encoder_layer's index).
+    """
 
     x: Tensor
     queries: Tensor | None
@@ -28,15 +31,15 @@ class Inputs(NamedTuple):
     inverse: Tensor | None = None
 
     def taken(self, rows: Tensor) -> Tensor:
-        """[T, H] -> [N, H], those that are read."""
+        """[T, H] -> [N, H]: the rows to continue with."""
         return gather_rows(rows, self.index, self.inverse)
 
     def put(self, rows: Tensor) -> Tensor:
-        """[N, H] -> [T, H], zeros elsewhere."""
+        """[N, H] -> [T, H]: the inverse of `taken`, with zeros elsewhere."""
         return gather_rows(rows, self.inverse, self.index)
 
     def masks(self) -> tuple[Place, ...]:
-        """In the kernels' order; a mask between queries and keys is none of them."""
+        """The masks in the kernels' order, without a general mask, which a layer does not take."""
         at = addressing()
         if self.key_mask is not None:
             return at(self.key_mask), at(self.key_bounds), None, None, None
@@ -46,22 +49,21 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads: 11 T H elements, with F = 4 H. The activation's output and y1, 5 more, are made again there."""
+    """What the backward reads: 11 T H elements for F = 4 H. It recomputes the activation's output and y1, 5 T H more."""
 
     x: Tensor
     queries: Tensor | None
-    qkv: Tensor  # [T, 3 H]; of queries of their own, the keys and values alone, [T, 2 H]
-    q: Tensor | None  # of queries of their own
-    attended: Tensor  # the rows that are read
-    all_attended: Tensor | None  # where those were taken of all that attention gave
+    qkv: Tensor  # [T, 3 H]; with queries of their own the keys and values only, [T, 2 H]
+    q: Tensor | None  # [N, H], with queries of their own
+    attended: Tensor  # the rows that the layer continues with
+    all_attended: Tensor | None  # all rows, with `index`
     h: Tensor
     kept: Tensor
     products: Products
 
 
 class Result(NamedTuple):
-    """y in the shape of the rows that are read; the same [N, H] in the products' dtype, where y has another; and what the
-    backward needs, where one follows."""
+    """y; the same rows [N, H] in the products' dtype, if y has another; and what the backward reads, if there is one."""
 
     y: Tensor
     low: Tensor | None
@@ -69,12 +71,12 @@ class Result(NamedTuple):
 
 
 def draw_seeds(settings: Settings, device: torch.device) -> Tensor | None:
-    """int64 [6], of which each dropout takes one element: the first, the third and the fifth, as addresses are aligned."""
+    """int64 [6], or None without dropout. The dropouts use elements 0, 2 and 4, because addresses must be multiples of 16."""
     return torch.randint(2**62, (6,), device=device) if settings.drops else None
 
 
 def seed_places(seed: Tensor | None, settings: Settings) -> tuple[Place, Place, Place]:
-    """Of attention's dropout and of both LayerNorms', None where nothing is dropped."""
+    """The seeds of attention's dropout and of those before both LayerNorms; None where nothing is dropped."""
     if seed is None:
         return None, None, None
     if by_address():
@@ -90,7 +92,7 @@ def seed_places(seed: Tensor | None, settings: Settings) -> tuple[Place, Place, 
 
 
 def columns(x: Tensor, width: int) -> tuple[Place, ...]:
-    """Where each `width` columns of x begin."""
+    """The start of every `width` columns of x, in the form that bound kernels take."""
     if by_address():
         first, step = x.data_ptr(), width * x.element_size()
         return tuple(range(first, first + step * (x.shape[1] // width), step))
@@ -100,7 +102,7 @@ def columns(x: Tensor, width: int) -> tuple[Place, ...]:
 def forward(
     plan: Plan, settings: Settings, inputs: Inputs, weights: Weights, seed: Tensor | None, x_low: Tensor | None = None
 ) -> Result:
-    """What a call gives; x_low [T, H] is x in the products' dtype, where that is at hand."""
+    """Run the layer; x_low [T, H] is x in the products' dtype, if it exists already."""
     at, stream, low, hidden, w = addressing(), plan.stream(), plan.product_dtype, plan.hidden, weights
     attention_seed, seed1, seed2 = seed_places(seed, settings)
     products = products_of(weights, low, plan.one_by_one)
@@ -133,11 +135,11 @@ def forward(
         q = qkv = None
 
     projected = linear(attended, products.attention_output)
-    # Whoever sees what is dispatched may keep it, as selective checkpointing keeps products: nothing goes over it then.
+    # A dispatch mode may keep tensors (selective checkpointing keeps products), so nothing is overwritten under one.
     seen = torch._C._len_torch_dispatch_stack() > 0
     y1_low = empty_like(projected) if seen else projected
     y1 = y1_low if plan.y1_dtype == low else empty_like(projected, dtype=plan.y1_dtype)
-    z, mean, rstd = saved1 or (at(y1), None, None)  # without a backward only z's dtype counts
+    z, mean, rstd = saved1 or (at(y1), None, None)  # without a backward z is not written; only its dtype matters
     vectors = at(w.attention_norm), at(w.attention_norm_bias), at(w.attention_output_bias)
     twin = None if y1 is y1_low else at(y1_low)
     plan.norm1(stream, at(projected), at(read), *vectors, seed1, at(y1), twin, z, mean, rstd)
@@ -152,7 +154,7 @@ def forward(
         operands = at(y1_low), at(products.intermediate), at(w.intermediate_bias)
         plan.product(stream, *operands, None if h is None else at(h), at(activated))
     out = linear(activated, products.output)
-    if plan.gradient:  # autograd's functions must not return views, as which `out` in the shape of x would count
+    if plan.gradient:  # autograd functions must not return views, and `out` in the shape of x would be one
         y = out.new_empty(shape, dtype=plan.out_dtype)
     else:
         y = (out if plan.out_dtype == low else empty_like(out, dtype=plan.out_dtype)).view(shape)

@@ -1,4 +1,4 @@
-"""What runs where a kernel of the layer cannot: its reference, with the bits that dropout draws from the same seed."""
+"""The layer's fallback: its reference, with the dropout bits that the kernels draw from the same seed."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .settings import Layout, Settings, Weights
 def keeps(
     seed: Tensor | None, settings: Settings, sequences: int, longest_q: int, longest_k: int, shape: torch.Size
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What each dropout keeps; `shape` is that of the result."""
+    """The three keep masks; `shape` is the result's."""
     p = settings
     scores = None
     if p.attention_p > 0.0:
@@ -32,7 +32,7 @@ def forward(
     norm_dtype: torch.dtype | None,
     seed: Tensor | None,
 ) -> Tensor:
-    """The op, differentiable."""
+    """The differentiable op."""
     read = x if layout.queries is None else layout.queries
     shape = read.shape if layout.index is None else torch.Size((*x.shape[:-2], len(layout.index), x.shape[-1]))
     sequences = x.shape[0] if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
@@ -52,7 +52,7 @@ def forward(
 def gradients(
     plan: Plan, settings: Settings, dy: Tensor, inputs: Inputs, weights: Weights, seed: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Of x, of the queries and of each weight, in the type that the kernels compute in; dy [N, H]."""
+    """The gradients of x, of the queries and of each weight, computed in the kernels' accumulation type; dy is [N, H]."""
     call, wide = plan.call, accumulator_torch(plan.call.product_dtype)
     x, queries = inputs.x, inputs.queries
     if not call.packed:

@@ -1,4 +1,4 @@
-"""All kernels of a layer for calls of one shape, bound once: what every layer of a model and every step then share."""
+"""All kernels of a layer, bound once for calls of one shape and shared by all layers of a model and all steps."""
 
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -14,13 +14,13 @@ from ..feed_forward import products as feed_forward_products
 from ..feed_forward.products import GRADIENT, PRODUCT
 from .settings import Call, Settings
 
-PLANS = 256  # kept, the least recently used dropped first; a plan is a few KiB
+PLANS = 256  # the number of plans kept, least recently used dropped first; a plan takes a few KiB
 
 
 class Plan:
-    """Bound kernels, and how much room a call takes besides its larger tensors.
+    """Bound kernels, and the size of the small arrays that a call allocates.
 
-    rows of the queries are `n_queries`, and of everything after attention `n_rows`; widths are H, F and 3 H.
+    Queries have `n_queries` rows, everything after attention has `n_rows`; widths are H, F and 3 H.
     """
 
     def __init__(self, call: Call, settings: Settings) -> None:
@@ -31,14 +31,14 @@ class Plan:
         self.dtype, self.product_dtype, self.weight_dtype = call.dtype, low, call.weight_dtype
         self.hidden, self.gradient = hidden, call.gradient
         self.stream = streams(call.device)
-        # A backward gains by projections that lie side by side: one product for three, and no sums of their gradients.
+        # A backward gains by concatenated projections: one product instead of three, and no sum of their gradients.
         self.one_by_one = not call.gradient and call.weight_dtype == low
-        # Of each LayerNorm: what it normalises, which is rounded so before its statistics are made, and what it returns.
+        # Each LayerNorm's input, which is rounded to this dtype before its statistics are computed, and its output.
         self.z1_dtype = torch.promote_types(low, call.dtype)
         self.y1_dtype = call.norm_dtype or self.z1_dtype
         self.z2_dtype = torch.promote_types(low, self.y1_dtype)
         self.out_dtype = call.norm_dtype or self.z2_dtype
-        # Without dropout, and with one dtype, a gradient is that of both terms of LayerNorm's sum.
+        # Without dropout and with one dtype, x and the residual have the same gradient.
         self.shares1 = settings.attention_output_p == 0.0 and low == call.dtype
         self.shares2 = settings.output_p == 0.0 and low == self.y1_dtype
         self.drops = settings.drops
@@ -107,7 +107,7 @@ class Plan:
             self.gelu = self._bind(work, ("x_ptr", low), ("bias_ptr", weight), ("y_ptr", low))
         self.statistics1 = (n,), accumulator_torch(self.z1_dtype)
         self.statistics2 = (n,), accumulator_torch(self.z2_dtype)
-        if call.gradient:  # what the backward needs of the forward besides the larger tensors
+        if call.gradient:  # what the backward needs of the forward, besides the large tensors
             z1, z2 = ((n, hidden), self.z1_dtype), ((n, hidden), self.z2_dtype)
             self.kept = Workspace(
                 *(self.softmax, z1, self.statistics1, self.statistics1),
@@ -159,16 +159,16 @@ class Plan:
             ("out_ptr", weight),
             *((f"{part}_ptr", wide) for part in "abcde"[: len(rows)]),
         )
-        # LayerNorm's weight, its bias, and the bias of the product before it; the activation's bias between the two, those
-        # of the projections behind them.
+        # The order of the vectors: the second LayerNorm's weight, bias and x_bias; the activation's bias; the first LayerNorm's
+        # weight, bias and x_bias; the projections' biases.
         self.vectors = [hidden, hidden, hidden, inner, *[hidden] * 6]
         self.vectors_in_all = sum(self.vectors)
         self.n_sums = len(rows)
         self.scratch = Workspace(*((shape, wide) for shape in zip(rows, widths, strict=True)), *self._queries)
 
     def _bind_attention_backward(self, low: torch.dtype, head_size: int) -> tuple[int, ...]:
-        """How many rows of sums there are of dq, and of dk and dv beside each other; of all three together if sequences are
-        short, whose gradients one kernel makes."""
+        """Bind attention's backward. Returns the rows of sums of dq, and of dk and dv together; of all three together for short
+        sequences, whose backward is one kernel."""
         call, wide, heads = self.call, self._wide, self._settings.heads
         like, q_row, k_row = self._like(dtype=low), self.geometry.q[1], self.geometry.k[1]
         dout = 0 if call.packed else self.geometry.max_seqlen_q * call.hidden, call.hidden, head_size, 1
@@ -193,7 +193,7 @@ class Plan:
         return q.programs // heads, kv.programs // heads
 
     def _bind_product(self, part: str, *tensors: tuple[str, torch.dtype | None]) -> Bound | None:
-        """A product of the feed-forward with an epilogue; None where cuBLAS and a kernel take its place."""
+        """A product of the feed-forward with an epilogue; None where cuBLAS and a kernel do its work."""
         call, like = self.call, self._like(dtype=self.call.product_dtype)
         sizes, activation = (self.n_rows, call.hidden, call.inner), self._settings.activation
         if not feed_forward_products.is_on(part, like, *sizes, activation):
@@ -209,7 +209,7 @@ class Plan:
     def _bind_norm_backward(
         self, dy: torch.dtype, z: torch.dtype, dresidual: torch.dtype | None, y: torch.dtype | None, p: float
     ) -> tuple[Bound, int]:
-        """The kernel, and how many rows of sums it writes; with y it makes the forward's result again."""
+        """The kernel and the number of rows of sums that it writes. With `y` it also writes the forward's result again."""
         call, n, hidden = self.call, self.n_rows, self.call.hidden
         widest = self._like(dtype=max(dy, z, key=lambda dtype: dtype.itemsize))
         work = dropout_add_layernorm.backward_work(n, hidden, (hidden, 1), widest, z, p)
@@ -245,7 +245,7 @@ class Plan:
 
 @cache
 def _like(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of nothing, by whose dtype and device configurations are chosen."""
+    """An empty tensor, whose dtype and device select configurations."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
@@ -259,7 +259,7 @@ def _kept(call: tuple[Any, ...], settings: Settings) -> Plan:
 
 
 def plan_of(call: tuple[Any, ...], settings: Settings) -> Plan:
-    """The plan of such calls; `call` is what a Call is made of.
+    """The plan for such calls; `call` holds a Call's fields.
 
     Raises:
         KernelFailed: one of its kernels cannot be compiled or loaded.
@@ -268,5 +268,5 @@ def plan_of(call: tuple[Any, ...], settings: Settings) -> Plan:
 
 
 def clear() -> None:
-    """Make every plan anew."""
+    """Drop all plans."""
     _kept.cache_clear()

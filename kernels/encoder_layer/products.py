@@ -1,4 +1,9 @@
-"""The layer's matrix products and their weights, in the dtype that products run in."""
+"""The layer's matrix products and their weights, in the dtype that products run in.
+
+Nothing about weights is kept between calls. A training call concatenates the projections' weights: a kept copy could not be
+known to be stale after a write through `.data`, and would hold memory that `model.to()` means to free. Without a backward the
+projections are three products, which take as many launches.
+"""
 
 from typing import NamedTuple
 
@@ -9,8 +14,8 @@ from .settings import Weights
 
 
 class Products(NamedTuple):
-    """Weights of products; of the three projections side by side: [3 H, H], and their bias [3 H]; or None, where each is a
-    product of its own."""
+    """The weights of products. Those of the three projections are concatenated, [3 H, H] and bias [3 H]; None where each
+    projection is a product of its own."""
 
     projections: Tensor | None
     projections_bias: Tensor | None
@@ -20,7 +25,7 @@ class Products(NamedTuple):
 
 
 def products_of(weights: Weights, dtype: torch.dtype, one_by_one: bool) -> Products:
-    """In `dtype`. Made at each call: what would be kept could not be seen to be stale after a write through `.data`."""
+    """The weights in `dtype`; the projections' are concatenated unless `one_by_one`."""
     w = weights
     if one_by_one:
         return Products(None, None, w.attention_output, w.intermediate, w.output)
@@ -43,7 +48,7 @@ def products_of(weights: Weights, dtype: torch.dtype, one_by_one: bool) -> Produ
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in `dtype`, which may be wider than theirs: 16-bit products are summed in float32 and need no cast then."""
+    """a b in `dtype`, which may be wider than theirs: 16-bit products accumulate in float32 and then need no cast."""
     if a.dtype == dtype:
         return torch.mm(a, b)
     if a.is_cuda and dtype == torch.float32:
@@ -52,7 +57,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in the product's own pass over memory where there is a product of these dtypes that does so."""
+    """total += a b, inside the product where there is a product of these dtypes that accumulates."""
     if a.dtype == total.dtype and adds_last(a):
         total.addmm_(a, b)
     elif a.is_cuda and total.dtype == torch.float32:
@@ -62,6 +67,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def adds_last(a: Tensor) -> bool:
-    """Whether a product is summed up before it is added to what is there. cuBLAS does that; on the CPU the terms of a product
-    of one to three rows are added to it one by one, with 2.5 times the rounding."""
+    """Whether a product is complete before it is added to the total. cuBLAS does that; on the CPU, products of one to three
+    rows add their terms to the total one by one, with 2.5 times the rounding error."""
     return a.is_cuda

@@ -1,4 +1,4 @@
-"""The layer in plain PyTorch: its definition, and what computes its gradients where a kernel of its backward cannot run."""
+"""The layer in plain PyTorch: the op's definition, and the fallback where a kernel of its backward cannot run."""
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ def encoder_layer(
     norm_dtype: torch.dtype | None = None,
     keep: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
 ) -> Tensor:
-    """The op of the same name; `keep` is what each of the three dropouts keeps: of the probabilities, as reference.attention
-    takes it, and of the elements that each LayerNorm's sum is given."""
+    """The op of the same name. `keep` holds the keep masks of the three dropouts: of the probabilities, as reference.attention
+    takes it, and of the elements before each LayerNorm's sum."""
     w, low = weights, product_dtype or x.dtype
     of_scores, of_attention, of_output = keep or (None, None, None)
 

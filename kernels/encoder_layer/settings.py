@@ -1,4 +1,4 @@
-"""What a layer consists of, and what one call of it is: the names that the other files here share."""
+"""What a layer consists of and what one of its calls is: the types that the other files here share."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """A layer's parameters, all of one dtype. Products' weights are [out, in], as nn.Linear has them."""
+    """A layer's parameters, all of one dtype. Products' weights are [out, in], as in nn.Linear."""
 
     query: Tensor  # [H, H]
     query_bias: Tensor  # [H]
@@ -30,11 +30,12 @@ class Weights(NamedTuple):
 class Settings(NamedTuple):
     """A layer's numbers.
 
-    heads: of H / heads columns each, up to 256.
+    heads: number of heads, of H / heads columns each, up to 256.
     activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
     attention_eps, output_eps: added to the variance, by the LayerNorm after attention and the one after the feed-forward.
-    attention_p: probability of dropping a probability; attention_output_p, output_p: of dropping an element before each
-        LayerNorm's sum.
+    attention_p: probability of dropping an attention probability.
+    attention_output_p, output_p: probability of dropping an element before each LayerNorm's sum.
+    causal: each query sees the keys up to its own position.
     scale: of scores; None: 1 / sqrt(H / heads).
     """
 
@@ -54,7 +55,7 @@ class Settings(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the rows of x lie and which of them are read: encoder_layer's arguments of these names."""
+    """How the rows of x are arranged and which of them are computed: encoder_layer's arguments of these names."""
 
     key_mask: Tensor | None = None
     key_bounds: Tensor | None = None
@@ -68,11 +69,12 @@ class Layout(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What of a call's tensors decides which kernels run and how; with Settings it names a plan.
+    """The properties of a call's tensors that decide which kernels run and how; with Settings they identify a plan.
 
-    rows: of x, in `sequences` of up to `longest`. read_rows: of the queries, where they are rows of their own; their longest
-    sequence is `longest_read`, None where attention runs for all rows and those are taken of what it gives. product_dtype and
-    norm_dtype: see encoder_layer.
+    rows: rows of x, in `sequences` sequences of up to `longest` rows.
+    read_rows: rows of the queries or of the index; None without either.
+    longest_read: length of the queries' longest sequence; None where attention runs for all rows.
+    product_dtype, norm_dtype: see encoder_layer.
     """
 
     rows: int
@@ -89,5 +91,5 @@ class Call(NamedTuple):
     product_dtype: torch.dtype
     norm_dtype: torch.dtype | None
     device: torch.device
-    precision: str  # torch's of float32 products
+    precision: str  # torch's precision of float32 products
     gradient: bool

@@ -1,7 +1,8 @@
-"""A layer's result in the products' dtype beside the one that LayerNorm returns, for the products of the layer that follows.
+"""A layer's result in the products' dtype, beside the one that LayerNorm returns, for the products of the next layer.
 
-Under autocast a layer returns float32, of which the next one's products read a cast. LayerNorm's kernel has the row in
-registers and writes both: 2 T H bytes instead of a launch that moves 6.
+Under autocast a layer returns float32, and the next layer's products read a cast of it. LayerNorm's kernel has the row in
+registers and writes both: 2 T H bytes instead of a launch that moves 6 T H. The twin is used only by a call whose input is that
+very tensor, not written to since.
 """
 
 import torch
@@ -11,19 +12,19 @@ __all__ = ["Twins"]
 
 
 class Twins:
-    """What the calls of one forward hand from one to the next."""
+    """Hands results from layer to layer within one forward."""
 
     def __init__(self) -> None:
-        self.low: Tensor | None = None  # [T, H], of the last result
+        self.low: Tensor | None = None  # [T, H], the last result
         self._of: Tensor | None = None
         self._version: int | None = None
 
     def beside(self, y: Tensor) -> None:
-        """`y` is the result that `low` is a twin of."""
+        """Declare `low` to be the twin of `y`."""
         self._of, self._version = y, _version(y)
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The twin of `x` in `dtype`, if x is the last result and was not written to since. It is taken once."""
+        """The twin of `x` in `dtype`, once; None unless x is the last result, not written to since."""
         of, version, low = self._of, self._version, self.low
         self.clear()
         if of is not x or low is None or low.dtype != dtype or version != _version(x):
@@ -31,7 +32,7 @@ class Twins:
         return low
 
     def clear(self) -> None:
-        """Keep nothing alive."""
+        """Release all tensors."""
         self._of = self._version = self.low = None
 
 

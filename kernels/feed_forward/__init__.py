@@ -1,13 +1,13 @@
-"""y = activation(x weight' + bias) output_weight': BERT's feed-forward but for its last bias, which LayerNorm's kernel adds.
+"""y = activation(x weight' + bias) output_weight': BERT's feed-forward without its last bias, which LayerNorm's kernel adds.
 
 x [..., H], weight [F, H], bias [F], output_weight [O, F]; T rows:
 
     forward    2TF(H + O) operations: a product, the activation, a product
     backward   twice that, and the bias gradient
 
-Saved: x and h = x weight' [T, F]; the activation's output is made again in the backward. Products are cuBLAS's and the
-activation bias_gelu's, or, where configs.FUSED says so, the two are one kernel (products.py): the activation in
-the epilogue of the first product, its slope in that of the product that leads back to it.
+Saved: x and h = x weight' [T, F]; the backward recomputes the activation's output. The products are cuBLAS's and the activation
+is bias_gelu's kernel. Where configs.FUSED says so, product and activation are one kernel (products.py): the activation is the
+epilogue of the first product, its slope that of the product in the backward.
 """
 
 from typing import NamedTuple
@@ -80,7 +80,7 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Whose gradients are asked for, besides the bias."""
+    """Which gradients are asked for, besides the bias'."""
 
     needs_x: bool
     needs_weight: bool
@@ -127,7 +127,7 @@ def _allocate_backward(dout: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous and from a multiple of 16 bytes on, as a tile's rows are loaded."""
+    """Contiguous and aligned to 16 bytes, as tiles are loaded."""
     if tensor is None:
         return None
     tensor = tensor.contiguous()
@@ -152,8 +152,8 @@ def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: 
     """activation(x weight' + bias) output_weight'.
 
     Args:
-        x: [..., H]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
-        weight: [F, H], in the dtype of x; so are the others. Autocast does not reach in here: the caller casts.
+        x: [..., H]. fp64 (on a GPU computed by plain PyTorch), fp32, fp16 or bf16, any strides.
+        weight: [F, H], in the dtype of x, as are the others: the caller casts for autocast.
         bias: [F], or None.
         output_weight: [O, F].
         activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
@@ -162,14 +162,14 @@ def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: 
         [..., O], contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a dtype or an activation that has no kernel.
+        ValueError: shapes, dtypes or devices that do not fit, a dtype or an activation without a kernel.
     """
     _check(x, weight, bias, output_weight, activation)
     tensors = x, weight, bias, output_weight
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     rows = as_rows(x)
     sizes = [weight.shape[1], weight.shape[0], output_weight.shape[0]]
-    # While a compiler traces with sizes that it cannot know, the answer is no.
+    # False while a compiler traces with unknown sizes.
     known = guard_or_false(rows.shape[0] > 0)
     product_on = known and is_on(PRODUCT, x, rows.shape[0], sizes[0], sizes[1], activation)
     gradient_on = known and is_on(GRADIENT, x, rows.shape[0], sizes[2], sizes[1], activation)

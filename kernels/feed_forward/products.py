@@ -1,24 +1,26 @@
-"""Both products of the feed-forward that meet its activation, with that in their epilogue.
+"""The two products of the feed-forward around its activation, with the activation in their epilogue.
 
-x [T, H], weight [F, H], bias [F], and behind them the output's weight [O, F]:
+x [T, H], weight [F, H], bias [F]; in the backward the output's weight [O, F]:
 
-    product    h = x weight', y = activation(h + bias)              where cuBLAS and bias_gelu move 2TF elements more or
-    gradient   dh = (dout output_weight) * slope(h + bias), y again    three: h read again; dy written and read
+    product    h = x weight', y = activation(h + bias)             saves 2TF elements of traffic: h read again
+    gradient   dh = (dout output_weight) * slope(h + bias), y      saves 3TF: dy written and read, h read again
 
-Results are those of the product, rounded, and bias_gelu after it: h and dy are rounded to the type of the tensors before
-the activation reads them, as a product of its own rounds them. The bias gradient is a float32 sum a block of rows, added up
-in a second pass: no atomics. float32 products stay cuBLAS's.
+The savings are over cuBLAS and bias_gelu, whose results these are: h and dy are rounded to the tensors' type before the
+activation reads them. The bias gradient is one float32 sum per block of rows, added up in a second pass: no atomics. float32
+products stay cuBLAS's.
 
-`inner_stride` is H, of x and of weight: a stride, by which Triton knows what 16 divides, and how much is summed up.
+configs.FUSED says for which (H, F) and from how many rows on a plan binds these kernels. The table is empty until a GPU run has
+earned an entry. A kernel that does not compile is replaced by cuBLAS and bias_gelu in the same plan.
 
-Programs take tiles in an order in which neighbours share rows and columns of the operands in the L2 cache (the grouped order
-of Triton's tutorial 03; its tutorial 09 is the persistent form, with a fixed number of programs, that
-`programs_per_multiprocessor` asks for). The tile's epilogue goes by quarters of its columns, so that two programs of 128
-registers a thread fit a multiprocessor, and one's epilogue runs beside the other's product. Operands come through pointers
-(cp.async): a descriptor for the tensor memory accelerator has to be encoded on the host for each launch or needs scratch
-memory on the device, and saves a tenth of the loop's instructions (bench/FINDINGS.md).
+Programs take tiles in an order in which neighbours share rows and columns of the operands in the L2 cache (the grouped order of
+Triton's tutorial 03; `programs_per_multiprocessor` selects the persistent form of tutorial 09, with a fixed number of
+programs). The epilogue works on quarters of the tile's columns, so that two programs of 128 registers per thread fit an SM and
+the epilogue of one overlaps the product of the other. Operands are loaded through pointers (cp.async): a descriptor for the
+tensor memory accelerator is encoded on the host per launch or needs scratch memory on the device, and saves a tenth of the
+loop's instructions (bench/FINDINGS.md).
 
-Off until a GPU has shown that it is no slower: configs.FUSED.
+`inner_stride` is H, both the stride of x and weight and the length of the sums. It is an argument so that Triton can specialise
+it by divisibility.
 """
 
 from collections.abc import Iterator
@@ -34,15 +36,15 @@ from ..core.device_math import activation as activate
 from ..core.device_math import activation_backward
 from ..core.launch import Work, accumulator, cdiv, choose, resident_programs, table_of
 
-PRODUCT, GRADIENT = "feed_forward_product", "feed_forward_gradient"  # their tables in configs.py
+PRODUCT, GRADIENT = "feed_forward_product", "feed_forward_gradient"  # names of their tables in configs.py
 KERNELS = ("feed_forward_fwd_kernel", "feed_forward_bwd_kernel")
-ACTIVATIONS = ("gelu", "relu")  # the slopes of the others fill more registers than a product leaves
+ACTIVATIONS = ("gelu", "relu")  # the slopes of the others need more registers than a product leaves
 _decided: tuple[bool, bool] | None = None
 
 
 @triton.jit
 def _place(tile, n_rows, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first row (int64) and the first column of a tile: eight blocks of rows at a time, column by column."""
+    """First row (int64) and first column of a tile: groups of eight blocks of rows, column by column within a group."""
     GROUP: tl.constexpr = 8
     n_col_blocks: tl.constexpr = N_COLS // BLOCK_N
     first = (tile // (GROUP * n_col_blocks)) * GROUP
@@ -53,7 +55,7 @@ def _place(tile, n_rows, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def _tiles(n_rows, N_COLS: tl.constexpr, PERSISTENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a program, the first tile and the end of all; the next is as many further as there are programs."""
+    """A program's first tile and the end of all tiles; the stride between its tiles is the number of programs."""
     first = tl.program_id(0)
     end = tl.cdiv(n_rows, BLOCK_M) * (N_COLS // BLOCK_N) if PERSISTENT else first + 1
     return first, end
@@ -61,9 +63,9 @@ def _tiles(n_rows, N_COLS: tl.constexpr, PERSISTENT: tl.constexpr, BLOCK_M: tl.c
 
 @triton.jit
 def _rows_of_tile(ptr, row, n_rows, inner_stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Pointers [BLOCK_M, BLOCK_K] to the rows from `row` on, and the number of the last one that is there.
+    """Pointers [BLOCK_M, BLOCK_K] to the rows from `row` on, and the number of the last row that exists.
 
-    Offsets inside a tile fit 32 bits. A row past the last is the last one again: read, and never written.
+    Offsets inside a tile fit 32 bits. Rows past the last one point to the last: they are read but never written.
     """
     last = tl.minimum(n_rows - row, BLOCK_M).to(tl.int32) - 1
     rows = tl.minimum(tl.arange(0, BLOCK_M), last)
@@ -72,7 +74,7 @@ def _rows_of_tile(ptr, row, n_rows, inner_stride, BLOCK_M: tl.constexpr, BLOCK_K
 
 @triton.jit
 def _part_of_tile(row, col, last, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr):
-    """Offsets [BLOCK_M, PART] of a tile's first quarter: the tile's own, in 64 bits, and those inside of it; and their mask."""
+    """For a tile's first quarter: the tile's offset in 64 bits, offsets [BLOCK_M, PART] inside the tile, and their mask."""
     rows = tl.arange(0, BLOCK_M)
     return row * N_COLS + col, rows[:, None] * N_COLS + tl.arange(0, PART)[None, :], (rows <= last)[:, None]
 
@@ -81,7 +83,8 @@ def _part_of_tile(row, col, last, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, P
 def _multiplied(
     x, weight, weight_step, n_inner, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """The product of what is behind the pointers x [BLOCK_M, BLOCK_K] and weight [BLOCK_K, BLOCK_N], and on from there."""
+    """The product of x [BLOCK_M, BLOCK_K] and weight [BLOCK_K, BLOCK_N] behind the pointers, advanced along the inner
+    dimension."""
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for _ in range(0, tl.cdiv(n_inner, BLOCK_K)):
         total = tl.dot(tl.load(x), tl.load(weight), total, input_precision="ieee", out_dtype=ACC)
@@ -92,13 +95,13 @@ def _multiplied(
 
 @triton.jit
 def _halves(x):
-    """The left and the right half of x's columns."""
+    """The left and right halves of x's columns."""
     return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit
 def _quarters(x):
-    """The columns of x in four parts, from left to right."""
+    """The columns of x in four parts, left to right."""
     left, right = _halves(x)
     first, second = _halves(left)
     third, fourth = _halves(right)
@@ -164,11 +167,11 @@ def feed_forward_bwd_kernel(
 
 
 def work(part: str, n_rows: int, n_inner: int, n_cols: int, like: Tensor, activation: str) -> Work:
-    """Of contiguous tensors of the dtype of `like`.
+    """The launch for contiguous tensors of the dtype of `like`.
 
     PRODUCT: x [n_rows, n_inner], weight [n_cols, n_inner]; writes h and y [n_rows, n_cols].
-    GRADIENT: dout [n_rows, n_inner], weight [n_inner, n_cols], h [n_rows, n_cols]; writes dh and y, and sums
-    [rows_of_sums, n_cols], which are float32 (float64 for float64).
+    GRADIENT: dout [n_rows, n_inner], weight [n_inner, n_cols], h [n_rows, n_cols]; writes dh, y and the sums [rows_of_sums,
+    n_cols] in float32 (float64 for float64).
     """
     config = choose(part, like, n_cols)
     tiles = cdiv(n_rows, config.BLOCK_M) * (n_cols // config.BLOCK_N)
@@ -189,17 +192,17 @@ def work(part: str, n_rows: int, n_inner: int, n_cols: int, like: Tensor, activa
 
 
 def rows_of_sums(n_rows: int, n_cols: int, like: Tensor) -> int:
-    """How many rows of sums GRADIENT writes."""
+    """The number of rows of sums that GRADIENT writes."""
     return cdiv(n_rows, choose(GRADIENT, like, n_cols).BLOCK_M)
 
 
 def _divides(config: Config, n_inner: int, n_cols: int) -> bool:
-    """Whether tiles fill the operands but for rows: the kernels have no mask for what would be left."""
+    """Whether tiles divide all sizes but the number of rows: the kernels mask rows only."""
     return n_inner % config.BLOCK_K == 0 and n_cols % config.BLOCK_N == 0 and n_inner > 0
 
 
 def is_on(part: str, like: Tensor, n_rows: int, n_inner: int, n_cols: int, activation: str) -> bool:
-    """Whether the product of this size is to be PRODUCT's or GRADIENT's own instead of cuBLAS and a kernel."""
+    """Whether a product of this size is PRODUCT's or GRADIENT's kernel rather than cuBLAS and bias_gelu."""
     name, itemsize = table_of(like), like.element_size()
     if activation not in ACTIVATIONS or KERNELS[part == GRADIENT] in failures.reasons:
         return False
@@ -213,8 +216,8 @@ def is_on(part: str, like: Tensor, n_rows: int, n_inner: int, n_cols: int, activ
 
 @contextmanager
 def decided(product: bool, gradient: bool) -> Iterator[None]:
-    """For the length of the block each of the two is on or off wherever it can be on, whatever the table says. Plans of layers
-    that are kept are not made anew by it."""
+    """Within the block each of the two is on wherever it can be, or off, whatever the table says. Layers' cached plans do not
+    change."""
     global _decided
     before, _decided = _decided, (product, gradient)
     try:
