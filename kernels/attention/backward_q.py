@@ -15,6 +15,7 @@ from .tiles import (
     load_tile,
     locate,
     mask_scores,
+    masks_of,
     probabilities,
     product,
     row_keys,
@@ -29,7 +30,7 @@ from .tiles import (
 @triton.jit
 def _add_keys(
     sums, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_strides, v_strides, first_key, last_key, rows,
-    seqlen_q, seqlen_k, masks, head,
+    seqlen_q, seqlen_k, masks,
     DELTA: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, P_DROP: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,7 +44,7 @@ def _add_keys(
         v = load_tile(v_ptr, keys, v_strides, seqlen_k, D, BLOCK_D, MASK, ALIGNED)
         scores = product(q, tl.trans(k), None, PRECISION, ACC) * (SCALE * LOG2E)
         if MASK:
-            scores = mask_scores(scores, rows[:, None], keys[None, :], seqlen_q, seqlen_k, masks, head, CAUSAL)
+            scores = mask_scores(scores, rows[:, None], keys[None, :], seqlen_q, seqlen_k, masks, CAUSAL)
         weights = probabilities(scores, logsumexp[:, None], share[:, None], seqlen_k, MASK, WIDE)
         dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
         if P_DROP > 0:
@@ -88,7 +89,7 @@ def attention_bwd_q_kernel(
         key_bounds_ptr, mask_ptr, batch, block * BLOCK_M, (block + 1) * BLOCK_M, seqlen_q, seqlen_k, CAUSAL
     )
     every = every // BLOCK_N * BLOCK_N
-    masks = (key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k)
+    masks = masks_of((key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k), head)
 
     q = load_tile(q_ptr, rows, q_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
     dout = load_tile(dout_ptr, rows, dout_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
@@ -105,7 +106,7 @@ def attention_bwd_q_kernel(
         for MASK in tl.static_range(2):  # first the keys that every row sees, which need no mask
             delta = _add_keys(
                 delta, q, dout, logsumexp, share, None, row_key, k_ptr, v_ptr, k_strides, v_strides,
-                every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks, head,
+                every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks,
                 True, MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     else:
@@ -118,12 +119,12 @@ def attention_bwd_q_kernel(
     for MASK in tl.static_range(2):
         dq = _add_keys(
             dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_strides, v_strides,
-            every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks, head,
+            every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks,
             False, MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    dq *= SCALE
     dq_strides = (0, dq_row_stride, D, 1)
-    dq_ptr = head_of(dq_ptr, dq_strides, batch, first_row, head, True)
-    store_tile(tile_pointers(dq_ptr, rows, dq_strides, BLOCK_D, ALIGNED), dq, rows, seqlen_q, D, BLOCK_D)
+    pointers = tile_pointers(dq_ptr + head * D, first_row + rows, dq_strides, BLOCK_D, ALIGNED)
+    dq *= SCALE
+    store_tile(pointers, dq, rows, seqlen_q, D, BLOCK_D)
     if sums_ptr is not None:  # rows past the last are 0
         store_row(sums_ptr + ((batch * blocks + block) * n_heads + head) * D, tl.sum(dq, axis=0), D, BLOCK_D)
