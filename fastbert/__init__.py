@@ -1,4 +1,4 @@
-"""Triton kernels for Hugging Face BERT: `fastbert.patch(model)`, and the model computes the same, faster."""
+"""Triton kernels for Hugging Face BERT. After `fastbert.patch(model)` the model computes the same results faster."""
 
 import fastbert.startup  # noqa: F401
 from fastbert.errors import UnsupportedModelError

@@ -1,4 +1,4 @@
-"""`python -m fastbert`, and the script `fastbert`."""
+"""Entry point of `python -m fastbert` and of the `fastbert` script."""
 
 from fastbert.cli.commands import main
 

@@ -1,4 +1,8 @@
-"""Each call decides: may these tensors go to a kernel, and if not, why not. The tally is what `report` shows."""
+"""Decides per call whether tensors can go to a kernel, and counts kernel calls and fallbacks for `fastbert.report`.
+
+The counts live in a weak dictionary beside the modules, not on them, so a patched module's `__dict__` stays that of the
+stock module.
+"""
 
 import sys
 from collections import Counter
@@ -21,15 +25,14 @@ _FLOAT64 = "torch.float64 has no kernel on a GPU"
 
 @dataclass
 class Calls:
-    """Calls of one module since it was patched: through the kernel, and to stock code by reason."""
+    """Calls of one module since it was patched: kernel calls, and stock calls by reason."""
 
     kernel: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
 
 
-# Beside the modules, not on them: a patched module's __dict__ stays that of the stock one.
 _calls: WeakKeyDictionary[nn.Module, Calls] = WeakKeyDictionary()
-_lock = Lock()  # replicas of a module are called by threads of their own and count as one
+_lock = Lock()  # nn.DataParallel calls each replica in its own thread, and all of them share one tally
 
 
 def calls(module: nn.Module) -> Calls:
@@ -43,9 +46,9 @@ def clear_calls(module: nn.Module) -> None:
 
 
 class FastModule:
-    """What every fast class inherits, by which they are told from stock's.
+    """Base of every fast class; `isinstance(module, FastModule)` identifies a patched module.
 
-    nn.DataParallel makes replicas of a module at every call: their calls count as the module's own.
+    nn.DataParallel makes replicas of a module at every call; their calls are added to the module's own tally.
     """
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -56,8 +59,8 @@ class FastModule:
 
 
 def falls_back(module: nn.Module, reason: str | None) -> bool:
-    """Whether this call goes to stock code, which it does when there is a reason; tallied either way."""
-    if not torch.compiler.is_compiling():  # traced once, run many times: a count would be wrong
+    """Count this call of `module` and return whether it falls back to stock code, which it does if there is a reason."""
+    if not torch.compiler.is_compiling():  # a call is traced once and runs many times, so a count would be wrong
         with _lock:
             tally = _calls.get(module)
             if tally is None:
@@ -70,7 +73,10 @@ def falls_back(module: nn.Module, reason: str | None) -> bool:
 
 
 def run(module: nn.Module, op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """op(...) for a call that does not fall back. If a kernel failed and plain PyTorch computed its part, it is tallied so."""
+    """Return op(*arguments, **options) for a call that does not fall back.
+
+    If a kernel fails in it and plain PyTorch computes its part, the call is counted as a fallback after all.
+    """
     if torch.compiler.is_compiling():
         return op(*arguments, **options)
     before = ops.failures.fallbacks
@@ -84,7 +90,7 @@ def run(module: nn.Module, op: Callable[..., Any], *arguments: Any, **options: A
 
 
 def tensor_reason(*tensors: Tensor) -> str | None:
-    """Why no kernel can take these tensors together (inputs first, then parameters), or None."""
+    """Why no kernel can take these tensors together, or None. Inputs come first, then parameters."""
     first = tensors[0]
     autocast = _has_autocast(first.device.type) and torch.is_autocast_enabled(first.device.type)
     for tensor in tensors:
@@ -104,7 +110,7 @@ def tensor_reason(*tensors: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result  # torch 2.11 traces no is_autocast_available
 def _has_autocast(device_type: str) -> bool:
-    """Of the meta device, on which models are built, torch refuses to say whether autocast is on."""
+    """Whether `torch.is_autocast_enabled` accepts this device type; it raises for the meta device."""
     return torch.amp.is_autocast_available(device_type)
 
 
@@ -115,7 +121,7 @@ def _device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no kernel takes tensors of this type on this device, or None."""
+    """Why no kernel takes tensors of this dtype on this device, or None."""
     if ops.MISSING:
         return ops.MISSING
     if ops.INTERPRETED and device.type == "cpu":
@@ -129,69 +135,71 @@ def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast has products run in, None where it is off."""
+    """The dtype in which autocast runs matrix products, or None if autocast is off."""
     if not (_has_autocast(device_type) and torch.is_autocast_enabled(device_type)):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def mode_reason() -> str | None:
-    """Why no kernel runs in what torch is doing now, whatever the tensors, or None."""
+    """Why no kernel can run under torch's current mode (tracing, functorch, forward AD), or None."""
     if torch.compiler.is_compiling():
         return None
     if torch.jit.is_tracing():
-        return "torch.jit traces no kernels"
+        return "torch.jit cannot trace the kernels"
     if torch._C._functorch.maybe_current_level() is not None:
-        return "torch.func transforms go through stock code"
+        return "torch.func transforms use stock code"
     if torch.autograd.forward_ad._current_level >= 0:
         return "the kernels have no forward-mode derivative"
     return None
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
-    """Whether `tensor` is torch's own, or what torch.export lets stand for one."""
+    """Whether `tensor` is a torch.Tensor or nn.Parameter, not a subclass, or the fake tensor that torch.export uses."""
     if type(tensor) in (Tensor, nn.Parameter):
         return True
     return torch.compiler.is_exporting() and type(tensor) is torch._subclasses.FakeTensor
 
 
 def _library_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """The forward of a library's class; None if somebody has put another in its place."""
+    """The forward of a library's class; None if it was replaced."""
     code = getattr(cls.forward, "__code__", None)
     return cls.forward if code and code.co_filename == sys.modules[cls.__module__].__file__ else None
 
 
-# The classes whose work the kernels do in their place, with the forward that each then has to have.
+# The classes whose work the kernels take over, each with the forward that it must still have.
 _LIBRARY = {cls: _library_forward(cls) for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)}
 
 
 def register_library_classes(*classes: type[nn.Module]) -> None:
-    """Let modules of these classes, too, be plain."""
+    """Let `is_plain` accept modules of these classes as well."""
     _LIBRARY.update({cls: _library_forward(cls) for cls in classes})
 
 
 def forward_replaced(module: nn.Module) -> bool:
-    """Whether `module` has a forward of its own. Its class's, which transformers 5.0 leaves there when it has captured
-    outputs, is none."""
+    """Whether a forward set on the instance differs from its class's.
+
+    transformers 5.0 leaves the class's forward on the instance after it has captured outputs; that does not count.
+    """
     return "forward" in module.__dict__ and not class_forward_on_instance(module)
 
 
 def class_forward_on_instance(module: nn.Module) -> bool:
-    """Whether the forward of the class stands on `module` itself, too."""
+    """Whether the class's own forward is also set on the instance."""
     forward = vars(module).get("forward")
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward
 
 
 def class_forward_replaced(cls: type[nn.Module]) -> bool:
-    """Whether the forward of `cls` is known here and no longer the library's."""
+    """Whether `cls` is a registered library class whose forward is no longer the library's."""
     return cls in _LIBRARY and cls.forward is not _LIBRARY[cls]
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module], idle: str | None = None) -> bool:
-    """Whether `module` is exactly a `cls` whose call does nothing but the library's `cls.forward`: no hooks, nothing
-    replaced on the module or on its class.
+    """Whether `module` is exactly a `cls` whose call runs the library's `cls.forward` and nothing else.
 
-    Forward hooks of the name `idle` are those that do nothing here.
+    It has no hooks, and neither the instance's nor the class's forward is replaced. Forward hooks named `idle` are
+    ignored.
     """
     return (
         type(module) is cls
@@ -209,22 +217,24 @@ def _idle(hooks: dict[int, Any], idle: str | None) -> bool:
     return idle is not None and all(getattr(hook, "__name__", None) == idle for hook in hooks.values())
 
 
-# Hooks that transformers leaves on modules to capture outputs: they see nothing until outputs are asked for.
+# Hooks that transformers leaves on modules to capture outputs. They do nothing until outputs are requested.
 IDLE_HOOKS = ("transformers.utils.output_capturing",)
 
 
-# The attributes of a module that hold its hooks, a dictionary of each kind.
+# The attributes of a module that hold its hooks, one dictionary per kind.
 HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
-    """Its own, of each kind: empty where there are none."""
+    """The module's hook dictionaries, one per kind."""
     return [getattr(module, kind) for kind in HOOK_KINDS]
 
 
 def hooked(module: nn.Module, idle: tuple[str, ...] = IDLE_HOOKS) -> bool:
-    """Whether anything sees what `module` is given or gives, or has replaced its forward; hooks from below the modules
-    `idle` aside."""
+    """Whether a hook (a global one included) observes calls of `module`, or its forward is replaced.
+
+    Hooks defined in Python modules whose names start with one of `idle` are ignored.
+    """
     if forward_replaced(module):
         return True
     for hooks in hooks_of(module):

@@ -1,9 +1,9 @@
-"""The package's own exceptions."""
+"""The exceptions that fastbert defines."""
 
 
 class UnsupportedModelError(ValueError):
-    """The model holds no module that has a fast class, or (strict) one that would stay on stock code."""
+    """The model has no module with a fast class, or, with strict=True, one of them would stay on stock code."""
 
 
 class InputError(Exception):
-    """What the user of the command line can mend; its text is all that is shown, with exit code 2."""
+    """An error that the user of the command line can fix. Only its text is printed, and the exit code is 2."""

@@ -1,9 +1,16 @@
-"""Which of transformers' forwards fastbert was tested against, told by their code and not by the release's number.
+"""Decides whether a forward of transformers is one that fastbert was tested against, by its code, not by release number.
 
-A fast class computes what one stock forward computes. Whether the forward that is there now is such a one is settled
-from a digest of its source, in which documentation and annotations do not count, so that most releases add no row to
-the table (data/forwards.json, made by `python -m tests.releases digests`). Owners are handed in: nothing here imports
-transformers, which brings in triton (fastbert/startup.py says why that matters).
+A fast class computes what one stock forward computes. `data/forwards.json` holds a digest of every stock function that
+fastbert was tested against. Documentation and annotations are left out of the digest, so most releases add no row.
+
+- The check runs at each call, by the identity of the functions, because anyone may replace one at any time.
+- `untested=True` accepts functions, for the rest of the process; it does not accept releases.
+- To support a new release: `python -m tests.releases digests --transformers X` prints what changed, and each line is a
+  forward to read. Then run `python -m tests.releases run --transformers X`, add X to `TRANSFORMERS` in
+  tests/releases/matrix.py, and run `python -m tests.releases table` for the README. Other releases are put in front of the
+  installed one with `pip install --target`, so torch is installed once. tests/models/future.py simulates future releases.
+
+Owners are passed in: this module does not import transformers, which imports triton (see fastbert/startup.py).
 """
 
 import ast
@@ -17,42 +24,43 @@ from functools import cache
 from importlib import resources
 from types import FunctionType, ModuleType
 
-Pair = tuple[type | ModuleType, str]  # whoever holds the function, and its name there
+Pair = tuple[type | ModuleType, str]  # the owner of a function, and its name there
 
 _MISSING = object()
 
-# The function that was judged last, and its reason.
+# The function judged last, and its reason.
 _judged: dict[Pair, tuple[object, str | None]] = {}
-# The functions that `accept` was given.
+# The functions passed to `accept`.
 _accepted: dict[Pair, list[object]] = {}
 
 
 def digest(function: object) -> str | None:
-    """16 hexadecimal digits that stand for the code of a function of transformers, below its decorators.
+    """A digest of 16 hexadecimal digits of the code of a transformers function, without its decorators.
 
-    None where a function in the chain of `__wrapped__` does not come from transformers' own files, since it may do
-    anything, and where there is no source to read.
+    None if a function in the chain of `__wrapped__` does not come from transformers' own files, since it may do anything,
+    or if there is no source to read.
     """
     inner = innermost(function)
     if inner is None:
         return None
     try:
-        source = inspect.getsource(inner.__code__)  # of the function itself would be of what it wraps
-        # A method is read as the body of an if: dedenting could change strings of several lines.
+        source = inspect.getsource(inner.__code__)  # given the function, getsource would unwrap it
+        # A method is parsed as the body of an if: dedenting could change multi-line strings.
         tree = ast.parse("if True:\n" + source if source[0].isspace() else source)
     except (OSError, SyntaxError):
         return None
     functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
-    definition = next(functions, None)  # none: a lambda
+    definition = next(functions, None)  # None for a lambda
     return None if definition is None else hashlib.sha256(_text(definition).encode()).hexdigest()[:16]
 
 
 def reason(owner: type | ModuleType, name: str, *, strict: bool = False) -> str | None:
-    """Why `owner.name`, as it is now, may not be replaced by a fast one, or None.
+    """Why no fast class may stand in for the current `owner.name`, or None.
 
     Args:
         owner: a class, or the module of a function.
-        strict: leave out of account what `accept` was given.
+        name: the attribute of `owner` that holds the function.
+        strict: ignore functions passed to `accept`.
     """
     function = getattr(owner, name, _MISSING)
     pair = owner, name
@@ -65,22 +73,22 @@ def reason(owner: type | ModuleType, name: str, *, strict: bool = False) -> str 
 
 
 class Code:
-    """The functions of transformers that a fast class stands in for or rests on."""
+    """The transformers functions that a fast class replaces or depends on."""
 
     def __init__(self, *pairs: Pair) -> None:
         self.pairs = pairs
         self._owners, self._names = zip(*pairs, strict=True)
-        self._functions: list[object] | None = None  # when last looked at, and what was found
+        self._functions: list[object] | None = None  # the functions judged last, and the reason found for them
         self._reason: str | None = None
 
     def untested(self, *, strict: bool = False) -> str | None:
-        """The first reason of them, see `reason`. Cheap as long as nothing was replaced.
+        """The first `reason` among the functions, or None. Cheap as long as nothing was replaced.
 
-        Not for torch.compile to trace: whoever calls it there makes its answer a constant.
+        torch.compile must not trace this; callers wrap it in `torch.compiler.assume_constant_result`.
         """
         try:
             functions = list(map(getattr, self._owners, self._names))
-        except AttributeError:  # one is gone
+        except AttributeError:  # this release does not have one of them
             functions = None
         if functions is None or functions != self._functions:
             self._functions, self._reason = functions, self._first_reason(strict=True)
@@ -91,45 +99,47 @@ class Code:
 
 
 def accept(code: Code) -> None:
-    """Count the functions of `code`, as they are now, as tested for the rest of this process."""
+    """Treat the current functions of `code` as tested for the rest of this process."""
     for pair in code.pairs:
         _accepted.setdefault(pair, []).append(getattr(*pair, _MISSING))
 
 
 def clear_accepted() -> None:
-    """Take back what `accept` was given."""
+    """Undo all calls of `accept`."""
     _accepted.clear()
 
 
 @cache
 def table() -> dict[str, dict[str, str]]:
-    """The digests by qualified name, each with the first release of transformers that it was seen in."""
+    """Digests by qualified name, each mapped to the first transformers release that has it."""
     return json.loads(resources.files("fastbert").joinpath("data/forwards.json").read_text(encoding="utf-8"))
 
 
 def label(owner: type | ModuleType, name: str) -> str:
-    """The name that the table knows `owner.name` by."""
+    """The key of `owner.name` in the table."""
     return name if isinstance(owner, ModuleType) else f"{owner.__name__}.{name}"
 
 
 def _judge(owner: type | ModuleType, name: str, function: object) -> str | None:
     what = label(owner, name)
     if function is _MISSING:
-        return f"{what} is gone (transformers {_release()})"
+        return f"{what} does not exist (transformers {_release()})"
     inner = innermost(function)
     if inner is None:
         return f"{what} was replaced by {_own_name(function)}"
     found = digest(function)
     if found is None:
-        return f"{what} has no source that can be compared with what fastbert was tested against"
+        return f"{what} has no source to compare with the forwards that fastbert was tested against"
     if found not in table().get(what, ()):
         return f"{what} is not one that fastbert was tested against (transformers {_release()})"
     return None
 
 
 def innermost(function: object) -> FunctionType | None:
-    """The function of transformers that its own decorators are around; None if anything on the way is not transformers',
-    such as a user's functools.wraps around one of its functions."""
+    """The transformers function inside transformers' own decorators.
+
+    None if any wrapper on the way is not transformers' own, such as a user's functools.wraps around one of its functions.
+    """
     return _innermost(function) if isinstance(function, FunctionType) else None
 
 
@@ -144,7 +154,7 @@ def _innermost(function: object) -> FunctionType | None:
 
 
 def _own_name(function: object) -> str:
-    """The name in the source: functools.wraps gives a function the name of the one that it wraps."""
+    """The function's name in its source; functools.wraps overwrites `__name__` with that of the wrapped function."""
     code = getattr(function, "__code__", None)
     return code.co_qualname.rpartition("<locals>.")[2] if code is not None else f"a {type(function).__name__}"
 
@@ -162,9 +172,9 @@ _DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def _text(node: object) -> str:
-    """A node written out, the same under every Python: ast.dump and ast.unparse change from release to release.
+    """Serialises a node identically under every Python; the output of ast.dump and ast.unparse changes between releases.
 
-    Fields that are None or empty are left out, so that a Python that adds one changes nothing.
+    Fields that are None or empty are left out, so a field that a new Python adds changes nothing.
     """
     if isinstance(node, list):
         return "[" + ",".join(_text(item) for item in node if not _is_declaration(item)) + "]"
@@ -193,6 +203,6 @@ def _has_docstring(node: ast.AST) -> bool:
 
 
 def _decorator(node: ast.expr) -> ast.expr:
-    """Without arguments where they are documentation."""
+    """The decorator, without its arguments if those are documentation."""
     is_documentation = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "auto_docstring"
     return node.func if is_documentation else node

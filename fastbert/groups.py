@@ -1,4 +1,4 @@
-"""The parameter groups that a script for BERT builds by hand."""
+"""Builds optimizer parameter groups for BERT: weight decay, a head learning rate, layer-wise rate decay."""
 
 import re
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 _LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
-# What from_pretrained fills; everything beside it in a BertFor* is the head. The pretrained language-model head counts
-# as body: it is not fresh.
+# from_pretrained fills these; the other parameters of a BertFor* are the head. The pretraining heads count as body,
+# because they are not freshly initialised.
 _BODY = re.compile(r"(?:^|\.)(?:embeddings|encoder|pooler)\.")
 _PRETRAINED_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
-# What transformers' Trainer leaves out, beside what is in a LayerNorm: Trainer.get_decay_parameter_names, the same in all
-# releases from 5.0 on. Its own is not called, for importing it takes seconds.
+# The names that transformers' Trainer excludes from weight decay, besides parameters of a LayerNorm. It copies
+# Trainer.get_decay_parameter_names, which is the same in every 5.x release, because importing Trainer takes seconds.
 _NEVER_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 
@@ -24,31 +24,34 @@ def param_groups(
     layer_decay: float | None = None,
     no_decay: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: no decay for biases and norms, a rate for the head, rates that fall with depth.
+    """Return parameter groups for an optimizer: no weight decay for biases and norms, a head rate, rates by depth.
 
-    A tied weight comes once, with the body of the model it belongs to; frozen parameters are left out. Each group has
-    "params", "lr" and "weight_decay", and "name" says what it holds, such as "layer 3, no decay".
+    A tied weight appears once, in the group of the body. Frozen parameters are left out.
 
     Args:
-        model: a BertFor*, or any module; wrappers (DDP, PEFT, SentenceTransformer) may stand around it.
-        lr: of the body, and of the head without `head_lr`.
-        weight_decay: of every parameter that decays.
-        head_lr: of what from_pretrained left freshly initialised: everything but embeddings, encoder, pooler and the
+        model: a BertFor*, or any module; it may be wrapped (DDP, PEFT, SentenceTransformer).
+        lr: the learning rate of the body, and of the head unless `head_lr` is given.
+        weight_decay: the weight decay of every parameter that decays.
+        head_lr: the learning rate of freshly initialised parameters: all but embeddings, encoder, pooler and the
             pretraining heads (cls.predictions, cls.seq_relationship).
-        layer_decay: in (0, 1]: the last encoder layer and the pooler get `lr`, each layer below it `layer_decay` times
-            the rate above, the embeddings `layer_decay` times that of layer 0. Heads do not decay.
-        no_decay: the last parts of names ("bias" is any parameter of that name, "LayerNorm.weight" those of a module
-            so called) that get no weight decay, and all others do. By default those decay that transformers' Trainer
-            decays: none in an nn.LayerNorm, and none whose name, in any case, contains "bias", "layernorm" or "rmsnorm"
-            or has a part that is "norm" or ends with "_norm".
+        layer_decay: a factor in (0, 1]. The last encoder layer and the pooler get `lr`, each lower layer gets
+            `layer_decay` times the rate of the layer above it, and the embeddings `layer_decay` times that of layer 0.
+            It does not apply to heads.
+        no_decay: name suffixes of the parameters without weight decay; all others decay. "bias" matches every parameter
+            of that name, "LayerNorm.weight" those of every module called LayerNorm. The default is that of transformers'
+            Trainer: no decay in an nn.LayerNorm, and none for names that contain "bias", "layernorm" or "rmsnorm" (in
+            upper or lower case) or have a part that is "norm" or ends with "_norm".
+
+    Returns:
+        One dictionary per group with "params", "lr", "weight_decay" and a "name" such as "layer 3, no decay".
 
     Raises:
-        TypeError: `model` is no module, `no_decay` is one string.
-        ValueError: a rate or decay out of range; nothing to train; `head_lr` without a head; `layer_decay` without
+        TypeError: `model` is not a module, or `no_decay` is a string.
+        ValueError: a rate or decay is out of range; nothing to train; `head_lr` without a head; `layer_decay` without
             encoder layers.
     """
     _check(model, lr, weight_decay, head_lr, layer_decay, no_decay)
-    # named_parameters gives a shared tensor once, under the first of its names: BERT's decoder weight is the embedding.
+    # named_parameters yields a shared tensor once, under its first name: BERT's tied decoder weight is the embedding.
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError(f"model: expected a parameter that requires a gradient, {type(model).__name__} has none")
@@ -87,7 +90,7 @@ def _without_decay(model: nn.Module, no_decay: Sequence[str] | None) -> set[str]
 
 
 def _part(name: str, lr: float, head_lr: float | None, layer_decay: float | None, last: int) -> tuple[str, float]:
-    """What the parameter belongs to, as far as rates tell parts apart, and its rate."""
+    """The name of the part that shares a rate with this parameter, and that rate."""
     if _is_head(name):
         return ("body", lr) if head_lr is None and layer_decay is None else ("head", lr if head_lr is None else head_lr)
     if layer_decay is None:

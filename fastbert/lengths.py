@@ -1,4 +1,4 @@
-"""What the host knows of a batch, told to the padding-free encoder so that it need not wait for the device to count."""
+"""Passes row lengths that the host knows to the padding-free encoder, so that it need not wait for the device to count."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,27 +21,27 @@ def lengths(
     token_budget: int | None = None,
     read_budget: int | None = None,
 ) -> Iterator[None]:
-    """Within the block, calls of the patched `model` pack by these numbers instead of counting on the device.
+    """Within the block, calls of the patched `model` pack by these counts instead of counting on the device.
 
-    With `lengths` a forward has no synchronisation (an MLM head that trains by labels needs `read` as well). With
-    budgets its shapes do not depend on the batch at all: torch.compile compiles it once, a CUDA graph can hold it. A
-    number that is too small stops the device with an assertion; nothing is left out silently.
+    With `lengths` a forward has no synchronisation (an MLM head that trains with labels also needs `read`). With budgets
+    its shapes do not depend on the batch: torch.compile compiles it once, and a CUDA graph can capture it. Counts are
+    checked on the device; a count that is too small fails a device assertion, so no token is dropped silently.
 
     Args:
-        model: patched, with `unpad` "auto" or True.
-        lengths: for each row of the batch (of a multiple choice: for each choice of each row) the number of tokens, that
-            is of ones in its mask; from 0 to S.
-        read: for each row the number of positions that are read: those with a label that counts (for a causal loss after
-            shifting), and for BertForPreTraining the first position too.
-        bucket: with `lengths` and `read`: the rows that are packed are rounded up to a multiple of this, so that few
-            shapes repeat. What is added are zeros, of which nothing comes out.
-        token_budget: the number of rows to pack into, in place of `lengths`: at least as many as there are tokens.
-        read_budget: the same in place of `read`.
+        model: a model patched with `unpad="auto"` or `unpad=True`.
+        lengths: the number of tokens (ones in the attention mask) per row of the batch, each from 0 to S; for multiple
+            choice, per choice of each row.
+        read: the number of positions that the head reads per row: those with a label other than -100 (after the shift of
+            a causal loss), and also the first position for BertForPreTraining.
+        bucket: round the packed rows given by `lengths` and `read` up to a multiple of this, so that few shapes occur.
+            The added rows are zeros and contribute nothing.
+        token_budget: the number of packed rows, instead of `lengths`; at least the number of tokens.
+        read_budget: the number of read rows, instead of `read`.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: `model` has no encoder that packs; a number below 0, a bucket below 1; neither lengths nor a budget.
-            In the call: as many lengths as the batch has no rows.
+        TypeError: `model` is not a module.
+        ValueError: `model` has no encoder that packs; a count or budget below 0 or a bucket below 1; no counts and no
+            budget given. The model call raises it if the number of lengths is not the number of rows in the batch.
     """
     from fastbert.layers.counts import CallerCounts
 
@@ -66,19 +66,19 @@ def lengths(
 
 
 class Counted(list):
-    """What `LengthsCollator` counted. A column of a user's own that has the same name is none, and stays unread."""
+    """The counts made by `LengthsCollator`. Its type tells them from a user's column of the same name, which is ignored."""
 
 
 @dataclass(frozen=True)
 class LengthsCollator:
-    """A collator whose batches say how long their rows are: forwards of a patched model then need no synchronisation.
+    """A collator that adds row lengths to its batches, so that forwards of a patched model need no synchronisation.
 
-    It adds `lengths` (and, where there are token labels, `read_lengths`), lists of integers that the model's forward
-    takes as keywords; a model that is not patched ignores them.
+    It adds `lengths` and, if there are token labels, `read_lengths`: lists of integers, which the model's forward takes
+    as keywords. A stock model ignores them.
 
     Args:
-        collator: any collator that makes an `attention_mask`; what it returns is otherwise left as it is.
-        causal: labels are shifted by one, as BertLMHeadModel's are.
+        collator: any collator that returns an `attention_mask`; the rest of its batch is left unchanged.
+        causal: the model shifts its labels by one, as BertLMHeadModel does.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -101,7 +101,7 @@ class LengthsCollator:
         return batch
 
 
-# By model: what it was patched with when its encoders were looked for, and those that pack.
+# Per model: its switches when its encoders were looked up, and the encoders that pack.
 _encoders: WeakKeyDictionary[nn.Module, tuple[object, list[ReferenceType[nn.Module]]]] = WeakKeyDictionary()
 
 
@@ -112,7 +112,7 @@ def _packing_encoders(model: nn.Module) -> list[nn.Module]:
     packing = PACKING.fast, AUTO_PACKING.fast
     patched_with, known = _encoders.get(model, (None, []))
     found = [encoder for encoder in (reference() for reference in known) if type(encoder) in packing]
-    if not found or len(found) != len(known) or patched_with is not switches_of(model):  # a step must not look each time
+    if not found or len(found) != len(known) or patched_with is not switches_of(model):  # do not search in every step
         found = [module for module in model.modules() if type(module) in packing]
         _encoders[model] = switches_of(model), [ref(encoder) for encoder in found]
     if not found:

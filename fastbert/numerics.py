@@ -1,7 +1,7 @@
-"""The one rule that says whether a kernel's result is right; the tests and `fastbert verify` both use it.
+"""Judges whether a kernel's result is right. The tests and `fastbert verify` use this one rule.
 
-No result in float32, float16 or bfloat16 is exact, so the rule asks for no fixed number of digits. It asks that the
-kernel is not clearly worse than plain PyTorch in the same dtype, both measured against float64.
+No result in float32, float16 or bfloat16 is exact, so the rule sets no fixed number of digits. It requires that the
+kernel is not clearly worse than plain PyTorch in the same dtype, with both measured against float64.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor judged: its largest error, PyTorch's own, the bound, and why it fails where it does."""
+    """The verdict on one tensor: its largest absolute error, eager's, the bound, and the reason if it fails."""
 
     name: str
     error: float
@@ -32,33 +32,31 @@ def compare(
     atol: float = 0.0,
     relative_fp32: float | None = None,
 ) -> Comparison:
-    """Judge `result` (the kernel's) against `eager` (plain PyTorch, same dtype), both measured from `reference`.
+    """Judge `result` (the kernel's) against `eager` (plain PyTorch, same dtype), both measured against `reference`.
 
-    It is right when shape and dtype are eager's and every element satisfies
+    It is right if its shape and dtype are eager's and every element satisfies
 
         |result - reference| <= 2 max|eager - reference| + eps max|reference| + atol
 
-    where eps is that of the result's dtype and the maxima run over the finite elements of the tensor. NaN and the
-    two infinities stand where eager has them; where eager and the reference both left the dtype's range, they may
-    stand as the reference has them instead. Tensors that are not floating point have to equal eager's. A comparison
-    in which no number could be compared although the reference holds some fails. Empty tensors are right when shape
-    and dtype are.
+    where eps is that of the result's dtype and the maxima run over the finite elements of the tensor. NaN, infinity and
+    minus infinity must be where eager has them; where eager and the reference both exceed the dtype's range, they may be
+    as the reference has them instead. Tensors that are not floating point must equal eager's. A comparison fails if no
+    element could be compared although the reference has finite ones. Empty tensors only need the right shape and dtype.
 
     This is the convention of FlashAttention's tests (Dao, https://github.com/Dao-AILab/flash-attention,
-    tests/test_flash_attn.py): at most twice the error of a PyTorch implementation. The term with eps is the rounding
-    of the result itself, for the case that eager happens to be exact.
+    tests/test_flash_attn.py): at most twice the error of a PyTorch implementation. The eps term is the rounding of the
+    result itself, in case eager happens to be exact.
 
     Args:
-        name: what the tensor is called in the answer.
+        name: the name of the tensor, returned in the Comparison.
         result: the kernel's tensor.
-        eager: the same from plain PyTorch in the test's dtype.
-        reference: the same in float64 (float32 will do for a float16 or bfloat16 model too large for float64).
+        eager: the tensor from plain PyTorch in the same dtype.
+        reference: the tensor in float64 (or float32, for a float16 or bfloat16 model too large for float64).
         atol: added to every bound, in units of the tensor.
-        relative_fp32: where the result is float32, additionally |result - reference| <= relative_fp32 max|reference|
-            + atol.
+        relative_fp32: if the result is float32, also require |result - reference| <= relative_fp32 max|reference| + atol.
 
     Returns:
-        The Comparison. `error` and `eager_error` are the largest absolute errors, inf where nothing can be measured.
+        The Comparison. `error` and `eager_error` are the largest absolute errors, inf if nothing can be measured.
 
     Raises:
         ValueError: atol or relative_fp32 is negative or not finite.
@@ -88,7 +86,7 @@ def _compare_numbers(
     name: str, result: Tensor, eager: Tensor, reference: Tensor, atol: float, relative_fp32: float | None
 ) -> Comparison:
     dtype = result.dtype
-    representable = reference.to(dtype)  # what does not fit the dtype is infinite here, as it is in a right result
+    representable = reference.to(dtype)  # out of the dtype's range becomes infinite, as in a correct result
     result, eager, reference = result.double(), eager.double(), reference.double()
 
     kind, eager_kind, reference_kind = _kind(result), _kind(eager), _kind(representable)
@@ -119,14 +117,14 @@ _FINITE = 0
 
 
 def _kind(x: Tensor) -> Tensor:
-    """Per element: 0 finite, 1 NaN, 2 infinity, 3 minus infinity; one 0 for all where all are finite, as nearly always."""
+    """Per element: 0 finite, 1 NaN, 2 infinity, 3 minus infinity. A scalar 0 in the usual case that all are finite."""
     if math.isfinite(largest(x)):
         return torch.zeros((), dtype=torch.int64, device=x.device)
     return x.isnan() + 2 * x.isposinf() + 3 * x.isneginf()
 
 
 def largest(x: Tensor) -> float:
-    """The largest magnitude in x; NaN where x holds one; 0 of nothing. One pass, and no tensor is made."""
+    """The largest magnitude in x: NaN if x has a NaN, 0 if x is empty. One pass, without a temporary of x's size."""
     return torch.stack(torch.aminmax(x)).abs().max().item() if x.numel() else 0.0
 
 

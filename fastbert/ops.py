@@ -1,4 +1,4 @@
-"""The kernels' public functions; or, where triton cannot be imported or is too old, the reason that there are none."""
+"""Re-exports the public functions of the kernels. `MISSING` is the reason if triton is too old or cannot be imported."""
 
 from importlib import metadata
 
@@ -11,15 +11,15 @@ INTERPRETED = False
 MAX_WIDTH = 0
 
 MAX_HEAD_SIZE = 0
-# What torch 2.9 brings, the oldest torch that is supported. Older ones compile something else, or nothing.
+# The triton of torch 2.9, the oldest supported torch. Older ones miscompile the kernels or do not compile them.
 OLDEST_TRITON = (3, 5)
 
 
 def check_triton() -> None:
-    """Raise ImportError for a triton that is too old. One whose version is unknown is taken as it is."""
+    """Raise ImportError if triton is too old. A triton of unknown version is accepted."""
     try:
         version = metadata.version("triton")
-    except metadata.PackageNotFoundError:  # under another name, or not there: importing it will tell
+    except metadata.PackageNotFoundError:  # under another name, or not installed: the import below decides
         return
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if len(numbers) == 2 and numbers < OLDEST_TRITON:
@@ -51,14 +51,14 @@ except ImportError as error:
     encoder_layer = KernelFailed = LAYER_KERNELS = Layout = Settings = Twins = Weights = None
     embed = embedding_layernorm = failures = packed_rows = row_counts = None
 
-# Bytes that an address has to be a multiple of where kernels are bound to it; safetensors maps files at any.
+# Required alignment, in bytes, of an address that bound kernels read. safetensors maps files without alignment.
 ALIGNMENT = 1 if INTERPRETED else 16
 
 _bounds = WeakTensorKeyDictionary()
 
 
 def key_bounds(key_mask: Tensor) -> Tensor:
-    """`bounds_of` a mask, worked out once for all the layers that are given the same tensor."""
+    """`bounds_of(key_mask)`, computed once for all layers that get the same tensor."""
     if torch.compiler.is_compiling():
         return bounds_of(key_mask)
     bounds = _bounds.get(key_mask)

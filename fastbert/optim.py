@@ -1,4 +1,9 @@
-"""AdamW whose step is one kernel over all parameters of all groups."""
+"""AdamW whose step is one kernel launch over all parameters of all groups.
+
+The step works on whole lists: which parameters have gradients, where their tensors are and what forms they have is compared
+in a few C calls, because a Python loop over parameters takes longer than torch's optimizer. A step in which nothing changed
+is one launch and no ATen call (tests/optim/test_host.py). Steps with a GradScaler never wait for the device.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +17,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-# fastbert.kernels is imported inside the step: it brings in triton (see fastbert/patch.py).
+# fastbert.kernels is imported inside the step: it imports triton (see fastbert/patch.py).
 
 logger = logging.getLogger("fastbert")
 _HALVES = (torch.float16, torch.bfloat16)
@@ -23,38 +28,38 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW, with the whole step in one Triton launch.
 
     Arguments, checks, parameter groups, hooks, closures and schedulers are torch's, and so is the state: a state_dict
-    of either loads into the other. There is one launch for each device and combination of dtypes, amsgrad and 16-byte
-    alignment among the parameters. A learning rate that changes every step recompiles and rebuilds nothing. Where no
-    kernel can run (a CPU, float8, float64, a GPU older than sm_80, a kernel that does not compile), torch's own AdamW steps
-    on the same state.
+    of either loads into the other. There is one launch per device and combination of dtypes, amsgrad and 16-byte
+    alignment among the parameters. A learning rate that changes every step recompiles and rebuilds nothing. If no kernel
+    can run (a CPU, float8, float64, a GPU older than sm_80, a kernel that does not compile), the step falls back to
+    torch's own AdamW on the same state.
 
-    Numerics: elements are computed in float32 and rounded where they are stored, which
-    is what torch's `fused=True` does; float32 parameters and state stay within 1e-6 of torch's over 100 steps. In
-    float16 and bfloat16 that is closer to exact than torch's default, which rounds after every operation.
+    Numerics: elements are computed in float32 and rounded when they are stored, as torch's `fused=True` does; float32
+    parameters and state stay within 1e-6 of torch's over 100 steps. In float16 and bfloat16 that is more accurate than
+    torch's default, which rounds after every operation.
 
-    GradScaler passes `grad_scale` and `found_inf` to the kernel, without a synchronisation; a step with an infinite
-    gradient changes nothing. `step` lives on the parameter's device, and in a state_dict where torch has it.
+    GradScaler passes `grad_scale` and `found_inf` to the kernel without a synchronisation; a step with an infinite
+    gradient changes nothing. The `step` tensor is on the parameter's device; in a state_dict it is where torch has it.
 
     Args:
-        params: parameters, named parameters, or groups, for example of `fastbert.param_groups`.
+        params: parameters, named parameters, or groups, for example from `fastbert.param_groups`.
         lr, betas: floats, or tensors of one element, which are read on their device.
         eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
-        capturable: steps may be captured in CUDA graphs, as many as one likes, after one step outside that creates the
-            state. A graph holds the numbers of its capture and the addresses of its gradients, and the optimizer holds
-            nothing for it; an lr that has to change between replays is a tensor on the device.
+        capturable: allow steps to be captured in CUDA graphs, in any number, after one step outside a graph that creates
+            the state. A graph holds the hyperparameters of its capture and the addresses of its gradients, and the
+            optimizer holds nothing for it. An lr that changes between replays must be a tensor on the device.
         foreach, fused: ignored, because they choose among torch's implementations.
-        differentiable: False; the kernel has no derivative.
-        master_weights: keep fp16 and bf16 parameters' moments and a copy of the parameter ("master") in float32, in
-            state and state_dict; the copy is updated, and the parameter is it rounded. 28 bytes a parameter.
+        differentiable: must be False; the kernel has no derivative.
+        master_weights: keep the moments of fp16 and bf16 parameters and a copy of the parameter ("master") in float32, in
+            state and state_dict. The step updates the copy and rounds it into the parameter. 28 bytes per parameter.
 
     Raises:
-        ValueError: what torch.optim.AdamW raises for; `differentiable=True`.
+        ValueError: as torch.optim.AdamW; `differentiable=True`.
         RuntimeError (step): a sparse gradient or a complex parameter; a captured step without state.
 
     Loshchilov and Hutter, arXiv:1711.05101.
     """
 
-    # GradScaler then hands over grad_scale and found_inf instead of reading the latter on the host.
+    # With it, GradScaler passes grad_scale and found_inf to the step instead of reading found_inf on the host.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -96,29 +101,29 @@ class AdamW(torch.optim.AdamW):
 
     def _reset_tables(self) -> None:
         self._tables: Any = None
-        # Which groups keep masters, as the last step found it; None unless the kernel took parameters of that step.
+        # Which groups keep masters as of the last step; None unless that step launched the kernel.
         self._masters: list[bool] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim.AdamW's: `step` is on the CPU, except in groups that are capturable or fused."""
+        """The state_dict of torch.optim.AdamW: `step` is on the CPU, except in groups that are capturable or fused."""
         found = super().state_dict()
         moved = [i for group in found["param_groups"] if not _step_on_device(group) for i in group["params"]]
         steps = {i: found["state"][i]["step"] for i in moved if "step" in found["state"].get(i, ())}
         if any(step.device.type != "cpu" for step in steps.values()):
             host = torch.stack([step.cpu() if step.device.type == "cpu" else step for step in steps.values()]).cpu()
-            # A new dictionary: the one inside is the optimizer's own.
+            # A new dictionary, because the nested one is the optimizer's own.
             own = {i: found["state"][i] | {"step": step.clone()} for i, step in zip(steps, host, strict=True)}
             found["state"] = found["state"] | own
         return found
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what this class or torch.optim.AdamW saved; float32 moments and masters stay float32.
+        """Load a state_dict of this class or of torch.optim.AdamW; float32 moments and masters stay float32.
 
-        Without saved masters, a group with master_weights starts them from its parameters.
+        If no masters were saved, a group with master_weights initialises them from its parameters.
         """
         super().load_state_dict(state_dict)
-        # torch has cast all state to the parameter's dtype: where masters are kept, the saved values once more.
+        # torch has cast all state to the parameter's dtype; where masters are kept, restore the saved values.
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         owners = [(param, group) for group in self.param_groups for param in group["params"]]
         for saved_id, (param, group) in zip(saved_ids, owners, strict=True):
@@ -132,7 +137,11 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns the closure's loss, or None without one."""
+        """Take one optimization step; returns the closure's loss, or None without a closure.
+
+        Raises:
+            RuntimeError: a sparse gradient, a complex parameter, or a captured step without state or capturable=True.
+        """
         _check_capture(self.param_groups)
         loss = None
         if closure is not None:
@@ -147,8 +156,10 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _repeat_step(self) -> bool:
-        """A step of the same parameters as the last one. It takes whole lists: a loop with questions for each parameter
-        would take longer than torch's optimizer does. False, and nothing has happened, if it is no such step."""
+        """Take a step with the same parameters as the last one; return False, with nothing changed, if they differ.
+
+        It compares whole lists, because a loop over parameters would take longer than torch's optimizer.
+        """
         groups = self.param_groups
         if self._masters is None or self._masters != [group["master_weights"] for group in groups]:
             return False
@@ -173,13 +184,13 @@ class AdamW(torch.optim.AdamW):
         return True
 
     def _states_of(self, params: list[Tensor]) -> list[dict[str, Tensor] | None]:
-        states = list(self.state.values())  # in the order in which the parameters first had a gradient
+        states = list(self.state.values())  # in the order in which parameters first had gradients
         if len(states) == len(params) and all(map(is_, self.state, params)):
             return states
         return [self.state.get(param) for param in params]
 
     def _full_step(self, failed: bool) -> None:
-        """Any step: finds out who steps how, and creates the state of those that had no gradient before."""
+        """Take any step: choose kernel or torch per parameter, and create the state of those with a first gradient."""
         from fastbert.dispatch import device_reason
 
         self._masters = None
@@ -204,7 +215,7 @@ class AdamW(torch.optim.AdamW):
                 self._masters = [group["master_weights"] for group in self.param_groups]
 
     def _state_of(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameter's state, created when its first gradient comes, as torch does."""
+        """The parameter's state, created at its first gradient, as in torch."""
         if grad.is_sparse:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         state = self.state[param]
@@ -213,7 +224,7 @@ class AdamW(torch.optim.AdamW):
             if param.is_complex():
                 _device_dtype_check_for_fused(param)  # raises
             if _is_capturing(param):
-                raise RuntimeError("step: a graph captures steps of an optimizer that has its state: step once before")
+                raise RuntimeError("step: an optimizer without state cannot be captured in a graph: take one step before")
             _create_state(state, param, group["amsgrad"], master)
         return state
 
@@ -238,7 +249,7 @@ class AdamW(torch.optim.AdamW):
         if any(map(_is_distributed, {type(parameter.param) for parameter in parameters})):
             parameters = [_local(p) if _is_distributed(type(p.param)) else p for p in parameters]
         if _is_capturing(found[0][0]):
-            tables = Tables(captured=True)  # a graph holds on to what is in them by itself
+            tables = Tables(captured=True)  # the graph itself keeps their contents
         else:
             tables = self._tables = self._tables or Tables()
         adamw(parameters, self._hyperparameters(), **self._scaling(), tables=tables)
@@ -256,7 +267,7 @@ class AdamW(torch.optim.AdamW):
 
     @contextmanager
     def _falling_back_to_torch(self, found: Callable[[], list[tuple]]) -> Iterator[None]:
-        """Around the kernel: if it fails, torch's own functions take the step of those of `found` that it left."""
+        """Wraps the kernel: if it fails, torch's own functions step the parameters in `found` that it did not update."""
         from fastbert import ops
 
         try:
@@ -273,7 +284,7 @@ class AdamW(torch.optim.AdamW):
                     self._step_stock(stock, group)
 
     def _step_stock(self, found: list[tuple], group: dict[str, Any]) -> None:
-        """torch's own functions, on the same state."""
+        """Step with torch's own functions, on the same state."""
         scaling = self._scaling()
         params = [state.get("master", param) for param, state in found]
         grads = [param.grad.to(own.dtype) for (param, _), own in zip(found, params, strict=True)]
@@ -285,7 +296,7 @@ class AdamW(torch.optim.AdamW):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             [state["step"] for state in states],
-            # Only torch's fused implementation takes these two, and steps that are not on the CPU without waiting.
+            # Only torch's fused implementation takes the scaling tensors and reads `step` on a device without waiting.
             fused=True if any(t is not None for t in scaling.values()) or not params[0].is_cpu else group["fused"],
             foreach=group["foreach"],
             capturable=group["capturable"],
@@ -305,7 +316,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def _columns(params: list[Tensor], grads: list[Tensor], states: list[Any], owners: list[int], amsgrad: list[bool]) -> Any:
-    """What steps, by columns; `owners` are indices into `amsgrad`."""
+    """The tensors of a step, as columns; `owners` are indices into `amsgrad`."""
     from fastbert.kernels.adamw.tables import Columns
 
     exp_avg = [state["exp_avg"] for state in states]
@@ -315,7 +326,7 @@ def _columns(params: list[Tensor], grads: list[Tensor], states: list[Any], owner
     if any(amsgrad):
         largest = [state["max_exp_avg_sq"] if amsgrad[own] else None for state, own in zip(states, owners, strict=True)]
     masters = [state.get("master") for state in states]
-    kept = any([master is not None for master in masters])  # a list takes half as long as a generator
+    kept = any([master is not None for master in masters])  # a list comprehension takes half as long as a generator
     return Columns(params, grads, exp_avg, exp_avg_sq, step, largest, masters if kept else None, owners)
 
 
@@ -335,12 +346,12 @@ def _keeps_master(param: Tensor, group: dict[str, Any]) -> bool:
 
 @cache
 def _is_distributed(cls: type) -> bool:
-    """Whether it is DTensor, which is not imported here for the sake of those without."""
+    """Whether `cls` is a DTensor class, which is not imported here because a torch build may lack it."""
     return hasattr(cls, "to_local")
 
 
 def _local(parameter: Any) -> Any:
-    """The part of a distributed parameter that is here, with its state; the gradient is distributed as the parameter is."""
+    """The local shard of a distributed parameter and its state, with the gradient redistributed to the same placements."""
     param, grad = parameter.param, parameter.grad
     if grad.placements != param.placements:
         parameter = parameter._replace(grad=grad.redistribute(param.device_mesh, param.placements))
@@ -363,4 +374,4 @@ def _check_capture(groups: list[dict[str, Any]]) -> None:
 
 @cache
 def _log_ignored(name: str) -> None:
-    logger.warning("fastbert.AdamW: %s is ignored, for it chooses among torch's implementations and there is one here", name)
+    logger.warning("fastbert.AdamW: %s is ignored, because it chooses among torch's implementations", name)

@@ -1,7 +1,7 @@
-"""Put the fast classes into a model, and take them out again.
+"""Patches and unpatches a model: `patch`, `unpatch` and the context manager `patched`.
 
 Patching a module sets its `__class__` to a subclass that overrides `forward`. Parameters, names, hooks, optimizer
-references and `state_dict` are not touched, and going back is setting the class back.
+references and `state_dict` are not touched. Unpatching sets the class back.
 """
 
 import logging
@@ -17,14 +17,14 @@ from torch import nn
 
 from fastbert.errors import UnsupportedModelError
 
-# fastbert.registry and fastbert.dispatch are imported inside the functions: they bring in triton, which reads
-# TRITON_INTERPRET when it is first imported, and `python -m fastbert` must be able to set it after this import.
+# fastbert.registry and fastbert.dispatch are imported inside the functions: they import triton, which reads
+# TRITON_INTERPRET at its first import, and `python -m fastbert` must be able to set it after this import.
 
 logger = logging.getLogger("fastbert")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-# The switches that each patched model was given; `report` shows them.
+# The switches with which each model was patched; `report` shows them.
 _switches: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
@@ -41,37 +41,41 @@ def patch(
     strict: bool = False,
     untested: bool = False,
 ) -> Model:
-    """Swap the Triton kernels into `model`, in place, and return it.
+    """Patch `model` in place to use the Triton kernels, and return it.
 
-    Outputs, losses and gradients stay those of the stock model at the same precision. Patching again replaces what
-    the call before chose. A model that is patched on the CPU and moved to a GPU afterwards works; a call whose
-    tensors no kernel takes runs stock code, and `fastbert.report` says why. With FASTBERT_DISABLE=1 in the
-    environment nothing is changed.
+    Outputs, losses and gradients stay those of the stock model at the same precision. Patching again replaces the
+    previous switches. A model may be patched on the CPU and moved to a GPU afterwards. A call whose tensors no kernel
+    takes falls back to stock code, and `fastbert.report` says why. With FASTBERT_DISABLE=1 in the environment, `patch`
+    changes nothing.
 
     Args:
-        model: a BertModel or BertFor*, or any module that holds one (PEFT, SentenceTransformer, CrossEncoder).
-        attention: BertSelfAttention and BertCrossAttention, on `attention`, while the model's attention implementation
-            is one of transformers' own (eager, SDPA, FlashAttention, flex attention), which goes on being named.
-        residual_norm: BertSelfOutput and BertOutput, on `dropout_add_layernorm`.
-        intermediate: BertIntermediate, on `bias_gelu`.
-        mlm_head: BertPredictionHeadTransform, on `gelu_layernorm`, and the loss of BertForMaskedLM, BertForPreTraining
-            and BertLMHeadModel, on `linear_cross_entropy`, from the positions that have a label.
-        embeddings: BertEmbeddings, on `embedding_layernorm`.
-        unpad: whether BertEncoder runs on the real tokens alone, packed before its first layer and unpacked after its
-            last: "auto" where no output can show it (heads that read the first position only, and then the last layer
-            runs for that position only), True everywhere, with zeros where padding is, False nowhere. One
-            synchronisation a forward.
-        mlm_logits: "full": outputs hold the logits, as stock's do. "none": training with labels gives None for them, and
-            the head, with `unpad` the last layer too, runs for the positions that have a label only.
+        model: a BertModel or BertFor*, or any module that contains one (PEFT, SentenceTransformer, CrossEncoder).
+        attention: run BertSelfAttention and BertCrossAttention on the `attention` kernel, if the model's attention
+            implementation is one of transformers' own (eager, SDPA, FlashAttention, flex attention). The config keeps
+            naming that implementation.
+        residual_norm: run BertSelfOutput and BertOutput on `dropout_add_layernorm`.
+        intermediate: run BertIntermediate on `bias_gelu`.
+        mlm_head: run BertPredictionHeadTransform on `gelu_layernorm`, and compute the loss of BertForMaskedLM,
+            BertForPreTraining and BertLMHeadModel with `linear_cross_entropy` from the positions that have a label.
+        embeddings: run BertEmbeddings on `embedding_layernorm`.
+        unpad: run BertEncoder on the real tokens only, packed before its first layer and unpacked after its last.
+            "auto": only if no output shows it, that is for heads that read nothing but the first position; the last
+            layer then runs for that position only. True: always, with zeros at padded positions. False: never. Packing
+            takes one synchronisation per forward.
+        mlm_logits: "full": outputs hold the logits, as in stock. "none": training with labels returns None for them, and
+            the head, and with `unpad` also the last layer, runs only for the positions that have a label.
         strict: raise if any module that has a fast class (and is not switched off) would stay on stock code.
         untested: use the kernels also in place of forwards that fastbert was not tested against (a newer transformers, a
-            forward replaced by hand), as they are now and for the rest of the process: for whoever has run
-            `fastbert.verify(model, batch, untested=True)`. Such modules stay stock otherwise.
+            replaced forward), as they are now and for the rest of the process; check the model with
+            `fastbert.verify(model, batch, untested=True)` before. By default such modules stay on stock code.
+
+    Returns:
+        `model` itself.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or a switch is not a bool.
-        ValueError: `unpad` or `mlm_logits` is none of its values.
-        UnsupportedModelError: nothing to patch, or `strict` and something would stay stock. The model is as before.
+        ValueError: `unpad` or `mlm_logits` has an unknown value.
+        UnsupportedModelError: there is nothing to patch, or with `strict` a module would stay stock. The model is unchanged.
     """
     switches: dict[str, Any] = {
         "attention": attention,
@@ -97,9 +101,9 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Give every patched module in `model` its stock class back, in place, and return the model.
+    """Restore the stock class of every patched module in `model`, in place, and return the model.
 
-    Nothing else changes; a model that was never patched comes back as it is.
+    Nothing else changes. A model that was never patched is returned unchanged.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
@@ -114,7 +118,7 @@ def unpatch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, **keywords: object) -> Iterator[Model]:
-    """`patch(model, **keywords)` for the length of a with block; then, also on an exception, all is as before it."""
+    """Context manager: `patch(model, **keywords)` within the block; afterwards, even on an exception, as before it."""
     _check_model(model)
     before = {module: type(module) for module in model.modules()}
     switches_before = _switches.get(model)
@@ -131,12 +135,12 @@ def patched(model: Model, **keywords: object) -> Iterator[Model]:
 
 
 def switches_of(model: nn.Module) -> dict[str, bool] | None:
-    """The switches `model` was patched with; None when it was not patched as a whole."""
+    """The switches with which `model` was patched, or None if it was not patched as a whole."""
     return _switches.get(model)
 
 
 def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[dict[nn.Module, type], list[str]]:
-    """The class that each module should have, and a line for each that would stay stock against the switches."""
+    """The class that each module should have, and one line per module that stays stock although its switch is on."""
     from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, MLM_HEADS, PACKING, encoders_with_a_reader
 
     classes: dict[nn.Module, type] = {}
@@ -167,13 +171,13 @@ def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) ->
 
 
 def _swap_classes(classes: dict[nn.Module, type]) -> None:
-    """Set the class of every module, or, if one refuses, of none. Whose class changes, its calls start at 0."""
+    """Set the class of every module, or of none if one assignment fails. A module whose class changes loses its tally."""
     from fastbert.dispatch import class_forward_on_instance, clear_calls
     from fastbert.layers import layer_state
 
     before = {module: type(module) for module in classes}
     for module in classes:
-        if class_forward_on_instance(module):  # which would go on being the former class's
+        if class_forward_on_instance(module):  # it would keep the former class's forward
             del vars(module)["forward"]
     try:
         for module, cls in classes.items():
@@ -186,13 +190,13 @@ def _swap_classes(classes: dict[nn.Module, type]) -> None:
         if before[module] is not cls:
             clear_calls(module)
             layer_state.clear(module)
-            replaced_forward = vars(module).get("_old_forward")  # where accelerate's hooks keep the forward that they give back
+            replaced_forward = vars(module).get("_old_forward")  # accelerate's hooks restore this forward
             if getattr(replaced_forward, "__func__", None) is before[module].forward:
                 module._old_forward = MethodType(cls.forward, module)
 
 
 def _accept(classes: dict[nn.Module, type]) -> None:
-    """Count the code that the fast classes of `classes` stand in for as tested."""
+    """Treat the stock code behind the fast classes in `classes` as tested."""
     from fastbert import forwards
     from fastbert.layers.stock import CODE
     from fastbert.registry import BY_FAST
@@ -208,8 +212,8 @@ def _nothing_found(model: nn.Module) -> UnsupportedModelError:
     family = getattr(getattr(model, "config", None), "model_type", None)
     found = type(model).__name__ + (f" (model type {family!r})" if family else "")
     return UnsupportedModelError(
-        f"model: found {found}, which holds no BERT module that has a kernel; "
-        f"supported are {', '.join(MODEL_CLASSES)} and whatever holds one of them"
+        f"model: found {found}, which contains no BERT module that has a kernel; "
+        f"supported are {', '.join(MODEL_CLASSES)} and modules that contain one of them"
     )
 
 
@@ -237,7 +241,7 @@ def _log_disabled() -> None:
 @cache
 def _log_untested(reason: str) -> None:
     logger.warning(
-        "%s: such modules stay on stock code. fastbert.verify(model, batch, untested=True) tells whether the kernels compute "
-        "the same; then patch(model, untested=True) uses them.",
+        "%s: such modules stay on stock code. fastbert.verify(model, batch, untested=True) checks whether the kernels compute "
+        "the same; patch(model, untested=True) then uses them.",
         reason,
     )

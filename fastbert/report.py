@@ -1,4 +1,4 @@
-"""What runs on a kernel in a model, what does not, and why."""
+"""Reports per module whether it runs on a kernel, how often it was called, and why it fell back."""
 
 import html
 import re
@@ -14,12 +14,12 @@ from fastbert.patch import _check_model, switches_of
 
 @dataclass(frozen=True)
 class Row:
-    """One module. Calls are counted since it was patched; calls inside torch.compile are not counted."""
+    """The report of one module. Calls are counted since it was patched; calls inside torch.compile are not counted."""
 
     module: str
     hf_class: str
     kernel: str | None
-    state: str  # "active", "fell back" (called, and never through the kernel), "module by module" (of a layer) or "untouched"
+    state: str  # "active", "fell back" (all calls did), "module by module" (for a layer) or "untouched"
     reason: str
     kernel_calls: int
     fallback_calls: dict[str, int]
@@ -33,7 +33,7 @@ class Report:
     rows: tuple[Row, ...]
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """One plain dictionary a module, ready for JSON or a data frame."""
+        """One plain dictionary per module, for JSON or a data frame."""
         return [asdict(row) for row in self.rows]
 
     def __rich__(self) -> Any:
@@ -68,7 +68,7 @@ class Report:
         return f"fastbert on {self.model}: {active} of {len(with_kernel)} modules that have a kernel are active"
 
     def _grouped(self) -> list[tuple[str, ...]]:
-        """Rows that differ only in the number of their layer, as one, with their calls added up."""
+        """The rows as cells; rows that differ only in the layer number are merged, with their calls added up."""
         groups: dict[tuple, list[Row]] = {}
         for row in self.rows:
             pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.module)
@@ -79,16 +79,16 @@ class Report:
 
 _BY_MODULE = "module by module"  # a layer whose own modules have rows
 _HEADINGS = ("module", "Hugging Face class", "kernel", "state", "kernel calls", "fell back", "reason")
-_PADDING_VISIBLE = "unpad='auto', and outputs at padded positions can be seen"
+_PADDING_VISIBLE = "unpad='auto', and outputs at padded positions are visible"
 _NUMBERS = ("kernel calls", "fell back")
-_WIDEST = 220  # of a printed table; a terminal's own width is used where rich prints it
+_WIDEST = 220  # columns of a printed table; rich uses the terminal's width when it prints one
 
 
 def report(model: nn.Module) -> Report:
-    """Say for each BERT module in `model` what it runs on. A layer that runs as one op is one row, with its kernels.
+    """Report for each BERT module in `model` what it runs on. A layer that runs as one op is one row with its kernels.
 
     Returns:
-        A `Report`: print it, show it in a notebook, or read its `rows`.
+        A `Report` to print, to show in a notebook, or to read by its `rows`.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
@@ -99,12 +99,12 @@ def report(model: nn.Module) -> Report:
     _check_model(model)
     switches = switches_of(model)
     rows: list[Row] = []
-    inside = None  # of which layer that is one op
+    inside = None  # the name prefix of the active layer op that the current modules belong to
     for name, module in model.named_modules():
         cls = type(module)
         entry = BY_FAST.get(cls) or BY_STOCK.get(cls)
         if entry is not None and entry.kernel is None:
-            continue  # a head, which only says what it reads
+            continue  # a head or model that launches nothing itself
         if cls in BY_FAST:
             if inside is not None and name.startswith(inside) and calls(module) == Calls():
                 continue
@@ -129,7 +129,7 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
     from fastbert.registry import LAYER
 
     tally = calls(module)
-    # accelerate's hooks replace a forward too, and call the one that was there.
+    # accelerate's hooks also replace the forward, but call the previous one.
     if forward_replaced(module) and not hasattr(module, "_old_forward"):
         reason = "its forward was replaced on the module itself"
         return Row(name, entry.stock.__name__, entry.kernel, "untouched", reason, tally.kernel, dict(tally.fallbacks))
@@ -155,14 +155,14 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
 
 
 def _module_by_module_reason(layer: nn.Module) -> str | None:
-    """Why a layer that was not called yet will run module by module, where that is known."""
+    """Why a layer that was not called yet will run module by module, if that is known."""
     from fastbert.layers.layer_state import state_of
 
     return state_of(layer).reason
 
 
 def _row_by_name(name: str, module: nn.Module) -> Row | None:
-    """Of an attention that was not patched and selects the kernel by name, as any model of transformers may."""
+    """The row of an attention module that selects the kernel by name, as any transformers model may; else None."""
     from fastbert.dispatch import Calls, calls
     from fastbert.integrations.attention import NAME
 
@@ -175,7 +175,7 @@ def _row_by_name(name: str, module: nn.Module) -> Row | None:
 
 
 def _backward_reasons(kernel: str) -> list[str]:
-    """Why a backward kernel is not used: its failures, which belong to the process and to no module."""
+    """Why a backward kernel is not used: its failures, which are recorded per process, not per module."""
     from fastbert import ops
 
     failed = ops.failures.reasons.items() if ops.failures else ()
@@ -212,6 +212,6 @@ def _cells(rows: list[Row]) -> tuple[str, ...]:
 
 
 def _span(names: list[str]) -> str:
-    """layer.0.output, layer.1.output, layer.2.output as layer.0-2.output."""
+    """Abbreviates layer.0.output, layer.1.output, layer.2.output to layer.0-2.output."""
     first, last = names[0].split("."), names[-1].split(".")
     return ".".join(a if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True))

@@ -1,7 +1,7 @@
-"""What `import fastbert` does besides defining names: it makes the attention known to transformers.
+"""The side effect of `import fastbert`: registers the attention implementation with transformers.
 
-Not where fastbert is itself the program. transformers imports triton, which reads TRITON_INTERPRET at that moment, and
-the command line has yet to decide whether to set it; `patch` registers there.
+It is skipped if fastbert itself is the program. transformers imports triton, which reads TRITON_INTERPRET at that moment,
+before the command line has decided whether to set it; there, `patch` registers the implementation.
 """
 
 import sys
@@ -11,8 +11,9 @@ from pathlib import Path
 def is_the_program(argv: list[str], original: list[str]) -> bool:
     """Whether the interpreter was started as `fastbert ...` or `python -m fastbert ...`.
 
-    `argv` is sys.argv, whose first is "-m" while the packages of a module to run are imported; `original` is
-    sys.orig_argv, which names that module.
+    Args:
+        argv: sys.argv, which starts with "-m" while the parent packages of the module to run are imported.
+        original: sys.orig_argv, which names that module.
     """
     if argv[:1] != ["-m"]:
         return bool(argv) and Path(argv[0]).name == "fastbert"

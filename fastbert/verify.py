@@ -1,4 +1,9 @@
-"""Proof on the user's own batch: patched against eager, outputs, loss and every parameter gradient."""
+"""Verifies a patched model on the user's own batch: outputs, loss and every parameter gradient, against eager.
+
+The comparison is with eager attention, not SDPA, whose backends differ in their rounding and give zeros for a row that sees
+no key. A patched model gives eager's average there, even if it was on SDPA before. A model with its own attention
+(a registered function, a module of another class) keeps it on both sides.
+"""
 
 import copy
 import math
@@ -18,13 +23,13 @@ from fastbert.numerics import Comparison, compare, largest
 from fastbert.patch import _check_model, patched, unpatch
 from fastbert.report import Report, report
 
-_NOTHING = 1e-8  # of a typical tensor: what is left in float64 of a gradient that is zero in exact arithmetic
-_LARGE = 500_000_000  # parameters; from here on a float64 copy with its gradients no longer fits beside the model
+_NOTHING = 1e-8  # relative to a typical tensor: the float64 residue of a gradient that is zero in exact arithmetic
+_LARGE = 500_000_000  # parameters; above it a float64 copy with its gradients no longer fits beside the model
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `fastbert.verify` found. It is true (`ok`, bool) only if kernels ran and every comparison passed."""
+    """The result of `fastbert.verify`. It is true (`ok`, `bool()`) only if kernels ran and every comparison passed."""
 
     model: str
     dtype: torch.dtype
@@ -45,7 +50,7 @@ class VerifyResult:
         return self.ok
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
+        """The result as plain data, for JSON."""
         return {
             "ok": self.ok,
             "model": self.model,
@@ -105,27 +110,26 @@ class VerifyResult:
 
 
 def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) -> VerifyResult:
-    """Run `batch` through the stock and the patched model and compare all that comes out.
+    """Run `batch` through the stock and the patched model, and compare outputs, loss and gradients.
 
-    Three copies of the model are run: stock in float64 (float32 for a model of half precision with over 500 million
-    parameters), which is the reference; stock with eager attention in the model's own dtype; and patched, the same. A
-    model whose attention is not transformers' own (a registered function, a module of another class) keeps it in all
-    three.
-    Dropout is off in all three, since no two implementations draw the same bits. The rule is that of
-    `fastbert.numerics.compare`, with the rounding noise that is usual of eager in this model allowed on top.
-    `model` itself is not run: its mode, gradients, hooks and the random number generators stay as they are.
+    Three copies of the model run: the reference, stock in float64 (float32 for a half-precision model of over 500 million
+    parameters); stock with eager attention in the model's own dtype; and patched in the same dtype. A model whose
+    attention is not transformers' own (a registered function, a module of another class) keeps it in all three.
+    Dropout is off in all three, because no two implementations draw the same bits. The rule is that of
+    `fastbert.numerics.compare`, plus the rounding noise that is typical of eager in this model. `model` itself does not
+    run: its mode, gradients and hooks and the random number generators are unchanged.
 
     Args:
-        model: what `fastbert.patch` takes, patched already or not, in any mode, dtype and device.
-        batch: the keyword arguments of its forward, tensors on any device; with labels the model's own loss is
-            compared and differentiated, without them a fixed random projection of the outputs is.
-        **patch_keywords: handed to `fastbert.patch`.
+        model: what `fastbert.patch` takes, patched or not, in any mode, dtype and device.
+        batch: the keyword arguments of its forward, with tensors on any device. With labels, the model's own loss is
+            compared and differentiated; without them, a fixed random projection of the outputs.
+        **patch_keywords: passed to `fastbert.patch`.
 
     Returns:
-        A `VerifyResult`; print it, or use it as a bool. Where no kernel ran (no GPU) it is false and says so.
+        A `VerifyResult` to print or to use as a bool. If no kernel ran (no GPU), it is false and says so.
 
     Raises:
-        TypeError: `model` is not a torch.nn.Module or `batch` is no mapping.
+        TypeError: `model` is not a torch.nn.Module or `batch` is not a mapping.
         UnsupportedModelError: the model has nothing to patch.
     """
     _check_model(model)
@@ -139,7 +143,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
 
     own = _own_attention(model)
     with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
-        # The reference first: its copy is the largest.
+        # The reference runs first, because its copy is the largest.
         reference, widened = _reference(_deterministic_copy(model, own), batch, reference_dtype)
         copied = _deterministic_copy(model, own)
         eager = _run(copied, batch)
@@ -147,7 +151,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
             result = _run(copied, batch)
             after = report(copied)
         outputs = _compare_all(result.outputs, eager.outputs, reference.outputs)
-        # Where gradients cancel, what is left is a rounding of the loss's own gradient, which is of the loss's size.
+        # A gradient that cancels is a rounding of the loss's own gradient, which is of the loss's size.
         loss_scale = _scale(reference.outputs["loss"]) if "loss" in reference.outputs else 0.0
         gradients = _compare_all(result.gradients, eager.gradients, reference.gradients, loss_scale)
         diverged = None
@@ -185,7 +189,7 @@ class _Run:
 
 
 def _own_attention(model: nn.Module) -> str | None:
-    """What in `model` attends in a way that is not transformers' own, and would not under another implementation's name."""
+    """The first attention in `model` that is not transformers' own and that renaming the implementation would not replace."""
     from fastbert.integrations.attention import implementation_reason
     from fastbert.layers import attention, stock
 
@@ -202,7 +206,7 @@ def _own_attention(model: nn.Module) -> str | None:
 
 
 def _reference(wide: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) -> tuple["_Run", bool]:
-    """The run in `dtype`, and whether operands had to be widened, as a forward may make tensors of a dtype of its own."""
+    """The run in `dtype`, and whether operands had to be widened because the forward makes tensors of fixed dtypes."""
     device = next(wide.parameters()).device
     with torch.autocast(device.type, enabled=False):
         wide, batch = wide.to(dtype), _to_device(batch, device, dtype)
@@ -215,7 +219,7 @@ def _reference(wide: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) ->
 
 
 class Widened(TorchFunctionMode):
-    """Within it, an operation on floating-point tensors of which one is of `dtype` has all of them in `dtype`."""
+    """A mode in which an operation with at least one tensor of `dtype` gets all its floating-point tensors in `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -237,8 +241,7 @@ class Widened(TorchFunctionMode):
 
 
 def _deterministic_copy(model: nn.Module, own: str | None) -> nn.Module:
-    """A stock copy that computes the same each time: no dropout, no gradients yet, eager attention but for a model that has
-    its `own`."""
+    """A deterministic stock copy: no dropout, no gradients, and eager attention unless the model has its `own`."""
     copied = unpatch(copy.deepcopy(model))
     for module in copied.modules():
         if isinstance(module, nn.Dropout):
@@ -250,7 +253,7 @@ def _deterministic_copy(model: nn.Module, own: str | None) -> nn.Module:
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> _Run:
-    torch.manual_seed(0)  # of the forked generators: whatever a model draws, all three draw alike
+    torch.manual_seed(0)  # seeds the forked generators, so that all three runs draw the same numbers
     outputs = dict(_tensors("", _call(model, batch)))
     loss = outputs.get("loss")
     projected = loss is None
@@ -272,7 +275,7 @@ def _call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def _projection(outputs: Mapping[str, Tensor]) -> Tensor | None:
-    """A scalar that every element of every differentiable output has a share in."""
+    """A scalar to which every element of every differentiable output contributes."""
     terms = []
     for tensor in outputs.values():
         if tensor.requires_grad and tensor.numel():
@@ -283,7 +286,7 @@ def _projection(outputs: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a model's output with a name that says where it stood."""
+    """Every tensor in a model's output, with its path as a name."""
     if isinstance(value, Tensor):
         yield name or "output", value
     elif isinstance(value, Mapping):
@@ -311,12 +314,12 @@ def _to_device(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtyp
 def _compare_all(
     result: dict[str, Tensor], eager: dict[str, Tensor], reference: dict[str, Tensor], loss_scale: float = 0.0
 ) -> tuple[Comparison, ...]:
-    """`compare` for every tensor of the three runs; a tensor that only one of them has is a difference.
+    """Apply `compare` to every tensor of the three runs; a tensor that only one of them has is a difference.
 
-    A tensor may come out of eager exact by luck, and one that is zero in exact arithmetic (the gradient of a key's
-    bias) is noise alone. So each tensor may also err by twice the relative error that one in twenty of eager's tensors
-    exceeds, and by the rounding of a typical tensor. Twice the median would be too little: of a trained BERT's hundred
-    gradients SDPA's worst is 3 to 6 times the median off, and eager's own 2 to 4 times.
+    Eager may compute a tensor exactly by luck, and one that is zero in exact arithmetic (the gradient of a key's bias) is
+    pure noise. So each tensor may also err by twice the relative error that one in twenty of eager's tensors exceeds, plus
+    the rounding of a typical tensor. Twice the median would be too little: among a trained BERT's hundred gradients, the
+    worst error is 3 to 6 times the median with SDPA, and 2 to 4 times with eager.
     """
     scales = {name: _scale(tensor) for name, tensor in reference.items()}
     typical_scale = statistics.median(scales.values()) if scales else 0.0
@@ -333,10 +336,10 @@ def _compare_all(
         atol = 0.0
         if result[name].is_floating_point():
             rounding = torch.finfo(result[name].dtype).eps
-            if result[name].dtype == reference[name].dtype:  # eager is the reference here, and seems exact
+            if result[name].dtype == reference[name].dtype:  # eager is the reference here and appears exact
                 rounding *= 32
             atol = 2 * max(usual_error, rounding) * scales[name] + rounding * typical_scale
-            if scales[name] <= _NOTHING * typical_scale:  # noise alone, of the size of whatever cancelled
+            if scales[name] <= _NOTHING * typical_scale:  # pure noise, of the size of the terms that cancelled
                 atol = rounding * max(loss_scale, *scales.values())
         comparisons.append(compare(name, result[name], eager[name], reference[name], atol=atol))
     return tuple(comparisons)
@@ -352,9 +355,10 @@ def _error(tensor: Tensor, reference: Tensor) -> float:
 
 
 def _first_divergence(model: nn.Module, batch: Mapping[str, Any], patch_keywords: dict[str, Any], widened: bool) -> str | None:
-    """The first module, in the order of their calls, whose output differs though its inputs' modules agree.
+    """The first module, in call order, whose output differs.
 
-    What is inside a layer is looked at where the layer differs: it then runs module by module, and may not differ.
+    Modules inside a layer are compared only if the layer differs. Hooks make the layer run module by module, where the
+    difference may not appear.
     """
     coarse = _first_of(model, batch, patch_keywords, widened, inside=False)
     fine = _first_of(model, batch, patch_keywords, widened, inside=True)
@@ -380,8 +384,7 @@ def _first_of(
 
 
 def _module_outputs(model: nn.Module, batch: Mapping[str, Any], inside: bool) -> dict[str, Tensor]:
-    """The output of every module that has modules in it, in the order in which they finish; of those inside layers where
-    `inside`."""
+    """The output of every module that has children, in the order in which they finish; within layers only if `inside`."""
     from fastbert.layers.stock import BertLayer
 
     layers = () if inside else tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BertLayer))
@@ -395,7 +398,7 @@ def _module_outputs(model: nn.Module, batch: Mapping[str, Any], inside: bool) ->
 
         return hook
 
-    # Only these: a hook on a Linear or a LayerNorm would itself send the call to stock code.
+    # No leaves: a hook on a Linear or a LayerNorm would itself make the call fall back to stock code.
     watched = [m for m in model.named_modules() if next(m[1].children(), None) and not m[0].startswith(layers)]
     handles = [module.register_forward_hook(keep(name)) for name, module in watched]
     try:
@@ -408,6 +411,6 @@ def _module_outputs(model: nn.Module, batch: Mapping[str, Any], inside: bool) ->
 
 
 def _last_wrong_gradient(gradients: tuple[Comparison, ...]) -> str | None:
-    """The module nearest to the loss whose parameter's gradient differs: backward reaches it first."""
+    """The module nearest to the loss with a wrong gradient, which the backward reaches first."""
     wrong = [c.name for c in gradients if not c.ok]
     return f"{wrong[-1].rpartition('.')[0]} (in the backward)" if wrong else None

@@ -186,7 +186,7 @@ def test_one_that_is_gone_and_back(monkeypatch):
     assert code.untested() is None
     with monkeypatch.context() as without:
         without.delattr(*pair)
-        assert code.untested() == f"eager_attention_forward is gone (transformers {transformers.__version__})"
+        assert code.untested() == f"eager_attention_forward does not exist (transformers {transformers.__version__})"
     assert code.untested() is None
 
 
@@ -209,7 +209,7 @@ def test_a_release_to_come(released, monkeypatch):
     assert forwards.reason(release.BertIntermediate, "forward") == (
         f"{name} is not one that fastbert was tested against (transformers 5.99.0)"
     )
-    assert forwards.reason(release.BertIntermediate, "other") == "BertIntermediate.other is gone (transformers 5.99.0)"
+    assert forwards.reason(release.BertIntermediate, "other") == "BertIntermediate.other does not exist (transformers 5.99.0)"
 
 
 def test_without_a_source_nothing_is_vouched_for(released):

@@ -1,4 +1,4 @@
-"""The command line: verify, report, env. Whatever the user got wrong is one line and exit code 2."""
+"""The command line: verify, report and env. A user error prints one line and exits with code 2."""
 
 import json
 import sys
@@ -13,11 +13,11 @@ from fastbert.cli.environment import environment
 from fastbert.cli.interpreter import use_interpreter_without_gpu
 from fastbert.errors import InputError
 
-# transformers and the kernels are imported inside the commands: `verify` may have to switch on Triton's
-# interpreter first, and triton looks at that only when it is first imported.
+# transformers and the kernels are imported inside the commands: `verify` may have to switch on Triton's interpreter
+# first, and triton reads that switch only at its first import.
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-# Piped output has no width of its own: wide enough that no table wraps.
+# Piped output has no terminal width; 160 columns are wide enough that no table wraps.
 out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
@@ -32,10 +32,10 @@ DtypeName = StrEnum("DtypeName", ["fp64", "fp32", "fp16", "bf16"])
 
 
 ModelArgument = Annotated[
-    str | None, typer.Argument(help="Directory (or hub name) of a BERT model; without one, a small trained BERT.")
+    str | None, typer.Argument(help="Directory or hub name of a BERT model (default: a small trained BERT).")
 ]
-TextOption = Annotated[Path | None, typer.Option(help="UTF-8 text file, one text a line; without one, a sample.")]
-TaskOption = Annotated[list[TaskName] | None, typer.Option(help="Only this task (may be repeated); all by default.")]
+TextOption = Annotated[Path | None, typer.Option(help="UTF-8 text file, one text per line (default: a sample).")]
+TaskOption = Annotated[list[TaskName] | None, typer.Option(help="Run only this task; may be repeated (default: all).")]
 
 
 @app.command()
@@ -43,11 +43,11 @@ def verify(
     model: ModelArgument = None,
     text: TextOption = None,
     task: TaskOption = None,
-    dtype: Annotated[DtypeName, typer.Option(help="What the model computes in.")] = DtypeName.fp32,
-    train: Annotated[bool, typer.Option(help="Training mode (dropout is off either way) or evaluation.")] = True,
+    dtype: Annotated[DtypeName, typer.Option(help="The model's dtype.")] = DtypeName.fp32,
+    train: Annotated[bool, typer.Option(help="Training or evaluation mode; dropout is off in both.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")] = None,
 ) -> None:
-    """Prove on real text that the patched model computes what the eager one does: exit code 0 if all is equal."""
+    """Verify on real text that the patched model computes what eager does; exit code 0 if all results are equal."""
     use_interpreter_without_gpu(lambda line: err.print(line, soft_wrap=True))
     from fastbert.cli.verify import verify_tasks
 
@@ -62,7 +62,7 @@ def report(
     task: Annotated[TaskName | None, typer.Option(help="Load the model for this task.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
 ) -> None:
-    """Patch a model, run one batch of the sample text through it, and show what ran on a kernel and what did not."""
+    """Patch a model, run one batch of the sample text through it, and report which modules ran on a kernel."""
     import torch
 
     import fastbert
@@ -82,7 +82,7 @@ def report(
 
 @app.command()
 def env() -> None:
-    """Print what a bug report needs: versions, GPUs, what is switched on."""
+    """Print what a bug report needs: versions, GPUs and environment variables."""
     for name, value in environment().items():
         out.print(f"{name + ':':<24}{value}", highlight=False, markup=False, soft_wrap=True)
 

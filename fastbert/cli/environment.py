@@ -1,4 +1,4 @@
-"""What `fastbert env` prints: versions, GPUs and switches, as a bug report needs them."""
+"""Collects what `fastbert env` prints for a bug report: versions, GPUs and environment variables."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Versions, GPUs and switches, as text by name."""
+    """Versions, GPUs and environment variables, as text by name."""
     import torch
 
     import fastbert
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cache_of_triton(ops: Any) -> str:
-    """Where compiled kernels are kept, and whether they can be."""
+    """The folder of compiled kernels, and whether it can be written."""
     if ops.MISSING:
         return "none"
     import triton
@@ -47,4 +47,4 @@ def _cache_of_triton(ops: Any) -> str:
         existing = existing.parent
     if existing.is_dir() and os.access(existing, os.W_OK):
         return str(folder)
-    return f"{folder}, which cannot be written: set TRITON_CACHE_DIR to a folder that can"
+    return f"{folder}, which is not writable: set TRITON_CACHE_DIR to a writable folder"

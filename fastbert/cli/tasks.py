@@ -1,4 +1,4 @@
-"""The nine BERT classes with a batch of real text for each, for `fastbert verify` and `fastbert report`."""
+"""Defines the tasks of `fastbert verify` and `fastbert report`: the nine BERT classes, each with a batch of real text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Batch = dict[str, Tensor]
 
 
 class Texts:
-    """Lines of text, tokenised as a task needs them: pairs of neighbouring lines, padded to the longest.
+    """Lines of text and a tokenizer, from which tasks make batches that are padded to the longest row.
 
     Raises:
         InputError: the tokenizer lacks a token that padding or masking needs.
@@ -45,12 +45,14 @@ class Texts:
         return torch.randint(high, shape, generator=self.generator)
 
     def masked(self, batch: Batch) -> Batch:
-        """15 % of the real positions replaced by [MASK] and labelled; the rest labelled -100."""
+        """`batch` with 15 % of the real positions replaced by [MASK] and labelled; all others are labelled -100."""
         if self.tokenizer.mask_token_id is None:
-            raise InputError("MODEL: its tokenizer has no mask token, which masking words needs; choose other tasks by --task")
+            raise InputError(
+                "MODEL: its tokenizer has no mask token, which masking words needs; choose other tasks with --task"
+            )
         real = batch["attention_mask"].bool()
         chosen = (torch.rand(real.shape, generator=self.generator) < 0.15) & real
-        chosen[:, 1] = True  # so that no row is without a label
+        chosen[:, 1] = True  # every row has a label
         labels = batch["input_ids"].masked_fill(~chosen, -100)
         masked = batch["input_ids"].masked_fill(chosen, self.tokenizer.mask_token_id)
         return batch | {"input_ids": masked, "labels": labels}
@@ -109,7 +111,7 @@ def _qa(texts: Texts, _: BertConfig) -> Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """A class of transformers, how its batch is made, and what its config needs."""
+    """A transformers class, the function that makes its batch, and what its config needs."""
 
     name: str
     model_class: type
@@ -128,7 +130,7 @@ _EVERY = (
     ("ner", "BertForTokenClassification", _ner, {}),
     ("qa", "BertForQuestionAnswering", _qa, {"num_labels": 2}),
 )
-# A release of transformers may lack one of the classes: the tasks of the others stay.
+# A transformers release may lack one of the classes; the tasks of the others remain.
 TASKS = {
     name: Task(name, getattr(bert, model_class), batch, config)
     for name, model_class, batch, config in _EVERY
@@ -137,10 +139,10 @@ TASKS = {
 
 
 def task_named(name: str) -> Task:
-    """The task of that name.
+    """The task of this name.
 
     Raises:
-        InputError: transformers lacks its class.
+        InputError: the installed transformers lacks its class.
     """
     if name not in TASKS:
         missing = next(model_class for known, model_class, *_ in _EVERY if known == name)
@@ -149,7 +151,7 @@ def task_named(name: str) -> Task:
 
 
 def word_tokenizer(lines: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary is the words of `lines`: what the small random model reads with."""
+    """A tokenizer whose vocabulary is the words of `lines`, for the small random model."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace

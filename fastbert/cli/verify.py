@@ -1,4 +1,4 @@
-"""`fastbert verify`: every task's model on real text, patched against eager, as one table."""
+"""Implements `fastbert verify`: verifies every task's model on real text and prints one table."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ from fastbert.errors import InputError
 from fastbert.verify import VerifyResult, verify
 
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Rows and tokens a row: real work on a GPU, seconds in the interpreter.
+# Rows, and tokens per row: a realistic size on a GPU, one that takes seconds in the interpreter.
 _ON_GPU = (8, 128)
 _INTERPRETED = (2, 24)
 
@@ -34,10 +34,10 @@ def verify_tasks(
     train: bool,
     json_file: Path | None,
 ) -> bool:
-    """Verify each of `tasks` (default: all), print the table, and return whether everything was equal.
+    """Verify each of `tasks` (default: all), print the table, and return whether all results are equal.
 
     Raises:
-        InputError: as `Source.open` and `check`; or triton missing; or bf16 without a GPU.
+        InputError: as `Source.open` and `Source.check`; triton is missing; bf16 without a GPU.
     """
     if ops.MISSING:
         raise InputError(ops.MISSING)
@@ -64,7 +64,7 @@ def verify_tasks(
             shapes[name] = "x".join(str(size) for size in batch["input_ids"].shape)
             seconds[name] = time.perf_counter() - start
             del loaded
-            gc.collect()  # four copies of a model with its gradients should not wait for the next four
+            gc.collect()  # free four copies of a model and its gradients before the next four are made
             progress.advance(bar)
 
     out.print(_table(results, shapes, seconds, f"{dtype} on {device}, {'training' if train else 'evaluation'} mode"))

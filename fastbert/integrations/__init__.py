@@ -1,1 +1,1 @@
-"""Where fastbert hooks into transformers by name rather than by class."""
+"""Integrations with transformers that work by name: the attention interface, Trainer's optimizer, a report callback."""

@@ -1,4 +1,4 @@
-"""A TrainerCallback that logs fastbert.report. Importing it imports transformers."""
+"""A TrainerCallback that logs `fastbert.report`. Importing this module imports transformers."""
 
 import logging
 from typing import Any
@@ -12,18 +12,18 @@ logger = logging.getLogger("fastbert")
 
 
 class ReportCallback(TrainerCallback):
-    """Logs what runs on a kernel and what does not (`fastbert.report`), after the first step and at the end.
+    """Logs `fastbert.report(model)` after the first step and at the end of training.
 
-    The level is INFO, on the logger "fastbert"; only the first process of a machine logs.
+    It logs at level INFO on the logger "fastbert", in the first process per machine only.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        """The first step has called every module, so its fallbacks are known."""
+        """Log after the first step, which has called every module."""
         if state.global_step == 1:
             self._log(state, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        """With the calls of the whole training counted."""
+        """Log with the calls of the whole training."""
         self._log(state, model)
 
     def _log(self, state: Any, model: nn.Module | None) -> None:

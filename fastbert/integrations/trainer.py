@@ -1,4 +1,4 @@
-"""transformers' Trainer: fastbert.AdamW as its optimizer, and the report in its log."""
+"""Integration with transformers' Trainer: fastbert.AdamW as its optimizer, and the report in its log."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,18 +9,19 @@ if TYPE_CHECKING:
 
 
 def trainer_optimizer(training_args: "TrainingArguments") -> tuple[type[AdamW], dict[str, Any]]:
-    """For `Trainer(optimizer_cls_and_kwargs=...)`: fastbert.AdamW with the arguments' own numbers.
+    """Return fastbert.AdamW and its arguments, for `Trainer(optimizer_cls_and_kwargs=...)`.
 
-    Trainer makes the groups itself (no decay on biases and LayerNorm, `weight_decay` on the rest) and the schedule.
+    Trainer makes the parameter groups (no decay for biases and LayerNorm, `weight_decay` for the rest) and the schedule.
 
     Args:
-        training_args: a transformers.TrainingArguments; read are learning_rate, adam_beta1, adam_beta2, adam_epsilon.
+        training_args: a transformers.TrainingArguments; its learning_rate, adam_beta1, adam_beta2 and adam_epsilon are
+            used.
 
     Returns:
-        The class, and its keyword arguments.
+        The optimizer class, and its keyword arguments.
 
     Raises:
-        TypeError: something that lacks one of these.
+        TypeError: `training_args` lacks one of these attributes.
     """
     names = {"lr": "learning_rate", "eps": "adam_epsilon", "beta1": "adam_beta1", "beta2": "adam_beta2"}
     missing = [name for name in names.values() if not hasattr(training_args, name)]
@@ -33,7 +34,7 @@ def trainer_optimizer(training_args: "TrainingArguments") -> tuple[type[AdamW], 
 
 
 def __getattr__(name: str) -> Any:
-    # Its base class is transformers', which `import fastbert` must not bring in (fastbert/startup.py).
+    # Its base class is in transformers, which `import fastbert` must not import (see fastbert/startup.py).
     if name == "ReportCallback":
         from fastbert.integrations.report_callback import ReportCallback
 

@@ -19,9 +19,9 @@ _FLASH_KEYWORDS = ("cu_seq_lens_q", "max_length_q", "cu_seq_lens_k", "max_length
 def unsupported(module: nn.Module) -> str | None:
     """Why `module` can never use the kernel as it stands, or None."""
     if module.attention_head_size > ops.MAX_HEAD_SIZE:
-        return f"a head size of {module.attention_head_size}: the kernel takes up to {ops.MAX_HEAD_SIZE}"
+        return f"head size {module.attention_head_size}: the kernel takes up to {ops.MAX_HEAD_SIZE}"
     if not isinstance(module.scaling, (float, int)):
-        return "a scale of scores that is no number"
+        return "scaling is not a number"
     return None  # of the dropout stock, too, reads nothing but p
 
 
@@ -142,13 +142,13 @@ def _reason(
     if not isinstance(mask, KernelMask) and (reason := implementation_reason(implementation)):
         return reason
     if len(args) > 1:
-        return "more arguments than the forwards have that fastbert was tested against"
+        return "more arguments than the tested forwards take"
     if reason := argument_reason(implementation, tuple(kwargs)):
         return reason
     if wants_weights(module, kwargs):
-        return "attention weights were asked for"
+        return "attention weights were requested"
     if _reads_packing(module) and kwargs.get("position_ids") is not None and kwargs.get("cu_seq_lens_q") is None:
-        return "position ids, from which the model's own attention reads where packed sequences start"
+        return "position ids that the model's own attention would read as the bounds of packed sequences"
     return _mask_reason(implementation, mask, keys, cached=_cache(args, kwargs) is not None)
 
 
@@ -156,16 +156,16 @@ def _mask_reason(implementation: str, mask: Any, keys: Tensor, cached: bool) -> 
     if isinstance(mask, KernelMask):
         mask = mask.general
     elif implementation == "eager":
-        return "eager attention returns its weights, and more than the kernels could see them"
+        return "eager attention returns its weights, and code other than the kernels could read them"
     if isinstance(mask, Tensor):
         if mask.dtype == torch.bool and implementation == "eager":
             return "a bool mask, which eager attention adds to the scores as zeros and ones"
         if mask.dim() == 2 and implementation != NAME and "flash" not in implementation:
-            return "a mask of two dimensions"
+            return "a two-dimensional mask"
         if mask.dim() and mask.shape[-1] != keys.shape[1] and not cached:  # how long a cache is, it says when it is updated
-            return "a mask for another number of keys"
+            return "a mask for a different number of keys"
         if mask.is_floating_point() and mask.dtype != keys.dtype and not torch.is_autocast_enabled(keys.device.type):
-            return f"a mask of {mask.dtype} for scores of {keys.dtype}"
+            return f"a {mask.dtype} mask for {keys.dtype} scores"
     return mask_reason(mask)
 
 

@@ -42,5 +42,5 @@ def row_reason(module: nn.Module) -> str | None:
     if cls in _PARTS:
         return stock.untested(_PARTS[cls])
     if not (cls in _TORCH or cls.__module__.startswith(_LIBRARIES)) or class_forward_replaced(cls):
-        return f"a layer with a {cls.__name__} of its own, which may not work row by row"
+        return f"a layer with a {cls.__name__} that is not known to work row by row"
     return None

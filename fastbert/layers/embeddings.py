@@ -103,14 +103,14 @@ def _position_reason(module: nn.Module) -> str | None:
     itself, and the gradient of a position needs no sorting. Looked at once, and again when it was replaced or written to."""
     positions = module.position_ids
     if torch.compiler.is_compiling() or not is_plain_tensor(positions) or positions.is_meta or positions.is_inference():
-        return "position_ids that cannot be looked at"
+        return "position_ids whose values cannot be inspected"
     known = _counts_from_zero.get(positions)
     if known is None or known[0] != positions._version:
         if positions.is_cuda and torch.cuda.is_current_stream_capturing():
-            return "position_ids that cannot be looked at"
+            return "position_ids whose values cannot be inspected"
         counted = torch.arange(positions.shape[-1], device=positions.device, dtype=positions.dtype)
         known = _counts_from_zero[positions] = positions._version, torch.equal(positions.view(-1), counted)
-    return None if known[1] else "position_ids of its own"
+    return None if known[1] else "position_ids other than 0, 1, 2, ..."
 
 
 def _tensor_reason(tensors: tuple[Tensor, ...]) -> str | None:
@@ -189,9 +189,9 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
         fits = words.dim() == 3 if ids is None else ids.dim() == 2
         width = norm.normalized_shape
         if not fits or any(table.shape[-1:] != width for table in tables) or not tables[2].shape[0]:
-            return (), "shapes that do not fit"
+            return (), "incompatible shapes"
         if position_ids is None and isinstance(past, Tensor):
-            return (), "a number of cached tokens on the device"
+            return (), "a cache length that is a tensor"
         return tables, _tensor_reason(tables)
 
     def _ids(
@@ -226,7 +226,7 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
             if tensor.dtype not in _IDS or tensor.device != like.device:
                 return f"ids of {tensor.dtype} on {tensor.device}"
             if tensor.shape not in (shape, (1, shape[1])):
-                return "shapes that do not fit"
+                return "incompatible shapes"
         return None
 
 

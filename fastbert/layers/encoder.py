@@ -75,7 +75,7 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
         for name, field in (("lengths", "lengths"), ("read_lengths", "read")):  # a collator's, see LengthsCollator
             if isinstance(kwargs.get(name), Counted):
                 counts = replace(counts, **{field: tuple(kwargs.pop(name))})
-        reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions can be seen"
+        reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions are visible"
         reason = reason or tensor_reason(hidden_states) or self._reason(mask, args, kwargs)
         if reason is not None:
             return reason
@@ -92,7 +92,7 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
             return reason
         captured = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         if captured or wants_weights(self, kwargs) or is_recording():
-            return "hidden states or attention weights were asked for"
+            return "hidden states or attention weights were requested"
         if any(x is not None for x in (*args, *map(kwargs.get, _CROSS_OR_CACHE))):
             return "cross-attention or a cache"
         if not len(self.layer):
@@ -103,16 +103,16 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
             if reason is not None:
                 return reason
             if layer.chunk_size_feed_forward:
-                return "a feed-forward in chunks"
+                return "a chunked feed-forward"
         implementation = self.config._attn_implementation
         if not isinstance(mask, KernelMask):
-            return implementation_reason(implementation) or "masks that more than the kernels could see"
+            return implementation_reason(implementation) or "masks that code other than the kernels could read"
         if (reason := argument_reason(implementation, tuple(kwargs))) is not None:
             return reason
         if mask.general is not None:
             return "a mask between queries and keys"
         if mask.keys is None and (flash_keywords(kwargs) or kwargs.get("position_ids") is not None):
-            return "position ids or bounds, by which the batch may be packed already"
+            return "position ids or cu_seqlens, by which the batch may already be packed"
         return None
 
 
@@ -122,7 +122,7 @@ def _layer_reason(layer: nn.Module) -> str | None:
     if not (type(layer) in (stock.BertLayer, BertLayer) and type(attention) is stock.BertAttention):
         return f"a layer that is a {type(layer).__name__}"
     if type(attention.self) is not BertSelfAttention:
-        return "a layer whose attention is not the kernel's"
+        return "a layer whose attention does not use the kernel"
     return attention_unsupported(attention.self) or next(filter(None, map(row_reason, layer.modules())), None)
 
 

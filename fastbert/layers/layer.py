@@ -66,7 +66,7 @@ class BertLayer(FastModule, stock.BertLayer):
             return reason
         keys = mask.keys
         if keys is not None and keys.shape != hidden_states.shape[:2]:
-            return "a mask for other rows"
+            return "a mask for a different batch shape"
         return self._run(prepared, mask, hidden_states, keys, mask.bounds)
 
     def _prepared(self, mask: KernelMask) -> PreparedLayer:
@@ -82,7 +82,7 @@ class BertLayer(FastModule, stock.BertLayer):
             return f"{min(failed)} failed: {ops.failures.reasons[min(failed)]}"
         own = vars(self)
         if own["chunk_size_feed_forward"] or "feed_forward_chunk" in own:
-            return "a feed-forward in chunks, or of its own"
+            return "a chunked or replaced feed-forward"
         if context is None:
             weights, settings = known.weights(), known.settings(hidden_states.shape[-1])
             if isinstance(weights, str) or isinstance(settings, str):
@@ -91,7 +91,7 @@ class BertLayer(FastModule, stock.BertLayer):
             reason = _call_reason(hidden_states, weights.query, low)
         else:
             low = context.product_dtype
-            reason = None if hidden_states.device == context.device else "hidden states on another device than the model's"
+            reason = None if hidden_states.device == context.device else "hidden states on a different device than the model"
         if (reason := reason or _tensor_reason(hidden_states, weights.query.dtype, low)) is not None:
             return reason
         norm_dtype = None if low is None else torch.float32 if hidden_states.is_cuda else None  # as layernorm_dtype
@@ -108,7 +108,7 @@ class BertLayer(FastModule, stock.BertLayer):
                 twins.clear()  # nobody takes that of the last
 
 
-_COMPILING = "torch.compile, whose graph is of the modules' own ops"
+_COMPILING = "torch.compile, which traces a layer module by module"
 
 
 def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
@@ -128,7 +128,7 @@ def _stock_mask_reason(layer: nn.Module, hidden_states: Tensor) -> str:
     known = state_of(layer)
     reason = tensor_reason(hidden_states) or known.reason or implementation_reason(known.config._attn_implementation)
     reason = reason or ("a layer with hooks" if hooked(layer) else None)
-    return reason or "a mask that the model did not hand on"
+    return reason or "a mask that the patched model did not pass"
 
 
 _POSITIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -142,7 +142,7 @@ _UNREAD_KEYWORDS = {
 def _keyword_reason(known: LayerState, kwargs: dict[str, Any]) -> str | None:
     """Why keywords ask for what the op does not compute, or None."""
     if kwargs.get("output_attentions"):
-        return "attention weights were asked for"
+        return "attention weights were requested"
     passed = _UNREAD_KEYWORDS.issuperset(kwargs)
     if passed and kwargs.get("position_ids") is None:
         return None
@@ -150,7 +150,7 @@ def _keyword_reason(known: LayerState, kwargs: dict[str, Any]) -> str | None:
     if not passed and (reason := argument_reason(implementation, tuple(kwargs))) is not None:
         return reason
     if implementation and "flash" in implementation and any([kwargs.get(name) is not None for name in _POSITIONS]):
-        return "position ids or bounds, from which the model's own attention reads where packed sequences start"
+        return "position ids or cu_seqlens that the model's own attention would read as the bounds of packed sequences"
     return None
 
 
@@ -169,7 +169,7 @@ def _tensor_reason(hidden_states: Tensor, weight_dtype: torch.dtype, low: torch.
     if low is None and weight_dtype != dtype:
         return f"{dtype} and {weight_dtype} together outside autocast"
     if low is not None and torch.float64 in (dtype, weight_dtype):
-        return "float64, which autocast leaves alone"
+        return "float64, which autocast does not cast"
     if not hidden_states.is_contiguous() or hidden_states.data_ptr() % ops.ALIGNMENT:
-        return f"hidden states that are not contiguous, or do not start at a multiple of {ops.ALIGNMENT} bytes"
+        return f"hidden states that are not contiguous or not aligned to {ops.ALIGNMENT} bytes"
     return None if hidden_states.numel() else "an empty batch"

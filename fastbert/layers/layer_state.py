@@ -120,14 +120,14 @@ class LayerState:
         fit = self._forms
         if fit is None or not fit[0].same(found):
             if not all(tensor is not None and is_plain_tensor(tensor) for tensor in found):
-                return "a parameter that is no plain tensor"
+                return "a parameter that is not a plain tensor"
             self._forms = fit = Forms(found), _weights_reason(ops.Weights._make(found))
         if fit[1] is not None:
             return fit[1]
         addresses = list(map(Tensor.data_ptr, found))
         if addresses != self._addresses:
             if any(address % ops.ALIGNMENT for address in addresses):
-                return f"a parameter that does not start at a multiple of {ops.ALIGNMENT} bytes"
+                return f"a parameter that is not aligned to {ops.ALIGNMENT} bytes"
             self._addresses = addresses
         return ops.Weights._make(found)
 
@@ -136,16 +136,16 @@ class LayerState:
         attention, (scores, attended, output), (first, second) = self.attention, self._dropouts, self._norms
         head_size, scale = attention["attention_head_size"], attention.get("scaling")
         if type(scale) is not float:
-            return "a scale of scores that is no plain number"
+            return "scaling is not a float"
         if hidden % head_size or head_size > ops.MAX_HEAD_SIZE:
-            return f"a head size of {head_size} for {hidden} columns"
+            return f"head size {head_size}, hidden size {hidden}"
         ps = (
             scores["p"] if attention["training"] else 0.0,
             attended["p"] if attended["training"] else 0.0,
             output["p"] if output["training"] else 0.0,
         )
         if not all([0.0 <= p <= 1.0 for p in ps]):
-            return "a dropout's probability outside of [0, 1]"
+            return "a dropout probability outside [0, 1]"
         return ops.Settings(
             hidden // head_size,
             self.activation,
@@ -232,7 +232,7 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
         if type(module) is not cls:
             return _part_reason(name, module, cls)
         if hooked(module):
-            return f"{name} has hooks, or a forward of its own"
+            return f"{name} has hooks, or a replaced forward"
     for name in _LINEARS:
         linear = inside.get(name)
         if not is_plain(linear, nn.Linear):
@@ -241,7 +241,7 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
             return f"{name} has no bias"
     for name in _NORMS:
         if name not in inside:
-            return f"{name} is not among its part's modules, or is another part's as well"
+            return f"{name} is missing, or is shared with another module"
     for name in _DROPOUTS:
         dropout = inside.get(name)
         if dropout is None or "p" not in vars(dropout):
@@ -264,7 +264,7 @@ def _weights_reason(weights: Any) -> str | None:
     for name, tensor in zip(ops.Weights._fields, weights, strict=True):
         square = name in ("query", "key", "value", "attention_output")
         if tuple(tensor.shape) != matrices.get(name, (hidden, hidden) if square else (hidden,)):
-            return f"weights of other shapes: {name} is {tuple(tensor.shape)}"
+            return f"an unexpected shape: {name} is {tuple(tensor.shape)}"
         if tensor.dtype != first.dtype or tensor.device != first.device:
             return f"parameters of {first.dtype} on {first.device} and {tensor.dtype} on {tensor.device}"
         if not tensor.is_contiguous():

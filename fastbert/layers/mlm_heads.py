@@ -65,9 +65,9 @@ def _reason(module: nn.Module, name: str, labels: Tensor, arguments: _Arguments)
     inputs = arguments.get("input_ids")
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.device != decoder.weight.device:
-        return "labels that are no int64 tensor beside the weights"
+        return "labels that are not an int64 tensor on the weights' device"
     if inputs is None or labels.shape != inputs.shape[:2]:
-        return "labels of another shape than the batch"
+        return "labels that do not have the shape of the batch"
     return tensor_reason(decoder.weight, *(() if decoder.bias is None else (decoder.bias,)))
 
 

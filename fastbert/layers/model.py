@@ -69,7 +69,7 @@ class BertModel(FastModule, stock.BertModel):
 
     def _asks_for_weights(self) -> str | None:
         asked = getattr(self.config, "output_attentions", False) or is_recording_inside_layers()
-        return "attention weights were asked for" if asked else None
+        return "attention weights were requested" if asked else None
 
     def _prepare_layers(self, hidden: Tensor | None, implementation: str) -> dict[nn.Module, Any] | None:
         """What was looked at of the layers if nothing but fast classes will see the masks of this call, else None."""

@@ -9,7 +9,7 @@ from fastbert.layers.packing import Packing, pack
 from fastbert.layers.reading import Reading
 
 _COMPILED = "torch.compile needs sizes that do not depend on the mask: fastbert.lengths(model, token_budget=...)"
-_WRONG = "fewer than there are, or not as many"
+_WRONG = "less than the batch needs, or not equal to its count"
 
 
 def plan_packing(
@@ -27,7 +27,11 @@ def plan_packing(
     claims = tokens is not None, reads is not None
     counted = (mask is not None and not claims[0]) or (read is not None and not claims[1])
     if counted and torch.compiler.is_compiling():
-        return _COMPILED if alone or read is None else "torch.compile, and the labels were not given a budget"
+        return (
+            _COMPILED
+            if alone or read is None
+            else "torch.compile needs a read_budget for the labels: fastbert.lengths(model, read_budget=...)"
+        )
 
     masked = mask is not None or read is not None
     counts = ops.row_counts(mask, read) if masked else torch.empty(3, batch, dtype=torch.int32, device=device)
@@ -38,9 +42,9 @@ def plan_packing(
     whole = mask is None or tokens == Capacity(batch * seqlen, seqlen)
     reason = None
     if tokens is not None and tokens.rows == 0:
-        reason = "a batch of padding alone"
+        reason = "a batch of padding only"
     elif padding:
-        reason = "a position that is padding is read"
+        reason = "a padded position is read"
     elif whole and not alone:
         reason = "a batch without padding"
     if reason is not None and read is None and not claims[0]:
@@ -59,7 +63,7 @@ def plan_packing(
 
 def _stop_unless(fits: Tensor | None, checked: tuple[bool, bool, bool]) -> None:
     """Stop, on the device and without waiting for it, if the caller was wrong: rows would be left out, or zeros read."""
-    wrong = f"lengths: {_WRONG}", f"read: {_WRONG}", "lengths: given, but a position that is padding is read"
+    wrong = f"lengths: {_WRONG}", f"read: {_WRONG}", "lengths: given, but a padded position is read"
     for i, message in enumerate(wrong):
         if checked[i]:
             torch._assert_async(fits[i], message)

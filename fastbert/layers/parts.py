@@ -56,7 +56,7 @@ def activation_reason(function: object) -> str | None:
     if kernel_activation(function) is not None:
         return None
     if type(function) is nn.GELU or type(function) in _BY_CLASS:
-        return f"activation {type(function).__name__} has hooks, or a function of its own"
+        return f"activation {type(function).__name__} has hooks, or a replaced function"
     name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", function)
     return f"activation {name} has no kernel"
 
@@ -72,7 +72,7 @@ def layernorm_reason(norm: nn.Module) -> str | None:
     return None
 
 
-UNKNOWN_ARGUMENTS = "arguments that the forwards do not have that fastbert was tested against"
+UNKNOWN_ARGUMENTS = "arguments that the tested forwards do not take"
 
 
 def bind_arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple | None:

@@ -48,7 +48,7 @@ class _ResidualNorm(FastModule):
     def _reason(self, hidden_states: Tensor, input_tensor: Tensor) -> str | None:
         reason = stock.untested(self.STOCK) or unsupported(self)
         if reason is None and hidden_states.shape[:-1] != input_tensor.shape[:-1]:
-            reason = "the residual has another shape"
+            reason = "the residual has a different shape"
         return reason or tensor_reason(hidden_states, input_tensor, self.LayerNorm.weight, self.LayerNorm.bias)
 
 

@@ -74,7 +74,7 @@ def test_attention_weights_are_eagers():
     for a, b in zip(stock, patched, strict=True):
         torch.testing.assert_close(a, b)
     row = next(r for r in fastbert.report(model).rows if r.hf_class == "BertSelfAttention")
-    assert row.fallback_calls == {"attention weights were asked for": 1}
+    assert row.fallback_calls == {"attention weights were requested": 1}
 
 
 @pytest.mark.parametrize("beams", [1, 3])

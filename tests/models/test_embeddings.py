@@ -202,7 +202,7 @@ def no_probability(embeddings):
 def narrower(embeddings):
     before = embeddings.token_type_embeddings
     embeddings.token_type_embeddings = nn.Embedding(2, 1, device=before.weight.device)
-    return lambda: setattr(embeddings, "token_type_embeddings", before), "do not fit"
+    return lambda: setattr(embeddings, "token_type_embeddings", before), "incompatible"
 
 
 class Mine(torch.Tensor):

@@ -21,7 +21,7 @@ from tests.models.test_layer import layer_row, rows
 from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 
 BATCH = make_batch(BASE)
-BY_MODULE = {"attention weights were asked for"}
+BY_MODULE = {"attention weights were requested"}
 
 
 def patched_of(**settings):

@@ -49,7 +49,7 @@ def test_func_grad_is_stocks():
 
         return torch.func.grad(loss)(parameters)
 
-    assert_is_stocks(gradients, model, "torch.func transforms go through stock code")
+    assert_is_stocks(gradients, model, "torch.func transforms use stock code")
 
 
 def test_vmap_is_stocks():
@@ -115,7 +115,7 @@ def test_jit_trace_is_stocks():
         warnings.simplefilter("ignore")  # torch.jit's own, about its age and about what it makes constant
         traced = torch.jit.trace(model, inputs, strict=False, check_trace=False)
     assert not launched
-    assert reasons(model) == {"torch.jit traces no kernels"}
+    assert reasons(model) == {"torch.jit cannot trace the kernels"}
     # A trace is a plain graph of torch's operations: it runs without fastbert.
     torch.testing.assert_close(traced(*inputs)["logits"], stock)
     assert "fastbert::" not in str(traced.inlined_graph)

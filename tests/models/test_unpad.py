@@ -63,7 +63,7 @@ def test_auto_changes_nothing_elsewhere(kind):
     model = fastbert.patch(make(kind))
     run(model, make_batch(kind), backward=False)
     row = encoder_row(model)
-    assert (row.state, row.reason) == ("untouched", "unpad='auto', and outputs at padded positions can be seen")
+    assert (row.state, row.reason) == ("untouched", "unpad='auto', and outputs at padded positions are visible")
 
 
 # A causal loss predicts a real token from the position before it, which is padding where padding leads or gaps.
@@ -109,7 +109,7 @@ def padded(model, batch, reason, **keywords):
     assert_equal(results, run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch)))
 
 
-FIRST_IS_READ = "a position that is padding is read"
+FIRST_IS_READ = "a padded position is read"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_masks_that_stay_padded(mask, reason):
 def test_padding_alone_stays_padded():
     batch = make_batch(CLASSIFICATION)
     batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
-    padded(make(CLASSIFICATION), batch, "a batch of padding alone")
+    padded(make(CLASSIFICATION), batch, "a batch of padding only")
 
 
 @pytest.mark.parametrize("mask", ["none", "ones"])
@@ -168,7 +168,7 @@ def test_the_encoder_called_by_others_than_the_head_is_seen_everywhere():
     with counting(heads=True) as launched:
         result = model.bert(**batch).last_hidden_state
     assert "gather_rows_kernel" not in launched
-    assert encoder_row(model).fallback_calls == {"outputs at padded positions can be seen": 1}
+    assert encoder_row(model).fallback_calls == {"outputs at padded positions are visible": 1}
     torch.testing.assert_close(result, expected)
 
 
@@ -183,7 +183,7 @@ def test_a_hook_on_what_lies_between_sees_every_position(name):
         handle.remove()
         fastbert.patch(model)
     torch.testing.assert_close(seen["patched"], seen["stock"])
-    assert encoder_row(model).fallback_calls == {"outputs at padded positions can be seen": 1}
+    assert encoder_row(model).fallback_calls == {"outputs at padded positions are visible": 1}
 
 
 @pytest.mark.parametrize("switches", [{}, {"residual_norm": False}], ids=["one op", "module by module"])
@@ -234,7 +234,7 @@ def test_a_row_of_padding_alone_stays_padded():
 
 @pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions"])
 def test_what_would_show_packed_rows_stays_padded(flag):
-    asked = "hidden states or attention weights were asked for"
+    asked = "hidden states or attention weights were requested"
     padded(make(CLASSIFICATION), make_batch(CLASSIFICATION) | {flag: True}, asked)
     padded(make(CLASSIFICATION, **{flag: True}), make_batch(CLASSIFICATION), asked)
 
@@ -249,7 +249,7 @@ def test_packs_again_after_hidden_states_were_asked_for_once():
 
 
 def test_chunks_stay_padded():
-    padded(make(CLASSIFICATION, chunk_size_feed_forward=3), make_batch(CLASSIFICATION), "a feed-forward in chunks")
+    padded(make(CLASSIFICATION, chunk_size_feed_forward=3), make_batch(CLASSIFICATION), "a chunked feed-forward")
 
 
 @pytest.mark.parametrize("name", ["", ".attention.self", ".output.dense"])
@@ -269,7 +269,7 @@ def test_a_hook_on_a_layer_sees_the_padded_batch(name):
 
 
 def test_without_the_attention_kernel_it_stays_padded():
-    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION), "a layer whose attention is not the kernel's", attention=False)
+    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION), "a layer whose attention does not use the kernel", attention=False)
 
 
 def test_a_cache_stays_padded():

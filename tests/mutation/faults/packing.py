@@ -137,7 +137,7 @@ FAULTS = (
     ),
     _encoder(
         "unpad='auto' packs although everything can be seen",
-        before='reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions can be seen"',
+        before='reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions are visible"',
         after="reason = None",
         tests=(
             f"{TESTS}::test_the_encoder_called_by_others_than_the_head_is_seen_everywhere",
