@@ -205,7 +205,7 @@ def test_model_with_fewer_token_types_than_its_tokenizer(refused, answered, save
     """Which only pairs of texts show; the other tasks go on."""
     path = saved(type_vocab_size=1)
     error = refused("verify", path)
-    assert "2 token types and the model has 1 (type_vocab_size)" in error and "task pretraining" in error
+    assert "2 token types and the model has 1 (type_vocab_size)" in error and "the task pretraining" in error
     assert answered("verify", path, "--task", "base")[0] == 0
 
 

@@ -156,9 +156,7 @@ def _read_tokenizer(model: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise InputError(f"MODEL: {model} has no tokenizer that can be read: {_first_line(error)}") from None
-    if len(tokenizer) <= len(
-        tokenizer.all_special_tokens
-    ):  # transformers makes an empty tokenizer if the directory has no vocabulary
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # one made without a vocabulary
         raise InputError(f"MODEL: {model} has no tokenizer: no vocabulary was found in it")
     return tokenizer
 

@@ -47,9 +47,7 @@ class Texts:
     def masked(self, batch: Batch) -> Batch:
         """`batch` with 15 % of the real positions replaced by [MASK] and labelled; all others are labelled -100."""
         if self.tokenizer.mask_token_id is None:
-            raise InputError(
-                "MODEL: its tokenizer has no mask token, which masking words needs; choose other tasks with --task"
-            )
+            raise InputError("MODEL: its tokenizer has no mask token, which masking needs; choose other tasks with --task")
         real = batch["attention_mask"].bool()
         chosen = (torch.rand(real.shape, generator=self.generator) < 0.15) & real
         chosen[:, 1] = True  # every row has a label

@@ -1,4 +1,10 @@
-"""BertSelfAttention and BertCrossAttention: one product for the projections, then the attention kernel."""
+"""Fast classes of BertSelfAttention and BertCrossAttention: one product for the projections, then the attention kernel.
+
+- Eager attention returns its weights, which the kernel does not have. With a `KernelMask` only fast classes are between
+  model and kernel, so no other code can read the weights; without one, a call under `eager` falls back to stock.
+- Keywords that the model's attention function takes by name make a call fall back to stock. Keywords that fastbert passes
+  down have types of their own (`Packing`, `KernelMask`), so a user's keyword of the same name is left alone.
+"""
 
 from typing import Any
 
@@ -22,7 +28,7 @@ def unsupported(module: nn.Module) -> str | None:
         return f"head size {module.attention_head_size}: the kernel takes up to {ops.MAX_HEAD_SIZE}"
     if not isinstance(module.scaling, (float, int)):
         return "scaling is not a number"
-    return None  # of the dropout stock, too, reads nothing but p
+    return None  # any dropout module will do: stock also reads only its p
 
 
 class BertSelfAttention(FastModule, stock.BertSelfAttention):
@@ -33,8 +39,8 @@ class BertSelfAttention(FastModule, stock.BertSelfAttention):
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         packing = kwargs.get("packing")
-        if isinstance(packing, Packing):  # and no keyword of a user's, which stock passes over
-            falls_back(self, None)  # the encoder asked: stock attention would mix the sequences
+        if isinstance(packing, Packing):  # not a user's keyword of that name, which stock ignores
+            falls_back(self, None)  # the encoder has checked the call; stock attention would mix the sequences
             return _attend_packed(self, hidden_states, packing, kwargs.get("queries")), None
         reason = tensor_reason(hidden_states)
         reason = reason or _reason(self, "BertSelfAttention", hidden_states, attention_mask, args, kwargs)
@@ -80,21 +86,21 @@ class BertCrossAttention(FastModule, stock.BertCrossAttention):
 
 
 def _cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The cache of a call; transformers renamed the argument in 5.24."""
+    """The cache of a call: `past_key_values`, which transformers 5.24 renamed to `cache`."""
     return args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
 
 
 def _update_cache(module: nn.Module, cache: Any, k: Tensor, v: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """k and v [B, S, heads, head size] put into the cache, and all that it then holds."""
+    """Append k and v [B, S, heads, head size] to the cache and return all keys and values in it, in that layout."""
     more = {}
-    if "cache_position" in kwargs:  # of transformers 5.0, whose static caches are told where to write
+    if "cache_position" in kwargs:  # transformers 5.0 passes static caches the positions to write to
         more["cache_kwargs"] = {"cache_position": kwargs["cache_position"]}
     k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), module.layer_idx, **more)
     return k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _attend_packed(module: nn.Module, hidden_states: Tensor, packing: Packing, queries: Tensor | None) -> Tensor:
-    """hidden_states [1, T, H], packed; queries [1, N, H] are the rows that are read, None for all of them."""
+    """Attention over packed tokens [1, T, H] for the rows that are read, `queries` [1, N, H], or for all tokens if None."""
     bounds = {"cu_seqlens": packing.tokens.cu_seqlens, "max_seqlen": packing.tokens.max_seqlen}
     if queries is None:
         q, k, v = project(hidden_states, (module.query, module.key, module.value), module.attention_head_size)
@@ -107,8 +113,10 @@ def _attend_packed(module: nn.Module, hidden_states: Tensor, packing: Packing, q
 
 
 def _varlen_bounds(module: nn.Module, mask: Any, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """cu_seqlens and max_seqlen of a [1, T, H] call from a flattening collator, where the model's own implementation
-    would have read them (the others ignore them)."""
+    """cu_seqlens and max_seqlen of a [1, T, H] call from a flattening collator, or None.
+
+    None also if the model's own attention implementation would ignore them.
+    """
     if isinstance(mask, KernelMask):
         mask = mask.keys if mask.general is None else mask.general
     if mask is not None or cache is not None or not _reads_packing(module) or not flash_keywords(kwargs):
@@ -117,7 +125,7 @@ def _varlen_bounds(module: nn.Module, mask: Any, cache: Any, kwargs: dict[str, A
 
 
 def flash_keywords(kwargs: dict[str, Any]) -> bool:
-    """Whether the call says where packed sequences start, as transformers' flattening collators do."""
+    """Whether the call passes the bounds of packed sequences, as transformers' flattening collators do."""
     return all(kwargs.get(name) is not None for name in _FLASH_KEYWORDS)
 
 
@@ -138,7 +146,7 @@ def _reason(
     implementation = module.config._attn_implementation or "eager"
     if reason := stock.untested(stock_name) or unsupported(module):
         return reason
-    # A model that handed its mask on has asked.
+    # A model that passes a KernelMask has checked the implementation.
     if not isinstance(mask, KernelMask) and (reason := implementation_reason(implementation)):
         return reason
     if len(args) > 1:
@@ -162,7 +170,7 @@ def _mask_reason(implementation: str, mask: Any, keys: Tensor, cached: bool) -> 
             return "a bool mask, which eager attention adds to the scores as zeros and ones"
         if mask.dim() == 2 and implementation != NAME and "flash" not in implementation:
             return "a two-dimensional mask"
-        if mask.dim() and mask.shape[-1] != keys.shape[1] and not cached:  # how long a cache is, it says when it is updated
+        if mask.dim() and mask.shape[-1] != keys.shape[1] and not cached:  # a cache's length is known only after its update
             return "a mask for a different number of keys"
         if mask.is_floating_point() and mask.dtype != keys.dtype and not torch.is_autocast_enabled(keys.device.type):
             return f"a {mask.dtype} mask for {keys.dtype} scores"
@@ -170,7 +178,7 @@ def _mask_reason(implementation: str, mask: Any, keys: Tensor, cached: bool) -> 
 
 
 def _kernel_mask(module: nn.Module, mask: Any) -> Tensor | None:
-    """The mask as `attend` takes it: bool [B, K] for the keys that are seen, or [B, 1, Q, K], or None."""
+    """The mask as `attend` takes it: a bool [B, K], true for visible keys, a [B, 1, Q, K], or None."""
     if isinstance(mask, KernelMask):
         if mask.general is None:
             return mask.keys

@@ -1,11 +1,15 @@
-"""Which modules of a layer may be called with packed rows, [1, T, H], in place of a batch: those that work row by row."""
+"""Decides which modules of a layer may be called with packed tokens [1, T, H] instead of a batch [B, S, H].
+
+Only modules known to work row by row may. A module that is not (a user's module in place of a Linear, a replaced forward)
+keeps the batch padded.
+"""
 
 from torch import nn
 
 from fastbert.dispatch import class_forward_replaced, hooked
 from fastbert.layers import attention, intermediate, layer, residual_norm, stock
 
-# A layer's own parts, stock and fast, by the name of what has to be as tested.
+# A layer's own parts, stock and fast, each with the key of `stock.CODE` that must be tested.
 _PARTS = {
     stock.BertLayer: "BertEncoder",
     layer.BertLayer: "BertEncoder",
@@ -23,7 +27,7 @@ _TORCH = (
     *(nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.LeakyReLU, nn.Mish, nn.Hardtanh, nn.ReLU6),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
 )
-# Activations; and what stands in for a Linear: adapters, quantized weights, parametrisations.
+# Modules (by prefix) of activations, and of replacements of a Linear: adapters, quantized weights, parametrisations.
 _LIBRARIES = (
     "transformers.activations",
     "peft.",
@@ -35,7 +39,7 @@ _LIBRARIES = (
 
 
 def row_reason(module: nn.Module) -> str | None:
-    """Why `module` may not be given packed rows, or None."""
+    """Why `module` may not be called with packed tokens, or None."""
     cls = type(module)
     if hooked(module):
         return "a layer with hooks"

@@ -1,4 +1,4 @@
-"""How many rows to allocate when packing: counted on the device, given by the caller, or a fixed budget."""
+"""Determines how many rows to allocate when packing: counted on the device, given by the caller, or a fixed budget."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from fastbert import ops
 
 @dataclass(frozen=True)
 class Capacity:
-    """`rows` in all and `longest` in one row of the batch; exact: so many there are, else at most."""
+    """`rows` in total and at most `longest` per row of the batch; `rows` is the exact number if `exact`, else a maximum."""
 
     rows: int
     longest: int
@@ -18,7 +18,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class CallerCounts:
-    """What the caller knows, see `fastbert.lengths`; None where he does not."""
+    """The counts and budgets that the caller passed (see `fastbert.lengths`), None for those not passed."""
 
     lengths: tuple[int, ...] | None = None
     read: tuple[int, ...] | None = None
@@ -27,7 +27,11 @@ class CallerCounts:
     read_budget: int | None = None
 
     def capacity(self, which: str, batch: int, seqlen: int) -> Capacity | None:
-        """For the tokens ("lengths") or the rows that are read ("read"); None if that is not known."""
+        """The capacity for tokens (`which`="lengths") or rows that are read ("read"), or None if the caller gave none.
+
+        Raises:
+            ValueError: the counts do not fit a [batch, seqlen] batch.
+        """
         budget = self.token_budget if which == "lengths" else self.read_budget
         if budget is not None:
             return Capacity(budget, seqlen, exact=False)
@@ -37,16 +41,16 @@ class CallerCounts:
         if len(counts) != batch or not all(0 <= n <= seqlen for n in counts):
             raise ValueError(f"{which}: expected {batch} numbers from 0 to {seqlen}, got {list(counts)}")
         rows = -(-sum(counts) // self.bucket) * self.bucket
-        longest = seqlen if self.bucket > 1 else max(counts)  # a size that changes would spoil shapes that repeat
+        longest = seqlen if self.bucket > 1 else max(counts)  # a varying max_seqlen would defeat repeated shapes
         return Capacity(rows, longest, exact=rows == sum(counts))
 
 
 def count(
     mask: Tensor | None, read: Tensor | None, counts: Tensor | None = None
 ) -> tuple[Capacity | None, Capacity | None, bool]:
-    """The capacity that is needed for each that is not None, and whether a position that is read is padding.
+    """The capacities that the bool [B, S] `mask` and `read` need (None for None), and whether a padded position is read.
 
-    `counts` is what ops.row_counts says, where it was asked. One synchronisation.
+    `counts` is the result of ops.row_counts(mask, read) if it is already known. Takes one synchronisation.
     """
     of_tokens, of_read, missing = (ops.row_counts(mask, read) if counts is None else counts).tolist()
     tokens = None if mask is None else Capacity(sum(of_tokens), max(of_tokens))

@@ -1,4 +1,9 @@
-"""Embeddings that wait for the encoder: where it packs, they are of the rows that it packs alone."""
+"""Defers the embeddings until the encoder knows which rows it packs, so that only those are embedded.
+
+A BertModel gives its embeddings and its encoder a `DeferredEmbeddings` in place of `position_ids`. The embeddings store
+their call in it, and the encoder makes the call, for the packed tokens only if it packs. Embeddings are not deferred if
+other code could see what they return (hooks, replaced masks, untested code).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +15,22 @@ from fastbert.layers.packing import Rows
 
 
 class AcceptsDeferredEmbeddings:
-    """Of an encoder that can be given embeddings that wait."""
+    """Interface of an encoder that accepts deferred embeddings."""
 
     def may_pack(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a call with these keywords may be packed, as far as they say."""
+        """Whether a call with these keywords may be packed, as far as the keywords tell."""
         raise NotImplementedError
 
 
 @dataclass
 class DeferredEmbeddings:
-    """What a BertModel gives its embeddings and its encoder in place of `position_ids`, which stock hands to both.
+    """Passed by a BertModel to its embeddings and its encoder in place of `position_ids`, which stock passes to both.
 
-    The embeddings leave here how they are computed, [B, S, H] or of rows that are packed [1, N, H], and return a tensor that
-    has their shape, dtype and device, but no values. Nothing but the model and its encoder is given that tensor, and these
-    read nothing else of it.
+    position_ids: the ids of the call.
+    embed: set by the embeddings: embed(None) returns [B, S, H], embed(rows) the embeddings of packed rows, [1, N, H].
+
+    The embeddings return a placeholder with their shape, dtype and device but no values. Only the model and its encoder
+    get that placeholder, and they read nothing else from it.
     """
 
     position_ids: Tensor | None

@@ -1,4 +1,8 @@
-"""BertEmbeddings: three gathers, their sum, LayerNorm and dropout in one kernel."""
+"""Fast class of BertEmbeddings: three gathers, their sum, LayerNorm and dropout in one kernel.
+
+The buffer `position_ids` is honoured. The kernel counts positions itself only while the buffer holds 0, 1, 2, ..., which is
+checked once, and again when the buffer is replaced or written to. Under torch.compile the buffer is always read.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,8 +41,9 @@ def _reason_of_parts(module: nn.Module, words: bool) -> str | None:
 
 
 def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
-    # What the weight is, is asked at each call (tensor_reason): FSDP2 shards the tables, and gathers them for the call.
-    # Gradient checkpointing hooks the words so that their rows require a gradient: of a table that does, they do.
+    # The weight's type is checked at each call (tensor_reason): FSDP2 shards the tables and gathers them for the call.
+    # Gradient checkpointing hooks word_embeddings so that its output requires a gradient, which is a no-op if the table
+    # requires one.
     weight = getattr(embedding, "weight", None)
     idle = "make_inputs_require_grads" if getattr(weight, "requires_grad", False) else None
     if not is_plain(embedding, nn.Embedding, idle):
@@ -60,7 +65,7 @@ _PARTS = {
 
 
 def _reason_of_call(module: nn.Module, words: bool) -> str | None:
-    """What `_reason_of_parts` says, asked at each call and in a quarter of its time as long as the answer is None."""
+    """The result of `_reason_of_parts`, in a quarter of its time if it is None; runs at each call."""
     parts = module._modules
     if torch.compiler.is_compiling() or not _are_plain(parts):
         return _reason_of_parts(module, words)
@@ -79,7 +84,7 @@ def _reason_of_call(module: nn.Module, words: bool) -> str | None:
 
 
 def _are_plain(parts: dict[str, nn.Module | None]) -> bool:
-    """is_plain of all of them."""
+    """Whether `is_plain` holds for all parts."""
     for name, cls in _PARTS.items():
         part = parts.get(name)
         if (
@@ -94,13 +99,16 @@ def _are_plain(parts: dict[str, nn.Module | None]) -> bool:
     return not (_has_any_global_hook() or any(map(class_forward_replaced, (nn.Embedding, nn.LayerNorm, nn.Dropout))))
 
 
-# By a buffer: its version when it was looked at, and whether it counts from 0.
+# Per buffer: its version when it was inspected, and whether it holds 0, 1, 2, ...
 _counts_from_zero: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _position_reason(module: nn.Module) -> str | None:
-    """Why the kernel must read the buffer `position_ids`; None where it holds 0, 1, 2, ..., so that the kernel can count for
-    itself, and the gradient of a position needs no sorting. Looked at once, and again when it was replaced or written to."""
+    """Why the kernel must read the buffer `position_ids`, or None if it holds 0, 1, 2, ...
+
+    The kernel then counts positions itself, and their gradients need no sorting. The buffer is inspected once, and again
+    when it is replaced or written to.
+    """
     positions = module.position_ids
     if torch.compiler.is_compiling() or not is_plain_tensor(positions) or positions.is_meta or positions.is_inference():
         return "position_ids whose values cannot be inspected"
@@ -114,7 +122,7 @@ def _position_reason(module: nn.Module) -> str | None:
 
 
 def _tensor_reason(tensors: tuple[Tensor, ...]) -> str | None:
-    """tensor_reason, which looks at one of them where they are all alike."""
+    """tensor_reason, called with one tensor if all have the same type, dtype and device."""
     first = tensors[0]
     kind, dtype, device = type(first), first.dtype, first.device
     alike = all(type(tensor) is kind and tensor.dtype is dtype and tensor.device == device for tensor in tensors)
@@ -178,7 +186,7 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
         inputs_embeds: Tensor | None,
         past: Any,
     ) -> tuple[tuple[Tensor, ...], str | None]:
-        """The words, positions and types, LayerNorm's weight and bias; or why no kernel takes them."""
+        """The tables of words, positions and types, LayerNorm's weight and bias; or why no kernel takes them."""
         if (ids is None) == (inputs_embeds is None):
             return (), "both of input_ids and inputs_embeds, or neither"
         if (reason := stock.untested("BertEmbeddings")) is not None:
@@ -202,7 +210,10 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
         inputs_embeds: Tensor | None,
         past: int,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The ids that stock would take, from the buffers where none were given; no position ids: counted from `past`."""
+        """token_type_ids and position_ids as stock would use them, read from the buffers if they are not given.
+
+        position_ids is None if the kernel may count from `past`.
+        """
         end = past + (inputs_embeds if ids is None else ids).shape[1]
         if position_ids is None and end <= self.position_embeddings.weight.shape[0] and _position_reason(self) is None:
             if token_type_ids is None and (types := getattr(self, "token_type_ids", None)) is not None:
@@ -231,7 +242,7 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
 
 
 def _embed_rows(embed: Callable[..., Tensor], rows: Rows | None) -> Tensor:
-    """[B, S, H], or of these rows of it [1, N, H]."""
+    """The embeddings [B, S, H], or those of the given rows [1, N, H]."""
     if rows is None or rows.index is None:
         y = embed()
         return y if rows is None else y.view(1, -1, y.shape[-1])
@@ -242,7 +253,7 @@ _PAST = ("past_key_values_length", "cache_length")
 
 
 def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
-    """How many tokens the cache holds, by either of the names that releases have for it; or why this is another forward."""
+    """The number of cached tokens, under either of its names in transformers; or why the arguments are unknown."""
     if not args and not kwargs:
         return 0, None
     for name in _PAST:

@@ -1,6 +1,8 @@
-"""BertEncoder without padding: its tokens are packed once before the first layer and unpacked once after the last.
+"""Fast classes of BertEncoder that skip padding: tokens are packed once before the first layer and unpacked after the last.
 
-Where a head says that it reads some positions only, the last layer's queries, output and feed-forward run for those.
+If a head says that it reads only some positions, the last layer's queries, output and feed-forward run for those only. A
+causal last layer takes its rows after attention instead: the kernel's causal queries are the last ones of their sequence, so
+attention runs for all rows, and `index` and `inverse` of `encoder_layer` name the rows that go on.
 """
 
 from dataclasses import replace
@@ -28,16 +30,16 @@ from fastbert.layers.packing_plan import plan_packing
 from fastbert.layers.reading import Reading
 from fastbert.lengths import Counted
 
-_MAX_READ_FRACTION = 0.75  # of the tokens: to take more of them costs as much as it saves
+_MAX_READ_FRACTION = 0.75  # of the tokens: gathering more rows costs as much as it saves
 _CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
 
 
 class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
-    caller_counts: CallerCounts | None = None  # fastbert.lengths sets it on the module for the length of a block
+    caller_counts: CallerCounts | None = None  # fastbert.lengths sets it within its block
 
     @stock.fast_forward_of(stock.BertEncoder)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # A user's own keywords of these names are handed on, as stock does.
+        # A user's own keywords of these names are passed on, as in stock.
         reading = kwargs.pop("reading") if isinstance(kwargs.get("reading"), Reading) else None
         embed = None
         if isinstance(deferred := kwargs.get("position_ids"), DeferredEmbeddings):
@@ -70,9 +72,9 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Packing | str:
-        """How to pack this call, or the reason not to."""
+        """The packing of this call, or the reason not to pack."""
         counts = self.caller_counts or CallerCounts()
-        for name, field in (("lengths", "lengths"), ("read_lengths", "read")):  # a collator's, see LengthsCollator
+        for name, field in (("lengths", "lengths"), ("read_lengths", "read")):  # from a LengthsCollator
             if isinstance(kwargs.get(name), Counted):
                 counts = replace(counts, **{field: tuple(kwargs.pop(name))})
         reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions are visible"
@@ -81,7 +83,7 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
             return reason
         packing = plan_packing(mask.keys, reading, counts, *hidden_states.shape[:2], hidden_states.device)
         if isinstance(packing, Packing) and packing.read is not None and self.layer[-1].attention.self.is_causal:
-            # Attention runs for all rows there, and those that are read are taken of what it gives.
+            # Attention runs for all rows there, and the rows that are read are gathered from its output.
             index, n_read = packing.tokens.index, len(packing.read.index)
             if n_read > _MAX_READ_FRACTION * (hidden_states.shape[:2].numel() if index is None else len(index)):
                 return "a batch without padding" if index is None else replace(packing, read=None)
@@ -117,7 +119,7 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
 
 
 def _layer_reason(layer: nn.Module) -> str | None:
-    """Why `layer`, of which nothing is known, may not be given packed rows, or None."""
+    """Why `layer`, which the model has not prepared, may not be called with packed tokens, or None."""
     attention = layer.attention
     if not (type(layer) in (stock.BertLayer, BertLayer) and type(attention) is stock.BertAttention):
         return f"a layer that is a {type(layer).__name__}"
@@ -127,7 +129,7 @@ def _layer_reason(layer: nn.Module) -> str | None:
 
 
 def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: KernelMask, packing: Packing) -> Tensor:
-    """The last layer at the rows that are read: [1, T, H] -> [1, N, H]."""
+    """The last layer for the rows that are read: [1, T, H] -> [1, N, H]."""
     if isinstance(layer, BertLayer):
         return layer(hidden_states, mask, packing=packing, reads=True)
     run = partial(at_rows, layer, packing=packing)
@@ -137,7 +139,7 @@ def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: KernelMask, packi
 
 
 def packs_unseen(head: nn.Module) -> bool:
-    """Whether the encoder of `head` packs, and nothing but the head can see what comes out of it."""
+    """Whether the encoder of `head` packs and only the head can see its output."""
     model = head.bert
     if type(model) not in (BertModel, stock.BertModel) or not isinstance(model.encoder, _PackingEncoder):
         return False
@@ -148,19 +150,19 @@ def packs_unseen(head: nn.Module) -> bool:
 
 
 class Always:
-    """unpad=True."""
+    """The namespace of the fast class for `unpad=True`."""
 
     class BertEncoder(_PackingEncoder, stock.BertEncoder):
-        """BertEncoder that packs whatever has padding; zeros come out where padding is."""
+        """BertEncoder that packs every batch with padding; its output is zero at padded positions."""
 
         ALWAYS = True
 
 
 class Unseen:
-    """unpad="auto"."""
+    """The namespace of the fast class for `unpad="auto"`."""
 
     class BertEncoder(_PackingEncoder, stock.BertEncoder):
-        """BertEncoder that packs only for a head that says what it reads, so that nobody sees the zeros."""
+        """BertEncoder that packs only for a head that says what it reads, so that no output shows the zeros."""
 
         ALWAYS = False
 

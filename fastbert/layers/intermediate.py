@@ -1,4 +1,4 @@
-"""BertIntermediate: a product, then bias and activation in one kernel."""
+"""Fast class of BertIntermediate: a product, then bias and activation in one kernel."""
 
 from typing import Any
 

@@ -1,4 +1,11 @@
-"""BertLayer: all that it computes in one op, where nothing but its result can be seen; else module by module."""
+"""Fast class of BertLayer: the whole layer as one op if only its result is observable, else module by module.
+
+A layer is one op because of the host: on a fast GPU, a fine-tuning step of BERT-base is computed before Python has issued it
+module by module. One op also does what modules cannot: gradients of residuals are added inside products, all sums of vector
+gradients finish in one launch, and the outputs of the activation and of the first LayerNorm are recomputed by backward
+kernels that read their inputs anyway. So 11 of 16 T H elements are kept per layer (T tokens of width H). Recomputing writes 5
+T H elements, of about 44 that the backward moves; there is no switch for it.
+"""
 
 from typing import Any
 
@@ -23,9 +30,9 @@ class BertLayer(FastModule, stock.BertLayer):
     @stock.fast_forward_of(stock.BertLayer)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         packing = kwargs.get("packing")
-        if isinstance(packing, Packing):  # and no keyword of a user's
+        if isinstance(packing, Packing):  # not a user's keyword of that name
             return self._packed(hidden_states, attention_mask, packing, bool(kwargs.get("reads")))
-        if torch.compiler.is_compiling():  # whose graph is of the modules' own ops
+        if torch.compiler.is_compiling():  # it traces a layer module by module
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         result = self._try_op(hidden_states, attention_mask, args, kwargs)
         if falls_back(self, result if isinstance(result, str) else None):
@@ -33,14 +40,14 @@ class BertLayer(FastModule, stock.BertLayer):
         return result
 
     def _packed(self, hidden_states: Tensor, mask: KernelMask, packing: Packing, reads: bool) -> Tensor:
-        """hidden_states [1, T, H]; `reads`: the result is of the rows that are read, [1, N, H]."""
+        """The layer on packed tokens [1, T, H]; with `reads`, for the rows that are read only, [1, N, H]."""
         result = _COMPILING if torch.compiler.is_compiling() else self._try_packed(hidden_states, mask, packing, reads)
         if not falls_back(self, result if isinstance(result, str) else None):
             return result
         return at_rows(self, hidden_states, packing) if reads else super().forward(hidden_states, None, packing=packing)
 
     def _try_packed(self, hidden_states: Tensor, mask: KernelMask, packing: Packing, reads: bool) -> Tensor | str:
-        """What the op gives, or why it does not take such a call."""
+        """The op's result for packed tokens, or why it does not take the call."""
         tokens = packing.tokens
         layout = None, None, tokens.cu_seqlens, tokens.max_seqlen
         if reads and self.attention.self.is_causal:
@@ -53,7 +60,7 @@ class BertLayer(FastModule, stock.BertLayer):
         return self._run(self._prepared(mask), mask, hidden_states, *layout)
 
     def _try_op(self, hidden_states: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
-        """What the op gives for a call that the encoder made, or why it does not take that."""
+        """The op's result for a call of the stock encoder, or why it does not take the call."""
         if not isinstance(mask, KernelMask):
             return _stock_mask_reason(self, hidden_states)
         if mask.general is not None:
@@ -70,11 +77,11 @@ class BertLayer(FastModule, stock.BertLayer):
         return self._run(prepared, mask, hidden_states, keys, mask.bounds)
 
     def _prepared(self, mask: KernelMask) -> PreparedLayer:
-        prepared = mask.prepared.pop(self, None)  # once: gradient checkpointing comes back later
+        prepared = mask.prepared.pop(self, None)  # valid once: gradient checkpointing calls again later
         return PreparedLayer(state_of(self)) if prepared is None or prepared.context is None else prepared
 
     def _run(self, prepared: PreparedLayer, mask: KernelMask, hidden_states: Tensor, *layout: Any) -> Tensor | str:
-        """What the op gives, or why it takes no such call; `layout`: see ops.Layout."""
+        """The op's result, or why it does not take the call; `layout` are the fields of ops.Layout."""
         known, weights, settings, context = prepared
         if known.reason is not None:
             return known.reason
@@ -105,17 +112,17 @@ class BertLayer(FastModule, stock.BertLayer):
             return f"{failure.kernel} failed: {failure.reason}"
         finally:
             if twins is not None and mask.layers[-1:] == (self,):
-                twins.clear()  # nobody takes that of the last
+                twins.clear()  # no layer reads the last one's
 
 
 _COMPILING = "torch.compile, which traces a layer module by module"
 
 
 def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor:
-    """A layer module by module at the rows that are read: [1, T, H] -> [1, N, H]."""
+    """Run a layer module by module for the rows that are read: [1, T, H] -> [1, N, H]."""
     taken = packing.read.within(packing.tokens)
     rows = taken.take(hidden_states.squeeze(0)).unsqueeze(0)
-    if layer.attention.self.is_causal:  # of whose queries the kernel takes the last ones of a sequence only
+    if layer.attention.self.is_causal:  # the kernel takes fewer causal queries than keys only at a sequence's end
         attended, _ = layer.attention.self(hidden_states, packing=packing)
         attended = taken.take(attended.squeeze(0)).unsqueeze(0)
     else:
@@ -124,7 +131,7 @@ def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor
 
 
 def _stock_mask_reason(layer: nn.Module, hidden_states: Tensor) -> str:
-    """Why the model did not hand its mask on."""
+    """Why the layer got stock's mask instead of a KernelMask."""
     known = state_of(layer)
     reason = tensor_reason(hidden_states) or known.reason or implementation_reason(known.config._attn_implementation)
     reason = reason or ("a layer with hooks" if hooked(layer) else None)
@@ -132,7 +139,7 @@ def _stock_mask_reason(layer: nn.Module, hidden_states: Tensor) -> str:
 
 
 _POSITIONS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k")
-# What encoders hand on to every layer and no attention function takes.
+# Keywords that encoders pass on to every layer and that no attention function takes.
 _UNREAD_KEYWORDS = {
     *("encoder_hidden_states", "encoder_attention_mask", "past_key_values", "cache", "cache_position", "use_cache"),
     *("output_attentions", "position_ids"),
@@ -140,7 +147,7 @@ _UNREAD_KEYWORDS = {
 
 
 def _keyword_reason(known: LayerState, kwargs: dict[str, Any]) -> str | None:
-    """Why keywords ask for what the op does not compute, or None."""
+    """Why the keywords request something that the op does not compute, or None."""
     if kwargs.get("output_attentions"):
         return "attention weights were requested"
     passed = _UNREAD_KEYWORDS.issuperset(kwargs)
@@ -155,7 +162,7 @@ def _keyword_reason(known: LayerState, kwargs: dict[str, Any]) -> str | None:
 
 
 def _call_reason(hidden_states: Tensor, weight: Tensor, low: torch.dtype | None) -> str | None:
-    """Why no kernel takes such tensors here and now, whatever the layer, or None."""
+    """Why no kernel takes tensors on this device, in this dtype and mode, or None."""
     if weight.device != hidden_states.device:
         return f"tensors on {hidden_states.device} and {weight.device}"
     return device_reason(hidden_states.device, low or hidden_states.dtype) or mode_reason()

@@ -1,7 +1,17 @@
-"""What a BertLayer is made of, looked at once, and whether it still is that: asked at each call, in a few microseconds.
+"""Caches the structure of a BertLayer and checks in a few microseconds per call that it is unchanged.
 
-The layer's op does the work of all modules inside it, so none of them may be anything else than it seems: a hook, another
-module or class in its place, a forward of somebody's own must be noticed by the next call.
+The layer op does the work of all modules inside the layer, so the next call must notice any change: a hook, a replaced
+module, class or forward. The structure (children, types, hooks, forwards, forms of parameters) is compared, not trusted.
+
+A model checks all of its layers in one loop before the first one runs, because the same few lines twelve times in a row are
+much cheaper than between launches. If code other than kernels runs between layers (a hook on one, such as FSDP's, or a layer
+that runs module by module), each layer checks itself when it is called, as that code may have changed it. So does a layer
+that gradient checkpointing calls again. tests/models/layer_changes.py lists the ways to change a layer, and test_layer.py
+makes each change after a plain call; add a new way there.
+
+The state is an attribute of the layer, unlike the tallies of `fastbert.dispatch`: it refers to modules whose attributes may
+lead back to the layer, and a global dictionary would keep the model alive forever. On the layer, Python's garbage collector
+sees the cycle. Copies and pickles leave it out, and `unpatch` removes it.
 """
 
 from itertools import chain
@@ -41,7 +51,10 @@ _UNSUPPORTED = {
 
 
 class LayerState:
-    """`reason` is why the layer's op may not stand in for these modules, or None; both hold while `is_current()` says so."""
+    """The structure of a layer. `reason` is why the layer op may not replace its modules, or None.
+
+    It is valid while `is_current(layer)` is true.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         inside = {name: module for name, module in layer.named_modules() if name}
@@ -49,7 +62,7 @@ class LayerState:
         self._parts = dict(layer._modules)
         self._children = [(vars(module), dict(module._modules)) for module in modules if module._modules]
         self._modules, self._types = modules, list(map(type, modules))
-        self._classes = [cls for cls in dict.fromkeys(self._types) if hasattr(cls, "forward")]  # TorchScript's have none
+        self._classes = [cls for cls in dict.fromkeys(self._types) if hasattr(cls, "forward")]  # TorchScript modules have none
         self._forwards = list(map(_FORWARD, self._classes))
         self.layer = ref(layer)
         self._dicts = [vars(module) for module in modules]
@@ -76,7 +89,7 @@ class LayerState:
         self.activation = kernel_activation(activation)
 
     def is_current(self, layer: nn.Module) -> bool:
-        """Whether nothing that was looked at in `layer` changed; parameters, numbers and modes a call reads itself."""
+        """Whether the structure of `layer` is unchanged; a call reads parameters, numbers and training modes itself."""
         return (
             layer._modules == self._parts
             and all([own["_modules"] == known for own, known in self._children])
@@ -97,8 +110,7 @@ class LayerState:
         return self.attention["config"]
 
     def _hooks(self) -> list[dict[int, Any]]:
-        """Of each kind and module, where there are any. The dicts are asked for anew: `_forward_hooks = OrderedDict()` is how
-        hooks are often removed."""
+        """All hook dictionaries that are not empty, looked up anew: hooks are often removed by replacing the dictionary."""
         return list(filter(None, chain.from_iterable(map(_HOOKS, self._dicts))))
 
     def _activation_key(self) -> tuple[Any, ...]:
@@ -112,7 +124,7 @@ class LayerState:
         return [own["forward"] for own in self._dicts if "forward" in own]
 
     def weights(self) -> Any:
-        """The parameters as they are now (ops.Weights), or why the op does not take them."""
+        """The current parameters (ops.Weights), or why the op does not take them."""
         try:
             found = [tensor for own in self._with_parameters for tensor in _BOTH(own["_parameters"])]
         except KeyError:
@@ -132,7 +144,7 @@ class LayerState:
         return ops.Weights._make(found)
 
     def settings(self, hidden: int) -> Any:
-        """The numbers as they are now (ops.Settings), or why the op does not take them."""
+        """The current numbers (ops.Settings), or why the op does not take them."""
         attention, (scores, attended, output), (first, second) = self.attention, self._dropouts, self._norms
         head_size, scale = attention["attention_head_size"], attention.get("scaling")
         if type(scale) is not float:
@@ -158,8 +170,13 @@ class LayerState:
 
 
 class CallContext(NamedTuple):
-    """What is the same for all layers in a call of their model: global_state(), the columns of its hidden states, where they
-    are, and the dtype that autocast has products run in."""
+    """What all layers share in one call of their model.
+
+    global_state: the result of `global_state()`.
+    hidden: the hidden size.
+    device: the device of the hidden states.
+    product_dtype: the dtype in which autocast runs matrix products, or None.
+    """
 
     global_state: tuple[str | None, bool]
     hidden: int
@@ -168,7 +185,7 @@ class CallContext(NamedTuple):
 
 
 class PreparedLayer(NamedTuple):
-    """A layer as it is now; what is None its call has to look at itself."""
+    """The current state of a layer; its call computes the fields that are None itself."""
 
     state: LayerState
     weights: Any = None
@@ -177,8 +194,10 @@ class PreparedLayer(NamedTuple):
 
 
 def prepare(layer: nn.Module, context: CallContext, hooked: bool) -> PreparedLayer:
-    """All that a call of `layer` has to know. Hooks on it, FSDP's, may change what its parameters are before it is called;
-    what the op does not take, the call says."""
+    """Prepare the next call of `layer`: its state and, if the op takes them, its weights and settings.
+
+    Hooks on the layer, such as FSDP's, may change its parameters before it runs, so a `hooked` layer reads them in its call.
+    """
     known = state_of(layer, context.global_state)
     if hooked or known.reason is not None:
         return PreparedLayer(known)
@@ -188,18 +207,16 @@ def prepare(layer: nn.Module, context: CallContext, hooked: bool) -> PreparedLay
     return PreparedLayer(known, weights, settings, context)
 
 
-# On the layer, where the garbage collector sees both: what a module holds may lead back to the layer (a hook, an attribute).
-# Copies of the layer and what is pickled of it leave it out.
 _ATTRIBUTE = "_fastbert_state"
 
 
 def global_state() -> tuple[str | None, bool]:
-    """What settles the same for all layers: whether the code is what fastbert was tested against, and is unhooked."""
+    """Why the stock code of layers is untested, or None; and whether torch has a global module hook."""
     return stock.untested("BertLayer"), bool(_has_any_global_hook())
 
 
 def state_of(layer: nn.Module, shared: tuple[str | None, bool] | None = None) -> LayerState:
-    """The state of `layer` as it is now; `shared`: global_state(), where it was just asked for."""
+    """The current state of `layer`; `shared` is the result of global_state() if it was just computed."""
     known = vars(layer).get(_ATTRIBUTE)
     if (
         known is None
@@ -212,12 +229,12 @@ def state_of(layer: nn.Module, shared: tuple[str | None, bool] | None = None) ->
 
 
 def without_state(own: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a layer's vars without what was looked at."""
+    """A copy of a layer's `vars()` without the state."""
     return {name: value for name, value in own.items() if name != _ATTRIBUTE}
 
 
 def clear(layer: nn.Module) -> None:
-    """Let go of what was looked at."""
+    """Remove the state from `layer`."""
     vars(layer).pop(_ATTRIBUTE, None)
 
 
@@ -250,7 +267,7 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
 
 
 def _part_reason(name: str, module: nn.Module | None, cls: type) -> str:
-    """Why a part is not of the class that the layer needs."""
+    """Why a part does not have the class that the layer op needs."""
     if name in _UNSUPPORTED and type(module) is getattr(stock, cls.__name__):
         return f"{name}: {_UNSUPPORTED[name](module) or 'not patched'}"
     return f"{name} is a {type(module).__name__}"

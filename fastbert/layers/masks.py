@@ -1,8 +1,16 @@
-"""The mask that a patched model hands to its own attention, and when it may: nothing but kernels sees it.
+"""The mask that a patched model passes to its attention, and the conditions under which it may: only kernels see it.
 
-Stock makes its masks for the attention implementation that the config names: [B, 1, Q, K], bool or to be added, or [B, K].
-The kernel wants the keys that padding leaves, [B, K], without a tensor of scores' size and without a look at the device. A
-module that is not fastbert's, or a hook, that is between the model and the attention gets what stock would have given it.
+Stock makes its masks for the attention implementation that the config names: [B, 1, Q, K], bool or additive, or [B, K]. The
+kernel wants the visible keys, a bool [B, K], without a tensor of the size of the scores and without reading a value on the
+device.
+
+- The config is never changed. Everything that reads it (a second model built from it, a user's module, `save_pretrained`,
+  transformers' own checks) finds what stock has. Instead the fast BertModel overrides `_create_attention_masks` and passes
+  its layers a `KernelMask`, which can also make stock's mask for a call that no kernel takes.
+- It does so only if no other code sees the mask: exact stock and fast classes on the way, no hooks, transformers' own
+  attention implementation. Otherwise all modules get stock's masks, and the kernel reads those.
+- Each attention must mean what the config says: the same causality and implementation, with masks made by transformers' own
+  functions.
 """
 
 from collections.abc import Callable
@@ -21,15 +29,15 @@ from fastbert.layers.stock import BertAttention, BertEncoder, BertLayer, unteste
 
 @dataclass(frozen=True, eq=False)
 class KernelMask:
-    """What stands in place of `attention_mask` where only fast classes read it.
+    """Replaces `attention_mask` if only fast classes read it.
 
-    keys: bool [B, K], the keys that are no padding; None: all of them. Causality is the module's own.
-    general: what stock would have been given where that says more, such as a caller's own [B, 1, Q, K]; else None.
-    stock: makes the mask that stock would have been given, for a call that no kernel takes.
+    keys: bool [B, K], false for padding; None if there is no padding. Modules apply causality themselves.
+    general: stock's mask if it masks more than padding, such as a caller's own [B, 1, Q, K]; else None.
+    stock: makes the mask that stock would have passed, for a call that no kernel takes.
     by_module: why the layers that get it run module by module, or None.
-    prepared: what has just been looked at of layers, by layer, so that they need not look again where `context` says so.
-    layers: those that will be called with it, once each (gradient checkpointing calls them again).
-    twins: what one layer hands to the next beside its result.
+    prepared: the `PreparedLayer` of each layer, so that a layer need not check itself again if it has a `context`.
+    layers: the layers that will be called with it, once each (gradient checkpointing calls them again).
+    twins: what one layer passes to the next beside its result.
     """
 
     keys: Tensor | None
@@ -42,7 +50,11 @@ class KernelMask:
     _seeds: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def seed_of(self, layer: nn.Module, device: torch.device) -> Tensor | None:
-        """int64 [6] for the dropouts of `layer`, the same each time, drawn for all layers at once; None of another layer."""
+        """The dropout seeds of `layer`, int64 [6]; None for a layer that is not in `layers`.
+
+        They are drawn once per forward for all layers, and a layer that is called again gets the same ones. A layer that
+        occurs twice in the encoder draws its own.
+        """
         if self.layers and not self._seeds:
             drawn = torch.randint(2**62, (len(self.layers), 6), device=device)
             self._seeds.update(zip(self.layers, drawn.unbind(), strict=True))
@@ -51,26 +63,26 @@ class KernelMask:
 
     @cached_property
     def bounds(self) -> Tensor | None:
-        """ops.bounds_of the keys, for all layers."""
+        """ops.bounds_of(keys), computed once for all layers."""
         return None if self.keys is None else ops.bounds_of(self.keys)
 
 
 def stock_mask(mask: Any) -> Any:
-    """The mask as stock's forward wants it."""
+    """The mask as stock's forward takes it."""
     return mask.stock() if isinstance(mask, KernelMask) else mask
 
 
 def kernel_mask(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool, **more: Any) -> KernelMask:
-    """The mask over `keys` [B, K, H] from what the caller gave, without a look at its values.
+    """The KernelMask over `keys` [B, K, H] for the caller's mask, without reading its values.
 
-    What is neither a padding mask nor None goes the way that stock lets it go. Nothing of the caller's is kept for the
-    backward that stock does not keep, as he may write to it before: a padding mask, and where masks are `added` (by eager
-    attention) any. `more`: see KernelMask.
+    A mask that is neither a padding mask nor None is converted by stock. The backward keeps no tensor of the caller that
+    stock would not keep, because the caller may write to it first. So a padding mask is copied, and, if masks are `added`
+    to the scores (by eager attention), any mask. `more` are further fields of KernelMask.
     """
     if given is None:
         return KernelMask(None, None, stock, **more)
     if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == keys.shape[1] and given.shape[0] >= keys.shape[0]:
-        # Multiple choice flattens a 4-D mask to more rows than the batch has; stock reads these.
+        # Multiple choice flattens a 4-D mask to more rows than the batch has; stock reads the first.
         seen = given[: keys.shape[0]].to(keys.device, torch.bool, copy=True, memory_format=torch.contiguous_format)
         return KernelMask(seen, None, stock, **more)
     general = stock()
@@ -78,7 +90,7 @@ def kernel_mask(given: Any, keys: Tensor, stock: Callable[[], Any], added: bool,
 
 
 def keys_of(mask: Any) -> Tensor | None:
-    """The [B, K] of a bool [B, 1, Q, K] whose rows are one, as transformers makes it of padding (an expanded view)."""
+    """The keys [B, K] of a bool [B, 1, Q, K] that is expanded over queries, as transformers makes it from padding, or None."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.bool:
         return None
     if mask.shape[1] != 1 or (mask.shape[2] != 1 and mask.stride(2) != 0):
@@ -89,17 +101,19 @@ def keys_of(mask: Any) -> Tensor | None:
 def prepare_layers(
     model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], prepare: Callable[..., Any]
 ) -> dict[nn.Module, Any] | None:
-    """Whether every module of `model`, a BertModel, that is handed its masks is stock's or one of the fast `layers` and
-    `attentions`, and reads them as the model means them: then what `prepare(layer, hooked=...)` says of the fast layers
-    that can run as one op, else None."""
+    """Prepare the layers of `model`, a BertModel, for a KernelMask, or return None if other code would see the mask.
+
+    Every module that gets the masks must be stock or one of the classes `layers` and `attentions`, and must interpret them
+    as the model does. Returns the results of `prepare(layer, hooked=...)` for the fast layers that can run as one op.
+    """
     encoder, config = model.encoder, model.config
     if not _is_fast_or_stock(_unsharded_type(encoder)) or _observed(encoder) or untested("BertModel") or masks_replaced():
         return None
     causal = bool(config.is_decoder)
-    if causal and not getattr(config, "is_causal", True):  # a decoder that was made to look both ways
+    if causal and not getattr(config, "is_causal", True):  # a decoder with bidirectional attention
         return None
     found: dict[nn.Module, Any] = {}
-    others = any(hooks_of(encoder))  # whose code runs between the layers, and may change the next ones
+    others = any(hooks_of(encoder))  # other code runs between layers and may change the next ones
     compiling = torch.compiler.is_compiling()
     for layer in encoder.layer:
         cls = _unsharded_type(layer)
@@ -123,7 +137,7 @@ def prepare_layers(
 
 
 def _is_fast_or_stock(encoder: type) -> bool:
-    """Whether it is stock's or a fast one: a class of somebody's own may read its mask."""
+    """Whether the encoder's class is stock's or a fast one; any other class may read its mask."""
     return encoder is BertEncoder or (issubclass(encoder, BertEncoder) and encoder.__module__.startswith("fastbert."))
 
 
@@ -137,20 +151,20 @@ def _attention_sees(attention: nn.Module, attentions: tuple[type, ...], config: 
 
 
 def _same_attention(attends: dict[str, Any], own: Any, config: Any, causal: bool) -> bool:
-    """A layer of another model, or one whose causality was changed by hand, takes the model's masks in its own way."""
+    """Whether an attention interprets masks as the model does; one of another model or with other causality does not."""
     same = own is config or own._attn_implementation == config._attn_implementation
     return same and bool(attends["is_causal"]) == causal
 
 
 def _unsharded_type(module: nn.Module) -> type:
-    """The class of `module`; of one that FSDP2 sharded, which gets a class of its own, the one that it had."""
+    """The class of `module`, or the original class if FSDP2 sharded it and gave it a new one."""
     cls = type(module)
     return cls.__mro__[2] if cls.__mro__[1].__module__.startswith(_SHARDING) else cls
 
 
 @torch.compiler.assume_constant_result
 def masks_replaced() -> bool:
-    """Whether BERT's masks are made by something else than transformers' own functions."""
+    """Whether a function that makes BERT's masks was replaced."""
     return any(hasattr(bert, name) and forwards.innermost(getattr(bert, name)) is None for name in _MASK_FUNCTIONS)
 
 
@@ -159,6 +173,6 @@ def _observed(module: nn.Module) -> bool:
 
 
 _MASK_FUNCTIONS = ("create_causal_mask", "create_bidirectional_mask")
-# Its hooks gather weights and cast floating-point arguments; masks they hand on.
+# FSDP2's hooks gather weights and cast floating-point arguments, and pass masks on.
 _SHARDING = "torch.distributed.fsdp"
-_IDLE = (*IDLE_HOOKS, _SHARDING, "fastbert.verify")  # the last one's hooks see outputs alone
+_IDLE = (*IDLE_HOOKS, _SHARDING, "fastbert.verify")  # the hooks of the last one see only outputs

@@ -1,10 +1,14 @@
-"""BertForMaskedLM, BertForPreTraining and BertLMHeadModel: their loss from the rows that have a label, on the
-linear_cross_entropy kernel, which never holds all logits.
+"""Fast classes of BertForMaskedLM, BertForPreTraining and BertLMHeadModel: the loss on the linear_cross_entropy kernel.
 
-mlm_logits="full" returns stock's logits beside it, from a product that no gradient has to go back through.
-mlm_logits="none" leaves them out while training with labels: then the whole head, and the last layer where the encoder
-packs, run for those rows alone. The classes are named as stock's, which `save_pretrained`, pipelines and Trainer look up
-by name; what tells the two kinds apart is the namespace that they are in.
+The loss is computed from the labelled rows only, and all logits are never held at once for it.
+
+- mlm_logits="full" also returns stock's logits, from a separate product. No gradient goes back through that product unless
+  the caller uses the logits.
+- mlm_logits="none" omits them while training with labels. Then the whole head, and the last layer if the encoder packs, run
+  for the labelled rows only.
+
+The classes have stock's names, by which `save_pretrained`, pipelines and Trainer look classes up. The two kinds differ by
+the namespace that holds them, `Full` or `WithoutLogits`.
 """
 
 import inspect
@@ -46,7 +50,7 @@ def unsupported(module: nn.Module) -> str | None:
     predictions = heads.predictions
     if type(predictions) is not stock_class("BertLMPredictionHead") or hooked(predictions):
         return f"its prediction head is a {type(predictions).__name__}, or has hooks"
-    if getattr(module, "WITHOUT_LOGITS", False):  # then it is called for the labelled rows alone
+    if getattr(module, "WITHOUT_LOGITS", False):  # then the transform is called for the labelled rows only
         transform = predictions.transform
         if type(transform) not in _TRANSFORMS or hooked(transform):
             return f"its transform is a {type(transform).__name__}, or has hooks"
@@ -72,7 +76,7 @@ def _reason(module: nn.Module, name: str, labels: Tensor, arguments: _Arguments)
 
 
 def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], applies: Callable[..., bool]) -> Any:
-    """`stock`'s forward, where `applies(arguments)` from the labelled rows; `finish` makes the output."""
+    """The fast forward for `stock`'s, for calls with labels where `applies(module, arguments)`; `finish` makes the output."""
     signature, name = inspect.signature(stock.forward), stock.__name__
     known = signature.parameters.keys()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
@@ -80,14 +84,14 @@ def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], applies: C
     @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
     @can_return_tuple
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the model was unpatched since
+        if not isinstance(self, FastModule):  # a wrapper kept this forward beyond unpatch
             return type(self).forward(self, *args, **kwargs)
         if not args and (takes_any or kwargs.keys() <= known):
             arguments = dict(kwargs)
         else:
             try:
                 arguments = dict(signature.bind(self, *args, **kwargs).arguments)
-            except TypeError:  # which stock says better
+            except TypeError:  # let stock raise it
                 return stock.forward(self, *args, **kwargs)
             arguments |= arguments.pop("kwargs", {})
             del arguments["self"]
@@ -102,23 +106,23 @@ def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], applies: C
 def _run_with_loss(
     module: nn.Module, targets: Tensor, arguments: _Arguments, with_first: bool, **options: Any
 ) -> tuple[Any, Tensor | None, Tensor]:
-    """What module.bert gives, the logits (None where nobody is to have them) and the loss of `targets` [B, S]."""
+    """The outputs of module.bert, the logits (None if they are to be omitted), and the loss for `targets` [B, S]."""
     head = module.cls.predictions
     ignored = options.get("ignore_index", IGNORED)
     without = module.WITHOUT_LOGITS and module.training
     labelled = targets != ignored
     if without and with_first:
-        labelled[:, :1] = True  # without a label it has no loss; it is read all the same
+        labelled[:, :1] = True  # the pooler reads it; without a label it adds nothing to the loss
     reading = Reading(labelled, alone=without)
     extra = {"reading": reading} if packs_unseen(module) else {}
     outputs = module.bert(**arguments, return_dict=True, **extra)
     hidden = outputs.last_hidden_state
-    # Under autocast the weight is cast once for logits and loss, as autocast's cache does.
+    # Under autocast the weight is cast once for logits and loss, as with autocast's cache.
     low = None if head.decoder.weight.dtype == torch.float64 else autocast_dtype(hidden.device.type)
     dtype = low or head.decoder.weight.dtype
     weight, bias = (None if x is None else x.to(dtype) for x in (head.decoder.weight, head.decoder.bias))
     if low is not None:
-        options.setdefault("out_dtype", torch.float32)  # in which autocast runs cross_entropy
+        options.setdefault("out_dtype", torch.float32)  # autocast runs cross_entropy in float32
     logits = None
     if not without:
         hidden = head.transform(hidden).to(dtype)
@@ -130,9 +134,9 @@ def _run_with_loss(
 
 
 def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None, ignored: int) -> tuple[Tensor, Tensor]:
-    """The rows [N, H] that have a label, and the labels [N]. One synchronisation, unless the encoder counted them.
+    """The labelled rows [N, H] and their labels [N]. One synchronisation, unless the encoder has counted them.
 
-    A compiler needs sizes that do not depend on the labels: it gets all rows, of which most are ignored.
+    torch.compile needs sizes that do not depend on the labels, so it gets all rows, most of them with an ignored label.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     if rows is None:
@@ -167,7 +171,7 @@ def _finish_pretraining(module: nn.Module, arguments: _Arguments) -> bert.BertFo
 
 
 def _finish_causal(module: nn.Module, arguments: _Arguments) -> CausalLMOutputWithCrossAttentions:
-    """ForCausalLMLoss of transformers: labels shifted by one, in float32, a sum where the caller counts the items."""
+    """The output with transformers' ForCausalLMLoss: labels shifted by one, in float32, divided by the caller's item count."""
     labels = arguments.pop("labels")
     arguments.pop("logits_to_keep", None)
     ignored, items = arguments.get("ignore_index", IGNORED), arguments.get("num_items_in_batch")
@@ -188,7 +192,7 @@ def _finish_causal(module: nn.Module, arguments: _Arguments) -> CausalLMOutputWi
 
 
 def _has_both_labels(module: nn.Module, arguments: _Arguments) -> bool:
-    return arguments.get("next_sentence_label") is not None  # stock has no loss without
+    return arguments.get("next_sentence_label") is not None  # without it stock returns no loss
 
 
 def _causal_loss_applies(module: nn.Module, arguments: _Arguments) -> bool:
@@ -198,18 +202,18 @@ def _causal_loss_applies(module: nn.Module, arguments: _Arguments) -> bool:
         and isinstance(keep, int)
         and keep == 0
         and (shifted is None or shifted.shape == arguments["labels"].shape)
-        and module.dtype != torch.float64  # whose logits stock rounds to float32 first
+        and module.dtype != torch.float64  # stock rounds float64 logits to float32 first
     )
 
 
 def _has_causal_loss(module: nn.Module) -> bool:
-    """As the property `loss_function` decides, which warns where it falls back to it: torch.compile traces no warning."""
+    """Whether the property `loss_function` would return ForCausalLMLoss. Its warning would break a torch.compile graph."""
     if "_loss_function" in vars(module):
         return module._loss_function is ForCausalLMLoss
     return LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
 
 
-# By the stock class: what makes its output, and whether a call's loss is one that it computes.
+# Per stock class: the function that makes its output, and whether it computes the loss of a call.
 _FINISHES = {
     "BertForMaskedLM": (_finish_masked, lambda *_: True),
     "BertForPreTraining": (_finish_pretraining, _has_both_labels),
@@ -219,7 +223,7 @@ _FORWARDS = {name: _fast_forward(stock_class(name), *how) for name, how in _FINI
 
 
 def _heads(namespace: str, without_logits: bool) -> type:
-    """A class that holds a fast class for each of the stock classes, as its attributes: so pickle finds them."""
+    """A namespace class whose attributes are the fast classes, so that pickle finds them."""
     classes = {
         name: subclass(name, __name__, namespace, (FastModule,), forward=forward, WITHOUT_LOGITS=without_logits)
         for name, forward in _FORWARDS.items()

@@ -1,6 +1,7 @@
-"""BertModel: where only kernels see its masks, it makes them in the form that they want, and looks at no value to do so.
+"""Fast class of BertModel: passes a `KernelMask` to its layers if only kernels see it, and defers its embeddings.
 
-It is named as its stock class, which `save_pretrained`, pipelines and Trainer look up by name.
+No value on the device is read to make the mask. The class has stock's name, by which `save_pretrained`, pipelines and Trainer
+look classes up.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from fastbert.layers.masks import KernelMask, kernel_mask, masks_replaced, prepa
 
 
 class BertModel(FastModule, stock.BertModel):
-    """BertModel as stock has it, but for its masks, and for embeddings that wait until an encoder that packs has its rows."""
+    """BertModel that makes masks for the kernels and defers its embeddings until a packing encoder knows its rows."""
 
     @stock.fast_forward_of(stock.BertModel)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +34,7 @@ class BertModel(FastModule, stock.BertModel):
         return super().forward(*args, **kwargs)
 
     def _may_defer(self, kwargs: dict[str, Any]) -> bool:
-        """Whether nothing but fast classes and stock code that is as tested sees what the embeddings return."""
+        """Whether only fast classes and tested stock code see what the embeddings return."""
         encoder, embeddings = self.encoder, self.embeddings
         return (
             isinstance(encoder, AcceptsDeferredEmbeddings)
@@ -43,7 +44,7 @@ class BertModel(FastModule, stock.BertModel):
             and not hooked(embeddings)
             and not hooked(encoder)
             and "_create_attention_masks" not in vars(self)
-            and not kwargs.get("debug_io")  # transformers would write down what every module is given
+            and not kwargs.get("debug_io")  # transformers would log the inputs of every module
             and stock.untested("BertModel") is None
             and not masks_replaced()
         )
@@ -55,24 +56,24 @@ class BertModel(FastModule, stock.BertModel):
             return super()._create_attention_masks(*args, **given)
         made = _StockMasks(partial(super()._create_attention_masks, **given))
         if given.get("cache", given.get("past_key_values")) is not None:
-            # Made now, as layers are about to change how long the cache is.
+            # Made now, because the layers are about to change the length of the cache.
             return tuple(KernelMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
         hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
         added = implementation == "eager"
         own = self.encoder.layer
-        looked_at = {"prepared": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
-        by_module = self._asks_for_weights()
-        mask = kernel_mask(given.get("attention_mask"), hidden, partial(made, 0), added, by_module=by_module, **looked_at)
+        shared = {"prepared": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
+        by_module = self._weights_reason()
+        mask = kernel_mask(given.get("attention_mask"), hidden, partial(made, 0), added, by_module=by_module, **shared)
         if encoder_hidden is None:
             return mask, given.get("encoder_attention_mask")
         return mask, kernel_mask(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1), added)
 
-    def _asks_for_weights(self) -> str | None:
-        asked = getattr(self.config, "output_attentions", False) or is_recording_inside_layers()
-        return "attention weights were requested" if asked else None
+    def _weights_reason(self) -> str | None:
+        requested = getattr(self.config, "output_attentions", False) or is_recording_inside_layers()
+        return "attention weights were requested" if requested else None
 
     def _prepare_layers(self, hidden: Tensor | None, implementation: str) -> dict[nn.Module, Any] | None:
-        """What was looked at of the layers if nothing but fast classes will see the masks of this call, else None."""
+        """The prepared layers if only fast classes will see the masks of this call, else None."""
         if hidden is None or implementation_reason(implementation) or tensor_reason(hidden):
             return None
         device = hidden.device
@@ -85,7 +86,7 @@ _ATTENTIONS = (BertSelfAttention, BertCrossAttention)
 
 
 class _StockMasks:
-    """The masks that stock makes of a call, once, when the first is asked for."""
+    """The masks that stock makes for a call, made on first use."""
 
     def __init__(self, make: Callable[[], tuple[Any, Any]]) -> None:
         self._make = make
@@ -100,5 +101,5 @@ class _StockMasks:
         return self.masks()[index]
 
 
-# transformers knows by the class's name what a model's outputs can record, and learns it when a model is made.
+# transformers looks up by class which outputs a model can record, and registers a class when a model of it is made.
 getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {}).setdefault(str(BertModel), getattr(BertModel, "_can_record_outputs", None))

@@ -1,4 +1,13 @@
-"""Some rows of a [B, S, H] batch one behind the other, so that layers may run on them alone: its tokens, and those read."""
+"""Packs rows of a [B, S, H] batch into [N, H], so that layers run on those only: the real tokens, and the rows that are read.
+
+A packing is an index and its inverse: the forward gathers by one and the backward by the other, so neither needs atomics and
+no gradient is scattered. The last layer's rows are such an index into the packed tokens. Capacity that a bucket or a budget
+leaves over holds zeros (the first token's embedding if ids are packed), in sequences of its own.
+
+The index work of a forward is two kernels: `row_counts` counts what each row has, and `packed_rows` writes every index, with
+each program adding up the rows before its own. The caller's counts are compared there and asserted without waiting for the
+device. tests/models/test_launches_outside_layers.py pins the launches of a step outside its layers; they may only decrease.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -11,11 +20,14 @@ from fastbert.layers.counts import Capacity
 
 @dataclass(frozen=True)
 class Rows:
-    """N of the R rows of a tensor, in their order, a sequence after the other.
+    """N of the R rows of a tensor, in their order, one sequence after the other.
 
-    index int32 [N] names the row that each of them is, inverse int32 [R] says the same from the other side (-1: none);
-    both None where all rows are meant. cu_seqlens int32 [sequences + 1] and max_seqlen are attention's. inner_index and
-    inner_inverse are index and inverse among the tokens that were packed with them, None where those are all rows.
+    index: int32 [N], the row of the tensor that each of them is (-1: none); None for all rows.
+    inverse: int32 [R], the place of each row of the tensor among them (-1: none); None for all rows.
+    cu_seqlens: int32 [sequences + 1], for attention.
+    max_seqlen: the longest sequence, for attention.
+    inner_index, inner_inverse: index and inverse relative to the tokens packed with them; None if those are all rows.
+    exact: each of the N is a row of the tensor, none is spare capacity.
     """
 
     index: Tensor | None
@@ -24,44 +36,44 @@ class Rows:
     max_seqlen: int
     inner_index: Tensor | None = None
     inner_inverse: Tensor | None = None
-    exact: bool = False  # each of the N is a row
+    exact: bool = False
 
     def take(self, x: Tensor) -> Tensor:
-        """[R, H] -> [N, H]."""
+        """Gather these rows: [R, H] -> [N, H]."""
         return x if self.index is None else ops.gather_rows(x, self.index, self.inverse)
 
     def put(self, rows: Tensor) -> Tensor:
-        """[N, H] -> [R, H], zeros elsewhere."""
+        """Put the rows back: [N, H] -> [R, H], zeros elsewhere."""
         return rows if self.index is None else ops.gather_rows(rows, self.inverse, self.index)
 
     def within(self, outer: "Rows") -> "Rows":
-        """The same rows, counted among those of `outer`, the tokens that were packed with them."""
+        """The same rows, indexed relative to `outer`, the tokens that were packed with them."""
         if outer.index is None:
             return self
         return Rows(self.inner_index, self.inner_inverse, self.cu_seqlens, self.max_seqlen)
 
 
 def side_by_side(keys: Rows, queries: Rows) -> tuple[Tensor, Tensor]:
-    """cu_seqlens of both, of one length: what is read has as many sequences as the keys, or more at its end."""
+    """cu_seqlens of keys and queries, of one length. The queries may have more sequences; the keys get empty ones."""
     bounds, more = keys.cu_seqlens, len(queries.cu_seqlens) - len(keys.cu_seqlens)
     if more:
-        bounds = torch.cat([bounds, bounds[-1:].expand(more)])  # empty ones
+        bounds = torch.cat([bounds, bounds[-1:].expand(more)])  # empty sequences
     return bounds, queries.cu_seqlens
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The rows of the batch that run through the layers, and those of them (None: all) that the last layer is read at."""
+    """The packed tokens, which run through the layers, and those of them that the head reads (None: all)."""
 
     tokens: Rows
     read: Rows | None
 
 
 def rows_of(chosen: Tensor, longest: int, capacity: int, exact: bool = True) -> Rows:
-    """Where a bool [B, S] is true, at most `longest` times in a row of the batch and `capacity` times in all.
+    """The positions where a bool [B, S] is true: at most `longest` per row of the batch and `capacity` in total.
 
-    exact: `capacity` times to the row. Otherwise what is left of the capacity stands for no row (index -1, taken as zeros), and
-    is made sequences of its own, of `longest` at most, behind the others.
+    With `exact` there are exactly `capacity`. Otherwise the spare capacity stands for no row (index -1, gathered as zeros)
+    and becomes separate sequences of at most `longest`, behind the others.
     """
     counts = ops.row_counts(chosen, None)
     return pack(counts, chosen, None, chosen.shape[1], Capacity(capacity, longest, exact), None)[0]
@@ -76,10 +88,16 @@ def pack(
     reads: Capacity | None,
     check: bool = False,
 ) -> tuple[Rows, Rows | None, Tensor | None]:
-    """The tokens of a bool [B, S] mask (None: all positions) and the rows that are read, for which there is capacity.
+    """The packed tokens, the rows that are read, and with `check` whether the counts fit.
 
-    Those are where `read` is true, and without it the first of each row; none where `reads` is None. With `check` a
-    bool [3]: whether `counts`, of both masks, fit the tokens' capacity and that of what is read, and no padding is read.
+    Args:
+        counts: the result of ops.row_counts(mask, read).
+        mask: bool [B, S], true for tokens; None for all positions.
+        read: bool [B, S], true for positions that are read; None for the first of each row.
+        seqlen: S.
+        tokens: the capacity for tokens.
+        reads: the capacity for rows that are read; None if none are.
+        check: also return a bool [3]: the tokens fit, the read rows fit, and no padded position is read.
     """
     alone = () if reads is None else (reads.rows, reads.longest, reads.exact)
     first = reads is not None and read is None

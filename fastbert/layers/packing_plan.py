@@ -1,4 +1,8 @@
-"""From a mask, what a head reads and what the caller knows to a packing, with as few synchronisations as that allows."""
+"""Plans the packing of a forward from its mask, from what the head reads and from what the caller knows.
+
+One synchronisation counts everything that a forward needs to know: the tokens, the longest row, the positions that are read,
+and whether one of those is padding. Counts that the caller passes are asserted on the device instead.
+"""
 
 import torch
 from torch import Tensor
@@ -15,7 +19,7 @@ _WRONG = "less than the batch needs, or not equal to its count"
 def plan_packing(
     mask: Tensor | None, reading: Reading | None, caller: CallerCounts, batch: int, seqlen: int, device: torch.device
 ) -> Packing | str:
-    """The packing of a bool [B, S] mask, or the reason not to pack. At most one synchronisation, none if all is given."""
+    """The packing for a bool [B, S] mask, or the reason not to pack. At most one synchronisation, none if all is given."""
     if not batch * seqlen:
         return "an empty batch"
     alone = reading is not None and reading.alone
@@ -62,7 +66,10 @@ def plan_packing(
 
 
 def _stop_unless(fits: Tensor | None, checked: tuple[bool, bool, bool]) -> None:
-    """Stop, on the device and without waiting for it, if the caller was wrong: rows would be left out, or zeros read."""
+    """Assert, on the device and without waiting for it, that the caller's counts are right.
+
+    With wrong counts rows would be left out, or zeros read.
+    """
     wrong = f"lengths: {_WRONG}", f"read: {_WRONG}", "lengths: given, but a padded position is read"
     for i, message in enumerate(wrong):
         if checked[i]:

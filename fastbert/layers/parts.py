@@ -1,4 +1,4 @@
-"""What the fast layers share: the product without its bias, and what LayerNorm, dropout and activation must be."""
+"""Helpers shared by the fast layers: products without bias, and checks of LayerNorm, dropout and activation."""
 
 from functools import partial
 from typing import Any
@@ -29,9 +29,9 @@ _BY_FUNCTION = {F.gelu: "gelu", F.relu: "relu", torch.relu: "relu", F.silu: "sil
 
 
 def kernel_activation(function: object) -> str | None:
-    """The kernels' name for a model's activation (a module or a function), or None where they have none."""
+    """The kernels' name for a model's activation (a module or a function), or None if they do not have it."""
     if not isinstance(function, nn.Module):
-        return next((name for known, name in _BY_FUNCTION.items() if function is known), None)  # some cannot be hashed
+        return next((name for known, name in _BY_FUNCTION.items() if function is known), None)  # some are unhashable
     if not is_plain(function, type(function)):
         return None
     if type(function) is nn.GELU:
@@ -41,13 +41,13 @@ def kernel_activation(function: object) -> str | None:
 
 
 def _acts_as_made(function: nn.Module, kernel: str) -> bool:
-    """Whether `act`, which transformers' GELUs call, is what their class sets it to."""
+    """Whether the attribute `act`, which transformers' GELUs call, is still what their class sets."""
     act = getattr(function, "act", None)
     if act is None or (act is F.gelu and kernel == "gelu"):
         return True
     if isinstance(act, partial):
         return act.func is F.gelu and kernel == "gelu_tanh" and act.keywords == {"approximate": "tanh"}
-    own = getattr(type(function), getattr(act, "__name__", ""), None)  # written out in Python
+    own = getattr(type(function), getattr(act, "__name__", ""), None)  # a method with the formula in Python
     return own is not None and getattr(act, "__func__", None) is own
 
 
@@ -76,7 +76,7 @@ UNKNOWN_ARGUMENTS = "arguments that the tested forwards do not take"
 
 
 def bind_arguments(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    """The arguments of these names, in their order; None of a call that has others: an untested forward may take them."""
+    """The arguments with exactly these names, in order; None if the call has others, as an untested forward may."""
     if not kwargs and len(args) == len(names):
         return args
     by_name = dict(zip(names, args, strict=False)) | kwargs
@@ -90,10 +90,10 @@ def dropout_reason(dropout: nn.Module) -> str | None:
 
 
 def linear_without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The product of a Linear, and the bias that the kernel after it still has to add.
+    """The product of a Linear without its bias, and the bias for the next kernel to add.
 
-    A Linear that is not plainly nn.Linear (LoRA, 4-bit, DTensor, parametrised, hooked) is called as the module
-    that it is, with its bias, and nothing is left to add.
+    A Linear that is not a plain nn.Linear (LoRA, 4-bit, DTensor, parametrised, hooked) is called as a module; the bias is
+    then included and the second result None.
     """
     if is_plain(linear, nn.Linear) and is_plain_tensor(linear.weight):
         return F.linear(x, linear.weight), linear.bias
@@ -101,7 +101,7 @@ def linear_without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | 
 
 
 def layernorm_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """What nn.LayerNorm returns for `dtype`: CUDA's autocast runs it in float32, the CPU's leaves it alone."""
+    """The dtype that nn.LayerNorm returns for `dtype`: autocast runs it in float32 on CUDA and does not cast it on the CPU."""
     if device_type == "cuda" and torch.is_autocast_enabled("cuda") and dtype != torch.float64:
         return torch.float32
     return dtype

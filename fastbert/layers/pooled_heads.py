@@ -1,6 +1,8 @@
-"""Heads that read the pooled first position and return nothing else of their encoder's output: they say so to it.
+"""Fast classes of the heads that read only the pooled first position; they tell their encoder so.
 
-Each is named as its stock class, which `save_pretrained`, pipelines and Trainer look up by name.
+A head passes a `Reading` down to its encoder as a keyword, which stock passes on. An encoder under `unpad="auto"` packs only
+for such a call: `model.bert(...)` called by other code, a hook in between or a request for hidden states sees every
+position. The classes have stock's names, by which `save_pretrained`, pipelines and Trainer look classes up.
 """
 
 from functools import wraps
@@ -16,7 +18,7 @@ from fastbert.layers.stock import stock_class, subclass, untested
 def _reading_first(name: str) -> type[nn.Module]:
     stock = stock_class(name)
 
-    @wraps(stock.forward)  # with its signature: Trainer chooses columns by it
+    @wraps(stock.forward)  # keeps the signature, by which Trainer chooses columns
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if untested(name) is None and packs_unseen(self):
             kwargs["reading"] = Reading(None, alone=True)

@@ -1,4 +1,4 @@
-"""BertPredictionHeadTransform: a product, then bias, activation and LayerNorm in one kernel."""
+"""Fast class of BertPredictionHeadTransform: a product, then bias, activation and LayerNorm in one kernel."""
 
 from typing import Any
 

@@ -1,4 +1,8 @@
-"""Queries, keys and values as [..., heads, head size] views, from one product where that is safe."""
+"""Projects hidden states to queries, keys and values, as [..., heads, head size] views, in one product if that is safe.
+
+No copy of weights is kept between calls. The weights of a shared product are concatenated at each call: a kept copy could
+not be seen to be stale after a write through `.data`, and would hold memory that `model.to()` is meant to free.
+"""
 
 from typing import Any
 
@@ -10,10 +14,10 @@ from fastbert.dispatch import is_plain, is_plain_tensor
 
 
 def project(x: Tensor, linears: tuple[nn.Linear, ...], head_size: int) -> tuple[Tensor, ...]:
-    """linear(x) as [..., heads, head size] for each of `linears`, which have one shape.
+    """linear(x) as [..., heads, head size], for each of `linears`.
 
-    Plain Linears of one dtype and device share a product over their weights side by side; parameters, gradients and
-    state_dict stay those of the three. Others (LoRA, 4-bit, hooked) are called one by one as the modules they are.
+    Plain Linears of the same shape, dtype and device share one product over their concatenated weights; parameters,
+    gradients and state_dict stay separate. Other modules (LoRA, 4-bit, hooked) are called one by one.
     """
     if not _side_by_side(linears):
         return tuple(linear(x).unflatten(-1, (-1, head_size)) for linear in linears)
@@ -39,7 +43,7 @@ def _side_by_side(linears: tuple[nn.Linear, ...]) -> bool:
 
 
 class _Unbind(torch.autograd.Function):
-    """unbind(-3), whose backward hands on the buffer that attention's backward wrote instead of stacking it again."""
+    """unbind(-3) whose backward returns the buffer that attention's backward wrote, instead of stacking the slices again."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor) -> tuple[Tensor, ...]:
@@ -53,7 +57,7 @@ class _Unbind(torch.autograd.Function):
 
 
 def _one_buffer(grads: tuple[Tensor, ...], shape: torch.Size) -> Tensor | None:
-    """The contiguous tensor of `shape` that the gradients are the slices of, if they are."""
+    """The contiguous tensor of `shape` whose slices the gradients are, or None."""
     first = grads[0]
     strides = torch.empty(shape, device="meta").stride()
     step = strides[-3]

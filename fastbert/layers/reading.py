@@ -1,4 +1,4 @@
-"""What a head reads of its encoder's output. The head passes it on as the keyword `reading`, which stock hands down."""
+"""Describes what a head reads of its encoder's output. Heads pass it as the keyword `reading`, which stock passes down."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,11 @@ from fastbert.layers.packing import Rows
 
 @dataclass
 class Reading:
-    """`positions`: bool [B, S], None for the first of each row. `alone`: nothing else of the output is read.
+    """The positions that a head reads.
 
-    `rows` is where they lie among the B x S, once the encoder has counted them: the head need not count again.
+    positions: bool [B, S]; None for the first position of each row.
+    alone: no other position of the output is read.
+    rows: these positions among the B x S rows; the encoder sets it, so that the head need not count again.
     """
 
     positions: Tensor | None

@@ -1,4 +1,4 @@
-"""BertSelfOutput and BertOutput: a product, then bias, dropout, residual and LayerNorm in one kernel."""
+"""Fast classes of BertSelfOutput and BertOutput: a product, then bias, dropout, residual and LayerNorm in one kernel."""
 
 from typing import Any
 

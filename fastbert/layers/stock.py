@@ -1,7 +1,7 @@
-"""transformers' BERT as the installed release has it, and the code in it that each fast class stands in for.
+"""Looks up the stock BERT classes of the installed transformers, and the code that each fast class replaces.
 
-A release may lack or rename what an older one has. A class that is missing is stood in for by one that no module is of,
-so that importing fastbert never fails for it.
+A release may lack or rename a class of an older one. A missing class is replaced by an empty one that no module has, so
+that importing fastbert never fails because of it.
 """
 
 import inspect
@@ -20,26 +20,28 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def stock_class(name: str) -> type[nn.Module]:
-    """transformers' class of that name."""
+    """transformers' BERT class of this name, or an empty class if the release lacks it."""
     return getattr(bert, name, None) or type(name, (nn.Module,), {"__module__": bert.__name__})
 
 
 def subclass(name: str, module: str, namespace: str = "", mixins: tuple[type, ...] = (), **members: Any) -> type[nn.Module]:
-    """A subclass of stock's `name` that has its name, by which `save_pretrained`, pipelines and Trainer look a class up.
+    """A subclass of stock's `name` with the same name, by which `save_pretrained`, pipelines and Trainer look classes up.
 
     Args:
-        module, namespace: where the caller keeps it, so that pickle finds it there.
-        mixins: come before stock's class.
-        members: what the class defines.
+        name: the name of the stock class.
+        module, namespace: the module (and the class in it) that holds the subclass, for pickle.
+        mixins: base classes before the stock class.
+        members: the attributes of the class.
     """
     found = {"__module__": module, "__qualname__": f"{namespace}.{name}" if namespace else name}
     return type(name, (*mixins, stock_class(name)), found | members)
 
 
 def fast_forward_of(cls: type[nn.Module]) -> Callable[[Function], Function]:
-    """Decorates the fast forward for stock's of `cls`: it takes whatever that one takes, and has its signature.
+    """Decorator of a fast forward: gives it the signature of the stock class `cls`.
 
-    A wrapper that somebody made while the module was patched may keep it for longer: it then hands on to the class's.
+    A user's wrapper may keep the fast forward after the module is unpatched. It then calls the forward of the module's
+    current class.
     """
 
     def decorate(forward: Function) -> Function:
@@ -102,16 +104,16 @@ _CODE = {name: ((stock_class(name), "forward"),) for name in _FORWARDS} | {
 }
 
 
-# The functions that must be as tested, by the name of the stock class whose fast class rests on them.
+# The functions that must be tested ones, per name of the stock class whose fast class depends on them.
 CODE = {name: forwards.Code(*pairs) for name, pairs in _CODE.items()}
 
 
 @torch.compiler.assume_constant_result
 def untested(name: str) -> str | None:
-    """Why the fast class for the stock class `name` must not stand in for what transformers holds now, or None."""
+    """Why the fast class for the stock class `name` must not replace the current code of transformers, or None."""
     return CODE[name].untested()
 
 
 def covered() -> tuple[forwards.Pair, ...]:
-    """All of CODE that the installed release has: what the table of digests holds."""
+    """All functions of CODE that the installed release has; the table of digests covers these."""
     return tuple(dict.fromkeys(pair for code in CODE.values() for pair in code.pairs if hasattr(*pair)))

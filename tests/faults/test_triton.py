@@ -127,7 +127,7 @@ def test_env_says_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "there" / "yet"))
     assert environment()["Triton's cache"] == str(tmp_path / "not" / "there" / "yet")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(unwritable(tmp_path)))
-    assert "cannot be written: set TRITON_CACHE_DIR" in environment()["Triton's cache"]
+    assert "not writable: set TRITON_CACHE_DIR" in environment()["Triton's cache"]
 
 
 def test_env_asks_for_permission(tmp_path, monkeypatch):

@@ -36,8 +36,8 @@ FAULTS = (
     ),
     _fault(
         "the first position, which the second loss reads, is not computed",
-        before="labelled[:, :1] = True  # without",
-        after="labelled[:, :0] = True  # without",
+        before="labelled[:, :1] = True  # the pooler",
+        after="labelled[:, :0] = True  # the pooler",
         tests=(TESTS, "-k", "test_training_is_equal and none"),
     ),
     _fault(
