@@ -116,7 +116,7 @@ class Source:
         types = int(batch["token_type_ids"].max()) + 1 if "token_type_ids" in batch else 1
         if types > config.type_vocab_size:
             raise InputError(
-                f"MODEL: its tokenizer uses {types} token types for the task {task.name} and the model has "
+                f"MODEL: for the task {task.name} its tokenizer uses {types} token types and the model has "
                 f"{config.type_vocab_size} (type_vocab_size); choose other tasks with --task"
             )
         return batch

@@ -1,4 +1,4 @@
-"""Attention under test: its inputs, its tiles, the dropout mask that it draws, and the check that judges a call."""
+"""Test support for attention: its inputs, its tiles, the dropout mask that it draws, and the check of a call."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -35,22 +35,22 @@ def make_inputs(
     *,
     scale: float = 1.0,
 ) -> Inputs:
-    """Normal q, k and v [batch, length, heads, head size]; `seqlen` is both lengths, or that of q and that of k."""
+    """Random q, k and v [batch, length, heads, head size]; `seqlen` is one length for both, or those of q and of k."""
     seqlen_q, seqlen_k = (seqlen, seqlen) if isinstance(seqlen, int) else seqlen
     lengths = {"q": seqlen_q, "k": seqlen_k, "v": seqlen_k}
     return {name: normal(batch, n, heads, head_size, dtype=dtype) * scale for name, n in lengths.items()}
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Drawn in float64 and rounded."""
+    """A standard normal tensor, drawn in float64 and rounded."""
     return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
 @contextmanager
 def tiles(forward: Tile, kv: Tile | None = None, q: Tile | None = None) -> Iterator[None]:
-    """Launch with these (queries, keys) a tile, short sequences by the kernels of any length.
+    """Launch with tiles of (queries, keys), and without the kernel for short sequences.
 
-    Compiled kernels keep the shipped ones: others may not fit a GPU.
+    Compiled kernels keep the shipped tiles, because others may not fit a GPU.
     """
     shapes = {"attention_forward": forward, "attention_backward_kv": kv or forward, "attention_backward_q": q or kv or forward}
 
@@ -64,14 +64,14 @@ def tiles(forward: Tile, kv: Tile | None = None, q: Tile | None = None) -> Itera
 
 @contextmanager
 def short_tiles(tile: Tile | None) -> Iterator[None]:
-    """Launch the backward of short sequences with this tile, or never."""
+    """Launch the backward of short sequences with this tile; None: never."""
     config = None if tile is None else Config(tile[0], 1, tile[1])
     with patch.object(module, "choose_short", lambda *_: config):
         yield
 
 
 def shipped_tiles() -> list[tuple[Tile, Tile, Tile]]:
-    """Every combination of tiles that a GPU may run: of the forward and of the two products of the backward."""
+    """Every combination of tiles that a GPU may use, of the forward and of the two kernels of the backward."""
     found = set()
     for architecture in ARCHITECTURES:
         tables = [TABLES[f"attention_{name}"][architecture] for name in ("forward", "backward_kv", "backward_q")]
@@ -84,8 +84,11 @@ def shipped_tiles() -> list[tuple[Tile, Tile, Tile]]:
 
 
 def drawn_keep(batch: int, heads: int, seqlen_q: int, seqlen_k: int, p: float, seed: Tensor) -> Tensor:
-    """bool [batch, heads, seqlen_q, seqlen_k], what dropout keeps: with equal weights and one-hot values the output
-    shows it. One tile holds a whole head, so a mask that depended on the tiles of a call would differ from this one."""
+    """The dropout mask, bool [batch, heads, seqlen_q, seqlen_k], true where a score is kept.
+
+    It is read off the output of attention with equal weights and one-hot values. One tile covers a whole head, so a mask
+    that depended on the tiles of a call would differ from this one.
+    """
     sides = (max(16, triton.next_power_of_2(seqlen_q)), max(16, triton.next_power_of_2(seqlen_k)))
     kept = []
     for first in range(0, seqlen_k, MAX_HEAD_SIZE):
@@ -105,7 +108,7 @@ def check(
     relative_fp32: float | None = 1e-5,
     **options: Any,
 ) -> dict[str, Tensor | None]:
-    """Output and every gradient against eager and float64, dropout's mask replayed, and one launch of each kernel."""
+    """Check output and every gradient against eager and float64 with the same dropout mask, and one launch per kernel."""
     dy = normal(*inputs["q"].shape, dtype=inputs["q"].dtype) if dy is None else dy
     if options.get("p"):
         options.setdefault("seed", seed_tensor(1234))
@@ -129,14 +132,14 @@ def check(
 
 
 def launches_of(inputs: Inputs, differentiated: bool, options: dict[str, Any]) -> Counter[str]:
-    """The kernels that a call launches, by name."""
+    """The expected launches of a call, per kernel name."""
     if not inputs["q"].numel() or not inputs["k"].numel():
         return Counter()
     return Counter([FORWARD, *(backward_of(inputs, options) if differentiated else ())])
 
 
 def backward_of(inputs: Inputs, options: dict[str, Any]) -> tuple[str, ...]:
-    """The kernels of a backward: one where sequences are short, heads as well and not shared, and the mask is of keys."""
+    """The kernels of a backward: one for short sequences with small, ungrouped heads and a key mask only, else two."""
     q, k = inputs["q"], inputs["k"]
     lengths = [q.shape[1], k.shape[1]] if q.dim() == 4 else [options["max_seqlen"], options.get("max_seqlen_q") or 0]
     if options.get("mask") is not None or q.shape[-2] != k.shape[-2]:
@@ -145,7 +148,7 @@ def backward_of(inputs: Inputs, options: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _keep_for(inputs: Inputs, options: dict[str, Any]) -> Tensor:
-    """A packed sequence draws what the same row of a padded batch draws."""
+    """The dropout mask of a call; a packed sequence draws the same mask as its row of a padded batch."""
     cu_seqlens, longest = options.get("cu_seqlens"), options.get("max_seqlen")
     batch = inputs["q"].shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     longest_q = options.get("max_seqlen_q", longest)
@@ -155,7 +158,7 @@ def _keep_for(inputs: Inputs, options: dict[str, Any]) -> Tensor:
 
 
 def _exact_mask(mask: Tensor | None) -> Tensor | None:
-    """The lowest number of a dtype means masked, so in float64 it is the lowest of that."""
+    """The mask in float64: a dtype's lowest number means masked, so it becomes the lowest float64."""
     if mask is None or not mask.is_floating_point():
         return mask
     lowest = torch.finfo(mask.dtype).min

@@ -1,4 +1,4 @@
-"""One table of calls, at least one of every op: what test_gpu_calls.py repeats, captures and delays for all of them."""
+"""Lists calls of every op; test_gpu_calls.py repeats, captures and delays each of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ Step = Callable[[Tensors], Tensors]
 
 @dataclass(frozen=True)
 class Call:
-    """A form of an op."""
+    """A call of an op in one of its forms."""
 
     spec: OpSpec
     form: str
@@ -25,10 +25,10 @@ class Call:
         return f"{self.spec} {self.form}".strip()
 
     def make(self, small: bool, dtype: torch.dtype, width: int | None = None) -> tuple[Tensors, Step]:
-        """Inputs by name, and a step of them: outputs and gradients by name, inputs left alone.
+        """Inputs by name, and a step: a function from such inputs to outputs and gradients by name.
 
-        All tensors that a step reads are among the inputs, the seed of dropout too: without it, one is drawn. `width` is that
-        of the configurations' tables: a row's, attention's head size, the vocabulary's; None where it does not matter.
+        All tensors that a step reads are among the inputs, including the dropout seed. `width` is the width by which the
+        configuration tables are keyed (hidden size, head size or vocabulary size); None for the default.
         """
         size = self.spec.small if small else self.spec.large
         if width:

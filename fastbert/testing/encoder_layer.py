@@ -1,4 +1,4 @@
-"""A whole layer under test: its inputs by name, its dropout's bits, and the check that judges a call."""
+"""Test support for the layer op: its inputs by name, its dropout masks, and the check of a call."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ OF_SHORT_ATTENTION = Counter(["attention_bwd_short_kernel"])
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Drawn in float64 and rounded."""
+    """A standard normal tensor, drawn in float64 and rounded."""
     return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
@@ -39,7 +39,7 @@ def make_inputs(
     queries: int | None = None,
     weight_dtype: torch.dtype | None = None,
 ) -> Inputs:
-    """x of `shape`, as many packed rows that are read, and the weights, such that products keep the size of their input."""
+    """x of `shape`, `queries` rows that are read, and weights for which products keep the magnitude of their input."""
     shape = tuple(shape)
     hidden = shape[-1]
     inputs: Inputs = {"x": normal(*shape, dtype=dtype)}
@@ -50,7 +50,7 @@ def make_inputs(
 
 
 def seeds(first: int = 1234) -> Tensor:
-    """Of a layer's dropouts, on the device."""
+    """The seeds of a layer's dropouts, on the device."""
     return spec.seeds(DEVICE, first)
 
 
@@ -64,12 +64,12 @@ def direct(
     seed: Tensor | None = None,
     **layout: Any,
 ) -> Tensor:
-    """The layer as a patched model calls it."""
+    """Call the layer op as a patched model does."""
     return unchecked(x, weights, settings, Layout(**layout), product_dtype, norm_dtype, seed)
 
 
 def kept(inputs: Mapping[str, Tensor | None], settings: Settings, options: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
-    """What each dropout keeps, drawn by plain PyTorch: tests/faults hold that the kernels draw the same."""
+    """The keep mask of each dropout, drawn by plain PyTorch; tests/faults verifies that the kernels draw the same."""
     x, queries = inputs["x"], inputs["queries"]
     bounds, longest = options.get("cu_seqlens"), options.get("max_seqlen")
     sequences, longest = (len(bounds) - 1, longest) if bounds is not None else x.shape[:2]
@@ -81,7 +81,7 @@ def kept(inputs: Mapping[str, Tensor | None], settings: Settings, options: Mappi
 
 
 def launched(inputs: Mapping[str, Tensor | None], frozen: Iterable[str], options: Mapping[str, Any]) -> Counter[str]:
-    """What a call launches where there are rows: of attention's backward nothing unless somebody asks for what it gives."""
+    """The expected launches of a call with rows; attention's backward runs only if a gradient needs it."""
     needed = {name for name, tensor in inputs.items() if tensor is not None} - set(frozen)
     found = FORWARD + (BACKWARD if needed else Counter())
     through = bool(needed & {"x", "queries", *PROJECTIONS, *(f"{name}_bias" for name in PROJECTIONS)})
@@ -95,7 +95,7 @@ def launched(inputs: Mapping[str, Tensor | None], frozen: Iterable[str], options
 
 
 def _is_short(x: Tensor, options: Mapping[str, Any]) -> bool:
-    """Whether one kernel makes all gradients of attention; heads are small here."""
+    """Whether one kernel computes all gradients of attention; heads are small here."""
     longest = x.shape[1] if x.dim() == 3 else options["max_seqlen"]
     return (options.get("product_dtype") or x.dtype).itemsize == 2 and longest <= 128
 
@@ -109,7 +109,7 @@ def check(
     cancels: bool = False,
     **options: Any,
 ) -> Results:
-    """Output and every gradient against eager and float64, from the same dropout, and one launch of each kernel.
+    """Check output and every gradient against eager and float64 with the same dropout masks, and one launch per kernel.
 
     cancels: rows see a key or two, so that the gradients of query and key are roundings of what cancelled.
     """
@@ -137,8 +137,10 @@ def check(
 
 
 def assert_right(results: Results, eager: Results, exact: Results, *, rounded: bool) -> None:
-    """The one rule; where a layer is computed in 16 bits the form of it that `fastbert verify` applies to whole models: of the
-    seventeen tensors of a small call, one of eager's comes out nearly exact by luck."""
+    """Apply the rule of fastbert.numerics; in 16 bits, in the form that `fastbert verify` applies to whole models.
+
+    Among the seventeen tensors of a small 16-bit call, eager computes one nearly exactly by luck.
+    """
     if not rounded:
         return assert_close(results, eager, exact)
     present = [name for name, tensor in results.items() if tensor is not None]
@@ -149,8 +151,11 @@ def assert_right(results: Results, eager: Results, exact: Results, *, rounded: b
 
 
 def together(results: Results, cancels: bool = False) -> Results:
-    """The gradients of the projections' biases as one tensor: key's is what cancels in a softmax, and has no size of its own.
-    And so query's and key's weights where they see no more than a key or two."""
+    """Results with the gradients of the projections' biases joined into one tensor.
+
+    The key bias's gradient cancels in the softmax, so it has no magnitude of its own. With `cancels`, for sequences of one
+    or two keys, the gradients of the projections' weights are joined as well.
+    """
     results = dict(results)
     for parts in ([f"d{name}_bias" for name in PROJECTIONS], *([[f"d{name}" for name in PROJECTIONS]] if cancels else [])):
         found = [results.pop(name) for name in parts]

@@ -1,4 +1,7 @@
-"""How a test calls linear_cross_entropy and what it is compared with; which of its three ways a call takes."""
+"""Test support for linear_cross_entropy: its inputs, which of its three ways a call takes, and the check of a call.
+
+A float32 loss from 16-bit logits is judged as a 16-bit number, because eager may round that one number well by luck.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,13 +19,13 @@ from .specs.linear_cross_entropy import chunks_of
 
 NAMES = ("hidden", "weight", "bias")
 FORWARD, REDUCE, SCALE = (f"linear_cross_entropy_{part}_kernel" for part in ("fwd", "reduce", "bwd_scale"))
-WAYS = ("kept", "formed")  # how a mean or a sum is differentiated; reduction "none" has a way of its own
+WAYS = ("kept", "formed")  # how a mean or a sum is differentiated; reduction "none" is the third way
 
 Inputs = dict[str, Tensor | None]
 
 
 def chunk_rows(way: str, rows: int) -> int | None:
-    """What chunks_of takes for a call to go this way: `rows`, or None where logits are kept."""
+    """The argument of chunks_of that makes a call go this way: `rows`, or None if logits are kept."""
     return None if way == "kept" else rows
 
 
@@ -36,7 +39,7 @@ def make_inputs(
     scale: float = 1.0,
     ignored: float = 0.3,
 ) -> tuple[Inputs, Tensor]:
-    """Random inputs and labels: logits of standard deviation `scale`; a share `ignored` of the labels is -100."""
+    """Random inputs and labels: logits of standard deviation `scale`; a fraction `ignored` of the labels is -100."""
     shape = (n_rows,) if isinstance(n_rows, int) else n_rows
     inputs: Inputs = {
         "hidden": torch.randn(*shape, width, dtype=torch.float64),
@@ -49,7 +52,7 @@ def make_inputs(
 
 
 def make_weights(n_cols: int, dtype: torch.dtype = torch.float32, *, zeros: float = 0.1) -> Tensor:
-    """Class weights over three orders of magnitude, a share `zeros` of them 0."""
+    """Class weights over three orders of magnitude, a fraction `zeros` of them 0."""
     weights = 10.0 ** (3.0 * torch.rand(n_cols, dtype=torch.float64) - 2.0)
     weights[torch.rand(n_cols) < zeros] = 0.0
     return weights.to(DEVICE, dtype)
@@ -63,7 +66,7 @@ def run(
     frozen: Iterable[str] = (),
     **options: Any,
 ) -> dict[str, Tensor | None]:
-    """{"y": the loss, "dhidden": ..., "dweight": ..., "dbias": ...}; without dy, the gradient of the loss's sum."""
+    """{"y": the loss, "dhidden": ..., "dweight": ..., "dbias": ...}; without dy, gradients of the sum of the loss."""
     leaves = {k: t if t is None else t.detach().requires_grad_(k not in frozen) for k, t in inputs.items()}
     y = function(**leaves, labels=labels, **options)
     wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
@@ -75,12 +78,12 @@ def run(
 
 
 def double(tensor: Tensor | None) -> Tensor | None:
-    """The same in float64."""
+    """The tensor in float64, None for None."""
     return None if tensor is None else tensor.double()
 
 
 def expected_launches(inputs: Inputs, frozen: Iterable[str], options: dict[str, Any], rows: int | None) -> dict[str, int]:
-    """A kernel a chunk, the reduction, and a scaling for each gradient that waits for that of the loss."""
+    """One kernel per chunk, the reduction, and one scaling per gradient that is multiplied by the loss's gradient."""
     n_rows = inputs["hidden"].shape[:-1].numel()
     needed = [name for name, t in inputs.items() if t is not None and name not in frozen]
     none = options.get("reduction") == "none"
@@ -99,7 +102,7 @@ def check(
     frozen: Iterable[str] = (),
     **options: Any,
 ) -> dict[str, Tensor | None]:
-    """Loss and every gradient against eager and float64, and the launches that are expected; `rows` as in chunks_of."""
+    """Check loss and every gradient against eager and float64, and the launches; `rows` as in chunks_of."""
     frozen, before = tuple(frozen), counts.copy()
     with chunks_of(rows):
         results = run(linear_cross_entropy, inputs, labels, dy, frozen, **options)
@@ -112,7 +115,7 @@ def check(
     dtype = inputs["weight"].dtype
     judged = results, eager, exact
     if dtype.itemsize == 2:
-        # A loss from 16-bit logits is a 16-bit number, in eager too, whatever dtype it comes in.
+        # A loss from 16-bit logits has the accuracy of a 16-bit number, in eager too, whatever its dtype.
         judged = tuple(found | {"y": found["y"].to(dtype)} for found in judged)
     assert_close(*judged, relative_fp32=None if dtype.itemsize == 2 else 1e-5)
     return results

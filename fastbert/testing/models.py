@@ -1,4 +1,4 @@
-"""Run a model stock, patched and in float64, and judge what comes out; count what was launched."""
+"""Test support for models: runs one stock, patched and in float64, compares the results, and counts launches."""
 
 import copy
 from collections import Counter
@@ -15,7 +15,7 @@ import fastbert
 from fastbert.kernels.core.launch import counts
 from fastbert.verify import _compare_all
 
-# Written out again, not read from fastbert.registry: what the registry forgets has to fail here.
+# Deliberately not read from fastbert.registry: a module missing there must fail here.
 KERNELS = {
     bert.BertEmbeddings: "embedding_layernorm",
     bert.BertSelfAttention: "attention",
@@ -39,19 +39,25 @@ def check(
     expected: Counter[str] | None = None,
     eager: nn.Module | None = None,
 ) -> Tensors:
-    """Patched equals stock in the same dtype, both measured from stock in float64; and it went through the kernels.
+    """Check that patched equals stock in the same dtype, both measured against stock in float64, and ran on the kernels.
 
-    `model` is stock and stays as it is: three copies run. `eager` is the model to be equal to where it is not `model`:
-    the same one with eager attention. `expected` are the launches; without it every module that
-    has a kernel has to use it, once in the forward and once in the backward, and never fall back. Returns what the
-    patched copy gave.
+    Args:
+        model: a stock model, which is not changed; three copies run.
+        batch: the keyword arguments of its forward.
+        backward: also compare gradients.
+        expected: the launches. By default every module that has a kernel must use it, once in the forward and once in the
+            backward, and never fall back.
+        eager: the model to compare with instead of `model`, for example the same one with eager attention.
+
+    Returns:
+        The results of the patched copy.
     """
     patched = fastbert.patch(copy.deepcopy(model))
     with counting() as launched:
         results = run(patched, batch, backward)
     if expected is None:
-        # Whether the encoder packs depends on the batch (test_unpad); a head without labels has no loss to be fast at,
-        # nor has the causal one in float64, whose logits stock rounds to float32.
+        # Whether the encoder packs depends on the batch (test_unpad). A head without labels computes no loss, and the
+        # causal one falls back in float64, where stock rounds logits to float32.
         lossless = "labels" not in batch or model.dtype == torch.float64
         assert_no_fallback(patched, but=("BertEncoder", *(names(MLM_HEADS) if lossless else ())))
         expected = expected_launches(model, backward=backward)
@@ -65,9 +71,9 @@ def check(
 def run(
     model: nn.Module, batch: Mapping[str, Any], backward: bool = True, within: AbstractContextManager | None = None
 ) -> Tensors:
-    """Every tensor of the output; with `backward` also the gradient of every parameter and input that has one.
+    """Every tensor of the output by name; with `backward` also the gradient of every parameter and input that has one.
 
-    The forward alone runs inside `within`, as one does with autocast.
+    Only the forward runs inside `within`, for example autocast.
     """
     inputs = {name: leaf(value) for name, value in batch.items()}
     with within or nullcontext():
@@ -81,7 +87,7 @@ def run(
 
 
 def leaf(value: Any) -> Any:
-    """An input of its own for each run, so that its gradient is that run's."""
+    """A detached copy of an input, so that its gradient belongs to one run."""
     return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
@@ -90,7 +96,7 @@ def gradients(named: Iterable[tuple[str, Any]]) -> Tensors:
 
 
 def scalar(outputs: Tensors) -> Tensor:
-    """The loss; where there is none, a fixed random projection of every output, so that each element counts."""
+    """The loss, or without one a fixed random projection of every output, so that each element matters."""
     if "loss" in outputs:
         return outputs["loss"]
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +109,7 @@ def scalar(outputs: Tensors) -> Tensor:
 
 
 def named_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an output (nested in mappings, tuples and caches) with a name for where each stood."""
+    """The tensors of an output (nested in mappings, tuples and caches), with their paths as names."""
     if isinstance(value, Tensor):
         yield name or "output", value
     elif isinstance(value, Mapping):
@@ -130,11 +136,11 @@ def doubled(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assert_equal(results: Tensors, eager: Tensors, reference: Tensors, computed: torch.dtype = torch.float64) -> None:
-    """The rule of `fastbert.verify`, for every tensor that any of the three runs has.
+    """Apply the rule of `fastbert.verify` to every tensor that any of the three runs has.
 
-    A gradient that is zero in exact arithmetic (a key's bias, a bias that all choices share) is what is left where
-    terms cancelled. Such noise has no size of its own: it is measured by the largest tensor, in roundings of the
-    coarsest type in the model (autocast computes float32 gradients in float16: `computed` says so where no result shows it).
+    A gradient that is zero in exact arithmetic (a key's bias, a bias that all choices share) is pure noise of cancelled
+    terms. It may be as large as a rounding of the largest tensor in the coarsest dtype of the model. `computed` is that dtype
+    if no result shows it (autocast computes float32 gradients in float16).
     """
     assert results
     sizes = {name: float(x.abs().max()) for name, x in reference.items() if x.is_floating_point() and x.numel()}
@@ -157,11 +163,11 @@ def assert_bitwise(results: Tensors, others: Tensors) -> None:
 
 @contextmanager
 def counting(heads: bool = False) -> Iterator[Counter[str]]:
-    """`with counting() as launched`: after the block `launched` holds the kernels launched in it, by name.
+    """`with counting() as launched`: after the block, `launched` holds the launches in it per kernel name.
 
-    Those of masks, of packing and of the MLM heads' loss, which depend on the batch, and those that end sums over rows are
-    counted where `heads`. Those that add up the gradients of the embeddings' tables never are: which of them run depends on
-    what the model was given.
+    With `heads` it includes the kernels of masks, packing and the MLM heads' loss, which depend on the batch, and those that
+    finish sums over rows. It never includes the kernels that add up gradients of the embedding tables, because which of them
+    run depends on the inputs.
     """
     before = counts.copy()
     launched: Counter[str] = Counter()
@@ -171,13 +177,15 @@ def counting(heads: bool = False) -> Iterator[Counter[str]]:
 
 
 def of_layers(found: Mapping[str, int]) -> Counter[str]:
-    """Without the kernels of masks, packing and the heads' loss, and without those that add up the gradients of tables."""
+    """The launches without those of masks, packing, the heads' loss and the gradients of embedding tables."""
     return Counter({name: n for name, n in _settled(found).items() if not name.startswith(_OF_HEADS)})
 
 
 def _settled(found: Mapping[str, int]) -> dict[str, int]:
-    """Attention's one kernel for gradients of short sequences stands for the two of any length: which it is, length and dtype
-    decide."""
+    """The launches with attention's one backward kernel for short sequences counted as the two for any length.
+
+    Length and dtype decide which of them run.
+    """
     short = found.get("attention_bwd_short_kernel", 0)
     found = {name: n for name, n in found.items() if name != "attention_bwd_short_kernel"}
     found |= {name: short + found.get(name, 0) for name in BACKWARD["attention"] if short}
@@ -192,7 +200,7 @@ _OF_HEADS = (
 
 
 def rows_in_products(call: Callable[[], Any]) -> list[int]:
-    """How many rows each matrix product in it has, in their order, whichever module asked for it."""
+    """The number of rows of each matrix product in `call`, in order."""
     rows: list[int] = []
 
     class Products(TorchDispatchMode):
@@ -210,8 +218,10 @@ def rows_in_products(call: Callable[[], Any]) -> list[int]:
 def expected_launches(
     model: nn.Module, *, forward: int = 1, backward: int | bool = 1, without: Iterable[str] = ()
 ) -> Counter[str]:
-    """What so many passes through every module of `model` launch, but for the kernels named in `without`; the same whether
-    a layer is one op or runs module by module."""
+    """The launches of so many passes through every module of `model`, except the kernels named in `without`.
+
+    They are the same whether a layer is one op or runs module by module.
+    """
     expected: Counter[str] = Counter()
     for module in model.modules():
         for stock, kernel in KERNELS.items():
@@ -222,7 +232,7 @@ def expected_launches(
 
 
 def launches_of(kernel: str, forward: int = 1, backward: int = 1) -> Counter[str]:
-    """What so many forwards and backwards of one module with this kernel launch."""
+    """The launches of so many forwards and backwards of one module with this kernel."""
     names = BACKWARD.get(kernel, (f"{kernel}_bwd_kernel",))
     return +Counter({f"{kernel}_fwd_kernel": forward} | dict.fromkeys(names, backward))
 
@@ -232,9 +242,9 @@ def names(classes: Iterable[type]) -> tuple[str, ...]:
 
 
 def assert_no_fallback(model: nn.Module, but: Iterable[str] = ()) -> None:
-    """Every module that has a kernel was called through it, and through nothing else; but for these classes."""
+    """Check that every module with a kernel used it in all calls, except modules of the classes `but`."""
     rows = [row for row in fastbert.report(model).rows if row.kernel and row.hf_class not in but]
-    rows = [row for row in rows if row.state != "module by module"]  # whose modules have rows of their own
+    rows = [row for row in rows if row.state != "module by module"]  # their modules have rows as well
     assert rows
     wrong = [row for row in rows if row.state != "active" or not row.kernel_calls or row.fallback_calls]
     assert not wrong, wrong

@@ -1,4 +1,4 @@
-"""What every numerical test asserts: fastbert.numerics' rule over named tensors. No test has its own tolerance."""
+"""Applies the rule of fastbert.numerics to named tensors, for all numerical tests. No test has its own tolerance."""
 
 from collections.abc import Mapping
 
@@ -9,14 +9,14 @@ from fastbert.numerics import Comparison, compare
 
 Named = Mapping[str, Tensor | None]
 
-# Roundings, in eps of the dtype and of the largest element, that are allowed beside twice eager's own error where
-# PyTorch computes in the same precision as the kernel. In float32 either can be the lucky one on a small tensor. In
-# float64 eager's error cannot be measured, because the reference is no more exact: 84 is what 1e-5 is in float32.
+# Extra roundings (eps of the dtype times the largest element) allowed beside twice eager's own error, where PyTorch computes
+# in the same precision as the kernel. In float32 eager may be accurate by luck on a small tensor. In float64 eager's error
+# cannot be measured, because the reference is no more accurate; 84 corresponds to 1e-5 in float32.
 ROUNDINGS = {torch.float32: 8, torch.float64: 84}
 
 
 def comparisons(results: Named, eager: Named, reference: Named, *, relative_fp32: float | None = 1e-5) -> list[Comparison]:
-    """One Comparison a tensor; None (a gradient that is not there) has to be None in kernel and eager alike."""
+    """One Comparison per tensor. None (no gradient) must be None in kernel and eager alike."""
     assert results and results.keys() == eager.keys() == reference.keys(), (results.keys(), eager.keys())
     judged = []
     for name, result in results.items():
@@ -29,10 +29,10 @@ def comparisons(results: Named, eager: Named, reference: Named, *, relative_fp32
 
 
 def assert_close(results: Named, eager: Named, reference: Named, *, relative_fp32: float | None = 1e-5) -> None:
-    """Fail, naming every tensor that does, unless `results` hold what `eager` holds, within the bound.
+    """Fail, naming every tensor that is wrong, unless `results` match `eager` within the bound.
 
-    The three map the same names (of outputs and of gradients) to tensors. `relative_fp32` is for single ops; a whole
-    model, whose errors add up from layer to layer, passes None.
+    All three map the same names (of outputs and gradients) to tensors. `relative_fp32` is for single ops; for a whole model,
+    whose errors add up from layer to layer, pass None.
     """
     judged = comparisons(results, eager, reference, relative_fp32=relative_fp32)
     assert judged, "no tensor was compared"

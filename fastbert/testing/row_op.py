@@ -1,4 +1,4 @@
-"""What the ops over rows have in common: x [..., H] and others of its shape, and vectors [H], one of them optional."""
+"""Describes ops over rows: inputs x [..., H] and others of that shape, and vectors [H], one of them optional."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,12 @@ from .spec import Draw, Given, Named, Normal, OpSpec, Size
 
 @dataclass(frozen=True, eq=False)
 class RowOp(OpSpec):
-    """An op over rows: the names of its inputs of x's shape, of those of a row's, and of the optional one of these."""
+    """The spec of an op over rows.
+
+    rows: the names of the inputs of x's shape.
+    vectors: the names of the inputs of a row's shape, [H].
+    optional: the one of `vectors` that may be None.
+    """
 
     rows: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
@@ -30,11 +35,11 @@ class RowOp(OpSpec):
 
     @property
     def backward_kernels(self) -> tuple[str, ...]:
-        """All of a backward in their order, where every gradient is asked for."""
+        """The kernels of a backward that computes every gradient, in order."""
         return (self.backward_kernel, *(("column_sums_kernel",) if self.name == "gelu_layernorm" else ()))
 
     def leaves(self, shape: Iterable[int], normal: Normal, scale: float = 1.0) -> Named:
-        """Inputs for x of `shape`: `scale` times a normal, but LayerNorm's weight round 1 and its bias a normal."""
+        """Inputs for x of `shape`: `scale` times a normal; LayerNorm's weight is about 1 and its bias unscaled."""
         shape = tuple(shape)
         found = {name: normal(*shape) * scale for name in self.rows}
         for name in self.vectors:
@@ -55,7 +60,7 @@ def row_op(
     width: str = "hidden",
     **rest: Any,
 ) -> RowOp:
-    """The RowOp of these inputs, called with all of them."""
+    """The RowOp with these inputs; its calls pass all of them."""
 
     def inputs(
         size: Size,

@@ -1,4 +1,4 @@
-"""The ops over rows under test, and the way a test calls any op and its reference."""
+"""Test support for the ops over rows, and the function with which tests call any op and its reference."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from fastbert.testing.numerics import assert_close
 from .row_op import RowOp
 from .specs import bias_gelu, dropout_add_layernorm, gelu_layernorm
 
-# Compiled where there is a GPU, Triton's interpreter elsewhere: the same tests prove both.
+# Compiled kernels on a GPU, Triton's interpreter elsewhere: the same tests cover both.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Inputs = dict[str, Tensor | None]
@@ -31,7 +31,7 @@ def make_inputs(
     scale: float = 1.0,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Inputs:
-    """Random inputs: `scale` times a normal, LayerNorm's weight round 1; `optional` says whether x_bias is there."""
+    """Random inputs: `scale` times a normal, LayerNorm's weight about 1; without `optional`, the optional one is None."""
     values = op.leaves(shape, lambda *shape: torch.randn(shape, dtype=torch.float64), scale)
     inputs: Inputs = {name: x.to(DEVICE, (dtypes or {}).get(name, dtype)) for name, x in values.items()}
     if not optional:
@@ -58,7 +58,7 @@ def run(
 
 
 def assert_same(results: Mapping[str, Tensor | None], others: Mapping[str, Tensor | None]) -> None:
-    """Bitwise equal in the interpreter. Compiled, another alignment or stride may add a row up in another order."""
+    """Check for bitwise equality in the interpreter. Compiled, alignment or strides may change the order of a row's sum."""
     assert results.keys() == others.keys()
     for name, result in results.items():
         if INTERPRETED or result is None:
@@ -68,17 +68,17 @@ def assert_same(results: Mapping[str, Tensor | None], others: Mapping[str, Tenso
 
 
 def double(inputs: Inputs) -> Inputs:
-    """The same in float64."""
+    """The inputs in float64."""
     return {name: t if t is None else t.double() for name, t in inputs.items()}
 
 
 def seed_tensor(seed: int) -> Tensor:
-    """A seed of dropout, on the device."""
+    """A dropout seed, int64 [], on the device."""
     return torch.tensor(seed, dtype=torch.int64, device=DEVICE)
 
 
 def drawn_mask(shape: Iterable[int], p: float, seed: Tensor) -> Tensor:
-    """The keep mask (bool) that the kernel draws, read off the sum it saves: x is 1, the residual 0."""
+    """The keep mask (bool) that the kernel draws, read off the sum that it saves for x = 1 and residual = 0."""
     ones = torch.ones(tuple(shape), device=DEVICE)
     vector = ones.new_ones(ones.shape[-1:])
     _, z, _, _ = torch.ops.fastbert.dropout_add_layernorm(
@@ -95,7 +95,7 @@ def check(
     frozen: Iterable[str] = (),
     **options: Any,
 ) -> dict[str, Tensor | None]:
-    """Output and every gradient of the kernel against eager and float64, and one launch of each kernel."""
+    """Check output and every gradient of the kernel against eager and float64, and one launch per kernel."""
     frozen = tuple(frozen)
     eager_options = {k: v for k, v in options.items() if k != "seed"}
     if options.get("p"):
@@ -118,7 +118,7 @@ def check(
     eager = run(op.reference, inputs, dy, frozen, **eager_options)
     eager_options.pop("out_dtype", None)
     exact = run(op.reference, double(inputs), dy.double(), frozen, **eager_options)
-    # A float32 gradient that went through a 16-bit input or sum is a 16-bit number, in eager too.
+    # A float32 gradient that went through a 16-bit input or sum has the accuracy of a 16-bit number, in eager too.
     rounded = any(t is not None and t.element_size() == 2 for t in (dy, *inputs.values()))
     assert_close(results, eager, exact, relative_fp32=None if rounded else 1e-5)
     return results

@@ -1,7 +1,8 @@
-"""What an op is, said once: what tests, the audit and the benchmarks read of it.
+"""Describes an op once, for the tests, the audit and the benchmarks.
 
-An OpSpec makes inputs of any size on any device, calls the op on them, and says what ships of it, what a call launches with
-and which bytes and operations it needs. Each op has a file in specs/, with its SPEC. This file imports no kernel.
+An OpSpec makes inputs of any size on any device, calls the op on them, and lists its shipped variants, the configuration
+tables of a call, and the bytes and operations that it needs. Each op has a file with its SPEC in specs/. This file imports
+no kernel.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 DTYPES = {"bool": torch.bool, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-# Odd on purpose: packed rows come in any number, and divisibility must not be what makes a kernel good.
+# Odd on purpose: the number of packed rows is arbitrary, and a kernel must not depend on its divisibility.
 TOKENS, SEQLEN = 16383, 509
-# Every bucket's own width (a power of two), BERT's 384 (MiniLM) and 768 (base) inside theirs, and one that no vector
-# divides. Element size 8 exists for gradcheck, so it is compiled but at the widest of each bucket only.
+# Every bucket's own width (a power of two), BERT's 384 (MiniLM) and 768 (base) within their buckets, and one that no vector
+# size divides. Element size 8 exists for gradcheck, so it is compiled only at the widest of each bucket.
 HIDDEN = (384, 512, 768, 1023, 1024, 2048, 4096, 8192)
 BUCKETS = (512, 1024, 2048, 4096, 8192)
 FEED_FORWARD = (1536, 3072, 4096, 4095)
@@ -28,9 +29,9 @@ Normal = Callable[..., Tensor]  # normal(*shape)
 
 @dataclass(frozen=True)
 class Size:
-    """How large a call is, in BERT's terms; an op reads of it what it has.
+    """The size of a call, in BERT's terms; an op reads the fields that it has.
 
-    `lengths`: the real tokens of each sequence, where those are given.
+    lengths: the number of real tokens per sequence; None without padding.
     """
 
     batch: int
@@ -50,35 +51,38 @@ class Size:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random tensors on a device, by its generator; on "meta" they are shapes alone."""
+    """Draws random tensors on a device with a generator; on "meta" they have shapes only."""
 
     device: torch.device | str
     generator: torch.Generator | None = None
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Drawn in float32 (float64 for that) and rounded, so that every dtype gets the same numbers."""
+        """A normal tensor, drawn in float32 (or float64) and rounded, so that every dtype gets the same numbers."""
         wide = torch.promote_types(dtype, torch.float32)
         return torch.randn(shape, dtype=wide, device=self.device, generator=self.generator).to(dtype)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """int64, from `low` to below `high`."""
+        """An int64 tensor in [low, high)."""
         return torch.randint(low, high, shape, device=self.device, generator=self.generator)
 
     def mask(self, rate: float, *shape: int) -> Tensor:
-        """bool, true at this rate."""
+        """A bool tensor, true at this rate."""
         return torch.rand(shape, device=self.device, generator=self.generator) < rate
 
     def seed(self) -> Tensor:
-        """Of dropout, always the same."""
+        """The dropout seed, always the same."""
         return torch.full((), 7, dtype=torch.int64, device=self.device)
 
 
 @dataclass(frozen=True)
 class Given:
-    """One call: what is differentiated, what goes with it (masks, ids, numbers), and the gradient from above.
+    """The inputs of one call.
 
-    `within`: makes what the call runs under, where something is decided that is no argument.
-    `peers`: what other implementations of the op take in place of the context.
+    leaves: the tensors that are differentiated.
+    context: the other arguments (masks, ids, numbers).
+    dy: the gradient of the output.
+    within: makes the context manager that the call runs in, for a setting that is not an argument.
+    peers: arguments that other implementations of the op take instead of the context.
     """
 
     leaves: Named
@@ -88,12 +92,12 @@ class Given:
     peers: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> Named:
-        """Leaves, context and gradient by name: all that a call reads."""
+        """Leaves, tensors of the context, and dy by name: all that a call reads."""
         context = {name: x for name, x in self.context.items() if isinstance(x, Tensor)}
         return self.leaves | context | ({} if self.dy is None else {"dy": self.dy})
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Given":
-        """The same call of other tensors; one of the context that is not among them is left out."""
+        """The same call with other tensors; a tensor of the context that is not among them is dropped."""
         context = {
             name: tensors.get(name) if isinstance(x, Tensor) else x
             for name, x in self.context.items()
@@ -102,28 +106,32 @@ class Given:
         return replace(self, leaves={name: tensors[name] for name in self.leaves}, context=context, dy=tensors.get("dy"))
 
     def converted(self, dtype: torch.dtype) -> "Given":
-        """Leaves and gradient in another dtype."""
+        """The call with leaves and dy in another dtype."""
         leaves = {name: x.to(dtype) for name, x in self.leaves.items()}
         return replace(self, leaves=leaves, dy=None if self.dy is None else self.dy.to(dtype))
 
     def packed(self) -> "Given":
-        """The real rows only, [T, ...]: what an implementation without padding works on."""
+        """The call on the real rows only, [T, ...], for an implementation without padding."""
         leaves = {name: self.real(x) for name, x in self.leaves.items()}
         return replace(self, leaves=leaves, dy=None if self.dy is None else self.real(self.dy))
 
     def real(self, x: Tensor) -> Tensor:
-        """The rows of x that are no padding; x itself where none are, or where it is packed already."""
+        """The rows of x that are not padding; x itself if there is no padding or it is already packed."""
         mask = self.context.get("key_mask")
         return x if mask is None or x.shape[:2] != mask.shape else x[mask]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of what ships of an op, as the audit compiles it: at a dtype ("mixed" is autocast: x in bf16, the rest in fp32) and
-    a width (of a row; of attention that of a head), with `options` of OpSpec.inputs that `label` names.
+    """A shipped variant of an op, as the audit compiles it.
 
-    kernels: only these of what it launches, where the others stand under other variants' names.
-    launch: launches what no public call does by itself, given the variant and a number of rows.
+    op: the name of the op.
+    dtype: a key of DTYPES, or "mixed" for autocast (x in bf16, the rest in fp32).
+    width: the width of a row; for attention, the head size.
+    label: a name for `options`.
+    options: options of OpSpec.inputs.
+    kernels: only these of the launched kernels, if the others belong to other variants.
+    launch: launch(variant, rows) for launches that no public call makes by itself.
     """
 
     op: str
@@ -136,12 +144,12 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The key of its records, without architecture and direction."""
+        """The key of its audit records, without architecture and direction."""
         return f"{self.op} {self.dtype} {self.width} {self.label}"
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of x, and of the rest."""
+        """The dtypes of x and of the other inputs."""
         low = "bf16" if self.dtype == "mixed" else self.dtype
         return DTYPES[low], DTYPES["fp32" if self.dtype == "mixed" else self.dtype]
 
@@ -152,25 +160,25 @@ def _by_width(spec: "OpSpec", variant: Variant, rows: int) -> Size:
 
 @dataclass(frozen=True, eq=False)
 class OpSpec:
-    """An op.
+    """The spec of an op.
 
-    call, reference: the public function and its definition (kernels/reference.py), by keyword.
-    inputs: inputs(size, draw, dtype, **options) makes a call. Of options all ops with dropout take p; x_dtype is that of x
-        under autocast.
-    variant, variants: variant(dtype, width, **options) is one of what the audit compiles; variants() are all that ship.
-    short: of those, without the op's name, what BERT-base is trained with in bf16.
-    width: the field of Size by which its tables are keyed.
-    eager: as transformers computes it, which is what a benchmark compares with; the reference by default.
-    tensors: those of tokens x width elements that are read or written, by direction.
-    widen: how many times as wide as the hidden size they are in BERT.
-    operations: operations(direction, size) of its matrix products.
-    forms: calls that tests repeat, capture and delay: options of inputs by name.
-    tables: by form, the tables of configurations that it launches with.
-    dropout: whether eager, called by a benchmark, takes p.
-    small, large: sizes at which tests call it, under the interpreter and on a GPU.
-    audited: the size at which the audit launches a variant, given as many rows.
-    tokens: as many rows as the audit gives.
-    elements: of each tensor whose bytes are the floor, as the audit launches a variant.
+    call, reference: the public function and its reference (kernels/reference.py), called by keyword.
+    inputs: inputs(size, draw, dtype, **options) makes a call. All ops with dropout take the option p; the option x_dtype is
+        the dtype of x under autocast.
+    variant, variants: variant(dtype, width, **options) makes one variant for the audit; variants() yields all shipped ones.
+    short: the variants, without the op's name, with which BERT-base is trained in bf16.
+    width: the field of Size by which its configuration tables are keyed.
+    eager: the op as transformers computes it, for benchmarks; the reference by default.
+    tensors: per direction, the tensors of tokens x width elements that are read or written.
+    widen: their width in BERT, as a multiple of the hidden size.
+    operations: operations(direction, size), the operations of its matrix products.
+    forms: options of inputs by name, for the calls that tests repeat, capture and delay.
+    tables: per form, the configuration tables that its launches use.
+    dropout: whether eager takes p in a benchmark.
+    small, large: the sizes at which tests call it, in the interpreter and on a GPU.
+    audited: audited(spec, variant, rows), the size at which the audit launches a variant.
+    tokens: the number of rows in the audit.
+    elements: elements(spec, variant), the elements per tensor that counts towards the floor of bytes in the audit.
     """
 
     name: str
@@ -198,12 +206,14 @@ class OpSpec:
         return self.name
 
     def moved(self, direction: str, tokens: int, hidden: int, itemsize: int) -> int:
-        """The fewest bytes: each of `tensors` once. Weights, biases and statistics of rows are left out, which are under 1 % at
-        4,096 tokens."""
+        """The minimum of bytes moved: each of `tensors` once.
+
+        Weights, biases and statistics of rows are left out; they are under 1 % at 4,096 tokens.
+        """
         return len(self.tensors[direction]) * tokens * self.widen * hidden * itemsize
 
     def run(self, given: Given, call: Callable[..., Any] | None = None) -> dict[str, Tensor]:
-        """{"y": what the op (or `call`) returns, "dx": the gradient of x, ...} of one forward and backward."""
+        """Run one forward and backward of the op (or `call`): {"y": the output, "dx": the gradient of x, ...}."""
         leaves = {name: x.detach().requires_grad_() for name, x in given.leaves.items()}
         with given.within():
             y = (call or self.call)(**leaves, **given.context)
@@ -215,7 +225,7 @@ class OpSpec:
         return results | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
     def launch(self, variant: Variant, rows: int | None = None) -> None:
-        """Launch what a training step would of `variant`, forward then backward, on the meta device."""
+        """Launch a training step of `variant`, forward and backward, on the meta device."""
         rows = rows or self.tokens
         if variant.launch:
             variant.launch(variant, rows)
@@ -223,7 +233,7 @@ class OpSpec:
             self.run(self.on_meta(variant, rows))
 
     def on_meta(self, variant: Variant, rows: int) -> Given:
-        """The inputs that `launch` gives a variant."""
+        """The inputs with which `launch` calls a variant."""
         low, dtype = variant.dtypes
         options = dict(variant.options) | ({} if low == dtype else {"x_dtype": low})
         return self.inputs(self.audited(self, variant, rows), Draw("meta"), dtype, **options)

@@ -134,4 +134,4 @@ def test_env_asks_for_permission(tmp_path, monkeypatch):
     """By what os.access says, since root may write into any folder."""
     monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode == os.W_OK))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    assert "cannot be written" in environment()["Triton's cache"]
+    assert "not writable" in environment()["Triton's cache"]

@@ -163,7 +163,7 @@ def test_lengths_that_deny_the_padding_stop():
 
 def test_a_read_position_that_is_padding_stops():
     model = fastbert.patch(make(CLASSIFICATION))
-    with fastbert.lengths(model, token_budget=50), pytest.raises(RuntimeError, match="padding is read"):
+    with fastbert.lengths(model, token_budget=50), pytest.raises(RuntimeError, match="padded position is read"):
         model(**make_batch(CLASSIFICATION, "left"))
 
 

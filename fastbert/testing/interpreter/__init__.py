@@ -1,8 +1,10 @@
-"""Triton's interpreter, accelerated: most of its time goes into making the same few types again and again.
+"""Accelerates Triton's interpreter, for fastbert's tests, benchmarks and command line; users never import this package.
 
-For fastbert's tests, benchmarks and command line; nothing that a user imports loads this package. The kernels'
-arithmetic is untouched: each function here gives what the one that it replaces gives, which tests/test_interpreter.py
-shows by running thousands of operations in both. All replacements are made or none.
+Triton makes the same few types again at every operation and runs some thirty checks on two operands, which is most of the
+tests' time. Each function here returns what the one it replaces returns: tests/test_interpreter.py shows that 13,000
+operations on every pair of types give, bit for bit, the results of a process without replacements. All replacements are made
+or none, and only on releases of triton that this test has passed on. The tests also make every int32 sum, product or cast
+that overflows raise (tests/interpreter.py).
 """
 
 import inspect
@@ -16,8 +18,8 @@ import numpy as np
 
 from fastbert.testing.interpreter.operands import operand_replacements
 
-# The releases of triton on which tests/test_interpreter.py passes. On another, nothing is replaced: to add one, name it
-# here and run that test under it.
+# The releases of triton on which tests/test_interpreter.py passes. On others, nothing is replaced. To add one, name it here
+# and run that test under it.
 RELEASES = ("3.6", "3.7", "3.8")
 
 Replacement = tuple[object, str, object]  # owner, name, and what takes the place of `owner.name`
@@ -31,7 +33,7 @@ def accelerate() -> None:
     """Replace the slowest functions of the interpreter in this process, if this release of triton is one of RELEASES."""
     import triton
 
-    # NumPy's word for what a hash does on purpose, and a GPU without one
+    # Hashes overflow on purpose; NumPy warns of it, and a GPU does not.
     warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning, r"triton\.")
     if ".".join(triton.__version__.split(".")[:2]) not in RELEASES:
         logger.info("Triton's interpreter is not accelerated: triton %s is not one of %s", triton.__version__, RELEASES)
@@ -43,15 +45,15 @@ def accelerate() -> None:
 
 
 def replace_all(replacements: Iterable[Replacement]) -> None:
-    """Make all replacements, or none where one cannot be made.
+    """Make all replacements, or none if one cannot be made.
 
     Raises:
-        AttributeError: there is nothing of that name to replace.
-        TypeError: what is there takes other arguments than what would replace it.
+        AttributeError: an attribute to replace does not exist.
+        TypeError: a function and its replacement have different parameters.
     """
     replacements = list(replacements)
     for owner, name, new in replacements:
-        if isinstance(new, property):  # in place of an attribute of instances, of which the class has none
+        if isinstance(new, property):  # replaces an attribute of instances, which the class does not have
             continue
         expected, found = _parameters(new), _parameters(getattr(owner, name))
         if found != expected:
@@ -72,15 +74,15 @@ def replace_all(replacements: Iterable[Replacement]) -> None:
 
 
 def _parameters(function: object) -> list[str]:
-    """Names, kinds and defaults, without annotations."""
+    """The parameters of a function as text (names, kinds and defaults), without annotations."""
     return [str(p.replace(annotation=p.empty)) for p in inspect.signature(function).parameters.values()]
 
 
 def _language_replaced_once() -> Iterator[Replacement]:
-    """Replace triton.language's functions for good: in this process they serve nothing else.
+    """Replace triton.language's functions permanently: this process uses them in the interpreter only.
 
-    The interpreter puts them back after each launch and, to the same effect, replaces them again in every jit function
-    that a kernel calls: half of the time.
+    The interpreter restores them after each launch and replaces them again, to the same effect, in every jit function that a
+    kernel calls, which takes half of the time.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -105,11 +107,11 @@ def _language_replaced_once() -> Iterator[Replacement]:
 
 
 def _direct_calls() -> Iterator[Replacement]:
-    """Two functions and a dictionary stood between a call of triton.language and what it does."""
+    """Removes two functions and a dictionary between a call of triton.language and its implementation."""
     from triton.runtime import interpreter
 
     def patch(obj, name, member, builder, scope) -> None:
-        function = getattr(member, "__wrapped__", member)  # the wrapper refuses calls from outside of a kernel
+        function = getattr(member, "__wrapped__", member)  # the wrapper rejects calls from outside a kernel
 
         def call(*args, **kwargs):
             kwargs["_semantic"] = interpreter.interpreter_semantic
@@ -121,13 +123,13 @@ def _direct_calls() -> Iterator[Replacement]:
 
 
 def _cached_numpy_types() -> Iterator[Replacement]:
-    """A dictionary of all types was built to look one up, at every operation."""
+    """Caches NumPy types; Triton builds a dictionary of all types per lookup."""
     from triton.runtime import interpreter
 
     look_up, known = interpreter._get_np_dtype, {}
 
     def cached(tt_dtype):
-        name = tt_dtype.scalar.name  # pointers and blocks have no hash
+        name = tt_dtype.scalar.name  # pointers and blocks are unhashable
         if name not in known:
             known[name] = look_up(tt_dtype.scalar)
         return known[name]
@@ -136,9 +138,9 @@ def _cached_numpy_types() -> Iterator[Replacement]:
 
 
 def _shared_shapes() -> Iterator[Replacement]:
-    """Blocks and tensors of one shape share its tuple and its product, which were made anew at every operation.
+    """Shares the tuple and the product of a shape among all blocks and tensors; Triton makes them at every operation.
 
-    A block's name, read in error messages only, is put together when it is asked for.
+    A block's name, which only error messages use, is built on access.
     """
     import triton.language as tl
     from triton._utils import validate_block_shape
@@ -147,7 +149,7 @@ def _shared_shapes() -> Iterator[Replacement]:
     core = tl.core
 
     class Sizes(core.tuple):
-        """A block's shape: there is one object of each, so that `is` compares shapes."""
+        """The shape of a block; there is one object per shape, so that `is` compares shapes."""
 
         def __init__(self, sizes: tuple[int, ...]) -> None:
             super().__init__(sizes)
@@ -182,7 +184,7 @@ def _shared_shapes() -> Iterator[Replacement]:
 
 
 def _comparisons_by_identity() -> Iterator[Replacement]:
-    """A type is equal to itself, and what is no constexpr is itself: both were found out by way of names and lists."""
+    """Compares types by identity first, and returns values that are not constexpr at once; Triton compares names and lists."""
     import triton.language as tl
 
     core = tl.core
@@ -194,7 +196,7 @@ def _comparisons_by_identity() -> Iterator[Replacement]:
 
 
 def _erf_of_arrays() -> Iterator[Replacement]:
-    """A function of Python's own stood between NumPy and math.erf, called for each element."""
+    """Applies math.erf to arrays directly; Triton goes through a Python function per element."""
     from triton.runtime import interpreter
 
     def erf(*args: np.ndarray, **kwargs: object) -> np.ndarray:  # as np.vectorize declares itself
@@ -206,7 +208,7 @@ def _erf_of_arrays() -> Iterator[Replacement]:
 
 
 def _checks_only_in_debug() -> Iterator[Replacement]:
-    """Whether a sum of integers fits its type took eleven operations to find out, and is dropped unless one debugs."""
+    """Checks integer overflow only in debug mode, where the result is used; the check takes eleven operations."""
     from triton.language.semantic import TritonSemantic
 
     check = TritonSemantic.binary_op_sanitize_overflow_impl

@@ -1,4 +1,4 @@
-"""What two operands of Triton's interpreter become, found quickly: see `fastbert.testing.interpreter`."""
+"""Converts two operands of Triton's interpreter to a common type and shape quickly; see `fastbert.testing.interpreter`."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def operand_replacements() -> Iterator[tuple[object, str, object]]:
-    """Two operands were cast to one type and copied to one shape, by way of some thirty questions.
+    """Converts two operands without the some thirty checks of Triton, and without copying them to a common shape.
 
-    NumPy finds the shape by itself. All that takes the two from here is arithmetic of NumPy's, element by element.
+    NumPy broadcasts by itself, and its element-wise arithmetic is all that uses the two operands afterwards.
     """
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
@@ -26,7 +26,7 @@ def operand_replacements() -> Iterator[tuple[object, str, object]]:
 
     @cache
     def casts_in_one_step(source: int, target: int) -> bool:
-        """To int1 is a comparison; from 16-bit types one goes by way of float32."""
+        """Whether a cast is one NumPy cast: to int1 it is a comparison, and from 16-bit types it goes through float32."""
         one, other = numbers[source], numbers[target]
         if one is tl.bfloat16 or other is tl.bfloat16 or other is tl.int1:
             return False
@@ -58,7 +58,7 @@ def operand_replacements() -> Iterator[tuple[object, str, object]]:
     constants: dict[tuple, tensor] = {}
 
     def constant(self, value, like, divides):
-        """`value` as `convert` gives it beside `like`, or None where `like` is another type then."""
+        """`value` as `convert` returns it for the operand `like`, or None if `convert` changes the type of `like`."""
         key = type(value), value, id(like.dtype), id(like.shape), divides
         if key not in constants:
             one, other = convert(self, like, value, div_or_mod=divides)

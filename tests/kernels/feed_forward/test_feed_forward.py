@@ -41,7 +41,7 @@ def test_other_activations_go_without(activation, small_tiles):
     on = activation in feed_forward_products.ACTIVATIONS
     with decided(*BOTH):
         assert is_on(PRODUCT, torch.empty(0, device=DEVICE), 37, 32, 64, activation) == on
-        check(make_inputs(20, 32, 64, 16), (on, on), activation=activation, asked=BOTH)
+        check(make_inputs(20, 32, 64, 16), (on, on), activation=activation, requested=BOTH)
 
 
 @interpreted
