@@ -1,16 +1,20 @@
-"""out = dropout(softmax(scale Q K' + mask)) V for every head, without the scores ever in memory.
+"""out = dropout(softmax(scale Q K' + mask)) V for every head, without ever having the scores in memory.
 
 q [B, Sq, heads, D], k and v [B, Sk, kv heads, D] with any strides (the projections' own output, no transposes), or packed
-[T, heads, D] with cu_seqlens (and cu_seqlens_q, where the queries are other rows than the keys); out has the shape of
-q, contiguous: ready for the next product.
+[T, heads, D] with cu_seqlens (and cu_seqlens_q, if the queries are other rows than the keys). out has the shape of q and is
+contiguous, ready for the next product.
 
-    forward    4 Sq Sk D operations a head; reads q, k, v; writes out and 4 bytes a row and head
-    backward   10 Sq Sk D in exact arithmetic, and of short sequences; 14 of others (scores and dP in both kernels)
+    forward    4 Sq Sk D operations per head; reads q, k, v; writes out and 4 bytes per row and head
+    backward   10 Sq Sk D in exact arithmetic and for short sequences, else 14 (scores and dP in both kernels)
 
-Saved: q, k, v, out, and the logarithm of each row's softmax sum (in float32 and float64 the top score and the sum apart).
-Dropout's bits are made again, not kept.
-FlashAttention-2 (Dao, arXiv:2307.08691); the kernels and their sources are in forward.py, backward_kv.py,
-backward_q.py and backward_short.py.
+Saved: q, k, v, out, and the logarithm of each row's softmax sum (in float32 and float64 the top score and the sum separately).
+Dropout's bits are recomputed.
+
+What is masked may stay finite: eager adds its masks, so a NaN behind a mask comes through, while the kernels do not read it. An
+infinite key that no query attends to may get NaN as its own gradient.
+
+FlashAttention-2 (Dao, arXiv:2307.08691). The kernels and their sources are in forward.py, backward_kv.py, backward_q.py and
+backward_short.py.
 """
 
 import math
@@ -43,29 +47,29 @@ from .forward import attention_fwd_kernel
 __all__ = ["attention"]
 
 
-Strides = tuple[int, int, int, int]  # batch, row, head, column; no batch (0) where rows are packed
+Strides = tuple[int, int, int, int]  # batch, row, head, column; the batch's is 0 for packed rows
 
 
 class Geometry(NamedTuple):
-    """What a call's kernels are told besides its tensors."""
+    """A call's shapes, strides and numbers: everything but its tensors."""
 
     sequences: int
     max_seqlen_q: int
     max_seqlen_k: int
-    n_rows: int  # of queries in all
+    n_rows: int  # all rows of queries
     n_heads: int
     kv_heads: int
     head_size: int
     q: Strides
     k: Strides
     v: Strides
-    mask: tuple[int, int, int, int] | None  # of a general mask: batch, head, query, key
+    mask: tuple[int, int, int, int] | None  # strides of a general mask: batch, head, query, key
     causal: bool
     scale: float
     p: float
 
     def numbers(self, like: Tensor) -> dict[str, Any]:
-        """Those that the forward and both of the large kernels of the backward take."""
+        """The numbers that the forward and both large kernels of the backward take."""
         return {
             "q_strides": self.q,
             "k_strides": self.k,
@@ -86,7 +90,8 @@ class Geometry(NamedTuple):
         }
 
     def choose(self, kernel: str, like: Tensor, grouped: bool = False) -> Config:
-        """A general mask needs registers for a pointer a score, a loop over heads for what goes round it: smaller tiles."""
+        """The configuration. A general mask takes a pointer per score, a loop over heads what outlives an iteration: their
+        tiles are smaller."""
         if grouped:
             kernel = f"{kernel}_grouped"
         elif self.mask is not None:
@@ -103,7 +108,7 @@ def _strides(x: Tensor) -> Strides:
 
 
 def _sizes(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, int, int]:
-    """Sequences, rows of the longest, rows in all."""
+    """(sequences, rows of the longest, all rows)."""
     if cu_seqlens is None:
         return x.shape[0], x.shape[1], x.shape[0] * x.shape[1]
     return cu_seqlens.shape[0] - 1, max_seqlen, x.shape[0]
@@ -122,10 +127,11 @@ def geometry_of(given: "Inputs") -> Geometry:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether the kernels are told that each row of a head starts at a multiple of 16 bytes, in all of these tensors.
+    """Whether to tell the kernels that each row of a head starts at a multiple of 16 bytes in all of these tensors.
 
-    Triton sees it for itself where 16 divides every stride, so at BERT's head sizes nobody has to ask. Where it is not so
-    (a slice whose first element is the third of its storage, a stride of 41), a load of 16 bytes would be an error.
+    At BERT's head sizes Triton infers it, because 16 divides every stride. For other head sizes it is read off every stride and
+    address: where it does not hold (a slice that starts at the third element of its storage, a stride of 41), a 16-byte load
+    would be a misaligned access, which ends the program.
     """
     head_size, vector = tensors[0].shape[-1], 16 // tensors[0].element_size()
     if head_size % 16 == 0 or head_size % vector:
@@ -136,16 +142,16 @@ def _aligned(*tensors: Tensor) -> bool:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Read at each launch, as torch's own products do: Triton's default would be TF32."""
+    """The precision of products, read at each launch as torch's own products do. Triton's default would be TF32."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _block_d(head_size: int) -> int:
-    return max(16, next_power_of_2(head_size))  # the matrix unit's shortest side is 16
+    return max(16, next_power_of_2(head_size))  # the matrix unit's smallest side is 16
 
 
 def forward_work(geometry: Geometry, like: Tensor, aligned: bool) -> Work:
-    """Of tensors of the dtype and device of `like`; aligned: as `_aligned` says of q, k and v."""
+    """The launch for tensors of the dtype and device of `like`; aligned: `_aligned` of q, k and v."""
     config = geometry.choose("attention_forward", like)
     programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
     blocks = {"ALIGNED": aligned, "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N}
@@ -153,12 +159,13 @@ def forward_work(geometry: Geometry, like: Tensor, aligned: bool) -> Work:
 
 
 def room_of_queries(geometry: Geometry, dtype: torch.dtype) -> tuple[tuple[int, int, int], torch.dtype]:
-    """Shape and dtype of what the kernel for q leaves to the one for k and v: tiles.store_queries."""
+    """Shape and dtype of what attention_bwd_q_kernel leaves for attention_bwd_kv_kernel: tiles.store_queries."""
     return (geometry.n_heads, geometry.n_rows, 4), torch.int64 if dtype == torch.float64 else torch.int32
 
 
 def backward_q_work(geometry: Geometry, like: Tensor, dout: Strides, dq_row_stride: int, aligned: bool) -> Work:
-    """aligned: of q, k, v, out, dout and the gradients. It leaves what the other kernel needs of each query row."""
+    """aligned: `_aligned` of q, k, v, out, dout and the gradients. It also writes what the kernel for k and v reads per query
+    row."""
     config = geometry.choose("attention_backward_q", like)
     programs = geometry.sequences * geometry.n_heads * cdiv(geometry.max_seqlen_q, config.BLOCK_M)
     return Work(
@@ -170,7 +177,7 @@ def backward_q_work(geometry: Geometry, like: Tensor, dout: Strides, dq_row_stri
 
 
 def backward_kv_work(geometry: Geometry, like: Tensor, dout: Strides, dkv_row_stride: int, aligned: bool) -> Work:
-    """aligned: of q, k, v, dout and the gradients."""
+    """aligned: `_aligned` of q, k, v, dout and the gradients."""
     config = geometry.choose("attention_backward_kv", like, grouped=geometry.n_heads != geometry.kv_heads)
     programs = geometry.sequences * geometry.kv_heads * cdiv(geometry.max_seqlen_k, config.BLOCK_N)
     return Work(
@@ -184,8 +191,8 @@ def backward_kv_work(geometry: Geometry, like: Tensor, dout: Strides, dkv_row_st
 def backward_short_work(
     geometry: Geometry, like: Tensor, dout: Strides, dq_row_stride: int, dkv_row_stride: int, aligned: bool
 ) -> Work | None:
-    """What does the work of the other two, of sequences that the tables of short ones serve. None of longer ones, of a
-    general mask, and where heads share keys. aligned: of q, k, v, out, dout and the gradients."""
+    """One launch in place of the other two, for sequences short enough for its tables; None for longer ones, with a general
+    mask, and where heads share keys. aligned: `_aligned` of q, k, v, out, dout and the gradients."""
     if geometry.mask is not None or geometry.n_heads != geometry.kv_heads:
         return None
     config = choose_short("attention_backward_short", like, geometry.head_size, geometry.longest)
@@ -233,7 +240,7 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     q, k, v, key_mask, key_bounds, mask, cu_seqlens, cu_seqlens_q, seed, *_ = inputs
     out, logsumexp = _allocate_forward(inputs)
     if not q.numel() or not k.numel():
-        return out.zero_(), logsumexp.zero_()  # what an empty sum is
+        return out.zero_(), logsumexp.zero_()  # no keys: every sum is empty
     geometry = geometry_of(inputs)
     forward_work(geometry, q, _aligned(q, k, v)).launch(
         q,
@@ -255,8 +262,8 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     q = inputs.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    rows = math.prod(q.shape[:-2])  # torch.Size.numel would fix a size that torch.compile keeps open
-    planes = 2 if q.element_size() > 2 else 1  # tiles.store_softmax
+    rows = math.prod(q.shape[:-2])  # torch.Size.numel would fix a size that torch.compile keeps dynamic
+    planes = 2 if q.element_size() > 2 else 1  # see tiles.store_softmax
     return out, torch.empty((planes, q.shape[-2], rows), dtype=accumulator_torch(q.dtype), device=q.device)
 
 
@@ -269,9 +276,9 @@ def _allocate_backward(dout: Tensor, saved: Saved) -> Gradients:
 
 
 def launch_backward_packed(dout: Tensor, saved: Saved) -> Gradients:
-    """As _launch_backward; of one self-attention, the three gradients are views of one buffer [..., 3, heads, D].
+    """Like _launch_backward; for self-attention the three gradients are views of one buffer [..., 3, heads, D].
 
-    That buffer is the gradient of a product that gave q, k and v at once: `unpack` hands it on without a copy.
+    That buffer is the gradient of a product that computed q, k and v together: `unpack` passes it on without a copy.
     """
     q, k, *_ = saved.inputs
     if q.shape != k.shape:
@@ -349,33 +356,33 @@ def attention(
 ) -> Tensor:
     """softmax(scale q k' + mask) v for every head, with dropout on the probabilities.
 
-    A row whose keys are all masked is the average of all of them, as it is with eager's additive masks. float32
-    products are true float32 unless torch.set_float32_matmul_precision allows TF32.
+    A row whose keys are all masked is the average of all of them, as it is with eager's additive masks. float32 products are
+    true float32 unless torch.set_float32_matmul_precision allows TF32.
 
     Args:
-        q: [B, Sq, heads, D], or packed [T, heads, D]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16; any strides; D from
-            1 to 256.
-        k, v: [B, Sk, kv heads, D], or packed like q. kv heads are as many as q's, or a divisor of that: each then serves a
-            group of q's neighbouring heads (grouped queries; one kv head: multi-query).
+        q: [B, Sq, heads, D], or packed [T, heads, D]. fp64 (on a GPU computed by plain PyTorch), fp32, fp16 or bf16; any
+            strides; D from 1 to 256.
+        k, v: [B, Sk, kv heads, D], or packed like q. The number of kv heads divides that of q's heads; each serves a group of
+            adjacent heads of q (grouped-query attention; with one kv head multi-query).
         key_mask: bool [B, Sk], true where a key is valid.
-        mask: [B or 1, heads or 1, Sq or 1, Sk or 1], leading dimensions may be left out, [Sq, Sk] for one; bool (true
-            where seen) or a number added to the scaled score.
-        cu_seqlens: int32 [sequences + 1], where each packed sequence starts and the last ends: from 0 to T. Rows that it
-            leaves out are not written.
+        mask: [B or 1, heads or 1, Sq or 1, Sk or 1], without leading dimensions if they are 1, such as [Sq, Sk]; bool (true
+            where a key is seen) or a number that is added to the scaled score.
+        cu_seqlens: int32 [sequences + 1], the start of each packed sequence and the end of the last: from 0 to T. Rows outside
+            of all sequences are not written.
         max_seqlen: length of the longest packed sequence, or more.
-        cu_seqlens_q, max_seqlen_q: the same of the queries, where they are other rows than the keys: q is then [Tq, heads, D].
+        cu_seqlens_q, max_seqlen_q: the same for queries that are other rows than the keys: q is then [Tq, heads, D].
         causal: query i sees keys up to i + Sk - Sq.
-        scale: 1 / sqrt(D) by default.
-        p: probability of dropping a probability, rounded to 2**-32.
-        key_bounds: bounds_of(key_mask), where it is known already.
+        scale: of the scores; 1 / sqrt(D) by default.
+        p: probability of dropping an attention probability, rounded to 2**-32.
+        key_bounds: bounds_of(key_mask), if already known.
         seed: int64 [] on q's device; drawn from torch's generator when None and p > 0.
 
     Returns:
         The shape of q, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a dtype that has no kernel, a mask that requires a
-            gradient, heads of k that do not divide q's, D over 256, a scale that is not finite, p outside [0, 1].
+        ValueError: shapes, dtypes or devices that do not fit, a dtype without a kernel, a mask that requires a gradient, a
+            number of kv heads that does not divide q's, D over 256, a scale that is not finite, p outside [0, 1].
     """
     check_inputs(q, k, v, scale, p, seed, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q)
     check_masks(q, k, key_mask, mask, key_bounds)

@@ -1,10 +1,17 @@
-"""Attention's backward kernels. Each computes its scores again and sums in one order: no atomics, the same bits.
+"""Attention's backward; its kernel for dK and dV: one program per block of keys, over all queries that see them.
 
 With P = softmax(scores), Z the dropped and rescaled P, and O = Z V:
 
-    dV = Z' dO        dP = dropout'(dO V')        dS = P (dP - delta), delta = rowsum(dO O)        dQ = dS K, dK = dS' Q
+    dV = Z' dO        dP = dropout'(dO V')        dS = P (dP - delta), delta = rowsum(dP P) = rowsum(dO O)
+    dQ = dS K         dK = dS' Q
 
-delta as a row sum: FlashAttention (Dao et al., arXiv:2205.14135, appendix B.2). It holds with dropout too, since O has it.
+delta as rowsum(dO O): FlashAttention (Dao et al., arXiv:2205.14135, appendix B.2). It holds with dropout, which O includes.
+
+The backward is two kernels. dQ comes first and leaves four numbers per query row for this one; both recompute the scores. That
+takes 14 Sq Sk D operations per head instead of 10, but summing dQ across programs would need atomics or a second pass. Short
+sequences take one kernel (backward_short.py). Every sum has one order: no atomics, the same bits every time. Grouped heads are
+a loop in this program over the heads of queries that share the keys, for the same reason. In a layer these kernels also sum the
+projections' bias gradients, before rounding.
 """
 
 import triton
@@ -38,7 +45,7 @@ def _add_queries(
     ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv with the part of queries first_query to last_query added, both (1 - p) times what they are meant to be.
+    """dk and dv plus the contributions of queries first_query to last_query, both multiplied by (1 - p).
 
     Tiles are [keys, queries].
     """
@@ -61,8 +68,8 @@ def _add_queries(
             keep = keep_scores(row_key[None, :], positions[None, :], tl.arange(0, BLOCK_N)[:, None], first_key, P_DROP)
             dropped = tl.where(keep, weights, 0.0)
         dv = product(dropped.to(dout.dtype), dout, dv, PRECISION, ACC)
-        # P (dropout'(dP) - delta), with one choice a score. A dP that is not finite stays so where it is dropped: the value or
-        # the upstream gradient that it is made of has spoiled all outputs or all of dv by then, for 0 times it is NaN.
+        # P (dropout'(dP) - delta), with one selection per score. A non-finite dP stays so where it is dropped: the value or the
+        # upstream gradient behind it has by then made all outputs or all of dv NaN, since 0 times it is NaN.
         dscores = dropped * dweights - weights * delta[None, :]
         dk = product(dscores.to(q.dtype), q, dk, PRECISION, ACC)
     return dk, dv
@@ -76,7 +83,7 @@ def _add_heads(
     ACC: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv with the part of these queries added, of every head that shares the keys, one after the other."""
+    """dk and dv plus the contributions of these queries, of every head that shares the keys, one head after the other."""
     for member in range(GROUP):
         head = kv_head * GROUP + member
         dk, dv = _add_queries(
@@ -104,7 +111,7 @@ def attention_bwd_kv_kernel(
     D: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """With sums [sequences x blocks, 2 x kv heads x D] also the sums of each block's dk and dv, as they are before rounding."""
+    """With sums [sequences x blocks, 2 x kv heads x D] it also writes each block's sums of dk and dv, before rounding."""
     PACKED: tl.constexpr = cu_seqlens_q_ptr is not None
     blocks = tl.cdiv(max_seqlen_k, BLOCK_N)
     kv_heads = n_heads // GROUP
@@ -123,7 +130,7 @@ def attention_bwd_kv_kernel(
     v_ptr = head_of(v_ptr, v_strides, batch, first_key_row, kv_head, PACKED)
     queries_ptr += first_row * 4
 
-    # Queries from `start` on see some key of this block; from `clear` on they see all of it and need no mask.
+    # Queries from `start` on see some key of this block; from `clear` on they see all of its keys and need no mask.
     start = 0
     clear = 0
     if CAUSAL:
@@ -138,7 +145,7 @@ def attention_bwd_kv_kernel(
     if mask_ptr is not None:
         complete = False
         start = 0
-    # A row that sees no key averages every key, of this block too.
+    # A row that sees no key averages all keys, including this block's.
     start = tl.where(sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL), 0, start)
     clear = tl.where(complete, tl.minimum(clear, seqlen_q), seqlen_q)
 

@@ -1,4 +1,4 @@
-"""Attention's gradient of the queries: a program a block of queries, over all keys that they see.
+"""Attention's gradient of the queries: one program per block of queries, over all keys that they see.
 
 The equations are in backward_kv.py.
 """
@@ -35,7 +35,7 @@ def _add_keys(
     PRECISION: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ with the part of keys first_key to last_key added, and with DELTA delta, rowsum(P dP), with that part."""
+    """dQ plus the contributions of keys first_key to last_key; with DELTA the same for delta, rowsum(P dP)."""
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     WIDE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth > 16
     for block in range(first_key, last_key, BLOCK_N):
@@ -50,7 +50,7 @@ def _add_keys(
         if P_DROP > 0:
             positions = tl.arange(0, BLOCK_M)
             keep = keep_scores(row_key[:, None], positions[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
-            dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE  # one instruction with the difference that follows
+            dweights = tl.where(keep, dweights, 0.0) * KEEP_SCALE  # one instruction, fused with the following subtraction
         if DELTA:
             sums += tl.sum(weights * dweights, axis=1)
         else:
@@ -69,7 +69,7 @@ def attention_bwd_q_kernel(
     D: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """With sums [sequences x blocks, heads x D] also the sums of each block's dq, as they are before rounding."""
+    """With sums [sequences x blocks, heads x D] it also writes each block's sums of dq, before rounding."""
     PACKED: tl.constexpr = cu_seqlens_q_ptr is not None
     blocks = tl.cdiv(max_seqlen_q, BLOCK_M)
     sequence_head, block, batch, head, first_row, seqlen_q, first_key_row, seqlen_k = locate(
@@ -100,8 +100,8 @@ def attention_bwd_q_kernel(
     if P_DROP > 0:
         row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)
     if WIDE:
-        # From the same dP as the gradients below, so that they add up to 0 over a row as exactly as eager's do: keys have
-        # much in common, and whatever is left over is multiplied by that. In 16 bits their own rounding is far more.
+        # delta comes from the same dP as the gradients below, so that dS sums to 0 over a row as exactly as eager's: keys have
+        # much in common, which multiplies whatever is left over. In 16 bits rounding of the gradients is far larger.
         delta = tl.zeros([BLOCK_M], ACC)
         for MASK in tl.static_range(2):  # first the keys that every row sees, which need no mask
             delta = _add_keys(

@@ -1,9 +1,9 @@
-"""Attention's gradients of short sequences: a program a head, which makes scores and dP once for all three of them.
+"""Attention's backward for short sequences: one program per head, which computes scores and dP once for all three gradients.
 
-The equations are in backward_kv.py. All queries of a sequence are the rows of one tile, so each block of keys has its dK
-and dV at once while dQ adds up on the way: five products instead of seven, one launch instead of two, and each tensor is read
-once. For 16 bits: in 32 and 64 delta needs a pass of its own (backward_q.py), and the tile would not fit registers.
-General masks and grouped heads stay with the two kernels for any length: their pointers and loops need registers too.
+The equations are in backward_kv.py. All queries of a sequence, up to 128, are the rows of one tile, so each block of keys gets
+its dK and dV at once while dQ accumulates: five products instead of seven, one launch instead of two, and each tensor is read
+once. 16 bits only: in 32 and 64 delta needs a pass of its own (backward_q.py), and the tile would not fit the registers.
+General masks and grouped heads take the two kernels at any length: their pointers and loops need registers too.
 """
 
 import triton
@@ -28,9 +28,9 @@ from .tiles import (
 
 @triton.jit
 def _seen_keys(key_mask_ptr, keys, seqlen_k, none, CAUSAL: tl.constexpr):
-    """Which keys have gradients: those that the mask shows, or all where `none` of the queries sees any.
+    """Which keys have gradients: those that the mask shows, or all keys where `none` of the queries sees any key.
 
-    Under causality that depends on the query as well, and every key of the sequence counts as seen.
+    With CAUSAL that depends on the query as well, and every key of the sequence counts as seen.
     """
     seen = keys < seqlen_k
     if key_mask_ptr is not None and not CAUSAL:
@@ -40,7 +40,7 @@ def _seen_keys(key_mask_ptr, keys, seqlen_k, none, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _load_keys(ptr, keys, seen, strides, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
-    """[keys, BLOCK_D], 0 where they are not seen and past the head size."""
+    """[keys, BLOCK_D], 0 for keys that are not seen and past the head size."""
     pointers = tile_pointers(ptr, keys, strides, BLOCK_D, ALIGNED)
     if D != BLOCK_D:
         tile = tl.load(pointers, seen[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
@@ -51,7 +51,7 @@ def _load_keys(ptr, keys, seen, strides, D: tl.constexpr, BLOCK_D: tl.constexpr,
 
 @triton.jit
 def _store_keys(ptr, tile, keys, seen, seqlen_k, strides, HIDES: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr):
-    """Rows of keys that are seen, and 0 in those of the sequence that are not where it HIDES any."""
+    """Store the rows of keys that are seen; with HIDES, store 0 for keys of the sequence that are not."""
     BLOCK_D: tl.constexpr = tile.shape[1]
     pointers = tile_pointers(ptr, keys, strides, BLOCK_D, ALIGNED)
     inside = (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -70,8 +70,8 @@ def attention_bwd_short_kernel(
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, P_DROP: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """With sums [sequences, 3 x heads x D] also those of dq, dk and dv over each sequence, as they are before rounding. That of
-    dk is 0: a vector that is added to all keys adds the same to all scores of a row, and softmax ignores it.
+    """With sums [sequences, 3 x heads x D] it also writes the sums of dq, dk and dv over each sequence, before rounding. That
+    of dk is 0: a vector added to all keys adds the same to all scores of a row, which softmax ignores.
     """
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     PACKED: tl.constexpr = cu_seqlens_q_ptr is not None
@@ -91,7 +91,7 @@ def attention_bwd_short_kernel(
     dk_ptr = head_of(dk_ptr, dkv_strides, batch, first_key_row, head, True)
     dv_ptr = head_of(dv_ptr, dkv_strides, batch, first_key_row, head, True)
 
-    # Keys from `end` on have no gradient, and none has one without queries.
+    # Keys from `end` on have no gradient; without queries no key has one.
     none = sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL)
     _, end = visible_keys(key_bounds_ptr, None, batch, 0, BLOCK_M, seqlen_q, seqlen_k, CAUSAL)
     end = tl.where(seqlen_q > 0, end, 0)
@@ -111,7 +111,7 @@ def attention_bwd_short_kernel(
     if P_DROP > 0:
         row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)
 
-    # Each block's mask is loaded before the block ahead of it is done, so that no tile waits for what it is masked by.
+    # Each block's mask is loaded before the previous block is finished, so that no tile waits for its mask.
     seen = _seen_keys(key_mask_ptr, tl.arange(0, BLOCK_N), seqlen_k, none, CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     dv_sum = tl.zeros([BLOCK_D], ACC)
@@ -120,7 +120,7 @@ def attention_bwd_short_kernel(
         k = _load_keys(k_ptr, keys, seen, k_strides, D, BLOCK_D, ALIGNED)
         v = _load_keys(v_ptr, keys, seen, v_strides, D, BLOCK_D, ALIGNED)
         scores = product(q, tl.trans(k), None, PRECISION, ACC) * scale[:, None] - logsumexp[:, None]
-        # A key that is not seen is 0 here, and its gradients are stored as 0: its weights need no mask, but have to be finite.
+        # A key that is not seen is loaded as 0, and its gradients are stored as 0: its weights need no mask but must be finite.
         weights = tl.exp2(tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL))
         if CAUSAL:
             visible = keys[None, :] <= rows[:, None] + (seqlen_k - seqlen_q)
@@ -132,7 +132,7 @@ def attention_bwd_short_kernel(
         if P_DROP > 0:
             keep = keep_scores(row_key[:, None], rows[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
             dropped = tl.where(keep, weights, 0.0)
-        dscores = (dropped * dweights - weights * delta[:, None]).to(q.dtype)  # 1 - p times it, as in backward_kv.py
+        dscores = (dropped * dweights - weights * delta[:, None]).to(q.dtype)  # multiplied by 1 - p, as in backward_kv.py
         dv = product(tl.trans(dout), dropped.to(dout.dtype), None, PRECISION, ACC) * KEEP_SCALE
         _store_keys(dv_ptr, tl.trans(dv), keys, seen, seqlen_k, dkv_strides, HIDES, D, ALIGNED)
         dk = product(tl.trans(q), dscores, None, PRECISION, ACC) * (SCALE * KEEP_SCALE)

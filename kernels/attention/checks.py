@@ -1,4 +1,4 @@
-"""What attention refuses, each with one error that names the argument, what was expected and what came."""
+"""Attention's argument checks: each error names the argument, what is expected and what came."""
 
 import math
 
@@ -48,7 +48,7 @@ def check_inputs(q, k, v, scale, p, seed, cu_seqlens, max_seqlen, cu_seqlens_q, 
 
 
 def _kv_heads(q: Tensor, k: Tensor) -> int:
-    """How many heads k and v are to have: those of k where they divide q's, of which each then serves as many."""
+    """The expected number of heads of k and v: k's own, if it divides q's."""
     heads = q.shape[-2]
     if k.dim() != q.dim() or k.shape[-2] == heads:
         return heads
@@ -69,7 +69,7 @@ def _check_bounds(name, cu_seqlens, name_of_longest, max_seqlen, q) -> None:
 
 
 def check_masks(q, k, key_mask, mask, key_bounds) -> None:
-    """Raise ValueError unless the masks fit q and k, which were checked."""
+    """Raise ValueError unless the masks fit q and k, which must have been checked."""
     if q.dim() == 3:
         if not (key_mask is None and mask is None and key_bounds is None):
             raise ValueError("cu_seqlens: packed rows take no key_mask, key_bounds or mask")

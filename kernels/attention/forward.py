@@ -1,6 +1,6 @@
-"""Attention's forward kernel: softmax(scale Q K' + mask) V with the softmax kept running over blocks of keys.
+"""Attention's forward kernel: softmax(scale Q K' + mask) V with a running softmax over blocks of keys.
 
-One program computes BLOCK_M queries of one head; GROUP neighbouring heads of queries share one of keys and values. Online
+One program computes BLOCK_M queries of one head; GROUP adjacent heads of queries share a head of keys and values. Online
 softmax: Milakov and Gimelshein, arXiv:1805.02867; tiling: FlashAttention-2 (Dao, arXiv:2307.08691).
 """
 
@@ -33,7 +33,7 @@ def _attend(
     ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Take keys first_key to last_key into the running softmax (acc, its total and the top score of each row)."""
+    """Add keys first_key to last_key to the running softmax: acc, its total and the top score of each row."""
     positions = tl.arange(0, BLOCK_M)
     for block in range(first_key, last_key, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
@@ -44,7 +44,7 @@ def _attend(
             scores = mask_scores(scores, q_rows[:, None], keys[None, :], seqlen_q, seqlen_k, masks, CAUSAL)
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_top[:, None])
-        else:  # scaled after the maximum, product and difference are one instruction
+        else:  # with the scale applied after the maximum, multiplication and subtraction are one instruction
             if SCALE >= 0:
                 new_top = tl.maximum(top, tl.max(scores, axis=1) * (SCALE * LOG2E))
             else:
@@ -104,12 +104,12 @@ def attention_fwd_kernel(
         )  # fmt: skip
 
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
-    # A packed sequence may have queries and no key: its sums are empty, and its output is 0.
+    # A packed sequence may have queries but no keys: its sums are empty, and its output is 0.
     out = acc * (KEEP_SCALE / tl.where(total == 0, 1.0, total))[:, None]
     out_strides = (0, n_heads * D, D, 1)
     out_ptr = head_of(out_ptr, out_strides, batch, first_row, head, True)
     store_tile(tile_pointers(out_ptr, rows, out_strides, BLOCK_D, False), out, rows, seqlen_q, D, BLOCK_D)
-    if logsumexp_ptr is not None:  # what a backward needs
+    if logsumexp_ptr is not None:  # a backward follows
         WIDE: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth > 16
         here = logsumexp_ptr + head * n_rows + first_row
         store_softmax(here, n_heads.to(tl.int64) * n_rows, rows, seqlen_q, top, total, WIDE)

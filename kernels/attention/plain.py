@@ -1,4 +1,4 @@
-"""Attention's launchers' twins in plain PyTorch, see core/plain.py: all scores in memory, as eager has them."""
+"""The twins of attention's launchers in plain PyTorch, see core/plain.py: all scores in memory, as in eager."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def forward(inputs: "Inputs") -> tuple[Tensor, Tensor]:
-    """out, and in place of the logsumexp a tensor that only the twin of the backward takes, which does not read it."""
+    """out, and a placeholder for the logsumexp, which the backward's twin takes but does not read."""
     q, k, v, p = inputs.q, inputs.k, inputs.v, inputs.p
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for rows, keys, sequences in _sequences(inputs):
@@ -47,7 +47,7 @@ def backward(grads: tuple[Tensor, ...], dout: Tensor, saved: "Saved") -> tuple[T
 
 
 def _sequences(given: "Inputs") -> Iterator[tuple[Any, Any, range]]:
-    """Rows of q, rows of k and v, and which sequences they are: all at once, or one by one where they are packed."""
+    """(rows of q, rows of k and v, sequences): all at once, or one by one if packed."""
     if given.cu_seqlens is None:
         yield None, None, range(given.q.shape[0])
         return
@@ -63,17 +63,17 @@ def _part(x: Tensor, rows: slice | None) -> Tensor:
 
 
 def _of_each_head(x: Tensor, q: Tensor) -> Tensor:
-    """k or v [B, rows, kv heads, D] with as many heads as q, a group of neighbours the same one."""
+    """k or v [B, rows, kv heads, D] repeated to q's number of heads: adjacent heads share one."""
     return x if x.shape[2] == q.shape[-2] else x.repeat_interleave(q.shape[-2] // x.shape[2], 2)
 
 
 def _summed_by_group(group: int, scores: Tensor, rows: Tensor) -> Tensor:
-    """[B, Sk, kv heads, D]: scores [B, heads, Sq, Sk] times rows [B, Sq, heads, D], the heads of a group added up."""
+    """[B, Sk, kv heads, D]: scores [B, heads, Sq, Sk] times rows [B, Sq, heads, D], summed over the heads of a group."""
     return torch.einsum("bhgqk,bqhgd->bkhd", scores.unflatten(1, (-1, group)), rows.unflatten(2, (-1, group)))
 
 
 def _weights(q: Tensor, k: Tensor, sequences: range, given: "Inputs") -> tuple[Tensor, Tensor | None]:
-    """Probabilities before dropout, and what that keeps. Masks mean what they do in tiles.mask_scores."""
+    """Probabilities before dropout, and the keep mask. Masks mean the same as in tiles.mask_scores."""
     mask, key_mask, seed = given.mask, given.key_mask, given.seed
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * given.scale

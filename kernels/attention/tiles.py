@@ -1,25 +1,23 @@
-"""What attention's forward and backward kernels share: where a program works, its scores, its dropout bits.
+"""What attention's forward and backward kernels share: a program's place, its tiles, scores and dropout bits.
 
-Scores are in units of log2: softmax is then a power of two, for which the hardware has an instruction.
+Scores are in units of log2: softmax is then a power of two, for which the hardware has an instruction. The strides of a tensor
+[batch, rows, heads, columns] are one argument, in that order.
 """
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Not specialised: that 16 divides a length makes no kernel better, and each would be compiled anew for it in mid-training.
+# Not specialised: divisibility by 16 makes no kernel better, and would recompile kernels in the middle of training.
 SIZES = ("n_heads", "max_seqlen_q", "max_seqlen_k", "n_rows")
-# The score of a masked key. Finite, so that a row whose keys are all masked is their plain average, as it is in
-# eager, and not NaN; low enough to weigh nothing beside any key that is not masked; the same number in every dtype.
+# The score of a masked key. Finite, so that a row whose keys are all masked is their plain average, as in eager, and not NaN;
+# low enough to weigh nothing beside any key that is not masked; the same number in every dtype.
 MASKED_SCORE = tl.constexpr(-(2.0**100))
-
-
-# The strides of a tensor [batch, rows, heads, columns] are one argument, in that order.
 
 
 @triton.jit
 def sequence_bounds(cu_seqlens_ptr, batch, seqlen):
-    """A sequence's first row (int64) and its length: from cu_seqlens where rows are packed, else each has seqlen."""
+    """A sequence's first row (int64) and its length: from cu_seqlens for packed rows, else each has seqlen rows."""
     first = batch * seqlen
     length = seqlen
     if cu_seqlens_ptr is not None:
@@ -31,9 +29,9 @@ def sequence_bounds(cu_seqlens_ptr, batch, seqlen):
 
 @triton.jit
 def locate(blocks, n_heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, max_seqlen_q, max_seqlen_k):
-    """Where a program works, of `blocks` a head: sequence * n_heads + head, block; sequence, head (int64); the sequence's first
-    row (int64) and length of queries, and of keys."""
-    sequence_head = tl.program_id(0) // blocks  # blocks of one head are neighbours: its keys stay in the cache
+    """A program's place among `blocks` blocks per head: sequence * n_heads + head, block, sequence and head (int64); then the
+    first row (int64) and the length of the sequence's queries, and of its keys."""
+    sequence_head = tl.program_id(0) // blocks  # the blocks of a head are adjacent, so its keys stay in the cache
     block = tl.program_id(0) % blocks
     batch = (sequence_head // n_heads).to(tl.int64)
     head = (sequence_head % n_heads).to(tl.int64)
@@ -44,7 +42,7 @@ def locate(blocks, n_heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, max_seqlen_q, ma
 
 @triton.jit
 def sequence_of(ptr, strides, batch, first_row, PACKED: tl.constexpr):
-    """Where a sequence's rows start: in a batch of its own, or at a row of all."""
+    """The start of a sequence: an entry of the batch, or a row among all packed rows."""
     if PACKED:
         ptr += first_row * strides[1]
     else:
@@ -54,13 +52,13 @@ def sequence_of(ptr, strides, batch, first_row, PACKED: tl.constexpr):
 
 @triton.jit
 def head_of(ptr, strides, batch, first_row, head, PACKED: tl.constexpr):
-    """Where a head's rows of a sequence start."""
+    """The start of a head's rows in a sequence."""
     return sequence_of(ptr, strides, batch, first_row, PACKED) + head * strides[2]
 
 
 @triton.jit
 def tile_pointers(ptr, rows, strides, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
-    """[rows, BLOCK_D] pointers, int64 within; ALIGNED: each row starts at a multiple of 16 bytes (its caller knows)."""
+    """[rows, BLOCK_D] pointers with int64 offsets; ALIGNED: the caller knows that each row starts at a multiple of 16 bytes."""
     cols = tl.arange(0, BLOCK_D).to(tl.int64)
     pointers = ptr + rows.to(tl.int64)[:, None] * strides[1] + cols[None, :] * strides[3]
     if ALIGNED:
@@ -72,7 +70,7 @@ def tile_pointers(ptr, rows, strides, BLOCK_D: tl.constexpr, ALIGNED: tl.constex
 def load_tile(
     ptr, rows, strides, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """[rows, BLOCK_D], 0 outside: past the head size where BLOCK_D rounds it up, past the last row where asked."""
+    """[rows, BLOCK_D], 0 past the head size, to which BLOCK_D is rounded up; with CHECK_ROWS also 0 past the last row."""
     pointers = tile_pointers(ptr, rows, strides, BLOCK_D, ALIGNED)
     if CHECK_ROWS and D != BLOCK_D:
         tile = tl.load(pointers, (rows < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
@@ -99,16 +97,16 @@ def store_row(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """a b + acc, in ACC; acc may be None."""
+    """a b + acc, accumulated in ACC; acc may be None."""
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
 def masks_of(masks, head):
-    """Where a head's masks start, as mask_scores takes them.
+    """A head's masks, as mask_scores takes them: the pointers at their start, and the general mask's strides of query and key.
 
-    masks: a pointer to a byte per key and to the general mask, either of which may be None, the latter's strides (sequence,
-    head, query, key), the sequence, and how many keys each sequence has a byte for.
+    masks: pointers to the key mask (one byte per key) and to the general mask, either of which may be None; the general mask's
+    strides (sequence, head, query, key); the sequence; the number of keys per sequence.
     """
     key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k = masks
     if key_mask_ptr is not None:
@@ -122,7 +120,7 @@ def masks_of(masks, head):
 def mask_scores(scores, q_index, k_index, seqlen_q, seqlen_k, masks, CAUSAL: tl.constexpr):
     """Scores with every mask applied; q_index and k_index broadcast to them, in either orientation.
 
-    masks: of masks_of. Causal aligns the last query with the last key, as a cache of past keys needs.
+    masks: what masks_of returns. A causal mask aligns the last query with the last key, as a cache of past keys requires.
     """
     key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride = masks
     inside = k_index < seqlen_k
@@ -132,7 +130,7 @@ def mask_scores(scores, q_index, k_index, seqlen_q, seqlen_k, masks, CAUSAL: tl.
         if mask_ptr.dtype.element_ty == tl.int1:
             scores = tl.where(mask != 0, scores, MASKED_SCORE)
         else:
-            # transformers masks with the lowest number of the dtype, which added to any score is itself again.
+            # transformers masks with the lowest number of the dtype; any score added to it leaves it as it is.
             LOWEST: tl.constexpr = -65504.0 if mask_ptr.dtype.element_ty == tl.float16 else MASKED_SCORE
             scores = tl.where(mask <= LOWEST, MASKED_SCORE, scores + tl.where(mask <= LOWEST, 0, mask).to(scores.dtype) * LOG2E)
     if key_mask_ptr is not None:
@@ -144,7 +142,7 @@ def mask_scores(scores, q_index, k_index, seqlen_q, seqlen_k, masks, CAUSAL: tl.
 
 @triton.jit
 def sees_none(key_bounds_ptr, batch, row, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
-    """Whether a query row has no key at all left by causality and the key mask. The earliest row is the poorest."""
+    """Whether causality and the key mask leave a query row no key at all. The earliest row sees the fewest keys."""
     first_valid = 0
     if key_bounds_ptr is not None:
         first_valid = tl.load(key_bounds_ptr + batch * 3)
@@ -156,9 +154,9 @@ def sees_none(key_bounds_ptr, batch, row, seqlen_q, seqlen_k, CAUSAL: tl.constex
 
 @triton.jit
 def visible_keys(key_bounds_ptr, mask_ptr, batch, first_row, end_row, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
-    """(n, end): each of these rows sees all of the first n keys, and none of them any key from `end` on.
+    """(n, end): all of these rows see the first n keys, and none of them sees a key from `end` on.
 
-    A row that sees no key is the average of all of them, so a block with such a row reads them all.
+    A row that sees no key is the average of all keys, so a block with such a row reads them all.
     """
     n = seqlen_k
     end = seqlen_k
@@ -177,11 +175,11 @@ def visible_keys(key_bounds_ptr, mask_ptr, batch, first_row, end_row, seqlen_q, 
 
 @triton.jit
 def store_softmax(ptr, plane, rows, n_rows, top, total, WIDE: tl.constexpr):
-    """What the backward needs of each row's softmax: the logarithm of its sum, in units of log2.
+    """Store the logarithm of each row's softmax sum, in units of log2, for the backward.
 
-    Where WIDE, in two parts, the top score and 1 / (the sum over what it towers above): one number of 32 bits would make
-    all probabilities of a row wrong by the same relative 3e-7 or more, which float32's gradients would show.
-    A row that saw no key has inf: its scores are all one.
+    WIDE stores two numbers, the top score and 1 / (the sum relative to it): a single 32-bit number would make all probabilities
+    of a row wrong by the same relative 3e-7 or more, which float32's gradients would show. A row that sees no key is marked by
+    infinity. It is the average of all keys, which eager's additive masks make it.
     """
     none = top <= MASKED_SCORE
     if WIDE:
@@ -193,7 +191,7 @@ def store_softmax(ptr, plane, rows, n_rows, top, total, WIDE: tl.constexpr):
 
 @triton.jit
 def load_softmax(ptr, plane, rows, n_rows, WIDE: tl.constexpr):
-    """(logsumexp, share) of each row; share is meant where WIDE."""
+    """(logsumexp, share) of each row; share has a meaning only where WIDE."""
     logsumexp = tl.load(ptr + rows, rows < n_rows, other=0)
     share = logsumexp
     if WIDE:
@@ -203,9 +201,9 @@ def load_softmax(ptr, plane, rows, n_rows, WIDE: tl.constexpr):
 
 @triton.jit
 def store_queries(ptr, rows, n_rows, logsumexp, share, delta, row_key):
-    """What the gradients of keys and values need of each query row: four integers side by side, see load_queries.
+    """Store what the gradients of keys and values need of each query row: four adjacent integers, see load_queries.
 
-    delta is (1 - p) times what it is.
+    delta is multiplied by (1 - p).
     """
     number: tl.constexpr = ptr.dtype.element_ty
     tl.store(ptr + rows * 4, logsumexp.to(number, bitcast=True), rows < n_rows)
@@ -218,8 +216,8 @@ def store_queries(ptr, rows, n_rows, logsumexp, share, delta, row_key):
 def load_queries(ptr, rows, n_rows, ACC: tl.constexpr):
     """(logsumexp, share, delta, row_key) of each row, 0 past the last.
 
-    One load of 16 bytes a row. Four loads would be of fewer numbers than a program has lanes, which triton 3.6 takes for
-    cheap: each lane then loads every number that it needs, one by one, in every turn of the loop.
+    One 16-byte load per row. Four loads would each have fewer elements than the program has threads, which triton 3.6 takes for
+    cheap: each thread would then load every number that it needs, one by one, in every iteration of the loop.
     """
     numbers = tl.load(ptr + rows.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :], (rows < n_rows)[:, None], other=0)
     logsumexp_delta, share_key = tl.split(tl.reshape(numbers, [rows.shape[0], 2, 2]))
@@ -230,7 +228,7 @@ def load_queries(ptr, rows, n_rows, ACC: tl.constexpr):
 
 @triton.jit
 def probabilities(scores, logsumexp, share, seqlen_k, MASK: tl.constexpr, WIDE: tl.constexpr):
-    """Softmax from what store_softmax kept; all three broadcast."""
+    """Softmax from what store_softmax stored; scores, logsumexp and share broadcast."""
     if MASK:
         average = logsumexp == float("inf")
         scores = tl.where(average & (scores > float("-inf")), 0.0, scores)
@@ -243,7 +241,7 @@ def probabilities(scores, logsumexp, share, seqlen_k, MASK: tl.constexpr, WIDE: 
 
 @triton.jit
 def row_keys(seed, head, rows):
-    """32 random bits for each query row of a head, the same for rows 8 apart: Philox with seven rounds, a call a row."""
+    """32 random bits per query row of a head, shared by rows 8 apart: one Philox call per row, with seven rounds."""
     rows = (rows & 7) | ((rows >> 4) << 3)
     head = (rows * 0).to(tl.uint32) + head.to(tl.uint32)
     bits, _, _, _ = tl.philox(seed, rows.to(tl.uint32), head, 0, 0, n_rounds=7)
@@ -254,14 +252,13 @@ def row_keys(seed, head, rows):
 def keep_scores(row_key, rows, keys, first_key, P_DROP: tl.constexpr):
     """True where dropout keeps a probability: a function of (seed, head, query) and of the key first_key + keys.
 
-    A Philox call a score would cost seven times the loop (bench/FINDINGS.md), so only rows get one; along a row the bits
-    come from a Weyl sequence through the first half of the integer hash lowbias32 (Wellons, "Prospecting for Hash
-    Functions", 2018). Four scores share it, queries and keys 8 apart, each with a multiplier of its own at the end:
-    the matrix unit's accumulators give the four to one thread whether queries or keys are its rows, so the compiler
-    merges the equal parts, forward and backward. p is rounded to 2**-32.
+    A Philox call per score would cost seven times the loop (bench/FINDINGS.md), so only rows have one, which gives the row a
+    key. Along a row the bits are a Weyl sequence through the first half of the integer hash lowbias32 (Wellons, "Prospecting
+    for Hash Functions", 2018). Four scores, queries and keys 8 apart, share a hash; each ends with a multiplier of its own. The
+    matrix unit's accumulators place the four in one thread whether queries or keys are its rows, so the compiler merges the
+    equal parts, forward and backward. p is rounded to 2**-32.
 
-    `rows` and `keys` are positions within blocks that start at multiples of 16: their bits are then known when the
-    kernel is compiled.
+    `rows` and `keys` are positions within blocks that start at multiples of 16, so their low bits are compile-time constants.
     """
     THRESHOLD: tl.constexpr = min(int(P_DROP * 4294967296 + 0.5), 4294967295)
     group = ((keys & 7) | ((keys >> 4) << 3)) + (first_key >> 1)

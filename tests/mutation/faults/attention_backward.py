@@ -66,8 +66,8 @@ FAULTS = (
     ),
     _keys(
         "a group's heads are masked as its first",
-        before="seqlen_k, masks, head,\n            MASK",
-        after="seqlen_k, masks, kv_head * GROUP,\n            MASK",
+        before="masks_of(masks, head),",
+        after="masks_of(masks, kv_head * GROUP),",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and by"),
     ),
     _keys(
