@@ -1,4 +1,4 @@
-"""python -m bench report."""
+"""The command `python -m bench report`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +11,9 @@ from bench.core.options import console, fail
 def report(
     results: Annotated[list[Path], typer.Argument(help="results.json of one machine, one or several.")] = [],
     out: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and the pictures.")] = None,
-    write: Annotated[list[Path], typer.Option(help="Fill the marked tables of this file; may be given again.")] = [],
+    write: Annotated[list[Path], typer.Option(help="Fill the marked tables of this file; may be repeated.")] = [],
 ) -> None:
-    """Results as tables, pictures and a page. Without results the marked tables say "not measured"."""
+    """Write results as tables, pictures and a page. Without results the marked tables say "not measured"."""
     from bench.core import schema
     from bench.report import documents, files
 
@@ -23,7 +23,7 @@ def report(
     except (schema.ResultsError, OSError) as error:
         raise fail(error) from None
     for path, different in changed.items():
-        console.print(f"{path}: {'written' if different else 'as it was'}")
+        console.print(f"{path}: {'written' if different else 'unchanged'}")
     if found:
         for path in files.write(found, out or results[0].parent):
             console.print(f"{path}")

@@ -1,4 +1,4 @@
-"""Generated tables in documents: whatever stands between <!-- bench:NAME --> and <!-- /bench:NAME -->."""
+"""Fills the generated tables of documents, between the markers <!-- bench:NAME --> and <!-- /bench:NAME -->."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,12 @@ ANY_MARKER = re.compile(r"<!-- /?bench:[\w-]+ -->")
 
 
 def fill(text: str, results: Results | None) -> str:
-    """`text` with every marked block made anew; "not measured" without results.
+    """Return `text` with every marked block generated anew; "not measured" without results.
 
-    Results of a pretended GPU fill the tables that are called so and leave the others as they are; those of a GPU do not
-    touch these.
+    Results of a pretended GPU fill only the tables for pretended GPUs; results of a GPU fill all other tables.
 
     Raises:
-        ResultsError: results that were not measured, a marker without its partner, or a name that is no table.
+        ResultsError: the results were not measured, a marker has no partner, or a name is not that of a table.
     """
     if results is not None and (results.invented or results.dry_run):
         raise ResultsError("only measured results go into a document: these are a dry run or a sample")
@@ -39,7 +38,7 @@ def fill(text: str, results: Results | None) -> str:
 
 
 def write(path: Path, results: Results | None) -> bool:
-    """Fill the blocks of a file; returns whether it changed."""
+    """Fill the blocks of a file; returns whether the file changed."""
     before = path.read_text()
     try:
         after = fill(before, results)

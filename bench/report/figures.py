@@ -1,4 +1,4 @@
-"""Results as pictures, one PNG each. Error bars are quartiles; a picture without data says "not measured"."""
+"""Draws results as PNG pictures. Error bars are quartiles; a picture without data says "not measured"."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -57,7 +57,7 @@ def colour(lane: str) -> str:
 
 
 def model_frame(records: Iterable[ModelRecord]) -> pandas.DataFrame:
-    """A row a timed record: what the pictures need of it, in sequences, tokens and GiB."""
+    """One row per timed record with what the pictures need, in sequences, tokens and GiB."""
     rows = []
     for r in records:
         if r.seconds is None:
@@ -83,7 +83,7 @@ def model_frame(records: Iterable[ModelRecord]) -> pandas.DataFrame:
 
 
 def bars(axes: Axes, results: Results) -> None:
-    """Sequences a second of each lane, relative to stock, so that all workloads fit one axis."""
+    """Sequences per second of each lane, relative to stock, so that all workloads fit on one axis."""
     frame = model_frame(results.models)
     if frame.empty:
         return _empty(axes)
@@ -94,11 +94,11 @@ def bars(axes: Axes, results: Results) -> None:
     cases = cases.assign(times=cases.rate / base, low=cases.slow / base, high=cases.fast / base)
     _grouped(axes, cases, "times", errors=True)
     axes.axhline(1.0, color="#30638e", linewidth=0.8)
-    axes.set_ylabel("sequences a second, stock = 1")
+    axes.set_ylabel("sequences per second, stock = 1")
 
 
 def memory(axes: Axes, results: Results) -> None:
-    """The fullest moment of a step."""
+    """Peak memory of a step."""
     frame = model_frame(r for r in results.models if r.peak_bytes)
     if frame.empty:
         return _empty(axes)
@@ -107,7 +107,7 @@ def memory(axes: Axes, results: Results) -> None:
 
 
 def _grouped(axes: Axes, frame: pandas.DataFrame, column: str, errors: bool = False) -> None:
-    """One group a workload (the first six), one bar a lane."""
+    """One group per workload (the first six), one bar per lane."""
     workloads = list(frame.workload.unique())[:6]
     names = [name for name in COLOURS if name in set(frame.lane)]
     width = 0.8 / max(len(names), 1)
@@ -125,7 +125,7 @@ def _grouped(axes: Axes, frame: pandas.DataFrame, column: str, errors: bool = Fa
 
 
 def roofline(left: Axes, right: Axes, results: Results) -> None:
-    """Ops that move bytes against the measured copy bandwidth; attention under both measured ceilings."""
+    """Memory-bound ops against the measured copy bandwidth; attention under both measured ceilings."""
     copy, product = results.ceiling(ceilings.COPY), results.ceiling(ceilings.PRODUCT)
     timed = [r for r in results.ops if r.seconds and r.direction != "both"]
     moving, multiplying = [r for r in timed if not r.operations], [r for r in timed if r.operations]
@@ -144,7 +144,7 @@ def roofline(left: Axes, right: Axes, results: Results) -> None:
     _scatter(right, multiplying, lambda r: r.operations / r.moved, lambda r: r.operations / r.seconds.median / 1e12)
     steps = [min(r.operations / r.moved for r in multiplying) / 2, product / copy, 4 * product / copy]
     right.plot(steps, [min(x * copy, product) / 1e12 for x in steps], color="#222", linestyle="--", linewidth=1)
-    right.set(xscale="log", yscale="log", xlabel="stated operations a byte", ylabel="achieved, TFLOP/s")
+    right.set(xscale="log", yscale="log", xlabel="stated operations per byte", ylabel="achieved, TFLOP/s")
     for axis in (right.xaxis, right.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -159,7 +159,7 @@ def _scatter(axes: Axes, records: list[OpRecord], x: Callable[[OpRecord], float]
 
 
 def scaling(left: Axes, right: Axes, results: Results) -> None:
-    """Real tokens a second of BERT-base MLM training over the length, and over the share of real tokens."""
+    """Real tokens per second of BERT-base MLM training over the length, and over the share of real tokens."""
     frame = model_frame(r for r in results.models if (r.model, r.head, r.mode) == ("BERT-base", "mlm", "train"))
     left.set_title("over sequence length (16,384 tokens)")
     right.set_title("over fill (32 x 512)")
@@ -167,7 +167,7 @@ def scaling(left: Axes, right: Axes, results: Results) -> None:
         _empty(left)
         return _empty(right)
     lengths = frame.groupby("lane").seqlen.nunique()
-    for name in [name for name in COLOURS if lengths.get(name, 0) > 1]:  # a point alone is no line
+    for name in [name for name in COLOURS if lengths.get(name, 0) > 1]:  # a single point makes no line
         mine = frame[frame.lane == name]
         for full, style in ((True, "-"), (False, ":")):
             line = mine[(mine.fill >= 0.99) if full else (mine.fill.between(0.45, 0.55))].sort_values("seqlen")
@@ -175,7 +175,7 @@ def scaling(left: Axes, right: Axes, results: Results) -> None:
             left.plot(line.seqlen, line.tokens / 1e3, style, marker="o", color=colour(name), label=label)
         line = mine[mine.seqlen == 512].sort_values("fill")
         right.plot(line.fill, line.tokens / 1e3, marker="o", color=colour(name), label=name)
-    left.set(xscale="log", xlabel="S", ylabel="thousand real tokens a second", ylim=(0, None))
+    left.set(xscale="log", xlabel="S", ylabel="thousand real tokens per second", ylim=(0, None))
     left.set_xticks(sorted(frame.seqlen.unique()), [str(s) for s in sorted(frame.seqlen.unique())], minor=False)
     left.minorticks_off()
     right.set(xlabel="fill: real tokens / all positions", ylim=(0, None))
@@ -184,13 +184,13 @@ def scaling(left: Axes, right: Axes, results: Results) -> None:
 
 
 def losses(axes: Axes, results: Results) -> None:
-    """The first workload with losses: every lane from the same weights on the same batches, dropout off."""
+    """Losses of the first workload that has any: all lanes from the same weights on the same batches, dropout off."""
     cases = comparison.by_case(r for r in results.models if r.losses)
     if not cases:
         return _empty(axes)
     records = next(iter(cases.values()))
     for i, record in enumerate(records):
-        # Equal curves lie on each other: wide ones at the bottom, dashed ones on top.
+        # Equal curves coincide, so wide ones are drawn first and dashed ones on top.
         style = {"linewidth": 6 - i if i < 5 else 1, "linestyle": "-" if i % 2 == 0 else "--", "alpha": 0.8}
         axes.plot(range(1, len(record.losses) + 1), record.losses, color=colour(record.lane), label=record.lane, **style)
     axes.set(xlabel="step", ylabel="loss, dropout off")
@@ -206,7 +206,7 @@ def _empty(axes: Axes) -> None:
     axes.set_yticks([])
 
 
-# Name of the file -> title, how many axes, and what draws on them.
+# By name of the file: title, number of axes, and the function that draws on them.
 FIGURES: dict[str, tuple[str, int, Callable[..., None]]] = {
     "speed": ("Speed by lane", 1, bars),
     "memory": ("Peak memory by lane", 1, memory),
@@ -217,7 +217,7 @@ FIGURES: dict[str, tuple[str, int, Callable[..., None]]] = {
 
 
 def with_data(results: Results) -> list[str]:
-    """The figures for which there is a time."""
+    """The figures that have data."""
     timed = {r.lane: r for r in results.models if r.seconds}
     there = {
         "speed": "stock" in timed and len(timed) > 1,
@@ -230,7 +230,7 @@ def with_data(results: Results) -> list[str]:
 
 
 def draw(results: Results, folder: Path, only: Iterable[str] = tuple(FIGURES), prefix: str = "") -> list[Path]:
-    """The figures, all of them by default, into `folder`; returns their paths in order."""
+    """Draw the figures, all by default, into `folder`; returns their paths in order."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):

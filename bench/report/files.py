@@ -1,4 +1,4 @@
-"""`python -m bench report`: pictures, one HTML page, one Markdown page, and the marked tables of documents."""
+"""Writes the files of `python -m bench report`: pictures, one HTML page and one Markdown page."""
 
 import tempfile
 from pathlib import Path
@@ -22,7 +22,7 @@ TITLES = {
 
 
 def write_markdown(results: Results, folder: Path) -> Path:
-    """Every table, as one page."""
+    """Write all tables as one page."""
     parts = ["# fastbert: benchmark report", tables.provenance(results)]
     for name, title in TITLES.items():
         parts += [f"## {title}", tables.TABLES[name](results).markdown()]
@@ -33,7 +33,7 @@ def write_markdown(results: Results, folder: Path) -> Path:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """report.md, the PNGs and report.html: seven files."""
+    """Write report.md, the PNGs and report.html: seven files."""
     from bench.report import figures, page  # matplotlib takes a second to import
 
     written = [write_markdown(results, folder), *figures.draw(results, folder)]
@@ -43,7 +43,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def write_page(results: Results, folder: Path) -> list[Path]:
-    """report.md, and report.html with the pictures in it: two files."""
+    """Write report.md, and report.html with the pictures embedded: two files."""
     from bench.report import figures, page
 
     written = write_markdown(results, folder)

@@ -1,4 +1,4 @@
-"""The HTML page: one file with its pictures inside, readable in a browser without a network."""
+"""Renders the HTML page: one file with embedded pictures, readable in a browser without a network."""
 
 import base64
 from collections.abc import Iterable
@@ -54,7 +54,7 @@ OPEN = ("headline", "ceilings", "tests")
 
 
 def render(results: Results, pictures: Iterable[Path]) -> str:
-    """The whole page."""
+    """Render the whole page."""
     images = "\n".join(_figure(path) for path in pictures)
     sections = "\n".join(_section(name, title, results) for name, title in SECTIONS.items())
     failures = "\n".join(
@@ -67,25 +67,25 @@ def render(results: Results, pictures: Iterable[Path]) -> str:
 <p>{escape(tables.provenance(results))}</p>
 {_warning(results)}
 <div class="cards">{_cards(results)}</div>
-<p>Two lanes are called different only where their quartiles do not overlap. Speeds count real tokens, never padding.
-Every time but the host's stands behind a passed check of the same lane.</p>
+<p>Two lanes count as different only if their quartiles do not overlap. Speeds count real tokens, never padding.
+Every time except the host's comes after a passed check of the same lane.</p>
 {images}
 {sections}
-<details><summary>Jobs that failed, with what they printed last</summary>{failures or "<p>none</p>"}</details>
+<details><summary>Failed jobs, with the end of their output</summary>{failures or "<p>none</p>"}</details>
 </main></body></html>
 """
 
 
 def _warning(results: Results) -> str:
     if results.invented:
-        return '<div class="warn">Invented sample numbers: this page shows its layout and nothing else.</div>'
+        return '<div class="warn">Invented sample numbers: this page shows only its layout.</div>'
     if results.dry_run:
-        return '<div class="warn">Dry run on tiny shapes without a GPU: the path was walked, nothing was timed.</div>'
+        return '<div class="warn">Dry run on tiny shapes without a GPU: nothing was timed.</div>'
     return ""
 
 
 def _cards(results: Results) -> str:
-    """fastbert against stock, one card a workload (the first six), and the two ceilings."""
+    """fastbert against stock, one card per workload (the first six), and the two ceilings."""
     cards = []
     for records in list(comparison.by_case(results.models).values()):
         named = {record.lane: record for record in records}

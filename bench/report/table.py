@@ -1,4 +1,4 @@
-"""One table, as Markdown and as HTML."""
+"""Renders a table as Markdown and as HTML."""
 
 import re
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from html import escape
 
 from bench.core.comparison import NOT_MEASURED, is_ours
 
-LONG = 60  # characters from which a cell may wrap
+LONG = 60  # cells with more characters may wrap
 _NUMBER = re.compile(r"[\d.,]+( ?(%|x|ms|us|s|[MG]iB|T[BF]\S*)( \[.*\])?)?$")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under their headings, and lines of text below. Without either it is "not measured"."""
+    """Cells under headings, and lines of text below. A table without either says "not measured"."""
 
     headings: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
@@ -29,7 +29,7 @@ class Table:
         return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), *self.lines])
 
     def html(self) -> str:
-        """Rows of our lanes and cells with a number have a class of their own."""
+        """The table as HTML, with CSS classes for fastbert's lanes and for numbers."""
         notes = "".join(f"<p>{escape(line)}</p>" for line in self.lines)
         if not self.rows:
             return notes

@@ -1,4 +1,4 @@
-"""Results as tables, by the name that stands in a document's markers. What has no number says so."""
+"""Builds tables from results, by the names in a document's markers. A missing number is stated in words."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from bench.tune.run import best
 
 
 def provenance(results: Results | None) -> str:
-    """The line under every table."""
+    """The line below every table: where and with what it was measured."""
     if results is None:
         return "No GPU has run this yet."
     here = results.environment
@@ -99,7 +99,7 @@ def _model_row(record: ModelRecord, base: ModelRecord | None, product: float | N
 
 
 def models(results: Results, only: Callable[[ModelRecord], bool] = lambda record: True) -> Table:
-    """Every lane of every workload, those that lost or did not run as plainly as those that won."""
+    """Every lane of every workload, including slower ones and those that did not run."""
     product = results.ceiling(ceilings.PRODUCT)
     rows = []
     for records in comparison.by_case(filter(only, results.models)).values():
@@ -108,7 +108,7 @@ def models(results: Results, only: Callable[[ModelRecord], bool] = lambda record
 
 
 def headline(results: Results) -> Table:
-    """Workloads in which every lane but the absent ones was tried: what the README shows."""
+    """The README's table: workloads with at least four lanes, otherwise the first four workloads."""
     cases = comparison.by_case(results.models)
     whole = {case for case, records in cases.items() if len({r.lane for r in records}) >= 4}
     chosen = whole or set(list(cases)[:4])
@@ -155,12 +155,12 @@ def ops(results: Results, only: Callable[[OpRecord], bool] = lambda record: True
 
 
 def ops_headline(results: Results) -> Table:
-    """BERT-large's shapes in bf16 at S = 512, as training runs them."""
+    """BERT-large's shapes in bf16 at S = 512, forward and backward."""
     return ops(results, lambda r: (r.dtype, r.hidden, r.seqlen) == ("bf16", 1024, 512) and r.direction != "both")
 
 
 def host(results: Results) -> Table:
-    """What the host does for a step: its time against stock's, what it launches, and the memory that the step needs."""
+    """The host's part of a step: its time against stock's, its launches, and the step's peak memory."""
     return Table(tables.HEADINGS, tables.rows(results.host))
 
 
@@ -174,7 +174,7 @@ def tuning(results: Results) -> Table:
 
 
 def stages(results: Results) -> Table:
-    """Every job that ran; of those that time did not reach, the first and how many they are."""
+    """Every job that ran, and the first of the jobs not reached with their number."""
     rows = [
         (stage.name, stage.status, f"{stage.seconds:.0f} s", _last_line(stage.reason))
         for stage in results.stages
@@ -191,7 +191,7 @@ def _last_line(text: str | None) -> str:
 
 
 def breakdown(results: Results) -> Table:
-    """Milliseconds of a step by kind of kernel."""
+    """Milliseconds per step by kind of kernel."""
     records = [record for record in results.models if record.parts]
     parts = list(dict.fromkeys(part for record in records for part in record.parts))
     rows = [
@@ -201,7 +201,7 @@ def breakdown(results: Results) -> Table:
 
 
 def losses(results: Results) -> Table:
-    """The lanes' first losses without dropout, and how far they are from eager's (or the first lane's) at most."""
+    """The lanes' first losses without dropout, and their largest distance from eager's (or the first lane's)."""
     rows = []
     for records in comparison.by_case(r for r in results.models if r.losses).values():
         base = next((record for record in records if record.lane == "eager"), records[0])
@@ -214,11 +214,11 @@ def losses(results: Results) -> Table:
 
 
 def _apart(a: float, b: float) -> float:
-    """The difference as a share of b."""
+    """The difference relative to b."""
     return abs(a - b) / abs(b) if b else math.inf if a else 0.0
 
 
-# By the name in a document's markers.
+# By name in a document's markers.
 TABLES: dict[str, Callable[[Results], Table]] = {
     "headline": headline,
     "ops-headline": ops_headline,
@@ -234,9 +234,9 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "tuning": tuning,
     "stages": stages,
 }
-PRETENDED = ("host-pretended",)  # what a pretended GPU can say
+PRETENDED = ("host-pretended",)  # tables that a pretended GPU fills
 
 
 def named(name: str, results: Results | None) -> str:
-    """The table of this name as Markdown with its provenance below; "not measured" without results."""
+    """The named table as Markdown with its provenance below; "not measured" without results."""
     return f"{(TABLES[name](results) if results else Table()).markdown()}\n\n{provenance(results)}"

@@ -1,4 +1,4 @@
-"""What `python -m bench tune` prints: the best of each entry, or, without a GPU, what the audit says of each candidate."""
+"""Builds the tables of `python -m bench tune`: the best of each entry or, without a GPU, the audit of each candidate."""
 
 from rich.table import Table
 
@@ -20,7 +20,7 @@ def best_table(records: list[TuneRecord]) -> Table:
 
 
 def candidates_table(records: list[TuneRecord]) -> Table:
-    """Every candidate and what its compilation gave."""
+    """Every candidate with its audit."""
     table = Table(title="Candidates, compiled and not timed")
     for heading in ("table", "type", "width", "Config", "regs", "spills", "shared", "occupancy", "audit"):
         table.add_column(heading)

@@ -1,4 +1,4 @@
-"""`python -m bench accept`: what a GPU gave becomes part of the repository, under a name that says where it is from."""
+"""Implements `python -m bench accept`: writes results of a GPU run into the repository, named after their origin."""
 
 import re
 from pathlib import Path
@@ -10,20 +10,20 @@ from bench.tune.run import PRESENT, best
 
 DOCUMENTS = ("README.md", "bench/FINDINGS.md")
 FOLDER = "bench/results"
-SHOWN = 800  # characters of a reason
+SHOWN = 800  # characters of a reason that are shown
 
 
 def accept(paths: list[Path], root: Path) -> tuple[list[Path], list[str]]:
-    """Write results, pictures and documents under `root`; returns what was written, and lines that say what is to be done.
+    """Write results, pictures and documents under `root`. Returns the written paths, and lines that say what needs to be done.
 
     Raises:
-        ResultsError: results that were not measured on a GPU, files that do not belong together, or a broken document.
+        ResultsError: the results were not measured on a GPU, the files do not belong together, or a document is broken.
     """
     from bench.report import figures  # matplotlib takes a second to import
 
     results = schema.read_all(paths)
     if results.environment.pretended:
-        raise schema.ResultsError("only what a GPU gave is accepted: these results are of a pretended one")
+        raise schema.ResultsError("only results of a real GPU are accepted: these come from a pretended one")
     changed = [root / name for name in DOCUMENTS if documents.write(root / name, results)]
     stem = name_of(results)
     path = root / FOLDER / f"{stem}.json"
@@ -33,14 +33,14 @@ def accept(paths: list[Path], root: Path) -> tuple[list[Path], list[str]]:
 
 
 def name_of(results: Results) -> str:
-    """GPU, day and commit, in letters, digits and hyphens."""
+    """A file name from GPU, date and commit, in letters, digits and hyphens."""
     here = results.environment
     parts = (here.gpu or "no-gpu", here.date[:10], here.commit or "unknown")
     return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
 
 
 def failures(results: Results) -> list[str]:
-    """Whatever did not pass its check or did not run: what has to be mended, most telling first."""
+    """One line for everything that failed its check or did not run, most important first."""
     lines = [f"failed test: {line}" for line in (results.tests.failures if results.tests else [])]
     shipped = (record for record in results.tuning if record.lane == PRESENT)
     for record in (*results.models, *results.ops, *results.host, *shipped):
@@ -52,7 +52,7 @@ def failures(results: Results) -> list[str]:
 
 
 def configurations(results: Results) -> list[str]:
-    """For each entry of kernels/core/configs.py that a candidate beat beyond the noise: what to write there."""
+    """The line to write for each entry of kernels/core/configs.py that a candidate beat by more than the noise."""
     lines = []
     for fastest, now in best(results.tuning):
         if fastest.seconds and now.seconds and fastest.seconds.differs(now.seconds):

@@ -1,4 +1,4 @@
-"""python -m bench gpu, and python -m bench accept."""
+"""The commands `python -m bench gpu` and `python -m bench accept`."""
 
 import time
 from pathlib import Path
@@ -15,12 +15,12 @@ def gpu(
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.md and report.html.")] = OUT,
     test_log: Annotated[
         Path | None,
-        typer.Option(help="Of tests that ran before, with `-p bench.runner.pytest_log --test-log FILE`; no others are run."),
+        typer.Option(help="Log of a finished test run (`-p bench.runner.pytest_log --test-log FILE`), in place of a new one."),
     ] = None,
-    commit: Annotated[str | None, typer.Option(help="What is measured, where the files are no git checkout.")] = None,
+    commit: Annotated[str | None, typer.Option(help="The measured commit, if the files are not a git checkout.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Everything in one call and within the time given, most important first; whatever is reached is written."""
+    """Run every measurement within the given time, most important first. All results reached by then are written."""
     start = time.monotonic()
     if test_log and not test_log.is_file():
         raise typer.BadParameter(f"--test-log {test_log}: no such file")
@@ -33,10 +33,10 @@ def gpu(
 
 
 def accept(
-    results: Annotated[list[Path], typer.Argument(help="results.json of one machine, or the folder with it; one or several.")],
-    root: Annotated[Path, typer.Option(help="The checkout whose documents are written.")] = Path(),
+    results: Annotated[list[Path], typer.Argument(help="results.json of one machine, or its folder; one or several.")],
+    root: Annotated[Path, typer.Option(help="The checkout to write into.")] = Path(),
 ) -> None:
-    """What a GPU gave, into the repository: results, pictures, the tables of README and FINDINGS; prints what to change."""
+    """Write GPU results into the repository: results, pictures, the tables of README and FINDINGS. Prints what to change."""
     from bench.core.schema import ResultsError
     from bench.runner import acceptance
 

@@ -1,8 +1,8 @@
-"""Starts jobs as forks of a process that has imported everything: as much alone as in processes of their own, and begun
-some ten seconds sooner each, which is how long torch, triton and transformers take to import.
+"""Starts jobs as forks of a server process that has already imported torch, triton and transformers.
 
-The server (`python -m bench.runner.forks`) imports and never touches the GPU, whose context no fork could use. A line of
-JSON on its standard input is a job; it answers with the process id of the fork, and with its exit status once it has ended.
+A fork isolates a job as well as a new process does and saves some ten seconds of imports. The server
+(`python -m bench.runner.forks`) never touches the GPU, because a fork cannot use its parent's context. Each line of JSON on
+its standard input is a job; it answers with the process id of the fork and, after the fork's end, its exit status.
 """
 
 import json
@@ -17,12 +17,12 @@ from pathlib import Path
 from bench.runner import stop
 
 ROOT = Path(__file__).resolve().parents[2]
-READY = 120.0  # seconds within which the server has to have imported everything
-LOST = -255  # the exit status of a job whose server is gone
+READY = 120.0  # seconds that the server may take to import everything
+LOST = -255  # the exit status of a job whose server has died
 
 
 class Forked:
-    """A job that runs in a fork, with what subprocess.Popen offers of the same."""
+    """A job that runs in a fork, with the interface of subprocess.Popen that callers use."""
 
     def __init__(self, pid: int, server: "Server") -> None:
         self.pid = pid
@@ -39,14 +39,14 @@ class Forked:
 
 
 class Server:
-    """One job at a time; started when the first of them is."""
+    """Client of the server, which runs one job at a time and starts with the first one."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.usable, self.ready = True, False
 
     def start(self, arguments: list[str], environment: Mapping[str, str], output: str) -> Forked | None:
-        """bench.runner.worker.main(*arguments) in a fork, or None where the server cannot run here."""
+        """Run bench.runner.worker.main(*arguments) in a fork; returns None if the server cannot run here."""
         self.begin()
         if self.usable and not self.ready:
             self.ready = stop.wait_for(self.answers, READY) and self.answer() == 0
@@ -63,7 +63,7 @@ class Server:
         return Forked(pid, self) if pid != LOST else self.give_up()
 
     def begin(self) -> None:
-        """Let the server start to import, unless it has."""
+        """Start the server, which begins to import, unless it is running."""
         if self.usable and self.process is None:
             pipe, command = subprocess.PIPE, [sys.executable, "-m", "bench.runner.forks"]
             self.process = subprocess.Popen(
@@ -71,7 +71,7 @@ class Server:
             )
 
     def give_up(self) -> None:
-        """From here on jobs run in processes of their own."""
+        """Stop the server; all further jobs run in processes of their own."""
         self.usable = False
         if self.process:
             self.process.kill()
@@ -79,11 +79,11 @@ class Server:
         self.process = None
 
     def answers(self) -> bool:
-        """Whether an answer, or the server's end, can be read now."""
+        """Whether an answer or the server's end of output can be read now."""
         return self.process is None or bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def answer(self) -> int:
-        """The next answer; LOST where there will be none."""
+        """The next answer; LOST if the server has ended."""
         line = self.process.stdout.readline() if self.process and self.process.stdout else b""
         return int(line) if line.strip() else LOST
 
@@ -92,12 +92,12 @@ SERVER = Server()
 
 
 def serve() -> None:
-    """Import, say so with a 0, and fork for each line until the input ends."""
+    """Import everything, answer 0, then fork for each input line until the input ends."""
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     with open(os.devnull, "r+b") as nothing:
         for descriptor in (0, 1):
             os.dup2(nothing.fileno(), descriptor)
-    # This is what a fork need not do.
+    # Forks inherit these imports.
     import bench.host.run
     import bench.models.run
     import bench.ops.optimizers
@@ -127,7 +127,7 @@ def _be_the_job(order: dict) -> None:
     try:
         worker.main(*order["arguments"])
         status = 0
-    except BaseException:  # a signal's too: whatever it is, this process is not the server
+    except BaseException:  # including signals: a fork must never return into the server's loop
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Runs a plan within a time budget, and writes everything reached after each job."""
+"""Runs a plan within a time budget and writes all results so far after each job."""
 
 import time
 import traceback
@@ -11,8 +11,8 @@ from bench.runner import stop
 from bench.runner.plan import Job
 
 RESULTS = "results.json"
-RESERVE = 15.0  # seconds kept for the report at the end
-OVERRUN = 15.0  # by which a job may outlast its stage, so that what it has begun is not lost for some seconds
+RESERVE = 15.0  # seconds reserved for the report at the end
+OVERRUN = 15.0  # seconds by which a running job may overrun its stage, so that its work is not lost
 
 
 def run(
@@ -25,12 +25,12 @@ def run(
     name: str = RESULTS,
     after: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run the jobs in order until `budget` seconds have gone; `results` and out/`name` hold what they gave.
+    """Run the jobs in order until `budget` seconds have passed. Their records go into `results` and out/`name`.
 
-    A job that does not fit into the share of the time that is its stage's waits until all stages have had theirs. One that
-    fails is recorded with the end of its output, and the next one runs. One that does not fit into the time left at all is
-    recorded as not reached; so are all others once the end is asked for (bench.runner.stop). `after` runs after each job, with
-    its records in `results`.
+    A job that does not fit into the rest of its stage waits until after the last stage. A job that fails is recorded with
+    the end of its output, and the next one runs. A job that does not fit into the remaining time is recorded as not
+    reached, and so are all jobs after a request to stop (bench.runner.stop). `after` runs after each job, when the job's
+    records are in `results`.
     """
     begin = time.monotonic()
     schema.write(results, out / name)
@@ -48,8 +48,8 @@ def run(
 
 
 def _in_time(plan: Iterable[Job], begin: float, seconds: float) -> Iterator[tuple[Job, float]]:
-    """Each job once, with the time it may take: that of its stage and OVERRUN; what was left out follows when all stages have
-    had theirs, and after it what belongs to no stage."""
+    """Yield each job once with its time limit: the rest of its stage plus OVERRUN. Jobs that did not fit into their stage
+    follow after the last stage, then the jobs without a stage."""
 
     def left(share: float) -> float:
         return begin + share * seconds - time.monotonic()
@@ -68,7 +68,7 @@ def _in_time(plan: Iterable[Job], begin: float, seconds: float) -> Iterator[tupl
 
 
 def record(name: str, call: Callable[[], object], results: Results, only_failures: bool = False) -> None:
-    """Run `call` as a stage: an exception in it is recorded and ends nothing."""
+    """Run `call` as a stage. An exception is recorded and does not end the run."""
     start = time.monotonic()
     try:
         call()

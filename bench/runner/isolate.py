@@ -1,4 +1,4 @@
-"""Runs a command in a process group of its own with a time limit, and a job in a worker process."""
+"""Runs commands in process groups of their own with a time limit, and jobs in worker processes."""
 
 import atexit
 import json
@@ -19,13 +19,13 @@ from bench.core.schema import from_lines
 from bench.runner import stop
 from bench.runner.forks import ROOT, SERVER
 
-GRACE = 4.0  # seconds between asking a process to end and killing its group
-TAIL = 4000  # characters of a failed job's output that are kept: enough for its traceback
+GRACE = 4.0  # seconds between interrupting a process and killing its group
+TAIL = 4000  # characters kept of a failed job's output, enough for its traceback
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """status "ok" or "error"; reason: the end of its output, or that time ran out."""
+    """The end of a process. status: "ok" or "error"; reason: the end of its output, or that time ran out."""
 
     status: str
     seconds: float
@@ -35,7 +35,7 @@ class Outcome:
 
 
 class Process(Protocol):
-    """A running process that leads a group."""
+    """A running process that leads a process group."""
 
     pid: int
 
@@ -44,8 +44,8 @@ class Process(Protocol):
 
 
 def run_command(command: list[str], timeout: float, environment: Mapping[str, str]) -> Outcome:
-    """Run `command` from the root. After `timeout` seconds, or when the end is asked for, its whole group is interrupted,
-    then killed."""
+    """Run `command` from the root. After `timeout` seconds, or on a request to stop, the process is interrupted and its
+    whole group killed."""
     start = time.monotonic()
     with tempfile.NamedTemporaryFile("w+", errors="replace") as output:
         process = _begin(command, environment, output.name)
@@ -66,11 +66,11 @@ def _begin(command: list[str], environment: Mapping[str, str], output: str) -> s
 
 
 def _watch(process: Process, start: float, timeout: float, output: str, grace: float = GRACE) -> Outcome:
-    """Wait for the process and end what is left of its group; what it printed last is read from the file `output`."""
+    """Wait for the process, then kill the rest of its group. The end of its output comes from the file `output`."""
     try:
         finished = stop.wait_for(lambda: process.poll() is not None, start + timeout - time.monotonic())
     finally:
-        _end(process, grace)  # also on an exception here, and for what the process left running
+        _end(process, grace)  # also after an exception here, and for children that the process left running
     seconds = time.monotonic() - start
     tail = Path(output).read_text(errors="replace")[-TAIL:]
     if not finished:
@@ -83,7 +83,7 @@ def _watch(process: Process, start: float, timeout: float, output: str, grace: f
 
 
 def _end(process: Process, grace: float) -> None:
-    """Ask the process to end, then kill its group: what it left running too."""
+    """Interrupt the process, then kill its group, including children that it left running."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             process.send_signal(signal.SIGINT)
@@ -95,14 +95,14 @@ def _end(process: Process, grace: float) -> None:
 
 @cache
 def shared_caches() -> str:
-    """A folder for what the jobs of this run compile, so that it is compiled once; gone at the end."""
+    """A temporary folder for the compilers' caches of this run, so that jobs share what they compile."""
     folder = tempfile.TemporaryDirectory(prefix="bench-caches-")
     atexit.register(folder.cleanup)
     return folder.name
 
 
 def caches(folder: str) -> dict[str, str]:
-    """The environment in which Triton and inductor keep what they compile in `folder`."""
+    """The environment that puts the caches of Triton and inductor into `folder`."""
     return {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
 
 
@@ -110,10 +110,10 @@ QUIET = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def run_job(job: dict[str, Any], timeout: float) -> Outcome:
-    """Run a job of bench.runner.worker; the records that it wrote come back even where it failed or ran out of time.
+    """Run a job of bench.runner.worker. Its records are returned even if it failed or ran out of time.
 
-    The compilers' caches are those of all jobs of this run; for a "cold" job its own and empty, so that the time to the
-    first step is that of a first day.
+    Jobs share this run's compiler caches. A "cold" job has empty caches of its own, so that its first step includes all
+    compilation.
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -122,14 +122,14 @@ def run_job(job: dict[str, Any], timeout: float) -> Outcome:
         process = SERVER.start(arguments, QUIET | where, output) or _fresh(arguments, QUIET | where, output)
         outcome = _watch(process, start, timeout, output)
         if "forked subprocess" in (outcome.reason or "") and not isinstance(process, subprocess.Popen):
-            SERVER.give_up()  # something that is imported here touches the GPU
+            SERVER.give_up()  # one of the server's imports touched the GPU
             outcome = _watch(_fresh(arguments, QUIET | where, output), start, timeout, output)
         lines = records.read_text().splitlines() if records.exists() else []
     return Outcome(outcome.status, outcome.seconds, outcome.reason, from_lines(lines), outcome.timed_out)
 
 
 def _files(job: dict[str, Any], folder: str) -> tuple[list[str], Path, str]:
-    """The arguments of a worker that reads the job from `folder`; where its records and its output will be."""
+    """The arguments of a worker that reads the job from `folder`, and the paths of its records and its output."""
     job_path, records, output = (Path(folder, name) for name in ("job.json", "records.jsonl", "output"))
     job_path.write_text(json.dumps(job))
     output.touch()
@@ -141,14 +141,14 @@ def _fresh(arguments: list[str], environment: Mapping[str, str], output: str) ->
 
 
 class Background:
-    """Jobs that run beside others and fill the shared caches; their records are not asked for."""
+    """Jobs that run in parallel to others to fill the shared caches. Their records are ignored."""
 
     def __init__(self, jobs: Sequence[dict[str, Any]], environment: Mapping[str, str]) -> None:
         self.jobs, self.environment = jobs, environment
         self.running: list[tuple[subprocess.Popen[bytes], str]] = []
 
     def begin(self, timeout: float) -> Outcome:
-        """Start them all; whatever becomes of this process, they end with it."""
+        """Start all jobs. They are ended when this process exits."""
         folder = tempfile.TemporaryDirectory()
         for number, job in enumerate(self.jobs):
             Path(folder.name, str(number)).mkdir()
@@ -160,7 +160,7 @@ class Background:
         return Outcome("ok", 0.0, None)
 
     def finish(self, timeout: float) -> Outcome:
-        """Wait for them, for `timeout` seconds at most, and end the others."""
+        """Wait at most `timeout` seconds for the jobs, then end those still running."""
         start = time.monotonic()
         wrong = []
         for process, output in self.running:

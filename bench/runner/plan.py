@@ -1,7 +1,7 @@
-"""What `python -m bench gpu` does, most important first: a list of jobs, each with the most time it may take.
+"""Plans `python -m bench gpu`: a list of jobs, most important first, each with a time limit.
 
-A stage has a share of the budget, which what comes before it may leave larger; what a stage has no time for comes after the
-last of them (bench.runner.gpu).
+Each stage has a share of the budget and gets the time that earlier stages leave. Jobs that do not fit into their stage run
+after the last one (bench.runner.gpu).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,16 +24,16 @@ OUR_LANES = ("fastbert, packed", "fastbert, padded", "fastbert + its AdamW", "fa
 OTHER_LANES = (*OUR_LANES, "eager", "flash_attention_2")
 CASES_A_JOB = 8
 QUICK_LANES = ("fastbert", "fastbert packed", "sdpa flash", "sdpa efficient", "sdpa cudnn", "fused", "eager")
-COMPILERS = 4  # processes of each job that prepares caches
-TESTS = 0.22  # of the budget, for the correctness tests
-SHORT = 240.0  # seconds of a budget too small to be shared out, and for filling caches to pay
-ALWAYS = float("-inf")  # the least time of a job that may not be left out: what it ends would disturb every time
+COMPILERS = 4  # compiler processes per job that fills caches
+TESTS = 0.22  # share of the budget for the correctness tests
+SHORT = 240.0  # seconds; a smaller budget has no stages and fills no caches ahead
+ALWAYS = float("-inf")  # `least` of a job that always runs: the processes that it ends would disturb all timing
 
 
 @dataclass(frozen=True)
 class Job:
-    """run(timeout) in at most `cap` seconds; not begun where fewer than `least` are left. until: the share of the budget by
-    which its stage has to have ended; without one it belongs to no stage."""
+    """run(timeout) takes at most `cap` seconds and does not start with fewer than `least` left. until: the share of the
+    budget by which its stage must end; None for a job without a stage."""
 
     name: str
     run: Callable[[float], Outcome]
@@ -62,7 +62,7 @@ def model_job(workload: Workload, lane: str, details: bool, cold: bool = True) -
 
 
 def model_jobs(chosen: Iterable[Workload], lanes: tuple[str, ...], details: bool = False) -> Iterator[Job]:
-    """With the caches of the whole run. Only lanes that are not compiled are asked for details: they would compile again."""
+    """Jobs that share the run's caches. Compiled lanes get no details, because these would compile again."""
     for workload in chosen:
         for lane in lanes:
             if workloads.LANES[lane].suits(workload):
@@ -90,20 +90,20 @@ def optimizer_job(*names: str) -> Job:
 
 
 def host_job() -> Job:
-    """The host's share of as many steps as fit, the most telling ones first; the last of them may still be under way."""
+    """Host measurements of as many cases as fit, most important first. The budget leaves time to finish the last one."""
     names = list(CASES)
     return worker_job("host", 45.0, 20.0, kind="host", names=names, seconds=1.0, rounds=4, budget=25.0)
 
 
 def preparation() -> Background:
-    """A process a workload that fills the caches while the tests run, which leave most cores and all timing alone."""
+    """One process per workload that fills the caches during the tests, which use few cores and time nothing."""
     lanes = ["fastbert", *COMPILED_LANES]
     jobs = [{"kind": "prepare", "workload": workload.to_json(), "lanes": lanes} for workload in workloads.headline()]
     return Background(jobs, {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)})
 
 
 def stages(budget: float, tests: bool = True) -> list[tuple[float, Callable[[], Iterator[Job]]]]:
-    """The share of the budget and the jobs of each stage, in order of worth. `tests`: False where they have run before."""
+    """Each stage's share of the budget and its jobs, most important first. `tests`: False if they have run before."""
     return [
         (0.06, _ceilings),
         (TESTS, partial(_tests, tests, budget)),
@@ -116,8 +116,7 @@ def stages(budget: float, tests: bool = True) -> list[tuple[float, Callable[[], 
 
 
 def gpu_plan(budget: float, tests: bool = True) -> Iterator[Job]:
-    """Everything, each thing once: the stages, then what completes the picture. A short call has no stages: it gets as far as
-    it gets."""
+    """All jobs, each once: those of the stages, then the rest. With a short budget there are no stages, only this order."""
     parts = stages(budget, tests)
     ends = accumulate(share for share, _ in parts)
     staged = (replace(job, until=min(end, 1.0)) for (_, jobs), end in zip(parts, ends, strict=True) for job in jobs())
@@ -149,7 +148,7 @@ def _headline() -> Iterator[Job]:
 
 
 def _compiled() -> Iterator[Job]:
-    """The mode that suits small batches before the other, for the step that has one."""
+    """Compiled lanes: for small batches reduce-overhead comes before the default mode."""
     mlm, *small = workloads.headline()
     yield from model_jobs(reversed(small), COMPILED_LANES[::-1])
     yield from model_jobs([mlm], COMPILED_LANES)
@@ -160,7 +159,7 @@ def _host() -> Iterator[Job]:
 
 
 def _ops() -> Iterator[Job]:
-    """The shapes of the README's table and those of the fine-tuning step, beside the peers that need no compilation."""
+    """The shapes of the README's table and of the fine-tuning step, with the peers that need no compilation."""
     for seqlen, hidden in ((512, 1024), (128, 768)):
         cases = [case for case in grid.cases(dtypes=("bf16",)) if case.hidden == hidden and _length(case) == seqlen]
         yield from op_jobs(cases, ("forward", "backward"), QUICK_LANES)
@@ -168,11 +167,11 @@ def _ops() -> Iterator[Job]:
 
 
 def _length(case: grid.Case) -> int:
-    """The sequence length that a case stands for: linear_cross_entropy has its rows there instead."""
+    """The sequence length that a case represents; a case of linear_cross_entropy has its number of rows in that field."""
     return next((length for length, rows in grid.LABELLED.items() if (case.batch, case.seqlen) == (1, rows)), case.seqlen)
 
 
-# Of these only what compiled well is timed early; the search through all that may vary comes last.
+# Of these only the promising candidates are timed early; the search over all choices comes last.
 GENERAL_SEARCH = (
     *("attention_forward", "attention_backward_kv", "attention_backward_q", "bias_gelu_forward", "bias_gelu_backward"),
     *("layernorm_forward", "layernorm_backward", "gelu_layernorm_backward", "gather_rows", "linear_cross_entropy"),

@@ -1,6 +1,6 @@
-"""A pytest plugin (`-p bench.runner.pytest_log --test-log FILE`): one line of JSON a finished test, written at once.
+"""A pytest plugin (`-p bench.runner.pytest_log --test-log FILE`) that writes one line of JSON per finished test at once.
 
-JUnit's XML is written when a session ends; where time runs out there is none. These lines are there in any case.
+JUnit's XML is written at the end of a session, so there is none if time runs out. These lines exist in either case.
 """
 
 import json
@@ -12,17 +12,17 @@ BFLOAT16 = re.compile("bfloat16|bf16")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--test-log", help="a line of JSON for every finished test")
+    parser.addoption("--test-log", help="file for one line of JSON per finished test")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """bfloat16 first in each file: what nothing but a GPU can show."""
+    """Run bfloat16 tests first in each file, because only a GPU can run them."""
     files: dict[object, int] = {}
     items.sort(key=lambda item: (files.setdefault(item.path, len(files)), BFLOAT16.search(item.name) is None))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Called where pytest reports: under pytest-xdist in the controlling process, for the tests of all workers."""
+    """Write the line of a finished test. Under pytest-xdist the controlling process calls this for all workers."""
     if report.when == "call" or report.outcome != "passed":
         outcome = "error" if report.when != "call" and report.failed else report.outcome
         _write(report.nodeid, outcome, report.duration, report.longreprtext)

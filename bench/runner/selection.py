@@ -1,4 +1,4 @@
-"""What a command was asked to run, as jobs; an option whose value is not known is a BadParameter of one line."""
+"""Turns the options of a command into jobs. An option with an unknown value raises a one-line BadParameter."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -9,7 +9,7 @@ from typer import BadParameter
 from bench.core.lengths import Lengths, LengthsError, from_file, from_text
 from bench.runner.plan import Job, worker_job
 
-ADAMW = "adamw"  # an op without a shape of its own: the parameters of a model
+ADAMW = "adamw"  # has no shape of its own but the parameters of a model
 DIRECTIONS = ("forward", "backward", "both")
 
 
@@ -34,7 +34,7 @@ def model_jobs(
     tokenizer: str | None,
     dry_run: bool,
 ) -> list[Job]:
-    """A job a workload and lane; a dry run has the tiny model in every one of them."""
+    """One job per workload and lane; in a dry run all of them use the tiny model."""
     from bench.models import workloads
     from bench.runner.plan import ceilings_job, model_job
 
@@ -50,7 +50,7 @@ def model_jobs(
     if "multiple-choice" in heads and any(batch % 2 for batch in batches):
         raise BadParameter("--batch: multiple choice has two choices a question, so the number has to be even")
     source = _lengths(lengths, data, tokenizer)
-    shares = fills if source is None else fills[:1]  # given lengths have the fill that they have
+    shares = fills if source is None else fills[:1]  # given lengths determine the fill
     chosen = list(workloads.grid(*map(tuple, (names, heads, modes, batches, seqlens, shares))))
     if dry_run:
         chosen = list(dict.fromkeys(workloads.tiny(workload) for workload in chosen))
@@ -73,7 +73,7 @@ def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> 
 
 
 def op_jobs(names: Sequence[str], dtypes: Sequence[str], dry_run: bool) -> list[Job]:
-    """The grid of the ops; a dry run walks one tiny case of each kind."""
+    """The grid of the ops; a dry run has one tiny case of each kind."""
     from bench.core import floors
     from bench.ops import grid
     from bench.runner import plan
@@ -93,7 +93,7 @@ def op_jobs(names: Sequence[str], dtypes: Sequence[str], dry_run: bool) -> list[
 
 
 def tune_jobs(kernels: Sequence[str], dtypes: Sequence[str], architecture: str | None, most: int) -> list[Job]:
-    """A job an entry of kernels/core/configs.py, for the GPU that is here or the architecture that was named."""
+    """One job per entry of kernels/core/configs.py, for this machine's GPU or the named architecture."""
     from bench.audit.run import ARCHITECTURES
     from bench.tune import candidates
 

@@ -1,4 +1,4 @@
-"""What the commands that measure share: how they begin, and how a plan becomes results, a report and an exit status."""
+"""Shared by the measuring commands: their start, and the way from a plan to results, report and exit status."""
 
 import os
 import time
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def start(dry_run: bool) -> None:
-    """Choose the interpreter for a dry run; without one and without a GPU print the floors and exit with 3."""
+    """Select the interpreter for a dry run. Without a GPU and without a dry run, print the floors and exit with 3."""
     import torch
 
     from bench.audit.no_gpu import explain
 
     if dry_run:
-        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # what is started from here on sees no GPU
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # child processes see no GPU
         console.print("[yellow]dry run: tiny shapes, no time is taken[/]")
     elif not torch.cuda.is_available():
         raise typer.Exit(explain(console))
@@ -38,8 +38,8 @@ def run(
 ) -> None:
     """Run a plan, write results and report into `out`, and exit with 1 if a check failed or nothing was reached.
 
-    A signal that asks for the end stops the job that runs; what was reached is written then too, without the pictures.
-    `tests`: a record of tests that have run before.
+    A signal stops the running job; the results so far are written, without the pictures. `tests`: the record of an earlier
+    test run.
     """
     from bench.core import environment, schema
     from bench.core.records import Results
@@ -48,7 +48,7 @@ def run(
 
     start = time.monotonic()
     with stop.listening():
-        isolate.SERVER.begin()  # it imports while the machine is asked what it is
+        isolate.SERVER.begin()  # it imports while the environment is read
         results = Results(environment.read(commit), dry_run=dry_run, tests=tests)
         left = budget - (time.monotonic() - start)
         gpu.run(plan, results, left, out, console.print, after=lambda: files.write_markdown(results, out))
@@ -65,7 +65,7 @@ def run(
 
 
 def conclude(results: "Results") -> int:
-    """Say what failed; returns the exit status."""
+    """Print what failed; returns the exit status."""
     from bench.runner import acceptance
 
     for line in acceptance.failures(results):

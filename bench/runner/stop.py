@@ -1,4 +1,4 @@
-"""A request to end, from a signal: whoever waits for something looks here, so that what was reached is still written."""
+"""Turns signals into requests to stop. Every wait checks for a request, so that results so far are still written."""
 
 import signal
 import time
@@ -6,24 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-STEP = 0.05  # seconds between two looks
+STEP = 0.05  # seconds between two checks
 
 _asked: list[int] = []
 
 
 def reason() -> str | None:
-    """Which signal asked for the end, or None."""
+    """The signal that requested the stop, or None."""
     return f"stopped by {signal.Signals(_asked[0]).name}" if _asked else None
 
 
 def status() -> int:
-    """The exit status of a process that a signal ended."""
+    """The exit status after a request to stop; 0 without one."""
     return 128 + _asked[0] if _asked else 0
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """For the length of the block a signal is a request: the first of them; later ones change nothing."""
+    """Within the block, record signals as requests to stop. Signals after the first one have no effect."""
     before = {number: signal.signal(number, lambda received, _: _asked.append(received)) for number in SIGNALS}
     try:
         yield
@@ -34,7 +34,7 @@ def listening() -> Iterator[None]:
 
 
 def wait_for(done: Callable[[], bool], timeout: float, *, whatever: bool = False) -> bool:
-    """Until `done()` or for `timeout` seconds; returns what done() says then. A request ends it unless `whatever`."""
+    """Wait until `done()` or for `timeout` seconds; returns `done()`. A request to stop ends the wait unless `whatever`."""
     end = time.monotonic() + timeout
     while not done():
         if time.monotonic() >= end or (reason() and not whatever):

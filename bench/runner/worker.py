@@ -1,7 +1,8 @@
-"""The process that one job of a plan runs in: `python -m bench.runner.worker JOB.json RECORDS.jsonl`.
+"""Runs one job of a plan in its own process: `python -m bench.runner.worker JOB.json RECORDS.jsonl`.
 
-A job in a process of its own can run out of memory, be killed or break the CUDA context, and the next one does not
-notice. Each record is a line, flushed as soon as there is one: what a kill leaves is still whole.
+A job can run out of memory, be killed or break the CUDA context without affecting the next one. Each record is one line,
+flushed at once, so a killed job leaves complete records. Kernels run with `failures.strict`: a kernel that fails is an
+error, so that no time of the plain PyTorch fallback is recorded under a kernel's name.
 """
 
 import json
@@ -65,7 +66,7 @@ def _tune(**job: Any) -> Iterator[Any]:
     yield from run(**job)
 
 
-# By kind of job, what runs it: a generator of records.
+# The function that runs each kind of job and yields its records.
 KINDS: dict[str, Callable[..., Iterator[Any]]] = {
     "ceilings": _ceilings,
     "model": _model,
@@ -78,13 +79,13 @@ KINDS: dict[str, Callable[..., Iterator[Any]]] = {
 
 
 def main(job_path: str, records_path: str) -> None:
-    """Run the job at `job_path`, a record a line into `records_path`."""
+    """Run the job at `job_path` and write one record per line to `records_path`."""
     import torch
 
     from fastbert.kernels.core import failures
     from fastbert.testing.interpreter import accelerate
 
-    failures.strict = True  # no time of plain PyTorch under a kernel's name
+    failures.strict = True  # no fallback is timed under a kernel's name
     job = json.loads(Path(job_path).read_text())
     if not torch.cuda.is_available():
         torch.set_num_threads(1)

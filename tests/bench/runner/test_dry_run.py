@@ -222,7 +222,7 @@ def test_a_wrong_model_fails_its_gate(monkeypatch):
         (["tune", "--kernel", "x"], "known are attention_forward"),
         (["host", "--only", "x"], "there are SeqCls B=32 S=128 training"),
         (["host", "--rounds", "0"], "from 1 on"),
-        (["host", "--check"], "leave --dry-run out"),
+        (["host", "--check"], "leave out --dry-run"),
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, said):
