@@ -122,9 +122,8 @@ def attention_bwd_q_kernel(
             every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks,
             False, MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    dq_strides = (0, dq_row_stride, D, 1)
-    pointers = tile_pointers(dq_ptr + head * D, first_row + rows, dq_strides, BLOCK_D, ALIGNED)
     dq *= SCALE
+    pointers = tile_pointers(dq_ptr + head * D, first_row + rows, (0, dq_row_stride, D, 1), BLOCK_D, ALIGNED)
     store_tile(pointers, dq, rows, seqlen_q, D, BLOCK_D)
     if sums_ptr is not None:  # rows past the last are 0
         store_row(sums_ptr + ((batch * blocks + block) * n_heads + head) * D, tl.sum(dq, axis=0), D, BLOCK_D)
