@@ -1,18 +1,18 @@
 """AdamW (decoupled weight decay) over all parameters of all groups in one launch.
 
-For each element, with g the gradient (negated where the group maximizes), t the steps taken, this one included:
+For each element, with g the gradient (negated where the group maximizes) and t the number of steps, including this one:
 
     p  = p (1 - lr weight_decay)
     m  = beta1 m + (1 - beta1) g
     v  = beta2 v + (1 - beta2) g^2
     p -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-amsgrad takes the square root of the largest v so far. In float32 it moves 28 bytes a parameter: reads p, g, m, v and
-writes p, m, v. A program finds its tensors in the tables of tables.py.
+amsgrad takes the square root of the largest v so far. In float32 a step moves 28 bytes per parameter: it reads p, g, m, v and
+writes p, m, v. A program finds its tensors in the tables of tables.py. Steps with a GradScaler never wait for the device.
 
-Elements are computed in float32 (float64 for float64) and rounded when they are stored, as in torch's fused AdamW;
-what is the same for a whole tensor is computed in float64. Loshchilov and Hutter, arXiv:1711.05101; amsgrad: Reddi,
-Kale and Kumar, arXiv:1904.09237.
+Elements are computed in float32 (float64 for float64) and rounded when they are stored, as in torch's fused AdamW; factors that
+a whole tensor shares are computed in float64. Loshchilov and Hutter, arXiv:1711.05101; amsgrad: Reddi, Kale and Kumar,
+arXiv:1904.09237.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ _COLUMNS: tl.constexpr = tl.constexpr(COLUMNS)
 
 @triton.jit
 def _pointer(row_ptr, column: tl.constexpr, start, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Element `start` of the tensor that the row names. Without the hint a loaded pointer is read 4 bytes at a time."""
+    """Pointer to element `start` of the tensor in this column of the row. Without the hint it is read 4 bytes at a time."""
     pointer = tl.load(row_ptr + column).to(tl.pointer_type(TYPE)) + start
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -84,7 +84,7 @@ def _update(
         largest = tl.maximum(largest, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         tl.store(max_exp_avg_sq_ptr + offsets, largest.to(max_exp_avg_sq_ptr.dtype.element_ty), mask)
     if grad.dtype == tl.float32:
-        # The approximate square root flushes denormals, and with eps = 0 their updates would be infinite.
+        # The approximate square root flushes denormals to 0, and with eps = 0 their updates would be infinite.
         update = tl.div_rn(exp_avg, tl.sqrt_rn(largest) * correction + eps)
     else:
         update = exp_avg / (tl.sqrt(largest) * correction + eps)
@@ -155,7 +155,8 @@ def adamw_kernel(
         if MASTER is not None:
             master_ptr = _pointer(row_ptr, 5, start, MASTER, ALIGNED)
 
-        # A vector is loaded under one decision, so the loop ends at a multiple of 16 elements; the rest follows.
+        # A mask that is uniform per vector allows vector loads, so the loop ends at a multiple of 16 elements; the rest
+        # follows.
         whole = n
         if ALIGNED:
             whole = tl.multiple_of(n // 16 * 16, 16)
@@ -175,7 +176,7 @@ def adamw_kernel(
                     step_size, correction, eps, grad_scale_ptr is not None, ACC,
                 )  # fmt: skip
 
-    # The program that ends last counts the steps, for the others have read them by then.
+    # The last program to finish increments the steps: by then all others have read them.
     tl.debug_barrier()
     if tl.atomic_add(done_ptr, 1) == tl.num_programs(0) - 1:
         tl.store(done_ptr, 0)
@@ -228,21 +229,21 @@ def adamw(
 ) -> None:
     """One step of AdamW, in place: parameters, moments, master weights and steps.
 
-    One launch for each device and combination of dtypes, amsgrad and 16-byte alignment among the parameters.
+    One launch per device and per combination of dtypes, amsgrad and 16-byte alignment among the parameters.
 
     Args:
-        parameters: each with its gradient and state; all but `step` (float32 []) have the parameter's shape. fp32, fp16 or
-            bf16 (in the interpreter fp64 too), any strides; `master`, the parameter in a higher precision, is the one that
-            is updated.
+        parameters: each with its gradient and state; all but `step` (float32 []) have the parameter's shape. fp32, fp16 or bf16
+            (in the interpreter fp64 too), any strides. `master`, the parameter in a higher precision, is updated and
+            rounded into the parameter.
         groups: hyperparameters; `Parameter.group` is an index into them.
-        grad_scale: fp32 []: gradients are divided by it first, and stored so, as torch's fused AdamW does.
-        found_inf: fp32 []: where it is not 0, nothing changes.
-        tables: what an earlier call left on the device; brought up to date. A call that a CUDA graph captures has
+        grad_scale: fp32 []: gradients are divided by it first and stored so, as in torch's fused AdamW.
+        found_inf: fp32 []: if it is not 0, nothing changes.
+        tables: the tables of an earlier call, which are brought up to date. A call that a CUDA graph captures needs
             Tables(captured=True) of its own.
 
     Raises:
         ValueError: a dtype without a kernel; a tensor of another size or on another device than its parameter.
-        KernelFailed: a launch did not come about; its attribute `left` has the indices of the parameters that did not step.
+        KernelFailed: a launch failed; its attribute `left` has the indices of the parameters that were not updated.
     """
     tables = Tables() if tables is None else tables
     tables.refresh(parameters, groups)
@@ -250,7 +251,7 @@ def adamw(
 
 
 def launch_all(tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """The step that `tables` hold, which are up to date. Raises KernelFailed, as adamw does."""
+    """Run the step that `tables` describe, which must be up to date. Raises KernelFailed, as adamw does."""
     for done, table in enumerate(tables.launches):
         try:
             _launch(table, grad_scale, found_inf)

@@ -1,11 +1,19 @@
-"""What one AdamW launch reads on the device to find its tensors: rows of pointers, chunks of rows, hyperparameters.
+"""The tables on the device by which one AdamW launch finds its tensors: rows of pointers, chunks of rows, hyperparameters.
 
     rows             int64   [tensors, COLUMNS]   uploaded again when a tensor moved
-    chunks           int64   [chunks, 2]          a row and the element of it that a program starts at
+    chunks           int64   [chunks, 2]          a row, and the element of it at which a program starts
     hyperparameters  float64 [groups, 6]          uploaded again when a number changed
 
-A step in which nothing moved and no number changed uploads nothing. No upload waits for the device. A step that a CUDA
-graph captures has tables of its own, in the graph's memory, and the graph itself holds what is in them.
+Launches are planned again only when the set of gradients, a parameter or a state changes. Gradients that only moved upload
+their pointers again, and a changed learning rate uploads a few numbers. A step in which nothing changed is one launch and no
+ATen call (tests/optim/test_host.py). No upload waits for the device.
+
+Which parameters have gradients, where a thousand tensors are and what they are is compared in a few C calls over whole lists,
+because a Python loop over parameters takes longer than torch's optimizer.
+
+A step that a CUDA graph captures has tables of its own in the graph's memory. Their contents are arguments of launches, which
+the graph holds: pinned memory would have to live as long as the graph, and the end of a graph cannot be observed. That costs
+some forty small launches per replay for BERT-base's 200 parameters. tests/optim/graph.py is a CUDA graph's stand-in on the CPU.
 """
 
 from array import array
@@ -22,10 +30,10 @@ from ..core.failures import is_wide
 from ..core.launch import choose
 from .tensor_forms import Forms
 
-# The columns of a row. An absent tensor's pointer is 0, and no program reads it.
+# The columns of a row. The pointer to an absent tensor is 0, and no program reads it.
 POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")
 GRAD = POINTERS.index("grad")
-COLUMNS = len(POINTERS) + 2  # then the number of elements, and the group
+COLUMNS = len(POINTERS) + 2  # plus the number of elements and the group
 VECTOR_BYTES = 16
 
 
@@ -43,7 +51,7 @@ class Parameter(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Parameters as lists, one a field of Parameter. The optional ones have None in places, or are None if nobody has it."""
+    """Parameters as lists, one per field of Parameter. An optional list holds None where absent, or is None if all are."""
 
     param: list[Tensor]
     grad: list[Tensor]
@@ -61,7 +69,7 @@ class Columns(NamedTuple):
         return cls(param, grad, exp_avg, exp_avg_sq, step, *present, group)
 
     def tensors(self) -> tuple[list[Tensor], list[list[bool] | None]]:
-        """All of them, one column after the other, and where the optional ones are."""
+        """All tensors, one column after the other, and which parameters have the optional ones."""
         found = [*self.param, *self.grad, *self.exp_avg, *self.exp_avg_sq, *self.step]
         present: list[list[bool] | None] = [None, None]
         for i, column in enumerate((self.max_exp_avg_sq, self.master)):
@@ -72,7 +80,7 @@ class Columns(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """Of one group. A tensor has one element; on the parameters' device it is read there, without a synchronisation."""
+    """The numbers of one group. A tensor has one element; on the parameters' device it is read without a synchronisation."""
 
     lr: float | Tensor = 1e-3
     beta1: float | Tensor = 0.9
@@ -83,7 +91,7 @@ class Hyperparameters(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What all tensors of one launch share."""
+    """The properties that all tensors of one launch share."""
 
     device: torch.device
     param: torch.dtype
@@ -93,15 +101,15 @@ class Kind(NamedTuple):
     max_exp_avg_sq: torch.dtype | None
     master: torch.dtype | None
     aligned: bool  # every tensor starts at a multiple of 16 bytes
-    occurrence: int  # a parameter that is listed twice is updated twice, one launch after the other
+    occurrence: int  # a parameter listed twice is updated twice, by separate launches
 
 
 class Tables:
-    """The launches that update a list of parameters, kept from one step to the next.
+    """The launches that update a list of parameters, kept from step to step.
 
-    `built` counts how often the launches were planned, `uploaded` how often pointers were sent to the device. `captured`
-    tables are those of one step that a CUDA graph captures: the graph fills them at each replay, so that nothing on the
-    host has to outlive the step.
+    `built` counts how often the launches were planned, `uploaded` how often pointers were sent to the device. `captured` tables
+    belong to one step that a CUDA graph captures: the graph fills them at each replay, so that nothing on the host has to
+    outlive the step.
     """
 
     def __init__(self, captured: bool = False) -> None:
@@ -119,7 +127,7 @@ class Tables:
         """Bring everything on the device up to date.
 
         Raises:
-            ValueError: a tensor has another size than its parameter, is on another device, or of a dtype without kernel.
+            ValueError: a tensor has another size than its parameter, is on another device, or has a dtype without a kernel.
             RuntimeError: a sparse gradient.
         """
         columns = Columns.of(parameters)
@@ -128,10 +136,9 @@ class Tables:
         self.set_hyperparameters(groups)
 
     def follow(self, columns: Columns) -> bool:
-        """Whether the launches that there are will do; where gradients moved, they are told.
+        """Whether the planned launches still fit; moved gradients are uploaded.
 
-        What every step asks first, so it looks at whole columns. Tensors are compared by address and by what may change at
-        the same address.
+        Every step asks this first, so it compares whole columns: addresses, and what may change at the same address.
         """
         tensors, present = columns.tensors()
         if self._forms is None or self._places != (columns.group, present) or not self._forms.same(tensors):
@@ -146,7 +153,7 @@ class Tables:
         return True
 
     def _only_moved(self, moved: slice, pointers: list[int]) -> bool:
-        """Whether these alone moved, and to places as aligned as before: every step without kept gradients sees that."""
+        """Whether only these moved, to equally aligned addresses. That is the usual case when gradients are set to None."""
         if any(table.copies for table in self.launches):
             return False
         before = self._pointers
@@ -173,7 +180,7 @@ class Tables:
         self.uploaded += 1
 
     def set_hyperparameters(self, groups: Sequence[Hyperparameters]) -> None:
-        """Upload the numbers if one changed; tensors on a device are copied from there, every time."""
+        """Upload the numbers if one changed; tensors on a device are copied from there at every step."""
         numbers = list(chain.from_iterable(groups))
         tensors: list[tuple[int, Tensor]] = []
         if any(issubclass(kind, Tensor) for kind in set(map(type, numbers))):
@@ -190,7 +197,7 @@ class Tables:
 
 
 class LaunchTable:
-    """One launch: which parameters, and their tables on the device."""
+    """One launch: its parameters and their tables on the device."""
 
     def __init__(self, kind: Kind, indices: list[int], parameters: Sequence[Parameter], captured: bool) -> None:
         self.kind = kind
@@ -206,7 +213,7 @@ class LaunchTable:
         self.chunks = self._chunks([parameters[i].param.numel() for i in indices], captured)
 
     def _chunks(self, sizes: list[int], captured: bool) -> Tensor:
-        """Uploaded; or, for a graph, worked out on the device: there are many, and a graph would hold each as a number."""
+        """Uploaded; for a graph computed on the device, since there are many and a graph would hold each as a number."""
         chunk = self.config.BLOCK_M * self.config.BLOCK_N
         programs = sum(max(1, -(-size // chunk)) for size in sizes)
         upload, numbers = Upload(self.kind.device, captured), torch.tensor(sizes)
@@ -215,7 +222,7 @@ class LaunchTable:
         return upload.send(_chunks(numbers, chunk, programs))
 
     def _copy_other_layouts(self, parameters: Sequence[Parameter]) -> None:
-        """A tensor whose memory is laid out unlike its parameter's is stood in for by a copy."""
+        """Replace tensors whose memory layout differs from their parameter's by copies."""
         for row, i in enumerate(self.indices):
             param = parameters[i].param
             layout = param if _is_dense(param) else torch.empty_like(param)
@@ -232,19 +239,19 @@ class LaunchTable:
         self.rows.send(rows)
 
     def copy_in(self) -> None:
-        """Before the launch: fill the copies."""
+        """Fill the copies, before the launch."""
         for _, _, tensor, copy in self.copies:
             copy.copy_(tensor)
 
     def copy_out(self, unscaled: bool) -> None:
-        """After the launch: write the copies back; those of gradients only where the kernel unscaled them."""
+        """Write the copies back, after the launch; those of gradients only if the kernel unscaled them."""
         for _, column, tensor, copy in self.copies:
             if column != GRAD or unscaled:
                 tensor.copy_(copy)
 
 
 class Copy(NamedTuple):
-    """Where a pointer stands, the tensor it is of, and the copy of that which the kernel works on."""
+    """A pointer's row and column, the tensor it stands for, and the copy that the kernel works on instead."""
 
     row: int
     column: int
@@ -253,11 +260,10 @@ class Copy(NamedTuple):
 
 
 class Upload:
-    """A tensor on the device that takes numbers of the host, without waiting for the device.
+    """A tensor on the device that receives numbers from the host without waiting for the device.
 
-    They are copied from pinned memory, which torch gives out again only when the copy is done. In a `captured` step they
-    are arguments of launches instead, which the graph keeps. What a graph copies from would have to be pinned before the
-    capture, for each step anew, and kept for as long as the graph may be replayed, the end of which nobody tells.
+    They are copied from pinned memory, which torch reuses only after the copy is done. In a `captured` step they are arguments
+    of launches instead, which the graph holds.
     """
 
     def __init__(self, device: torch.device, captured: bool) -> None:
@@ -266,7 +272,7 @@ class Upload:
         self.tensor = torch.empty(0)
 
     def send(self, host: Tensor) -> Tensor:
-        """Make the tensor equal `host`; returns it."""
+        """Make the tensor equal to `host`, and return it."""
         if self.captured:
             self.tensor = torch.zeros(host.shape, dtype=host.dtype, device=self.device)
             torch._foreach_add_(self.tensor.view(-1).unbind(), host.reshape(-1).tolist())
@@ -281,7 +287,7 @@ def _on_device(value: float | Tensor) -> bool:
 
 
 def _plan(parameters: Sequence[Parameter]) -> dict[Kind, list[int]]:
-    """Which parameters go into which launch."""
+    """The parameters of each launch, by index."""
     planned: dict[Kind, list[int]] = {}
     seen: Counter[int] = Counter()
     for index, parameter in enumerate(parameters):
@@ -305,7 +311,7 @@ def _check(parameter: Parameter) -> None:
         tensor = getattr(parameter, name)
         if tensor is None:
             continue
-        if tensor.layout is not torch.strided:  # in the words of torch's own
+        if tensor.layout is not torch.strided:  # torch's own wording
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         if tensor.device != param.device:
             raise ValueError(f"{name}: expected a tensor on {param.device}, as its parameter, got one on {tensor.device}")
@@ -320,8 +326,8 @@ def _check(parameter: Parameter) -> None:
 
 
 def _chunks(sizes: Tensor, chunk: int, programs: int) -> Tensor:
-    """[programs, 2]: every tensor from its start, `chunk` elements a program. An empty one has a program as well, so
-    that some program counts its step."""
+    """[programs, 2]: each tensor from its start, `chunk` elements per program. An empty tensor has a program too, so that its
+    step is counted."""
     counts = ((sizes + (chunk - 1)) // chunk).clamp(min=1)
     ends = counts.cumsum(0)
     program = torch.arange(programs, device=sizes.device)
@@ -330,7 +336,7 @@ def _chunks(sizes: Tensor, chunk: int, programs: int) -> Tensor:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill their memory without holes or overlaps, in any order of dimensions."""
+    """Whether the elements fill their memory without holes or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 0:

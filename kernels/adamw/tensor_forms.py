@@ -1,8 +1,9 @@
-"""Whether tensors are what they were a step ago: their types, dtypes, devices, sizes and strides, of a thousand at once.
+"""Whether a thousand tensors have the same types, dtypes, devices, sizes and strides as a step ago.
 
-Any of that can change at the same address: `tensor.data = other`, or a new gradient in the memory of an old one. Asked one
-by one in Python it takes as long as all else that an optimizer does in a step. torch compares them in one call, for the
-guards of its compiler. That call is no public one, so it first has to show that it notices what must be noticed.
+Any of these can change at the same address: through `tensor.data = other`, or when a new gradient takes the memory of an old
+one. Comparing them one by one in Python takes as long as the rest of an optimizer step. torch compares them in one call, for
+its compiler's guards (TensorGuards). That is no public API, so it is used only after it has shown that it notices each
+difference; otherwise Python lists are compared.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,17 @@ _MOST_GUARDS = 8
 
 
 class Forms:
-    """The forms of `tensors`, which are not kept."""
+    """The forms of `tensors`; the tensors themselves are not kept."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._forms = _forms(tensors)
         self._length = len(tensors)
         self._guards: Any = None
-        self._guards_left = _MOST_GUARDS  # they take long to make, and see what does not matter here: autocast, requires_grad
+        self._guards_left = _MOST_GUARDS  # slow to build, and they also see autocast and requires_grad
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these tensors, in their order, have the same forms."""
-        guards = self._guards  # which another thread may be changing
+        """Whether these tensors have the same forms, in order."""
+        guards = self._guards  # read once: another thread may change it
         if guards is not None and len(tensors) == self._length and guards.check(*tensors):
             return True
         if list(map(type, tensors)) != self._forms[0] or _forms(tensors) != self._forms:
@@ -47,7 +48,7 @@ def _forms(tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:
-    """torch's comparison with these tensors; None where there is none, or where it refuses them (one that comes twice)."""
+    """torch's guards for these tensors; None if they are unavailable or refuse them (a tensor listed twice)."""
     kind = _proven()
     if kind is None:
         return None
@@ -62,12 +63,12 @@ def _make(kind: Any, tensors: Sequence[Tensor]) -> Any:
 
 @cache
 def _proven() -> Any:
-    """torch's class, if this release has it and it tells a tensor from each that differs from it in one way."""
+    """torch's class, if this release has it and it notices each single difference."""
     try:
         from torch._C._dynamo.guards import TensorGuards
 
         return TensorGuards if _notices(TensorGuards) else None
-    except Exception:  # whatever another release makes of it
+    except Exception:  # another release may fail in any way
         return None
 
 

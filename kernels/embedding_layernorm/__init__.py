@@ -1,14 +1,18 @@
 """y = dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])): BertEmbeddings.
 
 words [V, H], positions [P, H], types [N, H], ids [B, S]. With z the sum of the three rows, added and rounded in eager's
-order, T = B * S:
+order, and T = B * S:
 
     forward    y = dropout((z - mean) * rstd * weight + bias)      reads the rows, writes y             T (3H + H) b bytes
-    backward   dz = LayerNorm'(dropout'(dy)), and its sums a row   reads dy, the rows; writes dz, then reads it once for
-               of each table (gradients.py and sums.py)            the words and once for positions and types
+    backward   dz = LayerNorm'(dropout'(dy)), and its sums per     reads dy, the rows; writes dz, then reads it once for
+               row of each table (gradients.py and sums.py)        the words and once for positions and types
 
-Saved: a row's mean and rstd in float32; z is gathered again, and the keep mask drawn again. Position ids that are
-a range, or the same for the whole batch, and types that are few need no sorting. No atomics: the same bits each time.
+Saved: mean and rstd per row in float32. The backward gathers z again, which costs what reading it back would and saves writing
+and keeping it, and recomputes the keep mask. Position ids that are a range, or the same for the whole batch, and types that are
+few need no sorting. No atomics: the same bits every time.
+
+An id outside of its table raises on the CPU and fails an assertion on the device, as in torch. For that the forward kernel
+alone is compiled with debug=True, which its launch asks for, without the overflow checks that debug=True implies.
 """
 
 from functools import cache
@@ -43,7 +47,7 @@ __all__ = ["embedding_layernorm"]
 
 
 def _sum_arguments(given: Inputs | Saved) -> dict[str, object]:
-    """What both kernels take to make z: summed_rows' arguments."""
+    """The arguments by which both kernels compute z: those of summed_rows."""
     words, positions, types = given.words, given.positions, given.types
     ids, token_type_ids, position_ids = given.ids, given.token_type_ids, given.position_ids
     shape = words.shape[:-1] if ids is None else ids.shape
@@ -83,7 +87,7 @@ def _check_ranges(given: Inputs) -> None:
 
 
 def _check_range(ids: Tensor | None, table: Tensor) -> None:
-    # On a GPU the kernel checks, because to look at the ids here would be a synchronisation.
+    # On a GPU the kernel checks: looking at the ids here would be a synchronisation.
     if ids is not None and ids.device.type == "cpu" and ids.numel():
         low, high = ids.aminmax()
         if low < 0 or high >= table.shape[0]:
@@ -115,8 +119,8 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=next_power_of_2(n_cols),
-        debug=True,  # without which the kernel's assertions are left out; told here, as a launch is kept by its arguments
-        sanitize_overflow=False,  # which comes along otherwise
+        debug=True,  # compiles the kernel's assertions; an argument of the launch, because compiled kernels are cached by those
+        sanitize_overflow=False,  # which debug=True would enable
     )
     return y, mean, rstd
 
@@ -130,14 +134,14 @@ def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def launch_backward(dy: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the tables, weight and bias; an empty tensor for one that is not asked for."""
+    """The gradients of the tables, weight and bias; an empty tensor for each that is not asked for."""
     words, positions, types, weight = saved.words, saved.positions, saved.types, saved.weight
     ids, token_type_ids, position_ids, places = saved.ids, saved.token_type_ids, saved.position_ids, saved.places
     needs_words, needs_positions, needs_types, needs_weight, needs_bias = needs
     dz, sums = _launch_rows(dy, saved, needs_words or needs_positions or needs_types, needs_weight or needs_bias)
     shape = dy.shape[:-1]
 
-    # Positions that all sequences share, and types that are few, are added up by place; others are brought into order.
+    # Positions that all sequences share and few types are summed by place; other ids are sorted first.
     counted = position_ids is None or places is not None
     shared = needs_positions and (counted or position_ids.numel() < shape.numel())
     few = needs_types and (token_type_ids is None or types.shape[0] <= MOST_TYPES)
@@ -177,7 +181,7 @@ def launch_backward(dy: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, Ten
 
 @or_plain(plain.rows_backward)
 def _launch_rows(dy: Tensor, saved: Saved, needs_dz: bool, needs_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the sum that was normalised, [T, H], and those of weight and bias as sums [n, 2, H]."""
+    """dz [T, H], the gradient of LayerNorm's input, and the partial sums [n, 2, H] of the gradients of weight and bias."""
     mean = saved.mean
     n_cols = dy.shape[-1]
     dy = as_rows(dy)
@@ -261,29 +265,29 @@ def embedding_layernorm(
     """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])) in one pass over memory.
 
     Args:
-        words: [V, H], the word embeddings; or, without ids, [..., S, H]: the words' rows themselves. fp64, fp32, fp16 or
-            bf16, any strides.
+        words: [V, H], the word embeddings; without ids, [..., S, H], the words' rows themselves. fp64 (on a GPU computed by
+            plain PyTorch), fp32, fp16 or bf16, any strides.
         positions, types: [P, H] and [N, H], the other two tables; other dtypes promote the sum as torch does.
         weight, bias: [H], LayerNorm's.
         ids: int64 or int32 [..., S], rows of words.
-        token_type_ids: the same for types, the shape of ids or [1, ..., S] for all sequences alike; row 0 when None.
+        token_type_ids: the same for types, in the shape of ids, or [1, ..., S] shared by all sequences; row 0 when None.
         position_ids: the same for positions; offset, offset + 1, ... in each sequence when None.
         offset: the position of a sequence's first token, without position_ids.
         padding_idx: a row of words whose gradient is 0, as in nn.Embedding.
         eps: added to the variance.
-        p: probability of dropping an element, rounded to 1/65536; kept ones are scaled by 1 / (1 - p).
+        p: probability of dropping an element, rounded to 1/65536; kept elements are scaled by 1 / (1 - p).
         out_dtype: dtype of the result (autocast asks for float32); the promoted dtype by default.
         seed: int64 [] on words' device; drawn from torch's generator when None and p > 0.
-        index: int32 [N], the rows of all these that are wanted, none twice; they are packed as gather_rows packs. Below 0: a
-            row that is not read, whose gradient must be 0.
-        inverse: int32 [... S], with index: where each row is among those, negative if nowhere.
+        index: int32 [N], the rows to compute, none twice, packed as gather_rows packs them. Below 0: a row that is not read,
+            whose upstream gradient must be 0.
+        inverse: int32 [..., S], with index: the place of each row in index, negative if it has none.
 
     Returns:
         [..., S, H], contiguous; with index [1, N, H].
 
     Raises:
-        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192, an index
-            without inverse or ids.
+        ValueError: shapes or devices that do not fit, a dtype without a kernel, p outside [0, 1], H over 8192, an index without
+            inverse or ids.
         IndexError: an id outside of its table; on a GPU a failed device assertion instead, as in torch.
     """
     tables = {"words": words, "positions": positions, "types": types}
@@ -334,7 +338,7 @@ def embed(
     index: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> Tensor:
-    """embedding_layernorm, of arguments that the caller has checked."""
+    """embedding_layernorm for checked arguments."""
     places = None
     if index is not None:
         if not torch.compiler.is_compiling():

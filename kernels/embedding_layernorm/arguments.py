@@ -1,4 +1,4 @@
-"""What the op and its backward read."""
+"""What the op and its backward read: their arguments as NamedTuples."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class Inputs(NamedTuple):
     ids: Tensor | None
     token_type_ids: Tensor | None
     position_ids: Tensor | None
-    places: Tensor | None  # of packed rows: where each of a batch's positions is among them
+    places: Tensor | None  # for packed rows: the place of each of the batch's positions among them
     seed: Tensor | None
     offset: int
     padding_idx: int | None
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Whose gradients are asked for."""
+    """Which gradients are asked for."""
 
     needs_words: bool
     needs_positions: bool
@@ -54,9 +54,9 @@ class Needs(NamedTuple):
 
 
 def z_dtype(given: Inputs | Saved) -> torch.dtype:
-    """Of the sum of the three rows, promoted in eager's order."""
+    """The dtype of the sum of the three rows, promoted in eager's order."""
     return promote(promote(given.words.dtype, given.types.dtype), given.positions.dtype)
 
 
 def promote(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    return one if one == other else torch.promote_types(one, other)  # which is dispatched as an op
+    return one if one == other else torch.promote_types(one, other)  # promote_types is dispatched as an op

@@ -1,10 +1,12 @@
-"""Gradients of embedding tables from those of the rows that were read from them: sums over tokens, without atomics.
+"""Gradients of embedding tables from dz [T, H], the gradients of the rows that were read: sums over sorted tokens.
 
-Tokens are sorted by id, so those of one row of the table are a run. A run is cut into pieces at multiples of PIECE places;
-a piece within a run's ends there writes the row, pieces of a run that crosses such a place leave partial sums, which a
-second kernel adds up. A [CLS] of ten thousand tokens is then as parallel as any others. Sums are in float32 (float64), in
-an order that only the ids decide, and are rounded once. Where the ids follow from the place of a token, or are very few,
-sums.py needs no order.
+Tokens are ordered by id, so the tokens of one table row form a run. A run is cut into pieces at multiples of PIECE places. A
+piece that is a whole run writes the table row; pieces of a run that crosses such a place write partial sums, which a second
+kernel adds up. A word that half of the batch consists of is then as parallel as any other. Sums are in float32 (float64), in an
+order that depends only on the ids, and are rounded once: no atomics, the same bits every time.
+
+Up to MOST_RANKED ids are ranked rather than sorted: T^2 comparisons in one kernel cost less than a sort's launches. Positions
+that are counted, and types that are few, need no order: sums.py.
 """
 
 import torch
@@ -17,10 +19,10 @@ from ..core.failures import or_plain
 from ..core.launch import accumulator, accumulator_torch, cdiv, choose, launch, next_power_of_2
 from . import plain
 
-PIECE = 32  # places of the sorted order that one sum is over at most
+PIECE = 32  # at most so many places of the sorted order per sum
 JOINED = 16  # partial sums of a run that are read at once
-MOST_RANKED = 16384  # ids that one kernel brings into order: the time of a sort's dozen launches
-LARGEST = tl.constexpr(2**31 - 1)  # an id that no table has
+MOST_RANKED = 16384  # up to so many ids one kernel takes less time than the dozen launches of a sort
+LARGEST = tl.constexpr(2**31 - 1)  # larger than any id
 
 
 @triton.jit(do_not_specialize=["n_places", "n_table_rows", "skip"])
@@ -59,7 +61,7 @@ def embedding_layernorm_bwd_runs_kernel(
     whole = wanted & ((goes_on | went_on) == 0)
     table_offsets = offsets(ids[:, None], cols[None, :], N_COLS, 1)
     tl.store(dtable_ptr + table_offsets, total.to(dtable_ptr.dtype.element_ty), whole[:, None] & col_mask[None, :])
-    # Of each PIECE places two partial sums at most: of a run that comes from before (0), of one that starts here (1).
+    # PIECE places have at most two partial sums: of a run that began before them (0), and of one that starts in them (1).
     slots = places // PIECE * 2 + tl.where(went_on, 0, 1)
     parts = (goes_on | went_on)[:, None] & col_mask[None, :]
     tl.store(partials_ptr + offsets(slots[:, None], cols[None, :], N_COLS, 1), total, parts)
@@ -75,7 +77,7 @@ def embedding_layernorm_bwd_joins_kernel(
     piece = piece.to(tl.int64)
     col_mask = cols < N_COLS
 
-    # The run at the end of this piece, if it starts in it and goes on: there is a place behind it, see the launcher.
+    # The run at the end of this piece, if it starts in the piece and continues. Another piece follows: see the launcher's grid.
     end = (piece + 1) * PIECE
     id_ = tl.load(ids_ptr + end - 1)
     before = tl.load(ids_ptr + piece * PIECE - 1, piece > 0, other=-1)
@@ -106,7 +108,7 @@ def embedding_layernorm_bwd_order_kernel(
     here = places < n_places
     ids = tl.load(ids_ptr + places, here, other=0).to(tl.int32)
 
-    # How many come before: those of a smaller id, and of the same one those that are before it already.
+    # An id's rank: how many ids are smaller, plus how many equal ones stand before it.
     first = tl.zeros([BLOCK_M, BLOCK_N], tl.int64)
     for start in range(0, n_places, BLOCK_N):
         others = start + tl.arange(0, BLOCK_N)
@@ -120,9 +122,9 @@ def embedding_layernorm_bwd_order_kernel(
 
 
 def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """ids [T] in ascending order, int32, and the places that they had; those of one id stay in their order."""
+    """ids [T] in ascending order, int32, and their places in `ids`; equal ids keep their order."""
     if ids.numel() > MOST_RANKED:
-        # The low half of an int64 is as good: ids are rows of a table.
+        # The low half of an int64 suffices: ids are rows of a table.
         narrow = ids.contiguous().view(torch.int32)[::2] if ids.dtype == torch.int64 else ids
         return narrow.sort(stable=True)
     return _ranked(ids.contiguous())
@@ -130,7 +132,7 @@ def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @or_plain(plain.in_order)
 def _ranked(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """T^2 comparisons, which up to MOST_RANKED take less time than the launches that a sort is made of."""
+    """in_order by T^2 comparisons, which up to MOST_RANKED ids take less time than a sort's launches."""
     sorted_ids = ids.new_empty(ids.shape, dtype=torch.int32)
     order = torch.empty_like(sorted_ids)
     config = choose("embedding_order", order, ids.shape[0])
@@ -151,9 +153,9 @@ def _ranked(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @or_plain(plain.by_runs)
 def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype: torch.dtype) -> Tensor:
-    """The gradient [n_table_rows, H] of a table from dz [T, H] and the rows of it that were read, ids [T].
+    """The gradient [n_table_rows, H] of a table from dz [T, H] and the rows that were read, ids [T].
 
-    Row `skip` stays 0, as do those that nobody read.
+    Row `skip` and rows that were not read are 0.
     """
     n_places, n_cols = dz.shape
     dtable = dz.new_zeros((n_table_rows, n_cols), dtype=dtype)

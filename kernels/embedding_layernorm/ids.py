@@ -1,4 +1,4 @@
-"""The ids of rows that are packed: what embedding_layernorm's kernels read where they run over some rows of a batch alone."""
+"""The ids of packed rows, which embedding_layernorm's kernels read when they run over some rows of a batch only."""
 
 import torch
 import triton
@@ -45,9 +45,9 @@ def embedding_layernorm_ids_kernel(
 def packed_ids(
     index: Tensor, ids: Tensor, type_ids: Tensor | None, position_ids: Tensor | None, offset: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Of the rows `index` [N] of a batch [..., S] the ids, the types (None: none are given) and the positions, int64 [1, N].
+    """The ids, types (None if none are given) and positions of the rows `index` [N] of a batch [..., S], each int64 [1, N].
 
-    type_ids and position_ids are those of each sequence or of all; without the latter positions count from `offset`. An
+    type_ids and position_ids are given per sequence or once for all; without position_ids, positions count from `offset`. An
     index below 0 takes the ids of the first row.
     """
     seqlen, n_rows = ids.shape[-1], index.shape[0]
@@ -77,5 +77,5 @@ def packed_ids(
 
 
 def batch_stride(ids: Tensor | None, shape: torch.Size) -> int:
-    """From one sequence's ids to the next one's: 0 where one row of them serves all of this shape."""
+    """The stride from one sequence's ids to the next one's; 0 where one row of ids serves all sequences."""
     return 0 if ids is None or ids.shape != shape else shape[-1]

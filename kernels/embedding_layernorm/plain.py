@@ -16,7 +16,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rows_backward(dy: Tensor, saved: Saved, needs_dz: bool, needs_sums: bool) -> tuple[Tensor, Tensor]:
-    """dz [T, H], the gradient of the sum that was normalised, and sums [1, 2, H] that are those of weight and bias."""
+    """dz [T, H], the gradient of LayerNorm's input, and sums [1, 2, H], the gradients of weight and bias."""
     z = _sum(saved)
     dy = dropped(plain.raised(dy), keep_mask(saved.seed, dy.shape, saved.p), saved.p)
     dz, dweight, dbias = plain.layernorm_backward(dy, plain.raised(z), saved.mean, saved.rstd, saved.weight)
@@ -36,7 +36,7 @@ def _sum(given: Inputs | Saved) -> Tensor:
 def packed_ids(
     index: Tensor, ids: Tensor, type_ids: Tensor | None, position_ids: Tensor | None, offset: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The ids, types and positions of the rows `index`, [1, N]; of the first row where it is below 0."""
+    """The ids, types and positions of the rows `index`, [1, N]; those of the first row where index is below 0."""
     index = index.long().clamp(min=0)
     seqlen = ids.shape[-1]
     if position_ids is None:
@@ -49,13 +49,13 @@ def packed_ids(
 
 
 def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """ids in ascending order, and the places that they had."""
+    """ids in ascending order, and their places in `ids`."""
     sorted_ids, order = ids.to(torch.int32).sort(stable=True)
     return sorted_ids, order.to(torch.int32)
 
 
 def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype: torch.dtype) -> Tensor:
-    """dz's rows, added up at the rows `ids` of a table."""
+    """The rows of dz, summed into the rows `ids` of a table."""
     dtable = plain.raised(dz).new_zeros(n_table_rows, dz.shape[1]).index_add_(0, ids.long(), plain.raised(dz))
     if skip is not None:
         dtable[skip] = 0.0
@@ -71,7 +71,7 @@ def by_places(
     type_batch_stride: int,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """[1, n_inner, n_types, H]: the same by a row's type and place modulo n_inner, which is where `rows` has it if given."""
+    """Sums [1, n_inner, n_types, H] by a row's type and its place modulo n_inner; the place is that in `rows`, if given."""
     tokens = torch.arange(dz.shape[0], device=dz.device) if rows is None else rows.flatten().long()
     places = torch.arange(len(tokens), device=dz.device) % max(n_inner, 1) * n_types
     if n_types > 1 and len(dz):
@@ -91,7 +91,7 @@ def finish(
     dtypes: Tensor | None,
     offset: int,
 ) -> None:
-    """Column sums of LayerNorm's [n, 2, H] and of the tables' [pieces, inner, types, H], into what is no None."""
+    """Column sums of LayerNorm's [n, 2, H] and of the tables' [pieces, inner, types, H], written into the gradients given."""
     for i, gradient in enumerate((dweight, dbias)):
         if gradient is not None:
             gradient.copy_(sums[:, i].sum(0))

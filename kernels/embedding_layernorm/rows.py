@@ -1,4 +1,4 @@
-"""The two kernels of embedding_layernorm that pass over tokens: three rows gathered and summed, LayerNorm, dropout."""
+"""The two kernels of embedding_layernorm that pass over tokens: gather and sum three rows, LayerNorm, dropout."""
 
 import triton
 import triton.language as tl
@@ -17,12 +17,12 @@ from ..core.device_math import (
 )
 from ..core.layernorm_rows import load_statistics, load_upstream, store_statistics, store_sums
 
-SIZES = ("seqlen", "offset", "n_words", "n_positions", "n_types", "n_rows", "n_programs")  # of which no kernel is compiled anew
+SIZES = ("seqlen", "offset", "n_words", "n_positions", "n_types", "n_rows", "n_programs")  # not specialised
 
 
 @triton.jit
 def named_rows(ids_ptr, places, mask, n_table_rows):
-    """The rows that ids at these places name, int64; -1 where masked. One outside of the table ends the kernel."""
+    """int64 table rows for the ids at these places, -1 where masked. An id outside of the table fails an assertion."""
     ids = tl.load(ids_ptr + places, mask, other=0).to(tl.int64)
     inside = (ids >= 0) & (ids < n_table_rows)
     tl.device_assert(inside, "index out of range", mask)
@@ -34,15 +34,15 @@ def summed_rows(
     tables, ids, strides, sizes, tokens, token_mask, cols, col_mask,
     CHUNKS: tl.constexpr, N_COLS: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """z of tokens [BLOCK_M] in a tile of chunks: (word + type) + position, rounded each time as eager rounds.
+    """z of tokens [BLOCK_M] in a tile of chunks: (word + type) + position, rounded after each addition as in eager.
 
-    tables and ids: of words, positions and types. strides: of the table of words, its rows' and columns'; of position and type
-    ids, their sequences'. sizes: tokens a sequence, the first one's position, rows of the tables.
+    tables, ids: of words, positions and types. strides: row and column stride of the table of words, then the sequence strides
+    of position and type ids. sizes: tokens per sequence, the first token's position, the tables' numbers of rows.
     """
     words_ptr, positions_ptr, types_ptr = tables
     ids_ptr, position_ids_ptr, type_ids_ptr = ids
     seqlen, offset, n_words, n_positions, n_types = sizes
-    # 32 bits hold the number of a token, though not its offset, and divide in a fifth of the instructions.
+    # A token's number fits 32 bits (its offset may not), and 32-bit division takes a fifth of the instructions.
     batch, place = tokens.to(tl.int32) // seqlen, tokens.to(tl.int32) % seqlen
     word_rows, type_rows, position_rows = tokens, tl.zeros_like(tokens), (offset + place).to(tl.int64)
     if ids_ptr is not None:

@@ -1,8 +1,8 @@
-"""Gradients of embedding tables whose rows follow from a token's place (positions), or are very few (types): column sums.
+"""Gradients of embedding tables whose rows follow from a token's place (positions) or are very few (types): column sums.
 
-dz [T, H], seen as [outer, inner, H], is summed over its first axis, apart for each type: partial sums a piece of that axis,
-in float32 (float64). One kernel then adds up all partial sums of the op, these and those of LayerNorm's weight and bias,
-and rounds each sum once, to the dtype of its parameter. The order is always the same: no atomics.
+dz [T, H], seen as [outer, inner, H], is summed over its first axis, separately per type: partial sums per piece of that axis,
+in float32 (float64). One finishing kernel then adds up all partial sums of the op, these and those of LayerNorm's weight and
+bias, and rounds each sum once, to its parameter's dtype. The order is always the same: no atomics.
 """
 
 import triton
@@ -14,8 +14,8 @@ from ..core.failures import or_plain
 from ..core.launch import accumulator, accumulator_torch, cdiv, choose, launch, next_power_of_2, resident_programs
 from . import plain
 
-GROUPS = 32  # sums that types alone are split into, so that enough programs have work
-MOST_TYPES = 4  # sums are kept apart in registers; a table with more rows goes the other way
+GROUPS = 32  # pieces for sums by type alone, so that enough programs have work
+MOST_TYPES = 4  # sums per type are in registers; larger tables go through gradients.py
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_outer", "n_inner", "n_a_piece", "n_types", "seqlen"])
@@ -43,7 +43,7 @@ def embedding_layernorm_bwd_sums_kernel(
     col_mask = cols < N_COLS
     n_inner_blocks = tl.cdiv(n_inner, BLOCK_M)
     piece = (block // n_inner_blocks).to(tl.int64)
-    # A tile is AT_ONCE steps of the outer axis times BLOCK_M of the inner.
+    # A tile is AT_ONCE steps of the outer axis times BLOCK_M of the inner axis.
     tile = tl.arange(0, AT_ONCE * BLOCK_M)
     inner = (block % n_inner_blocks) * BLOCK_M + tile % BLOCK_M
     end = tl.minimum((piece + 1) * n_a_piece, n_outer)
@@ -86,7 +86,7 @@ def added_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sum of n_rows rows: n_together neighbours from `first` on, as many `step` rows further, and so on."""
+    """The sum of n_rows rows: n_together adjacent ones from `first` on, then as many `step` rows further, and so on."""
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for start in range(0, n_rows, BLOCK_M):
         numbers = start + tl.arange(0, BLOCK_M)
@@ -119,7 +119,7 @@ def embedding_layernorm_bwd_finish_kernel(
     row, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, VECTOR)
     col_mask = cols < N_COLS
 
-    # A row of one of the results a program: of weight and bias, then of positions, then of types.
+    # One row of a result per program: weight and bias, then positions, then types.
     if sums_ptr is not None:
         if row < 2:
             total = added_up(sums_ptr, row, n_sums, 1, 2, cols, col_mask, N_COLS, ACC, BLOCK_M, BLOCK_N)
@@ -155,11 +155,11 @@ def by_places(
     type_batch_stride: int,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Sums [pieces, n_inner, n_types, H], in float32 or float64, of dz [T, H] seen as [outer, n_inner, H] over its outer axis.
+    """Partial sums [pieces, n_inner, n_types, H] over the outer axis of dz [T, H] seen as [outer, n_inner, H], in float32 or
+    float64.
 
-    T may end within the outer axis' last step. type_ids are read if n_types > 1: of each sequence of seqlen tokens those that
-    are type_batch_stride further. With `rows` int32, of any shape, they say
-    in order which row of dz comes next, none where below 0.
+    T may end inside the outer axis' last step. type_ids are read if n_types > 1: per sequence of seqlen tokens, with a stride
+    of type_batch_stride. `rows` (int32, any shape) lists the row of dz for each place in order; below 0 there is none.
     """
     n_tokens, n_cols = dz.shape
     n_tokens = n_tokens if rows is None else rows.numel()
@@ -209,10 +209,10 @@ def finish(
     dtypes: Tensor | None,
     offset: int,
 ) -> None:
-    """Write those gradients that are no None.
+    """Write the gradients that are given.
 
-    sums [n, 2, H] are weight's and bias's; place_sums [pieces, inner, types, H] those of the positions from `offset` on and
-    of the first types. Rows of a table that nobody read become 0.
+    sums [n, 2, H] are partial sums for weight and bias; place_sums [pieces, inner, types, H] those for the positions from
+    `offset` on and for the first types. Rows of a table that were not read become 0.
     """
     like = place_sums if sums is None else sums
     n_cols = like.shape[-1]
