@@ -1,12 +1,12 @@
-"""y = activation(x + bias): what follows the product in BertIntermediate. Exact erf GELU unless told otherwise.
+"""y = activation(x + bias), which follows the product in BertIntermediate. Exact erf GELU by default.
 
 x [..., F] with any strides, bias [F]:
 
     forward    reads x; writes y            2TFb bytes
-    backward   reads dy, x; writes dx       3TFb bytes; the bias gradient is summed in the same pass, and y is made again
-               where that is asked for      1TFb bytes more
+    backward   reads dy, x; writes dx       3TFb bytes; the bias gradient is summed in the same pass
+               with y (optional)            1TFb bytes more: the forward's result again
 
-Saved: x itself, no copy. The bias gradient is a float32 sum a program, added up in a second pass: no atomics.
+Saved: x itself, without a copy. The bias gradient is one float32 sum per program, added up in a second pass: no atomics.
 GELU: Hendrycks and Gimpel, arXiv:1606.08415.
 """
 
@@ -72,10 +72,10 @@ def bias_gelu_bwd_kernel(
         x += bias[None, :]
         dx = activation_backward(dy, x, ACTIVATION, EXACT)
         if sums_ptr is not None:
-            dbias += dx  # 0 in rows past the last, where dy is
+            dbias += dx  # 0 in rows past the last, because dy is
         out = tile_offsets(rows, cols, N_COLS, 1)
-        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask)  # dx may be where dy was
-        if y_ptr is not None:  # the forward's result, for a backward that did not keep it
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask)  # dx may overwrite dy
+        if y_ptr is not None:  # the forward's result, for a backward that did not save it
             tl.store(y_ptr + out, activate(x, ACTIVATION, EXACT).to(y_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
@@ -83,7 +83,7 @@ def bias_gelu_bwd_kernel(
 
 
 def forward_work(n_rows: int, n_cols: int, strides: tuple[int, int], like: Tensor, activation: str) -> Work:
-    """Of x [n_rows, n_cols] of the dtype and device of `like`."""
+    """The launch for x [n_rows, n_cols] of the dtype and device of `like`."""
     config = choose("bias_gelu_forward", like, n_cols)
     numbers = {
         "x_row_stride": strides[0],
@@ -126,7 +126,7 @@ def _allocate_forward(inputs: Inputs) -> Tensor:
 def backward_work(
     n_rows: int, n_cols: int, dy_strides: tuple[int, int], x_strides: tuple[int, int], like: Tensor, activation: str
 ) -> tuple[Work, int]:
-    """Of dy and x [n_rows, n_cols], and how many rows of sums it writes."""
+    """The launch for dy and x [n_rows, n_cols], and the number of rows of sums that it writes."""
     config = choose("bias_gelu_backward", like, n_cols)
     col_blocks, row_blocks = cdiv(n_cols, config.BLOCK_N), cdiv(n_rows, config.BLOCK_M)
     row_programs = cdiv(resident_programs(config, like, row_blocks * col_blocks), max(col_blocks, 1))
@@ -197,7 +197,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
     """activation(x + bias) in one pass over memory.
 
     Args:
-        x: [..., F], the product whose bias was left out. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
+        x: [..., F], a product without its bias. fp64 (on a GPU computed by plain PyTorch), fp32, fp16 or bf16, any strides.
         bias: [F], or None.
         activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
 
@@ -205,7 +205,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
         [..., F], contiguous, the dtype of x.
 
     Raises:
-        ValueError: a bias of another length or on another device, a dtype or an activation that has no kernel.
+        ValueError: a bias of another length or on another device, a dtype or an activation without a kernel.
     """
     check_dtype("x", x)
     if x.dim() == 0:

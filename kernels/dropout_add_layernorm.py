@@ -1,14 +1,14 @@
-"""y = LayerNorm(dropout(x + x_bias) + residual): what follows the product in BertSelfOutput and BertOutput.
+"""y = LayerNorm(dropout(x + x_bias) + residual), which follows the products in BertSelfOutput and BertOutput.
 
 x, residual [..., H] with any strides; x_bias, weight, bias [H]. With z = dropout(x + x_bias) + residual:
 
     forward    y = (z - mean) * rstd * weight + bias        reads x, residual; writes z, y        4THb bytes
     backward   dz = LayerNorm'(dy); dx = dropout'(dz)       reads dy, z; writes dx, dresidual     4THb bytes
-               y made again where that is asked for         writes y                              1THb bytes more
+               with y (optional): the forward's again       writes y                              1THb bytes more
 
-Saved: z, and a row's mean and rstd in float32. The keep mask is drawn again from the seed, not kept. Without
-dropout and with one dtype dx is dresidual, and the backward writes it once. Weight gradients are sums a program in
-float32, added up in a second pass: no atomics, the same bits each time.
+Saved: z, and mean and rstd per row in float32. The keep mask is recomputed from the seed. Without dropout and with one dtype dx
+is dresidual, which the backward writes once. Weight gradients are float32 sums per program, added up in a second pass: no
+atomics, the same bits every time.
 Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450. Dropout bits: device_math.keep_mask.
 """
 
@@ -77,13 +77,13 @@ def dropout_add_layernorm_fwd_kernel(
         x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
     if P_DROP > 0:
         x = dropout(x, keep_mask(tl.load(seed_ptr), rows[:, None], cols[None, :], P_DROP), P_DROP)
-    # Rounded as it is saved, and as eager rounds it: the backward then sees the row that the statistics are of.
+    # Rounded as it is saved and as eager rounds it, so that the backward reads the row that the statistics belong to.
     z = (x + residual).to(z_ptr.dtype.element_ty).to(ACC)
     y, mean, rstd = layernorm(z, weight, bias, col_mask, N_COLS, EPS)
 
     out = tile_offsets(rows, cols, N_COLS, 1)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask)
-    if y_low_ptr is not None:  # y again, in the type of the products that follow
+    if y_low_ptr is not None:  # y again, in the dtype of the next products
         tl.store(y_low_ptr + out, y.to(y_ptr.dtype.element_ty).to(y_low_ptr.dtype.element_ty), mask)
     if mean_ptr is not None:
         tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask)
@@ -115,10 +115,10 @@ def dropout_add_layernorm_bwd_kernel(
         z = tl.load(z_ptr + here, mask, other=0.0).to(ACC)
 
         x_hat = tl.where(col_mask, (z - mean) * rstd, 0.0)
-        if y_ptr is not None:  # the forward's result, for a backward that did not keep it
+        if y_ptr is not None:  # the forward's result, for a backward that did not save it
             y = x_hat * weight + tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
             tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask)
-        # Not before y is stored, whose registers it takes.
+        # Only after y is stored, so that its registers are free.
         dy = load_upstream(dy_ptr, rows, cols, dy_row_stride, dy_col_stride, mask, col_mask, ACC)
         dz = layernorm_backward(dy * weight, x_hat, rstd, N_COLS, CHUNKS)
         dx = dz
@@ -147,7 +147,7 @@ def forward_work(
     eps: float,
     p: float,
 ) -> Work:
-    """Of x and residual [n_rows, n_cols]; `widest` is of the dtype of y or z that has more bytes."""
+    """The launch for x and residual [n_rows, n_cols]; `widest` has the wider dtype of y and z."""
     config = choose("layernorm_forward", widest, n_cols)
     numbers = {
         "x_row_stride": x_strides[0],
@@ -191,7 +191,7 @@ class Saved(NamedTuple):
 
     @property
     def shared(self) -> bool:
-        """Whether the gradients of x and of the residual are the same numbers."""
+        """Whether x and the residual have the same gradient."""
         return self.p == 0.0 and self.x_dtype == self.residual_dtype
 
 
@@ -221,7 +221,7 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         seed_ptr=seed,
         y_ptr=y,
         y_low_ptr=None,
-        z_ptr=z,  # empty when nothing is saved; its type still says how z is rounded
+        z_ptr=z,  # empty when nothing is saved; its dtype still decides how z is rounded
         mean_ptr=mean if save else None,
         rstd_ptr=rstd if save else None,
     )
@@ -240,7 +240,7 @@ def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward_work(
     n_rows: int, n_cols: int, dy_strides: tuple[int, int], widest: Tensor, z_dtype: torch.dtype, p: float
 ) -> Work:
-    """Of dy and z [n_rows, n_cols], of which `widest` has the dtype with more bytes. Each program writes a row of sums."""
+    """The launch for dy and z [n_rows, n_cols]; `widest` has the wider dtype. Each program writes a row of sums."""
     config = choose("layernorm_backward", widest, n_cols)
     programs = resident_programs(config, widest, cdiv(n_rows, config.BLOCK_M))
     chunks, block_n = config.chunks(n_cols)
@@ -270,7 +270,7 @@ def _plain_backward(dy: Tensor, saved: Saved, apart: bool, sum_columns: bool) ->
 
 @or_plain(_plain_backward)
 def launch_backward(dy: Tensor, saved: Saved, apart: bool, sum_columns: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the residual (where it is asked for `apart` from that of x) and of the vectors, [3, H]."""
+    """The gradients of x, of the residual (if it is asked for `apart` from x's) and of the vectors, [3, H]."""
     z, mean, rstd, weight, seed, p, _, _ = saved
     dx, dresidual, _ = _allocate_backward(dy, saved, apart, sum_columns)
     dy = as_rows(dy)
@@ -334,12 +334,12 @@ def dropout_add_layernorm(
     """LayerNorm(dropout(x + x_bias) + residual) in one pass over memory.
 
     Args:
-        x: [..., H], the product whose bias was left out. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
-        residual: [..., H], shape of x; another dtype promotes the sum as torch does.
+        x: [..., H], a product without its bias. fp64 (on a GPU computed by plain PyTorch), fp32, fp16 or bf16, any strides.
+        residual: [..., H], the shape of x; another dtype promotes the sum as torch does.
         weight, bias: [H], LayerNorm's.
         x_bias: [H], the bias of the product, or None.
         eps: added to the variance.
-        p: probability of dropping an element, rounded to 1/65536; kept ones are scaled by 1 / (1 - p).
+        p: probability of dropping an element, rounded to 1/65536; kept elements are scaled by 1 / (1 - p).
         out_dtype: dtype of the result (autocast asks for float32); the promoted dtype by default.
         seed: int64 [] on x's device; drawn from torch's generator when None and p > 0.
 
@@ -347,7 +347,7 @@ def dropout_add_layernorm(
         [..., H], contiguous.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a dtype that has no kernel, p outside [0, 1], H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype without a kernel, p outside [0, 1], H over 8192.
     """
     check_layernorm(x, weight, bias, x_bias)
     check_dtype("residual", residual)

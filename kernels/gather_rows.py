@@ -1,11 +1,11 @@
-"""y[i] = x[index[i]], and zeros where index[i] is negative: rows of a padded batch to packed ones, and back.
+"""y[i] = x[index[i]], and zeros where index[i] is negative: from rows of a padded batch to packed rows, and back.
 
-x [R, H] with any strides, index [N], inverse [R] (where each row of x goes, negative if nowhere):
+x [R, H] with any strides, index [N], inverse [R] (the place of each row of x in index, negative if it has none):
 
     forward    reads and writes the rows that are taken: 2NHb bytes
     backward   the same with the two indices exchanged
 
-Nothing is saved but the indices. No atomics: every row goes to one place at most.
+Saved: the indices only. No atomics: every row goes to at most one place.
 """
 
 from typing import NamedTuple
@@ -101,15 +101,15 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Row index[i] of x as row i, zeros where index[i] is negative.
 
     Args:
-        x: [R, H]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
-        index: int32 [N], below R. No row of x may be named twice.
-        inverse: int32 [R], where each row of x goes: inverse[index[i]] == i, negative for rows that go nowhere.
+        x: [R, H]. fp64 (on a GPU computed by plain PyTorch), fp32, fp16 or bf16, any strides.
+        index: int32 [N], below R. No row of x may occur twice.
+        inverse: int32 [R], the place of each row of x: inverse[index[i]] == i, negative for rows that index leaves out.
 
     Returns:
         [N, H], contiguous, the dtype of x.
 
     Raises:
-        ValueError: x that is no matrix, a dtype that has no kernel, indices that are not int32 vectors beside x.
+        ValueError: an x that is not [R, H], a dtype without a kernel, indices that are not int32 vectors on x's device.
     """
     check_dtype("x", x)
     if x.dim() != 2:

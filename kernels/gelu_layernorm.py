@@ -1,12 +1,12 @@
-"""y = LayerNorm(activation(x + x_bias)): what follows the product in BertPredictionHeadTransform.
+"""y = LayerNorm(activation(x + x_bias)), which follows the product in BertPredictionHeadTransform.
 
 x [..., H] with any strides; x_bias, weight, bias [H]:
 
     forward    reads x; writes y            2THb bytes
-    backward   reads dy, x; writes dx       3THb bytes; the activation is computed again
+    backward   reads dy, x; writes dx       3THb bytes; the activation is recomputed
 
-Saved: x itself, and a row's mean and rstd in float32. Weight gradients are sums a program in float32, added up and cast in
-a second launch: no atomics. Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450.
+Saved: x itself, and mean and rstd per row in float32. Weight gradients are float32 sums per program, added up and cast in a
+second launch: no atomics. Layer normalisation: Ba, Kiros and Hinton, arXiv:1607.06450.
 """
 
 from typing import NamedTuple
@@ -59,7 +59,7 @@ def gelu_layernorm_fwd_kernel(
     if x_bias_ptr is not None:
         x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)[None, :]
 
-    activated = activate(x, ACTIVATION, EXACT)  # 0 past the last column, as x is
+    activated = activate(x, ACTIVATION, EXACT)  # 0 past the last column, because x is
     y, mean, rstd = layernorm(activated, weight, bias, col_mask, N_COLS, EPS)
 
     tl.store(y_ptr + tile_offsets(rows, cols, N_COLS, 1), y.to(y_ptr.dtype.element_ty), mask)
@@ -90,7 +90,7 @@ def gelu_layernorm_bwd_kernel(
         dy = load_upstream(dy_ptr, rows, cols, dy_row_stride, dy_col_stride, mask, col_mask, ACC)
         x = tl.load(x_ptr + offsets(rows, cols, x_row_stride, x_col_stride), mask, other=0.0).to(ACC)
 
-        # Loaded again for every row, from the cache: five tiles of sums and gradients leave no registers for them.
+        # Reloaded for every row, from the cache: five tiles of sums and gradients leave no registers for them.
         weight = tl.load(weight_ptr + cols, col_mask, other=0.0).to(ACC)
         if x_bias_ptr is not None:
             x += tl.load(x_bias_ptr + cols, col_mask, other=0.0).to(ACC)
@@ -130,7 +130,7 @@ class Saved(NamedTuple):
 
     @property
     def sums_dtype(self) -> torch.dtype:
-        """Of the vectors' gradients: their own where that is one dtype, so that they are rounded where they are added up."""
+        """The dtype of the vectors' gradients: the vectors' own if they share one, so that the final sum rounds to it."""
         dtypes = {self.weight.dtype, self.bias_dtype, self.weight.dtype if self.x_bias is None else self.x_bias.dtype}
         return dtypes.pop() if len(dtypes) == 1 else self.mean.dtype
 
@@ -275,7 +275,7 @@ def gelu_layernorm(
     """LayerNorm(activation(x + x_bias)) in one pass over memory.
 
     Args:
-        x: [..., H], the product whose bias was left out. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
+        x: [..., H], a product without its bias. fp64 (on a GPU computed by plain PyTorch), fp32, fp16 or bf16, any strides.
         weight, bias: [H], LayerNorm's.
         x_bias: [H], the bias of the product, or None.
         activation: "gelu" (exact), "gelu_tanh", "relu" or "silu".
@@ -286,7 +286,7 @@ def gelu_layernorm(
         [..., H], contiguous.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a dtype or an activation that has no kernel, H over 8192.
+        ValueError: shapes or devices that do not fit, a dtype or an activation without a kernel, H over 8192.
     """
     check_layernorm(x, weight, bias, x_bias)
     check_activation(activation)

@@ -1,8 +1,8 @@
-"""What attention skips by, of each row of a mask: its first key that is seen, the keys that lead, the end of the last one.
+"""The bounds by which attention skips keys, per row of a mask: first key seen, number of leading keys seen, end of the last.
 
 key_mask bool [B, S] with any strides, bounds int32 [B, 3]:
 
-    forward    BS bytes read, a program a row
+    forward    reads BS bytes, one program per row
 
 Nothing is saved, and nothing has a gradient.
 """
@@ -38,7 +38,7 @@ def key_bounds_kernel(key_mask_ptr, bounds_ptr, mask_batch_stride, mask_k_stride
 
     bounds_ptr += batch * 3
     tl.store(bounds_ptr, tl.min(first, axis=0))
-    tl.store(bounds_ptr + 1, tl.min(leading, axis=0))  # a key past the mask's end, which is not seen, is none of them
+    tl.store(bounds_ptr + 1, tl.min(leading, axis=0))  # keys past the mask's end are not seen, and at least S
     tl.store(bounds_ptr + 2, tl.max(end, axis=0))
 
 
@@ -69,13 +69,14 @@ _call = define_op("key_bounds", (_launch, _allocate))
 
 
 def key_bounds(key_mask: Tensor) -> Tensor:
-    """The first key that is seen (S if none is), how many keys lead without a gap, and the end of the last one seen.
+    """The first key that is seen (S if none is), how many leading keys are seen without a gap, and the end of the last one
+    seen.
 
     Args:
         key_mask: bool [B, S], any strides, true where a key is seen.
 
     Returns:
-        int32 [B, 3]. No synchronisation.
+        int32 [B, 3], without a synchronisation.
 
     Raises:
         ValueError: a mask of another dtype or shape.

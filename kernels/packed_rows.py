@@ -1,12 +1,15 @@
-"""Which rows of a padded batch stand where, packed one behind the other: an index and its inverse, and the sequences' bounds.
+"""Where the rows of a padded batch stand once packed: an index, its inverse and the bounds of the sequences.
 
-Of the tokens of a [B, S] batch, of the positions of it that are read, and of these among the tokens. With counts [3, B]
-of row_counts, R rows of room for the tokens and N for those that are read:
+For the tokens of a [B, S] batch, for the positions that are read, and for these among the tokens. With the counts [3, B] of
+row_counts, room for R rows of tokens and for N rows that are read:
 
-    forward    2BS bytes read, 4 (2R + 2BS + 2N) written, a program a row: it adds up what the rows before it have
+    forward    reads 2BS bytes, writes 4 (2R + 2BS + 2N); one program per row, which adds up the counts of the rows before it
 
-Room that is left over stands for no row (-1), in sequences of its own behind the others; what the room is too small for
-is left out, and `fits` says so. Nothing is saved, and nothing has a gradient.
+A forward's index work is two kernels, row_counts and this one, which writes every index. Room left over holds no row (-1), in
+sequences of its own after the others. Rows that do not fit are left out, and `fits` says so: what a caller claims is compared
+here and asserted without waiting for the device. Nothing is saved, and nothing has a gradient.
+
+tests/models/test_launches_outside_layers.py counts what a step launches outside of its layers. Those numbers may only shrink.
 """
 
 from functools import cache
@@ -30,7 +33,7 @@ SIZES = ("n_sequences", "seqlen", "room", "longest", "n_bounds", "read_room", "r
 
 @triton.jit
 def totals(counts_ptr, batch, n_sequences, BLOCK_N: tl.constexpr):
-    """What the rows before `batch` have together, what all have, and the most that one has."""
+    """(the sum of the counts before row `batch`, the sum of all, the largest)."""
     before = tl.zeros([BLOCK_N], tl.int64)
     every = tl.zeros([BLOCK_N], tl.int64)
     most = tl.zeros([BLOCK_N], tl.int64)
@@ -45,7 +48,7 @@ def totals(counts_ptr, batch, n_sequences, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def fits(counts_ptr, n_sequences, room, longest, EXACT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether what is counted fits into (EXACT: fills) the room, and the most that a row has is no more than longest."""
+    """Whether the counts fit the room (EXACT: fill it) and none exceeds `longest`."""
     _, n_taken, most = totals(counts_ptr, 0, n_sequences, BLOCK_N)
     enough = (n_taken == room) if EXACT else (n_taken <= room)
     return enough & (most <= longest)
@@ -53,9 +56,9 @@ def fits(counts_ptr, n_sequences, room, longest, EXACT: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def store_places(index_ptr, inverse_ptr, wanted, before, room, numbers, inside):
-    """Where those rows go that are wanted (1, else 0), from `before` on, both ways.
+    """Write the index and the inverse of the wanted rows (1, else 0), from place `before` on.
 
-    Returns their places, which of them have one, and where the next goes.
+    Returns the rows' places, which rows have one, and the next free place.
     """
     places = before + tl.cumsum(wanted, axis=0) - 1
     packed = (wanted != 0) & (places < room)
@@ -66,7 +69,7 @@ def store_places(index_ptr, inverse_ptr, wanted, before, room, numbers, inside):
 
 @triton.jit
 def store_bounds(bounds_ptr, batch, before, every, room, longest, n_sequences, n_bounds, BLOCK_N: tl.constexpr):
-    """Where the sequence of this row starts; and, shared by all rows, where those of the rest of the room do."""
+    """Write where this row's sequence starts, and a share of the bounds of the sequences in the rest of the room."""
     tl.store(bounds_ptr + batch, tl.minimum(before, room))
     for start in range(batch * BLOCK_N, n_bounds - n_sequences, n_sequences * BLOCK_N):
         steps = start + tl.arange(0, BLOCK_N)
@@ -76,7 +79,7 @@ def store_bounds(bounds_ptr, batch, before, every, room, longest, n_sequences, n
 
 @triton.jit
 def store_rest(index_ptr, batch, every, room, n_sequences, BLOCK_N: tl.constexpr):
-    """No row for the rest of the room, shared by all programs."""
+    """Write -1 for a share of the rest of the room."""
     for start in range(every + batch * BLOCK_N, room, n_sequences * BLOCK_N):
         places = start + tl.arange(0, BLOCK_N)
         tl.store(index_ptr + places, tl.full([BLOCK_N], -1, tl.int32), places < room)
@@ -222,7 +225,7 @@ def _launch(inputs: Inputs) -> list[Tensor]:
 
 @cache
 def _pointers(tokens: bool, read: bool, check: bool) -> list[str]:
-    """The kernel's names of what is returned, in its order: what is not asked for is left out."""
+    """The kernel's names of the outputs, in order, without those that are not asked for."""
     names = ["cu_seqlens_ptr"]
     if tokens:
         names += ["index_ptr", "inverse_ptr"]
@@ -244,7 +247,7 @@ def _allocate(inputs: Inputs) -> list[Tensor]:
     if tokens is not None:
         results += [counts.new_empty(room), counts.new_empty(n_sequences * seqlen)]
     if inputs.reads:
-        # As many sequences as the tokens have, or more: attention wants both alike.
+        # At least as many sequences as the tokens have: attention takes equal numbers.
         rest = rest if inputs.read_exact else max(rest, -(-read_room // max(inputs.read_longest, 1)))
         sizes = n_sequences + 1 + rest, read_room, n_sequences * seqlen
         results += [counts.new_empty(size) for size in sizes]
@@ -272,24 +275,24 @@ def packed_rows(
     read_exact: bool = True,
     check: bool = False,
 ) -> list[Tensor]:
-    """The rows of a [B, S] batch that are packed, those that are read, and these among the packed ones.
+    """The rows of a [B, S] batch to pack, the rows that are read, and the latter among the packed rows.
 
     Args:
-        counts: int32 [3, B], row_counts(tokens, read); of a mask that is left out here, all the same where there is one
-            and `check` is set.
-        tokens: bool [B, S], any strides: what is packed; None: every position.
-        read: the same, what is read; None: nothing, or with `first` the first position of each row.
+        counts: int32 [3, B], row_counts(tokens, read). With `check`, the count of a mask that exists but is None here must
+            still be in it.
+        tokens: bool [B, S], any strides: which positions to pack; None: all.
+        read: bool [B, S], any strides: which positions are read; None: nothing, or with `first` the first position of each row.
         seqlen: S.
-        room, longest: rows to pack into, and the most that a row of the batch has (B S and S without `tokens`).
-        exact: as many tokens as `room` has; otherwise at most, and the rest is sequences of `longest` that hold no row.
-        read_room, read_longest, read_exact: the same of the rows that are read; B, 1 and True with `first`.
-        check: whether to compare with `counts`.
+        room, longest: the number of rows to pack into, and the largest number in a row of the batch (B S and S without
+        `tokens`). exact: the tokens fill `room`; otherwise they may be fewer, and the rest is sequences of `longest` without
+        rows. read_room, read_longest, read_exact: the same for the rows that are read; B, 1 and True with `first`. check:
+        whether to compare with `counts`.
 
     Returns:
-        cu_seqlens int32 [sequences + 1]; with `tokens`, index [room], which row of the batch each is (-1: none), and
-        inverse [B S], where each row of the batch stands (-1: nowhere). Then, where anything is read, the same three of
-        what is read, and with `tokens` the index and the inverse of that among the tokens. With `check`, fits bool [3]:
-        whether `room` and `longest` hold, the same of what is read, and whether every position that is read is a token.
+        cu_seqlens int32 [sequences + 1]; with `tokens`, index [room], the row of the batch at each place (-1: none), and
+        inverse [B S], the place of each row of the batch (-1: none). Then, if anything is read, the same three for what is
+        read, and with `tokens` the index and the inverse of that among the tokens. With `check`, fits bool [3]: whether `room`
+        and `longest` hold, the same for what is read, and whether every position that is read is a token.
 
     Raises:
         ValueError: counts or masks of another dtype or shape, or on another device.

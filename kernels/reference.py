@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the specification that tests, benchmarks and readers share.
 
-Each function has the signature and the meaning of the kernel's public function of the same name. Dropout is
-the exception that proves nothing by itself: a reference takes the keep mask that the kernel drew.
+Each function has the signature and the meaning of the public function of the same name. Only dropout's randomness is not
+specified here: a reference takes the keep mask that the kernel draws.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def dropout_add_layernorm(
     out_dtype: torch.dtype | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(dropout(x + x_bias) + residual); `keep` (bool, shape of x) says what dropout kept."""
+    """LayerNorm(dropout(x + x_bias) + residual); `keep` (bool, shape of x) is dropout's keep mask."""
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)
     if p > 0.0:
@@ -61,8 +61,8 @@ def embedding_layernorm(
     index: Tensor | None = None,
     inverse: Tensor | None = None,
 ) -> Tensor:
-    """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])), eager's sums in their order; of the
-    rows `index` alone where it is given."""
+    """dropout(LayerNorm(words[ids] + types[token_type_ids] + positions[position_ids])), summed in eager's order; with `index`
+    only those rows."""
     rows = words if ids is None else F.embedding(ids, words, padding_idx)
     if position_ids is None:
         position_ids = torch.arange(offset, offset + rows.shape[-2], device=words.device)
@@ -79,7 +79,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
 
 
 def feed_forward(x: Tensor, weight: Tensor, bias: Tensor | None, output_weight: Tensor, *, activation: str = "gelu") -> Tensor:
-    """activation(x weight' + bias) output_weight', the first product's bias added to what it is rounded to."""
+    """activation(x weight' + bias) output_weight'; the bias is added to the rounded first product."""
     return F.linear(bias_gelu(F.linear(x, weight), bias, activation=activation), output_weight)
 
 
@@ -114,9 +114,9 @@ def attention(
     key_bounds: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """dropout(softmax(scale q k' + mask)) v; `keep` is [B, heads, Sq, Sk], packed [sequences, heads, max of q, max].
+    """dropout(softmax(scale q k' + mask)) v; `keep` is [B, heads, Sq, Sk], packed [sequences, heads, longest q, longest k].
 
-    Where k and v have fewer heads than q, a group of neighbouring heads of q shares each of theirs.
+    If k and v have fewer heads than q, a group of adjacent heads of q shares each of them.
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
@@ -132,8 +132,8 @@ def attention(
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    # Masks are added, as in transformers' eager attention: a row that sees no key is the average of all of them, and
-    # its scores have gradients still.
+    # Masks are added, as in transformers' eager attention: a row that sees no key is the average of all of them, and its scores
+    # still have gradients.
     lowest = torch.finfo(scores.dtype).min
     added = torch.zeros((), dtype=scores.dtype, device=q.device)
     seen = torch.ones((), dtype=torch.bool, device=q.device)
@@ -165,7 +165,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """cross_entropy(hidden weight' + bias, labels): all logits in memory, in out_dtype where that is given."""
+    """cross_entropy(hidden weight' + bias, labels) with all logits in memory, in out_dtype if given."""
     logits = F.linear(hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias)
     logits = logits.to(out_dtype or logits.dtype)
     loss = F.cross_entropy(
@@ -223,12 +223,12 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: 
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Row index[i] of x as row i, zeros where index[i] is negative. `inverse` says the same from the other side."""
+    """Row index[i] of x as row i, zeros where index[i] is negative. `inverse` is not needed here."""
     return torch.where((index >= 0)[:, None], x[index.clamp(min=0).long()], 0.0)
 
 
 def key_bounds(key_mask: Tensor) -> Tensor:
-    """Of each row: the first key that is seen (S if none), how many lead without a gap, the end of the last one seen."""
+    """Per row: the first key that is seen (S if none), how many leading keys are seen, the end of the last one seen."""
     seqlen = key_mask.shape[1]
     if seqlen == 0:
         return torch.zeros((key_mask.shape[0], 3), dtype=torch.int32, device=key_mask.device)
@@ -240,7 +240,7 @@ def key_bounds(key_mask: Tensor) -> Tensor:
 
 
 def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
-    """int32 [3, B]: tokens of each row, positions that are read (the first where `read` is None, which is not counted), and
+    """int32 [3, B]: the tokens of each row, its positions that are read (0 if `read` is None, which means the first), and
     whether one of those is no token."""
     either = read if tokens is None else tokens
     counts = torch.zeros(3, either.shape[0], dtype=torch.int32, device=either.device)
@@ -266,7 +266,7 @@ def packed_rows(
     read_exact: bool = True,
     check: bool = False,
 ) -> list[Tensor]:
-    """cu_seqlens, index and inverse of the tokens, the same of what is read, that among the tokens, and whether all fits."""
+    """cu_seqlens, index and inverse of the tokens, the same for what is read, that among the tokens, and whether all fits."""
     shape = counts.shape[1], seqlen
     every = torch.ones(shape, dtype=torch.bool, device=counts.device)
     rest = 0 if exact else -(-room // max(longest, 1))
@@ -289,10 +289,10 @@ def packed_rows(
 
 
 def _rows_of(chosen: Tensor, room: int, longest: int, rest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds of the sequences, and of `rest` more of the `longest` in what is left; which rows, and where each stands."""
+    """The sequences' bounds, plus those of `rest` sequences of `longest` in the remaining room; the index and its inverse."""
     flat = chosen.flatten()
     places = flat.cumsum(0) - 1
-    # What is not chosen goes to a slot behind the others, which is cut off; so does what the room is too small for.
+    # Rows that are not chosen, or do not fit, go to a slot behind the others, which is cut off.
     slots = torch.where(flat, places, room).clamp(max=room)
     numbers = torch.arange(len(flat), device=flat.device, dtype=torch.int32)
     index = numbers.new_full((room + 1,), -1).scatter_(0, slots, numbers)[:room].clone()

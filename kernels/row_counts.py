@@ -1,10 +1,10 @@
-"""How many positions each row of a batch has that are tokens, that are read, and whether one that is read is no token.
+"""Per row of a batch: how many positions are tokens, how many are read, and whether one that is read is no token.
 
-tokens and read bool [B, S] with any strides, either of which may be left out; counts int32 [3, B]:
+tokens and read bool [B, S] with any strides, one of which may be None; counts int32 [3, B]:
 
-    forward    2BS bytes read, a program a row
+    forward    reads 2BS bytes, one program per row
 
-Nothing is saved, and nothing has a gradient. What is packed by these numbers is packed_rows's.
+Nothing is saved, and nothing has a gradient. packed_rows packs by these numbers.
 """
 
 import torch
@@ -43,7 +43,7 @@ def row_counts_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         inside = cols < seqlen
         cols = cols.to(tl.int64)
-        read = (cols == 0) & inside  # where nobody says what is read, it is the first
+        read = (cols == 0) & inside  # by default the first position is read
         if read_ptr is not None:
             read = tl.load(read_ptr + batch * read_batch_stride + cols * read_col_stride, inside, other=0) != 0
             n_read += read.to(tl.int32)
@@ -91,17 +91,17 @@ _call = define_op("row_counts", (_launch, _allocate))
 
 
 def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
-    """How many tokens each row has, how many positions that are read, and 1 where one of those is no token.
+    """The number of tokens in each row, the number of positions that are read, and 1 where one of those is no token.
 
     Args:
-        tokens: bool [B, S], any strides; None: nobody says, and both their number and what is missing are 0.
-        read: the same; None: the first of each row, of which none is counted.
+        tokens: bool [B, S], any strides; None: unknown, and both the number of tokens and the third count are 0.
+        read: bool [B, S], any strides; None: the first position of each row, which is not counted.
 
     Returns:
-        int32 [3, B]. No synchronisation.
+        int32 [3, B], without a synchronisation.
 
     Raises:
-        ValueError: neither of both, masks of another dtype, of two shapes or on two devices.
+        ValueError: both are None, or masks of another dtype, of two shapes or on two devices.
     """
     masks = [(name, mask) for name, mask in (("tokens", tokens), ("read", read)) if mask is not None]
     if not masks:

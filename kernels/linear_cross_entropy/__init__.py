@@ -2,24 +2,24 @@
 
 h [T, H], W [V, H], b [V] or None, labels [T]; 2 T H V operations forward, 4 T H V backward, nothing computed twice:
 
-    a chunk of rows     x = h W' by cuBLAS into one buffer, which is used again for each chunk
+    a chunk of rows     x = h W' by cuBLAS, into one buffer that every chunk reuses
     one kernel          its rows' losses and, in place, dx = softmax(x + b) - target
-    two products        dh = dx W, dW += dx' h; db += the columns' sums of dx
+    two products        dh = dx W, dW += dx' h; db += column sums of dx
 
-So gradients are formed in the forward, where a chunk's logits are; what they lack, the gradient of the loss and the
-1 / (weight of the counted labels) of a mean, are two numbers on the device that the backward multiplies with. The idea is
-that of mgmalek's efficient_cross_entropy and of Liger-Kernel (arXiv:2410.10989). The other known way keeps only a logsumexp
-and forms the logits again in the backward, tile by tile (Wijmans et al., Cut Your Losses, arXiv:2411.09009): less memory
-still, a third more operations. With V / H = 40 the products are most of the time, so here they are cuBLAS's, each made once.
+Gradients are formed in the forward, where a chunk's logits are. The backward multiplies them by two numbers on the device: the
+loss's own gradient and, for a mean, 1 / (the counted labels' weight). The idea is that of mgmalek's efficient_cross_entropy and
+of Liger-Kernel (arXiv:2410.10989). The alternative keeps only a logsumexp and recomputes the logits in the backward, tile by
+tile (Wijmans et al., Cut Your Losses, arXiv:2411.09009): even less memory, a third more operations. With V / H = 40 the
+products dominate, so each is made once, and by cuBLAS. The bias is added in the kernel: cuBLAS would
+take another pass to add it to a padded buffer, which 16-byte accesses need at 30,522 columns.
 
-There are three ways, which the parts of this file are:
+There are three paths, one per part of this file:
 
-    1. losses   a loss a row (reduction "none") has a gradient a row, which nothing can be multiplied with afterwards: the
-                backward makes the chunks' logits again. Also where no gradient is asked for.
-    2. kept     few rows, or few classes: all dx are kept as one chunk, and both products wait for the backward, which puts
-                its two numbers into h and dh, the small tensors.
-    3. formed   the rest: dh, and dW as a sum over chunks, float32 where W is in 16 bits. chunked.py has
-                how long they are.
+    1. losses   a loss per row (reduction "none") has an upstream gradient per row, by which sums cannot be multiplied
+                afterwards: the backward recomputes the chunks' logits. Also without a gradient.
+    2. kept     few rows or few classes: all dx are kept as one chunk, and both products wait for the backward, which multiplies
+                its two numbers into h and dh, the small tensors. Up to 3,234 rows of BERT-base in bf16.
+    3. formed   otherwise: dh, and dW as a sum over chunks, in float32 if W has 16 bits. chunked.py decides their length.
 """
 
 from typing import NamedTuple
@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Whose gradients are asked for."""
+    """Which gradients are asked for."""
 
     needs_hidden: bool
     needs_weight: bool
@@ -71,7 +71,7 @@ Found = tuple[Tensor, Tensor, Tensor]  # dhidden, dweight, dbias; empty where no
 
 
 def _reduced(losses: Tensor, targets: Targets, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The loss, and its derivative by a row's."""
+    """The loss, and its derivative with respect to a row's loss."""
     loss, scale = losses.new_empty((), dtype=inputs.out_dtype), losses.new_empty(())
     launch_reduce(losses, targets, inputs.weight.shape[0], inputs.reduction, loss, scale)
     return loss, scale
@@ -99,7 +99,7 @@ def _by_name(found: Found) -> dict[str, Tensor]:
     return dict(zip(Inputs._fields[:3], found, strict=True))
 
 
-# 1. Only the loss in the forward: inference, and reduction "none".
+# 1. Only losses in the forward: inference, and reduction "none".
 
 
 def _launch_losses(inputs: Inputs) -> Tensor:
@@ -170,7 +170,7 @@ def _launch_kept_backward(dloss: Tensor, kept: Kept, needs: Needs) -> Found:
     dtype, alpha = weight.dtype, 1.0 / gradient_scale(weight.dtype)
     dlogits = dlogits[:, : weight.shape[0]]
     dweight, dhidden, dbias = (hidden.new_empty(0) for _ in range(3))
-    if needs.needs_weight:  # first, so that scaled rows and those of dhidden are not held together
+    if needs.needs_weight:  # first, so that the scaled rows and dhidden are not in memory together
         dweight = product(dlogits.t(), scaled(hidden, dloss, scale, dtype), alpha)
     if needs.needs_hidden:
         dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype, in_place=True)
@@ -191,7 +191,7 @@ def _gradients_kept(backward, dloss: Tensor, saved: Kept, needs: Inputs) -> dict
     return _by_name(backward(dloss, saved, Needs(*needs[:3])))
 
 
-# 3. Many rows: gradients of chunks are summed up in the forward, and the backward scales them.
+# 3. Many rows: the forward sums gradients over chunks, and the backward scales them.
 
 
 class Formed(NamedTuple):
@@ -273,26 +273,26 @@ def linear_cross_entropy(
     """torch's cross_entropy(linear(hidden, weight, bias), labels) without a tensor of all logits.
 
     Args:
-        hidden: [..., H]. fp64 (on a GPU by plain PyTorch), fp32, fp16 or bf16, any strides.
-        weight: [V, H], in the dtype of hidden; so is the bias. Autocast does not reach in here: the caller casts.
+        hidden: [..., H]. fp64 (on a GPU computed by plain PyTorch), fp32, fp16 or bf16, any strides.
+        weight: [V, H], in the dtype of hidden, as is the bias: the caller casts for autocast.
         bias: [V], or None.
-        labels: [...], int64: a class, 0 to V - 1, or ignore_index.
-        class_weights: [V], what torch calls `weight`: how much a row of that label counts. fp64, fp32, fp16 or bf16, whatever
-            the dtype of hidden; without a gradient, which torch has none for either.
-        ignore_index: the label of rows without loss and without gradient.
-        reduction: "mean", the losses' sum over the weights' sum (or over the number) of the other rows; "sum", or "none".
-            A mean over no row is NaN and its gradients are 0. Over rows that weigh nothing both are NaN, also the gradients
-            of ignored rows, which torch leaves 0.
-        label_smoothing: how much of the target is spread over all classes.
+        labels: [...], int64: a class from 0 to V - 1, or ignore_index.
+        class_weights: [V], torch's `weight`: how much a row with that label counts. fp64, fp32, fp16 or bf16, whatever the
+            dtype of hidden; it has no gradient, as in torch.
+        ignore_index: the label of rows without loss and gradient.
+        reduction: "mean", the sum of losses over the sum of the weights (or the number) of the rows that are not ignored; "sum"
+            or "none". A mean over no row is NaN, and its gradients are 0. Over rows whose weights are all 0 both are NaN, also
+            the gradients of ignored rows, which torch leaves 0.
+        label_smoothing: the share of the target that is spread over all classes.
         out_dtype: dtype of the loss; by default that of hidden. Gradients do not depend on it.
 
     Returns:
         [], or [...] for reduction "none".
 
     Raises:
-        ValueError: shapes or devices that do not fit, a dtype that has no kernel, class weights that require a gradient, an
+        ValueError: shapes or devices that do not fit, a dtype without a kernel, class weights that require a gradient, an
             unknown reduction, a smoothing outside [0, 1].
-        IndexError: on a CPU, a label that is no class. On a GPU the device stops with an assertion, as in torch.
+        IndexError: on a CPU, a label that is no class. On a GPU a device assertion fails instead, as in torch.
     """
     _check(hidden, weight, bias, labels, class_weights, reduction, label_smoothing, out_dtype or hidden.dtype)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
@@ -303,7 +303,7 @@ def linear_cross_entropy(
         return _losses(inputs).view(labels.shape)
     if not any(needs):
         return _losses(inputs)
-    # While a compiler traces with a length that it cannot know, the answer is no.
+    # False while a compiler traces with an unknown length.
     if guard_or_false(rows.shape[0] <= most_at_once(*weight.shape, weight.dtype)):
         return _kept(inputs)[0]
     return _formed(inputs, Needs(*needs))[0]

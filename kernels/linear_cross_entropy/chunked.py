@@ -1,7 +1,8 @@
-"""Chunks of rows, whose logits linear_cross_entropy has in memory together: how long, one after the other, what they add to.
+"""Chunks of rows whose logits linear_cross_entropy has in memory together: their length, their loop and their gradients' sums.
 
-How long a chunk is follows from bytes that shapes and dtypes tell, never from what memory happens to be free: asking would
-wait for the device, and sums over other chunks have other bits.
+The length follows from bytes, of shapes and dtypes alone, never from the free memory: reading that would wait for the device,
+and sums over other chunks have other bits. A chunk has up to twice the bytes of the sums that chunks add to, as long as
+everything together stays under a fifth of eager's three tensors of logits; it has at least LEAST_ROWS rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,12 @@ from .rows import Targets, launch_rows, pad_bias, padded
 
 __all__: list[str] = []
 
-LEAST_ROWS = 1024  # of a chunk: cuBLAS is slower with fewer
+LEAST_ROWS = 1024  # per chunk: cuBLAS is slower with fewer
 
 
 def most_at_once(n_cols: int, width: int, dtype: torch.dtype) -> int:
-    """Up to how many rows all logits are kept, and nothing is summed up: LEAST_ROWS, or as long as they take no more than
-    twice what chunks are summed into. With so few rows dW and its sum alone are near a quarter of eager's memory."""
+    """Up to how many rows all logits are kept and nothing is summed: LEAST_ROWS, or while they take at most twice the bytes of
+    the sums. With so few rows dW and its sum alone are nearly a quarter of eager's memory."""
     row, of_dhidden, of_dweight = _bytes(n_cols, width, dtype)
     return max(LEAST_ROWS, 2 * of_dweight // (row - 2 * of_dhidden)) if row > 2 * of_dhidden else 2**62
 
@@ -27,21 +28,21 @@ def most_at_once(n_cols: int, width: int, dtype: torch.dtype) -> int:
 def rows_a_chunk(n_rows: int, n_cols: int, width: int, dtype: torch.dtype) -> int:
     """How many rows have their logits in memory together.
 
-    Speed asks for long chunks: each is five launches of the host, and each but the first reads and writes the sum dW. With
-    twice the bytes of that and of dh, a chunk's own passes over its logits move five times as much. Memory asks for short
-    ones: eager keeps three tensors of all logits, and what is held here is to be a fifth of them (a quarter with what torch's
-    sum over columns and the allocator's rounding take), unless chunks were then shorter than LEAST_ROWS.
+    Speed favours long chunks: each takes five launches, and each but the first reads and writes the sum dW. With twice the
+    bytes of dW's and dh's sums, a chunk's own passes over its logits move five times as much. Memory favours short ones: eager
+    keeps three tensors of all logits, and this op should hold a fifth of them (a quarter including torch's column sum and the
+    allocator's rounding), unless chunks were then shorter than LEAST_ROWS.
     """
     if n_rows <= most_at_once(n_cols, width, dtype):
         return n_rows
     row, of_dhidden, of_dweight = _bytes(n_cols, width, dtype)
     summed, eager = n_rows * of_dhidden + of_dweight, 3 * n_rows * row
     chunks = cdiv(n_rows, max(min(2 * summed, eager // 5 - summed) // row, LEAST_ROWS))
-    return cdiv(cdiv(n_rows, chunks), 64) * 64  # evened out: the last is no stub
+    return cdiv(cdiv(n_rows, chunks), 64) * 64  # even lengths: the last chunk is not much shorter
 
 
 def _bytes(n_cols: int, width: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Of a row of logits, a row of dh, and dW as a sum."""
+    """Bytes of a row of logits, of a row of dh, and of the sum dW."""
     return padded(n_cols) * dtype.itemsize, width * dtype.itemsize, n_cols * width * accumulator_torch(dtype).itemsize
 
 
@@ -57,7 +58,7 @@ def chunks(
     scale: float = 1.0,
     buffer: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """What its kernel left of a chunk's rows in the buffer; in `buffer`, all rows are one chunk."""
+    """For each chunk, what its kernel left in the buffer. With `buffer` all rows are one chunk."""
     n_rows, n_cols = hidden.shape[0], weight.shape[0]
     if not n_rows:
         return
@@ -68,7 +69,7 @@ def chunks(
     logits = buffer if buffer.shape[1] == n_cols else buffer[:, :n_cols]
     losses_of, dlosses_of = (None if x is None else x.split(size) for x in (losses, dlosses))
     for i, (rows, compared) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
-        if len(rows) < len(logits):  # the last
+        if len(rows) < len(logits):  # the last chunk
             logits = logits[: len(rows)]
         torch.mm(rows, transposed, out=logits)
         launch_rows(
@@ -84,13 +85,13 @@ def chunks(
 
 
 def chunk_size(hidden: Tensor, weight: Tensor) -> int:
-    """Rows of a chunk, of which the last one may have fewer."""
+    """Rows per chunk; the last chunk may have fewer."""
     n_rows = hidden.shape[0]
     return max(min(rows_a_chunk(n_rows, *weight.shape, weight.dtype), n_rows), 1)
 
 
 class Gradients:
-    """dhidden, dweight and dbias of chunks of `size` rows, summed up and divided by `scale`; empty where not needed."""
+    """dhidden, dweight and dbias of chunks of `size` rows, summed and divided by `scale`; empty where not needed."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, needs: Sequence[bool], sums: torch.dtype, scale: float, size: int
@@ -101,13 +102,13 @@ class Gradients:
         self.dweight = new(weight.shape if needs[1] else 0, dtype=sums)
         self._hidden = hidden.split(size) if hidden.shape[0] else ()
         self._dhidden = self.dhidden.split(size)
-        # A row a chunk: adding up comes last, in one launch.
+        # One row per chunk; they are added up at the end, in one launch.
         rows = len(self._hidden) if needs[2] else 0
         self._dbias = hidden.new_empty(rows, weight.shape[0], dtype=accumulator_torch(weight.dtype))
         self._done = 0
 
     def add(self, dlogits: Tensor) -> None:
-        """Those of the next chunk."""
+        """Add the gradients of the next chunk."""
         if self.needs[0]:
             accumulate(self._dhidden[self._done], dlogits, self.weight, self.alpha, True)
         if self.needs[1]:
@@ -138,10 +139,10 @@ def product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:
     """total (+)= alpha a b, in the type of total, which is wider than that of 16-bit a and b where rows come in chunks."""
-    beta = 0 if first else 1  # 0: what stands in total is not read
+    beta = 0 if first else 1  # with 0, total is not read
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
-    else:  # a CPU has no such product
+    else:  # the CPU has no product with another output dtype
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha, out=total)

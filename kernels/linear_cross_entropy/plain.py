@@ -20,7 +20,7 @@ def launch_rows(
     gradient: bool,
     scale: float = 1.0,
 ) -> None:
-    """Losses of rows of logits, into `losses`, and with `gradient` their gradients where the logits stood."""
+    """Write the losses of rows of logits to `losses` and, with `gradient`, their gradients over the logits."""
     n_cols, smoothing = logits.shape[1], targets.label_smoothing
     x = plain.raised(logits) if bias is None else plain.raised(logits) + bias[:n_cols]
     counted = targets.labels != targets.ignore_index
@@ -44,7 +44,7 @@ def launch_rows(
 def launch_reduce(
     losses: Tensor, targets: "Targets", n_cols: int, reduction: str, loss: Tensor | None, scale: Tensor | None
 ) -> None:
-    """The sum or mean of the losses, and its derivative by a row's."""
+    """The sum or mean of the losses, and its derivative with respect to a row's loss."""
     labels, weights = targets.labels, targets.class_weights
     counted = labels != targets.ignore_index
     if labels.is_cuda:

@@ -1,15 +1,15 @@
-"""What linear_cross_entropy does to rows of logits [rows, V] between its matrix products.
+"""What linear_cross_entropy computes on rows of logits [rows, V] between its matrix products.
 
-A row's target is t = onehot(label), its loss and gradient are those of x = logits + bias, 0 where the label is ignored:
+A row's target is t = onehot(label); its loss and gradient are those of x = logits + bias, 0 if the label is ignored:
 
     losses      sum_c t_c (logsumexp(x) - x_c)
-    dlogits     softmax(x) sum_c t_c - t, where the logits stood
+    dlogits     softmax(x) sum_c t_c - t, in place of the logits
 
-With label smoothing e (Szegedy et al., arXiv:1512.00567) t is (1 - e) onehot(label) + e / V, and class weights multiply it:
-t_c is w_c of that. So an unsmoothed row reads one weight, its label's. The maximum and the sum of a row are found in one
-pass over it (Milakov and Gimelshein, arXiv:1805.02867), the gradient in a second one, which finds the row in the cache.
+With label smoothing e (Szegedy et al., arXiv:1512.00567) t is (1 - e) onehot(label) + e / V, and class weights multiply it
+elementwise, so an unsmoothed row reads one weight, its label's. One pass over a row finds its maximum and its sum (Milakov and
+Gimelshein, arXiv:1805.02867), a second one writes the gradient and finds the row in the cache.
 
-Rows of the buffer begin 128 bytes apart or a multiple of that, because V (30522) is a multiple of no vector.
+The buffer's row stride is a multiple of 128 bytes, because no vector length divides V (30522).
 """
 
 from collections.abc import Iterator
@@ -28,16 +28,16 @@ from . import plain
 
 __all__: list[str] = []
 
-ROW = 64  # a buffer's rows are a multiple of so many elements
+ROW = 64  # the buffer's row stride is a multiple of so many elements
 
-# float16 has no numbers between 0 and 6e-8, and most of 30522 probabilities are smaller than that times a few: dlogits
-# are kept this many times larger and the products divide by it. No more, for what cuBLAS adds up ends at 65504.
+# float16 has no numbers between 0 and 6e-8, and most of 30522 probabilities are at most a few times that: dlogits are stored
+# multiplied by this factor, and the products divide by it. It is no larger, because cuBLAS's sums end at 65504.
 FLOAT16_SCALE = 16.0
 
 
 @triton.jit
 def _exp(x):
-    # exp2 is one instruction in float32, exp is five: it also gets denormals right.
+    # exp2 is one instruction in float32 and exp is five; exp2 also gets denormals right.
     return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * 1.4426950408889634)
 
 
@@ -45,8 +45,8 @@ def _exp(x):
 def _load_logits(
     logits_ptr, bias_ptr, rows, cols, row_mask, N_COLS: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr, END: tl.constexpr
 ):
-    """Logits and their bias. END: columns may lie past the last, where the result is -inf; the mask is that of STRIDE,
-    which vectors divide."""
+    """Logits plus bias. END: columns may lie past the last, where the result is -inf. The loads' mask is that of STRIDE, which
+    vectors divide."""
     mask = row_mask & (cols < STRIDE) if END else row_mask
     x = tl.load(logits_ptr + offsets(rows, cols, STRIDE, 1), mask, other=0.0).to(ACC)
     if bias_ptr is not None:
@@ -56,7 +56,7 @@ def _load_logits(
 
 @triton.jit
 def _load_weights(class_weights_ptr, cols, STRIDE: tl.constexpr, END: tl.constexpr):
-    """Of classes, which all rows share; 0 past the last."""
+    """Class weights, shared by all rows; 0 past the last class."""
     return tl.load(
         class_weights_ptr + cols, cols < STRIDE if END else None, other=0.0 if END else None, eviction_policy="evict_last"
     )
@@ -64,14 +64,15 @@ def _load_weights(class_weights_ptr, cols, STRIDE: tl.constexpr, END: tl.constex
 
 @triton.jit
 def _joined(x, top, total):
-    """The online softmax of a lane, [rows, lanes], joined with a tile [chunks, rows, lanes]."""
+    """Merge a tile [chunks, rows, lanes] into the lanes' online softmax [rows, lanes]."""
     higher = tl.maximum(top, tl.max(x, axis=0))
     return higher, total * _exp(top - higher) + tl.sum(_exp(x - higher[None, :, :]), axis=0)
 
 
 @triton.jit
 def _added(x, sum_x, sum_weights, class_weights_ptr, cols, STRIDE: tl.constexpr, END: tl.constexpr):
-    """For smoothing: the sums of a lane's logits and a tile's; with class weights, of their products and of those."""
+    """For smoothing: add a tile's logits to the lanes' sums; with class weights, their products with the weights, and the
+    weights."""
     if class_weights_ptr is not None:
         weights = _load_weights(class_weights_ptr, cols, STRIDE, END)
         sum_weights += tl.sum(weights, axis=0)
@@ -81,7 +82,7 @@ def _added(x, sum_x, sum_weights, class_weights_ptr, cols, STRIDE: tl.constexpr,
 
 @triton.jit
 def _spread(class_weights_ptr, cols, spread, SMOOTHING: tl.constexpr, STRIDE: tl.constexpr, END: tl.constexpr):
-    """What smoothing gives each class: the same, or that by its weight."""
+    """Each class's share of the smoothing: uniform, or multiplied by its weight."""
     if SMOOTHING > 0 and class_weights_ptr is not None:
         spread *= _load_weights(class_weights_ptr, cols, STRIDE, END)
     return spread
@@ -89,7 +90,8 @@ def _spread(class_weights_ptr, cols, spread, SMOOTHING: tl.constexpr, STRIDE: tl
 
 @triton.jit
 def _dlogits(x, cols, label_cols, row_top, factor, at_label, spread, counted, SMOOTHING: tl.constexpr):
-    """softmax(x) - target, where softmax(x) is exp(x - row_top) factor and the target `spread` and at its label more."""
+    """softmax(x) - target, where softmax(x) is exp(x - row_top) * factor; the target is `spread`, plus `at_label` at the
+    label."""
     dx = _exp(x - row_top) * factor
     if SMOOTHING > 0:
         dx -= spread
@@ -128,15 +130,16 @@ def linear_cross_entropy_fwd_kernel(
     tile_rows, tile_row_mask = rows[None, :, None], row_mask[None, :, None]
     labels = tl.load(labels_ptr + rows, row_mask, other=IGNORE_INDEX)
     counted = labels != IGNORE_INDEX
-    known = counted & (labels >= 0) & (labels < N_COLS)  # any other label is an error that the launcher raises
-    # Before the sums over a row, whose barrier keeps other warps from overwriting it with a gradient.
+    known = counted & (labels >= 0) & (labels < N_COLS)  # the launcher raises for any other label
+    # Loaded before the sums over a row, whose barrier keeps other warps from overwriting it with a gradient.
     label_pointers = logits_ptr + offsets(rows, labels, STRIDE, 1)
     label_logit = tl.load(label_pointers, known, other=0.0).to(ACC)
     if bias_ptr is not None:
         label_biases = bias_ptr + labels
         label_logit += tl.load(label_biases, known, other=0.0).to(ACC)
 
-    # Each lane has a maximum and a sum of its own: no barrier, and an exponential a tile, not an element, to join them.
+    # Each lane has a maximum and a sum of its own: merging takes no barrier, and one exponential per tile instead of per
+    # element.
     top = tl.full([BLOCK_M, BLOCK_N], LOWEST, ACC)
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     sum_x = tl.zeros([BLOCK_M, BLOCK_N], ACC)
@@ -181,7 +184,7 @@ def linear_cross_entropy_fwd_kernel(
             dloss = at_label
             if SMOOTHING > 0:
                 dloss += spread * tl.sum(sum_weights, axis=1)
-        factor = (dloss / row_total)[None, :, None]  # dloss: the sum of the target, times what it is multiplied with
+        factor = (dloss / row_total)[None, :, None]  # dloss: the target's sum times the upstream gradient
         spread, at_label = spread[None, :, None], at_label[None, :, None]
         row_top, counted = row_top[None, :, None], counted[None, :, None]
         label_cols = tl.where(known, labels, -1).to(tl.int32)[None, :, None]
@@ -217,7 +220,7 @@ def linear_cross_entropy_reduce_kernel(
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program: the sum or mean of the losses, what the gradient of that is a row, and whether labels are classes."""
+    """One program: the sum or mean of the losses, its derivative with respect to a row's loss, and the check of the labels."""
     total = tl.zeros([BLOCK_M], ACC)
     counted = tl.zeros([BLOCK_M], tl.int32)
     strays = tl.zeros([BLOCK_M], tl.int32)
@@ -242,10 +245,10 @@ def linear_cross_entropy_reduce_kernel(
         if MEAN:
             if class_weights_ptr is None:
                 of = n.to(ACC)
-            else:  # where all that counts weighs nothing, loss and gradients are NaN, as in torch
+            else:  # if all rows that count weigh nothing, loss and gradients are NaN, as in torch
                 of = tl.sum(weights, axis=0)
                 of = tl.where(of == 0.0, float("nan"), of)
-            loss = loss / of  # NaN where no label counts, as in torch; the gradient is 0 there, as in torch
+            loss = loss / of  # NaN where no label counts, as in torch; the gradient is then 0, also as in torch
             scale = tl.where(n == 0, 1.0, 1.0 / of)
         elif unit_ptr is not None:
             scale = tl.load(unit_ptr)
@@ -259,7 +262,7 @@ def linear_cross_entropy_bwd_scale_kernel(
     x_ptr, dloss_ptr, scale_ptr, y_ptr, x_row_stride, x_col_stride, n_rows,
     N_COLS: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y = x dloss scale, of two numbers that only the device knows."""
+    """y = x * dloss * scale; dloss and scale are on the device."""
     block, cols = place_of_tile(tl.program_id(0), N_COLS, BLOCK_N, VECTOR)
     rows = block_rows(block, BLOCK_M)
     mask = (rows < n_rows)[:, None] & (cols < N_COLS)[None, :]
@@ -273,8 +276,8 @@ class Targets(NamedTuple):
     """What rows of logits are compared with.
 
     labels: contiguous [rows].
-    class_weights: None (each weighs 1), or contiguous and in the type that kernels compute in; where labels are smoothed, as
-        long as the buffer's rows, with zeros at the end.
+    class_weights: None (all are 1), or contiguous in the kernels' accumulation type; with smoothing padded with zeros to the
+        buffer's row stride.
     unit: what the class weights were divided by, on the device; None for 1.
     """
 
@@ -285,7 +288,7 @@ class Targets(NamedTuple):
     label_smoothing: float
 
     def split(self, size: int) -> Iterator["Targets"]:
-        """Those of chunks of so many rows."""
+        """The targets of chunks of `size` rows."""
         return (self._replace(labels=labels) for labels in self.labels.split(size))
 
 
@@ -297,7 +300,8 @@ def targets_of(
     dtype: torch.dtype,
     kept: bool = False,
 ) -> Targets:
-    """Of rows of logits of `dtype`. With `kept`, gradients are kept in it before they are multiplied by the loss's own."""
+    """The targets for logits of `dtype`. With `kept`, gradients are stored in `dtype` before the loss's gradient multiplies
+    them."""
     unit = None
     if class_weights is not None:
         class_weights = class_weights.to(accumulator_torch(dtype))
@@ -310,9 +314,9 @@ def targets_of(
 
 
 def _unit(class_weights: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """The largest weight of a label here: float16's numbers are for weights of about 1, and weights may be of any size.
+    """The largest weight of a label that occurs. Dividing by it brings weights of any size to about 1, which float16 needs.
 
-    Classes without a label here do not count, for by their rareness they may weigh 1e8, or infinitely much.
+    Classes whose label does not occur are left out: rare classes may weigh 1e8, or infinity.
     """
     found = class_weights[labels.clamp(0, len(class_weights) - 1)].abs()
     found = found.masked_fill(labels == ignore_index, 0.0).nan_to_num(0.0, 0.0, 0.0)
@@ -321,17 +325,17 @@ def _unit(class_weights: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def padded(n_cols: int) -> int:
-    """Elements from one row of logits to the next."""
+    """The row stride of logits, in elements."""
     return cdiv(n_cols, ROW) * ROW
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
-    """How many times too large dlogits are kept."""
+    """The factor by which dlogits are stored too large."""
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
 def pad_bias(bias: Tensor | None) -> Tensor | None:
-    """The bias with a buffer's row length, so that it too is loaded 16 bytes at a time; what is past its end is not used."""
+    """The bias padded to the buffer's row stride, so that it too is loaded 16 bytes at a time; the padding is not used."""
     if bias is None:
         return None
     found = torch.empty(padded(bias.shape[0]), dtype=bias.dtype, device=bias.device)
@@ -349,9 +353,9 @@ def launch_rows(
     gradient: bool,
     scale: float = 1.0,
 ) -> None:
-    """Losses of the rows of logits (from `padded` rows, as is the bias), and their gradients in place.
+    """Compute the losses of rows of logits and, in place, their gradients. The logits are `padded` rows, as is the bias.
 
-    losses: contiguous [rows], or None for no losses. dlosses: what the gradients are multiplied with, or None.
+    losses: contiguous [rows], or None to compute none. dlosses: the rows' upstream gradients, or None.
     """
     n_rows, n_cols = logits.shape
     assert logits.stride(1) == 1 and (n_rows < 2 or logits.stride(0) == padded(n_cols))
@@ -359,7 +363,7 @@ def launch_rows(
     assert config.BLOCK_N is not None and config.chunk is not None
     chunks = config.BLOCK_N // config.chunk
     if targets.class_weights is not None and targets.label_smoothing and chunks > 1:
-        chunks //= 2  # the weights of a tile's classes take as many registers as its logits
+        chunks //= 2  # the class weights of a tile take as many registers as its logits
     launch(
         linear_cross_entropy_fwd_kernel,
         cdiv(n_rows, config.BLOCK_M),
@@ -391,9 +395,10 @@ def launch_rows(
 def launch_reduce(
     losses: Tensor, targets: Targets, n_cols: int, reduction: str, loss: Tensor | None, scale: Tensor | None
 ) -> None:
-    """Into `loss` the sum or mean of the losses, into `scale` its derivative by a row's; check the labels.
+    """Write the sum or mean of the losses to `loss` and its derivative with respect to a row's loss to `scale`; check the
+    labels.
 
-    On a GPU a label that is no class fails an assertion on the device, as in torch, without waiting for it.
+    On a GPU a label that is no class fails an assertion on the device, as in torch, without a synchronisation.
     """
     config = choose("linear_cross_entropy_reduce", losses, 1)
     labels, ignore_index = targets.labels, targets.ignore_index
@@ -423,9 +428,9 @@ def launch_reduce(
 
 @or_plain(plain.scaled)
 def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
-    """x * dloss * scale as a contiguous tensor of `dtype`; dloss and scale are one number each, on the device.
+    """x * dloss * scale as a contiguous tensor of `dtype`; dloss and scale are single numbers on the device.
 
-    in_place: in the memory of x, which is contiguous and of that dtype.
+    in_place: write over x, which must be contiguous and of that dtype.
     """
     assert not in_place or (x.is_contiguous() and x.dtype == dtype)
     y = x if in_place else torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -458,7 +463,7 @@ def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype, in_place
 
 
 def check_on_cpu(labels: Tensor, n_cols: int, ignore_index: int) -> None:
-    """Raise torch's own IndexError for a label that is no class, where looking at the labels costs nothing."""
+    """Raise torch's own IndexError for a label that is no class; on a CPU reading the labels costs nothing."""
     strays = labels[(labels != ignore_index) & ((labels < 0) | (labels >= n_cols))]
     if strays.numel():
         raise IndexError(f"Target {int(strays[0])} is out of bounds.")
