@@ -1,4 +1,4 @@
-"""Every op by name: the SPEC of each file here."""
+"""Every op by name: the SPEC of each file in this folder."""
 
 from importlib import import_module
 from pkgutil import iter_modules

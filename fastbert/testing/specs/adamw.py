@@ -1,4 +1,4 @@
-"""adamw: a step of the optimizer over one parameter."""
+"""adamw: one optimizer step over one parameter."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +16,7 @@ NAME = "adamw"
 
 
 def _stepping(function: Callable[..., None]) -> Callable[..., Named]:
-    """A step on copies of a parameter and its state, which are what it returns."""
+    """A step on copies of a parameter and its state, which it returns."""
 
     def step(*, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, **state: Tensor) -> Named:
         after = {name: x.clone() for name, x in state.items()}
@@ -37,7 +37,8 @@ def _inputs(
     amsgrad: bool = False,
     scaled: bool = False,
 ) -> Given:
-    """A parameter of size.tokens elements with its state in `dtype`; one in x_dtype has a master in that, too."""
+    """A parameter of size.tokens elements with its state in `dtype`; with x_dtype also a master, and the parameter in
+    x_dtype."""
     low, shape = x_dtype or dtype, (size.tokens,)
     state = {"param": draw.normal(*shape, dtype=low), "grad": draw.normal(*shape, dtype=low)}
     state |= {"exp_avg": draw.normal(*shape, dtype=dtype), "exp_avg_sq": draw.normal(*shape, dtype=dtype).square()}
@@ -52,7 +53,7 @@ def _inputs(
 
 
 def _variant(dtype: str, width: int = 1, form: str = "plain") -> Variant:
-    """Of dtype mixed: a bf16 parameter with float32 state and master."""
+    """With dtype "mixed": a bf16 parameter with float32 state and master."""
     return Variant(NAME, dtype, width, form, {} if form == "plain" else {form: True})
 
 

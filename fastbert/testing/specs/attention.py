@@ -1,4 +1,4 @@
-"""attention: softmax(q k' / sqrt(D) + mask) v with dropout, of padded or packed sequences."""
+"""attention: softmax(q k' / sqrt(D) + mask) v with dropout, on padded or packed sequences."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +15,9 @@ from fastbert.kernels.core.configs import LENGTHS
 from ..spec import SEQLEN, Draw, Given, OpSpec, Size, Variant
 
 NAME = "attention"
-BATCH, GROUP = 32, 3  # of the audit
-SHORT = tuple(length - 1 for length in LENGTHS)  # odd lengths, one for each table of short sequences
-PRODUCTS = {"forward": 2, "backward": 5}  # of 2 operations a score and element of a head, as exact arithmetic needs them
+BATCH, GROUP = 32, 3  # in the audit
+SHORT = tuple(length - 1 for length in LENGTHS)  # odd lengths, one per table of short sequences
+PRODUCTS = {"forward": 2, "backward": 5}  # matrix products, of 2 operations per score and column of a head, in exact arithmetic
 Context = dict[str, Any]
 
 
@@ -32,12 +32,12 @@ def _inputs(
     length: int = 2**31,
     fused: bool = False,
 ) -> Given:
-    """q, k and v of one length, with a mask of its keys where lengths are given.
+    """q, k and v of one length, with a key mask if lengths are given.
 
-    mask: "none", "key", "causal", "general" (additive where `fused`, which is as the audit has it, bool elsewhere) or "packed".
-    group: as many heads share one of k and v.
-    length: the most that a sequence has.
-    fused: q, k and v are views of one product, as side-by-side projections give them.
+    mask: "none", "key", "causal", "general" (additive with `fused`, which is how the audit has it, else bool) or "packed".
+    group: how many heads share one of k and v.
+    length: the length of the longest sequence.
+    fused: q, k and v are views of one product, as concatenated projections return them.
     """
     seqlen = min(size.seqlen, length)
     shape = size.batch, seqlen, size.heads, size.head_size
@@ -67,7 +67,7 @@ def _inputs(
 
 
 def _of_keys(size: Size, seqlen: int, draw: Draw) -> Context:
-    """The mask of keys, with its bounds where lengths are known."""
+    """The key mask, with its bounds if lengths are known."""
     places = torch.arange(seqlen, device=draw.device)
     if size.lengths is None:
         return {"key_mask": places < draw.integers(1, seqlen + 1, size.batch, 1)}
@@ -86,7 +86,7 @@ def _for_peers(size: Size, context: Context, draw: Draw) -> Context:
 
 
 def _variant(dtype: str, width: int, p: float = 0.0, mask: str = "none", length: int = SEQLEN, sums: bool = False) -> Variant:
-    """mask "grouped" is "key" with fewer heads of k and v; `sums`: the backward of short sequences adds up the projections'
+    """mask "grouped" is "key" with fewer heads of k and v. `sums`: the backward of short sequences also sums the projections'
     bias gradients, as in a layer."""
     label = f"{mask} p={p}" + (f" {length}" if length != SEQLEN else "") + (" sums" if sums else "")
     group = GROUP if mask == "grouped" else 1
@@ -145,7 +145,7 @@ def _launch_with_sums(variant: Variant, rows: int) -> None:
 
 
 def _audited(spec: OpSpec, variant: Variant, rows: int) -> Size:
-    """BERT-base's heads, with lengths where there is a mask of keys."""
+    """BERT-base's heads, with lengths if there is a key mask."""
     length, of_keys = variant.options["length"], variant.options["mask"] == "key"
     return Size(rows, length, head_size=variant.width, lengths=(length,) * rows if of_keys else None)
 
@@ -153,7 +153,7 @@ def _audited(spec: OpSpec, variant: Variant, rows: int) -> Size:
 def _eager(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, key_bounds: Tensor | None = None, p: float = 0.0
 ) -> Tensor:
-    """As transformers' eager attention computes it."""
+    """The op as transformers' eager attention computes it."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     if key_mask is not None:

@@ -1,4 +1,4 @@
-"""bias_gelu: the feed-forward's activation with the bias of the product before it."""
+"""bias_gelu: the feed-forward's activation, including the bias of the product before it."""
 
 from collections.abc import Iterator
 

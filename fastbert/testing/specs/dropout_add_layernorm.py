@@ -1,4 +1,4 @@
-"""dropout_add_layernorm: BERT's LayerNorm with what comes before it, a product's bias, dropout and the residual."""
+"""dropout_add_layernorm: BERT's LayerNorm with what precedes it: a product's bias, dropout and the residual."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ def _variants() -> Iterator[Variant]:
 
 
 def _eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor, p: float = 0.0) -> Tensor:
-    """As BertSelfOutput computes it: the product's bias, dropout, the sum, LayerNorm."""
+    """The op as BertSelfOutput computes it: the product's bias, dropout, the sum, LayerNorm."""
     return F.layer_norm(F.dropout(x + x_bias, p) + residual, x.shape[-1:], weight, bias, 1e-12)
 
 

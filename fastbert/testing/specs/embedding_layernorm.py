@@ -13,7 +13,7 @@ from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from ..spec import HIDDEN, Draw, Given, OpSpec, Size, Variant
 
 NAME = "embedding_layernorm"
-EMBEDDED = 127  # the length of sequences as the audit has them, of which TOKENS is a multiple
+EMBEDDED = 127  # the audit's sequence length, which divides TOKENS
 IDS, ORDER = "embedding_layernorm_ids_kernel", "embedding_layernorm_bwd_order_kernel"
 _PARTS = ("fwd", "bwd", "bwd_sums", "bwd_finish", "bwd_order", "bwd_runs", "bwd_joins")
 OF_ROWS = tuple(f"embedding_layernorm_{part}_kernel" for part in _PARTS)
@@ -29,10 +29,10 @@ def _inputs(
     packed: bool = False,
     **options: Any,
 ) -> Given:
-    """Ids are uniform: real text repeats a few of them often, which this does not show.
+    """Random ids, uniform. Real text repeats a few of them often, which these do not show.
 
-    repeated: half of the tokens are one word, as [MASK] or [PAD] is, so that partial sums are added up too.
-    packed: through an index, of all rows.
+    repeated: half of the tokens are one word, like [MASK] or [PAD], so that partial sums are added up too.
+    packed: through an index of all rows.
     """
     shape = size.batch, size.seqlen
     rows = {"words": (size.vocabulary,), "positions": (size.seqlen,), "types": (2,), "weight": (), "bias": ()}
@@ -67,8 +67,8 @@ def _variants() -> Iterator[Variant]:
 
 
 def _audited(spec: OpSpec, variant: Variant, rows: int) -> Size:
-    """As many words as tokens, so that what is read of them counts as the floor does: a row a token. Of the kernels that see no
-    row a sequence: ids of a batch are ordered by a kernel where they are few."""
+    """As many words as tokens, so that the words' rows count towards the floor as they are read: one row per token. Kernels
+    that see no row get one sequence: a kernel orders the ids of a batch only if they are few."""
     batch = 1 if variant.width == 1 else rows // EMBEDDED
     return Size(batch, EMBEDDED, hidden=variant.width, vocabulary=batch * EMBEDDED)
 
@@ -83,7 +83,7 @@ def _eager(
     token_type_ids: Tensor,
     p: float = 0.0,
 ) -> Tensor:
-    """As BertEmbeddings computes it."""
+    """The op as BertEmbeddings computes it."""
     z = F.embedding(ids, words) + F.embedding(token_type_ids, types) + positions
     return F.dropout(F.layer_norm(z, z.shape[-1:], weight, bias, 1e-12), p)
 

@@ -20,7 +20,7 @@ PROJECTIONS = ("query", "key", "value")
 
 
 def flat(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` with its weights by name."""
+    """`function`, taking its weights by name."""
 
     def call(*, x: Tensor, settings: Settings, **rest: Any) -> Tensor:
         weights = Weights(*(rest.pop(name) for name in Weights._fields))
@@ -30,7 +30,7 @@ def flat(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def weights(hidden: int, inner: int, normal: Normal) -> Named:
-    """A layer's weights by name, such that products keep the size of their input."""
+    """A layer's weights by name, for which products keep the magnitude of their input."""
     of_products = {"intermediate": (inner, hidden), "output": (hidden, inner)}
     of_products |= dict.fromkeys((*PROJECTIONS, "attention_output"), (hidden, hidden))
     found = {}
@@ -44,12 +44,12 @@ def weights(hidden: int, inner: int, normal: Normal) -> Named:
 
 
 def seeds(device: torch.device | str, first: int = 1234) -> Tensor:
-    """Of a layer's dropouts."""
+    """The seeds of a layer's dropouts."""
     return torch.arange(first, first + 6, dtype=torch.int64, device=device) * 0x9E3779B97F4A7C
 
 
 def _inputs(size: Size, draw: Draw, dtype: torch.dtype, *, p: float = 0.0, mask: str = "none", packed: bool = False) -> Given:
-    """mask: "none", "key" (of random lengths) or "causal"; packed: sequences that are all full."""
+    """mask: "none", "key" (random lengths) or "causal"; packed: all sequences have the full length."""
     batch, length = size.batch, size.seqlen
     shape = (size.tokens, size.hidden) if packed else (batch, length, size.hidden)
     leaves = {"x": draw.normal(*shape), **weights(size.hidden, size.inner, draw.normal)}
@@ -73,7 +73,7 @@ def _variant(dtype: str, width: int, part: str = "gelu") -> Variant:
 
 
 def _variants() -> Iterator[Variant]:
-    """What no op launches alone. All else that a layer launches is compiled with the other ops."""
+    """The kernels' variants that no single op launches. All others are compiled with the single ops."""
     for dtype in ("bf16", "fp16", "fp32", "mixed"):
         for width in HIDDEN:
             yield _variant(dtype, width, "norm")
@@ -89,7 +89,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _launch_norm(variant: Variant, rows: int) -> None:
-    """The gradient of the first LayerNorm, which makes its output again."""
+    """The gradient of the first LayerNorm, which also recomputes its output."""
     (low, dtype), width = variant.dtypes, variant.width
     vector, wide = _meta(width, dtype=dtype), accumulator_torch(dtype)
     dy, z, dresidual = (_meta(rows, width, dtype=dtype) for _ in range(3))
@@ -105,7 +105,7 @@ def _launch_norm(variant: Variant, rows: int) -> None:
 
 
 def _launch_activation(variant: Variant, rows: int) -> None:
-    """The gradient of the activation, which makes its output again, and the end of all column sums of a layer."""
+    """The gradient of the activation, which also recomputes its output, and the final launch of a layer's column sums."""
     (low, dtype), inner, hidden = variant.dtypes, variant.width, -(-variant.width // 4)
     h, bias, wide = _meta(rows, inner, dtype=low), _meta(inner, dtype=dtype), accumulator_torch(low)
     work, n = bias_gelu.backward_work(rows, inner, (inner, 1), (inner, 1), h, variant.options["part"])

@@ -16,14 +16,14 @@ from fastbert.kernels.feed_forward.products import GRADIENT, PRODUCT, decided, r
 from ..spec import FEED_FORWARD, Draw, Given, OpSpec, Size, Variant
 
 NAME = "feed_forward"
-TILE = 128  # columns, by which the widths of products with epilogues are filled
-PRODUCTS = {"forward": 2, "backward": 4}  # of 2 operations a token, element of hidden and element of the feed-forward
+TILE = 128  # columns; products with epilogues have widths that it divides
+PRODUCTS = {"forward": 2, "backward": 4}  # of 2 operations per token, element of hidden and element of the feed-forward
 
 
 def _inputs(size: Size, draw: Draw, dtype: torch.dtype, *, epilogues: bool | None = None, activation: str = "gelu") -> Given:
-    """x [rows, H] and weights such that products keep the size of their input.
+    """x [rows, H], and weights for which products keep the magnitude of their input.
 
-    epilogues: with the products' own (at a width that their tiles fill) or without, whatever ships.
+    epilogues: force the products' own epilogues (at a width that tiles divide) or cuBLAS; None: as shipped.
     """
     rows, hidden = size.tokens, size.hidden
     inner = -(-size.inner // TILE) * TILE if epilogues else size.inner
@@ -44,7 +44,7 @@ def _variant(dtype: str, width: int, activation: str = "gelu") -> Variant:
 
 
 def _variants() -> Iterator[Variant]:
-    """The products with epilogues, which are off as shipped. All else that the op launches is bias_gelu's."""
+    """The products with epilogues, which are off as shipped. Everything else that the op launches is bias_gelu's."""
     for dtype in ("bf16", "fp16"):
         for width in FEED_FORWARD[:3]:
             yield _variant(dtype, width)
@@ -52,7 +52,7 @@ def _variants() -> Iterator[Variant]:
 
 
 def _launch(variant: Variant, rows: int) -> None:
-    """Both products with their epilogues: autocast, which the op turns off, knows no meta device."""
+    """Both products with their epilogues, launched directly: autocast, which the op disables, has no meta device."""
     activation, given = variant.options["activation"], SPEC.on_meta(variant, rows)
     (x, weight, bias, output_weight), dout = given.leaves.values(), given.dy
     inner = weight.shape[0]
@@ -65,7 +65,7 @@ def _launch(variant: Variant, rows: int) -> None:
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor, output_weight: Tensor) -> Tensor:
-    """As BertIntermediate and BertOutput compute it."""
+    """The op as BertIntermediate and BertOutput compute it."""
     return F.linear(F.gelu(F.linear(x, weight, bias)), output_weight)
 
 

@@ -1,4 +1,4 @@
-"""gather_rows: the tokens of a padded batch, packed; its backward puts gradients back between zeros."""
+"""gather_rows: the tokens of a padded batch, packed; its backward writes gradients back, and zeros between them."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ NAME = "gather_rows"
 
 
 def _inputs(size: Size, draw: Draw, dtype: torch.dtype, *, unread: int = 0) -> Given:
-    """The real rows of each sequence, all where there are no lengths, and `unread` more that are no row."""
+    """The real rows of each sequence (all rows without lengths), and `unread` index entries that name no row."""
     x = draw.normal(size.tokens, size.hidden, dtype=dtype)
     if size.lengths is None:
         index = inverse = torch.arange(size.tokens, dtype=torch.int32, device=draw.device)
@@ -37,7 +37,7 @@ def _variants() -> Iterator[Variant]:
 
 
 def _eager(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """As transformers' own unpadding does it; the backward of indexing scatters."""
+    """The op as transformers' own unpadding does it; the backward of indexing scatters."""
     return x[index]
 
 

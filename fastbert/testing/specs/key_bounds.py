@@ -1,4 +1,4 @@
-"""key_bounds: where the keys of each row of a mask begin and end."""
+"""key_bounds: where the valid keys of each row of a mask begin and end."""
 
 from collections.abc import Iterator
 

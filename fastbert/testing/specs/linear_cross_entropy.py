@@ -1,4 +1,4 @@
-"""linear_cross_entropy: BERT's decoder over labelled rows and its loss, bias included."""
+"""linear_cross_entropy: BERT's decoder over labelled rows and its loss, including the bias."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from fastbert.kernels.linear_cross_entropy import rows as kernels
 from ..spec import Draw, Given, OpSpec, Size, Variant
 
 NAME = "linear_cross_entropy"
-VOCABULARY, MULTILINGUAL, CASED = 30522, 119547, 28996  # of BERT's models
-PRODUCTS = {"forward": 1, "backward": 2}  # of 2 operations a token, element of hidden and class
+VOCABULARY, MULTILINGUAL, CASED = 30522, 119547, 28996  # BERT's models
+PRODUCTS = {"forward": 1, "backward": 2}  # of 2 operations per token, element of hidden and class
 
 
 @contextmanager
 def chunks_of(rows: int | None) -> Iterator[None]:
-    """With a number, chunks of so many rows whose gradients are formed in the forward, as of a batch of thousands."""
+    """With a number, use chunks of so many rows whose gradients are formed in the forward, as for a batch of thousands."""
     if rows is None:
         yield
         return
@@ -36,10 +36,10 @@ def chunks_of(rows: int | None) -> Iterator[None]:
 
 
 def _inputs(size: Size, draw: Draw, dtype: torch.dtype, *, ignored: float = 0.0, formed: bool = False, **options: Any) -> Given:
-    """A row a token, each with a label: a head that skips the other rows has left them out before.
+    """One row per token, each with a label: a head has already left out rows without one.
 
-    ignored: the share of labels that are -100.
-    formed: in three chunks, whose gradients are formed in the forward.
+    ignored: the fraction of labels that are -100.
+    formed: three chunks, whose gradients are formed in the forward.
     """
     rows, classes = size.tokens, size.vocabulary
     leaves = {
@@ -57,7 +57,7 @@ def _inputs(size: Size, draw: Draw, dtype: torch.dtype, *, ignored: float = 0.0,
 
 
 def _variant(dtype: str, width: int, part: str = "gradient") -> Variant:
-    """`part`: one of the kernels that stand between the products, and with what."""
+    """`part`: one of the kernels between the products, with its options."""
     return Variant(NAME, dtype, width, part, {"part": part}, launch=_launch)
 
 
@@ -74,7 +74,7 @@ def _variants() -> Iterator[Variant]:
 
 
 def _launch(variant: Variant, rows: int) -> None:
-    """On a chunk of so many rows."""
+    """Launch the variant's kernel on a chunk of so many rows."""
     part, width, (_, dtype) = variant.options["part"], variant.width, variant.dtypes
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -97,7 +97,7 @@ def _launch(variant: Variant, rows: int) -> None:
 
 
 def _eager(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """As BertForMaskedLM computes it."""
+    """The op as BertForMaskedLM computes it."""
     return F.cross_entropy(F.linear(hidden, weight, bias), labels)
 
 
@@ -111,7 +111,7 @@ SPEC = OpSpec(
     short=("bf16 30522 gradient",),
     width="vocabulary",
     eager=_eager,
-    # Its weight is not among them, but its floor is that of its operations.
+    # The weight is not among them, but the op's floor is that of its operations.
     tensors={"forward": ("hidden",), "backward": ("hidden", "dhidden")},
     operations=lambda direction, size: PRODUCTS[direction] * 2 * size.tokens * size.hidden * size.vocabulary,
     forms={

@@ -10,11 +10,11 @@ from fastbert.kernels.packed_rows import packed_rows
 from ..spec import SEQLEN, Draw, Given, OpSpec, Size, Variant
 
 NAME = "packed_rows"
-BATCH = 32  # as the audit has it: rows of a batch are counted by an int32
+BATCH = 32  # the audit's; an int32 counts the rows of a batch
 
 
 def _inputs(size: Size, draw: Draw, dtype: torch.dtype) -> Given:
-    """Both masks, room for all rows that there could be, and the comparison with what was counted."""
+    """Both masks, room for every row, and the comparison with the counts."""
     tokens, read = (draw.mask(0.7, size.batch, size.seqlen) for _ in range(2))
     masks = {"counts": reference.row_counts(tokens, read), "tokens": tokens, "read": read}
     rooms = {"room": size.tokens, "longest": size.seqlen, "exact": False}
