@@ -1,6 +1,7 @@
 """What every test shares: where kernels run, what is skipped and what is left for a longer run, and launch counts."""
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -62,6 +63,13 @@ def _mark_all_but_one_in_n(items: list[pytest.Item]) -> None:
         tests.add(test)
 
 
+def _is_in_float64(item: pytest.Item) -> bool:
+    """Whether a test of kernels computes in float64, by its parameters or name; gradcheck does, and fuzzing may draw it."""
+    file, _, name = item.nodeid.partition("::")
+    tested = file.startswith(("tests/kernels", "tests/models")) and not item.get_closest_marker("no_launch")
+    return tested and bool(re.search("float64|fp64", name) or re.search("gradcheck|fuzz", file))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _mark_all_but_one_in_n(items)
     if not GPU:
@@ -69,6 +77,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(no_gpu)
+    else:
+        no_kernel = pytest.mark.skip(reason="computes in float64, which has a kernel in Triton's interpreter only")
+        for item in items:
+            if _is_in_float64(item):
+                item.add_marker(no_kernel)
     if "long" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("long")]
         if left_out:
