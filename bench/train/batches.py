@@ -1,4 +1,4 @@
-"""Batches: transformers' collators, masks that depend on the row and the epoch alone, and a tally of what went by."""
+"""Makes batches: transformers' collators, masks that depend only on row and epoch, and a tally of all batches."""
 
 import zlib
 from collections.abc import Callable
@@ -23,15 +23,15 @@ ATTEMPTS = 100
 
 
 class Rows(torch.utils.data.Dataset):
-    """Encoded rows, each with a number to draw its masks from: another one each epoch, the same whenever it is asked.
+    """Encoded rows, each with a seed for its masks that depends only on run seed, epoch and row.
 
-    Stock and fastbert draw dropout from torch's generator, each in its own way, and a run that is resumed skips the
-    batches that it has seen. Masks drawn from that generator would therefore differ; these do not.
+    Stock and fastbert consume torch's generator differently for dropout, and a resumed run skips batches that it has seen.
+    Masks drawn from that generator would therefore differ.
     """
 
     def __init__(self, features: Dataset, seed: int, kept: tuple[str, ...]) -> None:
         self.features = features.select_columns([name for name in features.column_names if name in kept])
-        # Not by a set_epoch for accelerate's loader: in the epoch that a resumed run begins in it is not called.
+        # Not set through accelerate's set_epoch, which is not called in the first epoch of a resumed run.
         self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
@@ -43,24 +43,24 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Masking:
-    """15 % of the tokens to predict: of these 80 % become [MASK], 10 % another token, 10 % stay."""
+    """Selects 15 % of the tokens for prediction: 80 % of these become [MASK], 10 % another token, 10 % stay."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
 
     def __call__(self, rows: list[dict[str, Any]], draw: int) -> Batch:
         for attempt in range(ATTEMPTS):
-            # The CPU's generator alone: torch.manual_seed would restart the GPU's dropout too.
+            # Seeds the CPU's generator only: torch.manual_seed would also restart the GPU's dropout.
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(draw + attempt)
                 batch = self.collate([dict(row) for row in rows])
-            if (batch["labels"] != IGNORED).any():  # a batch without one has no loss
+            if (batch["labels"] != IGNORED).any():  # a batch without labels has no loss
                 break
         return batch
 
 
 class Collator:
-    """A task's collator that keeps a tally of the batches it made: real tokens, and a checksum of what the model gets."""
+    """A task's collator that records the real tokens of each batch and a checksum of the model's inputs."""
 
     def __init__(self, task: str, tokenizer: Any) -> None:
         self.masking = Masking(tokenizer) if task in ("mlm", "pretraining") else None

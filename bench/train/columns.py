@@ -1,7 +1,9 @@
-"""Which column of a table is which: by --columns, by the names in its first row, or by what stands in the rows.
+"""Finds the columns of a table from explicit statements first, then from the data.
 
-A header that nobody recognised would become a row with a label of its own, so where neither names nor rows settle it
-the file is refused.
+In order: --columns, the names that data sets give their columns (names.py), and the order of the columns unless the rows
+contradict it. Every decision that the user did not state is printed before training. If neither names nor rows settle a
+question, the file is refused with a line that says how to fix it: an unrecognised header would become a row with a label
+of its own. Readers raise InputError only; a test feeds all of them arbitrary text.
 """
 
 import re
@@ -17,12 +19,12 @@ Cells = Sequence[str | None]
 Numbered = tuple[int, Cells]
 
 LONGEST_NAME, MOST_WORDS = 30, 3
-NO_AGREEMENT = "-"  # in SNLI and MNLI: the label of a pair that its judges did not agree on
+NO_AGREEMENT = "-"  # in SNLI and MNLI: the label of a pair whose annotators did not agree
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each role stands, the names of all columns, and whether the first row is a header."""
+    """The column of each role, the names of all columns, and whether the first row is a header."""
 
     places: dict[str, int]
     names: list[str]
@@ -58,14 +60,18 @@ def settle(file: File, roles: tuple[str, ...], rows: list[Numbered], named: bool
         _unknown(file, number, names, missing or list(roles))
     if len(names) != len(roles):
         example = ",".join(f"{role}=NAME" for role in roles)
-        hint = f"; --columns {example} (or numbers) says which" if len(names) > 1 else ", parted by tabs or, in a .csv, commas"
+        hint = (
+            f"; --columns {example} (or numbers) says which"
+            if len(names) > 1
+            else ", separated by tabs, or by commas in a .csv"
+        )
         wanted = f"expected {len(roles)} columns ({', '.join(roles)}), got {len(names)}"
         file.fail(number, f"{wanted}: {clip(' '.join(names))!r}{hint}")
     return _by_evidence(file, roles, rows)
 
 
 def chosen(file: File, roles: tuple[str, ...], names: list[str], found: dict[str, int], named: bool) -> Layout:
-    """What --columns says, with `found` for what it leaves out. A name makes the first row a header; numbers do not."""
+    """The layout by --columns, with `found` for roles that it omits. A name makes the first row a header; numbers do not."""
     places, header = {}, named or all(role in found for role in roles)
     for role, value in asked(file, roles).items():
         if value in names or normal(value) in [normal(name) for name in names]:
@@ -86,12 +92,12 @@ def chosen(file: File, roles: tuple[str, ...], names: list[str], found: dict[str
     if missing:
         file.refuse(f"has no column that is known to be the {missing[0]}: add {missing[0]}=NAME to --columns")
     if len(set(places.values())) < len(places):
-        file.refuse("has one column only for two of those in --columns")
+        file.refuse("has the same column for two roles in --columns")
     return Layout(places, names, header)
 
 
 def asked(file: File, roles: tuple[str, ...]) -> dict[str, str]:
-    """`text=review,label=3` as a dictionary."""
+    """Parse `text=review,label=3` into a dictionary."""
     found = {}
     for part in file.columns.split(","):
         role, sign, value = (piece.strip() for piece in part.partition("="))
@@ -103,7 +109,7 @@ def asked(file: File, roles: tuple[str, ...]) -> dict[str, str]:
 
 
 def _known(file: File, number: int, roles: tuple[str, ...], names: list[str]) -> dict[str, int]:
-    """The roles that names settle. Names that could be two of a kind are an error unless --columns settles it."""
+    """The roles that follow from the names. Ambiguous names are an error unless --columns settles them."""
     labels, twins = by_name("label", names), pair(names)
     found = {"label": labels[0]} if len(labels) == 1 else {}
     if "text_a" in roles:
@@ -122,17 +128,17 @@ def _known(file: File, number: int, roles: tuple[str, ...], names: list[str]) ->
 
 
 def _short(cells: Iterable[str | None]) -> bool:
-    """Whether they might be names."""
+    """Whether the cells are short enough to be names."""
     return all(len(cell or "") <= LONGEST_NAME and len((cell or "").split()) <= MOST_WORDS for cell in cells)
 
 
 def _may_be_names(cells: Cells) -> bool:
-    """The same of a first row whose last cell may be a label."""
+    """Whether the cells of a first row, whose last cell may be a label, could be names."""
     return _short(cells) and not _is_number(cells[-1]) and normal(cells[-1]) not in VALUES
 
 
 def _repeated(rows: list[Numbered], place: int) -> bool:
-    """Whether what stands in the first row is the label of a row that is not the first row once more."""
+    """Whether the cell in the first row is also the label of another row that does not repeat the first row."""
     _, first = rows[0]
     return any(list(cells) != list(first) and cells[place : place + 1] == first[place : place + 1] for _, cells in rows[1:])
 
@@ -147,7 +153,7 @@ def _unknown(file: File, number: int, names: list[str], missing: list[str]) -> N
 
 
 def _say_if_alone(file: File, layout: Layout, rows: list[Numbered]) -> None:
-    """A word on a first row that is read as one, though its label comes nowhere again."""
+    """Note a first row that is read as data although its label never occurs again."""
     (number, first), place = rows[0], layout.places["label"]
     own = [first[place] for place in layout.places.values()]
     again = any(cells[place : place + 1] == first[place : place + 1] for _, cells in rows[1:])
@@ -158,13 +164,13 @@ def _say_if_alone(file: File, layout: Layout, rows: list[Numbered]) -> None:
 
 
 def _by_evidence(file: File, roles: tuple[str, ...], rows: list[Numbered]) -> Layout:
-    """As many columns as roles and no known names: the order of the roles, if the rows do not speak against it."""
+    """The layout of a table with as many columns as roles and no known names: the roles' order, unless rows contradict it."""
     number, first = rows[0]
     body = [cells for _, cells in rows[1:] if len(cells) == len(roles)] or [first]
     layout = Layout({role: place for place, role in enumerate(roles)}, [cell or "" for cell in first], False)
     numbers = ",".join(f"{role}={place + 1}" for role, place in layout.places.items())
     _refuse_label_first(file, roles, [first, *body] if len(rows) > 1 else body)
-    if len(body) > 1:  # without what may be a header
+    if len(body) > 1:  # without a possible header
         _refuse_label_first(file, roles, body)
     label, others = first[-1], Counter(cells[-1] for cells in body)
     if len(rows) == 1 or label in others or not _may_be_names(first):
@@ -173,7 +179,7 @@ def _by_evidence(file: File, roles: tuple[str, ...], rows: list[Numbered]) -> La
     if all(_is_number(other) for other in others):
         why = f"all labels but {clip(label or '')!r} are numbers"
     elif len(others) > 1 and min(others.values()) > 1:
-        why = f"{clip(label or '')!r} is a label once, and all others come again"
+        why = f"{clip(label or '')!r} occurs once as a label, and all other labels repeat"
     elif all(re.fullmatch(r"[^\W\d]\w*", cell or "") for cell in first) and _longer(body, first):
         file.fail(number, f"{shown}: a header or a row? call its columns {', '.join(roles)}, or say --columns {numbers}")
     else:
@@ -197,7 +203,7 @@ def _refuse_label_first(file: File, roles: tuple[str, ...], rows: list[Cells]) -
 
 
 def _longer(body: list[Cells], first: Cells) -> bool:
-    """Whether most texts are longer than what stands above them."""
+    """Whether most texts are longer than the first row's cell in their column."""
     longer = [len(cells[0] or "") > len(first[0] or "") + 1 for cells in body]
     return sum(longer) > len(longer) / 2
 

@@ -1,4 +1,4 @@
-"""python -m bench train: fine-tune or pre-train on the user's own file, stock and fastbert from the same start."""
+"""The command `python -m bench train`: fine-tunes or pre-trains on the user's file, stock and fastbert from the same start."""
 
 import os
 import sys
@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.train.records import DTYPES, LANES, TRUNCATIONS, Settings
 
-# fastbert imports transformers, and that triton, so it is imported once the interpreter has been chosen.
+# fastbert imports transformers, which imports triton, so it is imported after the interpreter has been selected.
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
-LINE = 80  # columns of what is said of the data
+LINE = 80  # width of the lines about the data
 TASKS = ("classification", "matching", "ner", "qa", "multiple-choice", "mlm", "pretraining", "clm")
 TaskName = StrEnum("TaskName", {name.replace("-", "_"): name for name in TASKS})
 LaneName = StrEnum("LaneName", {name: name for name in LANES})
@@ -25,31 +25,31 @@ Truncation = StrEnum("Truncation", {name.replace("+", "_"): name for name in TRU
 
 
 def train(
-    task: Annotated[TaskName, typer.Option(help="What to train.")],
+    task: Annotated[TaskName, typer.Option(help="The task to train.")],
     data: Annotated[Path, typer.Option(help="The rows, in the task's format (README: Train on your own data).")],
-    model: Annotated[str | None, typer.Option(help="Directory of a BERT; the trained one of the extra 'demo'.")] = None,
+    model: Annotated[str | None, typer.Option(help="Directory of a BERT; default: the one of the extra 'demo'.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    eval_data: Annotated[Path | None, typer.Option(help="Rows to evaluate with; otherwise some are held back.")] = None,
-    eval_share: Annotated[float, typer.Option(min=0.0, max=0.9, help="The share that is held back.")] = 0.1,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 16,
-    accumulation: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
+    eval_data: Annotated[Path | None, typer.Option(help="Rows for evaluation; by default some are held back.")] = None,
+    eval_share: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of rows that is held back.")] = 0.1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 16,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate; it falls linearly to 0.")] = 5e-5,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of all but biases and LayerNorm.")] = 0.01,
-    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps in which the rate rises.")] = 0.1,
-    dropout: Annotated[float | None, typer.Option(min=0.0, max=0.9, help="The model's own by default.")] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="Autocast's; bf16 by default, fp32 without a GPU.")] = None,
-    max_length: Annotated[int, typer.Option(min=0, help="In tokens; 0: the 95th percentile.")] = 0,
-    truncation: Annotated[Truncation | None, typer.Option(help="What stays of a text over the limit.")] = None,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay, except for biases and LayerNorm.")] = 0.01,
+    warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps over which the rate rises.")] = 0.1,
+    dropout: Annotated[float | None, typer.Option(min=0.0, max=0.9, help="By default the model's own.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Autocast's type; bf16 by default, fp32 without a GPU.")] = None,
+    max_length: Annotated[int, typer.Option(min=0, help="Length limit in tokens; 0: the 95th percentile.")] = 0,
+    truncation: Annotated[Truncation | None, typer.Option(help="The part kept of a text over the limit.")] = None,
     columns: Annotated[str, typer.Option(help="Which column is which, by name or number: text=review,label=3.")] = "",
-    eval_steps: Annotated[int, typer.Option(min=0, help="Evaluate every so many steps; 0: at the end.")] = 0,
-    save_steps: Annotated[int, typer.Option(min=0, help="A checkpoint every so many steps; 0: none.")] = 0,
-    patience: Annotated[int, typer.Option(min=0, help="Stop after so many evaluations without a lower loss; 0: never.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of new heads, the held-back rows, their order, masks and dropout.")] = 0,
+    eval_steps: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: only at the end.")] = 0,
+    save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
+    patience: Annotated[int, typer.Option(min=0, help="Stop after this many evaluations without a lower loss; 0: never.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of new heads, held-back rows, row order, masks, dropout.")] = 0,
     lane: Annotated[list[LaneName] | None, typer.Option(help="Only this lane; both by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoints in --out.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json, losses.png, checkpoints.")] = Path("bench-out/train"),
 ) -> None:
-    """Train on a file of your own twice, stock and fastbert, from the same start on the same batches."""
+    """Train twice on your own file, stock and fastbert, from the same start on the same batches."""
     gpu = _choose_interpreter()
     from bench.train import options
     from fastbert.errors import InputError
@@ -84,7 +84,7 @@ def train(
         err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        err.print(f"stopped; with --save-steps, --resume goes on from {out}", highlight=False, soft_wrap=True)
+        err.print(f"stopped; with --save-steps, --resume continues from {out}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     from bench.train import report
 
@@ -132,7 +132,7 @@ def _choose_interpreter() -> bool:
 
     gpu = torch.cuda.is_available()
     if not gpu:
-        os.environ["TRITON_INTERPRET"] = "1"  # before fastbert brings in triton, which spares a second start
+        os.environ["TRITON_INTERPRET"] = "1"  # before fastbert imports triton, to avoid a restart
     from fastbert.cli.interpreter import use_interpreter_without_gpu
 
     use_interpreter_without_gpu(lambda line: err.print(f"{line}; no times are taken", soft_wrap=True))

@@ -1,14 +1,14 @@
-"""fastbert's losses beside stock's: how far apart, and whether that is allowed."""
+"""Compares fastbert's losses with stock's and checks the difference."""
 
 from bench.train.records import Comparison, LaneRecord, Settings
 
-# Relative to max(1, loss). Without dropout nothing but the order of sums and the rounding differs.
+# Relative to max(1, loss). Without dropout only the order of sums and the rounding differ.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2}
-JUDGED = 50  # steps; later on two orders of summation drift apart, as two runs of stock on two GPUs do
+JUDGED = 50  # steps; later, different orders of summation diverge, as do stock runs on two GPUs
 
 
 def compare(settings: Settings, dropout: float, stock: LaneRecord, fast: LaneRecord) -> Comparison:
-    """What the two lanes' records say."""
+    """Compare the records of the two lanes."""
     problems = []
     if not fast.launches and fast.resumed_at < len(fast.losses):
         problems.append("no kernel of fastbert was launched in its lane")
@@ -34,7 +34,7 @@ def _lopsided(pairs: list[tuple[float | None, float | None]]) -> list[int]:
 
 
 def _other_batches(stock: LaneRecord, fast: LaneRecord) -> bool:
-    """Whether a step that both lanes took had other inputs; those before a resumption were compared when they ran."""
+    """Whether a step of both lanes had different inputs. Steps before a resumption were compared when they ran."""
     first = max(stock.resumed_at, fast.resumed_at)
     mine, other = stock.checksums[first - stock.resumed_at :], fast.checksums[first - fast.resumed_at :]
     return any(a != b for a, b in zip(mine, other, strict=False))

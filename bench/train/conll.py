@@ -1,4 +1,4 @@
-"""Words with a label each: CoNLL's columns, or a sentence a line."""
+"""Reads words with one label each: CoNLL's columns, or one sentence per line."""
 
 import re
 from collections import Counter
@@ -12,27 +12,27 @@ from bench.train.words import without_places, without_prefix
 
 ROLES = ("word", "label")
 COLUMN_SUFFIXES = (".conll", ".bio", ".iob", ".bioes", ".bmes", ".bilou", ".conllu", ".conll03")
-EXPECTED = "expected CoNLL's columns (a word and its label a line), or words<TAB>labels"
-ASK = "--columns word=NUMBER,label=NUMBER takes others"
+EXPECTED = "expected CoNLL's columns (a word and its label per line), or words<TAB>labels"
+ASK = "--columns word=NUMBER,label=NUMBER selects others"
 _BLANKS = " \t\xa0\u3000"
 _TAG = re.compile(r"O|[BIESLUM][-_].+")
-_GOES_ON = re.compile(r"[IEML][-_].+")  # a tag inside of something that began before
-_SPAN = re.compile(r"[0-9]+[-.][0-9]+")  # CoNLL-U: several words written as one, and words that are not there
+_GOES_ON = re.compile(r"[IEML][-_].+")  # a tag inside an entity that began before
+_SPAN = re.compile(r"[0-9]+[-.][0-9]+")  # CoNLL-U: several words written as one, and omitted words
 _NUMBERED = re.compile(r"[0-9][0-9.,:/-]*")
-CONLL_U = 10  # columns
+CONLL_U = 10  # number of columns
 
 
 @dataclass(frozen=True)
 class Line:
-    """One word's line."""
+    """The line of one word."""
 
     number: int
     cells: list[str]
-    sentence: int  # its sentence's number in the file
+    sentence: int  # number of its sentence in the file
 
 
 def ner(file: File) -> list[Row]:
-    """`characters-or-words<TAB>labels separated by spaces`, or CoNLL's columns with an empty line between sentences."""
+    """Read `characters-or-words<TAB>labels separated by spaces`, or CoNLL's columns with empty lines between sentences."""
     if file.json_lines() is not None or file.path.suffix.lower() in (".json", ".jsonl"):
         file.refuse(f"is JSON or JSON lines; {EXPECTED}")
     lines = [line for _, line in file.lines() if line.strip()]
@@ -98,14 +98,14 @@ def _columns(file: File) -> list[Row]:
         row["tags"].append(line.cells[label])
     found = without_prefix(file, without_places(file, list(rows.values())))
     if len(lines[0].cells) == len(ROLES) and len(found) == 1 and _one_word_rows(file, **found[0]):
-        file.note("no empty line parts sentences and no label goes on from the row before: each line is a row of its own")
+        file.note("no empty line separates sentences and no label continues the previous one: each line is a row of its own")
         pairs = zip(body, found[0]["words"], found[0]["tags"], strict=True)
         return [{"row": line.number, "words": [one], "tags": [tag]} for line, one, tag in pairs]
     return found
 
 
 def _lines(file: File) -> list[Line]:
-    """The lines with words: without comments, document marks and empty lines."""
+    """The lines with words, without comments, document marks and empty lines."""
     found: list[Line] = []
     doubtful: list[tuple[Line, str]] = []
     sentence = 0
@@ -128,16 +128,16 @@ def _lines(file: File) -> list[Line]:
                 file.fail(line.number, f"expected a word and a label, got {clip(line.cells[0])!r}")
             found.append(Line(line.number, [begin, line.cells[0]], line.sentence))
         elif len(line.cells) == width and (line.cells[-1] in labels or _TAG.fullmatch(line.cells[-1])):
-            found.append(line)  # a hash that is a word, or begins one
+            found.append(line)  # a word that is or begins with a hash
     for line in found:
         if len(line.cells) != width:
-            shown = f"{len(line.cells)} columns, most rows have {width}: {clip(' '.join(line.cells))!r}"
-            file.fail(line.number, f"{shown}; a tab between columns keeps blanks inside of words")
+            shown = f"{len(line.cells)} columns, but most rows have {width}: {clip(' '.join(line.cells))!r}"
+            file.fail(line.number, f"{shown}; tabs between columns keep spaces inside words")
     return sorted(found, key=lambda line: line.number)
 
 
 def _cells(line: str) -> list[str]:
-    """The columns of a line, tabs before blanks; a word may itself be a blank, which is one row of MSRA's corpus."""
+    """The cells of a line, split at tabs, otherwise at spaces. A word may itself be a space, as in one row of MSRA's corpus."""
     if not line.strip():
         return []
     if "\t" not in line:
@@ -147,7 +147,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _header(file: File, lines: list[Line]) -> bool:
-    """Whether the first line names the columns: known names, or no tag where all others are tags."""
+    """Whether the first line names the columns: by known names, or by a last cell that alone is not a tag."""
     first, others = lines[0].cells, {line.cells[-1] for line in lines[1:]}
     names = bool(by_name("tag", first) and by_name("word", first))
     if first[-1] in others:
@@ -159,7 +159,7 @@ def _header(file: File, lines: list[Line]) -> bool:
 
 
 def _places(file: File, first: list[str], header: bool, body: list[Line]) -> tuple[int, int, list[Line]]:
-    """Where word and label stand, and the lines with words: the first column, after numbers that count, and the last."""
+    """The columns of word and label, and the lines with words. Default: the first column after a counter, and the last."""
     width = len(first)
     counted = [line for line in body if not _SPAN.fullmatch(line.cells[0])]
     if width <= len(ROLES) or not _counts(counted):
@@ -188,10 +188,10 @@ def _places(file: File, first: list[str], header: bool, body: list[Line]) -> tup
             shown = clip(counted[0].cells[word])
             file.refuse(f"has {shown!r} in column {word + 1} of each row: {ASK}")
         if word and width == CONLL_U and not _all_tags(line.cells[label] for line in counted):
-            file.refuse("is CoNLL-U, whose last column has no label: --columns word=2,label=4 takes the part of speech")
+            file.refuse("is CoNLL-U, whose last column has no label: --columns word=2,label=4 selects the part of speech")
         tagged = [place for place in range(width) if place != word and _all_tags(line.cells[place] for line in counted)]
         if label not in tagged and len(tagged) == 1:
-            file.refuse(f"has its labels in column {tagged[0] + 1}, it seems: --columns word={word + 1},label={tagged[0] + 1}")
+            file.refuse(f"seems to have its labels in column {tagged[0] + 1}: --columns word={word + 1},label={tagged[0] + 1}")
         if word or width > len(ROLES):
             taken = f"of {width} columns, {word + 1} is the word and {label + 1} the label"
             file.note(f"{taken}; {ASK}")
@@ -208,7 +208,7 @@ def _all_tags(cells: Iterable[str]) -> bool:
 
 
 def _counts(lines: list[Line]) -> bool:
-    """Whether the first column is a number that goes up by one within each sentence."""
+    """Whether the first column counts up by one within each sentence."""
     before: Line | None = None
     for line in lines:
         if not re.fullmatch(r"[0-9]{1,9}", line.cells[0]):
@@ -221,7 +221,7 @@ def _counts(lines: list[Line]) -> bool:
 
 
 def _one_word_rows(file: File, row: int, words: list[str], tags: list[str]) -> bool:
-    """Whether lines without an empty one between them are sentences of one word, and not words of one sentence."""
+    """Whether lines without empty lines between them are one-word sentences rather than words of one sentence."""
     if file.path.suffix.lower() in COLUMN_SUFFIXES or "\t" not in file.text:
         return False
     return not any(map(_GOES_ON.fullmatch, tags)) and any(len(word) > 1 for word in words)

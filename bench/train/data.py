@@ -1,6 +1,6 @@
-"""The files that BERT users have, read into rows. Whatever is wrong with one is a line that names the file and the row.
+"""Reads users' files into rows. An error is one line that names the file and the row.
 
-A row is a dictionary with "row", its number in the file (of its first line, or of the question in SQuAD's JSON).
+A row is a dictionary whose "row" is its number in the file (that of its first line, or of the question in SQuAD's JSON).
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ CLASSES = ("classification", "matching")
 
 
 def documents(file: File) -> list[Row]:
-    """Plain text: documents with an empty line between them, a sentence a line."""
+    """Read plain text: documents separated by empty lines, one sentence per line."""
     if _is_json(file):
-        file.refuse("is JSON lines; expected plain text, a text a line")
+        file.refuse("is JSON lines; expected plain text, one text per line")
     rows: list[Row] = []
     inside = False
     for number, line in file.lines():
@@ -36,12 +36,12 @@ def documents(file: File) -> list[Row]:
 def _is_json(file: File) -> bool:
     try:
         return file.json_lines() is not None
-    except InputError:  # one line of it is; a text may quote that
+    except InputError:  # some lines are JSON; a text may quote it
         return False
 
 
 def texts(file: File) -> list[Row]:
-    """Plain text: a document a text where empty lines part documents, otherwise a line a text."""
+    """Read plain text: one text per document if empty lines separate documents, otherwise one text per line."""
     found = documents(file)
     if len(found) > 1:
         return [{"row": row["row"], "text": " ".join(row["sentences"])} for row in found]
@@ -61,10 +61,10 @@ READERS: dict[str, Callable[[File], list[Row]]] = {
 
 
 def read(task: str, path: Path, option: str = "--data", columns: str = "", say: Say | None = None) -> list[Row]:
-    """The rows of a file for `task`; `say` gets what was noticed, a line each, `columns` is the option of that name.
+    """Read the rows of a file for `task`. `say` gets the notes, one line each; `columns` is the option of that name.
 
     Raises:
-        InputError: what cannot be read, with the row where it stands.
+        InputError: the file cannot be read; the message names the row.
     """
     file = File(path, option, columns)
     rows = READERS[task](file)

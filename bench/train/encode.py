@@ -1,4 +1,4 @@
-"""Rows to token ids: one tokenizer for all tasks, the limit of the length, and what becomes of texts beyond it."""
+"""Encodes rows as token ids: tokenizing for all tasks, the length limit, and cutting of longer texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from datasets import Dataset
 
 from bench.train.file import Row
 
-IGNORED = -100  # the label that no loss and no metric sees
+IGNORED = -100  # the label that losses and metrics ignore
 PERCENTILE = 95
-SHORTEST_CONTEXT = 8  # tokens of a context that even the longest question leaves room for
+SHORTEST_CONTEXT = 8  # tokens of context that even the longest question leaves room for
 Features = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One sequence as the tokenizer gives it, special tokens included (segment None); nothing is cut yet."""
+    """One sequence from the tokenizer, with special tokens (segment None), before cutting."""
 
     ids: list[int]
     types: list[int]
@@ -42,7 +42,7 @@ def tokenize(tokenizer: Any, firsts: list[Any], seconds: list[str] | None = None
 
 
 def of_rows(tokenizer: Any, task: str, rows: list[Row]) -> list[list[Tokens]]:
-    """The sequences of each row: one, or for multiple choice one an ending."""
+    """The sequences of each row: one, or one per ending for multiple choice."""
     if task == "multiple-choice":
         counts = [len(row["endings"]) for row in rows]
         contexts = [row["text"] for row, count in zip(rows, counts, strict=True) for _ in range(count)]
@@ -62,12 +62,12 @@ COLUMNS: dict[str, tuple[str, str | None]] = {
 
 
 def percentile(lengths: Sequence[int]) -> int:
-    """The length that 95 in 100 sequences do not exceed."""
+    """The length that 95 % of the sequences do not exceed."""
     return int(numpy.percentile(lengths, PERCENTILE, method="higher"))
 
 
 def kept(segments: Sequence[int | None], limit: int, truncation: str) -> list[int]:
-    """The places that stay when a sequence is cut to `limit`: all special tokens, and of a pair the longer loses first."""
+    """The positions kept when a sequence is cut to `limit`: all special tokens; in a pair the longer text is cut first."""
     if len(segments) <= limit:
         return list(range(len(segments)))
     budget = limit - sum(segment is None for segment in segments)
@@ -84,7 +84,7 @@ def kept(segments: Sequence[int | None], limit: int, truncation: str) -> list[in
 
 
 def _ends(part: list[int], size: int, truncation: str) -> list[int]:
-    """`size` of the places, from the side or the sides that stay."""
+    """`size` of the positions, from the side or sides that are kept."""
     if len(part) <= size:
         return part
     head = {"head": size, "tail": 0, "head+tail": size - size // 2}[truncation]
@@ -92,7 +92,7 @@ def _ends(part: list[int], size: int, truncation: str) -> list[int]:
 
 
 def pieces(segments: Sequence[int | None], limit: int) -> list[list[int]]:
-    """A text as consecutive pieces of at most `limit` tokens, each between its special tokens."""
+    """Split a text into consecutive pieces of at most `limit` tokens, each with its special tokens."""
     special = [i for i, segment in enumerate(segments) if segment is None]
     text = [i for i, segment in enumerate(segments) if segment is not None]
     size = limit - len(special)
@@ -110,7 +110,7 @@ def _labelled(row: Row, sequences: list[Tokens], limit: int, how: str, labels: d
 
 
 def _tagged(row: Row, sequences: list[Tokens], limit: int, how: str, labels: dict[str, int]) -> list[Features]:
-    """A word's label stands at its first token."""
+    """Put each word's label at its first token."""
     (tokens,) = sequences
     before = [None, *tokens.words]
     own = [
@@ -144,10 +144,10 @@ FEATURES: dict[str, Callable[[Row, list[Tokens], int, str, dict[str, int]], list
 
 
 def in_windows(tokenizer: Any, rows: list[Row], limit: int) -> list[Features]:
-    """Questions with their contexts in windows that overlap by a third, so that an answer stands whole in one of them.
+    """Questions with their contexts in windows that overlap by a third, so that some window contains the whole answer.
 
-    The tokenizer itself cuts the context and joins each window with its question. A third of what the question leaves is a
-    length of each row's own, so it is told a stride a row and not one for a whole batch.
+    The tokenizer cuts the context and joins each window with its question. The stride, a third of the room that the
+    question leaves, differs per row, so rows are cut one at a time and not as a batch.
     """
     backend = tokenizer.backend_tokenizer
     special = backend.num_special_tokens_to_add(True)
@@ -165,10 +165,10 @@ def in_windows(tokenizer: Any, rows: list[Row], limit: int) -> list[Features]:
         for part in (context, *context.overflowing):
             window = backend.post_process(question, part)
             segments = window.sequence_ids
-            first = last = 0  # [CLS]: the answer does not stand whole in this window
+            first = last = 0  # [CLS]: this window does not contain the whole answer
             if covered and start <= covered[0] and covered[1] < start + len(part):
                 first, last = (segments.index(1) + place - start for place in covered)
-            # Where in the context each token stands, for the answer's text; nothing outside it can be one.
+            # Each token's span in the context, for the answer's text; tokens outside the context cannot be an answer.
             spans = [list(span) if segment == 1 else [-1, -1] for span, segment in zip(window.offsets, segments, strict=True)]
             tokens = {"input_ids": window.ids, "token_type_ids": window.type_ids, "attention_mask": window.attention_mask}
             own = {"start_positions": first, "end_positions": last, "spans": spans, "question_row": row["row"]}
@@ -178,7 +178,7 @@ def in_windows(tokenizer: Any, rows: list[Row], limit: int) -> list[Features]:
 
 
 def _answer(offsets: list[tuple[int, int]], row: Row) -> tuple[int, int] | None:
-    """First and last token of the context that the answer covers, or None."""
+    """The first and last token of the context that the answer covers; None without an answer."""
     if not row["answers"]:
         return None
     start = row["starts"][0]
@@ -188,7 +188,7 @@ def _answer(offsets: list[tuple[int, int]], row: Row) -> tuple[int, int] | None:
 
 
 def lengths(rows: Dataset, task: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Tokens of every sequence, nothing cut, and how many of all of them the vocabulary does not know."""
+    """Token counts of all uncut sequences, and the total number of tokens unknown to the vocabulary."""
 
     def measure(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         found = of_rows(tokenizer, task, _as_rows(batch))

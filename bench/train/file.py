@@ -1,4 +1,4 @@
-"""A file that a user brings: its text, what went wrong with it and what was noticed, each as one line."""
+"""Reads a user's file: its text, its errors and notes about it, each as one line."""
 
 import json
 import re
@@ -12,13 +12,13 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-FEW_ZEROS = 0.2  # of the bytes: text in UTF-16 without a mark has more where it is mostly ASCII
-SHOWN = 40  # characters of a line or a cell in a message
+FEW_ZEROS = 0.2  # share of the bytes; mostly-ASCII text in UTF-16 without a byte order mark has more
+SHOWN = 40  # characters of a line or cell that a message shows
 SHOWN_NAMES = 6
 
 
 class File:
-    """A text file, the option that named it, for its errors, and what its reader noticed, to be said once it is read."""
+    """A text file, the option that named it (for errors), and the reader's notes, printed once the file is read."""
 
     def __init__(self, path: Path, option: str = "--data", columns: str = "") -> None:
         self.path, self.option, self.columns = path, option, columns
@@ -31,15 +31,15 @@ class File:
             self.refuse(f"is UTF-16, expected UTF-8: {_recoded('UTF-16', path)}")
         zero = data.find(b"\0")
         if zero >= 0 and data.count(b"\0") > FEW_ZEROS * len(data):
-            self.refuse(f"holds NUL bytes: no text, or UTF-16, which {_recoded('UTF-16LE', path)} turns into UTF-8")
+            self.refuse(f"holds NUL bytes: not text, or UTF-16, which {_recoded('UTF-16LE', path)} converts to UTF-8")
         if zero >= 0:
-            self.fail(_line_at(data, zero), "a NUL byte; text was expected")
+            self.fail(_line_at(data, zero), "a NUL byte; expected text")
         try:
             self.text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            self.fail(_line_at(data, error.start), f"not UTF-8; {_recoded('ITS-ENCODING', path)} would make it so")
+            self.fail(_line_at(data, error.start), f"not UTF-8; {_recoded('ITS-ENCODING', path)} converts it")
         if "\n" not in self.text:
-            self.text = self.text.replace("\r", "\n")  # a carriage return alone ended lines once
+            self.text = self.text.replace("\r", "\n")  # line ends of classic Mac OS
         if not self.text.strip():
             self.refuse("is empty")
 
@@ -53,12 +53,12 @@ class File:
         self.notes.append(f"{self.option}: {what}")
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """Row number and text of every line, empty ones included. Only line feeds end a line, as in an editor."""
+        """Row number and text of every line, including empty ones. Only line feeds end a line, as in an editor."""
         for number, line in enumerate(self.text.split("\n"), 1):
             yield number, line.rstrip("\r")
 
     def json(self, expected: str) -> Any:
-        """The whole file as JSON; `expected` says which, for the error."""
+        """The whole file as JSON. `expected` describes the format for the error message."""
         try:
             return self._object(self.text, 1)
         except ValueError as error:
@@ -67,7 +67,7 @@ class File:
             self.fail(getattr(error, "lineno", 1), f"not JSON: {error}")
 
     def json_lines(self) -> list[tuple[int, dict[str, Any]]] | None:
-        """Row number and object of every line or, of one list, every item; None for a file that is not JSON."""
+        """Row number and object of every line, or of every item of a single list; None for a file that is not JSON."""
         start = self.text.lstrip()
         if start[0] == "[" or (start[0] == "{" and self.path.suffix.lower() == ".json"):
             try:
@@ -87,9 +87,9 @@ class File:
             except ValueError as error:
                 if not found:  # a text may begin with a brace
                     return None
-                self.fail(number, f"not JSON, as the rows before it: {error}")
+                self.fail(number, f"not JSON, unlike the rows before it: {error}")
             if not isinstance(item, dict):
-                self.fail(number, f"expected an object of JSON, as the rows before it, got {clip(line)!r}")
+                self.fail(number, f"expected a JSON object as in the rows before it, got {clip(line)!r}")
             found.append((number, item))
         return found
 
@@ -113,7 +113,7 @@ def clip(text: str) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """The first few of the names."""
+    """The first few names, as text."""
     return ", ".join(clip(name) for name in names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 

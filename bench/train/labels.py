@@ -1,4 +1,4 @@
-"""Labels as they were found: their order, their counts, and what makes them doubtful."""
+"""Orders and counts the labels of a file, and detects doubtful ones."""
 
 import re
 from collections import Counter
@@ -9,12 +9,12 @@ from bench.train.file import File, Row, clip
 _WHOLE = re.compile(r"[+-]?[0-9]{1,15}(\.0+)?")
 _FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]+([eE][+-]?[0-9]+)?")
 SHOWN = 20
-FEW_ROWS = 5  # a label, on average
-FEWEST_ROWS, MOST_DIFFERENT = 10, 0.8  # from so many rows on, no column of labels has so many a row
+FEW_ROWS = 5  # rows per label, on average
+FEWEST_ROWS, MOST_DIFFERENT = 10, 0.8  # with at least so many rows, no column of labels has this many different labels per row
 
 
 def of_rows(rows: list[Row]) -> Iterator[str]:
-    """Each label of each row; of multiple choice the number of the right ending."""
+    """Every label of every row; for multiple choice the number of the right ending."""
     for row in rows:
         if "label" in row:
             yield row["label"]
@@ -24,13 +24,13 @@ def of_rows(rows: list[Row]) -> Iterator[str]:
 
 
 def in_order(found: set[str]) -> list[str]:
-    """Numbers in their order, words in theirs."""
+    """Labels in order: numeric if all are numbers, otherwise alphabetic."""
     numbers = all(_WHOLE.fullmatch(name) for name in found)
     return sorted(found, key=lambda name: (float(name) if numbers else 0.0, name))
 
 
 def check_classes(file: File, rows: list[Row]) -> None:
-    """InputError for labels that are scores, or as many as rows."""
+    """Raise InputError if labels are scores, or nearly as many as rows."""
     found = Counter(row["label"] for row in rows)
     scores = [name for name in found if _FRACTION.fullmatch(name) and not _WHOLE.fullmatch(name)]
     numbers = len(scores) + sum(_WHOLE.fullmatch(name) is not None for name in found)
@@ -45,7 +45,7 @@ def check_classes(file: File, rows: list[Row]) -> None:
 
 
 def lines(rows: list[Row], option: str = "--data") -> list[str]:
-    """What to say of the labels before training: their counts, and a warning of many for few rows."""
+    """Lines about the labels to print before training: their counts, and a warning if they are many for few rows."""
     counts = Counter(of_rows(rows))
     if not counts:
         return []

@@ -1,4 +1,4 @@
-"""One lane: transformers' Trainer from the common start, with checkpoints, and what it measures on the way."""
+"""Trains one lane: transformers' Trainer from the common start, with checkpoints and measurements."""
 
 import copy
 import gc
@@ -29,14 +29,14 @@ from fastbert.kernels.core import failures
 from fastbert.kernels.core.launch import counts
 
 RECORD = "lane.json"
-WARM_UP = 5  # steps that are not timed: kernels are compiled and the allocator fills
+WARM_UP = 5  # untimed steps: kernels are compiled and the allocator fills
 FEWEST_TIMED = 5
 Advance = Callable[[str, int, float | None], None]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What both lanes share."""
+    """Everything that both lanes share."""
 
     settings: Settings
     start: nn.Module
@@ -48,7 +48,7 @@ class Work:
 
 
 class Watch(TrainerCallback):
-    """Times a step and its fullest moment on a GPU, tells the rows their epoch and the progress bar the step."""
+    """Measures step time and peak memory on a GPU; passes the epoch to the rows and the step to the progress bar."""
 
     def __init__(self, lane: str, rows: Rows, advance: Advance) -> None:
         self.lane, self.rows, self.advance = lane, rows, advance
@@ -80,7 +80,7 @@ class Watch(TrainerCallback):
 
 
 def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRecord:
-    """Train a copy of the start and judge it; with `resume` go on from the lane's last checkpoint, if it has one."""
+    """Train a copy of the start and evaluate it. With `resume`, continue from the lane's last checkpoint if it has one."""
     folder = work.folder / lane
     if resume and (folder / RECORD).exists():
         return _read(folder / RECORD)
@@ -107,11 +107,11 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         **extra,
     )
     trainer.evaluation_collator = evaluation
-    # BERT's forward takes num_items_in_batch and ignores it; Trainer would then sum a step's losses for their mean.
+    # BERT's forward takes num_items_in_batch and ignores it. Trainer would then sum a step's losses instead of averaging them.
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     before = counts.total()
-    failures.strict = True  # no time of plain PyTorch under a kernel's name
+    failures.strict = True  # no fallback is timed under a kernel's name
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder, work.settings.steps) if resume else None)
     launches = counts.total() - before
     judged = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
@@ -139,7 +139,7 @@ _NOT_METRICS = ("loss", "epoch", "runtime", "samples_per_second", "steps_per_sec
 
 
 class _Trainer(Trainer):
-    """Evaluation has a collator of its own, so that the tally is training's."""
+    """A Trainer with a separate collator for evaluation, so that the tally covers training only."""
 
     evaluation_collator: Collator
 
@@ -159,7 +159,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def _last_checkpoint(folder: Path, steps: int) -> str | None:
-    """The last one with a step still to go: from the end itself Trainer would take one step too many."""
+    """The last checkpoint before the final step: resumed from the final one, Trainer would take one step too many."""
     found = {step: path for step, path in checkpoints(folder).items() if step < steps}
     return str(found[max(found)]) if found else None
 
@@ -169,12 +169,12 @@ def _early_stopping(settings: Settings) -> list[TrainerCallback]:
 
 
 def _entries(trainer: Trainer, name: str) -> list[dict[str, Any]]:
-    """The log's entries with `name`, those before a resumption included."""
+    """The log's entries with `name`, including those before a resumption."""
     return [entry for entry in trainer.state.log_history if name in entry]
 
 
 def _attention_name(model: nn.Module) -> str:
-    """What the config names, and that fastbert ran in its place if it did."""
+    """The config's attention implementation, and whether fastbert ran in its place."""
     name = model.config._attn_implementation
     ran = any("attention" in (row.kernel or "").split(", ") and row.kernel_calls for row in fastbert.report(model).rows)
     return f"fastbert over {name}" if ran else name
@@ -188,7 +188,7 @@ def _optimizer_name(trainer: Trainer) -> str:
 
 
 def _tally(collator: Collator, trainer: Trainer, watch: Watch, settings: Settings) -> dict[str, Any]:
-    """Tokens, checksums and times of the steps that this process took; the collator may be a batch ahead of them."""
+    """Tokens, checksums and times of the steps of this process. The collator may be a batch ahead of them."""
     sizes = _batches_a_step(len(trainer.train_dataset), settings)
     batches = iter(zip(collator.tokens, collator.checksums, strict=True))
     tokens, checksums = [], []
@@ -204,7 +204,7 @@ def _tally(collator: Collator, trainer: Trainer, watch: Watch, settings: Setting
 
 
 def _batches_a_step(rows: int, settings: Settings) -> list[int]:
-    """The batches of each step of an epoch; its last step takes what is left."""
+    """The number of batches in each step of an epoch; the last step takes the remainder."""
     batches = math.ceil(rows / settings.batch)
     whole, left = divmod(batches, settings.accumulation)
     return [settings.accumulation] * whole + ([left] if left else [])

@@ -1,4 +1,4 @@
-"""What each task is judged by: scikit-learn, seqeval and SQuAD's rule for answers; nothing is fetched."""
+"""Computes each task's metrics with scikit-learn, seqeval and SQuAD's rule for answers, without downloads."""
 
 import math
 import re
@@ -25,7 +25,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def best(logits: Tensor, labels: Any) -> Tensor:
-    """What of the logits the metrics need: the highest class."""
+    """Reduce the logits to what the metrics need: the highest class."""
     return logits.argmax(-1)
 
 
@@ -34,7 +34,7 @@ def unchanged(logits: Any, labels: Any) -> Any:
 
 
 def masked_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """[rows, 2]: sum of the negative log-likelihoods of a row's labels, and how many they are. Logits are never kept."""
+    """Reduce the logits to [rows, 2]: the sum of the negative log-likelihoods of a row's labels, and their number."""
     per_token = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return torch.stack([per_token.double().sum(1), (labels != IGNORED).double().sum(1)], dim=1)
 
@@ -57,7 +57,7 @@ def choices(prediction: EvalPrediction) -> Metrics:
 
 
 def entities(names: Sequence[str]) -> Compute:
-    """Entity F1 where labels are those of entities (B-PER, I-PER, ..., O), otherwise macro F1 of the tokens."""
+    """Entity F1 if the labels are those of entities (B-PER, I-PER, ..., O), otherwise macro F1 of the tokens."""
     tagged = any(name[:2] in ("B-", "I-", "E-", "S-") for name in names)
 
     def compute(prediction: EvalPrediction) -> Metrics:
@@ -90,7 +90,7 @@ def _perplexity(likelihoods: numpy.ndarray) -> float:
 
 
 def answers(rows: Sequence[Row], features: Sequence[dict[str, Any]]) -> Compute:
-    """Exact match and F1 of the best span over all windows of a question, in percent as SQuAD gives them."""
+    """Exact match and F1 of the best span over all windows of a question, in percent as in SQuAD."""
     by_row = {row["row"]: row for row in rows}
     may_be_none = any(not row["answers"] for row in rows)
 
@@ -114,12 +114,12 @@ def answers(rows: Sequence[Row], features: Sequence[dict[str, Any]]) -> Compute:
 
 
 def words(answer: str) -> list[str]:
-    """An answer as SQuAD's evaluation reads it: lower case, without punctuation, then without articles."""
+    """An answer normalised as in SQuAD's evaluation: lower case, no punctuation, then no articles."""
     return re.sub(r"\b(a|an|the)\b", " ", answer.lower().translate(_NO_PUNCTUATION)).split()
 
 
 def word_f1(gold: str, answer: str) -> float:
-    """F1 of the words of two answers; of two without a word, or one, whether they agree."""
+    """F1 of the words of two answers. If either has no words, 1 if both have none, otherwise 0."""
     right, said = words(gold), words(answer)
     if not right or not said:
         return float(right == said)
@@ -128,7 +128,7 @@ def word_f1(gold: str, answer: str) -> float:
 
 
 def _span(context: str, spans: list[list[int]], start: numpy.ndarray, end: numpy.ndarray) -> tuple[float, str]:
-    """The best pair of positions within the context, the end at most LONGEST_ANSWER tokens on; score and text."""
+    """Score and text of the best span within the context, of at most LONGEST_ANSWER tokens."""
     inside = numpy.array([low >= 0 for low, _ in spans])
     count = len(spans)
     low = numpy.where(inside, start[:count], -numpy.inf)

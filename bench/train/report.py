@@ -1,4 +1,4 @@
-"""What a run shows: a table and a few lines in the terminal, two loss curves in a picture, and results.json."""
+"""Reports a run: a table and a few lines in the terminal, two loss curves in a picture, and results.json."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ from bench.report.tables import quartiles
 from bench.train.records import SCHEMA, Comparison, LaneRecord, TrainResults
 
 RESULTS, PICTURE = "results.json", "losses.png"
-NOISY = 60  # steps from which a running mean is drawn over the losses of single batches
+NOISY = 60  # steps from which a running mean is drawn
 SIZE = (9.0, 5.6)
 
 
 def table(results: TrainResults) -> Table:
-    """One column a lane."""
+    """A table with one column per lane."""
     gpu = results.environment.gpu
     made = Table(title=f"{results.settings.task}, {results.settings.steps} steps, {results.settings.dtype}, {gpu or 'no GPU'}")
     made.add_column("")
@@ -52,10 +52,10 @@ def _measured(value: float | None, form: str) -> str:
 
 
 def data_lines(results: TrainResults) -> list[str]:
-    """What was read and how long it may be."""
+    """Lines about the rows and the length limit."""
     data, settings = results.data, results.settings
     cut = {
-        "windows": "their contexts come in overlapping windows",
+        "windows": "their contexts are cut into overlapping windows",
         "split": "they are split into pieces",
         "head": "their beginning is kept",
         "tail": "their end is kept",
@@ -73,7 +73,7 @@ def data_lines(results: TrainResults) -> list[str]:
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """The greatest difference of the losses and what it means."""
+    """Lines about the greatest difference of the losses and its meaning."""
     at = f", at step {comparison.greatest_step}" if comparison.greatest else ""
     found = f"greatest difference of the training losses: {comparison.greatest:.2e}{at}"
     if comparison.tolerance is None:
@@ -87,7 +87,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
 
 
 def draw(results: TrainResults, path: Path) -> None:
-    """Both loss curves in one plot, evaluation losses as points, and below them fastbert's difference from stock."""
+    """Draw both loss curves in one plot, evaluation losses as points, and fastbert's difference from stock below."""
     both = len(results.lanes) > 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
@@ -109,7 +109,7 @@ def _curves(axes: Axes, results: TrainResults) -> None:
     for i, lane in enumerate(results.lanes):
         losses = _numbers(lane)
         steps = range(1, len(losses) + 1)
-        # Equal curves lie on each other: a wide one at the bottom, a thin dashed one on top.
+        # Equal curves coincide, so a wide one is drawn first and a thin dashed one on top.
         style = {"linewidth": 4.0, "alpha": 0.55} if i == 0 else {"linewidth": 1.6, "linestyle": "--"}
         if len(losses) >= NOISY:
             axes.plot(steps, losses, color=colour(lane.lane), linewidth=0.6, alpha=0.3)
@@ -142,7 +142,7 @@ def _numbers(lane: LaneRecord) -> list[float]:
 
 
 def _running_mean(losses: list[float]) -> list[float]:
-    """Over the last tenth of what was seen, at most 50 steps."""
+    """The mean over the last tenth of the steps so far, at most 50."""
     means = []
     for i in range(len(losses)):
         window = losses[max(0, i + 1 - min(max((i + 1) // 10, 1), 50)) : i + 1]
@@ -161,7 +161,7 @@ def _provenance(results: TrainResults) -> str:
 
 
 def show(results: TrainResults, console: Console) -> None:
-    """Everything into the terminal."""
+    """Print the report to the terminal."""
     for line in data_lines(results):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table(results))
@@ -175,10 +175,10 @@ def show(results: TrainResults, console: Console) -> None:
 
 
 def read(path: Path) -> TrainResults:
-    """The results in `path`.
+    """Read the results in `path`.
 
     Raises:
-        ResultsError: not a file of this command and schema, or a field missing, unknown or of the wrong type.
+        ResultsError: the file is not of this command and schema, or a field is missing, unknown or of the wrong type.
     """
     try:
         text = path.read_text()

@@ -1,4 +1,4 @@
-"""A whole run: rows, their features, the common start, the lanes, the comparison, the files."""
+"""Runs a whole training comparison: rows, features, the common start, the lanes, the comparison, the files."""
 
 import dataclasses
 import json
@@ -28,10 +28,10 @@ SplitRows = tuple[list[Row], list[Row], list[str]]
 def run_all(
     settings: Settings, out: Path, lanes: Sequence[str], resume: bool, advance: Advance, say: Say = print
 ) -> TrainResults:
-    """Train every lane and write what came out into `out`; before that `say` what was read, a line each.
+    """Train every lane and write the results into `out`. `say` gets lines about the data before training.
 
     Raises:
-        InputError: data, model or folder cannot be used; nothing was trained.
+        InputError: data, model or folder cannot be used. Nothing was trained.
     """
     datasets.disable_caching()
     _check_folder(settings, out, lanes, resume)
@@ -50,7 +50,7 @@ def run_all(
 
 
 def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tuple[Work, DataRecord]:
-    """Everything that both lanes share."""
+    """Prepare everything that both lanes share."""
     task, tokenizer = settings.task, source.tokenizer
     train_rows, eval_rows, labels = rows
     train, evaluation = Dataset.from_list(train_rows), Dataset.from_list(eval_rows)
@@ -77,7 +77,7 @@ def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tupl
 
 
 def read_rows(settings: Settings, say: Say = print) -> SplitRows:
-    """Rows to train on, rows to evaluate with, and the labels of the first."""
+    """Training rows, evaluation rows, and the labels of the training rows."""
     task = settings.task
     rows = read(task, Path(settings.data), columns=settings.columns, say=say)
     for line in lines(rows):
@@ -91,7 +91,7 @@ def read_rows(settings: Settings, say: Say = print) -> SplitRows:
         train, evaluation = tasks.split(task, rows, settings.eval_share, settings.seed)
         labels = tasks.label_names(rows)
     if len(labels) == 1:
-        raise InputError(f"--data: {settings.data} has one label only, {labels[0]!r}: there is nothing to tell apart")
+        raise InputError(f"--data: {settings.data} has only one label, {labels[0]!r}: there is nothing to learn")
     if task == "pretraining":
         train, evaluation = (tasks.sentence_pairs(part, settings.seed) for part in (train, evaluation))
     return train, evaluation, labels
@@ -100,11 +100,11 @@ def read_rows(settings: Settings, say: Say = print) -> SplitRows:
 def _check_endings(train: list[Row], evaluation: list[Row], path: str) -> None:
     counts = {len(row.get("endings", ())) for row in train} | {len(row.get("endings", ())) for row in evaluation}
     if len(counts) > 1:
-        raise InputError(f"--eval-data: {path}, row {evaluation[0]['row']}: other than training's number of endings")
+        raise InputError(f"--eval-data: {path}, row {evaluation[0]['row']}: its number of endings differs from training's")
 
 
 def choose_limit(asked: int, lengths: Sequence[int], most: int) -> tuple[int, str]:
-    """The longest sequence in tokens, and where that number comes from."""
+    """The length limit in tokens, and where it comes from."""
     if asked > most:
         raise InputError(f"--max-length: the model has {most} positions, {asked} were asked for")
     if asked:
@@ -116,15 +116,15 @@ def choose_limit(asked: int, lengths: Sequence[int], most: int) -> tuple[int, st
 
 
 def _check_folder(settings: Settings, out: Path, lanes: Sequence[str], resume: bool) -> None:
-    """InputError unless the folder is free, or holds the very run that is to go on."""
+    """Raise InputError unless the folder is free or holds the run to be resumed."""
     if not resume:
         if any(checkpoints(out / lane) or (out / lane / RECORD).exists() for lane in lanes):
-            raise InputError(f"--out: {out} holds a run already: --resume goes on with it, another folder starts anew")
+            raise InputError(f"--out: {out} already holds a run: --resume continues it, another folder starts a new one")
         return
     try:
         before = json.loads((out / SETTINGS).read_text())
     except (OSError, ValueError):
-        raise InputError(f"--resume: there is no run in {out} to go on with") from None
+        raise InputError(f"--resume: there is no run in {out} to continue") from None
     for name, value in dataclasses.asdict(settings).items():
         if before.get(name) != value:
             raise InputError(f"--resume: the run in {out} has {name} {before.get(name)!r}, this one {value!r}")

@@ -1,4 +1,4 @@
-"""SQuAD's JSON. A question whose answers are not where they are said to be is left out and counted."""
+"""Reads SQuAD's JSON. Questions whose answers are not at the stated position are left out and counted."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from typing import Any
 from bench.train.file import File, Row
 
 EXPECTED = """SQuAD's {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}"""
-MISPLACED = "with no answer where it is said to be"
+MISPLACED = "with no answer at the stated position"
 UNANSWERED = "without an answer, in a file that is not version 2"
 NO_CONTEXT = "about an empty context"
 
 
 def qa(file: File) -> list[Row]:
-    """SQuAD's JSON, version 1 or 2. In version 2 a question without answers is one that the text does not answer."""
+    """Read SQuAD's JSON, version 1 or 2. In version 2 a question without answers is one that the text does not answer."""
     data = file.json(EXPECTED)
     found = list(_questions(file, data))
     if not found:
@@ -32,13 +32,13 @@ def qa(file: File) -> list[Row]:
     for reason, count in left_out.items():
         line = f"{count} of {len(found)} questions {reason}"
         if not rows:
-            file.refuse(f"has no question that can be learnt: {line}; {examples[reason]}")
+            file.refuse(f"has no usable question: {line}; {examples[reason]}")
         file.note(f"{line}: left out; {examples[reason]}")
     return rows
 
 
 def _row(file: File, number: int, place: str, context: str, question: dict[str, Any], has_none: bool) -> tuple[Row | None, str]:
-    """A question as a row, or why it is left out."""
+    """A question as a row, or the reason why it is left out."""
     text, answers = question.get("question"), question.get("answers", [])
     if not isinstance(text, str) or not text.strip():
         file.fail(number, f"{place} has no field 'question'")
@@ -64,7 +64,7 @@ def _row(file: File, number: int, place: str, context: str, question: dict[str, 
 
 
 def _questions(file: File, data: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Place, context and question, each checked for what the next level needs."""
+    """Yield place, context and question; each level is checked for the fields that the next one needs."""
     number = 0
 
     def listed(owner: Any, name: str, place: str) -> list[Any]:

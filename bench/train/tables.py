@@ -1,4 +1,4 @@
-"""Tables of rows: cells parted by tabs or commas, or JSON lines with a field a column."""
+"""Reads tables: cells separated by tabs or commas, or JSON lines with one field per column."""
 
 import csv
 import io
@@ -16,12 +16,12 @@ _ENDING = re.compile(r"ending.*|(choice|option|answer|sol)([0-9]+|[a-h])")
 
 
 def classification(file: File) -> list[Row]:
-    """A text and its label."""
+    """Read rows of a text and its label."""
     return [{"row": n, "text": text, "label": label} for n, (text, label) in _read(file, ("text", "label"))]
 
 
 def matching(file: File) -> list[Row]:
-    """Two texts and the label of the pair."""
+    """Read rows of two texts and the label of the pair."""
     rows = _read(file, ("text_a", "text_b", "label"))
     return [{"row": n, "text": text, "second": second, "label": label} for n, (text, second, label) in rows]
 
@@ -34,7 +34,7 @@ def _read(file: File, roles: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]
     if layout.header:
         used = ", ".join(f"{clip(layout.names[place])} ({role})" for role, place in layout.places.items())
         if [normal(layout.names[place]) for place in layout.places.values()] != [normal(role) for role in roles]:
-            file.note(f"the columns that are read: {used}")
+            file.note(f"columns used: {used}")
     header = rows[0][1]
     again = unsettled = 0
     for number, cells in rows[1:] if layout.header else rows:
@@ -47,9 +47,9 @@ def _read(file: File, roles: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]
             continue
         yield number, own
     if again:
-        file.note(f"the header stands {again} times more among the rows: left out")
+        file.note(f"the header occurs {again} more times among the rows: left out")
     if unsettled:
-        file.note(f"{unsettled} rows have the gold label '-', on which their judges did not agree: left out")
+        file.note(f"{unsettled} rows have the gold label '-', which means that their annotators did not agree: left out")
 
 
 def _checked(file: File, number: int, cells: Cells, roles: tuple[str, ...], layout: Layout) -> list[str]:
@@ -71,11 +71,11 @@ def _checked(file: File, number: int, cells: Cells, roles: tuple[str, ...], layo
 
 
 def _records(file: File) -> list[Numbered] | None:
-    """JSON's records as rows under a header of their fields."""
+    """JSON records as rows under a header of their field names."""
     records = file.json_lines()
     if records is None:
         if file.path.suffix.lower() in JSON_SUFFIXES:
-            file.refuse("is neither JSON lines (an object a line) nor a list of objects")
+            file.refuse("is neither JSON lines (one object per line) nor a list of objects")
         return None
     names = [name for name in records[0][1] if name]
     rows: list[Numbered] = [(records[0][0], names)]
@@ -94,7 +94,7 @@ def _cell(file: File, number: int, record: dict[str, Any], name: str) -> str | N
 
 
 def _table(file: File, default: str = "\t") -> list[Numbered]:
-    """Row number and cells of every line that is not empty; there is one."""
+    """Row number and cells of every line that is not empty. There is at least one."""
     lines = [(number, line) for number, line in file.lines() if line.strip()]
     mark = _separator(file, [line for _, line in lines], default)
     if mark != "\t":
@@ -104,7 +104,7 @@ def _table(file: File, default: str = "\t") -> list[Numbered]:
 
 
 def _separator(file: File, lines: list[str], default: str) -> str:
-    """Tabs, or the commas or semicolons of a file that is called .csv or has the same number of them in each line."""
+    """The separator: tabs, or commas or semicolons if the file is a .csv or has the same number of them in each line."""
     first = lines[0]
     if "\t" in first:
         return "\t"
@@ -117,14 +117,14 @@ def _separator(file: File, lines: list[str], default: str) -> str:
             widths = {len(cells) for _, cells in _split(file, mark)}
         except csv.Error:
             continue
-        # A blank behind a comma is a sentence's.
+        # A space after a comma is that of a sentence.
         if len(widths) == 1 and widths != {1} and not any(mark + " " in line for line in lines if '"' not in line):
             return mark
     return default
 
 
 def _all_quoted(rows: list[list[str]]) -> bool:
-    """Whether quotes are part of the format: round the first row's cells, or round one column of all other rows."""
+    """Whether quotes are part of the format: around all cells of the first row, or around one column of all other rows."""
 
     def quoted(cell: str) -> bool:
         return len(cell) > 1 and cell[0] == cell[-1] == '"'
@@ -146,7 +146,7 @@ def _quoted(file: File, mark: str) -> Iterator[Numbered]:
 
 
 def _split(file: File, mark: str) -> Iterator[tuple[int, list[str]]]:
-    """Row number and cells; csv.Error has the line that it was noticed in."""
+    """Row number and cells. A csv.Error carries the line where the error was noticed."""
     reader = csv.reader(io.StringIO(file.text, newline=""), delimiter=mark, strict=True)
     number = 1
     while True:
@@ -156,13 +156,13 @@ def _split(file: File, mark: str) -> Iterator[tuple[int, list[str]]]:
             raise csv.Error(str(error), reader.line_num) from None
         if cells is None:
             return
-        first, number = number, reader.line_num + 1  # a quoted cell may hold line ends
+        first, number = number, reader.line_num + 1  # a quoted cell may contain line ends
         if any(cell.strip() for cell in cells):
             yield first, [cell.strip() for cell in cells]
 
 
 def multiple_choice(file: File) -> list[Row]:
-    """CSV with a first line: `context`, two or more columns that begin with `ending`, `label` (which one, from 0)."""
+    """Read CSV with a header: `context`, two or more columns that begin with `ending`, and `label` (their index, from 0)."""
     named = _records(file)
     rows = named or _table(file, ",")
     number, first = rows[0]

@@ -1,4 +1,4 @@
-"""The tasks: model class, labels, what the model is fed and how it is judged. A table."""
+"""Defines the tasks in a table: model class, labels, model inputs and metrics."""
 
 import random
 from collections.abc import Callable
@@ -17,8 +17,8 @@ INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 @dataclass(frozen=True)
 class Task:
-    """What distinguishes a task: its name in fastbert.cli.tasks, what the collator takes beside the tokens, what the loss
-    and the metrics take, what of the logits is kept for them, and who judges (None: made for the data).
+    """What distinguishes a task: its name in fastbert.cli.tasks, the columns that the collator takes beside the tokens, the
+    labels of loss and metrics, the reduction of the logits, and the metrics (None: made from the data).
     """
 
     head: str
@@ -49,23 +49,23 @@ TASKS = {
 
 
 def label_names(rows: list[Row]) -> list[str]:
-    """Every label, numbers in their order and words in theirs; empty for a task without labels of its own."""
+    """All labels in order; empty for a task without labels."""
     return in_order({row["label"] for row in rows if "label" in row} | {tag for row in rows for tag in row.get("tags", ())})
 
 
 def check_labels(rows: list[Row], known: list[str], where: str) -> None:
-    """InputError for the first row with a label that training has not."""
+    """Raise InputError for the first row with a label that does not occur in training."""
     own = set(known)
     for row in rows:
         for name in (*((row["label"],) if "label" in row else ()), *row.get("tags", ())):
             if name not in own:
                 few = ", ".join(known[:6]) + (", ..." if len(known) > 6 else "")
-                raise InputError(f"{where}, row {row['row']}: the label {name!r} is none of training's: {few}")
+                raise InputError(f"{where}, row {row['row']}: the label {name!r} does not occur in training: {few}")
 
 
 def split(task: str, rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows, drawn by datasets from the seed."""
-    # A next-sentence pair that is not real takes its second sentence from another document of the same part.
+    """Split into training and evaluation rows, drawn by `datasets` from the seed."""
+    # A random next-sentence pair takes its second sentence from another document of the same part.
     fewest = 2 if task == "pretraining" else 1
     if len(rows) < 2 * fewest:
         what = "documents" if task == "pretraining" else "rows"
@@ -76,13 +76,13 @@ def split(task: str, rows: list[Row], share: float, seed: int) -> tuple[list[Row
 
 
 def sentence_pairs(documents: list[Row], seed: int) -> list[Row]:
-    """Next-sentence pairs: in half of them the second sentence follows the first, in half it is another document's."""
+    """Next-sentence pairs: in half of them the second sentence follows the first, in the other half it is random."""
     draw = random.Random(seed)
     places = [(d, i) for d, document in enumerate(documents) for i in range(len(document["sentences"]) - 1)]
     if not places or len(documents) < 2:
         raise InputError(
-            "--data: next-sentence pairs need two documents or more, parted by empty lines, with two sentences in one "
-            f"of them, a sentence a line; got {len(documents)} with {len(places)} pairs"
+            "--data: next-sentence pairs need two or more documents, separated by empty lines, with two sentences in one "
+            f"of them, one sentence per line; got {len(documents)} with {len(places)} pairs"
         )
     kinds = [i % 2 for i in range(len(places))]
     draw.shuffle(kinds)
@@ -104,7 +104,7 @@ def sentence_pairs(documents: list[Row], seed: int) -> list[Row]:
 
 
 def metrics_for(task: str, names: list[str], rows: list[Row], features: Dataset) -> Callable[[Any], metrics.Metrics]:
-    """What judges the evaluation's predictions."""
+    """The function that computes the metrics of the evaluation's predictions."""
     if task == "ner":
         return metrics.entities(names)
     if task == "qa":

@@ -1,15 +1,15 @@
-"""What corpora write onto a word that is no part of it."""
+"""Removes marks that corpora attach to words."""
 
 import re
 
 from bench.train.file import File, Row
 
 _PLACED = re.compile(r"(.+?)([0-9]{1,3})", re.DOTALL)
-FEWEST_PLACED = 0.999  # of the words: Weibo NER has one slip
+FEWEST_PLACED = 0.999  # share of the words; Weibo NER has one error
 
 
 def without_places(file: File, rows: list[Row]) -> list[Row]:
-    """Weibo NER writes each character's place in its word behind it: 0, or one more than the character before."""
+    """Remove the position in its word that Weibo NER appends to each character: 0, or one more than the one before."""
     total = fit = 0
     beyond_ascii = False
     for row in rows:
@@ -23,12 +23,12 @@ def without_places(file: File, rows: list[Row]) -> list[Row]:
             before, beyond_ascii = place, beyond_ascii or not found[1].isascii()
     if not beyond_ascii or fit < FEWEST_PLACED * total:
         return rows
-    file.note("each character has its place in its word behind it: left out")
+    file.note("each character is followed by its position in its word: left out")
     return [row | {"words": [_PLACED.fullmatch(word)[1] for word in row["words"]]} for row in rows]
 
 
 def without_prefix(file: File, rows: list[Row]) -> list[Row]:
-    """WikiANN writes the language before each word."""
+    """Remove the language that WikiANN writes before each word."""
     found = re.match(r"[a-z]{2,3}(-[a-z]+)*:", rows[0]["words"][0])
     if found is None or not all(word.startswith(found[0]) for row in rows for word in row["words"]):
         return rows

@@ -29,7 +29,7 @@ def test_positions_behind_characters_go(tmp_path):
     said = []
     rows = data.read("ner", DATA / "positions.conll", say=said.append)
     assert ["".join(row["words"]) for row in rows] == ["安娜在奥斯陆", "彼得走了"]
-    assert said == ["--data: each character has its place in its word behind it: left out"]
+    assert said == ["--data: each character is followed by its position in its word: left out"]
     long = "".join(f"哈{place}\tO\n" for place in range(12))
     assert read(tmp_path, long)[0] == [(["哈"] * 12, " ".join("O" * 12))], "places have two digits from the eleventh on"
 
@@ -108,7 +108,7 @@ def test_columns_by_number(tmp_path):
         ("a.tsv", "Anna came\tB-PER O\nAnna\n", "row 2: expected 2 columns"),
         ("a.tsv", "Anna came\tB-PER O\nAnna went\tB-PER O O\n", "row 2: 3 labels do not fit 2 words or 8 characters"),
         ("a.txt", "Anna B-PER\ncame\n", "row 2: expected a word and a label, got 'came'"),
-        ("a.txt", "Ann B-PER\nNew York B-LOC\nOslo B-LOC\n", "row 2: 3 columns, most rows have 2: 'New York B-LOC'"),
+        ("a.txt", "Ann B-PER\nNew York B-LOC\nOslo B-LOC\n", "row 2: 3 columns, but most rows have 2: 'New York B-LOC'"),
         ("a.jsonl", '{"text": "小王", "label": {"name": {"小王": [[0, 1]]}}}\n{"text": "她", "label": {}}\n', "JSON lines;"),
         ("a.txt", '{"tokens": ["a"], "ner_tags": [0]}\n', "is JSON or JSON lines; expected CoNLL's columns"),
         ("a.csv", "word,tag\nAnn,B-PER\n", "is comma-separated; expected CoNLL's columns"),
@@ -118,7 +118,11 @@ def test_columns_by_number(tmp_path):
         ("a.tsv", "1-1\t0-3\tAnn\tB-PER\n1-2\t4-9\tlives\tO\n", "has numbers in column 1, no words"),
         ("a.txt", "B-PER\tAnn\nO\tlives\n\nB-LOC\tOslo\n", "has labels before the words; expected CoNLL's columns"),
         ("a.tsv", "B-PER O\tAnn lives\nB-LOC\tOslo\n", "has labels before the words"),
-        ("a.txt", "Ann B-PER NNP\nlives O VBZ\n\nOslo B-LOC NNP\n", "in column 2, it seems: --columns word=1,label=2"),
+        (
+            "a.txt",
+            "Ann B-PER NNP\nlives O VBZ\n\nOslo B-LOC NNP\n",
+            "seems to have its labels in column 2: --columns word=1",
+        ),
         ("a.txt", "Ann/B-PER lives/O\nOslo/B-LOC ./O\n", "has words and labels with a slash between"),
         ("a.tsv", "The soup was hot\tgood\nThe tea was cold\tbad\n", "has one label for several words"),
         ("a.conllu", "1\ta\ta\tX\t_\t_\t0\troot\t_\tA=No\n2\tb\tb\tX\t_\t_\t1\tdep\t_\t_\n", "is CoNLL-U, whose last column"),

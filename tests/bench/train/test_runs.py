@@ -127,7 +127,7 @@ def test_resumed_is_as_if_never_stopped(lane, batch, accumulation, train, monkey
     with monkeypatch.context() as patch:
         patch.setattr(lanes.Watch, "on_step_end", stop)
         code, text, _ = train("mlm", *options)
-    assert code == 130 and "--resume goes on" in text
+    assert code == 130 and "--resume continues" in text
     assert not (tmp_path / "out" / report.RESULTS).exists()
 
     code, text, resumed = train("mlm", *options, "--resume")
@@ -142,7 +142,7 @@ def test_resumed_is_as_if_never_stopped(lane, batch, accumulation, train, monkey
     code, text, again = train("mlm", *options, "--resume")  # nothing is left to do
     assert code == 0 and again.lanes == resumed.lanes
     code, text, _ = train("mlm", *options)
-    assert code == 2 and "holds a run already" in text
+    assert code == 2 and "already holds a run" in text
     code, text, _ = train("mlm", *options, "--resume", "--seed", 3)
     assert code == 2 and "has seed 0, this one 3" in text
 
@@ -166,7 +166,7 @@ def test_another_files_rows_to_evaluate_with(train, tmp_path):
     assert (results.data.train_rows, results.data.eval_rows) == (16, 3)
     other.write_text("A fine cake\tgood\nA burnt soup\tawful\n")
     code, text, _ = train("classification", "--steps", 1, "--eval-data", other, out="second")
-    assert code == 2 and "row 2: the label 'awful' is none of training's: bad, fair, good" in " ".join(text.split())
+    assert code == 2 and "row 2: the label 'awful' does not occur in training: bad, fair, good" in " ".join(text.split())
 
 
 def test_the_limit_is_said(train, model, tmp_path):
@@ -192,7 +192,7 @@ def test_the_limit_is_said(train, model, tmp_path):
         (("--max-length", 500), "--max-length: the model has 48 positions, 500 were asked for"),
         (("--truncation", "split"), "cuts the texts of mlm and clm"),
         (("--resume",), "--resume: there is no run in"),
-        (("--patience", 1, "--eval-steps", 2, "--save-steps", 3), "--save-steps: with --patience a multiple"),
+        (("--patience", 1, "--eval-steps", 2, "--save-steps", 3), "--save-steps: with --patience, expected a multiple"),
     ],
 )
 def test_a_fault_is_one_line(options, said, train, tmp_path):
@@ -206,7 +206,7 @@ def test_one_label_is_nothing_to_learn(train, tmp_path):
     same = tmp_path / "same.tsv"
     same.write_text("one\ta\ntwo\ta\n")
     code, text, _ = train("classification", "--data", same)
-    assert code == 2 and "has one label only, 'a'" in text
+    assert code == 2 and "has only one label, 'a'" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only refused where there is no GPU")
@@ -218,7 +218,7 @@ def test_half_precision_needs_a_gpu(train):
 def test_a_missing_package_is_one_line(train, monkeypatch):
     monkeypatch.setitem(NEEDED, "no_such_module", "no-such-package")
     code, text, _ = train("mlm")
-    assert code == 2 and "error: not installed: no-such-package; mend it with: pip install no-such-package" in text
+    assert code == 2 and "error: not installed: no-such-package; to fix: pip install no-such-package" in text
 
 
 def test_settings_can_be_read_beside_the_results(train, tmp_path):
@@ -243,7 +243,7 @@ def test_the_readmes_command_runs_the_kernels_without_a_gpu(model, tmp_path):
     assert report.read(tmp_path / "out" / report.RESULTS).lanes[1].launches > 0
     before = done.stdout.partition("14 rows to train on")[0].splitlines()
     assert before == [
-        "--data: the columns that are read: Review (text), Sentiment (label)",
+        "--data: columns used: Review (text), Sentiment (label)",
         "--data: 16 rows, labels found: bad (7), fair (2), good (7)",
     ]
 

@@ -29,7 +29,7 @@ def test_an_answer_that_is_not_where_it_says_is_left_out_and_counted(text, start
     rows, said = read(tmp_path, squad({"answers": [{"text": text, "answer_start": start}]}, {}))
     assert [row["row"] for row in rows] == [1, 3] and rows[0]["answers"] == ["Anna"]
     assert said == [
-        "--data: 1 of 3 questions with no answer where it is said to be: left out; "
+        "--data: 1 of 3 questions with no answer at the stated position: left out; "
         "the first is row 2, data[0].paragraphs[0].qas[1]"
     ]
 
@@ -70,8 +70,8 @@ def test_an_empty_context_has_no_answers(tmp_path):
         (squad({"answers": [{"text": "Anna"}]}), "row 2: data[0].paragraphs[0].qas[1]: an answer needs the fields"),
         (squad({"answers": {"text": ["Anna"]}}), "row 2: data[0].paragraphs[0].qas[1]: expected a list of answers"),
         (squad().replace("context", "text", 1), "row 1: data[0].paragraphs[0] has no field 'context'"),
-        (squad().replace('"answer_start": 0', '"answer_start": 3'), "1 of 1 questions with no answer where it is said"),
-        (squad(context=""), "has no question that can be learnt: 1 of 1 questions about an empty context"),
+        (squad().replace('"answer_start": 0', '"answer_start": 3'), "1 of 1 questions with no answer at the stated position"),
+        (squad(context=""), "has no usable question: 1 of 1 questions about an empty context"),
         (squad().replace("Anna", "\\ud800"), "half of a character"),
     ],
 )

@@ -43,7 +43,7 @@ def test_texts_and_labels(content, name, tmp_path):
     rows, said = read(tmp_path, "classification", content, name)
     assert rows == [("fine thing", "pos"), ("bad", "neg")]
     if name in ("names.tsv", "one_name.tsv", "label_first.tsv"):
-        assert said[0].startswith("--data: the columns that are read: ")
+        assert said[0].startswith("--data: columns used: ")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_quotes_stand_unless_all_cells_have_them(tmp_path):
 
 def test_a_header_that_nobody_knows_is_found_by_the_rows_below(tmp_path):
     rows, said = read(tmp_path, "classification", "doc\tverdict\n" + SIX)
-    assert len(rows) == 6 and "row 1 (doc, verdict) is taken for a header: 'verdict' is a label once" in said[0]
+    assert len(rows) == 6 and "row 1 (doc, verdict) is taken for a header: 'verdict' occurs once as a label" in said[0]
     rows, said = read(tmp_path, "classification", "doc\tverdict\nfine thing\t1\nbad thing\t0\n")
     assert len(rows) == 2 and "all labels but 'verdict' are numbers" in said[0]
     rows, said = read(tmp_path, "classification", "customer remark\tverdict\n" + SIX + "odd thing here\tmixed\n")
@@ -116,7 +116,7 @@ def test_columns_by_name_or_number(columns, expected, tmp_path):
         ("classification", "good\tyes\n\n\tno\n", "row 3: the column text is empty"),
         ("classification", "good\tyes\nbad\t\n", "row 2: the column label is empty"),
         ("classification", "a text without a label\n", "row 1: expected 2 columns (text, label), got 1"),
-        ("classification", "well, fine\noh, dear\n", "parted by tabs"),
+        ("classification", "well, fine\noh, dear\n", "separated by tabs"),
         ("classification", "1\tfine thing\n0\tbad\n", "labels in column 1 ('0') and texts in the last: say"),
         ("classification", "pos\tone\nneg\ttwo\npos\tthree\nneg\tfour\n", "--columns text=2,label=1"),
         ("classification", "pos\tfine thing\nneg\tbad thing\n", "--columns text=2,label=1"),
@@ -132,7 +132,7 @@ def test_columns_by_name_or_number(columns, expected, tmp_path):
         ("classification", '"a"\t"b"\n"c\t"d"\n', "row 2: not tab-separated cells in quotes"),
         ("classification", '{"text": "a", "label": 1}\n{"text": "b"}\n', "row 2: there is no field 'label'"),
         ("classification", '{"text": "a", "label": [1, 2]}\n', "row 1: label: expected one text or number"),
-        ("classification", '{"text": "a", "label": 1}\nb\t1\n', "row 2: not JSON, as the rows before it"),
+        ("classification", '{"text": "a", "label": 1}\nb\t1\n', "row 2: not JSON, unlike the rows before it"),
         ("classification", '{"text": "a"}\n', "the columns are text, and none is known to be the label: call it 'label'"),
         ("matching", "a\tb\t1\na\t1\n", "row 2: expected 3 columns (text_a, text_b, label), got 2"),
         ("matching", "1\ta\tb\n0\tc\td\n", "--columns text_a=2,text_b=3,label=1"),
@@ -152,7 +152,7 @@ def test_a_table_that_is_refused(task, content, said, tmp_path):
         ("text", "expected text=NAME,label=NAME, each a column's name or number"),
         ("text=none,label=2", "has no column 'none' for --columns; its first row is one, two"),
         ("text=1,label=3", "has no column '3'"),
-        ("text=1,label=one", "has one column only for two"),
+        ("text=1,label=one", "has the same column for two"),
         ("label=2", "add text=NAME to --columns"),
     ],
 )

@@ -39,7 +39,7 @@ def test_labels_in_their_order():
 
 
 def test_an_unknown_label_is_one_line():
-    with pytest.raises(InputError, match="file, row 7: the label 'c' is none of training's: a, b$"):
+    with pytest.raises(InputError, match="file, row 7: the label 'c' does not occur in training: a, b$"):
         tasks.check_labels([{"row": 5, "label": "a"}, {"row": 7, "label": "c"}], ["a", "b"], "file")
 
 
@@ -58,7 +58,7 @@ def test_next_sentence_pairs_are_half_real():
 @pytest.mark.parametrize("documents", [[["one", "two"]], [["one"], ["two"]]])
 def test_pairs_need_documents_with_sentences(documents):
     rows = [{"row": i, "sentences": sentences} for i, sentences in enumerate(documents)]
-    with pytest.raises(InputError, match="next-sentence pairs need two documents or more"):
+    with pytest.raises(InputError, match="next-sentence pairs need two or more documents"):
         tasks.sentence_pairs(rows, 0)
 
 
