@@ -24,7 +24,7 @@ def main() -> None:
 @app.command()
 def digests(
     transformers: Annotated[
-        list[str] | None, typer.Option(help="This release instead of the installed one; may be given again.")
+        list[str] | None, typer.Option(help="This release instead of the installed one; may be repeated.")
     ] = None,
     cache: Cache = overlay.CACHE,
 ) -> None:
@@ -42,12 +42,10 @@ def digests(
 @app.command()
 def run(
     transformers: Annotated[
-        list[str], typer.Option(help="A release; may be given again.", default_factory=several(matrix.TRANSFORMERS))
+        list[str], typer.Option(help="A release; may be repeated.", default_factory=several(matrix.TRANSFORMERS))
     ],
-    triton: Annotated[list[str], typer.Option(help="A release; may be given again.", default_factory=several(matrix.TRITON))],
-    test: Annotated[
-        list[str], typer.Option(help="A file of tests; may be given again.", default_factory=several(matrix.TESTS))
-    ],
+    triton: Annotated[list[str], typer.Option(help="A release; may be repeated.", default_factory=several(matrix.TRITON))],
+    test: Annotated[list[str], typer.Option(help="A file of tests; may be repeated.", default_factory=several(matrix.TESTS))],
     out: Annotated[Path, typer.Option(help="What came out; pairs that are not run stay in it.")] = matrix.RESULTS,
     cache: Cache = overlay.CACHE,
     jobs: Annotated[int, typer.Option(min=1, help="Test processes at a time.")] = 2,
@@ -59,7 +57,7 @@ def run(
 
 @app.command()
 def audit(
-    triton: Annotated[list[str], typer.Option(help="A release; may be given again.", default_factory=several(matrix.TRITON))],
+    triton: Annotated[list[str], typer.Option(help="A release; may be repeated.", default_factory=several(matrix.TRITON))],
     update: Annotated[bool, typer.Option("--update", help="Accept what was found.")] = False,
     cache: Cache = overlay.CACHE,
 ) -> None:

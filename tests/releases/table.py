@@ -1,4 +1,4 @@
-"""The README's table of tested releases, made from the JSON that a run wrote."""
+"""Makes the README's table of tested releases from the JSON of a run."""
 
 import re
 from pathlib import Path
@@ -6,18 +6,18 @@ from typing import Any
 
 from packaging.version import Version
 
-from bench.report.markdown import table
+from bench.report.table import Table
 from tests.releases.matrix import Record
 
 MARKED = re.compile(r"(<!-- releases -->\n).*?(<!-- /releases -->)", re.DOTALL)
 
 
 def render(results: dict[str, Any]) -> str:
-    """A row a release of transformers, a column a release of triton, and what they ran on."""
+    """One row per release of transformers, one column per release of triton, and what they ran on."""
     pairs = {(record["transformers"], record["triton"]): record for record in results["pairs"]}
     rows, columns = (sorted({pair[i] for pair in pairs}, key=Version) for i in (0, 1))
     cells = [[one, *(_cell(pairs.get((one, other))) for other in columns)] for one in rows]
-    grid = table(["transformers", *(f"triton {other}" for other in columns)], cells)
+    grid = Table(["transformers", *(f"triton {other}" for other in columns)], cells).markdown()
     ran_on = sorted({f"torch {r['torch']}, Python {r['python']}" for r in pairs.values() if "torch" in r})
     return f"{grid}\n\nModel tests in Triton's interpreter; {'; '.join(ran_on)}."
 
