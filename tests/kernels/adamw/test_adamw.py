@@ -1,4 +1,4 @@
-"""The AdamW kernel by itself: values against the reference and float64, memory layouts, what it reads and writes."""
+"""The AdamW kernel alone: values against the reference and float64, memory layouts, what it reads and writes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NAMES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "
 
 
 def make(shapes=SHAPES, dtype=torch.float32, *, amsgrad=False, master=False, steps=3, place=lambda x: x):
-    """Parameters in mid-training; `place` puts each tensor into memory as the test wants it."""
+    """Parameters in mid-training; `place` lays out each tensor in memory."""
     state = torch.float32 if master else dtype
 
     def tensor(values, kind):
@@ -50,7 +50,8 @@ def copies(parameters):
 
 
 def assert_same(parameters, others):
-    """To rounding: of the result, and in float32 (16-bit types: before the result is rounded) a few eps on the way."""
+    """Equal up to rounding of the result and, in float32 (16-bit types: before that rounding), a few eps from the
+    computation."""
     for parameter, other in zip(parameters, others, strict=True):
         for name in NAMES:
             got, wanted = getattr(parameter, name), getattr(other, name)
@@ -81,7 +82,7 @@ def launched(call):
     ids=str,
 )
 def test_one_step(dtype, amsgrad, master):
-    """Vectors, a rest of fewer than 16 elements, 0-dim and empty, two groups, maximize: one launch."""
+    """One launch for whole vectors, a rest of fewer than 16 elements, 0-dim and empty tensors, two groups and maximize."""
     parameters = make(dtype=dtype, amsgrad=amsgrad, master=master)
     expected = copies(parameters)
     assert launched(lambda: adamw(parameters, GROUPS)) == {"adamw_kernel": 1}
@@ -103,7 +104,7 @@ def test_more_programs_than_one_a_tensor(monkeypatch):
 
 
 def test_steps_of_many_tensors_are_counted():
-    """One program counts them all, 128 at a time."""
+    """One program increments them all, 128 at a time."""
     parameters = make([(1,)] * 129)
     adamw(parameters, GROUPS)
     assert [p.step.item() for p in parameters] == [4.0 + i for i in range(129)]
@@ -137,7 +138,7 @@ def transposed(x):
 
 
 def every_second(x):
-    """With holes between the elements."""
+    """A view with gaps between the elements."""
     return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
 
 
@@ -174,7 +175,7 @@ def test_unaligned_tensors_have_a_launch_of_their_own():
 
 
 def test_nothing_beside_the_tensors_is_touched():
-    """Bands of NaN around every tensor: a read would spread, and guarded's bands stay NaN."""
+    """Bands of NaN surround every tensor: a read would spread them, a write would overwrite them."""
     parameters = make([(33,), (17, 3), (1024,)], place=guarded)
     expected = copies(parameters)
     adamw(parameters, GROUPS)
@@ -233,7 +234,7 @@ def test_a_gradient_that_changes_its_strides():
 
 
 def reread_as(tensor, dtype, shape=None, strides=None):
-    """Its values, up to rounding, in another type at the same address; with other `strides`, or cut down to `shape`."""
+    """The tensor's values, up to rounding, in another type at the same address, or with other `strides`, or cut to `shape`."""
     shape, values = shape or tensor.shape, tensor.to(dtype, copy=True)
     strides = strides or tensor.stride()
     found = tensor.new_empty(0, dtype=dtype).set_(tensor.untyped_storage(), 0, shape, strides)
@@ -243,7 +244,7 @@ def reread_as(tensor, dtype, shape=None, strides=None):
 @pytest.mark.parametrize("name", ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master"])
 @pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "data"])
 def test_a_tensor_that_changes_its_dtype_at_the_same_address(name, in_place):
-    """As memory that the allocator gives out again: the next gradient is in float16."""
+    """As when the allocator reuses memory: the next gradient is float16."""
     parameters, tables = make([(40,), (16, 4)], amsgrad=True, master=True, dtype=torch.float32), Tables()
     adamw(parameters, GROUPS, tables=tables)
     old = getattr(parameters[1], name)
@@ -275,7 +276,7 @@ def test_a_tensor_that_changes_its_strides_at_the_same_address(name):
 @pytest.mark.no_launch
 @pytest.mark.parametrize(("name", "message"), [("grad", r"\(16, 20\), got \(8, 20\)"), ("param", r"\(8, 20\), got \(16, 20\)")])
 def test_a_tensor_that_is_cut_down_at_the_same_address(name, message):
-    """Its strides and the start of its values are what they were: the kernel would read past its end."""
+    """Strides and address are unchanged, but the kernel would read past the end."""
     parameters, tables = make([(16, 20)]), Tables()
     tables.refresh(parameters, GROUPS)
     tensor = getattr(parameters[0], name)

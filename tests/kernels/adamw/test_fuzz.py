@@ -1,4 +1,4 @@
-"""Hypothesis over AdamW's tensors, layouts and numbers, within the one bound; and what must not matter."""
+"""Fuzzes AdamW's tensors, layouts and numbers with hypothesis, within the one bound; then invariances."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def calls(draw):
     sizes = st.integers(0, 40)
     shapes = st.tuples() | st.tuples(sizes) | st.tuples(sizes, sizes) | st.just((3000,))
     share = st.floats(0.0, 0.999)
-    # in float16 eager rounds a smaller eps to zero, and divides by it where a square is zero as well
+    # In float16 eager rounds a smaller eps to zero, and divides by it where a square is zero too.
     eps = [1e-3, 1e-2] if dtype == torch.float16 else [1e-12, 1e-8, 1e-3]
     return {
         "shapes": draw(st.lists(shapes, min_size=1, max_size=4)),
@@ -34,7 +34,7 @@ def calls(draw):
         "master": dtype == torch.float16 and draw(st.booleans()),
         "steps": draw(st.integers(0, 10**6)),
         "places": [draw(st.sampled_from(PLACES)) for _ in range(6)],
-        # squares of float16's own range are moments here
+        # Moments are squares, so float16's own range would overflow.
         "scale": 10.0 ** draw(st.floats(-1.0, 1.0) if dtype == torch.float16 else st.floats(-4.0, 4.0)),
         "groups": [
             Hyperparameters(
@@ -54,7 +54,7 @@ def calls(draw):
 
 
 def in_place(parameters, places):
-    """Each kind of tensor laid out in its own way."""
+    """Each kind of tensor in its own memory layout."""
     kinds = dict(zip(("param", *STATE), places, strict=True))
     return [
         p._replace(**{name: place(t) for name, place in kinds.items() if (t := getattr(p, name)) is not None})
@@ -63,7 +63,7 @@ def in_place(parameters, places):
 
 
 def scaled_by(parameters, factor):
-    """Gradients and moments as of a loss that is `factor` times as large."""
+    """Gradients and moments of a loss that is `factor` times as large."""
     factors = {"grad": factor, "exp_avg": factor, "exp_avg_sq": factor**2, "max_exp_avg_sq": factor**2}
     return [
         p._replace(**{name: t * f for name, f in factors.items() if (t := getattr(p, name)) is not None}) for p in parameters
@@ -123,7 +123,7 @@ def assert_equal(parameters, others):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_order_and_company_do_not_matter(dtype):
-    """A parameter alone, among others or in another order has the same bits, and the same ones every time."""
+    """A parameter alone, among others or in another order has the same bits, every time."""
     parameters = make(dtype=dtype, amsgrad=True)
     together = stepped(parameters)
     assert_equal(stepped(parameters), together)
@@ -132,7 +132,7 @@ def test_order_and_company_do_not_matter(dtype):
 
 
 def test_elements_do_not_see_each_other():
-    """Of a permuted tensor all is permuted; of a longer one, the part that was there is as it was."""
+    """Permuting a tensor permutes its results; lengthening it leaves those of its former elements unchanged."""
     (parameter,) = make([(70,)])
     (expected,) = stepped([parameter])
     order = torch.randperm(70).to(DEVICE)
@@ -149,7 +149,7 @@ def test_elements_do_not_see_each_other():
 
 @pytest.mark.parametrize("factor", [2.0**-8, 4.0])
 def test_the_scale_of_a_loss_does_not_matter(factor):
-    """Without eps, and to the bit for a power of two; nor does it matter who divides by it."""
+    """With eps = 0, to the bit for a power of two; nor does it matter whether the kernel or the caller divides by it."""
     parameters, groups = make(amsgrad=True), [group._replace(eps=0.0) for group in GROUPS]
     one, other = stepped(parameters, groups), stepped(scaled_by(parameters, factor), groups)
     assert_equal(scaled_by(one, factor), other)
@@ -159,7 +159,7 @@ def test_the_scale_of_a_loss_does_not_matter(factor):
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
 def test_the_count_of_programs_that_are_done_starts_again(found):
-    """It is how the last program knows that it is, also of a step that changes nothing."""
+    """The last program recognises itself by that count, also in a step that changes nothing."""
     parameters, tables = make(), Tables()
     for _ in range(2):
         adamw(parameters, GROUPS, found_inf=torch.tensor(found, device=DEVICE), tables=tables)

@@ -1,4 +1,4 @@
-"""Forms of tensors: what differs is noticed, by torch's quick comparison and without it."""
+"""Forms of tensors: every difference is noticed, with torch's guards and without them."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def make():
 
 
 def known(tensors, way):
-    """Forms that have seen the tensors twice, after which they have torch's guards."""
+    """Forms that have compared the tensors twice, after which they have torch's guards."""
     forms = Forms(tensors)
     assert forms.same(tensors)
     assert (forms._guards is not None) == (way == "guards")
@@ -73,14 +73,14 @@ def test_what_does_not_matter(way):
 
 
 def test_a_tensor_that_comes_twice(way):
-    """torch's guards refuse that."""
+    """torch's guards refuse such a list."""
     (tensor, _) = make()
     forms = Forms([tensor, tensor])
     assert forms.same([tensor, tensor]) and forms._guards is None
 
 
 def test_guards_are_not_made_for_ever():
-    """They take ten comparisons' time."""
+    """Making them takes as long as ten comparisons."""
     tensors = make()
     forms = Forms(tensors)
     for i in range(40):
@@ -90,7 +90,7 @@ def test_guards_are_not_made_for_ever():
 
 
 def test_this_release_has_guards():
-    """Without them all is right and slower: a release that changed them is to be looked at."""
+    """Without them results are right but slower: a release that changed them needs a look."""
     assert tensor_forms._proven() is not None
 
 

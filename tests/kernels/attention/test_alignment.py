@@ -1,6 +1,6 @@
-"""When the kernels are told that rows of a head start at multiples of 16 bytes: only where all of them do.
+"""ALIGNED tells kernels that rows of a head start at multiples of 16 bytes: only where that holds for all tensors.
 
-A GPU ends a program that loads 16 bytes from anywhere else, and the interpreter cannot see it, so it is read off the launches.
+Elsewhere a 16-byte load ends the program on a GPU. The interpreter cannot notice that, so the flag is read off the launches.
 """
 
 import itertools
@@ -21,7 +21,7 @@ SHAPE = (2, 5, 3, 40)
 
 
 def told(inputs, dy=None, **options):
-    """{kernel: whether it was}, of a forward and a backward that are recorded and not run."""
+    """{kernel: ALIGNED} for a forward and a backward that are recorded instead of run."""
     seen = {}
     with recording("sm_90", lambda kernel, programs, config, arguments: seen.update({kernel.__name__: arguments["ALIGNED"]})):
         run(attention, inputs, inputs["q"].new_empty(inputs["q"].shape) if dy is None else dy, **options)
@@ -54,7 +54,7 @@ def test_head_sizes_that_16_bytes_do_not_divide(dtype, head_sizes):
 @pytest.mark.no_launch
 @pytest.mark.parametrize("head_size", [16, 32, 64, 128])
 def test_nobody_asks_at_berts_head_sizes(head_size):
-    """Where 16 divides every stride Triton sees it."""
+    """Where 16 divides every stride, Triton infers it."""
     assert not any(told(make_inputs(2, 5, 3, head_size, HALF)).values())
 
 
@@ -62,7 +62,7 @@ def test_nobody_asks_at_berts_head_sizes(head_size):
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("misaligned", ["an odd place", "odd rows", "odd columns", "every second", "heads apart"])
 def test_one_tensor_that_is_not_aligned(name, misaligned):
-    """No kernel is told: all of them read it."""
+    """No kernel that reads it is told."""
     inputs = make_inputs(*SHAPE[:3], SHAPE[3], HALF)
     wider = normal(*SHAPE[:3], SHAPE[3] + 8, dtype=HALF)
     inputs[name] = {
@@ -90,7 +90,7 @@ def test_strided_rows_that_are_aligned(layout):
 
 @pytest.mark.no_launch
 def test_it_is_true_of_every_address():
-    """Of views that start anywhere and whose rows are of any length: what is told is looked up, row by row."""
+    """For views with any start and row length, the flag is compared with every row's address."""
     wide = normal(2, 5, 3, 3, 64, dtype=HALF)
     truths = set()
     for start, width, head_size in itertools.product((0, 1, 4, 8, 12, 16), (44, 48, 63, 64), (24, 40)):

@@ -1,4 +1,4 @@
-"""Wrong arguments of attention: the error names the argument and says what was expected and what came."""
+"""Wrong arguments of attention: the error names the argument, what was expected and what came."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ NO_KERNEL = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64,
 
 
 def rows():
-    """Packed: sequences of 4 and 6 rows."""
+    """Packed rows: sequences of 4 and 6 rows."""
     return {name: normal(10, 2, 8) for name in ("q", "k", "v")}
 
 
@@ -67,7 +67,7 @@ def test_a_head_size_without_a_kernel(packed, head_size):
 @pytest.mark.parametrize("shape", [(), (5, 2, 8), (3, 5, 2, 8), (1, 5, 2, 8), (2, 5, 2, 7)], ids=str)
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_another_shape(name, shape):
-    """Not broadcast, though torch would: the gradient would then have to be summed. Heads: test_attention_grouped.py."""
+    """Shapes are not broadcast, although torch would: the gradient would have to be summed. Heads: test_grouped.py."""
     assert str(tuple(shape)) in refused(name, make_inputs(2, 5, 2, 8) | {name: zeros(*shape)})
 
 
@@ -92,7 +92,7 @@ def test_packed_rows_take_no_mask(name, shape):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8], ids=str)
 def test_a_key_mask_that_is_not_bool(dtype):
-    """1 may stand for seen or, in other conventions, for masked: no guess is made."""
+    """1 means seen in some conventions and masked in others, so nothing is guessed."""
     assert str(dtype) in refused("key_mask", make_inputs(2, 5, 2, 8), key_mask=zeros(2, 5, dtype=dtype))
 
 
@@ -128,7 +128,7 @@ def test_options_are_keywords_only():
         attention(*make_inputs(2, 5, 2, 8).values(), zeros(2, 5, dtype=torch.bool))
 
 
-# Unchecked, each of these would fail inside of a kernel or, worse, not fail.
+# Unchecked, each of these would fail inside a kernel or, worse, not fail.
 PACKED = {"cu_seqlens": bounds(), "max_seqlen": 6}
 WRONG = {
     "an integer mask is added": ("mask", {"mask": zeros(1, 1, 1, 5, dtype=torch.int64)}),

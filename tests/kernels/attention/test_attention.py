@@ -1,4 +1,4 @@
-"""attention: every head size, length and dtype, lengths that differ, scales, and which gradients there are."""
+"""attention: every head size, length and dtype, unequal lengths, scales, and which gradients exist."""
 
 import random
 
@@ -18,14 +18,14 @@ HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
 
 
 def right_padding(batch, length):
-    """The first row as long as the batch, the others shorter by a third of it each."""
+    """A mask whose first row is full, and each further row a third of the length shorter."""
     lengths = torch.tensor([max(2, length - i * (length // 3 + 1)) for i in range(batch)], device=DEVICE)
     return torch.arange(length, device=DEVICE) < lengths[:, None]
 
 
 def matrix():
-    """Head sizes and lengths in full, the dtype so that each meets each of both; batch, heads, tiles and options are
-    drawn. Lengths over 65 meet every fourth head size; the rest of the full product is for the long run."""
+    """The full product of head sizes and lengths, with dtypes arranged so that each meets each of both; batch, heads, tiles and
+    options are drawn. Lengths over 65 meet every fourth head size; the rest of the product is in the long run."""
     draw = random.Random("attention")
     parameters = []
     for i, head_size in enumerate(HEAD_SIZES):
@@ -60,7 +60,7 @@ def test_matrix(batch, length, heads, head_size, dtype, option, tile):
         "padded": {"key_mask": right_padding(batch, length)},
         "dropped": {"p": 0.1},
     }[option]
-    # Of one key neither q nor k has a gradient: see test_one_key.
+    # With one key, q and k have no gradient: see test_one_key.
     frozen = ("q", "k") if length == 1 else ()
     with tiles(tile):
         results = check(make_inputs(batch, length, heads, head_size, dtype), frozen=frozen, **options)
@@ -81,7 +81,7 @@ CROSS += [(257, 17), (33, 257), (513, 2)]
 @pytest.mark.parametrize("option", ["plain", "causal", "dropped"])
 @pytest.mark.parametrize("lengths", CROSS, ids=str)
 def test_lengths_that_differ(lengths, option):
-    """Causal aligns the last query with the last key, so with more queries than keys the first ones see none."""
+    """Causal aligns the last query with the last key, so with more queries than keys the first queries see none."""
     batch, dtype, head_size = 2 if max(lengths) < 65 else 1, DTYPES[sum(lengths) % 3], (8, 40, 64)[lengths[0] % 3]
     with tiles((64, 64) if max(lengths) > 65 else (16, 32)):
         check(make_inputs(batch, lengths, 1, head_size, dtype), causal=option == "causal", p=0.3 * (option == "dropped"))
@@ -90,9 +90,9 @@ def test_lengths_that_differ(lengths, option):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("length", [1, 33])
 def test_one_key(length, dtype):
-    """Its weight is 1 whatever q and k are: out is v, to the bit, and neither has a gradient, exactly.
+    """The key's weight is 1 whatever q and k are: out is v to the bit, and the gradients of q and k are exactly 0.
 
-    Small whole numbers, so that no sum of them is rounded.
+    Small whole numbers, so that no sum is rounded.
     """
     inputs = {name: torch.randint(-3, 4, (2, n, 2, 8)).to(DEVICE, dtype) for name, n in [("q", length), ("k", 1)]}
     inputs["v"] = torch.randint(-3, 4, (2, 1, 2, 8)).to(DEVICE, dtype)
@@ -106,7 +106,7 @@ def test_one_key(length, dtype):
 @pytest.mark.parametrize("scale", [1.0, 0.125, 0.02, 0.0, 2.0, -0.3])
 @pytest.mark.parametrize("option", ["plain", "causal"])
 def test_scale(scale, option):
-    """An explicit one, in blocks with a mask and in blocks without."""
+    """An explicit scale, in blocks with a mask and in blocks without."""
     with tiles((16, 16)):
         check(make_inputs(1, 37, 2, 24), scale=scale, causal=option == "causal")
 
@@ -129,7 +129,7 @@ def test_small_and_large_numbers(of_scores, of_values, dtype):
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["positive", "negative"])
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "causal"])
 def test_scores_past_what_an_exponential_holds(masked, sign):
-    """Scores of thousands: without the maximum taken off, infinity over infinity. Each row has one weight left."""
+    """Scores of thousands would give inf / inf if the maximum were not subtracted. Each row has one weight left."""
     inputs = make_inputs(1, 64, 1, 16, scale=60.0)
     with tiles((32, 16)):
         check(inputs, frozen=("q", "k"), causal=masked, scale=sign, relative_fp32=None)
@@ -137,7 +137,7 @@ def test_scores_past_what_an_exponential_holds(masked, sign):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "causal"])
 def test_a_top_score_that_grows_from_block_to_block(masked):
-    """Each block of keys outdoes the one before it by far, and then each one falls behind: the sum is rescaled."""
+    """Each block of keys exceeds the one before by far, then each falls short of it: the sum is rescaled."""
     inputs = make_inputs(2, 96, 1, 16)
     ramp = torch.linspace(-8, 8, 96, device=DEVICE)[:, None, None]
     inputs["q"] = inputs["q"].abs()
@@ -199,7 +199,7 @@ def test_empty_inputs(shape, masked):
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"p": 0.5}], ids=str)
 @pytest.mark.parametrize("lengths", [(5, 0), (0, 5)], ids=["no_keys", "no_queries"])
 def test_nothing_on_one_side(lengths, options):
-    """Without keys the output is 0, as the product with an empty matrix is; without queries no key has a gradient."""
+    """Without keys the output is 0, like a product with an empty matrix; without queries no key has a gradient."""
     inputs = make_inputs(2, lengths, 2, 8)
     seed = {"seed": seed_tensor(1)} if "p" in options else {}
     results = run(attention, inputs, torch.ones_like(inputs["q"]), **options, **seed)
@@ -210,7 +210,7 @@ def test_nothing_on_one_side(lengths, options):
 @pytest.mark.no_launch
 @pytest.mark.parametrize("setting, precision", [(None, "ieee"), ("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
 def test_the_precision_of_float32_products_is_torchs(setting, precision):
-    """Read at each launch, forward and backward: Triton's own default would be TF32."""
+    """Read at each launch, forward and backward. Triton's own default would be TF32."""
     seen, before = [], torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting or before)
@@ -236,5 +236,5 @@ def test_the_precision_of_float32_products_is_torchs(setting, precision):
     ids=dtype_name,
 )
 def test_bfloat16_under_the_interpreter(dtype):
-    """Pins the fault: once this passes, Triton has mended it, and bfloat16 belongs into the other tests."""
+    """Pins the fault: if this passes, Triton is fixed, and bfloat16 belongs in the other tests."""
     check(make_inputs(1, 40, 2, 16, dtype))

@@ -1,4 +1,4 @@
-"""attention as a custom op: what torch.library.opcheck asks of it, and the same bits under torch.compile as in eager."""
+"""attention as a custom op: opcheck, and the same bits under torch.compile as in eager mode."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def fresh_compiler():
 
 
 def options_of(kind):
-    """Of attention [2, 5, 2, 8], or of [10, 2, 8] where packed."""
+    """Options for attention on [2, 5, 2, 8], or on [10, 2, 8] if packed."""
     seen = torch.arange(5, device=DEVICE) < torch.tensor([[3], [5]], device=DEVICE)
     return {
         "plain": {},
@@ -63,7 +63,7 @@ def inputs_of(kind, dtype=torch.float32):
 
 
 def arguments_of(inputs, options):
-    """As the op takes them: every one by its place, masks in full."""
+    """The op's positional arguments, with masks in full."""
     options = dict(options)
     if "key_mask" in options:
         options["key_bounds"] = bounds_of(options["key_mask"])
@@ -74,7 +74,7 @@ def arguments_of(inputs, options):
 
 
 def opcheck_both(inputs, options, dout=torch.clone):
-    """Forward, and the backward on what it gives."""
+    """opcheck the forward, then the backward on its results."""
     arguments = arguments_of(inputs, options)
     opcheck(OPS.attention, *(x.requires_grad_() for x in arguments[:3]), *arguments[3:])
     q, k, v, *rest = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
@@ -91,7 +91,7 @@ def test_opcheck(kind):
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["plain", "dropped"])
 def test_opcheck_of_layouts(kind, layout):
-    """Of an expanded input and of an expanded upstream gradient too: both are promised as dense as they are given."""
+    """Also of an expanded input and an expanded upstream gradient: the fakes promise dense results for them."""
     opcheck_both({name: layout(x) for name, x in inputs_of(kind).items()}, options_of(kind), layout)
 
 
@@ -187,7 +187,7 @@ def test_without_gradients():
 
 
 def test_between_other_operations():
-    """As in BertSelfAttention: one product, its three views, attention, and the heads side by side again."""
+    """As in BertSelfAttention: one product, its three views, attention, and the heads concatenated again."""
 
     def layer(x, matrix):
         q, k, v = (x @ matrix).unflatten(-1, (3, 2, 8)).unbind(-3)

@@ -1,4 +1,4 @@
-"""Dropout on attention's probabilities: a mask that goes by (seed, head, query, key) alone, in both directions."""
+"""Dropout on attention's probabilities: a mask that depends only on (seed, head, query, key), in both directions."""
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ SHAPE = (BATCH, LENGTH, HEADS, 16)
 
 
 def sensitive(seqlen_q, seqlen_k, batch=BATCH, heads=HEADS, dtype=torch.float32):
-    """{gradient: (inputs, dy)}: calls whose dq, dk and dv each show the mask, all scores being 0.
+    """{gradient: (inputs, dy)}: calls whose dq, dk and dv each reveal the mask; all scores are 0.
 
     With one-hot dy, dv is the dropped weights themselves. With values that dy turns into 1, the gradient of a score is
-    keep / (1 - p) less a mean of such, so positive exactly where kept; one-hot keys make dq of it, one-hot queries dk.
+    keep / (1 - p) minus a mean of those, so it is positive exactly where kept. One-hot keys turn it into dq, one-hot queries
+    into dk.
     """
 
     def zeros(length, size):
@@ -39,7 +40,7 @@ def sensitive(seqlen_q, seqlen_k, batch=BATCH, heads=HEADS, dtype=torch.float32)
 
 
 def kept_by_gradients(seqlen_q, seqlen_k, p, seed, **shape):
-    """{gradient: bool [batch, heads, queries, keys]}, the masks that the two backward kernels draw."""
+    """{gradient: bool [batch, heads, queries, keys]}: the masks that the two backward kernels draw."""
     masks = {}
     for name, (inputs, dy) in sensitive(seqlen_q, seqlen_k, **shape).items():
         gradient = run(attention, inputs, dy, p=p, seed=seed)[name].transpose(1, 2)
@@ -53,7 +54,7 @@ TILES = [((16, 16), (16, 32), (32, 16)), ((64, 16), (16, 64), (32, 32)), ((32, 6
 @pytest.mark.parametrize("forward, kv, q", TILES, ids=str)
 @pytest.mark.parametrize("lengths", [(40, 40), (23, 41), (41, 23)], ids=str)
 def test_forward_and_both_backward_kernels_draw_the_same_mask(lengths, forward, kv, q):
-    """Each from tiles of its own: kernels tuned apart still agree."""
+    """Each with other tiles: separately tuned kernels still agree."""
     seed, p = seed_tensor(9), 0.3
     keep = drawn_keep(1, HEADS, *lengths, p, seed)
     assert not keep.all(-1).any()  # such a row's gradients would show nothing
@@ -80,7 +81,7 @@ def test_the_mask_does_not_depend_on_the_layout(layout):
 
 @pytest.mark.parametrize("lengths", [(1, 1), (7, 90), (90, 7), (64, 128)], ids=str)
 def test_the_mask_depends_on_query_and_key_alone(lengths):
-    """Not on how many of them there are."""
+    """Not on how many queries and keys there are."""
     one = drawn_keep(1, 2, 40, 40, 0.5, seed_tensor(2))
     other = drawn_keep(1, 2, *lengths, 0.5, seed_tensor(2))
     queries, keys = min(lengths[0], 40), min(lengths[1], 40)
@@ -88,7 +89,7 @@ def test_the_mask_depends_on_query_and_key_alone(lengths):
 
 
 def test_heads_are_numbered_through_the_batch():
-    """And each has a mask of its own."""
+    """Each head has a mask of its own."""
     flat = drawn_keep(1, 6, 16, 32, 0.5, seed_tensor(2))
     for batch, heads in ((6, 1), (3, 2), (2, 3)):
         assert torch.equal(drawn_keep(batch, heads, 16, 32, 0.5, seed_tensor(2)).reshape_as(flat), flat)
@@ -97,7 +98,7 @@ def test_heads_are_numbered_through_the_batch():
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"key_mask": "right"}, {"mask": "right"}], ids=str)
 def test_masks_do_not_shift_the_dropout(options):
-    """Where keys are skipped, those that are left keep their own draws."""
+    """Where keys are skipped, the remaining ones keep their draws."""
     seen = (torch.arange(64, device=DEVICE) < 37).expand(1, 64)
     options = {name: value if value is True else seen for name, value in options.items()}
     if "mask" in options:
@@ -134,7 +135,7 @@ def test_p_zero_is_no_dropout(dtype):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 def test_p_one_drops_everything(options):
-    """Zeros, and no gradient, exactly: 1 / (1 - p) is nowhere computed."""
+    """Results and gradients are exactly zero: 1 / (1 - p) is never computed."""
     inputs, dy = make_inputs(2, 40, 2, 16), normal(*SHAPE)
     results = run(attention, inputs, dy, p=1.0, **options)
     assert all(torch.equal(result, torch.zeros_like(result)) for result in results.values())
@@ -142,7 +143,7 @@ def test_p_one_drops_everything(options):
 
 @pytest.mark.parametrize("p, kept", [(1e-10, 1.0), (1 - 1e-12, 0.0)])
 def test_the_ends(p, kept):
-    """p is rounded to 2**-32, but only 1 is 1: one threshold more would drop nothing or everything."""
+    """p is rounded to 2**-32, but only 1 becomes 1: one threshold more would drop nothing or everything."""
     keep = drawn_keep(1, 2, 64, 64, p, seed_tensor(3))
     assert float(keep.double().mean()) == kept
 

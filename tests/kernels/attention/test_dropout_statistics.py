@@ -1,4 +1,4 @@
-"""The quality of attention's dropout bits: their rate, and that neighbours, heads and seeds know nothing of each other."""
+"""The quality of attention's dropout bits: their rate, and the independence of neighbours, heads and seeds."""
 
 import math
 
@@ -22,7 +22,7 @@ QUERIES, KEYS = 512, 512
 def keep_kernel(
     seed_ptr, keep_ptr, first_head, first_query, first_key, n_queries, N: tl.constexpr, M: tl.constexpr, P: tl.constexpr
 ):
-    """One tile of M queries and N keys a program, the tiles of a head one below the other."""
+    """One tile of M queries and N keys per program; a head's tiles are stacked."""
     tiles = n_queries // M
     positions, keys = tl.arange(0, M), tl.arange(0, N)
     rows = tl.program_id(0) % tiles * M + positions
@@ -33,9 +33,9 @@ def keep_kernel(
 
 
 def keeps(p, heads=1, queries=QUERIES, keys=KEYS, *, seed=0, first_head=0, first_query=0, first_key=0):
-    """bool [heads, queries, keys], what the kernels' own functions keep. Multiples of 64 queries, 2**n keys."""
+    """bool [heads, queries, keys]: what the kernels' own functions keep. Multiples of 64 queries, 2**n keys."""
     keep = torch.full((heads, queries, keys), -1, dtype=torch.int8, device=DEVICE)
-    block = math.gcd(queries, 1024) if DEVICE.type == "cpu" else 16  # the interpreter's time goes by programs
+    block = math.gcd(queries, 1024) if DEVICE.type == "cpu" else 16  # the interpreter's time depends on the number of programs
     arguments = {"first_head": first_head, "first_query": first_query, "first_key": first_key, "n_queries": queries}
     launch(
         keep_kernel,
@@ -53,7 +53,7 @@ def keeps(p, heads=1, queries=QUERIES, keys=KEYS, *, seed=0, first_head=0, first
 
 
 def correlation(one, other):
-    """Pearson's, of two masks."""
+    """Pearson's correlation of two masks."""
     pair = torch.stack([one.flatten(), other.flatten()]).float()
     return float(torch.corrcoef(pair)[0, 1])
 
@@ -68,7 +68,7 @@ def test_these_are_the_bits_that_attention_draws():
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.25, 0.5, 0.9])
 def test_keep_rate(p):
-    """Over 4,194,304 draws, of 16 heads."""
+    """Over 4,194,304 draws in 16 heads."""
     kept = int(keeps(p, heads=16, seed=1).sum())
     n = 16 * QUERIES * KEYS
     assert abs(kept / n - (1 - p)) < SIGMAS * math.sqrt(p * (1 - p) / n)
@@ -77,8 +77,8 @@ def test_keep_rate(p):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("axis", ["queries", "keys"])
 def test_rates_of_rows_and_of_columns_are_binomial(axis, p):
-    """Kolmogorov and Smirnov's distance between the counts of 65,536 rows (of 64 keys) or columns and the binomial
-    distribution: independent ones are closer in 999 of 1,000 samples."""
+    """The Kolmogorov-Smirnov distance between the counts of 65,536 rows (of 64 keys) or columns and the binomial distribution;
+    999 of 1,000 independent samples are closer."""
     rows = keeps(p, heads=64, queries=1024, keys=64, seed=2) if axis == "queries" else keeps(p, 128, 64, 512, seed=2)
     counts = rows.sum(-1 if axis == "queries" else -2).flatten().cpu()
     assert len(counts) == 65536
@@ -95,7 +95,7 @@ LAGS += [(1, 1), (1, -1), (8, 8), (8, -8), (1, 8), (8, 1), (8, 16), (16, 8), (16
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_neighbours_are_uncorrelated(p):
-    """Four scores, queries and keys 8 apart, share most of their hash: those above all."""
+    """Above all the four scores, queries and keys 8 apart, that share most of their hash."""
     keep = keeps(p, heads=16, seed=4)
     for queries, keys in LAGS:
         one = keep[:, : QUERIES - queries, max(0, -keys) : KEYS - max(0, keys)]
@@ -106,7 +106,7 @@ def test_neighbours_are_uncorrelated(p):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_the_four_that_share_a_hash_are_independent(p):
-    """Each pattern of kept and dropped as often as it should be: correlation sees pairs only."""
+    """Each pattern of kept and dropped is as frequent as it should be; correlation sees only pairs."""
     keep = keeps(p, heads=16, seed=7).view(16, QUERIES // 16, 2, 8, KEYS // 16, 2, 8)
     four = keep.permute(0, 1, 3, 4, 6, 2, 5).reshape(-1, 4)
     pattern = (four * torch.tensor([1, 2, 4, 8], device=DEVICE)).sum(-1)
@@ -120,18 +120,18 @@ def test_the_four_that_share_a_hash_are_independent(p):
 
 @pytest.mark.parametrize("head", [1, 2, 12, 16, 192, 65536, 2**31 - 1])
 def test_heads_are_uncorrelated(head):
-    """Neighbours, the same head of the next batch row (12 and 16 on), and numbers past 16 bits."""
+    """Adjacent heads, the same head of the next sequence (12 and 16 on), and numbers past 16 bits."""
     assert_uncorrelated(keeps(0.5), keeps(0.5, first_head=head)[:1])
 
 
 @pytest.mark.parametrize("other", [1, 2, 2**31, 2**32, 2**61])
 def test_seeds_are_uncorrelated(other):
-    """Layers and steps differ in their seeds; also where one bit of the high word is all that differs."""
+    """Layers and steps differ in their seeds, also by a single bit of the high word."""
     assert_uncorrelated(keeps(0.5), keeps(0.5, seed=other))
 
 
 def test_a_head_is_not_the_next_seeds():
-    """Counter and key of Philox are two things: seed + 1 does not shift the heads, nor the queries."""
+    """Philox's counter and key are separate: seed + 1 shifts neither the heads nor the queries."""
     one, other = keeps(0.5, heads=4), keeps(0.5, heads=4, seed=1)
     for shift in (1, 2):
         assert_uncorrelated(one[shift:], other[:-shift])
@@ -140,7 +140,7 @@ def test_a_head_is_not_the_next_seeds():
 
 @pytest.mark.parametrize("first", [4096, 2**16, 2**20])
 def test_far_queries_and_keys_are_uncorrelated(first):
-    """Longer than any sequence of BERT's: no counter comes round."""
+    """Further than any sequence of BERT's: no counter wraps."""
     assert_uncorrelated(keeps(0.5), keeps(0.5, first_query=first))
     assert_uncorrelated(keeps(0.5), keeps(0.5, first_key=first))
 

@@ -1,4 +1,4 @@
-"""Hypothesis over attention's shapes, layouts, masks, dtypes, scales and options: whatever is legal is right."""
+"""Fuzzes attention's shapes, layouts, masks, dtypes, scales and options with hypothesis: whatever is legal is right."""
 
 import pytest
 import torch
@@ -10,16 +10,15 @@ from fastbert.testing.rows import DEVICE, seed_tensor
 
 from . import test_layouts as layouts
 
-# At each commit in float64, where a wrong result cannot hide behind rounding and a right one has room. In the narrower
-# types twice eager's error is a bound that eager's luck decides in one small case of some hundreds.
+# At each commit in float64, where a wrong result cannot hide behind rounding. In narrower types, luck in one small case among
+# hundreds decides the bound of twice eager's error.
 DTYPES = [
     pytest.param([torch.float64], id="float64"),
     pytest.param([torch.float32, torch.float16], id="narrower", marks=pytest.mark.long),
 ]
 LAYOUTS = [torch.clone, layouts.heads_first, layouts.head_size_first, layouts.every_second, layouts.shared_heads]
-# With one or two keys, what there is of the gradients of q and k is cancellation, in eager as well: see test_one_key.
-# With few keys in 16 bits it still shows that delta comes of an output that was rounded (as in FlashAttention), which
-# eager's does not.
+# With one or two keys the gradients of q and k are cancellation only, in eager too: see test_one_key. With few keys in 16 bits,
+# delta comes from a rounded output (as in FlashAttention), which eager's does not, and that shows.
 LENGTHS = st.one_of(st.integers(3, 33), st.sampled_from([16, 17, 31, 32, 33, 64]))
 LONGER = st.sampled_from([24, 31, 32, 33, 64])
 HEAD_SIZES = st.one_of(st.integers(1, 40), st.sampled_from([59, 64, 80, 111, 128, 256]))
@@ -34,7 +33,7 @@ def calls(draw, dtypes):
     of_sequences = st.integers(24, 33) if dtype == torch.float16 else st.integers(3, 30)
     of_dtype = LONGER if dtype == torch.float16 else LENGTHS
     lengths = draw(of_dtype), draw(of_dtype)
-    # float16 ends at 65504, and products of values and of upstream gradients are sums on the way to the gradients
+    # float16 ends at 65504, and the gradients contain sums of products of values and upstream gradients.
     exponents = st.floats(-1.0, 1.0) if dtype == torch.float16 else st.floats(-4.0, 4.0)
     side = st.sampled_from([32, 64, 64])
     return {
@@ -52,19 +51,19 @@ def calls(draw, dtypes):
         "frozen": tuple(name for name in "qkv" if draw(st.integers(0, 4)) == 0),
         "options": {
             "causal": draw(st.booleans()),
-            # Rows of one weight that is nearly 1 have gradients that cancel: eager's to the bit, for it has dP once, and
-            # the kernels', which make it in two products, to its rounding. test_scale has larger scales.
+            # The gradients of rows with one weight near 1 cancel: to the bit in eager, which has one dP, but only up to
+            # rounding in the kernels, which compute dP in two products. test_scale has larger scales.
             "scale": draw(st.none() | st.sampled_from([0.125, -0.05])),
             "p": draw(PROBABILITIES),
         },
         "seed": draw(st.integers(0, 2**62 - 1)),
-        "tiles": [(draw(side), draw(side)) for _ in range(3)],  # mostly large: the interpreter's time goes by programs
+        "tiles": [(draw(side), draw(side)) for _ in range(3)],  # mostly large: programs cost the interpreter time
         "values": draw(st.integers(0, 2**31)),
     }
 
 
 def masks_of(call):
-    """Each row of a mask shows its first three keys at least, for the reason above; the rest by chance."""
+    """Each row of a mask shows at least its first three keys, for the reason above; the others are random."""
     batch, heads = call["batch_and_heads"]
     lengths, options = call["lengths"], {}
     if "key_mask" in call["mask"]:

@@ -1,4 +1,4 @@
-"""attention on a GPU: 16-bit types at BERT's shapes, packed rows, layouts, its compiled dropout, reads that stay inside."""
+"""attention on a GPU: 16-bit types at BERT's shapes, packed rows, layouts, compiled dropout, reads within bounds."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ HALVES = pytest.mark.parametrize("dtype", [BF16, FP16], ids=dtype_name)
 
 
 def lengths_of(batch, length):
-    """From the whole length down to a sixteenth of it, none of them a multiple of a tile but the first."""
+    """From the full length down to a sixteenth of it; only the first is a multiple of a tile."""
     return torch.tensor([max(2, length - 37 * i * length // 128) for i in range(batch)], device=DEVICE).clamp(length // 16 + 1)
 
 
@@ -77,7 +77,7 @@ def test_bound_of_grouped_heads(kind, heads, head_size, dtype):
 @HALVES
 @pytest.mark.parametrize("head_size", [8, 24, 40, 56, 72])
 def test_bound_of_head_sizes_that_8_divides(head_size, dtype):
-    """Views of one product, whose rows and heads start at multiples of 16 bytes; and such that start anywhere."""
+    """Views of one product whose rows and heads start at multiples of 16 bytes, and views that start anywhere."""
     product = normal(2, 129, 3, 3, head_size + 1, dtype=dtype)
     check(dict(zip("qkv", product[..., :-1].contiguous().unbind(2), strict=True)), p=0.1)
     check(dict(zip("qkv", product[..., :-1].unbind(2), strict=True)), p=0.1)
@@ -93,7 +93,7 @@ def test_bound_of_layouts(layout, dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=dtype_name)
 def test_the_compiled_mask_is_the_same_in_every_kernel(dtype):
-    """With all scores 0 and one-hot values and dy, out is the forward's mask [query, key], dv the backward's."""
+    """With scores of 0, one-hot values and one-hot dy, out is the forward's mask [query, key] and dv the backward's."""
     one_hot = torch.eye(256, device=DEVICE, dtype=dtype)[None, :, None].expand(2, -1, 3, -1)
     inputs = {"q": torch.zeros_like(one_hot), "k": torch.zeros_like(one_hot), "v": one_hot}
     results = run(attention, inputs, one_hot, p=0.3, seed=seed_tensor(5))
@@ -116,7 +116,7 @@ def test_reads_stay_inside_the_inputs(kind, shape, dtype):
 
 
 def test_each_replay_of_a_cuda_graph_draws_its_own_dropout():
-    """And its backward the same one: dv is the dropped weights, transposed, as out is (see above)."""
+    """Its backward draws the same one: dv is the dropped weights, transposed, as out is (see above)."""
     one_hot = torch.eye(128, device=DEVICE, dtype=BF16)[None, :, None].expand(1, -1, 4, -1)
     inputs = {"q": torch.zeros_like(one_hot), "k": torch.zeros_like(one_hot), "v": one_hot}
     replay, results = captured(lambda: run(attention, inputs, one_hot, p=0.5))

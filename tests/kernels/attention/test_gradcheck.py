@@ -1,4 +1,4 @@
-"""attention's numerical against its analytical gradients in float64, where the kernels compute in float64 throughout."""
+"""attention's numerical against its analytical gradients in float64, in which the kernels then compute throughout."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ DROPPED = {"p": 0.4, "seed": 11}
 
 
 def gradcheck(inputs, layout=lambda x: x, **options):
-    """Element by element where that is a hundred calls or so, else in random directions."""
+    """Element by element if that takes about a hundred calls, else in random directions."""
     options = {name: seed_tensor(value) if name == "seed" else value for name, value in options.items()}
     leaves = tuple(x.requires_grad_() for x in inputs.values())
     fast = sum(x.numel() for x in leaves) > 40
@@ -31,7 +31,7 @@ def gradcheck(inputs, layout=lambda x: x, **options):
 
 
 def random_mask(*shape):
-    """Each row sees a key at least: of one that sees none, the output is an average that no score moves."""
+    """Each row sees at least one key: the output of a row that sees none is an average, which no score changes."""
     mask = torch.rand(shape, device=DEVICE) > 0.4
     mask[..., 0] = True
     return mask
@@ -108,7 +108,7 @@ def test_packed(lengths, options):
 @pytest.mark.parametrize("layout", [heads_first, head_size_first, shared_heads], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("options", [{}, DROPPED | {"causal": True}], ids=["plain", "dropped causal"])
 def test_layouts(layout, options):
-    """Through the view as well: of heads that share their keys, gradients add up."""
+    """Also through the view: gradients of heads that share keys add up."""
     gradcheck(make_inputs(1, 18, 2, 8, DOUBLE), layout, **options)
 
 
@@ -120,7 +120,7 @@ def test_every_stride(options):
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("linear", [False, True], ids=["", "linear"])
 def test_a_second_derivative_raises(name, linear):
-    """The backward kernels have no derivative: better an error than zeros, also where dy is a constant."""
+    """The backward kernels have no derivative; an error is better than zeros, also where dy is a constant."""
     inputs = make_inputs(1, 5, 1, 8, DOUBLE)
     x = inputs[name].requires_grad_()
     y = attention(**inputs)

@@ -1,4 +1,4 @@
-"""Fewer heads of keys and values than of queries: a group of neighbouring heads of queries shares each of them."""
+"""Fewer heads of keys and values than of queries: a group of adjacent query heads shares each of them."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ OPTIONS = ["none", "key", "general", "head by head", "added", "causal", "dropped
 
 
 def grouped_inputs(heads, lengths=(LENGTH, LENGTH), head_size=8, dtype=torch.float32, batch=BATCH):
-    """q, k and v, packed (their rows counted by `lengths`) where batch is None."""
+    """q, k and v; packed if batch is None, with `lengths` as their numbers of rows."""
     first = () if batch is None else (batch,)
     shapes = {name: (*first, lengths[name != "q"], heads[name != "q"], head_size) for name in "qkv"}
     return {name: normal(*shape, dtype=dtype) for name, shape in shapes.items()}
@@ -44,7 +44,7 @@ def options_of(option, n_heads):
 
 
 def each_head(x, heads):
-    """k or v as if no head were shared."""
+    """k or v with its heads repeated."""
     return x.repeat_interleave(heads[0] // heads[1], -2)
 
 
@@ -89,7 +89,7 @@ def test_lengths_that_differ(causal, lengths):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("heads", GROUPS, ids=str)
 def test_the_bits_of_heads_that_are_not_shared(heads, option):
-    """Of the output, of dq and so of dropout too, whose bits belong to the head of the queries."""
+    """Also those of dropout, which belong to the head of the queries."""
     inputs, options = grouped_inputs(heads), options_of(option, heads[0]) | {"seed": seed_tensor(7)}
     dy, shared = normal(BATCH, LENGTH, heads[0], 8), {name: each_head(inputs[name], heads) for name in "kv"}
     with tiles((16, 32)):
@@ -101,7 +101,7 @@ def test_the_bits_of_heads_that_are_not_shared(heads, option):
 
 
 def test_a_group_of_one_is_what_it_was():
-    """The gradients of equal heads come in one buffer; of grouped ones each in its own, contiguous."""
+    """The gradients of equal heads are views of one buffer; grouped ones are contiguous tensors of their own."""
     product = normal(BATCH, LENGTH, 3, 4, 8)
     results = run(attention, dict(zip("qkv", product.unbind(2), strict=True)), normal(BATCH, LENGTH, 4, 8))
     assert results["dk"].stride(1) == 3 * 4 * 8
@@ -118,7 +118,7 @@ def test_layouts(layout):
 
 
 def test_views_of_one_product():
-    """Queries, keys and values of one product, [.., (6 + 2 + 2) heads, D]."""
+    """Queries, keys and values of one product, [..., (6 + 2 + 2) heads, D]."""
     parts = dict(zip("qkv", normal(BATCH, LENGTH, 10, 8).split([6, 2, 2], dim=2), strict=True))
     assert not any(x.is_contiguous() for x in parts.values())
     check(parts)
@@ -167,7 +167,7 @@ def test_under_torch_compile(dynamic):
 
 @pytest.mark.no_launch
 def test_the_reference_is_attention_of_repeated_heads():
-    """The specification itself, against its own form of equal heads."""
+    """Checks the specification itself, against its form for equal heads."""
     inputs, heads = grouped_inputs((6, 3), dtype=torch.float64), (6, 3)
     repeated = inputs | {name: each_head(inputs[name], heads) for name in "kv"}
     assert torch.equal(reference.attention(**inputs), reference.attention(**repeated))

@@ -1,4 +1,4 @@
-"""attention's masks: which keys are seen, by rows of padding, by general masks and by causality, and by all of them."""
+"""attention's masks: keys masked by padding, by general masks and by causality, and by all of them."""
 
 import itertools
 
@@ -16,7 +16,7 @@ LOWEST = {dtype: torch.finfo(dtype).min for dtype in (HALF, SINGLE, DOUBLE, BFLO
 
 
 def key_masks(kind, batch, length):
-    """bool [batch, length], each row another one of its kind."""
+    """bool [batch, length], with different rows of one kind."""
     place, row = torch.arange(length), torch.arange(batch)[:, None]
     half = (length + 1) // 2
     masks = {
@@ -40,8 +40,8 @@ KINDS = ("none", "right", "left", "holes", "both ends", "one token", "all masked
 @pytest.mark.parametrize("length, dtype", [(5, DOUBLE), (40, SINGLE), (97, HALF)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding(kind, length, dtype, causal):
-    """Over several blocks of keys, some wholly masked. Left padding under causality leaves rows that see no key."""
-    # Rows that see one key each have no gradient of q and k, in eager either: all there is of it is rounding.
+    """Over several blocks of keys, some fully masked. With left padding and causality some rows see no key."""
+    # Rows that see one key have no gradient of q and k, in eager either: all there is of it is rounding.
     frozen = ("q", "k") if kind == "one token" else ()
     with tiles((16, 16) if length < 97 else (64, 32)):
         results = check(
@@ -57,7 +57,7 @@ def test_padding(kind, length, dtype, causal):
 @pytest.mark.parametrize("tile", [(16, 32), (32, 16)], ids=str)
 @pytest.mark.parametrize("kind", ["none", "right", "left", "all masked"])
 def test_causal_and_padding(kind, tile, lengths):
-    """One line, whatever the lengths: the last query sees the last key. The first rows may see no key at all."""
+    """At any lengths the last query sees the last key. The first rows may see no key at all."""
     with tiles(tile, kv=tile[::-1]):
         check(make_inputs(2, lengths, 1, 8), key_mask=key_masks(kind, 2, lengths[1]), causal=True)
 
@@ -66,7 +66,7 @@ def test_causal_and_padding(kind, tile, lengths):
 @pytest.mark.parametrize("kind", ["all masked", "some all masked"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_a_row_that_sees_no_key_is_the_average_of_all(kind, dtype, p):
-    """As eager's additive mask makes it; and since it was added, a gradient goes through it to q and k."""
+    """As eager's additive mask makes it; because masks are added, q and k of such a row have gradients."""
     inputs, key_mask = make_inputs(2, (19, 37), 1, 16, dtype), key_masks(kind, 2, 37)
     with tiles((16, 16)):
         results = check(inputs, key_mask=key_mask, p=p)
@@ -78,7 +78,7 @@ def test_a_row_that_sees_no_key_is_the_average_of_all(kind, dtype, p):
 
 @pytest.mark.parametrize("valid", [1, 15, 16, 17, 32, 33])
 def test_the_last_valid_key_at_the_edge_of_a_block(valid):
-    """One key more or less is a block more or less to read; every kernel has its own loop over them."""
+    """One key more or less is one block more or less to read, and every kernel has its own loop over them."""
     key_mask = (torch.arange(40) < valid).expand(2, -1).to(DEVICE)
     frozen = ("q", "k") if valid == 1 else ()  # as in test_padding
     with tiles((16, 16)):
@@ -100,7 +100,7 @@ def test_every_shape_that_broadcasts(form, added):
 
 
 def added_mask(kind, dtype, *shape):
-    """A number a score: biases, or for a third of the keys what stands for minus infinity, or both."""
+    """One number per score: biases, or minus infinity's stand-in for a third of the keys, or both."""
     masked = torch.rand(shape) < 0.3
     biases = torch.randn(shape, dtype=DOUBLE)
     nothing = torch.zeros_like(biases)
@@ -122,16 +122,16 @@ OF_DTYPES = [(SINGLE, SINGLE), (HALF, HALF), (HALF, SINGLE), (DOUBLE, DOUBLE), (
 @pytest.mark.parametrize("kind", ADDED)
 @pytest.mark.parametrize("dtype, mask_dtype", OF_DTYPES, ids=lambda dtype: dtype_name(dtype))
 def test_added_masks(dtype, mask_dtype, kind):
-    """In the dtype of the scores, or in autocast's: float32 masks beside float16 queries."""
+    """In the dtype of the scores, or in autocast's combination: float32 masks with float16 queries."""
     mask = added_mask(kind, mask_dtype, 1, 2, 19, 37)
     with tiles((32, 16)):
         check(make_inputs(1, (19, 37), 2, 16, dtype), mask=mask)
 
 
-# Not in float64: 10,000 in units of log2 is no longer exact, and float64's own eager shows no such error.
+# Not in float64: 10,000 in units of log2 is inexact, and eager in float64 shows no such error.
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=dtype_name)
 def test_every_key_10000_lower_is_as_none(dtype):
-    """The mask of BERT's first releases does not average a row that is masked throughout: the scores still count."""
+    """The mask of BERT's first releases does not average a fully masked row: the scores still count."""
     check(make_inputs(1, (19, 37), 1, 16, dtype), mask=normal(1, 1, 1, 37) * 0 - 10000.0, relative_fp32=None)
 
 
@@ -140,7 +140,7 @@ def test_every_key_10000_lower_is_as_none(dtype):
 def test_every_key_masked_by_addition(rows, value):
     mask = torch.randn(1, 1, 19, 37, device=DEVICE)
     mask[:, :, rows] = value
-    # Eager's -inf gives NaN in such rows; the reference's gives the average, without a gradient through the mask.
+    # Eager's -inf gives NaN in such rows. The reference gives the average, without a gradient through the mask.
     frozen = ("q", "k") if value == -torch.inf else ()
     with tiles((16, 16)):
         results = check(make_inputs(1, (19, 37), 1, 16), mask=mask, frozen=frozen)
@@ -150,7 +150,7 @@ def test_every_key_masked_by_addition(rows, value):
 @pytest.mark.parametrize("form", ["transposed", "every second", "offset", "expanded", "cut"])
 @pytest.mark.parametrize("added", [False, True], ids=["bool", "added"])
 def test_layouts_of_masks(added, form):
-    """Any strides; what stands between would mask, or spoil, what it must not."""
+    """Any strides; the elements in between would mask or spoil other scores."""
     mask = torch.rand(2, 2, 19, 37, device=DEVICE) > 0.3
     filler = False
     if added:
@@ -171,7 +171,7 @@ def test_layouts_of_masks(added, form):
 @pytest.mark.parametrize("kind", ["right", "left", "holes", "all masked"])
 @pytest.mark.parametrize("general", ["bool", "added", "bool and causal", "added and causal"])
 def test_every_kind_at_once(general, kind):
-    """Padding as well as a general mask, which no block of keys can be left out for."""
+    """Padding together with a general mask, for which no block of keys can be skipped."""
     causal, length = general.endswith("causal"), 40
     mask = torch.rand(2, 1, length, length, device=DEVICE) > 0.3
     if general.startswith("added"):
@@ -182,7 +182,7 @@ def test_every_kind_at_once(general, kind):
 
 @pytest.mark.parametrize("general", ["bool", "added"])
 def test_a_general_mask_says_the_same_as_padding_and_causality(general):
-    """To the bit: what is skipped has a weight of 0."""
+    """Equal to the bit: what is skipped has a weight of 0."""
     inputs, dy = make_inputs(2, 40, 1, 8), normal(2, 40, 1, 8)
     seen = key_masks("right", 2, 40)[:, None, None, :] & torch.ones(40, 40, dtype=torch.bool, device=DEVICE).tril()
     mask = seen if general == "bool" else torch.zeros((), device=DEVICE).masked_fill(~seen, LOWEST[SINGLE])

@@ -1,4 +1,4 @@
-"""What attention's kernels read and write: nothing beyond their tensors, every element of the outputs, no input."""
+"""What attention's kernels read and write: nothing outside of their tensors, every element of the outputs, no input."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from .test_layouts import every_second, heads_first, shared_heads
 
 pytestmark = pytest.mark.one_in(4)
 
-# Lengths that leave a part of a tile over, on either side, and head sizes that leave a part of its width.
+# Lengths that fill tiles partially, on either side, and head sizes that fill their width partially.
 SHAPES = [(1, (1, 1), 1, 1), (2, (19, 19), 2, 24), (1, (17, 33), 1, 16), (2, (33, 5), 1, 59)]
 KINDS = ["plain", "causal", "dropped", "key_mask", "bool mask", "added mask", "packed"]
 
 
 def case(kind, shape, dtype=torch.float32):
-    """inputs, dy and options; the tensors among the options are contiguous."""
+    """Inputs, dy and options; tensors among the options are contiguous."""
     batch, lengths, heads, head_size = shape
     inputs, dy = make_inputs(*shape, dtype), normal(batch, lengths[0], heads, head_size, dtype=dtype)
     seen = torch.rand(batch, lengths[1], device=DEVICE) > 0.3
@@ -31,7 +31,7 @@ def case(kind, shape, dtype=torch.float32):
         "bool mask": {"mask": full > 0.3},
         "added mask": {"mask": full.to(dtype)},
     }.get(kind, {})
-    if kind == "packed":  # one sequence as long as the batch's, one empty, one of the rows that are left
+    if kind == "packed":  # one sequence of the batch's length, one empty, one with the remaining rows
         rows = batch * lengths[0]
         inputs = {name: normal(rows, heads, head_size, dtype=dtype) for name in inputs}
         dy = dy.flatten(0, 1)
@@ -41,7 +41,7 @@ def case(kind, shape, dtype=torch.float32):
 
 
 def fenced(value, band):
-    """A tensor between bands of NaN, or, where its type has none, of `band`."""
+    """A tensor between bands of NaN, or of `band` if its type has no NaN."""
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_floating_point():
@@ -67,7 +67,7 @@ def test_reads_stay_inside_the_inputs(kind, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_writes_fill_the_outputs_and_nothing_else(kind, shape, dtype, monkeypatch):
-    """Outputs, gradients and what is kept between them (logsumexp): NaN before, between bands of NaN."""
+    """Outputs, gradients and the logsumexp are NaN before the call and lie between bands of NaN."""
     inputs, dy, options = case(kind, shape, dtype)
     with tiles((32, 16), kv=(16, 32)):
         plain = run(attention, inputs, dy, **options)
@@ -105,7 +105,7 @@ def test_what_one_kernel_of_the_backward_leaves_to_the_other_is_written_whole(ki
 @pytest.mark.parametrize("layout", [torch.clone, every_second, heads_first, shared_heads], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_not_overwritten(kind, layout):
-    """Nor is the upstream gradient, nor masks, seed and bounds, nor what autograd saved: the second backward agrees."""
+    """Nor are the upstream gradient, masks, seed, bounds and what autograd saved: the second backward agrees."""
     inputs, dy, options = case(kind, (2, (19, 19), 2, 24))
     if kind != "packed":
         inputs, dy = {name: layout(x) for name, x in inputs.items()}, layout(dy)
@@ -148,7 +148,7 @@ def test_outputs_share_no_memory_with_inputs(kind, shape):
 
 
 def test_gradients_in_one_buffer_do_not_overlap():
-    """They may be views of one product's gradient: each written without a trace in the others."""
+    """They may be views of one product's gradient: each is written without a trace in the others."""
     inputs, dy, _ = case("plain", SHAPES[1])
     dq, dk, dv = (run(attention, inputs, dy)[name] for name in ("dq", "dk", "dv"))
     others = dk.clone(), dv.clone()

@@ -1,4 +1,4 @@
-"""What must not matter to attention does not: what stands in padding, how much of it there is, and who else is there."""
+"""Invariances of attention: the contents of padding, its length, and the other sequences do not matter."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastbert.testing.rows import DEVICE, assert_same, run, seed_tensor
 
 pytestmark = pytest.mark.one_in(3)
 
-LENGTHS = (7, 24, 41)  # of 64: with blocks of 16 keys, several are wholly past the last key of each
+LENGTHS = (7, 24, 41)  # of 64: with blocks of 16 keys, several are entirely past the last key of each
 SHAPE = (3, 64, 1, 16)
 HUGE = {torch.float64: 1e30, torch.float32: 1e30, torch.float16: 6e4}
 GRADIENTS_OF_KEYS = ("dk", "dv")
@@ -22,7 +22,7 @@ def padding(length=64):
 
 
 def masked_call(inputs, dy, how, **options):
-    """Padding by the mask of keys, or the same as a general one, which leaves no block of keys out."""
+    """Padding through the key mask, or as a general mask, which skips no block of keys."""
     key_mask = padding(inputs["k"].shape[1])
     if how == "general":
         return run(attention, inputs, dy, mask=key_mask[:, None, None, :], **options)
@@ -32,7 +32,7 @@ def masked_call(inputs, dy, how, **options):
 @pytest.mark.parametrize("how", ["padding", "general", "causal"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_numbers_in_padding_change_nothing(dtype, how):
-    """To the bit, forward and backward, in blocks that are visited as well. A key that is masked has no gradient."""
+    """To the bit, forward and backward, also in blocks that are read. A masked key has no gradient."""
     inputs, dy = make_inputs(*SHAPE, dtype), normal(*SHAPE, dtype=dtype)
     spoiled, gone = dict(inputs), ~padding()
     for name in ("k", "v"):
@@ -48,7 +48,7 @@ def test_numbers_in_padding_change_nothing(dtype, how):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 def test_blocks_of_padding_are_not_read(causal, bad):
-    """Past the block of keys that holds the last valid one: there even a NaN changes no bit, forward and backward."""
+    """Behind the block of the last valid key, even a NaN changes no bit, forward and backward."""
     if not INTERPRETED:
         pytest.skip("how long a block is depends on the GPU")
     inputs, dy = make_inputs(*SHAPE), normal(*SHAPE)
@@ -65,8 +65,8 @@ def test_blocks_of_padding_are_not_read(causal, bad):
 @pytest.mark.parametrize("name", ["q", "v", "dy"])
 @pytest.mark.one_in(1)
 def test_what_is_not_finite_spoils_no_more_than_in_eager(name, bad):
-    """Under dropout, which takes a weight or a gradient away whatever it is."""
-    compared = ("y", "dv") if name == "q" else ("y", "dq", "dk", "dv")  # the reference's masks take away a score's that is NaN
+    """Under dropout, which removes a weight or a gradient whatever its value."""
+    compared = ("y", "dv") if name == "q" else ("y", "dq", "dk", "dv")  # the reference's masks also remove a NaN score
     inputs = make_inputs(1, 20, 2, 8) | {"dy": normal(1, 20, 2, 8)}
     inputs[name][0, 3, 1, 5] = bad
     dy, seed = inputs.pop("dy"), seed_tensor(3)
@@ -74,15 +74,15 @@ def test_what_is_not_finite_spoils_no_more_than_in_eager(name, bad):
     eager = run(reference.attention, inputs, dy, p=0.5, keep=drawn_keep(1, 2, 20, 20, 0.5, seed))
     for result in compared:
         assert (results[result].isfinite() | ~eager[result].isfinite()).all(), result
-    assert not all(results[result].isfinite().all() for result in compared)  # the case is what it says
+    assert not all(results[result].isfinite().all() for result in compared)  # the case is what it claims
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["k", "v"])
 @pytest.mark.parametrize("how", ["padding", "general"])
 def test_nan_in_padding_comes_through_or_changes_nothing(how, name, bad):
-    """In a block that is visited 0 times NaN is NaN, as it is in eager. What is finite is right; what eager gives as
-    finite is finite: nothing is worse than there. A masked key's own score is replaced, so forward no bad key shows."""
+    """In a block that is read, 0 times NaN is NaN, as in eager. Finite results are right, and results that are finite in eager
+    are finite here. A masked key's score is replaced, so in the forward no bad key shows."""
     inputs, dy = make_inputs(*SHAPE), normal(*SHAPE)
     spoiled = inputs | {name: inputs[name].masked_fill(~padding()[..., None, None], bad)}
     with tiles((32, 16)):
@@ -93,13 +93,13 @@ def test_nan_in_padding_comes_through_or_changes_nothing(how, name, bad):
         assert torch.equal(tensor[finite], clean[result][finite]), result
         assert (finite | ~eager[result].isfinite()).all(), result
     assert name == "v" or torch.equal(results["y"], clean["y"])
-    assert not all(tensor.isfinite().all() for tensor in results.values())  # the case is what it says
+    assert not all(tensor.isfinite().all() for tensor in results.values())  # the case is what it claims
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 def test_padded_queries_without_a_gradient_change_nothing(causal, p):
-    """What a padded position asks does not matter to any key, where the loss leaves its answer out."""
+    """The query of a padded position does not matter to any key if the loss leaves its output out."""
     inputs, dy, gone = make_inputs(*SHAPE), normal(*SHAPE), ~padding()
     dy[gone] = 0
     spoiled = inputs | {"q": inputs["q"].masked_fill(gone[..., None, None], 1e4)}
@@ -110,7 +110,7 @@ def test_padded_queries_without_a_gradient_change_nothing(causal, p):
 
 
 def test_what_a_causal_row_does_not_see_yet_is_not_read():
-    """The rows of a tile end with its last row's key; the keys past that block are for later rows."""
+    """A tile reads up to the key of its last row; keys past that block belong to later rows."""
     if not INTERPRETED:
         pytest.skip("how long a block is depends on the GPU")
     inputs = make_inputs(1, 64, 1, 16)
@@ -127,7 +127,7 @@ def test_what_a_causal_row_does_not_see_yet_is_not_read():
 @pytest.mark.parametrize("longer", [65, 96])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_longer_padding_changes_nothing(p, longer, queries):
-    """Nor does it change the dropout of what is there, which goes by position."""
+    """Nor does it change the dropout of the existing positions, which depends on the position."""
     inputs, dy, seed = make_inputs(*SHAPE), normal(*SHAPE), seed_tensor(3)
     more = {name: torch.cat([x, normal(3, longer - 64, 1, 16)], dim=1) for name, x in inputs.items()}
     more_dy = torch.cat([dy, torch.zeros(3, longer - 64, 1, 16, device=DEVICE)], dim=1)
@@ -165,7 +165,7 @@ def test_the_order_of_batch_and_heads(masked, dim):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_the_order_of_keys(masked):
-    """A sum over keys, in whatever order they stand: in float64, which leaves no more than a rounding's difference."""
+    """A sum over keys in any order: in float64, where only a rounding's difference is left."""
     inputs, dy = make_inputs(3, 40, 1, 8, torch.float64), normal(3, 40, 1, 8, dtype=torch.float64)
     order, seen = torch.randperm(40).to(DEVICE), torch.rand(3, 40, device=DEVICE) > 0.3
     options = [{"key_mask": mask} if masked else {} for mask in (seen, seen[:, order])]
@@ -187,7 +187,7 @@ def test_the_order_of_queries():
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 def test_a_number_added_to_every_score_of_a_row_changes_nothing(causal):
-    """Softmax does not see it."""
+    """Softmax does not depend on it."""
     inputs, dy = make_inputs(1, 33, 1, 8, torch.float64), normal(1, 33, 1, 8, dtype=torch.float64)
     one = run(attention, inputs, dy, causal=causal)
     other = run(attention, inputs, dy, causal=causal, mask=normal(1, 1, 33, 1, dtype=torch.float64))
@@ -206,7 +206,7 @@ def test_fewer_heads_and_rows_of_the_batch_are_the_same():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v", "dy"])
 def test_a_bad_number_stays_in_its_head(name, bad, where):
-    """And in its row, where a query or its gradient is bad: the outputs of other rows do not see it."""
+    """And in its row, if a query or its gradient is bad: other rows' outputs do not contain it."""
     inputs, dy = make_inputs(2, 21, 2, 8), normal(2, 21, 2, 8)
     clean = run(attention, inputs, dy)
     batch, position, head = where
@@ -215,7 +215,7 @@ def test_a_bad_number_stays_in_its_head(name, bad, where):
     elsewhere = torch.ones(2, 2, dtype=torch.bool, device=DEVICE)
     elsewhere[batch, head] = False
     for result in clean:
-        # [batch, heads, positions, head size], so that the index is by batch and head
+        # [batch, heads, positions, head size], so that the index is (batch, head).
         one, other = (x[result].transpose(1, 2)[elsewhere] for x in (spoiled, clean))
         assert torch.equal(one, other), result
     if name in ("q", "dy"):
@@ -235,7 +235,7 @@ def test_gradients_are_linear_in_the_upstream_gradient(factor):
 
 
 def test_a_scale_of_the_queries_is_a_scale_of_the_scores():
-    """A power of two is exact in either."""
+    """A power of two is exact in both."""
     inputs, dy = make_inputs(1, 33, 2, 16), normal(1, 33, 2, 16)
     one = run(attention, inputs, dy)
     other = run(attention, inputs | {"q": 4 * inputs["q"]}, dy, scale=0.25 * 16**-0.5)

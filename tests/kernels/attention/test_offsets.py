@@ -1,6 +1,6 @@
-"""Many heads and large strides: more programs than an axis of a grid has room for, and offsets past 2**31 elements.
+"""Many heads and large strides: more programs than a grid axis has room for, and offsets past 2**31 elements.
 
-Real tensors of so many: test_gpu_sizes.py.
+Dense tensors of that size: tests/kernels/test_gpu_sizes.py.
 """
 
 import subprocess
@@ -22,10 +22,10 @@ PLACES += [("packed", dim) for dim in range(2)]
 
 
 @pytest.mark.long
-@pytest.mark.no_launch  # launched in a process of its own, and counted there
+@pytest.mark.no_launch  # launched and counted in a process of its own
 @pytest.mark.parametrize("name, dim", PLACES)
 def test_elements_far_apart(name, dim):
-    """Each of the four strides of each tensor: batch rows, positions, heads or elements 2**30 apart."""
+    """Each of the four strides of each tensor: sequences, positions, heads or elements 2**30 apart."""
     command = [sys.executable, "-m", "tests.kernels.attention.large_offsets", name, str(dim)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "right\n"), f"exit {done.returncode}\n{done.stderr[-2000:]}"
@@ -48,7 +48,7 @@ def recorded(architecture, inputs, **options):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("batch, heads, lengths", [(4096, 16, (128, 128)), (65537, 1, (1, 300)), (1, 70000, (65, 5))])
 def test_each_block_of_each_head_has_a_program(architecture, batch, heads, lengths):
-    """More than the 65,535 of axes 1 and 2, so on axis 0 alone; and no more than there are."""
+    """More than the 65,535 of axes 1 and 2, so on axis 0 only, and no more than necessary."""
     inputs = {name: meta(batch, n, heads, 64) for name, n in zip("qkv", (lengths[0], lengths[1], lengths[1]), strict=True)}
     for kernel, (programs, config, _) in recorded(architecture, inputs).items():
         length, block = (lengths[1], config.BLOCK_N) if kernel == "attention_bwd_kv_kernel" else (lengths[0], config.BLOCK_M)
@@ -58,7 +58,7 @@ def test_each_block_of_each_head_has_a_program(architecture, batch, heads, lengt
 @pytest.mark.no_launch
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_programs_go_by_sequences_and_not_by_rows(architecture):
-    """For the longest each: on one that is shorter they end at once."""
+    """Each sequence has the programs of the longest; on a shorter one the surplus ends at once."""
     inputs = {name: meta(30000, 12, 64) for name in ("q", "k", "v")}
     options = {"cu_seqlens": meta(6001, dtype=torch.int32), "max_seqlen": 512}
     for kernel, (programs, config, arguments) in recorded(architecture, inputs, **options).items():
@@ -68,7 +68,7 @@ def test_packed_programs_go_by_sequences_and_not_by_rows(architecture):
 
 @pytest.mark.no_launch
 def test_arguments_past_32_bits_stay_whole():
-    """Strides are handed over as they are: Triton makes an int64 of what needs one."""
+    """Strides are passed unchanged: Triton makes an int64 of those that need one."""
     storage = meta(1).expand(3, 3, 3, 8).as_strided((3, 3, 3, 8), (2**40, 2**33, 2**35, 1))
     for kernel, (_, _, arguments) in recorded("sm_90", dict.fromkeys("qkv", storage)).items():
         assert arguments["k_strides"] == (2**40, 2**33, 2**35, 1), kernel

@@ -1,4 +1,4 @@
-"""Packed rows: sequences one behind the other, told apart by cu_seqlens, each attended to as if it were alone."""
+"""Packed rows: concatenated sequences, delimited by cu_seqlens, each attended to as if it were alone."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def packing(lengths):
 
 
 def padded(rows, lengths, length, filler=0.0):
-    """The rows of the sequences as [sequences, length, heads, head size]."""
+    """The rows of the sequences as a padded [sequences, length, heads, head size]."""
     batch = rows.new_full((len(lengths), length, *rows.shape[1:]), filler)
     batch[present(lengths, length)] = rows
     return batch
@@ -47,7 +47,7 @@ def present(lengths, length):
 )
 def test_against_the_reference(lengths, option):
     inputs = packed_inputs(lengths)
-    # Of one key neither q nor k has a gradient: all there is of it is rounding.
+    # With one key q and k have no gradient: all there is of it is rounding.
     frozen = ("q", "k") if max(lengths) == 1 else ()
     with tiles((16, 16), kv=(32, 16), q=(16, 32)):
         results = check(inputs, frozen=frozen, causal=option == "causal", p=0.3 * (option == "dropped"), **packing(lengths))
@@ -65,7 +65,7 @@ def test_dtypes_and_head_sizes(head_size, dtype):
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
 def test_the_same_bits_as_padded(dtype, causal, p):
-    """As rows of a batch with padding, forward and backward, and the dropout is that of those rows."""
+    """The bits of a padded batch's rows, forward and backward, with the dropout of those rows."""
     inputs, dy = packed_inputs(MIXED, dtype), normal(sum(MIXED), HEADS, HEAD_SIZE, dtype=dtype)
     here, options = present(MIXED, 33), {"causal": causal, "p": p, "seed": seed_tensor(6)}
     with tiles((16, 16), kv=(32, 16), q=(16, 32)):
@@ -94,7 +94,7 @@ def test_one_sequence_is_a_batch_of_one():
 
 
 def test_sequences_do_not_see_each_other():
-    """Whatever stands in the others: a NaN next door changes no bit."""
+    """Whatever the others contain: a NaN in one changes no bit of the next."""
     inputs, dy = packed_inputs(MIXED), normal(sum(MIXED), HEADS, HEAD_SIZE)
     starts = bounds(MIXED).tolist()
     mine = slice(starts[2], starts[3])
@@ -133,7 +133,7 @@ def test_layouts(layout, causal):
 
 
 def test_views_of_one_product():
-    """[T, 3, heads, head size], unbound, as the projection leaves it; the gradient is one such buffer, not copied."""
+    """[T, 3, heads, head size], unbound, as the projection returns it; the gradient is one such buffer, not a copy."""
     product, dy = normal(24, 3, HEADS, HEAD_SIZE), normal(24, HEADS, HEAD_SIZE)
     results = check(dict(zip("qkv", product.unbind(1), strict=True)), dy, **packing((5, 19)))
     gradients = [results[name] for name in ("dq", "dk", "dv")]
@@ -158,7 +158,7 @@ def test_cu_seqlens_of_any_stride():
 
 
 def test_rows_around_the_sequences_are_not_read():
-    """The first may start after row 0 and the last end before row T, in a buffer that is longer than its content."""
+    """The first sequence may start after row 0 and the last end before row T, in a buffer longer than its contents."""
     inputs, dy = packed_inputs((5, 19)), normal(24, HEADS, HEAD_SIZE)
     expected = run(attention, inputs, dy, **packing((5, 19)))
     around = {name: torch.cat([x.new_full((3, *x.shape[1:]), torch.nan), x, x.new_full((4, *x.shape[1:]), torch.nan)])
@@ -168,11 +168,11 @@ def test_rows_around_the_sequences_are_not_read():
     assert_same({name: x[3:-4] for name, x in results.items()}, expected)
 
 
-LENGTHS_Q = (1, 0, 20, 17, 3)  # of MIXED's sequences: one without keys has no queries here
+LENGTHS_Q = (1, 0, 20, 17, 3)  # for MIXED's sequences: one without keys has no queries here
 
 
 def other_rows(lengths_q, lengths, dtype=torch.float32):
-    """Queries of their own beside packed keys, and how both are packed."""
+    """Queries of their own with packed keys, and the packing of both."""
     inputs = packed_inputs(lengths, dtype) | {"q": normal(sum(lengths_q), HEADS, HEAD_SIZE, dtype=dtype)}
     return inputs, packing(lengths) | {"cu_seqlens_q": bounds(lengths_q), "max_seqlen_q": max(lengths_q)}
 
@@ -180,7 +180,7 @@ def other_rows(lengths_q, lengths, dtype=torch.float32):
 @pytest.mark.parametrize("option", ["plain", "causal", "dropped"])
 @pytest.mark.parametrize("lengths_q", [LENGTHS_Q, (1,) * 5, (0, 0, 2, 0, 0)], ids=["mixed", "first rows", "few"])
 def test_queries_of_other_rows(lengths_q, option):
-    """As many as are read, of each sequence; causal aligns the last of them with the sequence's last key."""
+    """As many queries as are read of each sequence; causal aligns the last of them with the sequence's last key."""
     lengths = tuple(max(n, 1) for n in MIXED) if lengths_q[1] else MIXED
     causal = option == "causal"
     if causal:
@@ -202,7 +202,7 @@ def test_queries_that_are_some_rows_give_the_bits_of_those_rows():
 
 
 def test_queries_of_a_sequence_without_keys_are_zero():
-    """What an empty sum is; and they have no gradient."""
+    """An empty sum is zero, and such queries have no gradient."""
     inputs, how = other_rows((3, 2), (0, 5))
     results = run(attention, inputs, normal(5, HEADS, HEAD_SIZE), **how)
     assert not results["y"][:3].any() and not results["dq"][:3].any() and results["dk"].isfinite().all()
@@ -212,7 +212,7 @@ def test_queries_of_a_sequence_without_keys_are_zero():
 
 
 def test_the_reference_is_attention_sequence_by_sequence():
-    """The specification itself, against its own padded form."""
+    """Checks the specification itself, against its padded form."""
     inputs = packed_inputs(MIXED, torch.float64)
     batch = {name: padded(x, MIXED, 33) for name, x in inputs.items()}
     here = present(MIXED, 33)

@@ -1,4 +1,4 @@
-"""The backward of short sequences, which one kernel makes: against eager, and in what the kernels of any length agree with."""
+"""The one-kernel backward of short sequences: against eager, and against the kernels for any length."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_against_the_reference(length, head_size, option):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_every_tile(tile, option):
-    """Blocks of keys that are all seen, some of which are, and that end within one."""
+    """Blocks of keys that are all seen, that are partly seen, and that extend past the end."""
     with short_tiles(tile):
         check(make_inputs(2, tile[0] - 5, 1, 24, HALF), **options_of(option, 2, tile[0] - 5))
 
@@ -59,7 +59,7 @@ def test_every_tile(tile, option):
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("lengths", [(5, 17), (17, 5), (1, 128), (128, 64), (40, 97), (97, 40)], ids=str)
 def test_lengths_that_differ(lengths, causal):
-    """Causal with more queries than keys: the first see none and average all."""
+    """Causal with more queries than keys: the first queries see none and average all."""
     check(make_inputs(1, lengths, 2, 16, HALF), causal=causal, p=0.1)
 
 
@@ -75,7 +75,7 @@ MASKS = {
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_of_keys(mask, causal):
-    """Of one sequence beside another that has no mask. A row that sees no key is the average of all, and so are gradients."""
+    """A masked sequence beside an unmasked one. A row that sees no key is the average of all, and so are its gradients."""
     keys = torch.arange(70, device=DEVICE)
     key_mask = torch.stack([MASKS[mask](keys), keys >= 0])
     with short_tiles((128, 32)):
@@ -86,7 +86,7 @@ def test_masks_of_keys(mask, causal):
 
 
 def test_masked_keys_do_not_matter_where_the_others_score_low():
-    """The weight of a key that is 0 is not in range where a row's scores are all below -128: it is held at 1."""
+    """The weight of a masked key, loaded as 0, overflows if a row's scores are all below -128: it is clamped to 1."""
     inputs = make_inputs(1, 40, 1, 16, HALF)
     inputs["q"] = inputs["q"].abs() + 2
     inputs["k"] = -inputs["k"].abs() - 2
@@ -128,7 +128,7 @@ def test_the_longest_sequence_chooses_the_tile_and_not_the_result():
 @pytest.mark.parametrize("tile", TILES[1:], ids=str)
 @pytest.mark.parametrize("lengths", [(40, 40), (23, 41), (41, 23)], ids=str)
 def test_the_forwards_dropout(lengths, tile):
-    """The same bits in every gradient, to the last, as the forward drew."""
+    """Every gradient uses the same bits that the forward drew."""
     seed, p = seed_tensor(9), 0.3
     keep = drawn_keep(2, 2, *lengths, p, seed)
     with short_tiles(tile):
@@ -203,7 +203,7 @@ def test_each_length_has_a_tile_that_holds_it():
 
 @pytest.mark.parametrize("option", [*OPTIONS, "nothing seen"])
 def test_sums_of_each_sequence(option):
-    """Of dq and dv as they are before rounding, and 0 of dk, which it is but for rounding."""
+    """dq and dv are summed before rounding; the sum of dk is written as 0, which it is except for rounding."""
     if option == "nothing seen":
         options = {"key_mask": torch.arange(2, device=DEVICE)[:, None].expand(2, 70) > 0}
     else:
