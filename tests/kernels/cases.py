@@ -1,4 +1,4 @@
-"""The case matrix: widths, rows and dtypes in full, the other choices drawn once a case, always the same."""
+"""The case matrix: widths, rows and dtypes in full; other choices are drawn per case, deterministically."""
 
 import random
 from typing import Any
@@ -22,14 +22,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def drawn_options(op: RowOp, draw: random.Random, width: int) -> dict[str, Any]:
-    """Dropout or not, or an activation: relu only where a row that is 0 throughout (no variance) is out of reach."""
+    """With or without dropout, or an activation: relu only where a row of zeros (no variance) is impossible."""
     if op is DROPOUT_ADD_LAYERNORM:
         return {"p": draw.choice((0.0, 0.0, 0.1))}
     return {"activation": draw.choice([a for a in ACTIVATIONS if a != "relu" or width >= 37 or op is BIAS_GELU])}
 
 
 def matrix(op: RowOp) -> list[Any]:
-    """(rows, width, dtype, whether the optional bias is there, options), as pytest parameters."""
+    """(rows, width, dtype, whether the optional bias exists, options), as pytest parameters."""
     draw = random.Random(op.name)
     parameters = []
     for width in WIDTHS:
@@ -37,7 +37,7 @@ def matrix(op: RowOp) -> list[Any]:
             for dtype in DTYPES:
                 optional, options = draw.random() < 0.5, drawn_options(op, draw, width)
                 if width == 1 and op is not BIAS_GELU:
-                    continue  # eager's rounding is all there is of those gradients: see test_one_column
+                    continue  # those gradients are rounding only, in eager too: see test_one_column
                 chosen = (rows, width) in ALWAYS and DTYPES.index(dtype) == 1 + ALWAYS.index((rows, width)) % 2
                 name = f"{rows}x{width}-{dtype_name(dtype)}-{'-'.join(map(str, options.values()))}"
                 parameters.append(
@@ -54,5 +54,5 @@ def matrix(op: RowOp) -> list[Any]:
 
 
 def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Every subset but the full one."""
+    """Every subset except the full one."""
     return [tuple(n for i, n in enumerate(names) if bits >> i & 1) for bits in range(2 ** len(names) - 1)]

@@ -1,4 +1,4 @@
-"""A kernel's test in which no kernel was launched tested something else, so it fails."""
+"""A kernel test that launches no kernel has tested something else, so it fails."""
 
 from collections.abc import Generator
 

@@ -1,6 +1,6 @@
 """One case of test_large_offsets.py, in a process of its own: `python -m tests.kernels.large_offsets OP LAYOUT NAME`.
 
-A kernel whose offsets wrap reads outside of its tensor, which ends the process rather than failing an assertion.
+A kernel whose offsets wrap reads outside of its tensor, which crashes the process instead of failing an assertion.
 """
 
 import sys
@@ -20,7 +20,7 @@ SHORT, STRIDE = 40, 2**30 + 24  # the third row, or column, begins past 2**31
 def far_apart(values: Tensor, layout: str, room: int = SHORT, dtype: torch.dtype = torch.float16) -> Tensor:
     """Rows (or columns) of float16, or of `dtype`, 2**30 elements apart.
 
-    Only the pages they stand on take memory, not those between.
+    Only pages that are touched take memory, not the gaps.
 
     `room`: elements of the last row.
     """
@@ -30,7 +30,7 @@ def far_apart(values: Tensor, layout: str, room: int = SHORT, dtype: torch.dtype
 
 
 def leave_storages_where_they_are() -> None:
-    """After a launch the interpreter copies each storage back, also onto itself: here 4 GiB that nobody touched."""
+    """After a launch the interpreter copies each storage back, even onto itself: here 4 GiB that nothing touched."""
     copy = torch.UntypedStorage.copy_
 
     def copy_elsewhere(self, source, *rest):

@@ -1,4 +1,4 @@
-"""The same rows at other places in memory. What lies between and around them is NaN, so that a wrong read shows."""
+"""The same rows in other memory layouts. What lies between and around them is NaN, so that a wrong read shows."""
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ def sliced(rows: Tensor) -> Tensor:
 
 
 def expanded(rows: Tensor) -> Tensor:
-    """The first row, seen once a row: row stride 0, as in the gradient of a sum over rows."""
+    """The first row, repeated: row stride 0, as in the gradient of a sum over rows."""
     return rows[:1].clone().expand_as(rows)
 
 
 def offset(rows: Tensor) -> Tensor:
-    """Contiguous, from an odd place in its storage: no 16-byte boundary to rely on."""
+    """Contiguous, from an odd offset in its storage, so that it is not aligned to 16 bytes."""
     storage = rows.new_full((rows.numel() + 10,), torch.nan)
     return storage[3 : 3 + rows.numel()].view(rows.shape).copy_(rows)
 

@@ -1,9 +1,9 @@
-"""Every kernel's offsets in 64 bits, read off what Triton makes of it: `python -m tests.kernels.lint_offsets [--all]`.
+"""Checks in Triton's IR that all kernels compute offsets in 64 bits: `python -m tests.kernels.lint_offsets [--all]`.
 
 Each variant of fastbert/testing/specs is launched as the audit launches it, on tensors of more than 2**31 elements that take no
-memory and with every stride as long as 32 bits hold, lowered to Triton's IR for sm_90 and searched by ranges.py. A line of
-JSON a kernel: its name, the variant and what was found; without --all only of variants that differ in more than their dtype
-and width. In a process of its own: under the interpreter nothing compiles.
+memory and with every stride as large as 32 bits hold, lowered to Triton's IR for sm_90 and searched by ranges.py. Prints a line
+of JSON per kernel: its name, the variant and the findings. Without --all only variants that differ in more than dtype and
+width. Runs in a process of its own, because nothing compiles under the interpreter.
 """
 
 import json
@@ -26,16 +26,16 @@ from fastbert.testing.specs.embedding_layernorm import EMBEDDED
 from tests.kernels.ranges import wrapped_offsets
 
 ARCHITECTURE = "sm_90"
-TOKENS = EMBEDDED * 2**17  # of 384 columns and more
-ROWS = {"adamw": 2**33, "attention": 2**14}  # of attention sequences
+TOKENS = EMBEDDED * 2**17  # with 384 columns and more
+ROWS = {"adamw": 2**33, "attention": 2**14}  # attention: sequences
 STRIDE = 2**31 - 128
-# Of what the launcher makes contiguous. Token ids: their offsets are numbers of tokens, and those fit in 32 bits. Operands of
+# Arguments that the launcher makes contiguous. Token ids: their offsets are token numbers, which fit 32 bits. Operands of
 # feed_forward's products: a row is H elements, and a tile has 128 of them.
 CONTIGUOUS = ("position_batch_stride", "type_batch_stride", "inner_stride")
 
 
 def lower(source: Any, target: Any = None, options: Any = None, **_: Any) -> str:
-    """triton.compile, up to the first stage and without its cache: a fiftieth of the time."""
+    """triton.compile up to the first stage and without its cache, in a fiftieth of the time."""
     backend = triton.compiler.make_backend(target)
     options, context, stages = backend.parse_options(options), ir.context(), {}
     ir.load_dialects(context)
@@ -57,7 +57,7 @@ def findings(launched: Launch) -> list[str]:
 
 
 def members(text: str, name: str) -> list[str]:
-    """What Triton calls the elements of the argument `name`, a tuple."""
+    """Triton's names for the elements of the argument `name`, a tuple."""
     signature = next(line for line in text.splitlines() if "tt.func" in line)
     return re.findall(rf"%({name}[._]?\d*): i", signature)
 
@@ -76,7 +76,7 @@ def launches(every: bool) -> Iterator[tuple[str, Launch]]:
 
 @triton.jit
 def narrow_kernel(x_ptr, y_ptr, x_row_stride, x_strides, WHICH: tl.constexpr, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What the search has to find: offsets in 32 bits, of numbers that are multiplied there or cut down afterwards."""
+    """Offsets that the search must find: 32-bit numbers that are multiplied, or truncated afterwards."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if WHICH == "a stride":
         offsets = rows * x_row_stride

@@ -1,4 +1,4 @@
-"""keep_mask by itself, at any rows, and the numbers that it has to be made of."""
+"""keep_mask alone, for any rows, and the random numbers behind it."""
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ def keep_mask_kernel(seed_ptr, keep_ptr, first_row, N_COLS: tl.constexpr, P_DROP
 
 
 def keep_masks(p: float, rows: int, cols: int, *, seed: int = 0, first_row: int = 0) -> Tensor:
-    """bool [rows, cols], what dropout keeps in rows first_row... of a tensor of that width. Powers of two only."""
+    """bool [rows, cols]: what dropout keeps in the rows from first_row on of a tensor of that width. Powers of two only."""
     keep = torch.full((rows, cols), -1, dtype=torch.int8, device=DEVICE)
     block = min(rows, max(1, 2**18 // cols)) if DEVICE.type == "cpu" else 1
     arguments = {"seed_ptr": seed_tensor(seed), "keep_ptr": keep, "first_row": first_row}
@@ -30,7 +30,7 @@ def keep_masks(p: float, rows: int, cols: int, *, seed: int = 0, first_row: int 
 
 
 def philox(counter, key, rounds=7):
-    """Philox4x32 in NumPy: four words of counter (arrays), two of key -> four words (Salmon et al., SC'11)."""
+    """Philox4x32 in NumPy: four counter words (arrays) and two key words -> four words (Salmon et al., SC'11)."""
     c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     for i in range(rounds):
@@ -41,7 +41,7 @@ def philox(counter, key, rounds=7):
 
 
 def draws(rows: int, cols: int, *, seed: int = 0, first_row: int = 0) -> np.ndarray:
-    """The 16-bit number behind each decision, uint16 [rows, cols]: eight neighbours from one Philox call."""
+    """The 16-bit number behind each decision, uint16 [rows, cols]: eight adjacent ones per Philox call."""
     row = np.arange(rows, dtype=np.uint64)[:, None] + np.uint64(first_row)
     group = np.arange(-(-cols // 8), dtype=np.uint64)[None, :]
     words = philox((group, row % 2**32, row >> np.uint64(32), 0), (seed % 2**32, seed >> 32))

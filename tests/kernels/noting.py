@@ -1,4 +1,4 @@
-"""A kernel that only notes how it was launched: what kept and bound kernels are tried with where there is no GPU."""
+"""A kernel that only records its launches, by which cached and bound kernels are tested without a GPU."""
 
 from types import SimpleNamespace
 
@@ -12,11 +12,11 @@ def _probe(x_ptr, n, size, N: tl.constexpr, NAME: tl.constexpr):
 
 
 PROBE = JITFunction(_probe, do_not_specialize=["size"])
-STREAM = 100  # of device 0
+STREAM = 100  # device 0's
 
 
 class Noting:
-    """`launched`: "triton" with what its binder was given, "warmup", or "address" with what Triton's launcher was."""
+    """`launched`: "triton" with its binder's arguments, "warmup", or "address" with those of Triton's launcher."""
 
     debug = None
 
@@ -52,6 +52,6 @@ class Noting:
 
 
 def on_a_device(monkeypatch, kept):
-    """Kernels of this kind are taken for Triton's own, on devices whose streams are numbered."""
+    """Kernels of this kind pass for Triton's own, on devices whose streams are numbered."""
     monkeypatch.setattr(kept, "triton", SimpleNamespace(JITFunction=Noting))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)

@@ -6,7 +6,7 @@ import torch
 
 
 def opcheck(op: Any, *arguments: Any) -> None:
-    """Schema, fake tensors, autograd registration and AOT dispatch: all four pass."""
+    """All four checks pass: schema, fake tensors, autograd registration and AOT dispatch."""
     results = torch.library.opcheck(op.default, arguments)
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4, results
 

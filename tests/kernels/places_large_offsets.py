@@ -1,6 +1,7 @@
-"""The ops that ops.py does not hold, with rows or columns 2**30 elements apart: `python -m tests.kernels.places_large_offsets`.
+"""The ops that ops.py does not list, with rows or columns 2**30 elements apart: `python -m tests.kernels.places_large_offsets`.
 
-As in large_offsets.py, an offset that wraps ends the process, unless the interpreter's checks find it first. A line a place.
+As in large_offsets.py, an offset that wraps crashes the process, unless the interpreter's checks find it first. Prints a line
+per place.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def gather_rows(layout: str, name: str) -> None:
 
 
 def embedding_layernorm(layout: str, name: str) -> None:
-    """words: the table, or the rows themselves where there are no ids."""
+    """words: the table, or without ids the words' rows themselves."""
     n_rows, width = LAYOUTS[layout]
     inputs, options = test_embedding_layernorm.make((n_rows,), width, torch.float16, embeds=name == "embeds", vocabulary=n_rows)
     dy = normal(n_rows, width)
@@ -58,7 +59,7 @@ def embedding_layernorm(layout: str, name: str) -> None:
 
 
 def masks(op: str, layout: str) -> None:
-    """Rows or columns of masks, which are bytes: three, of which the last begins past 2**31."""
+    """Rows or columns of masks, which are bytes: three, the last of which begins past 2**31."""
     seen, read = (torch.rand(LAYOUTS[layout]) < rate for rate in (0.7, 0.3))
     far, far_read = (far_apart(mask, layout, dtype=torch.bool) for mask in (seen, read))
     if op == "key_bounds":
@@ -74,7 +75,7 @@ def masks(op: str, layout: str) -> None:
 
 
 def scaled(layout: str) -> None:
-    """What multiplies linear_cross_entropy's gradients with that of the loss."""
+    """The multiplication of linear_cross_entropy's gradients by that of the loss."""
     x, ones = normal(*LAYOUTS[layout]), torch.ones((), device=DEVICE)
     y = linear_cross_entropy_rows.scaled(far_apart(x, layout), 2 * ones, ones, x.dtype)
     assert torch.equal(y, 2 * x)
@@ -103,7 +104,7 @@ def logits(name: str) -> None:
 
 
 def adamw() -> None:
-    """The last program of a tensor of 2**31 elements and some. The others would take the interpreter hours."""
+    """The last program of a tensor with slightly more than 2**31 elements. The others would take the interpreter hours."""
     tail = 5000
     tensors = [torch.empty(2**31 + tail, dtype=torch.float16, device=DEVICE) for _ in range(4)]
     (small,) = test_adamw.make([(tail,)], torch.float16)
@@ -118,7 +119,7 @@ def adamw() -> None:
     reference.adamw([expected], test_adamw.GROUPS)
     _launch(table, None, None)
     found = Parameter(*(tensor[-tail:] for tensor in tensors), parameter.step)
-    n = int(2**31 + tail - chunk[0, 1])  # the program's share of them
+    n = int(2**31 + tail - chunk[0, 1])  # the elements of that program
     assert 1000 < n <= tail
     shares = [Parameter(*(t[-n:] for t in p[:4]), p.step) for p in (found, expected)]
     test_adamw.assert_same([shares[0]], [shares[1]])

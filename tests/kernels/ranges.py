@@ -1,10 +1,10 @@
-"""Which offsets of a kernel's loads and stores may have wrapped in 32 bits: intervals of integers over Triton's IR.
+"""Finds offsets of loads and stores that may have wrapped in 32 bits, by interval analysis of Triton's IR.
 
-The text is read once from top to bottom. Every integer gets the interval that it may lie in; what an operation in 32 bits
-can take out of them is marked, and the mark goes wherever the number goes. A marked offset of a pointer is a finding.
-What is not known (an operation that is not listed, a number that a loop hands on) may be anything.
+The text is read once from top to bottom. Every integer gets the interval of its possible values. A result that a 32-bit
+operation may wrap is marked, and the mark propagates with the number. A marked offset of a pointer is a finding. What is not
+known (an operation that is not listed, a loop-carried number) may be anything.
 
-Numbers that are loaded (row numbers, labels, lengths) are taken to be LOADED at most: they fit, their products do not.
+Numbers that are loaded (row numbers, labels, lengths) are taken to be at most LOADED: they fit, their products do not.
 """
 
 import math
@@ -20,7 +20,7 @@ _PASSED_ON = {"splat", "broadcast", "expand_dims", "reshape", "trans", "extsi"}
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`; `wrapped` is the line of the IR that may have left 32 bits on the way, if one did."""
+    """From `low` to `high`; `wrapped` is the line of the IR that may have left 32 bits on the way, or None."""
 
     low: int
     high: int
@@ -28,20 +28,20 @@ class Range:
 
 
 def wrapped_offsets(ir: str, arguments: dict[str, int], programs: int) -> list[str]:
-    """A line for each tt.addptr whose offset may have wrapped, with the operation that did it.
+    """A line per tt.addptr whose offset may have wrapped, with the operation that wrapped.
 
     Args:
         ir: a module with one function, after Triton's make_ttir.
         arguments: the function's integers, by name.
-        programs: how many programs are launched on axis 0.
+        programs: the number of programs on axis 0.
     """
     known = {f"%{name}": Range(value, value) for name, value in arguments.items()}
     found: list[str] = []
-    regions: list[tuple[str, list[Range | None]]] = []  # what they are the result of, and what that was given
+    regions: list[tuple[str, list[Range | None]]] = []  # each region's result, and what it yielded
     for line in (re.sub(r" loc\(.*$", "", line) for line in ir.splitlines() if "tt.func" not in line):
         if "^bb" in line or "_args" in line or "scf.while" in line:
             for name in re.findall(r"[(, ](%[\w$.]+)(?::| =)", line):
-                known.pop(name, None)  # handed on from iteration to iteration
+                known.pop(name, None)  # loop-carried
         definition = _DEFINITION.match(line)
         result, operation, rest = definition.groups() if definition else (None, "", line)
         given = [known.get(name) for name in _NAME.findall(rest)]
@@ -56,7 +56,7 @@ def wrapped_offsets(ir: str, arguments: dict[str, int], programs: int) -> list[s
             regions.append((result or "", given))
         elif closes and not opens and regions:
             result, given = regions.pop()
-            if result and line.strip().startswith("})"):  # tt.reduce, whose types stand here
+            if result and line.strip().startswith("})"):  # tt.reduce, whose types are on this line
                 known[result] = _in_type(_reduced(given, line), _bits(line), line.strip())
         elif result:
             value = _value(operation, given, rest, programs)
@@ -65,13 +65,13 @@ def wrapped_offsets(ir: str, arguments: dict[str, int], programs: int) -> list[s
 
 
 def _bits(text: str) -> int:
-    """Of the integers in the type that ends a line; 0 for another type."""
+    """The bits of the integer type at the end of a line; 0 for another type."""
     last = re.search(r"[x<\s]i(\d+)>*(?: \{.*\})?$", text.rstrip())
     return int(last.group(1)) if last else 0
 
 
 def _hand_out(result: str, given: list[Range | None], rest: str, known: dict[str, Range | None]) -> None:
-    """What a loop or a branch ends with is its result: any number, with the mark of that one."""
+    """The number that a loop or a branch yields is its result: any number, with the mark of the yielded one."""
     for place, value in enumerate(given):
         name = result if len(given) == 1 else f"{result}#{place}"
         known[name] = Range(-LOADED, LOADED, value.wrapped) if value and value.wrapped else None
@@ -85,7 +85,7 @@ def _reduced(given: list[Range | None], line: str) -> Range:
 
 
 def _in_type(value: Range, bits: int, line: str) -> Range | None:
-    """Marked if it leaves its type; numbers of more or fewer bits than 32 are only kept."""
+    """Marked if it leaves its type; numbers with another width than 32 bits are only clamped."""
     if not bits:
         return None
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -106,7 +106,7 @@ def _anything(bits: int) -> Range:
 
 
 def _value(operation: str, given: list[Range | None], rest: str, programs: int) -> Range | None:
-    """What the operation can give, before it is cut to its type; None where no integer comes out."""
+    """The operation's possible results before they are cut to their type; None if they are no integers."""
     dialect, _, name = operation.partition(".")
     bits = _bits(rest)
     if name == "constant":

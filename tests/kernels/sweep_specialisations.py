@@ -1,12 +1,11 @@
-"""Every kernel at every kind of its int arguments: `python -m tests.kernels.sweep_specialisations [--all]`.
+"""Compiles every kernel for every kind of its int arguments: `python -m tests.kernels.sweep_specialisations [--all]`.
 
-Triton compiles a kernel anew for an int that is 1, which it makes a constant, for one that 16 divides and for any other: one
-that compiles for every model seen so far may not for one of one head. Each variant of fastbert/testing/specs is launched as the
-audit launches it, with its ints changed, and lowered to Triton's IR for sm_90. A line of JSON a launch: the kernel, the
-variant, the ints that are told apart so, how often it was lowered, and the changes with which it could not be. Without --all
-only variants that differ in more than their dtype and width, and after the first of a kernel's only 1, of one int in four by
-itself.
-In a process of its own: under the interpreter nothing compiles.
+Triton specialises a kernel for an int that is 1, which it makes a constant, and for one that 16 divides. A kernel that compiles
+for every model so far may not compile for a model of one head. Each variant of fastbert/testing/specs is launched as the audit
+launches it, with its ints changed, and lowered to Triton's IR for sm_90. Prints a line of JSON per launch: the kernel, the
+variant, the ints that are specialised, how often it was lowered, and the changes for which that failed. Without --all only
+variants that differ in more than dtype and width, and after a kernel's first variant only 1, for one int in four by itself.
+Runs in a process of its own, because nothing compiles under the interpreter.
 """
 
 import json
@@ -29,7 +28,7 @@ ONE_IN = 4
 
 
 def ints(launched: Launch) -> list[str]:
-    """Those that are no constant of the kernel anyway."""
+    """The ints that are not constexpr."""
     constants = {parameter.name for parameter in launched.kernel.params if parameter.is_constexpr}
     return [name for name, value in launched.arguments.items() if type(value) in (int, tuple) and name not in constants]
 
@@ -45,7 +44,7 @@ def specialised(launched: Launch) -> list[str]:
 
 
 def changes(launched: Launch, before: int, every: bool) -> Iterator[tuple[list[str], int]]:
-    """Names and a kind: all at once, then each by itself; `before`: variants of this kernel that were there before."""
+    """Names and a kind: all at once, then each by itself; `before`: the number of earlier variants of this kernel."""
     names = ints(launched)
     for kind in KINDS if every or not before else KINDS[:1]:
         yield names, kind
@@ -70,7 +69,7 @@ def failures(launched: Launch, before: int, every: bool) -> tuple[int, list[str]
 
 @triton.jit
 def converting_kernel(y_ptr, n_heads, n_rows, BLOCK_M: tl.constexpr):
-    """What the sweep has to find: an int that is 1 is a constant, and a constant has no `to`."""
+    """What the sweep must find: an int that is 1 is a constant, which has no `to`."""
     tl.store(y_ptr + n_heads.to(tl.int64) * n_rows, tl.program_id(0))
 
 

@@ -1,4 +1,4 @@
-"""Wrong arguments: the error names the argument and says what was expected and what came."""
+"""Wrong arguments: the error names the argument, what was expected and what came."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_a_dtype_without_a_kernel(op, name, dtype):
 
 @pytest.mark.parametrize("shape", [(4, 48), (3, 47), (48,), (3, 1), (1, 3, 48)], ids=str)
 def test_a_residual_of_another_shape(shape):
-    """Not broadcast, though torch would: the gradient would then have to be summed."""
+    """Shapes are not broadcast, although torch would: the gradient would have to be summed."""
     inputs = make_inputs(DROPOUT_ADD_LAYERNORM, (3, 48))
     inputs["residual"] = torch.zeros(shape, device=DEVICE)
     with pytest.raises(ValueError, match=r"^residual: expected the shape of x, \(3, 48\), got "):

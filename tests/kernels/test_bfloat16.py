@@ -1,8 +1,7 @@
-"""bfloat16 under Triton's interpreter is wrong, so no test here proves it: test_gpu.py does.
+"""Triton's interpreter computes bfloat16 wrongly, so only test_gpu.py tests it.
 
-The interpreter cuts a float32 off to get a bfloat16, where a GPU rounds to the nearest: up to twice the error, all of
-it towards zero. These tests pin the fault; once one passes, Triton has mended it, and bfloat16 belongs into the
-other tests.
+The interpreter truncates float32 to bfloat16, where a GPU rounds to nearest: up to twice the error, all of it towards zero.
+These tests pin the fault. If one passes, Triton is fixed, and bfloat16 belongs in the other tests.
 """
 
 import pytest
@@ -30,7 +29,7 @@ def test_the_result_is_the_rounded_float32_result(op, dtype):
 
 @DTYPES
 def test_bias_relu_is_the_rounded_float32_result(dtype):
-    # Not gelu, which 16-bit types compute by other means (device_math.normal).
+    # Not gelu, which 16-bit types compute in another way (device_math.normal).
     inputs = make_inputs(BIAS_GELU, (5, 48), dtype)
     y = run(BIAS_GELU.call, inputs, None, activation="relu")["y"]
     wide = {k: t.float() for k, t in inputs.items()}

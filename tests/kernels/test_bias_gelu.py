@@ -28,7 +28,7 @@ def test_activations(activation, dtype, optional, scale):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_magnitude(activation, dtype):
-    """From deep inside the linear part to where one factor underflows: both signs, evenly in the exponent."""
+    """From deep inside the linear part to where one factor underflows: both signs, evenly spaced exponents."""
     magnitudes = torch.logspace(-6, 2, 400, dtype=torch.float64)
     x = torch.cat([-magnitudes, torch.zeros(1, dtype=torch.float64), magnitudes]).to(DEVICE, dtype)
     check(OP, {"x": x[None], "bias": None}, torch.ones_like(x)[None], activation=activation)

@@ -53,7 +53,7 @@ def test_outputs_and_gradients(op, options, frozen, dtype, launches):
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_one_graph_for_every_length(op, launches):
-    """Sizes are symbols: a batch of another length compiles nothing anew."""
+    """Sizes are symbols: a batch of another length recompiles nothing."""
     function = compiled(op.call, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (4, 7, 11):
@@ -75,7 +75,7 @@ def test_dropout_draws_anew_each_call_and_repeats_with_the_seed():
 
 
 def test_gradients_of_compiled_dropout_belong_to_its_mask():
-    """What the drawn mask dropped in the forward has no gradient in the backward."""
+    """Elements that the forward dropped have no gradient in the backward."""
     inputs = make_inputs(DROPOUT_ADD_LAYERNORM, (5, 24))
     inputs["residual"], dy = torch.zeros_like(inputs["x"]), torch.randn(5, 24, device=DEVICE)
     inputs["weight"], inputs["bias"] = torch.ones_like(inputs["weight"]), torch.zeros_like(inputs["bias"])

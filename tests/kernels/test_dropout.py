@@ -1,4 +1,4 @@
-"""Dropout in dropout_add_layernorm: seeds, and a mask that depends on row and column alone, in both directions."""
+"""Dropout in dropout_add_layernorm: seeds, and a mask that depends only on row and column, in both directions."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_p_zero_is_no_dropout(dtype):
 
 
 def test_p_one_drops_everything():
-    """LayerNorm of the residual; no gradient for x and x_bias, exactly; not even infinity comes through."""
+    """LayerNorm of the residual; the gradients of x and x_bias are exactly zero, and not even infinity comes through."""
     inputs, dy = make_inputs(OP, (17, 48)), torch.randn(17, 48, device=DEVICE)
     results = run(dropout_add_layernorm, inputs, dy, p=1.0)
     nothing = inputs | {"x": torch.zeros_like(inputs["x"]), "x_bias": None}
@@ -95,7 +95,7 @@ def test_what_is_kept_is_scaled(p):
 
 @pytest.mark.parametrize("rows, cols", [(1, 48), (9, 200), (40, 96), (64, 1024)])
 def test_the_mask_depends_on_row_and_column_alone(rows, cols):
-    """Not on how many of them there are."""
+    """Not on how many rows and columns there are."""
     one, other = drawn_mask((9, 48), 0.5, seed_tensor(2)), drawn_mask((rows, cols), 0.5, seed_tensor(2))
     rows, cols = min(rows, 9), min(cols, 48)
     assert torch.equal(one[:rows, :cols], other[:rows, :cols])
@@ -118,7 +118,7 @@ def test_the_mask_does_not_depend_on_dtype_or_layout(dtype, layout):
 
 @pytest.mark.parametrize("forward, backward", [(1, 1), (16, 2), (2, 8), (4, 4)])
 def test_the_mask_does_not_depend_on_tiles(forward, backward, monkeypatch):
-    """A forward and a backward tuned apart still agree."""
+    """Separately tuned forward and backward still agree."""
     inputs, dy, seed = make_inputs(OP, (19, 48)), torch.randn(19, 48, device=DEVICE), seed_tensor(2)
     keep = drawn_mask((19, 48), 0.5, seed)
     tiles = {"layernorm_forward": Config(forward, 4), "layernorm_backward": Config(backward, 4, None, 2)}

@@ -36,7 +36,7 @@ def test_leading_dimensions(shape, p, request):
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1, 3.0])
 def test_eps(eps):
-    """At this scale the variance is about 1e-4, so an eps that is left out, or replaced, shows."""
+    """At this scale the variance is about 1e-4, so that a missing or replaced eps shows."""
     check(OP, make_inputs(OP, (5, 96), scale=1e-2), eps=eps)
 
 
@@ -74,7 +74,7 @@ def test_frozen_inputs(frozen, p, residual_dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("rows", ROWS[1:])
 def test_one_column(rows, dtype):
-    """A row of one element has no variance: y is the bias, and nothing but the bias has a gradient, exactly."""
+    """A row of one element has no variance: y is the bias, and exactly only the bias has a gradient."""
     dy = torch.randn(rows, 1).to(DEVICE, dtype)
     inputs = make_inputs(OP, (rows, 1), dtype)
     results = run(dropout_add_layernorm, inputs, dy, p=0.5 if rows % 2 else 0.0)
@@ -86,7 +86,7 @@ def test_one_column(rows, dtype):
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_x_and_residual_may_be_one_tensor(p):
-    """Autograd adds the two gradients into the leaf; with p = 0 the op gives one tensor for both."""
+    """Autograd adds the two gradients into the leaf; with p = 0 the op returns one tensor for both."""
     x = torch.randn(5, 48, device=DEVICE, requires_grad=True)
     weight, bias, seed = torch.ones(48, device=DEVICE), torch.zeros(48, device=DEVICE), seed_tensor(3)
     dropout_add_layernorm(x, x, weight, bias, p=p, seed=seed).square().sum().backward()
@@ -131,7 +131,7 @@ def test_gradients_accumulate():
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE], ids=dtype_name)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_scales_and_offsets(dtype, scale, offset):
-    """A mean far from zero: a variance taken as E[x^2] - E[x]^2 would be lost to rounding."""
+    """A mean far from zero, where E[x^2] - E[x]^2 would be lost to rounding."""
     inputs = make_inputs(OP, (17, 96), dtype, scale=scale)
     inputs["residual"] = inputs["residual"] + offset * scale
     check(OP, inputs, p=0.1)

@@ -1,6 +1,6 @@
-"""float64 on a GPU is plain PyTorch's: ops run their twins, models stock code. No kernel is tried, so nothing fails either.
+"""float64 on a GPU runs in plain PyTorch: ops run their twins, models their stock code. No kernel is tried, so none fails.
 
-What a GPU is asked is pretended here; in the interpreter kernels do compute float64, because gradcheck needs it.
+The GPU is pretended here. In the interpreter kernels do compute float64, because gradcheck needs it.
 """
 
 import logging
@@ -21,7 +21,7 @@ REASON = "torch.float64 has no kernel on a GPU"
 
 @pytest.fixture
 def on_a_gpu():
-    """Tensors that are nowhere, made as on a GPU."""
+    """Tensors without memory, made as on a GPU."""
     with FakeTensorMode():
         yield lambda dtype: torch.empty(2, dtype=dtype, device="cuda")
 
@@ -37,7 +37,7 @@ def test_tables_of_gpus_have_no_float64():
 
 
 def test_an_op_runs_its_twin(monkeypatch, caplog):
-    """Forward and backward, as is right and not as a failure: nothing is said or counted, and float32 keeps its kernel."""
+    """Forward and backward, and not as a failure: nothing is logged or counted, and float32 keeps its kernel."""
     monkeypatch.setattr(
         failures, "is_wide", lambda *arguments: any(x.dtype == torch.float64 for x in failures.tensors(arguments))
     )
@@ -59,7 +59,7 @@ def test_an_op_runs_its_twin(monkeypatch, caplog):
 
 
 def test_a_model_is_told_why(on_a_gpu):
-    """Layers and the optimizer ask these two."""
+    """Layers and the optimizer ask these two functions."""
     assert device_reason(torch.device("cuda", 0), torch.float64) == REASON
     assert device_reason(torch.device("cpu"), torch.float64) is None
     assert tensor_reason(on_a_gpu(torch.float64)) == REASON

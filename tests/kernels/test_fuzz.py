@@ -1,4 +1,4 @@
-"""Hypothesis over shapes, layouts, dtypes, scales and options: whatever is legal is right, within the one bound."""
+"""Fuzzes shapes, layouts, dtypes, scales and options with hypothesis: whatever is legal is right, within the one bound."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from fastbert.testing.rows import (
 
 from .layouts import LAYOUTS
 
-# Narrower rows have gradients that are almost all cancellation, in eager as well; gradcheck covers those.
+# Narrower rows have gradients that are mostly cancellation, in eager too; gradcheck covers those.
 WIDTHS = st.one_of(st.integers(16, 130), st.sampled_from([255, 256, 257, 1023]))
 LEADING = st.lists(st.integers(1, 6), max_size=2)
 DTYPES = [torch.float64, torch.float32, torch.float16]
@@ -29,7 +29,7 @@ PROBABILITIES = st.one_of(st.just(0.0), st.sampled_from([0.1, 0.5, 1.0]), st.flo
 @st.composite
 def calls(draw, op):
     dtype = draw(st.sampled_from(DTYPES))
-    # float16 ends at 65504, and its squares and reciprocals are gradients here
+    # float16 ends at 65504, and the gradients contain squares and reciprocals of the inputs.
     exponents = st.floats(-1.0, 1.5) if dtype == torch.float16 else st.floats(-4.0, 4.0)
     options = {}
     if op is not BIAS_GELU:
@@ -74,7 +74,7 @@ def test_any_legal_call(op, data):
 
 @st.composite
 def autocast_calls(draw):
-    """The dtypes that autocast hands over: any mixture of float16 and float32, and either of them back."""
+    """Autocast's dtypes: any mixture of float16 and float32, and either of them as the result."""
     dtype = st.sampled_from([torch.float16, torch.float32])
     return {
         "shape": (draw(st.integers(1, 20)), draw(WIDTHS)),

@@ -1,4 +1,4 @@
-"""gather_rows: rows where the indices say, zeros elsewhere, gradients back to where they came from."""
+"""gather_rows: rows where the indices say, zeros elsewhere, gradients back in the rows that were read."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ KERNEL = "gather_rows_kernel"
 
 
 def indices(n_rows, taken, extra=0):
-    """Row numbers below n_rows in any order, -1 between them `extra` times; and the inverse."""
+    """Row numbers below n_rows in any order, with `extra` entries of -1 in between; and the inverse."""
     index = torch.cat([torch.randperm(n_rows)[:taken], torch.full((extra,), -1)])
     index = index[torch.randperm(len(index))]
     inverse = torch.full((n_rows,), -1)

@@ -1,4 +1,4 @@
-"""gather_rows, whatever is asked of it: any sizes, layouts and indices; memory; and what must not matter."""
+"""Fuzzes gather_rows: any sizes, layouts and indices; memory; invariances."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def case(dtype=torch.float32, width=37):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [1, 37, 1025])
 def test_reads_and_writes_stay_inside(width, dtype, monkeypatch):
-    """Inputs between bands of NaN, indices between bands of a row that exists; outputs of NaN between such bands."""
+    """Inputs between bands of NaN, indices between bands that name an existing row; outputs that start as NaN in such bands."""
     x, index, inverse, dy = case(dtype, width)
     plain = gathered(x, index, inverse, dy)
     with poisoned_outputs(monkeypatch) as given_out:
@@ -77,7 +77,7 @@ def test_reads_and_writes_stay_inside(width, dtype, monkeypatch):
 
 @pytest.mark.parametrize("layout", [torch.clone, sliced, expanded], ids=lambda f: f.__name__)
 def test_no_input_is_overwritten_or_returned(layout):
-    """And the same bits the second time."""
+    """A second run gives the same bits."""
     x, index, inverse, dy = case()
     read = layout(x), index, inverse, layout(dy)
     before = [tensor.clone() for tensor in read]
@@ -101,7 +101,7 @@ def test_the_order_of_what_is_taken():
 
 @pytest.mark.parametrize("more", [1, 40])
 def test_more_room_is_zeros(more):
-    """Longer padding changes nothing of what is there, and what comes back from it goes nowhere."""
+    """Longer padding changes none of the rows, and the gradients that it gets go nowhere."""
     x, index, inverse, dy = case()
     y, dx = gathered(x, index, inverse, dy)
     longer = torch.cat([index, index.new_full((more,), -1)])

@@ -40,7 +40,7 @@ def test_leading_dimensions(shape, activation, request):
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1, 3.0])
 def test_eps(eps):
-    """At this scale the variance is about 1e-4, so an eps that is left out, or replaced, shows."""
+    """At this scale the variance is about 1e-4, so that a missing or replaced eps shows."""
     check(OP, make_inputs(OP, (5, 96), scale=2e-2), eps=eps)
 
 
@@ -71,7 +71,7 @@ def test_frozen_inputs(frozen, activation):
 @pytest.mark.parametrize("rows", ROWS[1:])
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_one_column(rows, dtype, activation):
-    """A row of one element has no variance: y is the bias, and nothing but the bias has a gradient, exactly."""
+    """A row of one element has no variance: y is the bias, and exactly only the bias has a gradient."""
     dy = torch.randn(rows, 1).to(DEVICE, dtype)
     inputs = make_inputs(OP, (rows, 1), dtype)
     results = run(gelu_layernorm, inputs, dy, activation=activation)
@@ -101,7 +101,7 @@ VIEWS = ("_unsafe_view", "detach", "empty", "empty_like", "new_empty", "unbind",
 
 
 class Calls(TorchDispatchMode):
-    """What torch computes, by name."""
+    """torch's operations, by name."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.no_launch
 @pytest.mark.parametrize("other, casts", [(HALF, 0), (SINGLE, 2)], ids=str)
 def test_sums_over_rows_are_added_up_and_cast_in_one_launch(other, casts):
-    """Nothing of it is torch's, unless the vectors have dtypes of their own: then those that are in 16 bits are cast."""
+    """torch computes nothing, unless the vectors have different dtypes: then the 16-bit gradients are cast."""
     inputs = make_inputs(OP, (3, 40), HALF, dtypes={"bias": other})
     leaves, dy = [x.requires_grad_() for x in inputs.values()], torch.ones(3, 40, dtype=HALF, device=DEVICE)
     kernels = []

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the ops on rows: bfloat16 at real sizes, and that a kernel is worth having."""
+"""What only a GPU shows about the ops on rows: bfloat16 at real sizes, and that a kernel is worth having."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def dropout_of(op, p=0.1):
 @pytest.mark.parametrize("rows", [1, 127, 4099])
 @pytest.mark.parametrize("width", [37, 768, 1500, 3072])
 def test_bound(op, width, rows, dtype):
-    """Few rows and many, of models' widths. Every row of the configurations' tables: test_gpu_configurations.py."""
+    """Few rows and many, of models' widths. Every entry of the configuration tables: test_gpu_configurations.py."""
     check(op, make_inputs(op, (rows, width), dtype), **dropout_of(op))
 
 
@@ -33,7 +33,7 @@ def test_bound(op, width, rows, dtype):
 @EVERY_OP
 @pytest.mark.parametrize("optional", [True, False], ids=["biased", "plain"])
 def test_bert_large_at_full_length(op, optional, dtype):
-    """More rows than programs run at once: the loop over blocks and the sums over programs."""
+    """More rows than programs are resident: the loop over blocks and the sums over programs."""
     check(op, make_inputs(op, (32, 512, 1024), dtype, optional=optional), **dropout_of(op))
 
 
@@ -46,7 +46,7 @@ def test_activations(op, activation, dtype):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_come_through_as_in_torch(activation):
-    """PTX's max and min return the other operand of a NaN, which the interpreter's do not."""
+    """PTX's max and min return the other operand of a NaN; the interpreter's do not."""
     x = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf, -0.0, 0.5, 1e38]], device=DEVICE).to(BF16)
     check(BIAS_GELU, {"x": x, "bias": None}, activation=activation, frozen=("x",))
 
@@ -70,7 +70,7 @@ def test_autocasts_dtypes(half, p):
 
 @EVERY_OP
 def test_faster_than_eager(op):
-    """Sanity, not a benchmark: one pass over memory against several, on enough rows that launching takes no part."""
+    """A sanity check, not a benchmark: one pass over memory against several, with so many rows that launches do not matter."""
     from triton.testing import do_bench
 
     inputs = {k: t.requires_grad_() for k, t in make_inputs(op, (65536, 768), BF16).items()}

@@ -1,6 +1,6 @@
-"""What only a GPU shows, of every op alike: races, streams and devices, no synchronisation, CUDA graphs.
+"""What only a GPU shows, for every op: races, streams and devices, no synchronisation, CUDA graphs.
 
-The calls come from one table, and every op of the benchmarks has to be in it.
+The calls come from one table, which must contain every op of the benchmarks.
 """
 
 import pytest
@@ -37,7 +37,7 @@ def test_every_op_has_a_call():
 
 @EVERY_CALL
 def test_calls_run_anywhere(call):
-    """The table itself, where there is no GPU: each step runs, in every precision but bfloat16, and repeats."""
+    """Checks the table without a GPU: each step runs, in every precision but bfloat16, and repeats."""
     assert_repeats(call, 1, small=True, dtype=torch.float32)
 
 
@@ -78,7 +78,7 @@ def test_on_a_device_that_is_not_current(call):
 @pytest.mark.gpu
 @EVERY_CALL
 def test_no_synchronisation(call):
-    """Nor to draw a seed."""
+    """Not even to draw a seed."""
     inputs, step = call.make(False, BF16)
     inputs.pop("seed", None)
     step(inputs)
@@ -89,7 +89,7 @@ def test_no_synchronisation(call):
 @pytest.mark.gpu
 @EVERY_CALL
 def test_in_a_cuda_graph(call):
-    """Captured once, replayed on other numbers, masks and indices: no pointer to a host number."""
+    """Captured once and replayed with other numbers, masks and indices: the graph reads nothing from the host."""
     inputs, step = call.make(False, BF16)
     replay, results = captured(lambda: step(inputs))
     for _ in range(3):

@@ -1,7 +1,7 @@
-"""Every configuration that ships, within the bound: each entry of the tables in kernels/core/configs.py, on this GPU.
+"""Every shipped configuration within the bound: each entry of the tables in kernels/core/configs.py, on this GPU.
 
-Entries for an older architecture run here too, as they would run on one; those for a newer one may not fit this GPU's
-shared memory and are skipped.
+Entries for an older architecture run here as they would run there; those for a newer one may exceed this GPU's shared memory
+and are skipped.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from .cases import dtype_name
 from .embedding_layernorm import test_embedding_layernorm
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-# By the name of the call: what a forward and a backward read their configurations from.
+# By the name of the call: the tables that its forward and backward read.
 TABLES_OF = {
     **{f"{spec} {form}".strip(): tables for spec in SPECS.values() for form, tables in spec.tables.items()},
 }
@@ -44,9 +44,9 @@ class Entry:
 
 
 def entries() -> Iterator[Entry]:
-    """One for each combination of configurations that some width gets: at the widest such, and at one less.
+    """One width per combination of configurations: the widest that gets it, and one less.
 
-    One less is a row that no 16 bytes divide, which has tables of its own. Where two architectures share a configuration
+    One less is a row whose bytes 16 does not divide, which has tables of its own. If two architectures share a configuration,
     the older one stands for both.
     """
     seen = set()
@@ -69,8 +69,7 @@ def chosen_for(tables: tuple[str, ...], architecture: str, dtype: torch.dtype, w
 
 
 def recorded(entry: Entry) -> set[int]:
-    """The identities of the configurations that the call launches with, of attention those for other lengths as well;
-    nothing runs."""
+    """The ids of the configurations that the call launches with; for attention also those for other lengths. Nothing runs."""
     inputs, step = entry.call.make(True, entry.dtype, entry.width)
     found: set[int] = set()
     with recording(entry.architecture, lambda kernel, programs, config, arguments: found.add(id(config))):
@@ -85,7 +84,7 @@ ENTRIES = list(entries())
 
 @pytest.mark.no_launch
 def test_every_configuration_has_an_entry():
-    """Of those that any tensor is launched with: the entries' calls choose every one of them."""
+    """Every configuration of the tables that a tensor can select is selected by one of the calls."""
     found = set().union(*map(recorded, ENTRIES))
     missing = [
         (table, architecture, itemsize, width)
@@ -100,7 +99,7 @@ def test_every_configuration_has_an_entry():
 
 
 def check_rows(op: RowOp, p: float = 0.0) -> Callable[[int, torch.dtype], object]:
-    """More blocks of rows than programs: 1,031 of them."""
+    """More blocks of rows than programs: 1,031 rows."""
     return lambda width, dtype: check(op, make_inputs(op, (ROWS, width), dtype), **({"p": p} if p else {}))
 
 
@@ -111,7 +110,7 @@ def check_embedding_layernorm(width: int, dtype: torch.dtype) -> None:
 
 
 def check_feed_forward(inner: int, dtype: torch.dtype) -> None:
-    """A full tile and some rows of another, with epilogues where there are any: of 16 bits, at widths that tiles fill."""
+    """A full tile and a partial one, with epilogues if there are any: in 16 bits, at widths that tiles divide."""
     on = dtype.itemsize == 2
     inner = -(-inner // 256) * 256 if on else inner
     feed_forward.check(feed_forward.make_inputs(ROWS, 128, inner, 128, dtype), (on, on))
@@ -156,7 +155,7 @@ def check_adamw(width: int, dtype: torch.dtype) -> None:
 
 
 def check_of(call: Call) -> Callable[[int, torch.dtype], object]:
-    """What the call's spec allows by itself."""
+    """The check that the call's spec derives."""
 
     def check_at(width: int, dtype: torch.dtype) -> None:
         size = call.spec.small if INTERPRETED else call.spec.large
@@ -168,7 +167,7 @@ def check_of(call: Call) -> Callable[[int, torch.dtype], object]:
 ROWS, LENGTHS = 1031, (70, 257)
 CHECKS: dict[str, Callable[[int, torch.dtype], object]] = {
     **{str(call): check_of(call) for call in CALLS if call.form in call.spec.tables},
-    # With dropout replayed, launches counted, or more kinds of rows than a spec has.
+    # With dropout reproduced, launches counted, or more kinds of rows than a spec has.
     "dropout_add_layernorm dropped": check_rows(DROPOUT_ADD_LAYERNORM, 0.1),
     "bias_gelu": check_rows(BIAS_GELU),
     "gelu_layernorm": check_rows(GELU_LAYERNORM),
@@ -187,7 +186,7 @@ CHECKS: dict[str, Callable[[int, torch.dtype], object]] = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_checks_run_anywhere(name, monkeypatch):
-    """The checks themselves, where there is no GPU."""
+    """Checks the checks themselves, without a GPU."""
     monkeypatch.setitem(globals(), "ROWS", 17)
     monkeypatch.setitem(globals(), "LENGTHS", (5,))
     CHECKS[name](8, torch.float32)

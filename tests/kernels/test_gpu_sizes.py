@@ -1,4 +1,4 @@
-"""More elements than an int32 counts, in real tensors on a GPU: what comes last is right there too."""
+"""More elements than an int32 counts, in dense tensors on a GPU: the last ones are right too."""
 
 from collections.abc import Callable
 
@@ -29,8 +29,8 @@ from fastbert.testing.rows import DEVICE, run
 from fastbert.testing.specs import ROW_OPS, SPECS
 
 PAST = 2**31
-GROUPS = [Hyperparameters(lr=0.1)]  # of a step that shows in bfloat16
-ROWS = 40  # as many of the last rows are looked at
+GROUPS = [Hyperparameters(lr=0.1)]  # a step large enough to show in bfloat16
+ROWS = 40  # how many of the last rows are compared
 Check = Callable[[int, torch.dtype], None]  # with tensors of so many elements
 
 
@@ -39,7 +39,7 @@ def normal(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def assert_last(whole: dict[str, Tensor | None], alone: dict[str, Tensor | None], names: tuple[str, ...]) -> None:
-    """The last rows have the bits that they have by themselves; and those are not zeros."""
+    """The last rows have the same bits as in a call of their own, and are not zeros."""
     for name in names:
         assert alone[name].any() and torch.equal(whole[name][-len(alone[name]) :], alone[name]), name
 
@@ -59,7 +59,7 @@ def check_rows(op: RowOp) -> Check:
 
 
 def check_feed_forward(elements: int, dtype: torch.dtype) -> None:
-    """h of so many elements, against plain PyTorch on its last rows."""
+    """h with so many elements, against plain PyTorch on its last rows."""
     hidden, inner = 64, 128
     inputs = feed_forward_inputs.make_inputs(elements // inner + ROWS, hidden, inner, hidden, dtype)
     dy = normal(*inputs["x"].shape, dtype=dtype)
@@ -76,7 +76,7 @@ def check_feed_forward(elements: int, dtype: torch.dtype) -> None:
 
 
 def check_gather_rows(elements: int, dtype: torch.dtype) -> None:
-    """From past 2^31 and to past it: all rows, turned round."""
+    """Reading and writing past 2^31: all rows in reverse order."""
     width = 768
     n_rows = elements // width + ROWS
     x, dy = (normal(n_rows, width, dtype=dtype) for _ in range(2))
@@ -101,7 +101,7 @@ def check_row_counts(elements: int, dtype: torch.dtype) -> None:
 
 
 def check_packed_rows(elements: int, dtype: torch.dtype) -> None:
-    """Rows of a batch are int32, so there are fewer; those of the mask are as far apart."""
+    """A batch's rows are counted in int32, so there are fewer; those of the mask are as far apart."""
     shape = (ROWS, min(elements // 64, 2000))
     mask = torch.rand(shape, device=DEVICE) < 0.5
     far = torch.empty(elements + shape[1], dtype=torch.bool, device=DEVICE)
@@ -116,7 +116,7 @@ def check_packed_rows(elements: int, dtype: torch.dtype) -> None:
 
 
 def check_embedding_layernorm(elements: int, dtype: torch.dtype) -> None:
-    """As many tokens as that, and a table of so many words, of which the last tokens are the last."""
+    """So many tokens and a table of so many words, whose last rows the last tokens read."""
     width, length = 768, 64
     n_rows = elements // (width * length) + 2
     inputs = {"words": normal(elements // width + 2 * length, width, dtype=dtype)}
@@ -141,12 +141,12 @@ def check_attention(elements: int, dtype: torch.dtype) -> None:
 
 
 def check_encoder_layer(elements: int, dtype: torch.dtype) -> None:
-    """Queries, keys and values of so many elements, against plain PyTorch on the last sequences."""
+    """Queries, keys and values with so many elements, against plain PyTorch on the last sequences."""
     length, hidden = 64, 64
     settings = Settings(2, attention_p=0.1)
     inputs = layer.make_inputs((elements // (3 * length * hidden) + 2, length, hidden), hidden, dtype)
     dy = normal(*inputs["x"].shape, dtype=dtype)
-    kept = len(inputs["x"]) - 2  # dropout counts sequences, so the last two are given what it kept of them
+    kept = len(inputs["x"]) - 2  # dropout depends on a sequence's number, so the last two get the masks that they had
     keep = keep_scores(layer.seeds()[0], range(kept, kept + 2), 2, length, length, 0.1), None, None
     found = run(layer.flat(encoder_layer), inputs, dy, layer.NAMES, settings=settings, seed=layer.seeds())
     found = {name: None if x is None else x[-2:] for name, x in found.items()}
@@ -179,7 +179,7 @@ def check_linear_cross_entropy(elements: int, dtype: torch.dtype) -> None:
 
 
 def check_adamw(elements: int, dtype: torch.dtype) -> None:
-    """The step's tensors hold one number throughout, so that the first and the last elements end alike."""
+    """Each tensor of the step is one number repeated, so that its first and last elements get the same result."""
     tensors = [torch.ones(elements + 5000, dtype=dtype, device=DEVICE) for _ in range(4)]
     expected = [Parameter(*[x[-1000:].clone() for x in tensors], torch.zeros((), device=DEVICE))]
     adamw([Parameter(*tensors, torch.zeros((), device=DEVICE))], GROUPS)
@@ -211,7 +211,7 @@ def test_every_op_has_a_size():
 
 @pytest.mark.parametrize("op", CHECKS)
 def test_checks_run_anywhere(op):
-    """The checks themselves, of small tensors, where there is no GPU."""
+    """Checks the checks themselves on small tensors, without a GPU."""
     CHECKS[op](200, torch.float32)
 
 

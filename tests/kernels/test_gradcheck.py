@@ -1,4 +1,4 @@
-"""Numerical against analytical gradients in float64, where the kernels compute in float64 throughout."""
+"""Numerical against analytical gradients in float64, in which the kernels then compute throughout."""
 
 import itertools
 
@@ -14,7 +14,7 @@ SMALL, WIDE, DEEP = (2, 4), (2, 37), (2, 2, 6)
 
 
 def gradcheck(op, inputs, **options):
-    """Element by element on a small case that has every input, on random directions on the others."""
+    """Element by element on a small case that has every input; in random directions on the others."""
     leaves = {name: t.requires_grad_() for name, t in inputs.items() if t is not None}
     fast = inputs["x"].numel() > 8 or len(leaves) < len(inputs)
     torch.autograd.gradcheck(
@@ -45,7 +45,7 @@ def test_bias_gelu(activation, optional, shape):
 @pytest.mark.parametrize("optional", [True, False], ids=["biased", "plain"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gelu_layernorm(activation, optional, shape):
-    # eps keeps a row that relu leaves without variance smooth enough to differentiate numerically
+    # eps keeps a row that relu leaves without variance smooth enough to differentiate numerically.
     inputs = make_inputs(GELU_LAYERNORM, shape, torch.float64, optional=optional)
     gradcheck(GELU_LAYERNORM, inputs, activation=activation, eps=1e-2)
 
@@ -70,7 +70,7 @@ def test_layouts(op, layout):
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_a_second_derivative_raises(op):
-    """The backward kernels have no derivative: better an error than zeros."""
+    """The backward kernels have no derivative; an error is better than zeros."""
     inputs = make_inputs(op, (3, 6), torch.float64)
     x = inputs["x"].requires_grad_()
     (dx,) = torch.autograd.grad(op.call(**inputs).sin().sum(), x, create_graph=True)

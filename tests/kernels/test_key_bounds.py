@@ -1,4 +1,4 @@
-"""key_bounds: what attention skips by, the same numbers as the reference's for every mask, length and layout."""
+"""key_bounds: the reference's numbers for every mask, length and layout."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from .attention.test_memory import fenced
 from .opchecking import opcheck
 
 KERNEL = "key_bounds_kernel"
-LENGTHS = (0, 1, 2, 5, 1023, 1024, 1025, 3000)  # of keys; a program takes 1024 at once
+LENGTHS = (0, 1, 2, 5, 1023, 1024, 1025, 3000)  # numbers of keys; a program's block has 1024
 VIEWS = {
     "contiguous": lambda mask: mask,
     "transposed": lambda mask: mask.t().contiguous().t(),
@@ -23,7 +23,7 @@ VIEWS = {
 
 
 def masks_of(length):
-    """Every mask of up to five keys; of more, some with few keys seen, many, all and none."""
+    """Every mask of up to five keys; of more keys masks with few, many, all and none seen."""
     if length <= 5:
         return torch.tensor(list(itertools.product((False, True), repeat=length)), dtype=torch.bool).reshape(2**length, length)
     rates = torch.tensor([0.0, 0.001, 0.5, 0.999, 1.0])
@@ -53,7 +53,7 @@ def test_one_key_that_differs_wherever_it_is(place, length):
 
 
 def test_nothing_is_read_behind_a_row():
-    """The bytes behind a mask say the opposite of it."""
+    """The bytes behind each mask are its opposite."""
     for value in (False, True):
         around = torch.full((3, 2060), not value, dtype=torch.bool, device=DEVICE)
         around[:, :1030] = value

@@ -1,4 +1,4 @@
-"""Offsets past 2**31 elements: rows so far apart in one tensor that a 32-bit product would come back round."""
+"""Offsets past 2**31 elements: rows so far apart in one tensor that a 32-bit product would wrap."""
 
 import subprocess
 import sys
@@ -13,11 +13,11 @@ from triton.runtime.errors import InterpreterError
 from fastbert.kernels.core.launch import INTERPRETED
 from fastbert.testing.specs import ROW_OPS, SPECS
 
-pytestmark = pytest.mark.no_launch  # launched in a process of its own, and counted there
+pytestmark = pytest.mark.no_launch  # launched and counted in a process of its own
 
 ROOT = Path(__file__).parents[2]
-# Those of attention are in test_attention_offsets.py, and a layer launches the kernels of others.
-# Products' operands are whole, so feed_forward's offsets are only read off its IR (test_offsets_lint.py).
+# Attention's are in attention/test_offsets.py, and a layer launches other ops' kernels. Operands of feed_forward's products are
+# contiguous, so its offsets are only read off its IR (test_offsets_lint.py).
 OTHERS = SPECS.keys() - {op.name for op in ROW_OPS} - {"attention", "encoder_layer", "feed_forward"}
 
 
@@ -31,7 +31,7 @@ def test_rows_or_columns_far_apart(op, name, layout):
 
 
 def test_other_ops_far_apart():
-    """All places of the ops that are not in ops.py, in one process."""
+    """All places of the ops that ops.py does not list, in one process."""
     command = [sys.executable, "-m", "tests.kernels.places_large_offsets"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     places = done.stdout.splitlines()
@@ -41,7 +41,7 @@ def test_other_ops_far_apart():
 
 @triton.jit
 def narrow_kernel(x_ptr, y_ptr, x_row_stride, CUT: tl.constexpr):
-    """What the checks have to find: an offset that is computed in 32 bits, or cut down to them."""
+    """What the checks must find: an offset that is computed in 32 bits, or truncated to them."""
     rows = tl.arange(0, 4)
     offsets = (rows.to(tl.int64) * x_row_stride).to(tl.int32) if CUT else rows * x_row_stride
     tl.store(y_ptr + rows, tl.load(x_ptr + offsets, rows < 0, other=1.0))

@@ -1,4 +1,4 @@
-"""Any strides, of inputs and upstream gradients: an op that takes contiguity for granted passes all other tests."""
+"""Any strides of inputs and upstream gradients: an op that assumes contiguity passes all other tests."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_every_pair_of_layouts(op, x_layout, dy_layout):
     if "residual" in inputs:
         inputs["residual"] = LAYOUTS[LAYOUTS.index(x_layout) - 1](inputs["residual"])
     dy = dy_layout(torch.randn(37, 48, device=DEVICE))
-    assert dy.is_contiguous() == (dy_layout in (contiguous, offset))  # the case is what it says
+    assert dy.is_contiguous() == (dy_layout in (contiguous, offset))  # the case is what it claims
 
     results = check(op, inputs, dy)
     plain = run(op.call, {k: t.contiguous().clone() for k, t in inputs.items()}, dy.contiguous())
@@ -32,7 +32,7 @@ def test_every_pair_of_layouts(op, x_layout, dy_layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_gradient_of_a_sum(op, dtype):
-    """`y.sum().backward()`: one element, with every stride 0, is the whole upstream gradient."""
+    """`y.sum().backward()`: the upstream gradient is one element, with every stride 0."""
     inputs = make_inputs(op, (37, 48), dtype)
     dy = torch.full((), 0.5, dtype=dtype, device=DEVICE).expand(37, 48)
     check(op, inputs, dy, **fixed_options(op))
@@ -40,7 +40,7 @@ def test_gradient_of_a_sum(op, dtype):
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_columns_of_one_value(op):
-    """x with column stride 0; only the biases tell its columns apart."""
+    """x with column stride 0; only the biases distinguish its columns."""
     inputs = make_inputs(op, (37, 48))
     inputs["x"] = inputs["x"][:, :1].expand(37, 48)
     check(op, inputs, torch.randn(37, 1, device=DEVICE).expand(37, 48).cos(), **fixed_options(op))
@@ -65,7 +65,7 @@ def cut_from_longer(x):
 @pytest.mark.parametrize("layout", [swapped, broadcast, permuted, cut_from_longer], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_three_dimensions(op, layout):
-    """Layouts of [batch, sequence, H] that strides of [rows, H] cannot say, as well as some they can."""
+    """Layouts of [batch, sequence, H], some of which strides of [rows, H] cannot express."""
     inputs = make_inputs(op, (3, 7, 48))
     for name in op.rows:
         inputs[name] = layout(inputs[name])
@@ -90,7 +90,7 @@ def test_vectors(op, layout):
 @pytest.mark.parametrize("layout", [transposed, sliced], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_few_rows(op, layout, rows):
-    """Strides of a dimension of size 1 are arbitrary, and torch hands out odd ones."""
+    """Strides of a dimension of size 1 are arbitrary, and torch returns odd ones."""
     inputs = make_inputs(op, (rows, 48))
     inputs["x"] = layout(inputs["x"])
     check(op, inputs, layout(torch.randn(rows, 48, device=DEVICE)), **fixed_options(op))

@@ -1,4 +1,4 @@
-"""What the kernels read and write: nothing beyond their tensors, every element of the outputs, no input."""
+"""What the kernels read and write: nothing outside of their tensors, every element of the outputs, no input."""
 
 from contextlib import contextmanager
 
@@ -19,7 +19,7 @@ def options_of(op):
 
 @contextmanager
 def poisoned_outputs(monkeypatch):
-    """torch.empty and its kin give NaN between bands of NaN; yields the list of what was given."""
+    """torch.empty and its kin return NaN between bands of NaN; yields the list of returned tensors."""
     given = []
 
     def poison(original):
@@ -76,7 +76,7 @@ def test_writes_fill_the_outputs_and_nothing_else(op, dtype, shape, monkeypatch)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_inputs_are_not_overwritten(op, dtype, layout):
-    """Nor is the upstream gradient (Liger's kernels reuse it), nor the seed, nor what autograd saved."""
+    """Nor are the upstream gradient (Liger's kernels reuse it), the seed and what autograd saved."""
     inputs, options = make_inputs(op, (33, 40), dtype), options_of(op)
     inputs = {name: layout(t) if name in op.rows else t for name, t in inputs.items()}
     dy = layout(torch.randn(33, 40).to(DEVICE, dtype))

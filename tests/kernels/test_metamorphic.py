@@ -1,4 +1,4 @@
-"""What must not matter does not: how many rows there are, in which order, and what stands in the other ones."""
+"""Invariances of the ops on rows: the number of rows, their order, and the contents of other rows do not matter."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ BAD = [torch.nan, torch.inf, -torch.inf]
 
 
 def of_rows(op, inputs, dy, index, **options):
-    """The results that belong to rows, of the rows `index` alone."""
+    """The results for the rows `index` alone, without sums over rows."""
     chosen = {name: t[index] if name in op.rows else t for name, t in inputs.items()}
     results = run(op.call, chosen, dy[index], **options)
     return {name: results[name] for name in ROW_RESULTS if results.get(name) is not None}
@@ -51,7 +51,7 @@ def test_the_number_of_rows_with_dropout(fewer):
 @pytest.mark.parametrize("name", ["x", "dy"])
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_a_bad_row_stays_alone(op, name, bad, where):
-    """A NaN or an infinity changes the results of its own row and no others; the sums over rows do show it."""
+    """A NaN or an infinity changes only the results of its own row, and the sums over rows."""
     inputs, dy = make_inputs(op, (37, 40)), torch.randn(37, 40, device=DEVICE)
     clean = run(op.call, inputs, dy)
     tensor = inputs["x"] if name == "x" else dy
@@ -67,7 +67,7 @@ def test_a_bad_row_stays_alone(op, name, bad, where):
 
 @pytest.mark.parametrize("op", [DROPOUT_ADD_LAYERNORM, GELU_LAYERNORM], ids=str)
 def test_repeated_rows_add_up_in_the_weight_gradients(op):
-    """Rows in blocks, blocks in programs: no row is counted twice or left out."""
+    """Rows are in blocks and blocks in programs: no row is counted twice or left out."""
     inputs, dy = make_inputs(op, (1, 40), torch.float64), torch.randn(1, 40, dtype=torch.float64, device=DEVICE)
     one = run(op.call, inputs, dy)
     for times in (2, 33, 64, 129):
@@ -100,7 +100,7 @@ def test_gradients_are_linear_in_the_upstream_gradient(op):
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_the_optional_bias_is_an_addition(op):
-    """x with a bias of zeros is x without one."""
+    """x with a bias of zeros equals x without one."""
     inputs, dy = make_inputs(op, (9, 40)), torch.randn(9, 40, device=DEVICE)
     zeros = run(op.call, inputs | {op.optional: guarded(torch.zeros_like(inputs[op.optional]))}, dy)
     without = run(op.call, inputs | {op.optional: None}, dy)
@@ -109,7 +109,7 @@ def test_the_optional_bias_is_an_addition(op):
 
 
 def test_bias_gelu_is_elementwise():
-    """Transposing what is computed transposes the result, where no bias tells columns apart."""
+    """Transposing the input transposes the result if no bias distinguishes columns."""
     x, dy = torch.randn(9, 40, device=DEVICE), torch.randn(9, 40, device=DEVICE)
     one = run(BIAS_GELU.call, {"x": x, "bias": None}, dy)
     other = run(BIAS_GELU.call, {"x": x.t(), "bias": None}, dy.t())

@@ -1,4 +1,4 @@
-"""No offset of any kernel is computed in 32 bits: read off Triton's IR, of tensors past 2**31 elements. Nothing runs."""
+"""No kernel computes an offset in 32 bits, according to Triton's IR for tensors past 2**31 elements. Nothing runs."""
 
 import json
 import re
@@ -31,14 +31,14 @@ def lint(*options):
 
 
 def kernels():
-    """All that are defined in kernels/: their names end so."""
+    """The kernels defined in kernels/, by their names' ending."""
     sources = "\n".join(path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
     return set(re.findall(r"^@triton.jit[^\n]*\ndef (\w+_kernel)\(", sources, re.MULTILINE))
 
 
 @pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.long)], ids=["one-of-each", "all"])
 def test_no_kernel_has_an_offset_that_wraps(options):
-    """And the search finds the offsets that do wrap, which are planted in a kernel of its own."""
+    """The search also finds the offsets that do wrap, which are planted in a kernel of its own."""
     found = lint(*options)
     planted = found.pop("narrow_kernel")
     assert not planted.pop("none")

@@ -1,6 +1,6 @@
 """torch.library.opcheck on every custom op: schema, fake tensors, autograd registration, AOT dispatch.
 
-The shapes and strides that the fake implementations promise are the ones the kernels give, for any input.
+The fake implementations' shapes and strides are those that the kernels return, for any input.
 """
 
 import ast
@@ -111,7 +111,7 @@ def test_autocasts_dtypes(out):
 
 
 def test_without_anything_to_save():
-    """What inference calls: no statistics, no sum, nothing that requires a gradient."""
+    """As in inference: no statistics, no sum, nothing that requires a gradient."""
     x, weight = rows(grad=False), vector(grad=False)
     opcheck(OPS.dropout_add_layernorm, *(x, x.clone(), weight, weight, None, None, 1e-12, 0.0, torch.float32, False))
     opcheck(OPS.bias_gelu, x, None, "relu")
@@ -119,7 +119,7 @@ def test_without_anything_to_save():
 
 
 def checked(source: str) -> Iterator[str]:
-    """The ops that a test's source hands to `opcheck`, by name."""
+    """The ops that a test's source passes to `opcheck`, by name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "opcheck":
             (op, *_) = node.args

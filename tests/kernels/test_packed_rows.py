@@ -1,4 +1,5 @@
-"""packed_rows: the indices of tokens and of what is read, to the bit the reference's; rooms that are too large or too small."""
+"""packed_rows: the reference's indices of tokens and of rows that are read, to the bit; rooms that are too large or too
+small."""
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def masks(batch=4, length=9, rate=0.6):
 
 
 def arguments_of(what, tokens, read, extra=0, extra_read=0, check=True):
-    """What a caller gives who counted, with so much more room (a budget, of sequences up to S) or less."""
+    """The arguments of a caller who counted, with so much more room (a budget, of sequences up to S) or less."""
     tokens = tokens if "tokens" in what else None
     read = read if "read" in what else None
     either = tokens if read is None else read
@@ -71,7 +72,7 @@ def test_no_token_and_no_padding(what, rate):
 
 @pytest.mark.parametrize("batch", [1, 1025, 2100])
 def test_many_rows(batch):
-    """More than a program adds up at once."""
+    """More than a program sums at once."""
     same(*arguments_of("tokens and read", *masks(batch, 3), extra=batch))
 
 

@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.long)], ids=["one-of-each", "all"])
 def test_every_kernel_compiles_at_every_kind_of_int(options):
-    """A model of one head, or of one head a rank, is real; so are one row and one key. The planted kernel does not compile.
+    """A model with one head, or with one head per rank, exists; so do one row and one key. The planted kernel does not compile.
 
-    Only strides are told apart, which 16-byte loads need: a size that did would have kernels compiled in mid-training.
+    Only strides are specialised, which 16-byte loads need; a specialised size would recompile kernels in the middle of
+    training.
     """
     with compiling_environment():
         command = [sys.executable, "-m", "tests.kernels.sweep_specialisations", *options]

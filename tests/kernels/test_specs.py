@@ -1,4 +1,4 @@
-"""What fastbert/testing/specs say of the ops: their inputs, calls and variants hold together."""
+"""The specs in fastbert/testing/specs: their inputs, calls and variants are consistent."""
 
 from collections import Counter
 from dataclasses import fields, replace
@@ -14,8 +14,8 @@ from fastbert.testing.spec import Draw, Size
 from fastbert.testing.specs import SPECS
 
 EVERY_SPEC = pytest.mark.parametrize("spec", SPECS.values(), ids=str)
-# adamw's definition is no more exact than its kernel (its own tests step in float64), and of a layer's gradients some are
-# roundings of what cancels.
+# adamw's reference is no more accurate than its kernel (its own tests use float64), and some of a layer's gradients are only
+# rounding after cancellation.
 COMPARED = [spec for name, spec in SPECS.items() if name not in ("adamw", "encoder_layer")]
 
 
@@ -36,7 +36,7 @@ def test_a_wrong_op_is_noticed():
 @pytest.mark.no_launch
 @EVERY_SPEC
 def test_variants(spec):
-    """Each once, told apart by their labels, and those of the short list among them."""
+    """Each variant once, with a label of its own; those of the short list are among them."""
     variants = list(spec.variants())
     names = Counter(variant.name for variant in variants)
     assert max(names.values()) == 1

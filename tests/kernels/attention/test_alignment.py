@@ -16,7 +16,7 @@ from fastbert.testing.rows import run
 from ..layouts import offset
 from .test_layouts import every_second, head_size_first, heads_first, shared_heads
 
-HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
+HALF, SINGLE = torch.float16, torch.float32
 SHAPE = (2, 5, 3, 40)
 
 
@@ -35,9 +35,7 @@ def rows_of(product, names="qkv"):
 
 
 @pytest.mark.no_launch
-@pytest.mark.parametrize(
-    "dtype, head_sizes", [(HALF, (8, 24, 40, 56, 72, 104)), (SINGLE, (4, 12, 20, 40)), (DOUBLE, (2, 6, 10, 40))], ids=str
-)
+@pytest.mark.parametrize("dtype, head_sizes", [(HALF, (8, 24, 40, 56, 72, 104)), (SINGLE, (4, 12, 20, 40))], ids=str)
 def test_head_sizes_that_16_bytes_divide(dtype, head_sizes):
     for head_size in head_sizes:
         assert all(told(make_inputs(2, 5, 3, head_size, dtype)).values()), head_size
@@ -45,7 +43,7 @@ def test_head_sizes_that_16_bytes_divide(dtype, head_sizes):
 
 
 @pytest.mark.no_launch
-@pytest.mark.parametrize("dtype, head_sizes", [(HALF, (1, 4, 12, 20, 59)), (SINGLE, (1, 2, 6, 59)), (DOUBLE, (1, 59))], ids=str)
+@pytest.mark.parametrize("dtype, head_sizes", [(HALF, (1, 4, 12, 20, 59)), (SINGLE, (1, 2, 6, 59))], ids=str)
 def test_head_sizes_that_16_bytes_do_not_divide(dtype, head_sizes):
     for head_size in head_sizes:
         assert not any(told(make_inputs(2, 5, 3, head_size, dtype)).values()), head_size

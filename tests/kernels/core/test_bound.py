@@ -151,7 +151,7 @@ def sums(rows=(3, 40, 1), widths=(7, 1100, 2), dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_column_sums(dtype):
-    """Of three tensors side by side, of more columns than a program takes and of more rows than a tile; cast at the end."""
+    """Of three tensors, with more columns than a program takes and more rows than a tile; concatenated, and cast at the end."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     parts, work = sums(dtype=wide)
     out = torch.full((sum(part.shape[1] for part in parts) + 3,), torch.nan, dtype=dtype, device=DEVICE)
@@ -166,7 +166,7 @@ def test_column_sums(dtype):
 @pytest.mark.parametrize("rows", itertools.product((0, 1, 33), repeat=3), ids=str)
 @pytest.mark.one_in(3)
 def test_column_sums_of_any_rows(rows):
-    """Also of none: zeros, whatever stood there."""
+    """Zeros for no rows, whatever was in memory."""
     parts, work = sums(rows, (2, 3, 5))
     out = torch.full((10,), torch.nan, device=DEVICE)
     work.launch(parts[0], a_ptr=parts[0], b_ptr=parts[1], c_ptr=parts[2], out_ptr=out)
@@ -188,7 +188,7 @@ def test_a_recorded_call_hands_its_tensors_over():
 @no_launch
 @pytest.mark.parametrize("like", [torch.float64, torch.float32, torch.float16, torch.uint8], ids=str)
 def test_room(like):
-    """Arrays that do not touch, each from a multiple of 16 bytes on, in memory of any dtype."""
+    """Arrays that do not touch, each aligned to 16 bytes, in memory of any dtype."""
     shapes = [
         ((3, 5), torch.float32),
         ((7,), torch.float16),

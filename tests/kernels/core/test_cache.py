@@ -1,7 +1,7 @@
-"""Compiled kernels are kept by what Triton compiles anew for, and launched as Triton launches them.
+"""Compiled kernels are cached by what Triton recompiles for, and launched as Triton launches them.
 
-What the keys are made of is compared with Triton's own binder, which needs no GPU; launches go to a kernel that only notes
-them. On a GPU the same is asked of compiled kernels.
+Keys are compared with Triton's own binder, which needs no GPU; launches go to a kernel that only records them. On a GPU the
+same is tested with compiled kernels.
 """
 
 import itertools
@@ -54,7 +54,7 @@ def tritons(x=TENSORS[0], n=3, size=3, N=8, name="gelu"):
 @no_launch
 @pytest.mark.parametrize("place", ["x", "n"])
 def test_one_key_is_one_kernel_of_tritons(place):
-    """Of every pair of values that an argument may have."""
+    """For every pair of values that an argument may have."""
     for a, b in itertools.combinations(VALUES, 2):
         if key(**{place: a}) == key(**{place: b}):
             assert tritons(**{place: a}) == tritons(**{place: b}), (a, b)
@@ -62,7 +62,7 @@ def test_one_key_is_one_kernel_of_tritons(place):
 
 @no_launch
 def test_an_int_that_is_not_specialised_has_two_classes():
-    """So that a batch of another size compiles nothing."""
+    """A batch of another size compiles nothing."""
     sizes = {bits: [n for n in INTS if (n in range(-(2**31), 2**31)) == (bits == 32)] for bits in (32, 64)}
     for same in sizes.values():
         assert len({key(size=n) for n in same}) == len({tritons(size=n) for n in same}) == 1
@@ -116,7 +116,7 @@ def test_options_and_devices_have_kernels_of_their_own(change):
 
 @no_launch
 def test_a_dtype_stands_for_a_tensor_that_16_divides():
-    """As `compiled` is asked for one, and as Triton's warm-up takes it."""
+    """In `compiled`, and in Triton's warm-up."""
     for x in TENSORS[::2]:
         assert key(x=x.dtype) == key(x=x)
         assert tritons(x=triton.runtime.jit.MockTensor(x.dtype)) == tritons(x=x)
@@ -124,7 +124,7 @@ def test_a_dtype_stands_for_a_tensor_that_16_divides():
 
 @no_launch
 def test_the_launcher_in_c_is_told_what_tritons_tells_it(monkeypatch):
-    """Triton's own launcher in Python, run beside: what reaches the one in C is the same, to the last argument."""
+    """Triton's launcher in Python runs beside it: both pass the same arguments to the launcher in C."""
     told = []
     run = CudaLauncher.__new__(CudaLauncher)
     run.launch = lambda *arguments: told.append(arguments)
@@ -148,7 +148,7 @@ def test_the_launcher_in_c_is_told_what_tritons_tells_it(monkeypatch):
     "change", [{"global_scratch_size": 64}, {"profile_scratch_size": 64}, {"gsan_enabled": True}, {}], ids=str
 )
 def test_a_kernel_that_wants_more_is_launched_by_tritons_launcher(change):
-    """Which allocates scratch memory; and so is one by a launcher that is not known."""
+    """Triton's launcher allocates scratch memory. It also makes launches where the launcher in C is not known."""
     run = CudaLauncher.__new__(CudaLauncher) if change else (lambda *arguments: None)
     for name, value in ({"global_scratch_size": 0, "profile_scratch_size": 0, "gsan_enabled": False} | change).items():
         setattr(run, name, value)
@@ -184,7 +184,7 @@ def test_the_first_launch_is_tritons_and_later_ones_pass_addresses(noting):
 
 @no_launch
 def test_another_kernel_at_the_same_place_is_another(noting):
-    """An id is given anew when what had it is gone."""
+    """Python reuses the id of an object that is gone."""
     start(noting)
     members = cache.family(noting)
     cache._families[id(noting)] = cache.Family(Noting())
@@ -253,7 +253,7 @@ def test_what_differs_is_another_kernel(numbers, noting):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_launches_of_compiled_kernels(dtype):
-    """For whatever argument, the kernel that is launched is the one that Triton would have launched."""
+    """For any argument, the cached kernel is the one that Triton would have launched."""
     members = cache.family(bias_gelu_fwd_kernel)
     memory = torch.randn(40 * 80 + 9, device=DEVICE).to(dtype)
     for offset, rows, stride, width in itertools.product((0, 1), (1, 16, 17), (48, 49), (16, 33)):
@@ -285,7 +285,7 @@ def test_hooks_are_told_of_compiled_kernels(launches):
 
 @pytest.mark.gpu
 def test_a_launch_that_fails_is_the_kernels(monkeypatch):
-    """By address as by Triton."""
+    """The same error by address as through Triton."""
     x = torch.randn(4, 80, device=DEVICE)
     bias_gelu(x)
     members = cache.family(bias_gelu_fwd_kernel)

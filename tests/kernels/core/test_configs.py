@@ -1,4 +1,4 @@
-"""The shipped tables, and every tile in them, run on a few rows: a GPU's tile shapes under the interpreter too."""
+"""The shipped tables, and every tile in them on a few rows: a GPU's tile shapes, also under the interpreter."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from fastbert.kernels.core.configs import ARCHITECTURES, TABLES
 from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, run, seed_tensor
 
 DTYPES = {2: torch.float16, 4: torch.float32}
-MULTIPROCESSORS = 2  # so that a few rows fill every program and come round again
+MULTIPROCESSORS = 2  # so few that a few rows give every program several blocks
 
 
 def kernels_of(op):
@@ -43,7 +43,7 @@ def tiles():
 
 @pytest.fixture
 def as_on(monkeypatch):
-    """Choose configurations as on an architecture, with few multiprocessors."""
+    """Choose configurations as on an architecture with few SMs."""
 
     def pretend(architecture):
         monkeypatch.setattr(launch, "architecture", lambda device: architecture)
@@ -54,7 +54,7 @@ def as_on(monkeypatch):
 
 @pytest.mark.parametrize("op, architecture, itemsize, width", tiles())
 def test_shipped_tiles(op, architecture, itemsize, width, as_on, monkeypatch):
-    """Several programs, each with a full block and some with one more that is not full."""
+    """Several programs, each with a full block and some also with a partial one."""
     as_on(architecture)
     config = launch.choose(kernels_of(op)[1], torch.empty(0, dtype=DTYPES[itemsize]), width)
     rows = config.BLOCK_M * (MULTIPROCESSORS * config.programs_per_multiprocessor + 1) + 1
@@ -65,7 +65,7 @@ def test_shipped_tiles(op, architecture, itemsize, width, as_on, monkeypatch):
             programs.append(n)
         launched(kernel, n, *rest, **arguments)
 
-    monkeypatch.setattr(launch, "launch", counted)  # as a Work is launched
+    monkeypatch.setattr(launch, "launch", counted)  # which Work.launch calls
     monkeypatch.setattr(f"fastbert.kernels.{op.name}.launch", counted, raising=False)
     check(op, make_inputs(op, (min(rows, 40), width), DTYPES[itemsize]))
     assert len(programs) == 2 and min(programs) >= 2
@@ -74,7 +74,7 @@ def test_shipped_tiles(op, architecture, itemsize, width, as_on, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_a_gpus_tiles_give_the_interpreters_results(op, architecture, as_on):
-    """A row's results are the same bits in any tile; sums over rows are the same but for their order."""
+    """A row's results have the same bits in any tile; sums over rows differ only in their order."""
     options = {"p": 0.3, "seed": seed_tensor(1)} if op is OPS[0] else {}
     inputs, dy = make_inputs(op, (9, 48), torch.float32), torch.randn(9, 48, device=DEVICE)
     expected = run(op.call, inputs, dy, **options)
@@ -87,9 +87,9 @@ def test_a_gpus_tiles_give_the_interpreters_results(op, architecture, as_on):
 @pytest.mark.parametrize("kernel", [name for name in TABLES if not name.startswith(("attention", "feed_forward"))])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "interpreter"])
 def test_tables_are_complete(kernel, architecture):
-    """Every element size, rows up to the widest a kernel takes, and powers of two where Triton asks for them.
+    """Every element size, widths up to the widest a kernel takes, and powers of two where Triton requires them.
 
-    float64 for the interpreter alone, where gradcheck needs it.
+    float64 for the interpreter only, where gradcheck needs it.
     """
     tables = TABLES[kernel][architecture]
     assert tables.keys() == DTYPES.keys() | ({8} if architecture == "interpreter" else set())
@@ -100,7 +100,7 @@ def test_tables_are_complete(kernel, architecture):
             assert all(size > 0 and size & (size - 1) == 0 for size in sizes), config
             assert config.num_warps <= 32
             assert (config.BLOCK_N is None) == ("layernorm" in kernel)
-            sums = "backward" in kernel  # over rows, which a fixed number of programs share
+            sums = "backward" in kernel  # sums over rows, which persistent programs share
             assert (config.programs_per_multiprocessor is None) == (not sums)
 
 

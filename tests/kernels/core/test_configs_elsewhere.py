@@ -1,4 +1,4 @@
-"""Every tile in the tables of the ops that test_configs.py leaves out, under the interpreter, in several programs."""
+"""Every tile in the tables of the ops that test_configs.py leaves out, under the interpreter, with several programs."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from . import test_bound
 from .test_configs import DTYPES, as_on  # noqa: F401
 
 EMBEDDING = SPECS["embedding_layernorm"].tables["dropped"]
-# Whose tables are run tile by tile below, in test_configs.py or in test_feed_forward.py.
+# Ops whose tables are run tile by tile below, in test_configs.py or in test_feed_forward.py.
 BY_HAND = {
     *("dropout_add_layernorm", "bias_gelu", "gelu_layernorm", "attention", "encoder_layer", "feed_forward"),
     *("embedding_layernorm", "gather_rows", "linear_cross_entropy", "adamw", "key_bounds", "row_counts", "packed_rows"),
@@ -48,7 +48,7 @@ def configured(*names):
 
 
 def config_of(name, architecture, itemsize):
-    """Of a table that has one for all widths."""
+    """The configuration of a table that has one for all widths."""
     (config,) = TABLES[name][architecture][itemsize].values()
     return config
 
@@ -56,7 +56,7 @@ def config_of(name, architecture, itemsize):
 @pytest.mark.parametrize("architecture, itemsize, width", configured(*EMBEDDING))
 @pytest.mark.one_in(4)
 def test_tiles_of_embedding_layernorm(architecture, itemsize, width, as_on):  # noqa: F811
-    """Ids, and rows as they are; runs within a piece and across two."""
+    """Words by id and words' rows themselves; runs within a piece and across two."""
     as_on(architecture)
     for positions, types in (("counted", 2), ("of each sequence", 6)):
         make = {"positions": positions, "types": types, "vocabulary": 3}
@@ -84,7 +84,7 @@ def test_tiles_of_gather_rows(architecture, itemsize, _, as_on, launches):  # no
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("architecture, itemsize, _", configured("linear_cross_entropy"))
 def test_rows_of_logits(architecture, itemsize, _, smoothing, as_on):  # noqa: F811
-    """A tile of columns and the rest of one; bias and smoothing as well."""
+    """A whole tile of columns and a partial one, with bias and smoothing."""
     as_on(architecture)
     config = config_of("linear_cross_entropy", architecture, itemsize)
     inputs, labels = linear_cross_entropy.make_inputs(2, config.BLOCK_N + 37, 16, DTYPES[itemsize], ignored=0.0)
@@ -116,7 +116,7 @@ def test_scaled_gradients(architecture, itemsize, _, as_on):  # noqa: F811
 
 @pytest.mark.parametrize("architecture, itemsize, _", configured("adamw"))
 def test_tiles_of_adamw(architecture, itemsize, _, as_on, monkeypatch):  # noqa: F811
-    """A tensor of a whole program, the rest of another, and a rest of fewer than 16 elements."""
+    """A tensor that fills a program, a partial program, and a rest of fewer than 16 elements."""
     as_on(architecture)
     config = config_of("adamw", architecture, itemsize)
     share = config.BLOCK_M * config.BLOCK_N
@@ -136,7 +136,7 @@ def test_tiles_of_adamw(architecture, itemsize, _, as_on, monkeypatch):  # noqa:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tiles_of_masks(architecture, as_on):  # noqa: F811
-    """Rows longer than a program takes at once."""
+    """Rows longer than a program's block."""
     as_on(architecture)
     test_key_bounds.same(torch.rand(3, 1500, device=DEVICE) < 0.9)
     masks = test_row_counts.masks(3, 1500)
@@ -152,7 +152,8 @@ def test_tiles_of_column_sums(architecture, as_on):  # noqa: F811
 
 
 def of_any_op():
-    """(spec, form, architecture, element size, width): what of an op's tables nobody runs by hand; of the others one each."""
+    """(spec, form, architecture, element size, width): all tables of the ops that are not run by hand, and one of each
+    other."""
     for spec in SPECS.values():
         for form, tables in spec.tables.items():
             if spec.name in BY_HAND:
@@ -173,7 +174,7 @@ def test_tiles_of_any_op(spec, form, architecture, itemsize, width, as_on):  # n
 
 @pytest.mark.no_launch
 def test_every_table_is_run():
-    """Each belongs to an op, whose tables are run by hand or by the test above."""
+    """Each belongs to an op whose tables are run by hand or by the test above."""
     named = {name for spec in SPECS.values() for tables in spec.tables.values() for name in tables}
     assert TABLES.keys() == named | {f"{name}_uneven" for name in named if f"{name}_uneven" in TABLES}
     assert SPECS.keys() >= BY_HAND

@@ -1,4 +1,4 @@
-"""Dropout's bits: how often, how evenly and how independently of each other; and the maths shared by the kernels."""
+"""Dropout's bits: their rate, uniformity and independence; and the maths shared by the kernels."""
 
 import math
 
@@ -20,7 +20,7 @@ SIGMAS = 5
 
 
 def correlation(one, other):
-    """Of two boolean tensors."""
+    """Pearson's correlation of two boolean tensors."""
     count, a, b = one.numel(), int(one.sum()), int(other.sum())
     covariance = int((one & other).sum()) / count - a * b / count**2
     return covariance / math.sqrt(a * (count - a) * b * (count - b) / count**4)
@@ -28,7 +28,7 @@ def correlation(one, other):
 
 @pytest.mark.parametrize("p, seed", [(0.1, 0), (0.1, 2**61 + 12345), (0.5, 1), (0.9, 2), (0.003, 3)])
 def test_keep_rate(p, seed):
-    """Within five standard deviations of 1 - p; p is rounded to 1/65536, which is 0.02 of one here."""
+    """Within five standard deviations of 1 - p; rounding p to 1/65536 is 0.02 of one here."""
     keep = keep_masks(p, ROWS, COLS, seed=seed)
     deviation = math.sqrt(p * (1 - p) / keep.numel())
     assert abs(float(keep.double().mean()) - (1 - p)) < SIGMAS * deviation
@@ -38,7 +38,7 @@ def test_every_row_and_column_has_the_rate():
     p, keep = 0.1, keep_masks(0.1, ROWS, COLS, seed=1)
     for rates in (keep.double().mean(0), keep.double().mean(1)):
         deviation = math.sqrt(p * (1 - p) * len(rates) / keep.numel())
-        # Five deviations for one rate; among thousands the largest lies further out.
+        # Five deviations are for one rate; the largest among thousands lies further out.
         assert float((rates - (1 - p)).abs().max()) < (SIGMAS + 1) * deviation
 
 
@@ -61,7 +61,7 @@ def test_decisions_are_those_draws_against_p(p, seed, first_row):
 @pytest.mark.no_launch
 @pytest.mark.parametrize("seed", [0, 1, 2**62 - 1])
 def test_draws_are_uniform(seed):
-    """Kolmogorov and Smirnov's distance between 4,194,304 draws and the uniform distribution on 16 bits."""
+    """The Kolmogorov-Smirnov distance between 4,194,304 draws and the uniform distribution on 16 bits."""
     counts = np.bincount(draws(ROWS, COLS, seed=seed).ravel(), minlength=65536)
     distance = np.abs(np.cumsum(counts) / counts.sum() - np.arange(1, 65537) / 65536).max()
     assert distance < 2.0 / math.sqrt(counts.sum())  # 999 of 1,000 uniform samples are closer
@@ -88,20 +88,20 @@ def test_places_within_a_group_of_eight_are_uncorrelated():
 
 @pytest.mark.parametrize("other", [1, 2, 2**31, 2**32, 2**61])
 def test_seeds_are_uncorrelated(other):
-    """Also seeds that differ in one bit of the high word only."""
+    """Also seeds that differ only in one bit of the high word."""
     one, two = (keep_masks(0.5, 128, COLS, seed=seed) for seed in (0, other))
     assert abs(correlation(one, two)) < SIGMAS / math.sqrt(one.numel())
 
 
 @pytest.mark.parametrize("first_row", [2**31, 2**32, 2**33, 2**40])
 def test_row_counters_far_apart_are_uncorrelated(first_row):
-    """A counter kept in 32 bits would repeat the first rows at 2**32."""
+    """A 32-bit counter would repeat the first rows at 2**32."""
     one, two = (keep_masks(0.5, 128, COLS, first_row=start) for start in (0, first_row))
     assert abs(correlation(one, two)) < SIGMAS / math.sqrt(one.numel())
 
 
 def test_rows_are_numbered_across_the_32_bit_boundary():
-    """Row 2**32 + 3 is that row, from whichever row a tile starts."""
+    """Row 2**32 + 3 draws the same bits, whichever row a tile starts at."""
     before = keep_masks(0.5, 16, 64, first_row=2**32 - 8)
     assert torch.equal(before[8:], keep_masks(0.5, 8, 64, first_row=2**32))
 
@@ -144,8 +144,8 @@ def statistics_kernel(x_ptr, mean_ptr, rstd_ptr, n_cols, BLOCK_M: tl.constexpr, 
 @pytest.mark.parametrize("mean", [0.0, 1.0, 1e3, -1e4])
 @pytest.mark.parametrize("width", [2, 37, 64])
 def test_statistics_far_from_zero(width, mean):
-    """E[x^2] - E[x]^2 in float32 has no digit left where the mean is 10,000 deviations."""
-    # multiples of 1/64 add up exactly in float32, so that only the method can lose digits
+    """E[x^2] - E[x]^2 in float32 has no digit left if the mean is 10,000 deviations."""
+    # Multiples of 1/64 add up exactly in float32, so that only the method can lose digits.
     x = torch.arange(4 * width, dtype=torch.float64).mul(7).remainder(64).div(64).view(4, width) + mean
     out, single = torch.zeros(2, 4, device=DEVICE), x.to(DEVICE, torch.float32)
     pointers = {"x_ptr": single, "mean_ptr": out[0], "rstd_ptr": out[1]}
@@ -163,7 +163,7 @@ def normal_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 def test_the_normal_distribution_of_16_bit_types():
-    """As exact as device_math.normal says. A hundred times worse would pass for one rounding in float16."""
+    """As accurate as device_math.normal claims. A hundred times worse would pass for one rounding in float16."""
     x = torch.linspace(-3.0, 6.0, 3001, device=DEVICE)
     out = torch.zeros(2, len(x), device=DEVICE)
     launch(normal_kernel, 1, Config(4096, 1), x, x_ptr=x, out_ptr=out, n=len(x), BLOCK=4096)

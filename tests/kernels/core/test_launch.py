@@ -1,4 +1,4 @@
-"""What surrounds a launch: the choice of a configuration, counting, recording for the audit, who needs a backward."""
+"""Around a launch: the choice of a configuration, counting, recording for the audit, whether a backward can follow."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ no_launch = pytest.mark.no_launch
 
 @pytest.fixture
 def capability(monkeypatch):
-    """Pretend that every CUDA device is of this compute capability; nothing is cached beyond the test."""
+    """Pretend that every CUDA device has this compute capability; no cache outlives the test."""
 
     def pretend(major, minor):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
@@ -184,7 +184,7 @@ def test_only_float64_is_summed_in_float64(dtype):
 
 @no_launch
 def test_a_drawn_seed_is_a_tensor_on_the_device():
-    """A Python number would be read back from the GPU, and would be baked into a CUDA graph."""
+    """A Python number would be read back from the GPU, and a CUDA graph would contain it."""
     seed = draw_seed(DEVICE)
     assert (seed.dtype, seed.shape, seed.device.type) == (torch.int64, (), DEVICE.type)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""embedding_layernorm: all ways to name a row, every dtype and layout, memory, and gradients that repeat to the bit."""
+"""embedding_layernorm: all ways to name a row, every dtype and layout, memory, and bitwise reproducible gradients."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def make(
     dtypes=None,
     offset=0,
 ):
-    """Tensors to differentiate, and what goes with them."""
+    """The tensors to differentiate, and the other arguments."""
     n_positions = shape[-1] + 4
 
     def indices(high, shape=shape):
@@ -73,7 +73,7 @@ def make(
 
 
 def packed(ids, room=0):
-    """Rows that are packed, every other and the last two of a batch, and `room` for some more that nobody reads."""
+    """Packed rows: every other and the last two of a batch, and `room` for some more that are not read."""
     rows = torch.arange(ids.numel(), device=DEVICE, dtype=torch.int32)
     chosen = torch.cat([rows[::2], rows[-2:]]).unique()
     inverse = torch.full_like(rows, -1)
@@ -126,7 +126,7 @@ def test_every_way_to_name_rows(embeds, positions, type_ids, dtype, launches):
 @pytest.mark.one_in(2)
 def test_widths(width, dtype):
     inputs, options = make((1, 3), width, dtype)
-    if width == 1:  # no variance: y is the bias, and only that has a gradient
+    if width == 1:  # no variance: y is the bias, and only the bias has a gradient
         results = run(embedding_layernorm, inputs, torch.randn(1, 3, 1).to(DEVICE, dtype), **options)
         assert torch.equal(results["y"], inputs["bias"].expand(1, 3, 1)) and not results["dwords"].any()
     else:
@@ -148,7 +148,7 @@ def test_empty(shape, embeds, positions):
 
 @pytest.mark.parametrize("types", [1, 3, MOST_TYPES, MOST_TYPES + 1, 9])
 def test_numbers_of_types(types):
-    """Kept apart in registers while they are few, sorted when they are many."""
+    """Few types are summed separately in registers; many are sorted."""
     check(*make(types=types))
 
 
@@ -216,7 +216,7 @@ def test_without_gradients(launches):
 @pytest.mark.parametrize("tokens", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 4 * PIECE + 3])
 @pytest.mark.parametrize("pad", [None, 0, 1])
 def test_runs_longer_than_a_piece(tokens, pad):
-    """A few words many times: runs that start and end within, before and behind a piece, and cover several."""
+    """A few words many times: runs that start and end inside and at the edges of a piece, and cover several pieces."""
     inputs, options = make((1, tokens), 8, DOUBLE, vocabulary=6)
     options["ids"] = torch.tensor([0, 1, 1, 1, 1, 5], device=DEVICE)[options["ids"] % 6]
     results = check(inputs, options | {"padding_idx": pad})
@@ -236,7 +236,7 @@ def test_one_run_longer_than_are_joined_at_once():
 @pytest.mark.parametrize("places", [1, 5, 300, 1500, embedding_gradients.MOST_RANKED, embedding_gradients.MOST_RANKED + 1])
 @pytest.mark.no_launch
 def test_ids_are_brought_into_order(places, dtype, monkeypatch):
-    """By a kernel, and of more ids by torch's sort: the same, and tokens of one id stay in their order."""
+    """By a kernel, and for more ids by torch's sort, with the same result: tokens of one id keep their order."""
     monkeypatch.setattr(embedding_gradients, "MOST_RANKED", min(embedding_gradients.MOST_RANKED, 2000))
     ids = torch.randint(max(2, places // 4), (places,)).to(DEVICE, dtype)
     for layout in (ids, torch.stack([ids, 1 - ids], 1)[:, 0]):
@@ -249,7 +249,7 @@ def test_ids_are_brought_into_order(places, dtype, monkeypatch):
 @pytest.mark.parametrize("which", ["all", "weight", "bias", "norm", "positions", "types"])
 @pytest.mark.parametrize("dtype", [HALF, DOUBLE], ids=str)
 def test_many_partial_sums(dtype, which):
-    """More than are read at once, and rows of tables that nobody read: as plain PyTorch adds them up."""
+    """More than are read at once, and table rows that were not read: the sums of plain PyTorch."""
     acc = DOUBLE if dtype == DOUBLE else SINGLE
     sums, place_sums = (torch.randn(*shape, 37, dtype=acc, device=DEVICE) for shape in ((70, 2), (3, 45, 2)))
     if which in ("weight", "bias", "norm"):
@@ -269,7 +269,7 @@ def test_many_partial_sums(dtype, which):
 
 
 def test_every_order_of_the_ids_gives_every_token_its_row():
-    """Of each row of a table the tokens are added in their own order, so only they decide the bits."""
+    """The tokens of each table row are added in their own order, so only they decide the bits."""
     inputs, options = make((2, 40), 8, vocabulary=9)
     dy = torch.randn(2, 40, 8, device=DEVICE)
     one = run(embedding_layernorm, inputs, dy, **options)
@@ -299,7 +299,7 @@ def test_a_bad_gradient_stays_with_its_own_rows(bad):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.one_in(2)
 def test_layouts(layout, dy_layout):
-    """The same bits as from contiguous copies, of tables and of rows that come as they are."""
+    """The same bits as from contiguous copies, for tables and for rows that are passed directly."""
     for embeds in (False, True):
         inputs, options = make((19,), 24, embeds=embeds)
         for name in TABLES:
@@ -386,7 +386,7 @@ def test_opcheck(embeds, layout):
 @pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_compile(positions, embeds):
-    """One graph, the same bits; and of another length and offset no other graph."""
+    """One graph, the same bits; another length or offset needs no other graph."""
     torch._dynamo.reset()
     function = torch.compile(embedding_layernorm, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -493,7 +493,7 @@ def test_wrong_arguments(argument, change):
 @pytest.mark.parametrize("width", [768, 1500])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_on_a_gpu(positions, width, dtype):
-    """BERT's vocabulary, half of the tokens of one word, in the dtypes and at the sizes that are trained."""
+    """BERT's vocabulary, half of the tokens one word, in the dtypes and at the sizes of training."""
     inputs, options = make((16, 128), width, dtype, positions=positions, vocabulary=30522)
     options["ids"][:, 64:] = 7
     first, again = (check(inputs, options | {"p": 0.1}, dy) for dy in [torch.randn(16, 128, width).to(DEVICE, dtype)] * 2)

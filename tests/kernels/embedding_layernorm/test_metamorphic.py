@@ -1,4 +1,4 @@
-"""What must not matter to embedding_layernorm does not: padding, the order of the batch, tables that are longer or larger."""
+"""Invariances of embedding_layernorm: padding, the order of the batch, longer or larger tables."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def case(dtype=SINGLE, **options):
 
 
 def of_batch(index, inputs, named, dy):
-    """The same sequences, those of `index`."""
+    """The sequences of `index`."""
     moved = {name: x[index] if name in OF_TOKENS and x is not None and len(x) == SHAPE[0] else x for name, x in named.items()}
     embeds = inputs | {"words": inputs["words"][index]} if named["ids"] is None else inputs
     return run(embedding_layernorm, embeds, dy[index], **moved)
@@ -29,7 +29,7 @@ def of_batch(index, inputs, named, dy):
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
 def test_the_order_of_the_batch(embeds, positions):
-    """Rows to the bit; sums over rows, in float64, to the order that they are added up in."""
+    """Rows are equal to the bit; sums over rows, in float64, up to their order."""
     given = case(DOUBLE, embeds=embeds, positions=positions)
     order = torch.tensor([2, 0, 1], device=DEVICE)
     straight, shuffled = (of_batch(index, *given) for index in (torch.arange(3, device=DEVICE), order))
@@ -48,7 +48,7 @@ def test_a_sequence_alone():
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_what_stands_in_padding(p):
-    """Other ids at the last three places change no other row, nor a gradient, where the loss leaves these places out."""
+    """Other ids at the last three places change no other row, and no gradient if the loss leaves these places out."""
     inputs, named, dy = case()
     dy[:, 6:] = 0
     named["ids"][:, 6:] = 0
@@ -62,7 +62,7 @@ def test_what_stands_in_padding(p):
 
 
 def test_longer_padding():
-    """Rows and the gradients of the rows that are read from the tables stay; in float64 to the order of sums."""
+    """Rows and the gradients of the table rows that are read do not change, up to the order of sums in float64."""
     inputs, named, dy = case(DOUBLE)
     longer = dict(named)
     for name in ("ids", "token_type_ids"):
@@ -87,7 +87,7 @@ def test_rows_that_nobody_names_are_not_read():
 
 @pytest.mark.parametrize("factor", [2.0**-6, 8.0])
 def test_layernorm_does_not_see_the_scale_of_the_tables(factor):
-    """A power of two is exact in every step, so without eps only the gradients of the tables change."""
+    """A power of two is exact in every step, so with eps = 0 only the gradients of the tables change."""
     inputs, named, dy = case()
     scaled = inputs | {name: factor * inputs[name] for name in TABLES}
     one, other = (run(embedding_layernorm, x, dy, **named, eps=0.0) for x in (inputs, scaled))
@@ -104,7 +104,7 @@ def test_gradients_are_linear_in_the_upstream_gradient():
 
 @pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
 def test_results_share_no_memory_with_inputs(embeds):
-    """And ids, as all that is read, stay as they are."""
+    """The ids, which are only read, do not change either."""
     inputs, named, dy = case(embeds=embeds, positions="of each sequence")
     read = [t for t in (*inputs.values(), *named.values(), dy) if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in read]

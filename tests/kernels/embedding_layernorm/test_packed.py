@@ -1,4 +1,4 @@
-"""embedding_layernorm of some rows of a batch alone, packed: their sums, and gradients that land where they were read."""
+"""embedding_layernorm on some rows of a batch, packed: their sums, and gradients in the rows that were read."""
 
 from collections import Counter
 
@@ -51,7 +51,7 @@ def test_every_way_to_name_rows(positions, type_ids, dtype, room, launches):
 @pytest.mark.parametrize("types", [1, 2, MOST_TYPES + 1])
 @pytest.mark.parametrize("frozen", [[], ["positions"], ["types"], ["words"]], ids=str)
 def test_many_short_sequences(frozen, types):
-    """More of them than one program adds up, and then none of their rows."""
+    """More sequences than one program sums, and then without any of their rows."""
     inputs, options = make((70, 3), 8, types=types, index_dtype=torch.int32)
     rows = packed(options["ids"])
     check(inputs, options | rows, frozen=frozen)
@@ -120,7 +120,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_compile(positions):
-    """One graph, the same bits; torch's own ops stand for the kernel that packs the ids."""
+    """One graph, the same bits; torch's own ops replace the kernel that packs the ids."""
     torch._dynamo.reset()
     function = torch.compile(embedding_layernorm, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -139,7 +139,7 @@ def test_compile(positions):
 
 @pytest.mark.parametrize("n_types", [1, 2])
 def test_the_stand_ins(n_types):
-    """What takes the kernels' place where they fail gives the same."""
+    """The fallbacks give the same results as the kernels."""
     _, options = make((4, 6), types=2, positions="of each sequence")
     rows = packed(options["ids"], 2)
     given = rows["index"], options["ids"], options["token_type_ids"], options["position_ids"], 0
@@ -154,7 +154,7 @@ def test_the_stand_ins(n_types):
 @pytest.mark.no_launch
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a failed assertion on a GPU ends the process")
 def test_an_id_outside_of_its_table_that_is_not_read():
-    """As stock: padding is embedded, too."""
+    """As in stock: padding is embedded too."""
     inputs, options = make()
     options["ids"][1, 2] = len(inputs["words"])
     rows = packed(options["ids"])

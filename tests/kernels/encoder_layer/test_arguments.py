@@ -1,4 +1,4 @@
-"""Each wrong argument is refused with one error that names it, what was expected and what came."""
+"""Wrong arguments of encoder_layer: one error that names the argument, what was expected and what came."""
 
 import re
 

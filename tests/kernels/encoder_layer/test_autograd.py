@@ -1,4 +1,4 @@
-"""A layer's one autograd function: what it keeps, what it leaves alone, and what happens when it is run again."""
+"""A layer's autograd function: what it saves, what it leaves alone, and what happens when it runs again."""
 
 from contextlib import contextmanager
 
@@ -29,7 +29,7 @@ each_call = pytest.mark.parametrize("call", CALLS)
 
 
 def made(call):
-    """Inputs, of which those that are there require a gradient, and options."""
+    """Inputs, which require a gradient unless they are None, and options."""
     shape, queries, options = CALLS[call]
     inputs = make_inputs(shape, 96, queries=queries)
     return {name: None if x is None else x.requires_grad_() for name, x in inputs.items()}, dict(options)
@@ -47,7 +47,7 @@ def bitwise(found, others):
 
 @contextmanager
 def saving():
-    """The tensors that autograd is given to keep."""
+    """The tensors that autograd is given to save."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
         yield saved
@@ -71,7 +71,7 @@ def test_two_backwards_are_bitwise_one_and_write_over_nothing(call):
 
 @each_call
 def test_what_is_kept(call):
-    """With F = 4 H, 11 T H elements; the activation's output would be 4 more, and the first LayerNorm's one."""
+    """With F = 4 H, 11 T H elements. The activation's output would be 4 more, the first LayerNorm's one more."""
     inputs, options = made(call)
     with saving() as saved:
         y = flat(encoder_layer)(**inputs, **options)
@@ -82,12 +82,12 @@ def test_what_is_kept(call):
     low = options.get("product_dtype") or torch.float32
     is_cast = low != torch.float32
     keys = rows * (3 if inputs["queries"] is None else 2) + (0 if inputs["queries"] is None else n)
-    elements = keys + n + 4 * n  # of projections, attention, and what is activated
+    elements = keys + n + 4 * n  # projections, attention's output, and the activation's input
     anywhere = "index" in options
-    elements += rows if anywhere else 0  # of what attention gave those that are read were taken
+    elements += rows if anywhere else 0  # attention's whole output, of which only some rows are read
     copies = (rows + (0 if inputs["queries"] is None else n)) if is_cast else 0
     expected = (elements + copies) * hidden * low.itemsize
-    expected += 2 * n * hidden * 4  # each LayerNorm's sum, in x's dtype or that of the first one's result
+    expected += 2 * n * hidden * 4  # both LayerNorms' inputs, in x's dtype or that of the first LayerNorm's result
     statistics = 4 * n + (1 if is_cast else 2) * 3 * (rows if anywhere else n)
     expected += statistics * 4
     weights = 3 * hidden * hidden + 3 * hidden
@@ -101,7 +101,7 @@ def test_what_is_kept(call):
 
 
 def test_no_gradient_arrives():
-    """As of an output that nobody used: nothing is computed, and nobody is given zeros."""
+    """For an output that nobody used, nothing is computed and no zeros are returned."""
 
     class Nothing(torch.autograd.Function):
         @staticmethod
@@ -133,7 +133,7 @@ def test_a_second_derivative_raises(call):
 
 @each_call
 def test_a_second_derivative_by_each_input_raises(call):
-    """Of a plain sum with all else frozen, so that nothing but the input leads anywhere."""
+    """The gradient of a plain sum with everything else frozen, so that only the input leads anywhere."""
     inputs, options = made(call)
     for name in (name for name, x in inputs.items() if x is not None and not name.endswith("bias")):
         leaves = {other: None if x is None else x.detach().requires_grad_(other == name) for other, x in inputs.items()}
@@ -146,7 +146,7 @@ def test_a_second_derivative_by_each_input_raises(call):
 @pytest.mark.parametrize("reentrant", [False, True])
 @each_call
 def test_checkpointing_is_bitwise(call, reentrant):
-    """Also of dropout: what is computed again draws the same seed."""
+    """Dropout included: the recomputed forward draws the same seed."""
     inputs, options = made(call)
     layer = flat(encoder_layer)
 
@@ -161,7 +161,7 @@ def test_checkpointing_is_bitwise(call, reentrant):
     def of(*tensors):
         return layer(**inputs | dict(zip(names, tensors, strict=True)), **options)
 
-    if reentrant:  # which gives gradients to .grad alone
+    if reentrant:  # which sets gradients in .grad only
         torch.manual_seed(7)
         y = checkpoint(of, *leaves_of(inputs), use_reentrant=True)
         y.backward(torch.ones_like(y))
@@ -194,12 +194,12 @@ def test_dropout_follows_the_generator(needs):
 
     (one, two), again, other = drawn(1), drawn(1), drawn(2)
     bitwise([one, two], again)
-    assert not torch.equal(one, two)  # as two layers of a model
+    assert not torch.equal(one, two)  # like two layers of a model
     assert not torch.equal(one, other[0])
 
 
 def test_each_dropout_takes_a_seed_of_its_own():
-    """Both LayerNorms' sums have one shape: with one seed they would lose the same elements."""
+    """Both LayerNorms' sums have the same shape: with one seed they would lose the same elements."""
     inputs = {name: None if x is None else x.detach() for name, x in made("padded")[0].items()}
     layer = flat(encoder_layer)
     for i, name in enumerate(("attention_p", "attention_output_p", "output_p")):
@@ -221,7 +221,7 @@ def test_without_dropout_the_generator_stays_where_it_was():
 
 @pytest.mark.parametrize("name", ["intermediate", "output_norm", "x"])
 def test_what_was_written_over_before_the_backward_is_noticed(name):
-    """As autograd has it: gradients of other numbers than the forward's would be wrong ones."""
+    """As in autograd: gradients from other numbers than the forward's would be wrong."""
     inputs, options = made("plain")
     y = flat(encoder_layer)(**inputs, **options)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_the_upstream_gradient_may_be_expanded():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_around_it_changes_nothing(dtype):
-    """Its dtypes are those that it is told, in the forward and in the backward."""
+    """Its dtypes are its arguments, in the forward and in the backward."""
     inputs, options = made("plain")
     wanted = run(flat(encoder_layer), inputs, torch.ones(2, 5, 24, device=DEVICE), **options)
     with torch.autocast(DEVICE.type, dtype=dtype):
@@ -258,7 +258,7 @@ def test_a_write_through_data_is_seen_by_the_next_call():
 
 
 def test_one_tensor_may_be_several_weights():
-    """Its gradients add up."""
+    """The gradients of its uses add up."""
     inputs, options = made("plain")
     shared = inputs["query"]
     y = flat(encoder_layer)(**inputs | {"key": shared, "value": shared}, **options)
@@ -270,7 +270,7 @@ def test_one_tensor_may_be_several_weights():
 
 
 def test_gradients_may_be_accumulated_into():
-    """Vectors' gradients share an allocation; each is the caller's to write to all the same."""
+    """Vectors' gradients share an allocation, yet the caller may write to each."""
     inputs, options = made("plain")
     for _ in range(2):
         flat(encoder_layer)(**inputs, **options).sum().backward()

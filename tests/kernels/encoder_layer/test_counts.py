@@ -1,7 +1,7 @@
-"""What a layer asks of the host and of the device, to the last call: nothing creeps in unnoticed.
+"""Every call of a layer to the host and the device, so that no change to them goes unnoticed.
 
-On the CPU, with kernels that do nothing: they are bound and called as on a device, by address, and ATen's own calls are those
-of a GPU but for products of 16 bits with results of 32, which are one call there (`mm.dtype`) and two here.
+Runs on the CPU with kernels that do nothing. They are bound and called by address, as on a device. ATen's calls are those of a
+GPU, except for products of 16-bit matrices with 32-bit results, which are one call there (`mm.dtype`) and two here.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ BACKWARD = {
     "attention_bwd_kv_kernel": 1,
 }
 SHORT = {name: n for name, n in BACKWARD.items() if "attention" not in name} | {"attention_bwd_short_kernel": 1}
-# ATen's calls that launch nothing: memory, and other views of it.
+# ATen's calls that launch nothing: allocations and views.
 OF_THE_HOST = {
     "empty.memory_format", "empty_like", "new_empty", "view", "t", "split.Tensor", "split_with_sizes", "unsafe_split.Tensor",
     "unsafe_split_with_sizes",
@@ -54,7 +54,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def by_address(monkeypatch):
-    """As on a device."""
+    """Call kernels by address, as on a device."""
     monkeypatch.setattr(bound, "INTERPRETED", False)
     monkeypatch.setattr(products, "adds_last", lambda a: True)
     monkeypatch.setattr(cache, "compiled", lambda *arguments: cache.LoadedKernel(None, lambda *places: None, (), True))
@@ -64,7 +64,7 @@ def by_address(monkeypatch):
 
 
 def counted(step):
-    """(kernels, ATen's calls that launch something, the number of those that launch nothing)."""
+    """(kernels, ATen's calls that launch something, the number of calls that launch nothing)."""
     before = counts.copy()
     with Calls() as calls:
         result = step()
@@ -93,19 +93,19 @@ def made(call):
     return made_with_inputs(call)[1]
 
 
-PRODUCTS = {"addmm": 1, "mm": 3}  # of the projections side by side; of attention's output and the feed-forward's two
+PRODUCTS = {"addmm": 1, "mm": 3}  # the concatenated projections; attention's output and the feed-forward's two products
 CONCATENATED = {"cat": 2}  # the projections' weights and biases
 SEEDS = {"randint": 1}  # one draw for all dropouts
-OF_FORWARD = {  # ATen's calls that launch something, and how many there are that launch nothing
+OF_FORWARD = {  # ATen's calls that launch something, and the number of those that launch nothing
     "plain": (PRODUCTS | CONCATENATED, 10),
     "dropped": (PRODUCTS | CONCATENATED | SEEDS, 10),
     "masked": (PRODUCTS | CONCATENATED | SEEDS, 10),
     "packed": (PRODUCTS | CONCATENATED | SEEDS, 10),
     "read": (PRODUCTS | CONCATENATED | SEEDS | {"addmm": 2}, 16),  # the queries' projection is a product of its own
-    # All weights are cast at once; x by itself, and what LayerNorm returns by its kernel.
+    # One call casts all weights; x is cast by another, and LayerNorm's result by its kernel.
     "autocast": (PRODUCTS | {"_foreach_copy_": 1, "_to_copy": 1} | SEEDS, 20),
 }
-# Of four products two gradients each, two of them added to what a residual hands on.
+# Two gradients for each of four products; two of them are added to a residual's gradient.
 GRADIENTS = {"mm": 6, "addmm_": 2}
 OF_BACKWARD = {
     "plain": (GRADIENTS, 15),
@@ -118,7 +118,7 @@ OF_BACKWARD = {
 }
 
 
-# Without a gradient a product for each projection takes less than to lay their weights side by side; casts do that anyway.
+# Without a gradient three products cost less than concatenating their weights, unless a cast copies those anyway.
 ONE_BY_ONE = {"addmm": 3, "mm": 3}
 OF_INFERENCE = {
     "plain": ONE_BY_ONE,
@@ -150,7 +150,7 @@ def test_forward_and_backward(call):
 
 @pytest.mark.parametrize("length, backward", [(128, SHORT), (129, BACKWARD)])
 def test_a_short_layer_launches_one_kernel_less(length, backward):
-    """One kernel makes all gradients of attention."""
+    """One kernel computes all gradients of attention."""
     inputs = {
         name: None if x is None else x.requires_grad_() for name, x in make_inputs((1, length, 24), dtype=torch.float16).items()
     }
@@ -168,7 +168,7 @@ def test_a_short_layer_launches_one_kernel_less(length, backward):
         (("key_bias", "query_bias", "value_bias"), 14),
         (("query", "key", "value"), 13),
         (("output", "intermediate", "attention_output"), 11),
-        # Nothing of the attention: neither its two kernels nor what follows them.
+        # Nothing of attention: neither its two kernels nor what follows them.
         (("x", "query", "key", "value", "query_bias", "key_bias", "value_bias"), 10),
     ],
     ids=str,
@@ -193,7 +193,7 @@ def test_a_step_binds_nothing_twice(monkeypatch):
     )
     for _ in range(3):
         made("masked")()
-    assert len(compiled) == 10  # four of the forward and six of the backward
+    assert len(compiled) == 10  # four in the forward and six in the backward
     made("plain")()
     assert len(compiled) == 20
 

@@ -1,4 +1,4 @@
-"""A layer as one op: output and every gradient are its reference's, whatever is masked, packed, read, dropped or mixed."""
+"""A layer as one op: output and every gradient equal the reference's for all masks, packings, dropouts and mixed dtypes."""
 
 import itertools
 
@@ -24,13 +24,13 @@ def bounds(*starts):
 
 PACKED = {"cu_seqlens": bounds(0, 3, 3, 9, 10), "max_seqlen": 6}
 CAUSAL_READ = PACKED | {"index": bounds(4, 1, 8, -1), "inverse": bounds(-1, 1, -1, -1, 0, -1, -1, -1, 2, -1)}
-READ = PACKED | {"cu_seqlens_q": bounds(0, 1, 1, 1, 3), "max_seqlen_q": 2}  # of the third sequence nothing is read
+READ = PACKED | {"cu_seqlens_q": bounds(0, 1, 1, 1, 3), "max_seqlen_q": 2}  # nothing of the second and fourth sequences is read
 
 
 @each_dtype
 @pytest.mark.parametrize("settings", [Settings(3), DROPPED], ids=["", "dropped"])
 def test_padded(settings, dtype):
-    """Holes, padding on the left, and a row that sees no key."""
+    """A mask with holes, left padding, and a row that sees no key."""
     check(make_inputs((3, 5, 24), 40, dtype), settings, key_mask=MASK)
 
 
@@ -49,7 +49,7 @@ def test_rows_that_are_read(settings, dtype):
 @each_dtype
 @pytest.mark.parametrize("settings", [Settings(3, causal=True), DROPPED._replace(causal=True), DROPPED], ids=str)
 def test_rows_that_are_read_anywhere(settings, dtype):
-    """Of causal sequences, whose queries elsewhere are the last; one is no row at all."""
+    """Rows of causal sequences that are not only the last; one index entry names no row."""
     check(make_inputs((10, 24), 40, dtype), settings, **CAUSAL_READ)
 
 
@@ -98,7 +98,7 @@ def test_one_token(shape, causal):
 
 
 def test_several_tiles():
-    """129 rows are more than a tile of any kernel's, in both directions."""
+    """129 rows are more than a tile of any kernel, in both directions."""
     lengths = torch.tensor([129, 70], device=DEVICE)[:, None]
     check(make_inputs((2, 129, 16), 24), Settings(2, attention_p=0.1), key_mask=torch.arange(129, device=DEVICE) < lengths)
 
@@ -118,7 +118,7 @@ def test_several_tiles():
     ids=["no sequences", "no tokens", "masked", "one empty sequence", "nothing is read", "nothing is read anywhere"],
 )
 def test_nothing(shape, options, dtype):
-    """Gradients of nothing are zeros, whatever stood in memory: so that it holds NaN, torch is to be deterministic."""
+    """Gradients without rows are zeros, whatever was in memory: deterministic torch fills it with NaN."""
     queries = 0 if "cu_seqlens_q" in options else None
     inputs = make_inputs(shape, 40, dtype, queries=queries)
     torch.use_deterministic_algorithms(True)
@@ -131,7 +131,7 @@ def test_nothing(shape, options, dtype):
 
 @pytest.mark.parametrize("queries", [None, 3], ids=["", "read"])
 def test_sequences_far_shorter_than_the_longest(queries):
-    """Most programs of attention have nothing to do, whose sums count all the same: of memory that holds NaN."""
+    """Most of attention's programs have nothing to do, but their sums count: they are in memory that holds NaN."""
     options = {"cu_seqlens": bounds(0, 2, 2, 7), "max_seqlen": 150}
     if queries is not None:
         options |= {"cu_seqlens_q": bounds(0, 1, 1, queries), "max_seqlen_q": 70}
@@ -142,7 +142,7 @@ def test_sequences_far_shorter_than_the_longest(queries):
         torch.use_deterministic_algorithms(False)
 
 
-# What autocast asks for, and what a model of 16 bits with LayerNorms in float32 is: (x, weights, products, LayerNorm's).
+# Autocast's dtypes, and those of a 16-bit model with LayerNorms in float32: (x, weights, products, LayerNorm's result).
 MIXTURES = [
     (torch.float32, torch.float32, torch.float16, torch.float32),
     (torch.float32, torch.float32, torch.float16, None),
@@ -171,7 +171,7 @@ def test_mixed_dtypes(settings, dtypes):
     results = check(inputs, settings, key_mask=key_mask, product_dtype=product, norm_dtype=norm)
     for name, gradient in results.items():
         assert name == "y" or gradient is None or gradient.dtype == inputs[name.removeprefix("d")].dtype, name
-    if weights == torch.float32:  # summed in float32, and never rounded to less
+    if weights == torch.float32:  # summed in float32 and never rounded further
         for name in VECTORS:
             gradient = results[f"d{name}"]
             assert not torch.equal(gradient, gradient.half().float()), name
@@ -181,7 +181,7 @@ def test_mixed_dtypes(settings, dtypes):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", [Settings(3), DROPPED], ids=["", "dropped"])
 def test_bfloat16(settings, weights):
-    """Under autocast, and as a model of its own; the interpreter rounds it wrongly."""
+    """Under autocast, and as a bfloat16 model; the interpreter rounds it wrongly."""
     dtype = weights if weights == torch.bfloat16 else torch.float32
     inputs = make_inputs((3, 70, 96), 160, dtype, weight_dtype=weights)
     key_mask = torch.arange(70, device=DEVICE) < torch.tensor([[70], [4], [33]], device=DEVICE)
@@ -204,7 +204,7 @@ def test_layouts(of_x, of_dy):
     inputs = make_inputs((10, 24), queries=3)
     inputs |= {name: of_x(inputs[name]) for name in ("x", "queries")}
     dy = of_dy(torch.randn(3, 24, device=DEVICE))
-    check(inputs, DROPPED, dy, cancels=of_x is expanded, **READ)  # keys that are all the same have no gradient
+    check(inputs, DROPPED, dy, cancels=of_x is expanded, **READ)  # identical keys have no gradient
 
 
 @pytest.mark.parametrize("layout", [transposed, sliced, offset], ids=lambda layout: layout.__name__)
@@ -257,7 +257,7 @@ SUBSETS = {
     ("needed", "read"), [(n, read) for n in SUBSETS for read in (False, True) if read or "queries" not in SUBSETS[n]], ids=str
 )
 def test_gradients_that_are_needed(needed, read):
-    """The same bits, whatever else is asked for, and nothing of what is not."""
+    """The same bits, whatever else is asked for, and None for the others."""
     needed = SUBSETS[needed]
     inputs = make_inputs((10, 24), queries=3 if read else None)
     present = {name for name, tensor in inputs.items() if tensor is not None}
@@ -288,7 +288,7 @@ def test_frozen(launches):
     ids=["padded", "packed", "read", "read anywhere"],
 )
 def test_without_a_gradient(shape, queries, options, dtype):
-    """Which is another way through the forward: in place, and the projections one by one."""
+    """That is another path through the forward: in place, with one product per projection."""
     check(make_inputs(shape, 40, dtype, queries=queries), DROPPED, frozen=("x", "queries", *NAMES), **options)
 
 

@@ -1,4 +1,4 @@
-"""A layer whose feed-forward's products have epilogues of their own: results and launches."""
+"""A layer whose feed-forward products have epilogues: results and launches."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ DROPPED = Settings(2, attention_p=0.1, attention_output_p=0.1, output_p=0.1)
 MASK = torch.tensor([[1, 1, 0, 1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 0, 1, 1, 1, 1]], dtype=torch.bool, device=DEVICE)
 STARTS = torch.tensor([0, 12, 18], dtype=torch.int32, device=DEVICE)
 READ = {"cu_seqlens_q": torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE), "max_seqlen_q": 2}
-CALLS = {  # rows that are no multiple of a tile's
+CALLS = {  # rows that no tile size divides
     "padded": ((2, 9, 32), torch.float32, DROPPED, {"key_mask": MASK}),
     "half": ((2, 9, 32), torch.float16, DROPPED, {"key_mask": MASK}),
     "relu": ((2, 9, 32), torch.float32, Settings(2, activation="relu"), {}),
@@ -36,7 +36,7 @@ def tiles(monkeypatch):
 
 @pytest.fixture
 def counted_as(monkeypatch):
-    """What layer.check expects to be launched."""
+    """The launches that layer.check expects."""
 
     def of(product, gradient):
         swapped = {"FORWARD": (product, "bias_gelu_fwd_kernel", 0), "BACKWARD": (gradient, "bias_gelu_bwd_kernel", 1)}
@@ -70,7 +70,7 @@ def test_frozen(frozen, counted_as):
 
 
 def test_the_same_as_without_them():
-    """In 16 bits, where h and its gradient are rounded, up to the order in which products are summed up."""
+    """In 16 bits, where h and its gradient are rounded, equal up to the order of the products' sums."""
     inputs, settings, options = made("half")
     dy = torch.randn(2, 9, 32, device=DEVICE).half()
     options = options | {"settings": settings, "seed": layer.seeds()}
@@ -82,7 +82,7 @@ def test_the_same_as_without_them():
 
 
 def test_two_launches_fewer(monkeypatch, launches):
-    """One kernel for a product and a kernel, forward and backward; and without a gradient h is not written."""
+    """One kernel instead of a product and a kernel, forward and backward; without a gradient h is not written."""
     monkeypatch.setattr(bound, "INTERPRETED", False)
     compiled, nothing = [], cache.LoadedKernel(None, lambda *places: None, (), True)
     monkeypatch.setattr(cache, "compiled", lambda kernel, _, __, values: compiled.append((kernel.__name__, values)) or nothing)

@@ -1,4 +1,4 @@
-"""Hypothesis over shapes, masks, packings, dtypes, layouts and what is frozen: whatever is legal is right, by the one rule."""
+"""Fuzzes shapes, masks, packings, dtypes, layouts and frozen inputs with hypothesis: whatever is legal is right."""
 
 import pytest
 import torch
@@ -18,17 +18,17 @@ LAYOUTS = [contiguous, transposed, sliced, offset]
 
 @st.composite
 def calls(draw):
-    """Rows see three keys or more, and are of 16 columns or more: below, gradients are cancellation, in eager as well."""
+    """Rows see at least three keys and have at least 16 columns: below, gradients are cancellation, in eager too."""
     head_size = draw(st.sampled_from([8, 11, 16, 32]))
     heads = draw(st.integers(-(-16 // head_size), 3))
     lengths = draw(st.lists(st.integers(3, 20), min_size=1, max_size=3))
     kind = draw(st.sampled_from(["padded", "packed", "read"]))
     low = draw(st.sampled_from([torch.float64, torch.float32, torch.float16]))
     is_mixed = low == torch.float16 and draw(st.booleans())
-    smooth = [activation for activation in ACTIVATIONS if activation != "relu"]  # a rounding decides on a gradient at 0
+    smooth = [activation for activation in ACTIVATIONS if activation != "relu"]  # relu's gradient at 0 depends on a rounding
     names = ("x", *(("queries",) if kind == "read" else ()), *NAMES)
     frozen = {name for name in names if draw(st.booleans()) and draw(st.booleans())}
-    if "value_bias" in frozen:  # beside which the gradient of key's bias, which is 0 in exact arithmetic, is judged
+    if "value_bias" in frozen:  # against it the key bias's gradient is judged, which is 0 in exact arithmetic
         frozen.add("key_bias")
     return {
         "kind": kind,
@@ -64,7 +64,7 @@ def tensors(call):
     if call["kind"] == "padded":
         shape = (len(lengths), longest, hidden)
         options["key_mask"] = torch.arange(longest, device=DEVICE) < lengths[:, None]
-        if call["on_the_left"] and not call["settings"].causal:  # else a row sees no key but those that it is kept from
+        if call["on_the_left"] and not call["settings"].causal:  # otherwise a row would see only masked keys
             options["key_mask"] = options["key_mask"].flip(1)
     else:
         shape = (int(lengths.sum()), hidden)

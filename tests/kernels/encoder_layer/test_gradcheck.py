@@ -1,4 +1,4 @@
-"""Numerical against analytical gradients of a whole layer in float64, where its kernels compute in float64 throughout."""
+"""Numerical against analytical gradients of a whole layer in float64, in which its kernels then compute throughout."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from fastbert.testing.encoder_layer import flat, make_inputs, seeds
 from fastbert.testing.rows import DEVICE
 
 DROPPED = Settings(2, attention_p=0.2, attention_output_p=0.3, output_p=0.4)
-# A row without a key is compared with eager elsewhere: scores that a mask swallows get gradients there.
+# Rows without a key are compared with eager elsewhere: there, scores that a mask swallows have gradients.
 MASK = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=torch.bool, device=DEVICE)
 
 
@@ -34,7 +34,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_gradients(call):
-    """In random directions of every input at once."""
+    """In random directions of all inputs at once."""
     shape, queries, settings, options = CALLS[call]
     inputs = {name: x for name, x in make_inputs(shape, 5, torch.float64, queries=queries).items() if x is not None}
     rest = {} if queries else {"queries": None}

@@ -1,4 +1,4 @@
-"""A product that joins a sum: with the rounding of both, and no more."""
+"""A product that is added to a sum has the rounding of both, and no more."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.no_launch
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 17])
 def test_a_product_is_summed_up_first(rows):
-    """On the CPU, where addmm adds the terms of so few rows to what is there one by one."""
+    """On the CPU, where addmm adds the terms of so few rows to the sum one by one."""
     total, a, b = torch.randn(rows, 64), torch.randn(rows, 256), torch.randn(256, 64)
     expected = total + torch.mm(a, b)
     add_product(total, a, b)

@@ -1,4 +1,4 @@
-"""What one layer hands to the next under autocast: its result in the products' dtype, where it is still that."""
+"""Under autocast a layer hands the next its result in the products' dtype too, as long as that is still valid."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def same(a, b):
 
 
 class Casts(TorchDispatchMode):
-    """Counts the hidden states that are cast."""
+    """Counts casts of hidden states."""
 
     n = 0
 
@@ -75,7 +75,7 @@ def test_the_second_layer_casts_nothing(weights):
 
 @pytest.mark.parametrize("change", ["written to", "another", "a view", "of another product"])
 def test_a_twin_of_something_else_is_not_taken(weights, change):
-    """A hook may write to a result or put another in its place; and layers may differ in what they compute in."""
+    """A hook may write to a result or replace it, and layers may compute in different dtypes."""
     changes = {"written to": lambda y: y.mul_(2), "another": lambda y: y + 1, "a view": lambda y: y[:]}
     options = {"between": changes[change]} if change in changes else {"products": (HALF, torch.float32)}
     x = normal(2, 5, 24)

@@ -1,4 +1,4 @@
-"""feed_forward with its products' own epilogues and without: values, gradients, edges of tiles, and when which is taken."""
+"""feed_forward with its products' epilogues and without: values, gradients, edges of tiles, and when each is used."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_other_activations_go_without(activation, small_tiles):
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 130])
 @pytest.mark.parametrize("persistent", [None, 1], ids=["a program a tile", "persistent"])
 def test_any_number_of_rows(rows, persistent, small_tiles):
-    """One less and one more than a tile; more than the eight blocks of rows that go together."""
+    """One row less and one more than a tile; more than the eight blocks of rows of a group."""
     small_tiles(persistent=persistent)
     check(make_inputs(rows, 32, 96, 16), BOTH)
 
@@ -105,7 +105,7 @@ def test_nothing_is_kept_without_a_gradient(small_tiles, launches):
 
 @interpreted
 def test_rows_past_the_last_are_not_written(small_tiles):
-    """Neither those of the tensors, which lie in front of something else, nor into the sums."""
+    """Rows past the end are neither written, in front of other memory, nor summed."""
     work = feed_forward_products.work(PRODUCT, 5, 16, 32, torch.empty(0, device=DEVICE), "gelu")
     room = torch.full((2, 20, 32), torch.nan, device=DEVICE)
     x, weight = torch.randn(5, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE)
@@ -117,7 +117,7 @@ def test_rows_past_the_last_are_not_written(small_tiles):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_in_its_row(value, small_tiles):
     inputs = make_inputs(20, 16, 32, 16)
-    inputs["x"][19] = value  # of a tile whose other rows are that one again
+    inputs["x"][19] = value  # in a tile whose remaining rows repeat the last one
     with decided(*BOTH):
         results = run(feed_forward, inputs, torch.randn(20, 16, device=DEVICE))
     assert results["y"][:19].isfinite().all() and not results["y"][19].isfinite().any()
@@ -126,7 +126,7 @@ def test_what_is_not_finite_stays_in_its_row(value, small_tiles):
 
 @interpreted
 def test_16_bit_results_are_those_of_a_product_and_a_kernel(small_tiles):
-    """Rounded in the same places, so of a product with few terms the same bits."""
+    """Rounding happens in the same places, so a product with few terms has the same bits."""
     inputs = make_inputs(33, 16, 32, 16, torch.float16)
     inputs = {name: (64 * x).round() / 64 for name, x in inputs.items()}  # float32 holds their sums, float16 rounds them
     dy = torch.randint(-64, 65, (33, 16), device=DEVICE).half() / 64
@@ -136,7 +136,7 @@ def test_16_bit_results_are_those_of_a_product_and_a_kernel(small_tiles):
             found.append(run(feed_forward, inputs, dy))
     for other in found[1:]:
         for name, tensor in other.items():
-            if name != "dbias":  # summed up in another order
+            if name != "dbias":  # summed in another order
                 assert torch.equal(tensor, found[0][name]), name
 
 
@@ -168,7 +168,7 @@ def test_sizes_that_tiles_do_not_fill_are_never_on(n_inner, n_cols):
 @pytest.mark.no_launch
 @pytest.mark.parametrize("part", [PRODUCT, GRADIENT])
 def test_tiles(part):
-    """Powers of two that fill BERT's sizes, of 16-bit types alone; float32 would be multiplied as TF32."""
+    """Powers of two that divide BERT's sizes, for 16-bit types only; float32 would be multiplied in TF32."""
     assert TABLES[part].keys() == {*ARCHITECTURES, "interpreter"}
     for architecture in ARCHITECTURES:
         assert TABLES[part][architecture].keys() == {2}
@@ -220,7 +220,7 @@ def test_arguments(change, message):
 @interpreted
 @pytest.mark.parametrize("way", [BOTH, (False, False)], ids=["on", "off"])
 def test_custom_ops(way, small_tiles):
-    """What torch.compile sees of the op."""
+    """The op as torch.compile sees it."""
     inputs = list(make_inputs(18, 16, 32, 16).values())
     leaves = [x.requires_grad_() for x in inputs]
     opcheck(torch.ops.fastbert.feed_forward, *leaves, "gelu", *way, True)

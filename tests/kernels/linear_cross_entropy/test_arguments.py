@@ -1,4 +1,4 @@
-"""Wrong arguments of linear_cross_entropy: the error names the argument and says what was expected and what came."""
+"""Wrong arguments of linear_cross_entropy: the error names the argument, what was expected and what came."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""linear_cross_entropy as autograd and torch.compile see it: gradcheck, opcheck, one graph, two backwards, no second."""
+"""linear_cross_entropy under autograd and torch.compile: gradcheck, opcheck, one graph, repeated backwards, no second one."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_two_backwards_and_no_second_derivative(reduction, way, weights):
 
 
 def test_gradients_add_up_over_calls():
-    """As in gradient accumulation: parameters that had a gradient before."""
+    """Gradient accumulation: parameters that already have a gradient."""
     inputs, labels = make_inputs(9, 37)
     once = run(linear_cross_entropy, inputs, labels)
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
@@ -166,7 +166,7 @@ def test_one_graph_for_every_length(reduction, way, fresh_compiler, launches):
 
 
 def test_compiled_on_the_labelled_rows(fresh_compiler):
-    """A length that the compiler cannot know: the rows whose labels count, as a head that skips the others calls it."""
+    """A length that the compiler cannot know: the number of labelled rows, to which a head reduces its input."""
 
     def head(hidden, weight, bias, labels):
         counted = (labels != -100).nonzero().squeeze(1)
@@ -182,7 +182,7 @@ def test_compiled_on_the_labelled_rows(fresh_compiler):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_autocast_does_not_reach_in(way):
-    """The caller casts, as F.linear would: float32 inputs are computed in float32 also where autocast is on."""
+    """The caller casts, as for F.linear: float32 inputs are computed in float32 even under autocast."""
     inputs, labels = make_inputs(9, 37)
     with chunks_of(chunk_rows(way, 4)):
         plain = run(linear_cross_entropy, inputs, labels)

@@ -1,4 +1,4 @@
-"""Hypothesis over sizes, layouts, dtypes, labels and ways; and what must not matter: other rows, their order, an offset."""
+"""Fuzzes sizes, layouts, dtypes, labels and paths with hypothesis; then invariances: other rows, their order, an offset."""
 
 import pytest
 import torch
@@ -19,27 +19,27 @@ ROW_RESULTS = ("y", "dhidden")
 @st.composite
 def calls(draw, dtypes=tuple(DTYPES)):
     dtype = draw(st.sampled_from(dtypes))
-    # Of a row or two float16's roundings do not average: eager may be exact by luck.
+    # In a row or two float16's roundings do not average: eager may be exact by luck.
     n_rows = draw(st.integers(8 if dtype == torch.float16 else 1, 32))
     smoothing = draw(st.sampled_from([0.0, 0.0, 0.1]))
-    # eager's smoothing adds all of a row's log-probabilities up in float16, where that overflows
+    # Eager's smoothing adds up all of a row's log-probabilities in float16, which overflows there.
     wide = dtype == torch.float16 and (smoothing > 0 or draw(st.booleans()))
     return {
         "n_rows": n_rows,
-        # of few classes the gradients are almost all cancellation, in eager as well; gradcheck covers those
+        # With few classes the gradients are mostly cancellation, in eager too; gradcheck covers those.
         "n_cols": draw(st.one_of(st.integers(16, 130), st.sampled_from([255, 256, 257]))),
-        # one column sums few products, and eager may be exact in its one element by luck
+        # One column sums few products, and eager may be exact in its one element by luck.
         "width": draw(st.integers(16, 48)),
         "dtype": dtype,
         "bias": draw(st.booleans()),
-        # float16's own rounding decides which class wins where logits are far apart
+        # float16's own rounding decides which class wins if logits are far apart.
         "scale": 10.0 ** draw(st.floats(-2.0, 0.5) if dtype == torch.float16 else st.floats(-4.0, 2.0)),
         "ignored": draw(st.sampled_from([0.0, 0.3, 0.9])),
         "rows": draw(st.sampled_from([None, n_rows, -(-n_rows // 2)])),
         "layouts": [draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(WEIGHT_LAYOUTS))],
         "frozen": tuple(name for name in ("hidden", "weight", "bias") if draw(st.integers(0, 3)) == 3),
         "values": draw(st.integers(0, 2**31)),
-        # float64's for float64, of which the exact result is made; of any type otherwise
+        # float64 for float64 inputs, because the exact result is made from them; any type otherwise.
         "weights": draw(st.sampled_from([None, None, dtype if dtype == torch.float64 else torch.float32])),
         "options": {
             "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
@@ -74,7 +74,7 @@ def check_call(call):
     for name, layout in zip(("hidden", "weight"), call["layouts"], strict=True):
         inputs[name] = layout(inputs[name])
     frozen = [name for name in call["frozen"] if inputs[name] is not None]
-    # None of them 0: a mean over labels that weigh nothing has a test of its own.
+    # None of them is 0: a mean over labels that weigh nothing has a test of its own.
     weights = None if call["weights"] is None else make_weights(call["n_cols"], call["weights"], zeros=0.0)
     check(inputs, labels, rows=call["rows"], frozen=frozen, class_weights=weights, **call["options"])
 
@@ -98,7 +98,7 @@ def test_the_order_of_rows(reduction, way):
 @pytest.mark.parametrize("rows", [1, 7, 33, 64, 65])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_length_of_a_chunk(reduction, rows):
-    """Of chunks of any number of rows, and of one, the sums are the same but for their order."""
+    """For chunks of any number of rows, even one, the sums differ only in their order."""
     inputs, labels = make_inputs(65, 40, dtype=torch.float64)
     kept = run(linear_cross_entropy, inputs, labels, reduction=reduction)
     with chunks_of(rows):
@@ -110,7 +110,7 @@ def test_the_length_of_a_chunk(reduction, rows):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("way", WAYS)
 def test_ignored_rows_are_rows_left_out(way, reduction):
-    """Whatever stands in them, short of NaN (which 0 times NaN is, in eager as well)."""
+    """Whatever they contain, except NaN (0 times NaN is NaN, in eager too)."""
     inputs, labels = make_inputs(33, 40, dtype=torch.float64)
     counted = labels != -100
     inputs["hidden"][~counted] *= 1e30
@@ -126,7 +126,7 @@ def test_ignored_rows_are_rows_left_out(way, reduction):
 @pytest.mark.parametrize("constant", [-1000.0, 1.0, 1e4])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_constant_on_all_logits(way, constant):
-    """A softmax does not see it."""
+    """Softmax does not depend on it."""
     inputs, labels = make_inputs(9, 40, dtype=torch.float64)
     with chunks_of(chunk_rows(way, 4)):
         one = run(linear_cross_entropy, inputs, labels)

@@ -40,7 +40,7 @@ def test_bound_with_class_weights(reduction, way, smoothing, dtype):
 @pytest.mark.parametrize("n_rows", [1, 614, 4099])
 @pytest.mark.parametrize("width", [768, 1024])
 def test_bound_as_it_ships(width, n_rows, dtype):
-    """No chunk size imposed."""
+    """The shipped chunk size."""
     inputs, labels = make_inputs(n_rows, VOCABULARY, width, dtype, ignored=0.1)
     sizes = VOCABULARY, width, dtype
     check(inputs, labels, rows=None if n_rows <= most_at_once(*sizes) else rows_a_chunk(n_rows, *sizes))
@@ -58,7 +58,7 @@ def peak_bytes(function, inputs, labels):
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=dtype_name)
 @pytest.mark.parametrize("n_rows", [3600, 4096, 8192, 16384])
 def test_a_quarter_of_eagers_memory(n_rows, dtype):
-    """At its highest, gradients included."""
+    """The peak, including gradients."""
     inputs, labels = make_inputs(n_rows, VOCABULARY, 768, dtype)
     ours, eager = (peak_bytes(f, inputs, labels) for f in (linear_cross_entropy, reference.linear_cross_entropy))
     assert ours <= eager / 4, f"{ours / 2**20:.0f} MiB against eager's {eager / 2**20:.0f}"
@@ -66,7 +66,7 @@ def test_a_quarter_of_eagers_memory(n_rows, dtype):
 
 @pytest.mark.parametrize("n_rows", [64, 614, 2457, 4096, 16384])
 def test_no_slower_than_eager(n_rows):
-    """Sanity, not a benchmark: forward and backward together, bf16, BERT-base."""
+    """A sanity check, not a benchmark: forward and backward together, bf16, BERT-base."""
     from triton.testing import do_bench
 
     inputs, labels = make_inputs(n_rows, VOCABULARY, 768, BF16, ignored=0.0)

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: sizes, dtypes, reductions and ways to the gradient; labels; smoothing; frozen and tied weights."""
+"""linear_cross_entropy: sizes, dtypes, reductions and paths to the gradient; labels; smoothing; frozen and tied weights."""
 
 import random
 
@@ -27,7 +27,7 @@ ROWS, CLASSES, WIDTHS = (1, 2, 5, 33, 65), (2, 101, 1025), (1, 24, 37)
 
 
 def matrix():
-    """Rows x classes x dtype x reduction; width, bias, smoothing, chunks and the share of ignored labels are drawn."""
+    """Rows x classes x dtype x reduction; width, bias, smoothing, chunks and the fraction of ignored labels are drawn."""
     draw, parameters = random.Random(0), []
     for rows in ROWS:
         for classes in CLASSES:
@@ -62,7 +62,7 @@ def test_berts_vocabulary(way, classes):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_all_labels_ignored(reduction, way, dtype):
-    """The mean of nothing is NaN, as in torch, and its gradients are 0, as in torch."""
+    """The mean of nothing is NaN and its gradients are 0, as in torch."""
     inputs, labels = make_inputs(5, 13, dtype=dtype, ignored=1.1)
     results = check(inputs, labels, rows=chunk_rows(way, 2), reduction=reduction)
     assert results["y"].isnan().all() == (reduction == "mean")
@@ -80,7 +80,7 @@ def test_one_label(reduction, way):
 @pytest.mark.parametrize("ignore_index", [-1, 0, 7, 12, 2**40])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ignore_index(reduction, ignore_index):
-    """Also a class of its own, or the number that another call ignores."""
+    """It may also be a class, or the number that another call ignores."""
     inputs, labels = make_inputs(33, 13, ignored=0.0)
     labels[::3] = ignore_index
     check(inputs, labels, ignore_index=ignore_index, reduction=reduction)
@@ -112,7 +112,7 @@ def test_no_rows(reduction, shape):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_features(reduction, way):
-    """Logits that are the bias alone."""
+    """The logits are then the bias alone."""
     inputs, labels = make_inputs(5, 13, 0)
     results = check(inputs, labels, rows=chunk_rows(way, 3), reduction=reduction)
     assert results["dbias"].any()
@@ -129,14 +129,14 @@ def test_frozen_inputs(reduction, way, frozen):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
 def test_the_losss_own_gradient(dtype, way, factor):
-    """As of a loss that is weighed, or divided by accumulation steps."""
+    """For a loss that is weighted, or divided by the number of accumulation steps."""
     dy = torch.tensor(factor, dtype=dtype, device=DEVICE)
     check(*make_inputs(33, 101, dtype=dtype), dy, rows=chunk_rows(way, 8))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_float16_with_a_scaled_loss(way):
-    """GradScaler's 65536: what eager keeps of small probabilities by scaling before it rounds is not lost here."""
+    """GradScaler's 65536: small probabilities, which eager keeps by scaling before it rounds, are not lost here either."""
     inputs, labels = make_inputs(65, 1025, dtype=torch.float16, scale=3.0)
     dy = torch.tensor(1024.0, device=DEVICE)
     results = check(inputs, labels, dy, rows=chunk_rows(way, 20), out_dtype=torch.float32)
@@ -168,14 +168,14 @@ def test_a_gradient_a_row_of_two_dimensions():
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("way", WAYS)
 def test_flat_and_peaked_rows(way, dtype, scale):
-    scale = min(scale, 20.0) if dtype == torch.float16 else scale  # above that one rounding decides which class wins
+    scale = min(scale, 20.0) if dtype == torch.float16 else scale  # above that, one rounding decides which class wins
     check(*make_inputs(33, 101, dtype=dtype, scale=scale), rows=chunk_rows(way, 20), reduction="sum")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, -3.4028234663852886e38])
 @pytest.mark.parametrize("where", ["one class", "all classes"])
 def test_logits_that_are_no_numbers(where, bad):
-    """A class that is masked with -inf or the lowest number, a diverged model: as in eager."""
+    """As in eager: a class masked with -inf or the lowest number, a diverged model."""
     inputs, labels = make_inputs(5, 37, ignored=0.0)
     inputs["bias"][3 if where == "one class" else slice(None)] = bad
     labels[labels == 3] = 4
@@ -201,7 +201,7 @@ def test_without_gradients(mode, reduction, launches):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_tied_weight(way):
-    """BERT's decoder is its word embedding: one gradient, of both uses."""
+    """BERT's decoder weight is its word embedding: one gradient for both uses."""
     inputs, labels = make_inputs(9, 37)
     tokens = torch.randint(0, 37, (9,), device=DEVICE)
     found = []

@@ -1,4 +1,4 @@
-"""What linear_cross_entropy reads, writes and holds: any layout, nothing beside its tensors, never all logits at once."""
+"""What linear_cross_entropy reads, writes and holds: any layout, nothing outside of its tensors, never all logits at once."""
 
 import weakref
 from contextlib import nullcontext
@@ -35,7 +35,7 @@ REDUCTIONS = [("mean", "kept"), ("sum", "formed"), ("none", "formed")]
 
 
 def one_column(weight):
-    """Column stride 0. Not expanded, of which all classes would be one, and the gradient of hidden nothing but rounding."""
+    """Column stride 0. An expanded weight would make all classes equal, and the gradient of hidden rounding only."""
     return weight[:, :1].expand_as(weight)
 
 
@@ -73,8 +73,8 @@ def test_three_dimensions(layout):
 @pytest.mark.parametrize("reduction, way", REDUCTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_reads_and_writes_stay_inside(smoothing, reduction, way, dtype, n_rows, n_cols, monkeypatch):
-    """Inputs between bands of NaN, labels between such as are no class; whatever is allocated is NaN first, the buffer and
-    its padding too."""
+    """Inputs lie between bands of NaN, labels between numbers that are no class; allocations start as NaN, including the buffer
+    and its padding."""
     inputs, labels = make_inputs(n_rows, n_cols, dtype=dtype)
     labels[-1] = n_cols - 1
     weights, options = make_weights(n_cols, zeros=0.0), {"reduction": reduction, "label_smoothing": smoothing}
@@ -114,7 +114,7 @@ def test_the_same_bits_every_time(reduction, way):
 
 
 class Allocated(TorchDispatchMode):
-    """The most bytes of any tensor that an operation gave, and the operation."""
+    """The largest size in bytes of a tensor that an operation returned, and that operation."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Allocated(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_never_all_logits_at_once(reduction, grad, monkeypatch):
-    """Nor a quarter of them: of 1024 rows with chunks as of 16384, the largest tensor is a chunk's logits."""
+    """Nor a quarter of them: for 1024 rows with the chunks of 16384, the largest tensor is a chunk's logits."""
     monkeypatch.setattr(linear_cross_entropy_chunks, "LEAST_ROWS", 64)
     inputs, labels = make_inputs(1024, 101, 4, ignored=0.9)
     with Allocated() as allocated, nullcontext() if grad else torch.no_grad():
@@ -140,7 +140,7 @@ def test_never_all_logits_at_once(reduction, grad, monkeypatch):
 
 
 class Held(TorchDispatchMode):
-    """The bytes of all tensors that operations gave and that live, at the highest; `inputs` and their views left out."""
+    """The peak of live bytes in tensors that operations returned, without `inputs` and their views."""
 
     def __init__(self, *inputs):
         super().__init__()
@@ -162,7 +162,7 @@ class Held(TorchDispatchMode):
 
 
 def held(function, n_rows, n_cols, width, dtype):
-    """What a training step of the loss holds beside its inputs at the highest, gradients included; nothing is computed."""
+    """The peak memory of a training step of the loss besides its inputs, including gradients; nothing is computed."""
     with torch.device("meta"):
         shapes = {"hidden": (n_rows, width), "weight": (n_cols, width), "bias": (n_cols,)}
         leaves = {name: torch.empty(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
@@ -175,7 +175,7 @@ def held(function, n_rows, n_cols, width, dtype):
 @pytest.fixture
 def on_no_device(monkeypatch):
     monkeypatch.setattr(module, "check_on_cpu", lambda *arguments: None)
-    # As on a GPU, whose products of 16-bit matrices may be added to a float32 one.
+    # On a GPU products of 16-bit matrices may be added to a float32 matrix.
     monkeypatch.setattr(linear_cross_entropy_chunks, "accumulate", lambda *arguments: None)
 
 
@@ -184,7 +184,7 @@ def on_no_device(monkeypatch):
 @pytest.mark.parametrize("n_cols", [30522, 119547])
 @pytest.mark.parametrize("width, first", [(768, 3600), (1024, 4600)])
 def test_a_quarter_of_eagers_memory(width, first, n_cols, dtype, on_no_device):
-    """From a batch of some thousand labelled rows on; never more than eager's but for a few KiB."""
+    """From a batch of some thousand labelled rows on; never more than eager's, except for a few KiB."""
     for n_rows in (64, 614, 1024, 1025, 2457, 3072, 3300, first, 6144, 8191, 16384, 40000, 65536):
         ours, eager = (held(f, n_rows, n_cols, width, dtype) for f in (linear_cross_entropy, reference.linear_cross_entropy))
         assert ours <= (eager * 0.25 if n_rows >= first else eager * 1.01), f"{n_rows} rows: {ours / eager:.3f}"
@@ -193,7 +193,7 @@ def test_a_quarter_of_eagers_memory(width, first, n_cols, dtype, on_no_device):
 @pytest.mark.no_launch
 @pytest.mark.parametrize("n_cols", [2, 101, 768, 1536])
 def test_few_classes_are_one_chunk(n_cols, on_no_device):
-    """Of any number of rows: their logits are as small as the gradient of the rows, which eager has too."""
+    """For any number of rows: their logits are as small as the gradient of the rows, which eager has too."""
     for n_rows in (1, 5000, 2**20):
         assert rows_a_chunk(n_rows, n_cols, 768, torch.bfloat16) == n_rows
     ours, eager = (held(f, 65536, n_cols, 768, torch.bfloat16) for f in (linear_cross_entropy, reference.linear_cross_entropy))
@@ -211,7 +211,7 @@ def test_the_rows_of_a_chunk(n_cols, width, dtype):
             assert size == n_rows
             continue
         chunks = -(-n_rows // size)
-        assert chunks > 1 and size % 64 == 0 and size > LEAST_ROWS / 2, n_rows  # none is a stub
+        assert chunks > 1 and size % 64 == 0 and size > LEAST_ROWS / 2, n_rows  # none is much shorter
         held = size * row + n_rows * of_rows + of_weight
         assert size <= LEAST_ROWS + 64 or held <= 0.6 * n_rows * row + 64 * row, n_rows
         assert size <= LEAST_ROWS + 64 or size * row <= 2 * (n_rows * of_rows + of_weight) + 64 * row, n_rows
@@ -219,7 +219,7 @@ def test_the_rows_of_a_chunk(n_cols, width, dtype):
 
 @pytest.mark.long
 def test_offsets_past_two_to_the_31():
-    """Rows of the buffer whose offsets no 32 bits hold."""
+    """Rows of the buffer whose offsets exceed 32 bits."""
     from fastbert.kernels.linear_cross_entropy.rows import Targets, launch_rows
 
     n_cols = 2**30 + 64

@@ -1,4 +1,4 @@
-"""linear_cross_entropy with class weights: torch's values with smoothing, ignored labels and every reduction; any weights."""
+"""linear_cross_entropy with class weights: torch's values with smoothing, ignored labels and every reduction."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ FP16, FP32 = torch.float16, torch.float32
 
 
 def options_of(dtype, **options):
-    """A float32 loss of float16: eager's own sums over 101 classes are off by more than what is to be seen."""
+    """A float32 loss from float16: eager's own sums over 101 classes have larger errors than what is tested."""
     return options | ({"out_dtype": FP32} if dtype == FP16 else {})
 
 
@@ -42,7 +42,7 @@ def test_torchs_values(reduction, way, dtype, smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_torchs_own_call(reduction, smoothing):
-    """With the names that torch gives them, and not the reference's."""
+    """With torch's argument names instead of the reference's."""
     inputs, labels = make_inputs(9, 37)
     weights = make_weights(37)
     options = {"reduction": reduction, "label_smoothing": smoothing}
@@ -58,7 +58,7 @@ def test_torchs_own_call(reduction, smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction, way", [("mean", "kept"), ("sum", "formed"), ("none", "formed")])
 def test_berts_vocabulary(reduction, way, smoothing):
-    """Whole tiles of classes, and the rest of one."""
+    """Whole tiles of classes, and a partial one."""
     options = {"reduction": reduction, "label_smoothing": smoothing, "class_weights": make_weights(30522)}
     check(*make_inputs(3, 30522, 16), rows=chunk_rows(way, 2), **options)
 
@@ -79,7 +79,7 @@ def test_weights_of_any_layout_and_type(smoothing, dtype, layout):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction, way", REDUCTIONS)
 def test_an_ignored_class_has_no_weight(reduction, way, smoothing):
-    """Neither in the mean nor in a gradient, though it is a class and weighs the most; smoothing counts it as torch does."""
+    """Neither in the mean nor in a gradient, although it is a class and weighs the most; smoothing counts it, as in torch."""
     inputs, labels = make_inputs(33, 13, ignored=0.0)
     weights = make_weights(13, zeros=0.0)
     weights[7], labels[::3] = 100.0, 7
@@ -100,7 +100,7 @@ def test_all_labels_ignored(reduction, way, smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("way", WAYS)
 def test_labels_that_weigh_nothing(way, smoothing):
-    """Their sum is 0 (with smoothing, what the other classes weigh); their mean is NaN and so are its gradients."""
+    """Their sum is 0 (with smoothing the other classes' share); their mean is NaN, and so are its gradients."""
     inputs, labels = make_inputs(9, 13, ignored=0.0)
     weights = make_weights(13)
     weights[labels] = 0.0
@@ -116,7 +116,7 @@ def test_labels_that_weigh_nothing(way, smoothing):
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=dtype_name)
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_of_classes_that_no_label_names(way, dtype, bad):
-    """Without smoothing they are never read, as in torch: one over how often a class occurs may well be infinite."""
+    """Without smoothing they are never read, as in torch: the inverse of a class's frequency may well be infinite."""
     inputs, labels = make_inputs(33, 101, dtype=dtype)
     weights = make_weights(101)
     weights[torch.isin(torch.arange(101, device=DEVICE), labels, invert=True)] = bad
@@ -131,7 +131,7 @@ def test_negative_weights():
 @pytest.mark.parametrize("magnitude", [2.0**-40, 2.0**40])
 @pytest.mark.parametrize("reduction, way", [("mean", "kept"), ("mean", "formed"), ("sum", "kept"), ("sum", "formed")])
 def test_float16_with_weights_of_any_magnitude(reduction, way, magnitude):
-    """Gradients are kept in float16 before they are divided by the weights' sum: their size must not be the weights'."""
+    """Gradients are stored in float16 before they are divided by the weights' sum: they must not scale with the weights."""
     inputs, labels = make_inputs(33, 101, dtype=FP16)
     weights = make_weights(101)
     options = {"reduction": reduction, "label_smoothing": 0.1, "out_dtype": FP32}
@@ -155,7 +155,7 @@ def test_weights_of_one_change_nothing(reduction, way):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_without_gradients(reduction):
-    """Also for weights that a gradient is asked for elsewhere."""
+    """Also for weights that require a gradient elsewhere."""
     inputs, labels = make_inputs(33, 101)
     options = {"reduction": reduction, "label_smoothing": 0.1, "class_weights": make_weights(101).requires_grad_()}
     with torch.no_grad():
