@@ -77,7 +77,7 @@ def test_op(benchmark: Any, subject: Subject, direction: str) -> None:
     prepare, call = steps(subject.function, subject.inputs, subject.case.p, direction)
     if not GPU:
         call(prepare(0))
-        pytest.skip(f"{peers.NO_GPU}: checked and walked, not timed")
+        pytest.skip(f"{peers.NO_GPU}: checked, not timed")
     benchmark.group = f"{_name(subject.case)} {direction}"
     _measure(benchmark, prepare, call)
     _describe(benchmark, subject.case, direction)

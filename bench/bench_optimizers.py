@@ -28,7 +28,7 @@ def test_adamw(benchmark: Any, model: str, lane: str) -> None:
     parameters, eager, exact = _prepared(model)
     assert_close(parameters.after(optimizers.LANES[lane]), eager, exact)
     if not GPU:
-        pytest.skip(f"{peers.NO_GPU}: checked and walked, not timed")
+        pytest.skip(f"{peers.NO_GPU}: checked, not timed")
     _, step = parameters.stepping(optimizers.LANES[lane])
     rounds = iter(range(10**9))
     benchmark.group = f"adamw {model}"

@@ -176,9 +176,9 @@ def _regressions(before: Record, now: Record) -> Iterator[str]:
         yield f"16-byte share {before['wide_share']:.0%} -> {now['wide_share']:.0%}"
     for kind, count in before["matrix"].items():
         if kind != "tf32" and count and not now["matrix"].get(kind):
-            yield f"no {kind} instructions any more, were {count}"
+            yield f"no {kind} instructions, was {count}"
     if now["matrix"].get("tf32", 0) > before["matrix"].get("tf32", 0):
-        yield "tf32 that was not there before"
+        yield "new tf32 instructions"
     if now["hot_instructions"] > HOT_LOOP_GROWTH * before["hot_instructions"]:
         yield f"hot loop {before['hot_instructions']} -> {now['hot_instructions']} instructions"
 

@@ -41,7 +41,7 @@ def best_peer(records: Sequence[Record]) -> Record | None:
 
 
 def ratio(record: Timed, other: Timed | None) -> str:
-    """ "1.50x", "0.80x (slower)", or "no difference" where the quartiles overlap; empty without two times."""
+    """ "1.50x", "0.80x (slower)", or "no difference" if the quartiles overlap; empty unless both have times."""
     if other is None or other is record or record.seconds is None or other.seconds is None:
         return ""
     times = other.seconds.median / record.seconds.median

@@ -78,7 +78,7 @@ def _replaced(module: str, name: str, instead: Callable[..., Any]) -> Any:
     original = getattr(owner, name, None)
     if original is None:
         raise RuntimeError(
-            f"{module}.{name}: no such function. It read what is zero on a pretended GPU; bench/core/pretended.py has to "
-            "stand in for what reads it now"
+            f"{module}.{name}: no such function. A pretended GPU would give it zeros; bench/core/pretended.py has to "
+            "replace the function that reads them instead"
         )
     return mock.patch.object(owner, name, instead(original))

@@ -25,7 +25,7 @@ def autocast(workload: Workload, device: str) -> AbstractContextManager:
 
 
 def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> str | None:
-    """What is wrong with the lane's model, or None. `called` has no dropout, see `without_dropout`."""
+    """What is wrong with the lane's model; None if nothing is. `called` has no dropout, see `without_dropout`."""
     lengths = workload.lengths.of_batch(ROWS, workload.seqlen, workload.fill)
     labels = workload.mode == "train"
     batch = batches.make(workload.head, called.config, lengths, workload.seqlen, 99, device, labels=labels)

@@ -11,7 +11,7 @@ from fastbert.testing.spec import Draw, OpSpec
 
 
 def op_of(spec: OpSpec, peers: Mapping[str, Lane] | None = None, more: Mapping[str, Lane] | None = None) -> Op:
-    """The op with its lanes: `peers` stand before fastbert's, `more` behind it."""
+    """The op with its lanes: `peers` before fastbert's lane, `more` after it."""
 
     def make(case: Case, draw: Draw) -> Inputs:
         return spec.inputs(case.size, draw, DTYPES[case.dtype])

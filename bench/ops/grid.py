@@ -97,7 +97,7 @@ WITH_DROPOUT = ("attention", "dropout_add_layernorm", "embedding_layernorm")
 SEQLENS = (512, 128, 2048, 64, 256, 1024)  # most important first
 TOKENS = 16384
 LABELLED = {512: 16384, 128: 4096, 64: 2457, 256: 614}  # rows of linear_cross_entropy, in place of a sequence length
-FED = {512: 16384, 128: 4096, 64: 2048, 256: 1024, 1024: 32768}  # rows of feed_forward, likewise
+FED = {512: 16384, 128: 4096, 64: 2048, 256: 1024, 1024: 32768}  # rows of feed_forward, in the same way
 ROWS = {"linear_cross_entropy": LABELLED, "feed_forward": FED}
 TINY = {"attention": (64, 2, 24)} | dict.fromkeys(NAMES[1:], (48, 2, 9)) | {"feed_forward": (32, 2, 9)}
 

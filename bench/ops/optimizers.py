@@ -49,7 +49,7 @@ class Parameters:
         return Parameters(values, [[torch.randn_like(x) for x in values] for _ in range(2)])
 
     def stepping(self, lane: Make, dtype: torch.dtype = torch.float32) -> tuple[list[nn.Parameter], Callable[[int], None]]:
-        """A copy of the parameters, and the lane's step i over it."""
+        """A copy of the parameters, and a function that runs the lane's step i on it."""
         own = [nn.Parameter(x.clone().to(dtype)) for x in self.values]
         gradients = [[x.to(dtype) for x in draw] for draw in self.gradients]
         optimizer = lane(own)

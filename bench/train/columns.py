@@ -90,7 +90,7 @@ def chosen(file: File, roles: tuple[str, ...], names: list[str], found: dict[str
     places = {role: places[role] for role in roles if role in places}
     missing = [role for role in roles if role not in places]
     if missing:
-        file.refuse(f"has no column that is known to be the {missing[0]}: add {missing[0]}=NAME to --columns")
+        file.refuse(f"has no column known to be the {missing[0]}: add {missing[0]}=NAME to --columns")
     if len(set(places.values())) < len(places):
         file.refuse("has the same column for two roles in --columns")
     return Layout(places, names, header)

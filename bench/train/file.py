@@ -102,7 +102,7 @@ class File:
             try:
                 json.dumps(found, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                self.fail(number, r"half of a character: \ud800 to \udfff come in pairs")
+                self.fail(number, r"half of a character: \ud800 to \udfff must come in pairs")
         return found
 
 

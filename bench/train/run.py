@@ -106,7 +106,7 @@ def _check_endings(train: list[Row], evaluation: list[Row], path: str) -> None:
 def choose_limit(asked: int, lengths: Sequence[int], most: int) -> tuple[int, str]:
     """The length limit in tokens, and where it comes from."""
     if asked > most:
-        raise InputError(f"--max-length: the model has {most} positions, {asked} were asked for")
+        raise InputError(f"--max-length: the model has {most} positions, got {asked}")
     if asked:
         return asked, "--max-length"
     limit = encode.percentile(lengths)

@@ -189,7 +189,7 @@ def test_the_limit_is_said(train, model, tmp_path):
         (("--data", "none.tsv"), "--data: cannot read none.tsv"),
         (("--model", "./no/such"), "--model: there is no directory ./no/such"),
         (("--max-length", 5), "--max-length: expected 8 or more, got 5"),
-        (("--max-length", 500), "--max-length: the model has 48 positions, 500 were asked for"),
+        (("--max-length", 500), "--max-length: the model has 48 positions, got 500"),
         (("--truncation", "split"), "cuts the texts of mlm and clm"),
         (("--resume",), "--resume: there is no run in"),
         (("--patience", 1, "--eval-steps", 2, "--save-steps", 3), "--save-steps: with --patience, expected a multiple"),
