@@ -106,7 +106,7 @@ class Inputs(NamedTuple):
 
 def plain_forward(inputs: Inputs) -> Tensor:
     x, bias, activation = inputs
-    return reference.bias_gelu(plain.raised(x), bias, activation=activation).to(x.dtype).contiguous()
+    return reference.bias_gelu(plain.upcast(x), bias, activation=activation).to(x.dtype).contiguous()
 
 
 @or_plain(plain_forward)
@@ -149,8 +149,8 @@ def backward_work(
 
 def plain_backward(dy: Tensor, saved: Inputs, sum_columns: bool) -> tuple[Tensor, Tensor]:
     x, bias, activation = saved
-    inner = plain.raised(x) if bias is None else plain.raised(x) + bias
-    dx = plain.activation_backward(plain.raised(dy), inner, activation)
+    inner = plain.upcast(x) if bias is None else plain.upcast(x) + bias
+    dx = plain.activation_backward(plain.upcast(dy), inner, activation)
     return dx.to(x.dtype).contiguous(), plain.column_sum(dx)
 
 

@@ -198,9 +198,9 @@ class Saved(NamedTuple):
 def _plain_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual, weight, bias, x_bias, seed, eps, p, out_dtype, save = inputs
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    sum_ = plain.raised(x) if x_bias is None else plain.raised(x) + x_bias
+    sum_ = plain.upcast(x) if x_bias is None else plain.upcast(x) + x_bias
     z = (dropped(sum_, plain_keep_mask(seed, x.shape, p), p) + residual).to(dtype).contiguous()
-    y, mean, rstd = plain.layernorm(plain.raised(z), weight, bias, eps, out_dtype)
+    y, mean, rstd = plain.layernorm(plain.upcast(z), weight, bias, eps, out_dtype)
     return (y, z, mean, rstd) if save else (y, *(t.new_empty(0) for t in (z, mean, rstd)))
 
 
@@ -262,7 +262,7 @@ def backward_work(
 
 def _plain_backward(dy: Tensor, saved: Saved, apart: bool, sum_columns: bool) -> tuple[Tensor, Tensor, Tensor]:
     z, mean, rstd, weight, seed, p, x_dtype, residual_dtype = saved
-    dz, dweight, dbias = plain.layernorm_backward(dy, plain.raised(z), mean, rstd, weight)
+    dz, dweight, dbias = plain.layernorm_backward(dy, plain.upcast(z), mean, rstd, weight)
     dx = dropped(dz, plain_keep_mask(seed, z.shape, p), p)
     dresidual = dz.to(residual_dtype) if apart else dz.new_empty(0, dtype=residual_dtype)
     return dx.to(x_dtype).contiguous(), dresidual.contiguous(), torch.stack([dweight, dbias, plain.column_sum(dx)])

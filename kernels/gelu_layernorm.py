@@ -137,7 +137,7 @@ class Saved(NamedTuple):
 
 def _plain_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, x_bias, activation, eps, out_dtype, save = inputs
-    a = reference.bias_gelu(plain.raised(x), x_bias, activation=activation)
+    a = reference.bias_gelu(plain.upcast(x), x_bias, activation=activation)
     y, mean, rstd = plain.layernorm(a, weight, bias, eps, out_dtype)
     return (y, mean, rstd) if save else (y, mean.new_empty(0), mean.new_empty(0))
 
@@ -185,7 +185,7 @@ def _allocate_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _plain_backward(dy: Tensor, saved: Saved, sum_columns: bool) -> tuple[Tensor, Tensor]:
     x, mean, rstd, weight, x_bias, activation, _ = saved
-    inner = plain.raised(x) if x_bias is None else plain.raised(x) + x_bias
+    inner = plain.upcast(x) if x_bias is None else plain.upcast(x) + x_bias
     a = reference.ACTIVATIONS[activation](inner)
     da, dweight, dbias = plain.layernorm_backward(dy, a, mean, rstd, weight)
     dx = plain.activation_backward(da, inner, activation)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_dtype
-from ..core.failures import is_wide
+from ..core.failures import is_float64_on_gpu
 from ..core.launch import choose
 from .tensor_forms import Forms
 
@@ -319,7 +319,7 @@ def _check(parameter: Parameter) -> None:
             expected = () if name == "step" else tuple(param.shape)
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
         check_dtype(name, tensor)
-        if is_wide(tensor):
+        if is_float64_on_gpu(tensor):
             raise ValueError(f"{name}: torch.float64 has no kernel on a GPU")
     if parameter.step.dtype != torch.float32:
         raise ValueError(f"step: expected torch.float32, got {parameter.step.dtype}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _ATTRIBUTES = [attrgetter(name) for name in ("dtype", "device", "layout", "shape")]
-_MOST_GUARDS = 8
+_MAX_GUARDS = 8
 
 
 class Forms:
@@ -25,7 +25,7 @@ class Forms:
         self._forms = _forms(tensors)
         self._length = len(tensors)
         self._guards: Any = None
-        self._guards_left = _MOST_GUARDS  # slow to build, and they also see autocast and requires_grad
+        self._guards_left = _MAX_GUARDS  # slow to build, and they also see autocast and requires_grad
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors have the same forms, in order."""

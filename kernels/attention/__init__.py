@@ -158,7 +158,7 @@ def forward_work(geometry: Geometry, like: Tensor, aligned: bool) -> Work:
     return Work(attention_fwd_kernel, programs, config, geometry.numbers(like) | blocks)
 
 
-def room_of_queries(geometry: Geometry, dtype: torch.dtype) -> tuple[tuple[int, int, int], torch.dtype]:
+def query_scratch(geometry: Geometry, dtype: torch.dtype) -> tuple[tuple[int, int, int], torch.dtype]:
     """Shape and dtype of what attention_bwd_q_kernel leaves for attention_bwd_kv_kernel: tiles.store_queries."""
     return (geometry.n_heads, geometry.n_rows, 4), torch.int64 if dtype == torch.float64 else torch.int32
 
@@ -311,7 +311,7 @@ def _launch_backward_into(grads: Gradients, dout: Tensor, saved: Saved) -> Gradi
     if work is not None:
         work.launch(q, **shared, **of_queries, dk_ptr=dk, dv_ptr=dv)
         return dq, dk, dv
-    shape, dtype = room_of_queries(geometry, q.dtype)
+    shape, dtype = query_scratch(geometry, q.dtype)
     shared |= {"queries_ptr": torch.empty(shape, dtype=dtype, device=q.device), "mask_ptr": mask}
     backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, **of_queries)
     of_keys = {"dk_ptr": dk, "dv_ptr": dv, "sums_ptr": None}

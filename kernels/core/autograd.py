@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class _NotTwice(torch.autograd.Function):
+class _FirstOrderOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
@@ -17,14 +17,14 @@ class _NotTwice(torch.autograd.Function):
         raise RuntimeError("the kernels have no second derivative: unpatch the model to differentiate a gradient")
 
 
-def not_twice(gradients: Sequence[Tensor | None], sources: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+def first_order_only(gradients: Sequence[Tensor | None], sources: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients under create_graph=True, wrapped so that differentiating one of them raises.
 
     It raises for a derivative with respect to any of `sources`, the tensors that the gradients were computed from. (torch's
     once_differentiable does not know its sources: a second derivative that names its `inputs=` would silently be zero.)
     """
     sources = [source for source in sources if source is not None and source.requires_grad]
-    return tuple(None if g is None else _NotTwice.apply(g.detach().requires_grad_(), *sources) for g in gradients)
+    return tuple(None if g is None else _FirstOrderOnly.apply(g.detach().requires_grad_(), *sources) for g in gradients)
 
 
 class _Link(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _Link(torch.autograd.Function):
 
 
 def links(inputs: Iterable[Any], saved: Sequence[Tensor | None]) -> list[Tensor]:
-    """Sources for `not_twice`: those of an op's `inputs` that are not `saved`; stand-ins for non-leaves hold no memory."""
+    """Sources for `first_order_only`: an op's `inputs` that are not `saved`. Stand-ins for non-leaves hold no memory."""
     known = set(map(id, saved))
     others = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and id(x) not in known]
     with torch.enable_grad():

@@ -173,7 +173,7 @@ def or_plain(twin: Callable[..., Any], after: Callable[..., Any] | None = None) 
     def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(launcher)
         def launched(*arguments: Any, **keywords: Any) -> Any:
-            wide = is_wide(*arguments)
+            wide = is_float64_on_gpu(*arguments)
             if not wide and (not _failed or (launcher not in _failed and after not in _failed)):
                 try:
                     return launcher(*arguments, **keywords)
@@ -204,7 +204,7 @@ def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors(argument)
 
 
-def is_wide(*arguments: Any) -> bool:
+def is_float64_on_gpu(*arguments: Any) -> bool:
     """Whether one of the arguments is a float64 tensor on a GPU, for which there is no kernel."""
     return any([x.dtype == torch.float64 and x.is_cuda for x in tensors(arguments)])
 

@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from .autograd import check_unbatched, links, not_twice
+from .autograd import check_unbatched, first_order_only, links
 
 TENSORS = (Tensor, Tensor | None)
 # The function that launches, and the function that allocates what it returns.
@@ -99,8 +99,8 @@ def define_op(
             check_unbatched(upstream)
             sources = ctx.saved_tensors  # once: checkpointing allows a single read
             with torch.no_grad():
-                found = derive(ctx, launch_backward, as_they_lay(sources, ctx.strides), upstream[0])
-            return not_twice(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found
+                found = derive(ctx, launch_backward, with_strides(sources, ctx.strides), upstream[0])
+            return first_order_only(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found
 
     def keep_compiled(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         keep(ctx, inputs, output)
@@ -117,7 +117,7 @@ def define_op(
     return call
 
 
-def as_they_lay(tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...] | None]) -> list[Tensor | None]:
+def with_strides(tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...] | None]) -> list[Tensor | None]:
     """The tensors with these strides, copied if necessary: hooks on saved tensors may return them with others."""
     return [
         x if x is None or x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def raised(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in the type that kernels compute in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -31,12 +31,12 @@ def layernorm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: to
     mean = x.mean(-1)
     centred = x - mean[..., None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()
-    y = centred * rstd[..., None] * raised(weight) + raised(bias)
+    y = centred * rstd[..., None] * upcast(weight) + upcast(bias)
     return y.to(out_dtype).contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def layernorm_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dy = raised(dy).to(x.dtype)
+    dy = upcast(dy).to(x.dtype)
     normal = (x - mean[..., None]) * rstd[..., None]
     wdy = dy * weight.to(x.dtype)
     dx = (wdy - wdy.mean(-1, keepdim=True) - normal * (wdy * normal).mean(-1, keepdim=True)) * rstd[..., None]

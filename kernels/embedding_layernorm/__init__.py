@@ -41,7 +41,7 @@ from .arguments import Inputs, Needs, Saved, promote, z_dtype
 from .gradients import by_runs
 from .ids import batch_stride, packed_ids
 from .rows import embedding_layernorm_bwd_kernel, embedding_layernorm_fwd_kernel
-from .sums import GROUPS, MOST_TYPES, by_places, finish
+from .sums import GROUPS, MAX_TYPES, by_places, finish
 
 __all__ = ["embedding_layernorm"]
 
@@ -144,7 +144,7 @@ def launch_backward(dy: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, Ten
     # Positions that all sequences share and few types are summed by place; other ids are sorted first.
     counted = position_ids is None or places is not None
     shared = needs_positions and (counted or position_ids.numel() < shape.numel())
-    few = needs_types and (token_type_ids is None or types.shape[0] <= MOST_TYPES)
+    few = needs_types and (token_type_ids is None or types.shape[0] <= MAX_TYPES)
     seqlen = shape[-1] if places is None else places.shape[-1]
     place_sums = None
     if shared or few:

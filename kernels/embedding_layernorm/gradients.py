@@ -5,7 +5,7 @@ piece that is a whole run writes the table row; pieces of a run that crosses suc
 kernel adds up. A word that half of the batch consists of is then as parallel as any other. Sums are in float32 (float64), in an
 order that depends only on the ids, and are rounded once: no atomics, the same bits every time.
 
-Up to MOST_RANKED ids are ranked rather than sorted: T^2 comparisons in one kernel cost less than a sort's launches. Positions
+Up to MAX_RANKED ids are ranked rather than sorted: T^2 comparisons in one kernel cost less than a sort's launches. Positions
 that are counted, and types that are few, need no order: sums.py.
 """
 
@@ -21,7 +21,7 @@ from . import plain
 
 PIECE = 32  # at most so many places of the sorted order per sum
 JOINED = 16  # partial sums of a run that are read at once
-MOST_RANKED = 16384  # up to so many ids one kernel takes less time than the dozen launches of a sort
+MAX_RANKED = 16384  # up to so many ids one kernel takes less time than the dozen launches of a sort
 LARGEST = tl.constexpr(2**31 - 1)  # larger than any id
 
 
@@ -123,7 +123,7 @@ def embedding_layernorm_bwd_order_kernel(
 
 def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
     """ids [T] in ascending order, int32, and their places in `ids`; equal ids keep their order."""
-    if ids.numel() > MOST_RANKED:
+    if ids.numel() > MAX_RANKED:
         # The low half of an int64 suffices: ids are rows of a table.
         narrow = ids.contiguous().view(torch.int32)[::2] if ids.dtype == torch.int64 else ids
         return narrow.sort(stable=True)
@@ -132,7 +132,7 @@ def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @or_plain(plain.in_order)
 def _ranked(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """in_order by T^2 comparisons, which up to MOST_RANKED ids take less time than a sort's launches."""
+    """in_order by T^2 comparisons, which up to MAX_RANKED ids take less time than a sort's launches."""
     sorted_ids = ids.new_empty(ids.shape, dtype=torch.int32)
     order = torch.empty_like(sorted_ids)
     config = choose("embedding_order", order, ids.shape[0])

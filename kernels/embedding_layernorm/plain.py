@@ -10,7 +10,7 @@ from .arguments import Inputs, Saved
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = plain.layernorm(plain.raised(_sum(inputs)), inputs.weight, inputs.bias, inputs.eps, inputs.out_dtype)
+    y, mean, rstd = plain.layernorm(plain.upcast(_sum(inputs)), inputs.weight, inputs.bias, inputs.eps, inputs.out_dtype)
     y = dropped(y, keep_mask(inputs.seed, y.shape, inputs.p), inputs.p)
     return (y, mean, rstd) if inputs.save else (y, mean.new_empty(0), mean.new_empty(0))
 
@@ -18,8 +18,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def rows_backward(dy: Tensor, saved: Saved, needs_dz: bool, needs_sums: bool) -> tuple[Tensor, Tensor]:
     """dz [T, H], the gradient of LayerNorm's input, and sums [1, 2, H], the gradients of weight and bias."""
     z = _sum(saved)
-    dy = dropped(plain.raised(dy), keep_mask(saved.seed, dy.shape, saved.p), saved.p)
-    dz, dweight, dbias = plain.layernorm_backward(dy, plain.raised(z), saved.mean, saved.rstd, saved.weight)
+    dy = dropped(plain.upcast(dy), keep_mask(saved.seed, dy.shape, saved.p), saved.p)
+    dz, dweight, dbias = plain.layernorm_backward(dy, plain.upcast(z), saved.mean, saved.rstd, saved.weight)
     return dz.to(z.dtype).reshape(-1, z.shape[-1]), torch.stack([dweight, dbias])[None]
 
 
@@ -56,7 +56,7 @@ def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype: torch.dtype) -> Tensor:
     """The rows of dz, summed into the rows `ids` of a table."""
-    dtable = plain.raised(dz).new_zeros(n_table_rows, dz.shape[1]).index_add_(0, ids.long(), plain.raised(dz))
+    dtable = plain.upcast(dz).new_zeros(n_table_rows, dz.shape[1]).index_add_(0, ids.long(), plain.upcast(dz))
     if skip is not None:
         dtable[skip] = 0.0
     return dtable.to(dtype)
@@ -78,8 +78,8 @@ def by_places(
         ids = type_ids.long().view(-1, seqlen)
         places = places + ids.expand(dz.shape[0] // seqlen, -1).reshape(-1)[tokens]
     here = tokens >= 0
-    sums = plain.raised(dz).new_zeros(n_inner * n_types, dz.shape[1])
-    return sums.index_add_(0, places[here], plain.raised(dz)[tokens[here]]).view(1, n_inner, n_types, dz.shape[1])
+    sums = plain.upcast(dz).new_zeros(n_inner * n_types, dz.shape[1])
+    return sums.index_add_(0, places[here], plain.upcast(dz)[tokens[here]]).view(1, n_inner, n_types, dz.shape[1])
 
 
 def finish(

@@ -15,7 +15,7 @@ from ..core.launch import accumulator, accumulator_torch, cdiv, choose, launch, 
 from . import plain
 
 GROUPS = 32  # pieces for sums by type alone, so that enough programs have work
-MOST_TYPES = 4  # sums per type are in registers; larger tables go through gradients.py
+MAX_TYPES = 4  # sums per type are in registers; larger tables go through gradients.py
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_outer", "n_inner", "n_a_piece", "n_types", "seqlen"])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..attention import bounds_of
 from ..core import failures
-from ..core.autograd import check_unbatched, links, needs_backward, not_twice
+from ..core.autograd import check_unbatched, first_order_only, links, needs_backward
 from ..core.failures import KernelFailed
 from ..feed_forward import products as feed_forward_products
 from . import plain
@@ -109,7 +109,7 @@ def encoder_layer(
     if settings.drops:
         seed = draw_seeds(settings, x.device) if seed is None else aligned(seed)
     with torch.autocast(x.device.type, enabled=False):  # products run in product_dtype, not in autocast's
-        if failures.is_wide(x):
+        if failures.is_float64_on_gpu(x):
             return plain.forward(x, weights, settings, layout, *dtypes, seed)
         try:
             return unchecked(x, weights, settings, layout, *dtypes, seed)
@@ -224,7 +224,7 @@ class _Layer(torch.autograd.Function):
             return *(None,) * 6, *_gradients(ctx, saved, dy)
         with torch.no_grad():
             found = _gradients(ctx, saved, dy)
-        return *(None,) * 6, *not_twice(found, (dy, *saved, *ctx.links, *ctx.weights))
+        return *(None,) * 6, *first_order_only(found, (dy, *saved, *ctx.links, *ctx.weights))
 
 
 # The hooks on saved tensors that are active, or None.

@@ -184,7 +184,7 @@ class Plan:
                 short, *read, *masks.items(), *of_queries.items(), *of_keys.items(), ("sums_ptr", wide)
             )
             return (call.sequences,)
-        self._queries = (attention.room_of_queries(self.geometry, low),)
+        self._queries = (attention.query_scratch(self.geometry, low),)
         shared = *read, ("queries_ptr", self._queries[0][1]), *masks.items()
         q = attention.backward_q_work(self.geometry, like, dout, q_row, self.aligned)
         self.attention_q = self._bind(q, *shared, *of_queries.items(), ("sums_ptr", wide))

@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from ..core.checks import DTYPES, check_device, check_dtype
 from ..core.launch import accumulator_torch, as_rows
 from ..core.op import define_op
-from .chunked import Gradients, chunk_size, chunks, most_at_once, product, unscaled
+from .chunked import Gradients, chunk_size, chunks, max_kept_rows, product, unscaled
 from .rows import Targets, check_on_cpu, gradient_scale, launch_reduce, padded, scaled, targets_of
 
 __all__ = ["linear_cross_entropy"]
@@ -304,7 +304,7 @@ def linear_cross_entropy(
     if not any(needs):
         return _losses(inputs)
     # False while a compiler traces with an unknown length.
-    if guard_or_false(rows.shape[0] <= most_at_once(*weight.shape, weight.dtype)):
+    if guard_or_false(rows.shape[0] <= max_kept_rows(*weight.shape, weight.dtype)):
         return _kept(inputs)[0]
     return _formed(inputs, Needs(*needs))[0]
 

@@ -2,7 +2,7 @@
 
 The length follows from bytes, of shapes and dtypes alone, never from the free memory: reading that would wait for the device,
 and sums over other chunks have other bits. A chunk has up to twice the bytes of the sums that chunks add to, as long as
-everything together stays under a fifth of eager's three tensors of logits; it has at least LEAST_ROWS rows.
+everything together stays under a fifth of eager's three tensors of logits; it has at least MIN_ROWS rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,29 +15,29 @@ from .rows import Targets, launch_rows, pad_bias, padded
 
 __all__: list[str] = []
 
-LEAST_ROWS = 1024  # per chunk: cuBLAS is slower with fewer
+MIN_ROWS = 1024  # per chunk: cuBLAS is slower with fewer
 
 
-def most_at_once(n_cols: int, width: int, dtype: torch.dtype) -> int:
-    """Up to how many rows all logits are kept and nothing is summed: LEAST_ROWS, or while they take at most twice the bytes of
+def max_kept_rows(n_cols: int, width: int, dtype: torch.dtype) -> int:
+    """Up to how many rows all logits are kept and nothing is summed: MIN_ROWS, or while they take at most twice the bytes of
     the sums. With so few rows dW and its sum alone are nearly a quarter of eager's memory."""
     row, of_dhidden, of_dweight = _bytes(n_cols, width, dtype)
-    return max(LEAST_ROWS, 2 * of_dweight // (row - 2 * of_dhidden)) if row > 2 * of_dhidden else 2**62
+    return max(MIN_ROWS, 2 * of_dweight // (row - 2 * of_dhidden)) if row > 2 * of_dhidden else 2**62
 
 
-def rows_a_chunk(n_rows: int, n_cols: int, width: int, dtype: torch.dtype) -> int:
+def rows_per_chunk(n_rows: int, n_cols: int, width: int, dtype: torch.dtype) -> int:
     """How many rows have their logits in memory together.
 
     Speed favours long chunks: each takes five launches, and each but the first reads and writes the sum dW. With twice the
     bytes of dW's and dh's sums, a chunk's own passes over its logits move five times as much. Memory favours short ones: eager
     keeps three tensors of all logits, and this op should hold a fifth of them (a quarter including torch's column sum and the
-    allocator's rounding), unless chunks were then shorter than LEAST_ROWS.
+    allocator's rounding), unless chunks were then shorter than MIN_ROWS.
     """
-    if n_rows <= most_at_once(n_cols, width, dtype):
+    if n_rows <= max_kept_rows(n_cols, width, dtype):
         return n_rows
     row, of_dhidden, of_dweight = _bytes(n_cols, width, dtype)
     summed, eager = n_rows * of_dhidden + of_dweight, 3 * n_rows * row
-    chunks = cdiv(n_rows, max(min(2 * summed, eager // 5 - summed) // row, LEAST_ROWS))
+    chunks = cdiv(n_rows, max(min(2 * summed, eager // 5 - summed) // row, MIN_ROWS))
     return cdiv(cdiv(n_rows, chunks), 64) * 64  # even lengths: the last chunk is not much shorter
 
 
@@ -87,7 +87,7 @@ def chunks(
 def chunk_size(hidden: Tensor, weight: Tensor) -> int:
     """Rows per chunk; the last chunk may have fewer."""
     n_rows = hidden.shape[0]
-    return max(min(rows_a_chunk(n_rows, *weight.shape, weight.dtype), n_rows), 1)
+    return max(min(rows_per_chunk(n_rows, *weight.shape, weight.dtype), n_rows), 1)
 
 
 class Gradients:

@@ -22,7 +22,7 @@ def launch_rows(
 ) -> None:
     """Write the losses of rows of logits to `losses` and, with `gradient`, their gradients over the logits."""
     n_cols, smoothing = logits.shape[1], targets.label_smoothing
-    x = plain.raised(logits) if bias is None else plain.raised(logits) + bias[:n_cols]
+    x = plain.upcast(logits) if bias is None else plain.upcast(logits) + bias[:n_cols]
     counted = targets.labels != targets.ignore_index
     at = torch.where(counted, targets.labels, 0)[:, None]
     logs = x.log_softmax(1)
@@ -37,7 +37,7 @@ def launch_rows(
         whole = at_label + smoothing * weights.mean() if smoothing else at_label
         spread = smoothing / n_cols * weights if smoothing else 0.0
         dx = (logs.exp() * whole - spread).scatter_add_(1, at, -at_label)
-        dx *= scale if dlosses is None else (scale * plain.raised(dlosses))[:, None]
+        dx *= scale if dlosses is None else (scale * plain.upcast(dlosses))[:, None]
         logits.copy_(torch.where(counted[:, None], dx, 0.0))
 
 
@@ -63,5 +63,5 @@ def launch_reduce(
 
 
 def scaled(x: Tensor, dloss: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
-    y = (plain.raised(x) * (plain.raised(dloss) * plain.raised(scale))).to(dtype).contiguous()
+    y = (plain.upcast(x) * (plain.upcast(dloss) * plain.upcast(scale))).to(dtype).contiguous()
     return x.copy_(y) if in_place else y

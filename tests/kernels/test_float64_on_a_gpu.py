@@ -28,8 +28,8 @@ def on_a_gpu():
 
 @pytest.mark.parametrize("dtype, wide", [(torch.float64, True), (torch.float32, False), (torch.int64, False)], ids=str)
 def test_which_tensors_have_no_kernel(dtype, wide, on_a_gpu):
-    assert failures.is_wide(on_a_gpu(torch.float32), None, (3.0, on_a_gpu(dtype))) is wide
-    assert not failures.is_wide(torch.empty(2, dtype=dtype, device="cpu"))
+    assert failures.is_float64_on_gpu(on_a_gpu(torch.float32), None, (3.0, on_a_gpu(dtype))) is wide
+    assert not failures.is_float64_on_gpu(torch.empty(2, dtype=dtype, device="cpu"))
 
 
 def test_tables_of_gpus_have_no_float64():
@@ -39,7 +39,7 @@ def test_tables_of_gpus_have_no_float64():
 def test_an_op_runs_its_twin(monkeypatch, caplog):
     """Forward and backward, and not as a failure: nothing is logged or counted, and float32 keeps its kernel."""
     monkeypatch.setattr(
-        failures, "is_wide", lambda *arguments: any(x.dtype == torch.float64 for x in failures.tensors(arguments))
+        failures, "is_float64_on_gpu", lambda *arguments: any(x.dtype == torch.float64 for x in failures.tensors(arguments))
     )
     launch.counts.clear()
     before = failures.fallbacks

@@ -71,8 +71,8 @@ def chunks(monkeypatch):
     """What is launched is only written down, so what is read back is given: two chunks of labelled rows."""
     monkeypatch.setattr(mlm_heads, "count", lambda *masks: (None, Capacity(LABELS, LABELS), False))
     monkeypatch.setattr(loss, "check_on_cpu", lambda *arguments: None)
-    monkeypatch.setattr(linear_cross_entropy_chunks, "rows_a_chunk", lambda *sizes: 3)
-    monkeypatch.setattr(loss, "most_at_once", lambda *sizes: -1)
+    monkeypatch.setattr(linear_cross_entropy_chunks, "rows_per_chunk", lambda *sizes: 3)
+    monkeypatch.setattr(loss, "max_kept_rows", lambda *sizes: -1)
 
 
 def counted(function):

@@ -29,8 +29,8 @@ def chunks_of(rows: int | None) -> Iterator[None]:
         yield
         return
     with (
-        patch.object(module, "most_at_once", lambda *sizes: -1),
-        patch.object(chunked, "rows_a_chunk", lambda *sizes: rows),
+        patch.object(module, "max_kept_rows", lambda *sizes: -1),
+        patch.object(chunked, "rows_per_chunk", lambda *sizes: rows),
     ):
         yield
 

@@ -23,7 +23,7 @@ IDS, FORWARD, ROWS, ORDER, RUNS, JOINS, SUMS, FINISH = (
     f"embedding_layernorm_{part}_kernel"
     for part in ("ids", "fwd", "bwd", "bwd_order", "bwd_runs", "bwd_joins", "bwd_sums", "bwd_finish")
 )
-PIECE, MOST_TYPES = embedding_gradients.PIECE, embedding_sums.MOST_TYPES
+PIECE, MAX_TYPES = embedding_gradients.PIECE, embedding_sums.MAX_TYPES
 TABLES = ("words", "positions", "types")
 NAMES = (*TABLES, "weight", "bias")
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
@@ -146,7 +146,7 @@ def test_empty(shape, embeds, positions):
     check(*make(shape, embeds=embeds, positions=positions))
 
 
-@pytest.mark.parametrize("types", [1, 3, MOST_TYPES, MOST_TYPES + 1, 9])
+@pytest.mark.parametrize("types", [1, 3, MAX_TYPES, MAX_TYPES + 1, 9])
 def test_numbers_of_types(types):
     """Few types are summed separately in registers; many are sorted."""
     check(*make(types=types))
@@ -233,11 +233,11 @@ def test_one_run_longer_than_are_joined_at_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize("places", [1, 5, 300, 1500, embedding_gradients.MOST_RANKED, embedding_gradients.MOST_RANKED + 1])
+@pytest.mark.parametrize("places", [1, 5, 300, 1500, embedding_gradients.MAX_RANKED, embedding_gradients.MAX_RANKED + 1])
 @pytest.mark.no_launch
 def test_ids_are_brought_into_order(places, dtype, monkeypatch):
     """By a kernel, and for more ids by torch's sort, with the same result: tokens of one id keep their order."""
-    monkeypatch.setattr(embedding_gradients, "MOST_RANKED", min(embedding_gradients.MOST_RANKED, 2000))
+    monkeypatch.setattr(embedding_gradients, "MAX_RANKED", min(embedding_gradients.MAX_RANKED, 2000))
     ids = torch.randint(max(2, places // 4), (places,)).to(DEVICE, dtype)
     for layout in (ids, torch.stack([ids, 1 - ids], 1)[:, 0]):
         sorted_ids, order = embedding_gradients.in_order(layout)
@@ -340,7 +340,7 @@ def test_memory(shape, width, positions, embeds, monkeypatch):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("types", [2, MOST_TYPES + 1])
+@pytest.mark.parametrize("types", [2, MAX_TYPES + 1])
 @pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.one_in(2)

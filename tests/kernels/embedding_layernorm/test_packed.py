@@ -9,7 +9,7 @@ from fastbert.kernels.core.launch import counts
 from fastbert.kernels.embedding_layernorm import embedding_layernorm, plain
 from fastbert.kernels.embedding_layernorm import ids as embedding_ids
 from fastbert.kernels.embedding_layernorm import sums as embedding_sums
-from fastbert.kernels.embedding_layernorm.sums import MOST_TYPES
+from fastbert.kernels.embedding_layernorm.sums import MAX_TYPES
 from fastbert.testing.rows import DEVICE, assert_same, run, seed_tensor
 
 from ..attention.test_memory import fenced
@@ -48,7 +48,7 @@ def test_every_way_to_name_rows(positions, type_ids, dtype, room, launches):
     assert expected.items() <= launches().items()
 
 
-@pytest.mark.parametrize("types", [1, 2, MOST_TYPES + 1])
+@pytest.mark.parametrize("types", [1, 2, MAX_TYPES + 1])
 @pytest.mark.parametrize("frozen", [[], ["positions"], ["types"], ["words"]], ids=str)
 def test_many_short_sequences(frozen, types):
     """More sequences than one program sums, and then without any of their rows."""
@@ -94,7 +94,7 @@ def test_memory(positions, monkeypatch):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("types", [2, MOST_TYPES + 1])
+@pytest.mark.parametrize("types", [2, MAX_TYPES + 1])
 def test_gradcheck(types, positions):
     inputs, options = make((2, 4), 5, DOUBLE, positions=positions, types=types, vocabulary=4)
     options |= packed(options["ids"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastbert.kernels import reference
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
-from fastbert.kernels.linear_cross_entropy.chunked import most_at_once, rows_a_chunk
+from fastbert.kernels.linear_cross_entropy.chunked import max_kept_rows, rows_per_chunk
 from fastbert.testing.linear_cross_entropy import check, chunk_rows, make_inputs, make_weights, run
 
 from ..cases import dtype_name
@@ -43,7 +43,7 @@ def test_bound_as_it_ships(width, n_rows, dtype):
     """The shipped chunk size."""
     inputs, labels = make_inputs(n_rows, VOCABULARY, width, dtype, ignored=0.1)
     sizes = VOCABULARY, width, dtype
-    check(inputs, labels, rows=None if n_rows <= most_at_once(*sizes) else rows_a_chunk(n_rows, *sizes))
+    check(inputs, labels, rows=None if n_rows <= max_kept_rows(*sizes) else rows_per_chunk(n_rows, *sizes))
 
 
 def peak_bytes(function, inputs, labels):

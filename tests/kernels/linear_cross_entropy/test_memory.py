@@ -12,7 +12,7 @@ from fastbert.kernels import reference
 from fastbert.kernels.core import launch
 from fastbert.kernels.linear_cross_entropy import chunked as linear_cross_entropy_chunks
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
-from fastbert.kernels.linear_cross_entropy.chunked import LEAST_ROWS, most_at_once, rows_a_chunk
+from fastbert.kernels.linear_cross_entropy.chunked import MIN_ROWS, max_kept_rows, rows_per_chunk
 from fastbert.kernels.linear_cross_entropy.rows import padded
 from fastbert.testing.linear_cross_entropy import (
     NAMES,
@@ -132,7 +132,7 @@ class Allocated(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_never_all_logits_at_once(reduction, grad, monkeypatch):
     """Nor a quarter of them: for 1024 rows with the chunks of 16384, the largest tensor is a chunk's logits."""
-    monkeypatch.setattr(linear_cross_entropy_chunks, "LEAST_ROWS", 64)
+    monkeypatch.setattr(linear_cross_entropy_chunks, "MIN_ROWS", 64)
     inputs, labels = make_inputs(1024, 101, 4, ignored=0.9)
     with Allocated() as allocated, nullcontext() if grad else torch.no_grad():
         run(linear_cross_entropy, inputs, labels, frozen=() if grad else NAMES, reduction=reduction)
@@ -195,7 +195,7 @@ def test_a_quarter_of_eagers_memory(width, first, n_cols, dtype, on_no_device):
 def test_few_classes_are_one_chunk(n_cols, on_no_device):
     """For any number of rows: their logits are as small as the gradient of the rows, which eager has too."""
     for n_rows in (1, 5000, 2**20):
-        assert rows_a_chunk(n_rows, n_cols, 768, torch.bfloat16) == n_rows
+        assert rows_per_chunk(n_rows, n_cols, 768, torch.bfloat16) == n_rows
     ours, eager = (held(f, 65536, n_cols, 768, torch.bfloat16) for f in (linear_cross_entropy, reference.linear_cross_entropy))
     assert ours <= 1.1 * eager, f"{ours / eager:.3f}"
 
@@ -205,16 +205,16 @@ def test_few_classes_are_one_chunk(n_cols, on_no_device):
 @pytest.mark.parametrize("n_cols, width", [(30522, 768), (119547, 1024), (2000, 768), (101, 24), (1, 1)])
 def test_the_rows_of_a_chunk(n_cols, width, dtype):
     row, of_rows, of_weight = padded(n_cols) * dtype.itemsize, width * dtype.itemsize, n_cols * width * max(4, dtype.itemsize)
-    for n_rows in (*range(0, 70000, 211), 8 * LEAST_ROWS, 2**20, 2**24 + 1):
-        size = rows_a_chunk(n_rows, n_cols, width, dtype)
-        if n_rows <= most_at_once(n_cols, width, dtype):
+    for n_rows in (*range(0, 70000, 211), 8 * MIN_ROWS, 2**20, 2**24 + 1):
+        size = rows_per_chunk(n_rows, n_cols, width, dtype)
+        if n_rows <= max_kept_rows(n_cols, width, dtype):
             assert size == n_rows
             continue
         chunks = -(-n_rows // size)
-        assert chunks > 1 and size % 64 == 0 and size > LEAST_ROWS / 2, n_rows  # none is much shorter
+        assert chunks > 1 and size % 64 == 0 and size > MIN_ROWS / 2, n_rows  # none is much shorter
         held = size * row + n_rows * of_rows + of_weight
-        assert size <= LEAST_ROWS + 64 or held <= 0.6 * n_rows * row + 64 * row, n_rows
-        assert size <= LEAST_ROWS + 64 or size * row <= 2 * (n_rows * of_rows + of_weight) + 64 * row, n_rows
+        assert size <= MIN_ROWS + 64 or held <= 0.6 * n_rows * row + 64 * row, n_rows
+        assert size <= MIN_ROWS + 64 or size * row <= 2 * (n_rows * of_rows + of_weight) + 64 * row, n_rows
 
 
 @pytest.mark.long

@@ -108,14 +108,14 @@ FAULTS = (
     ),
     _define(
         "a second derivative is silently 0",
-        before="return not_twice(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found",
+        before="return first_order_only(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found",
         after="return found",
         tests=("tests/kernels/test_gradcheck.py::test_a_second_derivative_raises",),
     ),
     _autograd(
         "a second derivative that is asked for by name is silently 0",
-        before="_NotTwice.apply(g.detach().requires_grad_(), *sources)",
-        after="_NotTwice.apply(g.detach().requires_grad_())",
+        before="_FirstOrderOnly.apply(g.detach().requires_grad_(), *sources)",
+        after="_FirstOrderOnly.apply(g.detach().requires_grad_())",
         tests=("tests/models/test_autograd.py::test_a_second_derivative_asked_for_by_name_raises[of_inputs--one op]",),
     ),
     _autograd(

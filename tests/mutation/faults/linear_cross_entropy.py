@@ -144,8 +144,8 @@ FAULTS = (
     ),
     _chunks(
         "a chunk's own bytes are all that counts",
-        before="max(min(2 * summed, eager // 5 - summed) // row, LEAST_ROWS)",
-        after="max(2 * summed // row, LEAST_ROWS)",
+        before="max(min(2 * summed, eager // 5 - summed) // row, MIN_ROWS)",
+        after="max(2 * summed // row, MIN_ROWS)",
         tests=(f"{MEMORY}::test_a_quarter_of_eagers_memory",),
     ),
     _op(
