@@ -87,7 +87,7 @@ class _AbsentDevice:
 def audit_batch(architecture: str, variants: list[Variant]) -> list[dict[str, Any]]:
     """One record per launch of each variant."""
     launches = [(variant, launched) for variant in variants for launched in record(architecture, variant)]
-    kernels = [compile_launch(architecture, launched) for _, launched in launches]
+    kernels = [compile_here(architecture, launched) for _, launched in launches]
     codes = [sass.code(kernel.asm["cubin"]) for kernel in kernels]
     listings = sass.disassemble(codes, ARCHITECTURES[architecture].nvdisasm_name, str(_TOOLS / "nvdisasm"))
     return [
@@ -110,23 +110,21 @@ def record(architecture: str, variant: Variant, rows: int | None = None) -> list
 
 
 def compile_launch(architecture: str, launched: Launch) -> Any:
-    """Compile through Triton's warm-up, which specialises the arguments as a launch does and stops after compiling.
-
-    Cached code that was compiled before its source file moved is compiled again, since its line numbers name no file here.
-    """
+    """Compile through Triton's warm-up, which specialises the arguments as a launch does and stops after compiling."""
     assert isinstance(launched.kernel, triton.JITFunction), "TRITON_INTERPRET is set: nothing can be compiled"
     triton.runtime.driver.set_active(_AbsentDevice(ARCHITECTURES[architecture].capability))
-    compiled = _warm_up(launched)
-    if sass.has_moved(compiled.asm["ptx"]):
-        launched.kernel.device_caches.clear()
-        with triton.knobs.compilation.scope():
-            triton.knobs.compilation.always_compile = True
-            compiled = _warm_up(launched)
-    return compiled
-
-
-def _warm_up(launched: Launch) -> Any:
     return launched.kernel.warmup(grid=(launched.programs,), **launched.arguments, **cache.options(launched.config))
+
+
+def compile_here(architecture: str, launched: Launch) -> Any:
+    """compile_launch, and compile again what is cached from before its source file moved: its lines are of no file here."""
+    compiled = compile_launch(architecture, launched)
+    if not sass.has_moved(compiled.asm["ptx"]):
+        return compiled
+    launched.kernel.device_caches.clear()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        return compile_launch(architecture, launched)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

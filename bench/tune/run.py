@@ -87,7 +87,7 @@ def audited(job: tuple[str, str, str, int, Config]) -> dict[str, Any]:
         launches = compiling.record(architecture, variant)
     launched = next(one for one in launches if one.kernel.__name__ == entry.function)
     try:
-        compiled = compiling.compile_launch(architecture, launched)
+        compiled = compiling.compile_here(architecture, launched)
     except Exception as error:
         return {"reason": f"does not compile: {str(error).strip().splitlines()[-1][:200]}"}
     tool = str(compiling._TOOLS / "nvdisasm")
