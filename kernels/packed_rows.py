@@ -1,7 +1,7 @@
 """Where the rows of a padded batch stand once packed: an index, its inverse and the bounds of the sequences.
 
 For the tokens of a [B, S] batch, for the positions that are read, and for these among the tokens. With the counts [3, B] of
-row_counts, room for R rows of tokens and for N rows that are read:
+row_counts, capacity for R rows of tokens and for N rows that are read:
 
     forward    reads 2BS bytes, writes 4 (2R + 2BS + 2N); one program per row, which adds up the counts of the rows before it
 
@@ -28,7 +28,7 @@ from .core.op import define_op
 
 __all__ = ["packed_rows"]
 
-SIZES = ("n_sequences", "seqlen", "room", "longest", "n_bounds", "read_room", "read_longest", "n_read_bounds")
+SIZES = ("n_sequences", "seqlen", "capacity", "longest", "n_bounds", "read_capacity", "read_longest", "n_read_bounds")
 
 
 @triton.jit
@@ -47,42 +47,42 @@ def totals(counts_ptr, batch, n_sequences, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def fits(counts_ptr, n_sequences, room, longest, EXACT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether the counts fit the room (EXACT: fill it) and none exceeds `longest`."""
+def fits(counts_ptr, n_sequences, capacity, longest, EXACT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether the counts fit the capacity (EXACT: fill it) and none exceeds `longest`."""
     _, n_taken, most = totals(counts_ptr, 0, n_sequences, BLOCK_N)
-    enough = (n_taken == room) if EXACT else (n_taken <= room)
+    enough = (n_taken == capacity) if EXACT else (n_taken <= capacity)
     return enough & (most <= longest)
 
 
 @triton.jit
-def store_places(index_ptr, inverse_ptr, wanted, before, room, numbers, inside):
+def store_places(index_ptr, inverse_ptr, wanted, before, capacity, numbers, inside):
     """Write the index and the inverse of the wanted rows (1, else 0), from place `before` on.
 
     Returns the rows' places, which rows have one, and the next free place.
     """
     places = before + tl.cumsum(wanted, axis=0) - 1
-    packed = (wanted != 0) & (places < room)
+    packed = (wanted != 0) & (places < capacity)
     tl.store(index_ptr + places, numbers.to(tl.int32), packed)
     tl.store(inverse_ptr + numbers, tl.where(packed, places, -1), inside)
     return places, packed, before + tl.sum(wanted, axis=0)
 
 
 @triton.jit
-def store_bounds(bounds_ptr, batch, before, every, room, longest, n_sequences, n_bounds, BLOCK_N: tl.constexpr):
-    """Write where this row's sequence starts, and a share of the bounds of the sequences in the rest of the room."""
-    tl.store(bounds_ptr + batch, tl.minimum(before, room))
+def store_bounds(bounds_ptr, batch, before, every, capacity, longest, n_sequences, n_bounds, BLOCK_N: tl.constexpr):
+    """Write where this row's sequence starts, and a share of the bounds of the sequences in the rest of the capacity."""
+    tl.store(bounds_ptr + batch, tl.minimum(before, capacity))
     for start in range(batch * BLOCK_N, n_bounds - n_sequences, n_sequences * BLOCK_N):
         steps = start + tl.arange(0, BLOCK_N)
-        bounds = tl.minimum(every + steps * longest, room)
+        bounds = tl.minimum(every + steps * longest, capacity)
         tl.store(bounds_ptr + n_sequences + steps, bounds, steps < n_bounds - n_sequences)
 
 
 @triton.jit
-def store_rest(index_ptr, batch, every, room, n_sequences, BLOCK_N: tl.constexpr):
-    """Write -1 for a share of the rest of the room."""
-    for start in range(every + batch * BLOCK_N, room, n_sequences * BLOCK_N):
+def store_rest(index_ptr, batch, every, capacity, n_sequences, BLOCK_N: tl.constexpr):
+    """Write -1 for a share of the rest of the capacity."""
+    for start in range(every + batch * BLOCK_N, capacity, n_sequences * BLOCK_N):
         places = start + tl.arange(0, BLOCK_N)
-        tl.store(index_ptr + places, tl.full([BLOCK_N], -1, tl.int32), places < room)
+        tl.store(index_ptr + places, tl.full([BLOCK_N], -1, tl.int32), places < capacity)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -105,10 +105,10 @@ def packed_rows_kernel(
     read_col_stride,
     n_sequences,
     seqlen,
-    room,
+    capacity,
     longest,
     n_bounds,
-    read_room,
+    read_capacity,
     read_longest,
     n_read_bounds,
     EXACT: tl.constexpr,
@@ -120,8 +120,8 @@ def packed_rows_kernel(
 
     if fits_ptr is not None:
         if batch == 0:
-            tl.store(fits_ptr, fits(counts_ptr, n_sequences, room, longest, EXACT, BLOCK_N))
-            read_fits = fits(counts_ptr + n_sequences, n_sequences, read_room, read_longest, READ_EXACT, BLOCK_N)
+            tl.store(fits_ptr, fits(counts_ptr, n_sequences, capacity, longest, EXACT, BLOCK_N))
+            read_fits = fits(counts_ptr + n_sequences, n_sequences, read_capacity, read_longest, READ_EXACT, BLOCK_N)
             tl.store(fits_ptr + 1, read_fits)
             _, missing, _ = totals(counts_ptr + 2 * n_sequences, batch, n_sequences, BLOCK_N)
             tl.store(fits_ptr + 2, missing == 0)
@@ -129,19 +129,19 @@ def packed_rows_kernel(
     before, every = row * seqlen, n_sequences.to(tl.int64) * seqlen
     if tokens_ptr is not None:
         before, every, _ = totals(counts_ptr, batch, n_sequences, BLOCK_N)
-        store_rest(index_ptr, batch, every, room, n_sequences, BLOCK_N)
-    store_bounds(cu_seqlens_ptr, batch, before, every, room, longest, n_sequences, n_bounds, BLOCK_N)
-    read_before, every_read = row, n_sequences.to(tl.int64)
+        store_rest(index_ptr, batch, every, capacity, n_sequences, BLOCK_N)
+    store_bounds(cu_seqlens_ptr, batch, before, every, capacity, longest, n_sequences, n_bounds, BLOCK_N)
+    read_before, all_read = row, n_sequences.to(tl.int64)
     if read_ptr is not None:
-        read_before, every_read, _ = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
-        store_rest(read_index_ptr, batch, every_read, read_room, n_sequences, BLOCK_N)
+        read_before, all_read, _ = totals(counts_ptr + n_sequences, batch, n_sequences, BLOCK_N)
+        store_rest(read_index_ptr, batch, all_read, read_capacity, n_sequences, BLOCK_N)
     if read_index_ptr is not None:
         store_bounds(
-            read_cu_seqlens_ptr, batch, read_before, every_read, read_room, read_longest, n_sequences, n_read_bounds, BLOCK_N
+            read_cu_seqlens_ptr, batch, read_before, all_read, read_capacity, read_longest, n_sequences, n_read_bounds, BLOCK_N
         )
     if inner_index_ptr is not None:
-        store_rest(inner_index_ptr, batch, every_read, read_room, n_sequences, BLOCK_N)
-        store_rest(inner_inverse_ptr, batch, every, room, n_sequences, BLOCK_N)
+        store_rest(inner_index_ptr, batch, all_read, read_capacity, n_sequences, BLOCK_N)
+        store_rest(inner_inverse_ptr, batch, every, capacity, n_sequences, BLOCK_N)
 
     for start in range(0, seqlen, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
@@ -150,14 +150,14 @@ def packed_rows_kernel(
         if tokens_ptr is not None:
             token = tl.load(tokens_ptr + row * tokens_batch_stride + cols.to(tl.int64) * tokens_col_stride, inside, other=0)
             token = (token != 0).to(tl.int32)
-            places, packed, before = store_places(index_ptr, inverse_ptr, token, before, room, numbers, inside)
+            places, packed, before = store_places(index_ptr, inverse_ptr, token, before, capacity, numbers, inside)
         if read_index_ptr is not None:
             read = (cols == 0).to(tl.int32)
             if read_ptr is not None:
                 read = tl.load(read_ptr + row * read_batch_stride + cols.to(tl.int64) * read_col_stride, inside, other=0)
                 read = (read != 0).to(tl.int32)
             read_places, taken, read_before = store_places(
-                read_index_ptr, read_inverse_ptr, read, read_before, read_room, numbers, inside
+                read_index_ptr, read_inverse_ptr, read, read_before, read_capacity, numbers, inside
             )
             if inner_index_ptr is not None:
                 tl.store(inner_index_ptr + read_places, tl.where(packed, places, -1), taken)
@@ -169,11 +169,11 @@ class Inputs(NamedTuple):
     tokens: Tensor | None
     read: Tensor | None
     seqlen: int
-    room: int
+    capacity: int
     longest: int
     exact: bool
     first: bool
-    read_room: int
+    read_capacity: int
     read_longest: int
     read_exact: bool
     check: bool
@@ -210,10 +210,10 @@ def _launch(inputs: Inputs) -> list[Tensor]:
         read_col_stride=0 if read is None else read.stride(1),
         n_sequences=n_sequences,
         seqlen=inputs.seqlen,
-        room=inputs.room,
+        capacity=inputs.capacity,
         longest=inputs.longest,
         n_bounds=results[0].shape[0],
-        read_room=inputs.read_room,
+        read_capacity=inputs.read_capacity,
         read_longest=inputs.read_longest,
         n_read_bounds=0 if read_bounds is None else read_bounds.shape[0],
         EXACT=inputs.exact,
@@ -240,19 +240,20 @@ _NOWHERE = dict.fromkeys(_pointers(True, True, True))
 
 
 def _allocate(inputs: Inputs) -> list[Tensor]:
-    counts, tokens, seqlen, room, read_room = inputs.counts, inputs.tokens, inputs.seqlen, inputs.room, inputs.read_room
+    counts, tokens, seqlen = inputs.counts, inputs.tokens, inputs.seqlen
+    capacity, read_capacity = inputs.capacity, inputs.read_capacity
     n_sequences = counts.shape[1]
-    rest = 0 if inputs.exact else -(-room // max(inputs.longest, 1))
+    rest = 0 if inputs.exact else -(-capacity // max(inputs.longest, 1))
     results = [counts.new_empty(n_sequences + 1 + rest)]
     if tokens is not None:
-        results += [counts.new_empty(room), counts.new_empty(n_sequences * seqlen)]
+        results += [counts.new_empty(capacity), counts.new_empty(n_sequences * seqlen)]
     if inputs.reads:
         # At least as many sequences as the tokens have: attention takes equal numbers.
-        rest = rest if inputs.read_exact else max(rest, -(-read_room // max(inputs.read_longest, 1)))
-        sizes = n_sequences + 1 + rest, read_room, n_sequences * seqlen
+        rest = rest if inputs.read_exact else max(rest, -(-read_capacity // max(inputs.read_longest, 1)))
+        sizes = n_sequences + 1 + rest, read_capacity, n_sequences * seqlen
         results += [counts.new_empty(size) for size in sizes]
         if tokens is not None:
-            results += [counts.new_empty(read_room), counts.new_empty(room)]
+            results += [counts.new_empty(read_capacity), counts.new_empty(capacity)]
     if inputs.check:
         results.append(counts.new_empty(3, dtype=torch.bool))
     return results
@@ -266,11 +267,11 @@ def packed_rows(
     tokens: Tensor | None,
     read: Tensor | None,
     seqlen: int,
-    room: int,
+    capacity: int,
     longest: int,
     exact: bool = True,
     first: bool = False,
-    read_room: int = 0,
+    read_capacity: int = 0,
     read_longest: int = 0,
     read_exact: bool = True,
     check: bool = False,
@@ -283,16 +284,16 @@ def packed_rows(
         tokens: bool [B, S], any strides: which positions to pack; None: all.
         read: bool [B, S], any strides: which positions are read; None: nothing, or with `first` the first position of each row.
         seqlen: S.
-        room, longest: the number of rows to pack into, and the largest number in a row of the batch (B S and S without
-        `tokens`). exact: the tokens fill `room`; otherwise they may be fewer, and the rest is sequences of `longest` without
-        rows. read_room, read_longest, read_exact: the same for the rows that are read; B, 1 and True with `first`. check:
-        whether to compare with `counts`.
+        capacity, longest: the number of rows to pack into, and the largest number in a row of the batch (B S and S without
+        `tokens`). exact: the tokens fill `capacity`; otherwise they may be fewer, and the rest is sequences of `longest`
+        without rows. read_capacity, read_longest, read_exact: the same for the rows that are read; B, 1 and True with `first`.
+        check: whether to compare with `counts`.
 
     Returns:
-        cu_seqlens int32 [sequences + 1]; with `tokens`, index [room], the row of the batch at each place (-1: none), and
+        cu_seqlens int32 [sequences + 1]; with `tokens`, index [capacity], the row of the batch at each place (-1: none), and
         inverse [B S], the place of each row of the batch (-1: none). Then, if anything is read, the same three for what is
-        read, and with `tokens` the index and the inverse of that among the tokens. With `check`, fits bool [3]: whether `room`
-        and `longest` hold, the same for what is read, and whether every position that is read is a token.
+        read, and with `tokens` the index and the inverse of that among the tokens. With `check`, fits bool [3]: whether
+        `capacity` and `longest` hold, the same for what is read, and whether every position that is read is a token.
 
     Raises:
         ValueError: counts or masks of another dtype or shape, or on another device.
@@ -304,5 +305,5 @@ def packed_rows(
             expected = (counts.shape[1], seqlen)
             raise ValueError(f"{name}: expected bool {expected}, got {mask.dtype} {tuple(mask.shape)}")
         check_device(name, mask, counts)
-    rooms = room, longest, exact, first, read_room, read_longest, read_exact
-    return _call(Inputs(counts.contiguous(), tokens, read, seqlen, *rooms, check))
+    capacities = capacity, longest, exact, first, read_capacity, read_longest, read_exact
+    return _call(Inputs(counts.contiguous(), tokens, read, seqlen, *capacities, check))

@@ -257,11 +257,11 @@ def packed_rows(
     tokens: Tensor | None,
     read: Tensor | None,
     seqlen: int,
-    room: int,
+    capacity: int,
     longest: int,
     exact: bool = True,
     first: bool = False,
-    read_room: int = 0,
+    read_capacity: int = 0,
     read_longest: int = 0,
     read_exact: bool = True,
     check: bool = False,
@@ -269,37 +269,37 @@ def packed_rows(
     """cu_seqlens, index and inverse of the tokens, the same for what is read, that among the tokens, and whether all fits."""
     shape = counts.shape[1], seqlen
     every = torch.ones(shape, dtype=torch.bool, device=counts.device)
-    rest = 0 if exact else -(-room // max(longest, 1))
-    bounds, index, inverse = _rows_of(every if tokens is None else tokens, room, longest, rest)
+    rest = 0 if exact else -(-capacity // max(longest, 1))
+    bounds, index, inverse = _rows_of(every if tokens is None else tokens, capacity, longest, rest)
     results = [bounds] if tokens is None else [bounds, index, inverse]
     if first or read is not None:
-        rest = rest if read_exact else max(rest, -(-read_room // max(read_longest, 1)))
+        rest = rest if read_exact else max(rest, -(-read_capacity // max(read_longest, 1)))
         chosen = every & (torch.arange(seqlen, device=counts.device) == 0) if read is None else read
-        bounds, read_index, read_inverse = _rows_of(chosen, read_room, read_longest, rest)
+        bounds, read_index, read_inverse = _rows_of(chosen, read_capacity, read_longest, rest)
         results += [bounds, read_index, read_inverse]
         if tokens is not None:
             results += [_at(inverse, read_index), _at(read_inverse, index)]
     if check:
         whole, alone = counts[0].sum(), counts[1].sum()
-        fits = whole == room if exact else whole <= room
-        read_fits = alone == read_room if read_exact else alone <= read_room
+        fits = whole == capacity if exact else whole <= capacity
+        read_fits = alone == read_capacity if read_exact else alone <= read_capacity
         fits = fits & (counts[0] <= longest).all(), read_fits & (counts[1] <= read_longest).all(), (counts[2] == 0).all()
         results.append(torch.stack(fits))
     return results
 
 
-def _rows_of(chosen: Tensor, room: int, longest: int, rest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The sequences' bounds, plus those of `rest` sequences of `longest` in the remaining room; the index and its inverse."""
+def _rows_of(chosen: Tensor, capacity: int, longest: int, rest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequences' bounds, plus those of `rest` sequences of `longest` in the spare capacity; the index and its inverse."""
     flat = chosen.flatten()
     places = flat.cumsum(0) - 1
     # Rows that are not chosen, or do not fit, go to a slot behind the others, which is cut off.
-    slots = torch.where(flat, places, room).clamp(max=room)
+    slots = torch.where(flat, places, capacity).clamp(max=capacity)
     numbers = torch.arange(len(flat), device=flat.device, dtype=torch.int32)
-    index = numbers.new_full((room + 1,), -1).scatter_(0, slots, numbers)[:room].clone()
-    inverse = torch.where(flat & (places < room), places, -1).to(torch.int32)
+    index = numbers.new_full((capacity + 1,), -1).scatter_(0, slots, numbers)[:capacity].clone()
+    inverse = torch.where(flat & (places < capacity), places, -1).to(torch.int32)
     bounds = F.pad(chosen.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     steps = torch.arange(1, rest + 1, device=flat.device, dtype=torch.int32)
-    return torch.cat([bounds, bounds[-1] + steps * longest]).clamp(max=room), index, inverse
+    return torch.cat([bounds, bounds[-1] + steps * longest]).clamp(max=capacity), index, inverse
 
 
 def _at(numbers: Tensor, index: Tensor) -> Tensor:

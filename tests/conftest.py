@@ -1,4 +1,4 @@
-"""What every test shares: where kernels run, what is skipped and what is left for a longer run, and launch counts."""
+"""Shared configuration of all tests: where kernels run, which tests are skipped or left for a longer run, launch counts."""
 
 import os
 import re
@@ -15,12 +15,12 @@ GPU = torch.cuda.is_available()
 
 
 if not GPU:
-    # Triton settles how a kernel runs when it is decorated, so this has to come before anything imports triton.
+    # Triton decides how a kernel runs when it is decorated, so this must come before any import of triton.
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("triton was imported before tests/conftest.py could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread a process: the tensors are small, and pytest-xdist runs a process a core.
+# One thread per process: the tensors are small, and pytest-xdist runs one process per core.
 torch.set_num_threads(1)
 
 settings.register_profile(
@@ -35,7 +35,7 @@ settings.load_profile("fastbert")
 
 def pytest_configure(config: pytest.Config) -> None:
     if not GPU and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
-        # Not in a process that only hands tests out to others: importing transformers takes ten seconds.
+        # Not in a process that only distributes tests: importing transformers takes ten seconds.
         from fastbert.testing.interpreter import accelerate
         from tests.interpreter import check_overflows
 
@@ -48,13 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
         "no_launch: a kernel test in which no kernel is meant to be launched",
     ):
         config.addinivalue_line("markers", marker)
-    # The interpreter computes with NumPy, which warns where a GPU silently gives the infinity the test asks for.
+    # The interpreter computes with NumPy, which warns where a GPU silently gives the infinity that the test expects.
     for message in ("overflow encountered", "invalid value encountered", "divide by zero encountered", "All-NaN slice"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
 
 
 def _mark_all_but_one_in_n(items: list[pytest.Item]) -> None:
-    # By a hash, not by counting: every second of a product of two dtypes would always be the same dtype.
+    # Selected by a hash: taking every second test of a product over two dtypes would always pick the same dtype.
     tests: set[str] = set()
     for item in items:
         marker, test = item.get_closest_marker("one_in"), item.nodeid.partition("[")[0]
@@ -91,20 +91,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def no_stand_in() -> None:
-    """A kernel that fails raises; tests/faults, where plain PyTorch stands in for it, says otherwise."""
+    """A failing kernel raises instead of falling back to plain PyTorch; tests/faults overrides this."""
     if "fastbert.kernels.core.failures" in sys.modules:
         sys.modules["fastbert.kernels.core.failures"].strict = True
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same random inputs each time, whatever ran before."""
+    """Seed torch, so that random inputs do not depend on the tests that ran before."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def launches() -> Callable[[], Counter[str]]:
-    """A function that says which kernels were launched since the test began, and how often."""
+    """A function that returns the launches since the test began, per kernel name."""
     from fastbert.kernels.core.launch import counts
 
     before = counts.copy()

@@ -1,4 +1,4 @@
-"""What the tests marked `gpu` do with the device: capture a graph, forbid waiting, run late on a side stream."""
+"""Helpers of the tests marked `gpu`: capture a graph, forbid synchronisation, run late on a side stream."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-SLEEP = 100_000_000  # cycles, some 50 ms: longer than it takes to launch what a test launches
+SLEEP = 100_000_000  # cycles, about 50 ms: longer than a test takes to launch its kernels
 
 
 def captured(function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-    """A function that replays one call as a CUDA graph, and what the call returned, whose memory each replay fills.
+    """A function that replays one call as a CUDA graph, and the result of the call, whose memory each replay fills.
 
-    Three calls on a side stream come first, as capturing asks for.
+    Three calls on a side stream come first, as capturing requires.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -29,7 +29,7 @@ def captured(function: Callable[[], Result]) -> tuple[Callable[[], None], Result
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """torch raises wherever the host would wait for the GPU."""
+    """Within it, torch raises if the host would wait for the GPU."""
     torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -42,7 +42,7 @@ def no_synchronisation() -> Iterator[None]:
 def on_a_late_stream(
     function: Callable[[dict[str, Tensor]], dict[str, Tensor]], inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """`function` on a side stream, of inputs that are there only after a long wait on it: zeros until then.
+    """Call `function` on a side stream with inputs that are zeros until a long wait on that stream ends.
 
     A launch on the default stream would read the zeros.
     """
@@ -58,7 +58,7 @@ def on_a_late_stream(
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most memory that a second call holds beyond what was held before it."""
+    """The peak of memory that a second call allocates beyond what was allocated before it, in bytes."""
     function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

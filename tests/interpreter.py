@@ -1,12 +1,12 @@
-"""Triton's interpreter, made stricter: what a GPU would do without a word raises."""
+"""Makes Triton's interpreter stricter: it raises where a GPU would silently overflow."""
 
 import numpy as np
 
 
 def check_overflows() -> None:
-    """Let a sum, difference, product or cast of signed integers that leaves its type raise: an offset past 2**31.
+    """Make sums, differences, products and casts of signed integers raise if they overflow, such as an offset past 2**31.
 
-    A GPU wraps without a word. Unsigned integers wrap on purpose, in the generators of random bits.
+    A GPU wraps silently. Unsigned integers wrap on purpose, in the generators of random bits.
     """
     import triton.language as tl
     from triton.language.semantic import TritonSemantic

@@ -1,8 +1,8 @@
-"""Operations of Triton's interpreter on every pair of types, as a table that two processes can compare.
+"""Computes operations of Triton's interpreter on every pair of types, as a table that two processes can compare.
 
     python -m tests.interpreter_cases
 
-prints it as the interpreter comes; tests/test_interpreter.py compares it with what `fastbert.testing.interpreter` makes of it.
+prints the table of Triton's own interpreter; tests/test_interpreter.py compares it with that of the accelerated one.
 """
 
 import json
@@ -23,15 +23,15 @@ CONSTANTS = (0, 1, 3, -2, 70_000, 2**40, 0.0, -0.0, 0.1, 1e300, float("inf"), Tr
 
 
 def cases() -> Iterator[tuple[str, list]]:
-    """Name and outcome: type, sizes and bytes of the result, or the type of error that was raised."""
+    """Names and outcomes: type, shape and bytes of the result, or the type of the error."""
     semantic = interpreter_semantic
     scope = _patch_lang(cases)  # as at the launch of a kernel
 
     def make(name: str, shape: tuple[int, ...], first: int) -> tl.core.tensor:
-        """Small numbers from 1 on, so that nothing overflows and nothing is divided by zero."""
+        """Small numbers, starting at 1, so that nothing overflows and nothing is divided by zero."""
         dtype = getattr(tl, name)
         values = np.arange(first, first + np.prod(shape, dtype=int)).reshape(shape or (1,))
-        if name == "bfloat16":  # NumPy has none: the upper half of float32
+        if name == "bfloat16":  # NumPy has no bfloat16: the upper half of float32
             values = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         values = values.astype(_get_np_dtype(dtype))
         return tl.core.tensor(TensorHandle(values, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
@@ -44,7 +44,7 @@ def cases() -> Iterator[tuple[str, list]]:
     def outcome(function, *operands) -> list:
         try:
             result = function(*operands)
-        except Exception as error:  # which one it is, is what is compared
+        except Exception as error:  # the type of the error is compared
             return [type(error).__name__]
         data = result.handle.data
         sizes = [int(size) for size in result.type.shape] if result.type.is_block() else []
@@ -71,7 +71,7 @@ def cases() -> Iterator[tuple[str, list]]:
         for dtype, value, shape in product(TYPES, CONSTANTS, ((), (2, 4))):
             if name == "fdiv" or (shape and value not in (3, 0.1)):
                 continue
-            for turn in range(2):  # a constant is made once and found again
+            for turn in range(2):  # a constant is made once and then cached
                 yield f"{name} {dtype}{shape} {value!r} {turn}", outcome(function, make(dtype, shape, 2), value)
             yield f"{name} {value!r} {dtype}{shape}", outcome(function, value, make(dtype, shape, 2))
     for dtype, (left, right) in product(TYPES, SHAPES):
@@ -82,7 +82,7 @@ def cases() -> Iterator[tuple[str, list]]:
         yield f"cast {one}{shape} {other}", outcome(semantic.cast, make(one, shape, 0), getattr(tl, other))
     for dtype, axis in product(TYPES, range(3)):
         yield f"expand_dims {dtype} {axis}", outcome(semantic.expand_dims, make(dtype, (2, 4), 0), axis)
-    if scope is not None:  # of triton 3.5, which puts its functions back in another way
+    if scope is not None:  # triton 3.5 restores its functions differently
         scope.restore()
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, with and without what he got wrong."""
+"""The command line, in separate processes, with valid and invalid input."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def fastbert_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """`python -m fastbert …` in a process that has not chosen the interpreter yet."""
+    """Runs `python -m fastbert …` in a process without TRITON_INTERPRET."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTBERT_DISABLE")} | environment
     command = [sys.executable, "-m", "fastbert", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -28,9 +28,9 @@ def fastbert_command(*arguments: str, **environment: str) -> subprocess.Complete
 
 @pytest.fixture
 def answered(monkeypatch, capsys):
-    """Run the command line in this process, which saves the ten seconds that a new one imports for.
+    """Run the command line in this process, which saves ten seconds of imports.
 
-    Gives the exit code and what was printed, or what was printed as errors.
+    Returns the exit code, and the output or the errors.
     """
 
     def run(*arguments: str, errors: bool = False) -> tuple[int, str]:
@@ -44,8 +44,8 @@ def answered(monkeypatch, capsys):
 
 
 @pytest.fixture
-def refused(answered):
-    """Run the command line in this process and hold that it ends with one clear line and exit code 2."""
+def input_error(answered):
+    """Run the command line in this process; check that it prints one error line and exits with code 2, and return the line."""
 
     def run(*arguments: str) -> str:
         code, text = answered(*arguments, errors=True)
@@ -64,7 +64,7 @@ def small_model(tmp_path_factory) -> Path:
     source = _small_source()
     path = tmp_path_factory.mktemp("model")
     config = BertConfig(**{k: v for k, v in source.config.to_dict().items() if "label" not in k}, num_labels=5)
-    torch.manual_seed(0)  # the verdict is to be the same each time
+    torch.manual_seed(0)  # for a deterministic verdict
     BertForTokenClassification(config).save_pretrained(path)
     source.tokenizer.save_pretrained(path)
     return path
@@ -132,46 +132,46 @@ def test_env_prints_versions(answered):
         assert name in text
 
 
-def test_wrong_arguments(refused):
-    assert "--task" in (error := refused("verify", "--task", "juggling")) and "juggling" in error
-    assert "--dtype" in (error := refused("verify", "--dtype", "int4")) and "int4" in error
+def test_wrong_arguments(input_error):
+    assert "--task" in (error := input_error("verify", "--task", "juggling")) and "juggling" in error
+    assert "--dtype" in (error := input_error("verify", "--dtype", "int4")) and "int4" in error
 
 
 @pytest.mark.parametrize("command", ["verify", "report"])
-def test_missing_model_directory(refused, command):
-    assert refused(command, "./no/such/model") == "error: MODEL: there is no directory ./no/such/model"
+def test_missing_model_directory(input_error, command):
+    assert input_error(command, "./no/such/model") == "error: MODEL: there is no directory ./no/such/model"
 
 
-@pytest.mark.long  # in this process `refused` sees the same
+@pytest.mark.long  # `input_error` checks this in this process
 def test_an_error_is_no_traceback():
     done = fastbert_command("verify", "./no/such/model")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "error: MODEL" in done.stderr
 
 
-def test_directory_that_is_no_model(refused, tmp_path):
-    assert "config.json" in refused("verify", str(tmp_path))
+def test_directory_that_is_no_model(input_error, tmp_path):
+    assert "config.json" in input_error("verify", str(tmp_path))
 
 
-def test_model_of_another_family(refused, tmp_path):
+def test_model_of_another_family(input_error, tmp_path):
     config = RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
     RobertaModel(config).save_pretrained(tmp_path)
-    assert "is a 'roberta' model; supported are 'bert' models" in refused("verify", str(tmp_path))
+    assert "is a 'roberta' model; supported are 'bert' models" in input_error("verify", str(tmp_path))
 
 
-def test_model_without_a_tokenizer(refused, tmp_path):
+def test_model_without_a_tokenizer(input_error, tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    assert "has no tokenizer" in refused("verify", str(tmp_path))
+    assert "has no tokenizer" in input_error("verify", str(tmp_path))
 
 
-def test_model_without_weights(refused, tmp_path):
+def test_model_without_weights(input_error, tmp_path):
     BertConfig().save_pretrained(tmp_path)
     _small_source().tokenizer.save_pretrained(tmp_path)
-    assert "has no weights" in refused("verify", str(tmp_path))
+    assert "has no weights" in input_error("verify", str(tmp_path))
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """Save a tiny model with `config`, and the tokenizer of the trained model, or another; returns the folder."""
+    """Save a tiny model with `config` and the trained model's tokenizer, or another one; returns the folder."""
 
     def save(tokenizer=None, **config) -> str:
         found = tokenizer or AutoTokenizer.from_pretrained(Source.open(None, None).path)
@@ -184,35 +184,35 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["verify", "report"])
-def test_tokenizer_with_more_words_than_the_model(refused, saved, command):
-    error = refused(command, path := saved(vocab_size=2000))
+def test_tokenizer_with_more_words_than_the_model(input_error, saved, command):
+    error = input_error(command, path := saved(vocab_size=2000))
     assert f"MODEL: in {path} the tokenizer has 30522 tokens and the model 2000 embeddings" in error
     assert "resize_token_embeddings(30522)" in error
 
 
-def test_words_that_were_added_to_the_tokenizer_alone(refused, saved):
+def test_words_that_were_added_to_the_tokenizer_alone(input_error, saved):
     tokenizer = _small_source().tokenizer
     words = len(tokenizer)
     tokenizer.add_tokens(["mitochondrion", "ribosome"])
-    assert f"{words + 2} tokens and the model {words} embeddings" in refused("report", saved(tokenizer, vocab_size=words))
+    assert f"{words + 2} tokens and the model {words} embeddings" in input_error("report", saved(tokenizer, vocab_size=words))
 
 
 def test_fewer_words_than_embeddings_are_fine(answered, saved):
     assert answered("report", saved(vocab_size=30528))[0] == 0
 
 
-def test_model_with_fewer_token_types_than_its_tokenizer(refused, answered, saved):
-    """Which only pairs of texts show; the other tasks go on."""
+def test_model_with_fewer_token_types_than_its_tokenizer(input_error, answered, saved):
+    """Only tasks with pairs of texts fail; the others run."""
     path = saved(type_vocab_size=1)
-    error = refused("verify", path)
+    error = input_error("verify", path)
     assert "2 token types and the model has 1 (type_vocab_size)" in error and "the task pretraining" in error
     assert answered("verify", path, "--task", "base")[0] == 0
 
 
 @pytest.mark.parametrize("command", ["verify", "report"])
-def test_model_for_very_short_texts(refused, answered, saved, command):
+def test_model_for_very_short_texts(input_error, answered, saved, command):
     path = saved(max_position_embeddings=7)
-    assert "takes texts of 7 tokens (max_position_embeddings); 8 or more are needed" in refused(command, path)
+    assert "takes texts of 7 tokens (max_position_embeddings); 8 or more are needed" in input_error(command, path)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -223,20 +223,20 @@ def test_shortest_texts_are_long_enough_for_every_task(saved, task):
 
 
 @pytest.mark.parametrize(("token", "arguments"), [("mask", ()), ("pad", ("--task", "base"))])
-def test_tokenizer_that_lacks_a_token(refused, saved, token, arguments):
+def test_tokenizer_that_lacks_a_token(input_error, saved, token, arguments):
     tokenizer = _small_source().tokenizer
     setattr(tokenizer, f"{token}_token", None)
-    assert f"MODEL: its tokenizer has no {token}" in refused("verify", saved(tokenizer), *arguments)
+    assert f"MODEL: its tokenizer has no {token}" in input_error("verify", saved(tokenizer), *arguments)
 
 
-def test_weights_that_are_damaged(refused, saved):
+def test_weights_that_are_damaged(input_error, saved):
     path = saved()
     Path(path, "model.safetensors").write_bytes(b"damaged")
-    assert "has no weights that can be read" in refused("verify", path, "--task", "base")
+    assert "has no weights that can be read" in input_error("verify", path, "--task", "base")
 
 
-def test_a_release_without_one_of_the_classes(refused, answered, monkeypatch):
-    """Its task is left out, and named when it is asked for."""
+def test_a_release_without_one_of_the_classes(input_error, answered, monkeypatch):
+    """Its task is left out, and requesting it names the missing class."""
     from transformers.models.bert import modeling_bert
 
     import fastbert.cli.tasks
@@ -247,27 +247,27 @@ def test_a_release_without_one_of_the_classes(refused, answered, monkeypatch):
         reloaded = runpy.run_path(fastbert.cli.tasks.__file__)
     assert list(reloaded["TASKS"]) == [name for name in names if name != "nsp"]
     monkeypatch.delitem(TASKS, "nsp")
-    assert "--task nsp: transformers" in (error := refused("verify", "--task", "nsp"))
+    assert "--task nsp: transformers" in (error := input_error("verify", "--task", "nsp"))
     assert "has no BertForNextSentencePrediction" in error
 
 
 @pytest.mark.parametrize("content", ["", " \n\n"])
-def test_text_file_without_text(refused, tmp_path, content):
+def test_text_file_without_text(input_error, tmp_path, content):
     text = tmp_path / "empty.txt"
     text.write_text(content)
-    assert refused("verify", "--text", str(text)) == f"error: --text: {text} has no text in it"
+    assert input_error("verify", "--text", str(text)) == f"error: --text: {text} has no text in it"
 
 
-def test_text_file_that_is_not_text(refused, tmp_path):
+def test_text_file_that_is_not_text(input_error, tmp_path):
     text = tmp_path / "bytes.txt"
     text.write_bytes(b"\xff\xfe\x00bad")
-    assert "--text: cannot read" in refused("verify", "--text", str(text))
+    assert "--text: cannot read" in input_error("verify", "--text", str(text))
 
 
-def test_missing_text_file(refused, tmp_path):
-    assert "--text: cannot read" in refused("verify", "--text", str(tmp_path / "none.txt"))
+def test_missing_text_file(input_error, tmp_path):
+    assert "--text: cannot read" in input_error("verify", "--text", str(tmp_path / "none.txt"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 is only refused where there is no GPU")
-def test_bf16_without_a_gpu_is_refused(refused):
-    assert "--dtype bf16" in refused("verify", "--dtype", "bf16")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 is only input_error where there is no GPU")
+def test_bf16_without_a_gpu_is_refused(input_error):
+    assert "--dtype bf16" in input_error("verify", "--dtype", "bf16")

@@ -1,4 +1,4 @@
-"""Digests of stock forwards: what changes them and what does not, and whose code passes for transformers'."""
+"""Digests of stock forwards: what changes them and what does not, and which code counts as transformers'."""
 
 import ast
 import functools
@@ -27,7 +27,7 @@ numbers = itertools.count()
 
 @pytest.fixture
 def released(tmp_path, monkeypatch):
-    """Makes a module of an invented release of transformers, which lies in a folder of its own."""
+    """Makes a module of an invented transformers release in a separate folder."""
     folder = tmp_path / "transformers"
     folder.mkdir()
     monkeypatch.setattr(transformers, "__file__", str(folder / "__init__.py"))
@@ -46,7 +46,7 @@ def load(folder, text):
 
 @pytest.fixture
 def put(monkeypatch):
-    """Replaces the stock forward of BertIntermediate."""
+    """Replaces the stock forward of BertIntermediate until the test ends."""
     return lambda function: monkeypatch.setattr(*FORWARD, function)
 
 
@@ -118,7 +118,7 @@ def test_a_method_with_lines_at_the_margin(released):
 
 
 def test_another_python_gives_the_same_digest(released, monkeypatch):
-    """One that has a field more in every function, as 3.12 and 3.13 have type parameters."""
+    """A Python whose AST has an additional field per function, like the type parameters of 3.12."""
     before = forwards.digest(released(PLAIN).forward)
     monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, "type_params", "news", "more"))
     monkeypatch.setattr(ast.FunctionDef, "news", None, raising=False)

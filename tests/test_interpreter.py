@@ -1,4 +1,4 @@
-"""The accelerated interpreter gives what Triton's gives; it is replaced wholly or not at all, and never for a user."""
+"""The accelerated interpreter equals Triton's; all replacements are made or none, and never for a user."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU nothing is interpreted")
 def test_every_operation_gives_what_tritons_gives():
-    """Bitwise, with types, sizes and errors, in a process in which nothing is replaced."""
+    """Bitwise, with types, shapes and errors, compared with a process in which nothing is replaced."""
     command = [sys.executable, "-m", "tests.interpreter_cases"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True)
@@ -34,13 +34,13 @@ LISTED = ".".join(triton.__version__.split(".")[:2]) in accelerator.RELEASES
 
 
 def test_a_release_is_listed_only_if_it_is_accelerated():
-    """So that the test above compares two interpreters, and not one with itself."""
+    """Otherwise the test above would compare the interpreter with itself."""
     assert (interpreter._patch_lang.__module__ == accelerator.__name__) == (LISTED and not torch.cuda.is_available())
 
 
 @pytest.fixture
 def says_why(monkeypatch, caplog):
-    """Accelerate anew: the lines it logs, and what stands in the interpreter before and after."""
+    """Accelerate again; returns the log lines, and the interpreter's functions before and after."""
 
     def run():
         def stand():
@@ -105,7 +105,7 @@ def test_a_failure_half_way_restores_what_was_there():
 
 
 def test_users_do_not_load_it():
-    """Not by importing fastbert, and not by what a patched model, its report and its proof need."""
+    """Neither importing fastbert nor a patched model, its report and verify load it."""
     program = """
 import sys, torch, transformers, fastbert
 sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)

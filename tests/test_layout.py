@@ -1,7 +1,7 @@
-"""A kernel has four places (CONTRIBUTING: how to add a kernel); a missing one is noticed here. So is what no file
-should hold.
+"""Checks that each op has its four places (CONTRIBUTING: how to add a kernel), and that no file contains what it
+should not.
 
-The sources are parsed, not imported: the checks then run on altered copies too, which shows that they can fail.
+The sources are parsed, not imported, so the checks also run on altered copies, which shows that they can fail.
 """
 
 import ast
@@ -16,7 +16,7 @@ from tests.packaging.environments import ROOT, source_files
 
 
 def complaints(root: Path) -> list[str]:
-    """What is missing of each op under `root`: kernel, reference, test, spec."""
+    """One line per missing part of an op under `root`: kernel, reference, test, spec."""
     found = []
     described = specs(root)
     for op, path, reference in ops(root / "kernels"):
@@ -37,8 +37,11 @@ def complaints(root: Path) -> list[str]:
 
 
 def ops(kernels: Path) -> list[tuple[str, Path, Path]]:
-    """Each op, the file of its public function and that of its reference. What is in kernels/ is an op: a file, or a folder
-    whose __init__ is that file; but for core/, and the references of all ops that have none in their folder."""
+    """Each op with the file of its public function and that of its reference.
+
+    Everything in kernels/ is an op, either a file or a folder
+    with an __init__, except core/ and reference.py, which has the references of the other ops.
+    """
     shared = kernels / "reference.py"
     files = [path for path in sorted(kernels.glob("*.py")) if path != shared]
     folders = sorted(path.parent for path in kernels.glob("*/__init__.py") if path.parent.name != "core")
@@ -50,7 +53,7 @@ def ops(kernels: Path) -> list[tuple[str, Path, Path]]:
 
 
 def place_of_test(root: Path, op: str, path: Path) -> Path:
-    """Where an op's first test stands: beside the others, or in a folder that is its sources' mirror."""
+    """The path of an op's first test: beside the others, or in a folder that mirrors its sources."""
     tests = root / "tests" / "kernels"
     return (tests / op if path.name == "__init__.py" else tests) / f"test_{op}.py"
 
@@ -60,7 +63,7 @@ def functions(path: Path) -> dict[str, ast.FunctionDef]:
 
 
 def assigned(path: Path, name: str) -> ast.expr | None:
-    """What the module at `path` assigns to `name`."""
+    """The value that the module at `path` assigns to `name`."""
     for node in ast.parse(path.read_text()).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
@@ -74,7 +77,7 @@ def exports(path: Path) -> list[str]:
 
 
 def specs(root: Path) -> set[str]:
-    """The ops that are described for tests, the audit and the benchmarks."""
+    """The ops that have a spec for tests, the audit and the benchmarks."""
     files = (root / "fastbert" / "testing" / "specs").glob("*.py")
     return {path.stem for path in files if assigned(path, "SPEC") is not None}
 
@@ -82,7 +85,7 @@ def specs(root: Path) -> set[str]:
 def signature(function: ast.FunctionDef) -> tuple[list[str], dict[str, str]]:
     """Positional parameters in order, and keywords with their defaults.
 
-    Where a kernel draws its dropout from `seed`, the reference takes the mask `keep` that was drawn.
+    The kernel's `seed` of dropout corresponds to the reference's mask `keep`.
     """
     arguments = function.args
     keywords = {
@@ -158,7 +161,7 @@ def test_a_missing_place_is_noticed(change: Callable[[Path], object], noticed: s
 
 
 def texts() -> dict[Path, str]:
-    """Every source file that is text (the licence and sample data, which are others' words, included)."""
+    """Every source file that is text, including the licence and sample data."""
     found = {}
     for path in source_files():
         content = (ROOT / path).read_bytes() if (ROOT / path).is_file() else b""

@@ -1,4 +1,4 @@
-"""The faults of `python -m tests.mutation` fit today's tree, and what it takes for a kill is one. No suite runs here."""
+"""The faults of `python -m tests.mutation` fit the current tree, and it detects kills correctly. No suite runs here."""
 
 import ast
 import re
@@ -82,10 +82,10 @@ SAW = Statement(started=["t"], passed=["s"])
         (Outcome(-signal.SIGXCPU, SAW, 0, 0, True, ""), "t (hung)"),
         (Outcome(-signal.SIGSEGV, SAW, 0, 0, False, ""), "t (SIGSEGV)"),
         (Outcome(0, SAW, 0, 0, False, ""), None),
-        (Outcome(1, SAW, 0, 0, False, ""), None),  # a fork that broke outside of pytest
+        (Outcome(1, SAW, 0, 0, False, ""), None),  # a fork that failed outside pytest
         *((Outcome(code, SAW, 0, 0, False, ""), None) for code in (2, 3, 4, 5, 70)),
         (Outcome(1, replace(SAW, failed=["t"], uncollected=["u"]), 0, 0, False, ""), None),
-        (Outcome(-signal.SIGSEGV, Statement(), 0, 0, False, ""), None),  # died while importing
+        (Outcome(-signal.SIGSEGV, Statement(), 0, 0, False, ""), None),  # died during imports
     ],
 )
 def test_what_is_a_kill(outcome, killer):
@@ -96,7 +96,7 @@ def test_what_is_a_kill(outcome, killer):
     ("code", "passed", "missing"),
     [
         (0, ["a.py::t[1]", "b.py::u"], []),
-        (0, ["a.py::t"], ["b.py"]),  # all of b.py's were skipped
+        (0, ["a.py::t"], ["b.py"]),  # all tests of b.py were skipped
         (1, ["a.py::t", "b.py::u"], ["a.py::t", "b.py"]),
         (5, [], ["a.py::t", "b.py"]),
     ],

@@ -1,4 +1,4 @@
-"""The rule itself: it has to fail where a kernel is wrong, else every other test proves nothing."""
+"""The rule of fastbert.numerics must fail for a wrong kernel, otherwise no other test proves anything."""
 
 import math
 
@@ -12,7 +12,7 @@ NAN, INF = math.nan, math.inf
 
 
 def tensors(dtype: torch.dtype = torch.float32, n: int = 1000):
-    """A reference, and a result and an eager result that are it, rounded."""
+    """A reference, and a result and an eager result, both rounded from it."""
     reference = torch.randn(n, dtype=torch.float64)
     return reference.to(dtype, copy=True), reference.to(dtype, copy=True), reference
 

@@ -1,4 +1,4 @@
-"""`fastbert.verify`: it passes what is equal, finds what is not and where, and leaves the model alone."""
+"""`fastbert.verify` passes equal models, finds differences and their place, and leaves the model unchanged."""
 
 import json
 
@@ -15,7 +15,7 @@ CONFIG = BertConfig(
 )
 
 
-CALLS = 4  # of the embeddings, of the encoder, which packs, and of two layers
+CALLS = 4  # embeddings, packing encoder, two layers
 
 
 def classifier() -> BertForSequenceClassification:
@@ -80,7 +80,7 @@ def wrong(monkeypatch, *names, by=1.01):
     ids=str,
 )
 def test_wrong_forward_is_found_and_named(names, keywords, found, monkeypatch):
-    """In a layer that is one op by the layer's name, or closer where its modules by themselves differ, too."""
+    """A layer op is named by its layer, or by an inner module that also differs module by module."""
     wrong(monkeypatch, *names)
     result = fastbert.verify(classifier(), labelled(), **keywords)
     assert not result.ok
@@ -193,7 +193,7 @@ def test_model_without_bert_is_one_clear_error():
 
 
 class Tagger(nn.Module):
-    """Pools and scores with tensors that are float32 whatever the model is."""
+    """A head that pools and scores with float32 tensors, whatever the model's dtype."""
 
     def __init__(self):
         super().__init__()

@@ -9,14 +9,14 @@ from bench.models.workloads import Workload
 
 @dataclass(frozen=True)
 class HostLane:
-    """A lane of bench.models.workloads. `told`: fastbert gets the row lengths (`fastbert.lengths`) and does not count them."""
+    """A lane of bench.models.workloads. `lengths_given`: fastbert gets the row lengths (`fastbert.lengths`)."""
 
     model: workloads.Lane
-    told: bool = False
+    lengths_given: bool = False
 
 
-def _ours(told: bool = False, **switches: bool | str) -> HostLane:
-    return HostLane(workloads.Lane(fast=True, optimizer="fastbert", **switches), told)
+def _ours(lengths_given: bool = False, **switches: bool | str) -> HostLane:
+    return HostLane(workloads.Lane(fast=True, optimizer="fastbert", **switches), lengths_given)
 
 
 STOCK, COMPILED = "stock", "stock + compile"
@@ -28,9 +28,9 @@ LANES = {
     COMPILED: HostLane(workloads.Lane(compiled=True)),
     PLAIN: _ours(),  # patch() with its defaults
     PADDED: _ours(unpad=False),
-    PACKED: _ours(told=True),
+    PACKED: _ours(lengths_given=True),
     PADDED_NO_LOGITS: _ours(unpad=False, mlm_logits="none"),
-    PACKED_NO_LOGITS: _ours(told=True, mlm_logits="none"),
+    PACKED_NO_LOGITS: _ours(lengths_given=True, mlm_logits="none"),
 }
 
 

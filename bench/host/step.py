@@ -48,11 +48,11 @@ class Step:
 
     def __call__(self, issued: Callable[[str], object] = lambda part: None) -> None:
         if self.optimizer is None:
-            with torch.inference_mode(), self._told(), gate.autocast(self.workload, self.device):
+            with torch.inference_mode(), self._row_lengths(), gate.autocast(self.workload, self.device):
                 self.called(**self.batch)
             issued(FORWARD)
             return
-        with self._told(), gate.autocast(self.workload, self.device):
+        with self._row_lengths(), gate.autocast(self.workload, self.device):
             loss = self.called(**self.batch).loss
         issued(FORWARD)
         loss.backward()
@@ -61,7 +61,7 @@ class Step:
         self.optimizer.zero_grad()
         issued(OPTIMIZER)
 
-    def _told(self) -> AbstractContextManager[None]:
-        if not self.lane.told:
+    def _row_lengths(self) -> AbstractContextManager[None]:
+        if not self.lane.lengths_given:
             return nullcontext()
         return fastbert.lengths(self.model, self.tokens, read=self.read if self.head == "mlm" else None)

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from bench.core.comparison import ratio
 from bench.core.records import TuneRecord
-from bench.tune.run import best, refused
+from bench.tune.run import best, rejection
 
 
 def best_table(records: list[TuneRecord]) -> Table:
@@ -28,6 +28,6 @@ def candidates_table(records: list[TuneRecord]) -> Table:
         audit = record.audit
         numbers = (str(audit.get(name, "")) for name in ("registers", "spills", "shared_bytes"))
         share = f"{audit['occupancy']:.0%}" if "occupancy" in audit else ""
-        verdict = refused(audit) or ("ships now" if record.lane == "present" else "would be timed")
+        verdict = rejection(audit) or ("ships now" if record.lane == "present" else "would be timed")
         table.add_row(record.kernel, record.dtype, str(record.width), record.call, *numbers, share, verdict)
     return table

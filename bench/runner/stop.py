@@ -8,29 +8,29 @@ from contextlib import contextmanager
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STEP = 0.05  # seconds between two checks
 
-_asked: list[int] = []
+_received: list[int] = []
 
 
 def reason() -> str | None:
     """The signal that requested the stop, or None."""
-    return f"stopped by {signal.Signals(_asked[0]).name}" if _asked else None
+    return f"stopped by {signal.Signals(_received[0]).name}" if _received else None
 
 
 def status() -> int:
     """The exit status after a request to stop; 0 without one."""
-    return 128 + _asked[0] if _asked else 0
+    return 128 + _received[0] if _received else 0
 
 
 @contextmanager
 def listening() -> Iterator[None]:
     """Within the block, record signals as requests to stop. Signals after the first one have no effect."""
-    before = {number: signal.signal(number, lambda received, _: _asked.append(received)) for number in SIGNALS}
+    before = {number: signal.signal(number, lambda received, _: _received.append(received)) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked.clear()
+        _received.clear()
 
 
 def wait_for(done: Callable[[], bool], timeout: float, *, whatever: bool = False) -> bool:

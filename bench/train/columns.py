@@ -73,7 +73,7 @@ def settle(file: File, roles: tuple[str, ...], rows: list[Numbered], named: bool
 def chosen(file: File, roles: tuple[str, ...], names: list[str], found: dict[str, int], named: bool) -> Layout:
     """The layout by --columns, with `found` for roles that it omits. A name makes the first row a header; numbers do not."""
     places, header = {}, named or all(role in found for role in roles)
-    for role, value in asked(file, roles).items():
+    for role, value in chosen_columns(file, roles).items():
         if value in names or normal(value) in [normal(name) for name in names]:
             same = [i for i, name in enumerate(names) if name == value] or [
                 i for i, name in enumerate(names) if normal(name) == normal(value)
@@ -96,7 +96,7 @@ def chosen(file: File, roles: tuple[str, ...], names: list[str], found: dict[str
     return Layout(places, names, header)
 
 
-def asked(file: File, roles: tuple[str, ...]) -> dict[str, str]:
+def chosen_columns(file: File, roles: tuple[str, ...]) -> dict[str, str]:
     """Parse `text=review,label=3` into a dictionary."""
     found = {}
     for part in file.columns.split(","):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.train.columns import asked
+from bench.train.columns import chosen_columns
 from bench.train.file import File, Row, clip
 from bench.train.names import by_name
 from bench.train.words import without_places, without_prefix
@@ -169,7 +169,7 @@ def _places(file: File, first: list[str], header: bool, body: list[Line]) -> tup
     if header and not file.columns:
         words, tags = by_name("word", first), by_name("tag", first)
         word, label = (words[0] if words else word), (tags[0] if tags else label)
-    for role, value in (asked(file, ROLES) if file.columns else {}).items():
+    for role, value in (chosen_columns(file, ROLES) if file.columns else {}).items():
         if header and value in first:
             place = first.index(value)
         elif re.fullmatch(r"[0-9]{1,3}", value) and 0 < int(value) <= width:

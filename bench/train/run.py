@@ -103,12 +103,12 @@ def _check_endings(train: list[Row], evaluation: list[Row], path: str) -> None:
         raise InputError(f"--eval-data: {path}, row {evaluation[0]['row']}: its number of endings differs from training's")
 
 
-def choose_limit(asked: int, lengths: Sequence[int], most: int) -> tuple[int, str]:
+def choose_limit(requested: int, lengths: Sequence[int], most: int) -> tuple[int, str]:
     """The length limit in tokens, and where it comes from."""
-    if asked > most:
-        raise InputError(f"--max-length: the model has {most} positions, got {asked}")
-    if asked:
-        return asked, "--max-length"
+    if requested > most:
+        raise InputError(f"--max-length: the model has {most} positions, got {requested}")
+    if requested:
+        return requested, "--max-length"
     limit = encode.percentile(lengths)
     if limit > most:
         return most, f"the model's positions; the 95th percentile is {limit}"

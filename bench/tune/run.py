@@ -40,7 +40,7 @@ def run(
     timer = _Timer(kernel, architecture, dtype, width) if gpu else None
     for config, audit in zip(tried, audits, strict=True):
         lane = PRESENT if config == present(kernel, architecture, dtype, width) else CANDIDATE
-        reason = refused(audit)
+        reason = rejection(audit)
         found: dict[str, Any] = {"seconds": None, "runs": [], "reason": reason}
         if reason and lane == CANDIDATE:
             found["status"] = "failed"
@@ -59,7 +59,7 @@ def run(
         )
 
 
-def refused(audit: dict[str, Any]) -> str | None:
+def rejection(audit: dict[str, Any]) -> str | None:
     """Why a candidate is not timed, or None."""
     if "reason" in audit:
         return audit["reason"]

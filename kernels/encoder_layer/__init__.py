@@ -174,11 +174,11 @@ def unchecked(
             twins.beside(y)
         return y
     except KernelFailed as failure:
-        _note(failure)
+        _record(failure)
         raise
 
 
-def _note(failure: KernelFailed) -> None:
+def _record(failure: KernelFailed) -> None:
     failures.record(failure)
     if failure.kernel in feed_forward_products.KERNELS:
         clear_plans()  # so that later plans have cuBLAS and a kernel in its place
@@ -255,7 +255,7 @@ def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[
     except KernelFailed as failure:
         if failures.strict:
             raise
-        _note(failure)
+        _record(failure)
         dx, dqueries, *dweights = plain.gradients(plan, settings, dy, inputs, ctx.weights, seed)
     shape, queries_shape = ctx.shapes
     dx = None if dx is None else dx.view(*shape)

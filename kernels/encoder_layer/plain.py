@@ -72,6 +72,6 @@ def gradients(
             layout,
             *(None, None, seed),
         )
-        asked = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(y, asked, dy.to(y.dtype).view(y.shape)))
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype).view(y.shape)))
     return tuple(None if leaf is None else next(found).to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True))

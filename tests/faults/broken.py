@@ -1,4 +1,4 @@
-"""Kernels that fail, put in the place of those that work."""
+"""Replaces kernels by ones that fail."""
 
 import ast
 import math
@@ -11,8 +11,8 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 import fastbert.kernels.adamw  # noqa: F401  the optimizer imports it in its first step
 
-# What triton raises where a kernel does not compile, does not fit, does not assemble or is not taken by the driver, and
-# what a machine without a C compiler makes of the first launch.
+# Triton's errors for a kernel that does not compile, fit or assemble or that the driver rejects, and the error of the
+# first launch on a machine without a C compiler.
 ERRORS: dict[str, Callable[[], Exception]] = {
     "compilation": lambda: CompilationError("x = 1\ny = z", ast.Name("z", lineno=2, col_offset=4), "z is not defined"),
     "resources": lambda: OutOfResources(300_000, 232_448, "shared memory"),
@@ -24,9 +24,9 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 
 class Broken:
-    """A kernel whose launches raise, `bad` of them after the first `good`; `attempts` counts those that raised.
+    """A kernel whose launches raise: `bad` of them, after the first `good`. `attempts` counts those that raised.
 
-    Compiling it ahead, as kernels that are bound are, is one of them.
+    Compiling it ahead of time, as for bound kernels, counts as a launch.
     """
 
     def __init__(self, name: str, error: Callable[[], Exception], good: int, bad: float) -> None:
@@ -66,7 +66,7 @@ def break_kernels(
     good: int = 0,
     bad: float = math.inf,
 ) -> dict[str, Broken]:
-    """Break `bad` launches of the kernels of these names, after `good` of each, wherever a module holds them."""
+    """Break `bad` launches of each of these kernels, after the first `good`, in every module that refers to them."""
     broken = {name: Broken(name, error, good, bad) for name in names}
     found = set()
     for module_name, module in list(sys.modules.items()):

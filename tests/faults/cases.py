@@ -1,4 +1,4 @@
-"""One small call of every op, beside its reference: what the fault tests break, poison or send to another device."""
+"""One small call of every op and its reference, for the fault tests to break, poison or move to another device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ Results = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Case:
-    """`inputs` are differentiated; `options` go to kernel and reference alike; `keep` draws the mask for p > 0."""
+    """A call: `inputs` are differentiated, `options` go to kernel and reference, `keep` draws the dropout mask for p > 0."""
 
     name: str
     call: Callable[..., Tensor]
@@ -42,24 +42,24 @@ class Case:
         return self.name
 
     def run(self, p: float = 0.0) -> Results:
-        """What the op gives: y and the gradient of every input."""
+        """The results of the op: y and the gradient of every input."""
         extra = {"p": p, "seed": seed_tensor(SEED)} if p else {}
         return run(self.call, self.inputs, self.dy, **self.options, **extra)
 
     def eager(self, p: float = 0.0, exact: bool = False) -> Results:
-        """What the reference gives, from the same dropout; `exact`: in float64."""
+        """The results of the reference with the same dropout mask; with `exact`, in float64."""
         extra = {"p": p, "keep": self.keep(p, seed_tensor(SEED))} if p else {}
         inputs, dy = (double(self.inputs), self.dy.double()) if exact else (self.inputs, self.dy)
         return run(self.reference, inputs, dy, **self.options, **extra)
 
     def check(self, results: Results, p: float = 0.0) -> None:
-        """Within the bound, which `results` in 16 bits meet as 16-bit numbers."""
+        """Check that `results` are within the bound; 16-bit ones are judged as 16-bit numbers."""
         relative = None if self.dy.element_size() == 2 else 1e-5
         assert_close(results, self.eager(p), self.eager(p, exact=True), relative_fp32=relative)
 
 
 def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
-    """By name; a new one each time, from torch's generator."""
+    """The cases by name, with new inputs each time, from torch's generator."""
 
     def normal(*shape: int, at: float = 0.0) -> Tensor:
         return (at + torch.randn(shape, dtype=torch.float64)).to(DEVICE, dtype)

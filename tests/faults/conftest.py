@@ -1,4 +1,4 @@
-"""Here plain PyTorch stands in for kernels that fail; what a test broke works again in the next one."""
+"""In these tests failing kernels fall back to plain PyTorch, and each test starts with working kernels."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Python in a process of its own, from the checkout, where kernels are compiled and not interpreted."""
+"""Runs Python in a separate process, from the checkout, where kernels are compiled and not interpreted."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# compile_once() compiles gather_rows' kernel for sm_90 where it would be launched: there need be no GPU.
+# compile_once() compiles gather_rows' kernel for sm_90 instead of launching it, so no GPU is needed.
 COMPILE = """
 import hashlib, sys, time
 from pathlib import Path

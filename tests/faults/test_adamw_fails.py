@@ -1,4 +1,4 @@
-"""AdamW whose kernel fails: torch's own functions take the step, of those parameters that have not taken it."""
+"""AdamW whose kernel fails: torch's own functions step the parameters that the kernel has not updated."""
 
 import logging
 
@@ -33,7 +33,7 @@ def test_goes_on_where_the_kernel_worked(monkeypatch, launches):
 
 
 def test_no_parameter_steps_twice(monkeypatch, launches):
-    """float32 and float64 are a launch each, of which the second fails."""
+    """float32 and float64 take one launch each, and the second one fails."""
     ours, theirs = pair([*make_params(), *make_params(dtype=torch.float64)])
     broken = break_kernels(monkeypatch, [KERNEL], good=1)
     run(ours, theirs, steps=1)
@@ -56,7 +56,7 @@ def test_scaled_gradients(monkeypatch):
 
 
 def test_a_captured_step_that_fails_is_raised(monkeypatch, launches):
-    """And the steps after it take the kernel."""
+    """Later steps use the kernel."""
     ours, theirs = pair()
     run(ours, theirs, steps=1)
     with monkeypatch.context() as capturing:

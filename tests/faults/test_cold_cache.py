@@ -1,4 +1,4 @@
-"""Sixteen processes that start at once on an empty cache: each has its kernel, and nothing half-written stays."""
+"""Sixteen processes start at once on an empty cache: each gets its kernel, and no partly written file remains."""
 
 import time
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from .processes import COMPILE, start
 
 PROCESSES = 16
-# Importing takes each process another while: they wait for each other, so that they compile at the same time.
+# Imports take different times per process; they wait for each other in order to compile at the same time.
 READY = """
 Path(sys.argv[1], f"ready-{sys.argv[2]}").touch()
 while not Path(sys.argv[1], "go").exists():
@@ -27,7 +27,7 @@ x = torch.linspace(-3, 3, 4096, device="cuda").view(16, 256)
 
 
 def together(program, n, folder):
-    """What each of `n` processes printed, which all went past READY at once."""
+    """The output of each of `n` processes, which all pass READY at the same time."""
     cache, gate = folder / "cache", folder / "gate"
     gate.mkdir()
     processes = [start(program, str(gate), str(i), cache=cache) for i in range(n)]

@@ -1,6 +1,6 @@
-"""A tensor on another device than the others: one error that names it, and no kernel that reads its address.
+"""A tensor on a different device than the others: one error that names it, and no kernel that reads its address.
 
-"meta" is the other device here: it needs no hardware, and an address on it is as wild as any.
+The other device is "meta", which needs no hardware; its addresses are invalid everywhere.
 """
 
 import copy
@@ -20,7 +20,7 @@ from .cases import NAMES, WITH_DROPOUT, cases
 
 
 def others_of(name):
-    """The tensor arguments of a case but the first, by which the device is meant."""
+    """The tensor arguments of a case except the first, which defines the device."""
     case = cases()[name]
     arguments = [*list(case.inputs)[1:], *(key for key, value in case.options.items() if isinstance(value, Tensor))]
     return [*arguments, *(["seed"] if name in WITH_DROPOUT else [])]
@@ -47,7 +47,7 @@ def test_the_optimizers_op_too(name, launches):
 
 
 def outcome(model, batch):
-    """What a call comes to: the type of its error, or the device of what it returns."""
+    """The outcome of a call: the type of its error, or the device of its result."""
     try:
         return model(**batch)[0].device
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -77,7 +77,7 @@ def test_a_part_of_a_model_elsewhere_is_as_stock(part):
 
 @pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "attention_mask", "labels"])
 def test_an_input_elsewhere_is_as_stock(name):
-    """An error, or (where stock goes on with a tensor that holds nothing) the same tensor that holds nothing."""
+    """Both raise an error, or both return a meta tensor."""
     model, batch = make(MLM), make_batch(MLM)
     patched = fastbert.patch(copy.deepcopy(model)).train()
     batch[name] = batch[name].to("meta")

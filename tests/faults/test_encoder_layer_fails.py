@@ -1,4 +1,4 @@
-"""A kernel of a layer that does not compile or launch: plain PyTorch computes that pass, from the same dropout."""
+"""A kernel of the layer op that does not compile or launch: plain PyTorch computes that pass with the same dropout."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def made(call):
 
 
 def unused(call):
-    """What a call's backward does without: short sequences of 16 bits take one kernel, others two."""
+    """The attention kernels that a backward does not use: short 16-bit sequences take one kernel, others two."""
     return ("attention_bwd_q_kernel", "attention_bwd_kv_kernel") if call == "autocast" else ("attention_bwd_short_kernel",)
 
 
@@ -90,8 +90,8 @@ def test_the_gradients_that_are_needed_and_no_others(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["bias_gelu_fwd_kernel", "dropout_add_layernorm_fwd_kernel"])
-def test_a_layer_is_told(name, monkeypatch):
-    """Its modules take over then: each of them has a twin for the kernel that failed alone."""
+def test_a_layer_gets_the_failure(name, monkeypatch):
+    """The modules then take over, and each has a plain fallback for the failed kernel only."""
     inputs, _, options = made("without dropout")
     break_kernels(monkeypatch, [name])
     with pytest.raises(failures.KernelFailed, match=name):

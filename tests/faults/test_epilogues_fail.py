@@ -1,4 +1,4 @@
-"""A product with an epilogue that does not compile or launch: cuBLAS and a kernel take its place, in a layer and in the op."""
+"""A product with an epilogue that does not compile or launch: cuBLAS and a kernel replace it, in a layer and in the op."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def tiles(monkeypatch):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("ahead", [True, False], ids=["compiled", "launched"])
 def test_in_a_layer(name, ahead, monkeypatch, caplog):
-    """cuBLAS and a kernel take its place: at once where it does not compile, from the next call on where it is launched."""
+    """cuBLAS and a kernel replace it: at once if it does not compile, from the next call on if a launch fails."""
     inputs, dy = make_inputs((2, 9, 32), 64), torch.randn(2, 9, 32, device=DEVICE)
     options = {"settings": Settings(2, output_p=0.1), "seed": seeds()}
     expected = run(flat(encoder_layer), inputs, dy, **options)

@@ -1,4 +1,4 @@
-"""A kernel that does not compile or launch: plain PyTorch computes the same, in that call and all later ones."""
+"""A kernel that does not compile or launch: plain PyTorch computes the same result, in that call and all later ones."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ def test_is_right_all_the_same(name, part, dtype, monkeypatch):
 @pytest.mark.parametrize("name", WITH_DROPOUT)
 @pytest.mark.one_in(3)
 def test_dropout_is_that_of_the_kernel(name, part, p, monkeypatch):
-    """The mask is read off the working kernel; a backward of the one and a forward of the other share it."""
+    """The mask is read off the working kernel; a forward of one and a backward of the other share it."""
     case = cases()[name]
     keep = case.keep(p, torch.tensor(1234, device=case.dy.device))
     assert p == 1.0 or 0 < keep.sum() < keep.numel()
@@ -87,7 +87,7 @@ def test_says_so_once(error, monkeypatch, caplog, launches):
     ids=lambda error: str(error)[-20:],
 )
 def test_what_is_no_fault_of_the_kernel_is_raised(error, monkeypatch):
-    """Memory that ran out, and a device on which nothing runs any more: plain PyTorch would fare no better."""
+    """Out of memory, or a device on which nothing runs any more: plain PyTorch would fail as well."""
     case = cases()["bias_gelu gelu"]
 
     def raised():
@@ -142,7 +142,7 @@ def test_what_a_capture_forbids_is_raised_and_disables_nothing(text, advice, str
 @pytest.mark.parametrize("part", ["forward", "backward"])
 @pytest.mark.parametrize("error", ERRORS)
 def test_no_error_inside_a_capture_disables_a_kernel(error, part, monkeypatch, launches):
-    """Whatever it says: a first compile fails there in many ways, and what stands in would be in the graph for good."""
+    """Whatever the error: a first compilation fails there in many ways, and a fallback would be in the graph permanently."""
     case = cases()["bias_gelu gelu"]
     made = ERRORS[error]()
     break_kernels(monkeypatch, kernels_of(case, part), lambda: made, bad=math.inf)
@@ -171,7 +171,7 @@ def test_the_capture_of_a_graph_is_noticed(error, monkeypatch, launches):
 
 
 def test_strict_raises(monkeypatch):
-    """As tests and benchmarks have it."""
+    """Tests and benchmarks set `failures.strict`."""
     case = cases()["bias_gelu gelu"]
     monkeypatch.setattr(failures, "strict", True)
     break_kernels(monkeypatch, case.forward)
@@ -180,7 +180,7 @@ def test_strict_raises(monkeypatch):
 
 
 def test_wrong_arguments_are_raised(monkeypatch):
-    """Checks come before the launch, and stay with the twin."""
+    """The checks run before the launch, and before the plain fallback."""
     case = cases()["linear_cross_entropy mean"]
     break_kernels(monkeypatch, case.forward)
     for labels in (torch.full_like(case.options["labels"], 7), torch.full_like(case.options["labels"], -1)):

@@ -1,4 +1,4 @@
-"""Whole models whose kernels fail: outputs, losses and gradients stay, and the report says which kernel and why."""
+"""Whole models whose kernels fail: outputs, losses and gradients are unchanged, and the report names kernel and reason."""
 
 import copy
 from dataclasses import replace
@@ -29,14 +29,14 @@ EVERY = FORWARD | BACKWARD | TABLES | HEADS | PACKING
 @pytest.mark.one_in(2)
 def test_is_equal_to_stock(unpad, broken, monkeypatch, launches):
     model, batch = make(MLM), make_batch(MLM)
-    # Without a hidden state in sight, so that zeros at padded positions show nowhere.
+    # No hidden states in the output, so zeros at padded positions are not visible.
     options = {"unpad": True, "mlm_logits": "none"} if unpad else {"unpad": False}
     model.train()
     patched = fastbert.patch(copy.deepcopy(model), **options)
     attempts = break_kernels(monkeypatch, broken)
     results = [run(patched, batch) for _ in range(2)]
     assert failures.reasons.keys() <= broken and not launches().keys() & broken
-    # Once. In the layer's op by the first forward, or by each backward that is on its way, and by the module's own launcher.
+    # Attempts: one in the layer op by the first forward, or by each pending backward, and one by the module's own launcher.
     layers = 1 + len(patched.bert.encoder.layer)
     most = {name: layers if "bwd" in name or name == "column_sums_kernel" else 2 for name in LAYER}
     assert not {name: k.attempts for name, k in attempts.items() if k.attempts > most.get(name, 1)}
@@ -49,7 +49,7 @@ def test_is_equal_to_stock(unpad, broken, monkeypatch, launches):
 
 @pytest.mark.parametrize(("kernels", "good"), [(FORWARD, 1), (BACKWARD, 0)], ids=["forward", "backward"])
 def test_a_step_with_dropout_and_checkpoints_goes_on(kernels, good, monkeypatch):
-    """Kernels that fail in mid-step: a recomputed forward draws the dropout of the one before, whoever computes it."""
+    """Kernels that fail mid-step: a recomputed forward draws the first one's dropout, on a kernel or in plain PyTorch."""
     settings = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "num_hidden_layers": 1}
     model, batch = fastbert.patch(make(MLM, **settings)).train(), make_batch(MLM)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -59,7 +59,7 @@ def test_a_step_with_dropout_and_checkpoints_goes_on(kernels, good, monkeypatch)
         return run(model, batch)
 
     intact = step(copy.deepcopy(model), batch)
-    with monkeypatch.context() as patch:  # in float64 the interpreter takes longest
+    with monkeypatch.context() as patch:  # float64 takes longest in the interpreter
         break_kernels(patch, EVERY)
         exact = step(copy.deepcopy(model).double(), doubled(batch))
     failures.reset()
@@ -84,7 +84,7 @@ def test_report_names_the_kernel(monkeypatch):
 
 
 def test_in_a_compiled_model(monkeypatch):
-    """The custom ops hold the same launchers, so a compiled model goes on too."""
+    """The custom ops use the same launchers, so a compiled model continues too."""
     case = cases()["bias_gelu gelu"]
     torch._dynamo.reset()
     broken = break_kernels(monkeypatch, (*case.forward, *case.backward))

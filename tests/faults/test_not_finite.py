@@ -1,4 +1,4 @@
-"""NaN and infinities: they come through where eager lets them through, and nowhere else."""
+"""NaN and infinities propagate where they do in eager, and nowhere else."""
 
 import copy
 from dataclasses import replace
@@ -17,19 +17,19 @@ BAD = (torch.nan, torch.inf, -torch.inf)
 
 
 def poisoned(x, bad):
-    """x with one bad number, which is neither in its first row nor in its first column."""
+    """x with one bad number, in neither its first row nor its first column."""
     x = x.clone()
     x[tuple(min(1, n - 1) for n in x.shape)] = bad
     return x
 
 
 def gradient_of(case):
-    """dy, but for a loss that is one number: what its gradient multiplies is every row."""
+    """dy, or ones for a scalar loss, whose gradient multiplies every row."""
     return ["dy"] if case.dy.dim() else []
 
 
 def eager_attention(q, k, v, *, key_mask=None, mask=None, causal=False, cu_seqlens=None, max_seqlen=None):
-    """As transformers has it. The reference clamps scores to the lowest number, which is where they differ here."""
+    """transformers' eager attention. The reference clamps scores to the lowest number, which differs for infinities."""
     if cu_seqlens is not None:
         parts = [slice(*cu_seqlens[i : i + 2].tolist()) for i in range(len(cu_seqlens) - 1)]
         return torch.cat([eager_attention(*(x[rows].unsqueeze(0) for x in (q, k, v)))[0] for rows in parts])
@@ -45,10 +45,10 @@ def eager_attention(q, k, v, *, key_mask=None, mask=None, causal=False, cu_seqle
 
 
 def check(case):
-    """Not finite where eager is not, and nowhere else; the rest as ever.
+    """Check that results are not finite exactly where eager's are not, and that the rest is within the bound.
 
-    What is masked or ignored may be read by eager, whose masks are numbers that are added, and not by the kernel: there
-    the kernel may be the one that stays finite.
+    Eager may read masked or ignored elements, because its masks are additive, and the kernel does not. There, the kernel
+    may stay finite although eager does not.
     """
     if case.name.startswith("attention"):
         case = replace(case, reference=eager_attention)
@@ -58,8 +58,8 @@ def check(case):
         ours, eager = (tensors[name].isfinite() for tensors in found[:2])
         spread = eager & ~ours
         if case.name.startswith("attention") and not case.inputs["k"].isfinite().all() and name in ("dk", "dv"):
-            # An infinite key that no query sees has finite gradients in eager, and NaN for itself in the kernel, whose
-            # tile is filled up with queries of zeros: zero times infinity.
+            # An infinite key that no query sees has finite gradients in eager. In the kernel its own gradient is NaN,
+            # because the tile is padded with zero queries: zero times infinity.
             spread = spread & case.inputs["k"].isfinite().all(-1, keepdim=True)
         assert not spread.any(), f"{name}: eager is finite where the kernel is not"
         masked = case.name == "attention" or (name != "y" and case.name.startswith(("attention causal", "linear_cross")))
@@ -77,7 +77,7 @@ def check(case):
 @pytest.mark.one_in(6)
 def test_an_op_is_as_eager(name, argument, bad):
     case = cases()[name]
-    if name == "attention":  # the bad key is masked; a row that sees no key at all is an average of what nobody reads
+    if name == "attention":  # the bad key is masked; a row that sees no key is the average of all keys
         case.options["key_mask"][1] = torch.tensor([True, False, True, True, False])
     if argument == "dy":
         case = replace(case, dy=poisoned(case.dy, bad))
@@ -88,7 +88,7 @@ def test_an_op_is_as_eager(name, argument, bad):
 
 
 def test_a_class_that_is_ruled_out_has_no_gradient():
-    """A bias of -inf: no loss and no gradient from it where it is no label."""
+    """A bias of -inf contributes no loss and no gradient unless its class is a label."""
     case = cases()["linear_cross_entropy mean"]
     case.options["labels"].clamp_(max=3)
     case.inputs["bias"][5] = -torch.inf
@@ -97,7 +97,7 @@ def test_a_class_that_is_ruled_out_has_no_gradient():
     assert all(tensor.isfinite().all() for tensor in results.values()) and not results["dweight"][5].any()
 
 
-# Of an op: an input, a row of it that goes bad, and the rows of output and gradient that do not read it.
+# Per op: an input, the row of it that goes bad, and the rows of output and gradient that do not read that row.
 ROWS = {
     "dropout_add_layernorm": ("x", 0, slice(1, None)),
     "bias_gelu gelu": ("x", 0, slice(1, None)),
@@ -120,7 +120,7 @@ def test_rows_beside_a_bad_one_stay_to_the_bit(name, bad):
     after = case.run()
     assert torch.equal(after["y"][others], before["y"][others]) and not torch.equal(after["y"], before["y"])
     gradients = [n for n, t in before.items() if n != "y" and t.shape == case.inputs[argument].shape]
-    if name != "gather_rows":  # whose rows' gradients go to other places, and never read x
+    if name != "gather_rows":  # the gradients of its rows go elsewhere and never read x
         assert all(torch.equal(after[n][others], before[n][others]) for n in gradients)
 
 
@@ -152,7 +152,7 @@ def test_a_model_with_a_bad_weight_is_as_stock(name, bad, launches):
     model, batch = make(BASE), make_batch(BASE, mask="none")
     with torch.no_grad():
         parameter = model.get_parameter(name)
-        # A word that is in the batch, so that something comes of it.
+        # A word that occurs in the batch.
         place = (batch["input_ids"][1, 2], 0) if "word" in name else tuple(n // 2 for n in parameter.shape)
         parameter[place] = bad
     patched = fastbert.patch(copy.deepcopy(model))
@@ -164,7 +164,7 @@ def test_a_model_with_a_bad_weight_is_as_stock(name, bad, launches):
 @pytest.mark.parametrize("padded", [False, True], ids=["token", "padding"])
 @pytest.mark.parametrize("unpad", [False, True], ids=["not packed", "packed"])
 def test_a_bad_row_of_a_batch_stays_in_its_sequence(unpad, padded):
-    """NaN in a token is in all of its sequence, as in eager; in padding it may do less than in eager, and never more."""
+    """NaN in a token spreads to its whole sequence, as in eager; in padding it may spread less than in eager, never more."""
     model, batch = make(BASE), make_batch(BASE)
     words = model.embeddings.word_embeddings(batch.pop("input_ids")).detach()
     clean = batch | {"inputs_embeds": words.clone().requires_grad_()}

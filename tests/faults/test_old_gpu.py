@@ -1,4 +1,4 @@
-"""A GPU older than sm_80: nothing is launched, the model is stock's to the bit, and the report says why."""
+"""A GPU older than sm_80: nothing is launched, results are bitwise stock's, and the report says why."""
 
 import copy
 
@@ -14,12 +14,12 @@ from tests.optim.stepping import run as run_steps
 
 FLOAT = torch.float32
 CUDA = torch.device("cuda", 0)
-device_reason = dispatch.device_reason.__wrapped__  # not the answers of other tests
+device_reason = dispatch.device_reason.__wrapped__  # no cached reasons of other tests
 
 
 @pytest.fixture
 def turing(monkeypatch):
-    """What dispatch is told of a device: it computes what sm_75 does."""
+    """Make dispatch see a device of compute capability 7.5."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     reason = device_reason(CUDA, FLOAT)
     monkeypatch.setattr(dispatch, "device_reason", lambda device, dtype: device_reason(CUDA, dtype))

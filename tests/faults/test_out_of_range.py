@@ -1,7 +1,7 @@
-"""Ids and labels that name no row and no class: an error as in torch, never a read of what lies beside the table.
+"""Ids and labels out of range: an error as in torch, never a read outside the table.
 
-On the CPU that is an IndexError. On a GPU it is a failed assertion on the device, which ends the process's use of it, so
-those tests run in processes of their own.
+On the CPU the error is an IndexError. On a GPU it is a failed device assertion, after which the process cannot use it, so
+those tests run in separate processes.
 """
 
 import copy
@@ -19,14 +19,14 @@ from tests.models.tiny import CLASSIFICATION, MLM, VOCABULARY, make, make_batch
 from .cases import cases
 
 ROOT = Path(__file__).parents[2]
-# Of a model: what goes wrong, and by how much.
+# Per model: the argument that is wrong, and by how much.
 STRAYS = {
     "input_ids": (VOCABULARY, -1),
     "token_type_ids": (2, -1),
     "position_ids": (24, -1),
     "labels": (VOCABULARY, -1, -101),
 }
-# Of an op: the argument, its table's rows, and the largest number there is.
+# Per op: the argument, the rows of its table, and the largest number of its dtype.
 ARGUMENTS = {
     "embedding_layernorm": {"ids": 7, "token_type_ids": 2, "position_ids": 6},
     "linear_cross_entropy mean": {"labels": 7},

@@ -1,4 +1,4 @@
-"""Triton that is missing, too old, or cannot write its cache: a word that says so, and the model runs."""
+"""Triton is missing, too old, or cannot write its cache: fastbert says so, and the model runs."""
 
 import errno
 import importlib.util
@@ -21,7 +21,7 @@ from .processes import COMPILE, start
 
 
 def fresh_ops():
-    """fastbert.ops as it comes out of another import, beside the one that is in use."""
+    """A second import of fastbert.ops, beside the one in use."""
     spec = importlib.util.spec_from_file_location("fastbert_ops_again", ops.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -58,7 +58,7 @@ def test_missing(monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["missing", "too old"])
 def test_a_model_trains_without(how, tmp_path):
-    """Stock to the bit, AdamW as torch's, and the reason in report and in `fastbert env`."""
+    """Results are bitwise stock's, AdamW steps like torch's, and report and `fastbert env` give the reason."""
     hidden = 'sys.modules["triton"] = None' if how == "missing" else "metadata.version = older"
     program = f"""
 import sys
@@ -75,7 +75,7 @@ check("{"too old" if how == "too old" else "triton"}")
 
 
 def unwritable(tmp_path):
-    """A folder below a file: nobody can make it, not even root."""
+    """A folder below a file, which even root cannot create."""
     (tmp_path / "file").write_text("")
     return tmp_path / "file" / "cache"
 
@@ -106,11 +106,11 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     assert len(digest) == 64 and reasons == "{}" and launched == "1"
     assert folder.startswith(str(tmp_path / "fastbert-triton-"))
     assert err.count("cannot be written") == 1 and str(cache) in err and "TRITON_CACHE_DIR" in err
-    assert not os.path.exists(folder)  # gone with the process
+    assert not os.path.exists(folder)  # removed with the process
 
 
 def test_no_folder_at_all_can_be_written(monkeypatch, caplog):
-    """Neither the cache nor a temporary one: plain PyTorch, after one line for the cache and one for the kernel."""
+    """Neither the cache nor a temporary folder: plain PyTorch runs, after one log line for the cache and one for the kernel."""
     case = cases()["bias_gelu gelu"]
     monkeypatch.setattr(failures.move_cache, "folder", None)
     (broken,) = break_kernels(monkeypatch, case.forward, lambda: PermissionError(13, "Permission denied")).values()
@@ -131,7 +131,7 @@ def test_env_says_where_the_cache_is(tmp_path, monkeypatch):
 
 
 def test_env_asks_for_permission(tmp_path, monkeypatch):
-    """By what os.access says, since root may write into any folder."""
+    """Simulated by os.access, because root may write into any folder."""
     monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode == os.W_OK))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     assert "not writable" in environment()["Triton's cache"]

@@ -1,4 +1,4 @@
-"""What a process without a usable triton has to do; test_triton.py starts it."""
+"""Checks that a process without a usable triton works; test_triton.py starts it."""
 
 import copy
 
@@ -10,7 +10,7 @@ from fastbert.cli.environment import environment
 
 
 def check(word: str) -> None:
-    """A step of training is stock's to the bit, and every place that says why says it with `word`."""
+    """Check that a training step is bitwise stock's, and that every place that gives the reason includes `word`."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)

@@ -68,9 +68,9 @@ def masks(op: str, layout: str) -> None:
         found, expected = [row_counts(far, far_read)], [reference.row_counts(seen, read)]
     else:
         counts, length = row_counts(seen, read), seen.shape[1]
-        rooms = int(seen.sum()), length, True, False, int(read.sum()), length
-        found = packed_rows(counts, far, far_read, length, *rooms)
-        expected = reference.packed_rows(counts, seen, read, length, *rooms)
+        capacities = int(seen.sum()), length, True, False, int(read.sum()), length
+        found = packed_rows(counts, far, far_read, length, *capacities)
+        expected = reference.packed_rows(counts, seen, read, length, *capacities)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
@@ -87,7 +87,7 @@ def logits(name: str) -> None:
     losses, dlosses = torch.empty(3, device=DEVICE), normal(3, 1)
     given, stride = x, 64
     if name == "logits":
-        given, stride = far_apart(x, "rows", room=4096), STRIDE
+        given, stride = far_apart(x, "rows", capacity=4096), STRIDE
     else:
         given = normal(3, 64).copy_(torch.nn.functional.pad(x, (0, 24)))[:, :40]
         dlosses = far_apart(dlosses, "rows")

@@ -100,7 +100,7 @@ def test_the_order_of_what_is_taken():
 
 
 @pytest.mark.parametrize("more", [1, 40])
-def test_more_room_is_zeros(more):
+def test_spare_capacity_is_zeros(more):
     """Longer padding changes none of the rows, and the gradients that it gets go nowhere."""
     x, index, inverse, dy = case()
     y, dx = gathered(x, index, inverse, dy)

@@ -1,4 +1,4 @@
-"""packed_rows: the reference's indices of tokens and of rows that are read, to the bit; rooms that are too large or too
+"""packed_rows: the reference's indices of tokens and of rows that are read, to the bit; capacities that are too large or too
 small."""
 
 import pytest
@@ -24,23 +24,23 @@ def masks(batch=4, length=9, rate=0.6):
 
 
 def arguments_of(what, tokens, read, extra=0, extra_read=0, check=True):
-    """The arguments of a caller who counted, with so much more room (a budget, of sequences up to S) or less."""
+    """The arguments of a caller who counted, with so much more capacity (a budget, of sequences up to S) or less."""
     tokens = tokens if "tokens" in what else None
     read = read if "read" in what else None
     either = tokens if read is None else read
     batch, length = (4, 9) if either is None else either.shape
     counts = torch.zeros(3, batch, dtype=torch.int32, device=DEVICE) if either is None else row_counts(tokens, read)
-    room = batch * length, length, True
+    capacity = batch * length, length, True
     if tokens is not None:
         most = int(counts[0].max()) if len(counts[0]) else 0
-        room = max(0, int(counts[0].sum()) + extra), length if extra else most, not extra
+        capacity = max(0, int(counts[0].sum()) + extra), length if extra else most, not extra
     alone = batch, 1, True
     if read is not None:
         most = int(counts[1].max()) if len(counts[1]) else 0
         alone = max(0, int(counts[1].sum()) + extra_read), length if extra_read else most, not extra_read
     if what == "tokens":
         alone = 0, 0, True
-    return counts, tokens, read, length, *room, "first" in what, *alone, check
+    return counts, tokens, read, length, *capacity, "first" in what, *alone, check
 
 
 def same(*arguments):
@@ -77,7 +77,7 @@ def test_many_rows(batch):
 
 
 @pytest.mark.parametrize("extra", [-1, -5, -1000])
-def test_what_the_room_is_too_small_for_is_left_out_and_said(extra, monkeypatch):
+def test_rows_beyond_the_capacity_are_left_out_and_reported(extra, monkeypatch):
     arguments = arguments_of("tokens and read", *masks(), extra, extra)
     with poisoned_outputs(monkeypatch) as allocated:
         fits = same(*arguments)[-1]
@@ -90,8 +90,8 @@ def test_what_is_claimed_is_compared():
     read = torch.tensor([[False, True, False], [True, False, False]], device=DEVICE)
     counts = row_counts(tokens, read)
 
-    def fits(room, longest, exact, n, most, read_exact):
-        return same(counts, tokens, read, 3, room, longest, exact, False, n, most, read_exact, True)[-1].tolist()
+    def fits(capacity, longest, exact, n, most, read_exact):
+        return same(counts, tokens, read, 3, capacity, longest, exact, False, n, most, read_exact, True)[-1].tolist()
 
     assert fits(4, 3, True, 2, 1, True) == [True, True, True]
     assert fits(5, 3, True, 3, 1, True)[:2] == [False, False]
@@ -160,4 +160,4 @@ def test_wrong_arguments(argument, change):
     right = {"counts": torch.zeros(3, 2, dtype=torch.int32), "tokens": None, "read": None}
     arguments = {name: x if x is None else x.to(DEVICE) for name, x in (right | change).items()}
     with pytest.raises(ValueError, match=rf"^{argument}: expected"):
-        packed_rows(**arguments, seqlen=3, room=6, longest=3)
+        packed_rows(**arguments, seqlen=3, capacity=6, longest=3)

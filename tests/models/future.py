@@ -1,6 +1,6 @@
-"""Run with a transformers that never was: its BERT is the installed one with some lines rewritten before it is imported.
+"""Simulates a future transformers release: the installed BERT with some lines rewritten before it is imported.
 
-python -m tests.models.future NAME,NAME...: a stock and a patched model of that release compute the same, and `report` says why.
+python -m tests.models.future NAME,NAME...: a stock and a patched model of that release agree, and `report` gives reasons.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ MODELING = "transformers.models.bert.modeling_bert"
 
 
 def added_keyword(source: str) -> str:
-    """Every self-attention is handed a temperature, by a keyword that no release has."""
+    """Every self-attention gets a temperature, by a keyword that no release has."""
     source = re.sub(
         r"(class BertSelfAttention\(.*?attention_mask: [^\n]*\n)", r"\1        temperature: float = 1.0,\n", source, flags=re.S
     )
@@ -30,19 +30,19 @@ _TEMPERATURE = """            hidden_states,
 
 
 def renamed_keyword(source: str) -> str:
-    """The embeddings' number of cached tokens has another name."""
+    """The embeddings' argument for the number of cached tokens is renamed."""
     return re.sub(r"\b(cache_length|past_key_values_length)\b", "tokens_before", source)
 
 
 def renamed_argument(source: str) -> str:
-    """The residual is handed on by a name, which is new."""
+    """The residual is passed by a new keyword."""
     source = source.replace("input_tensor", "residual")
     call = "self.output(intermediate_output, attention_output)"
     return source.replace(call, call.replace(", ", ", residual="))
 
 
 def removed_class(source: str) -> str:
-    """No cross-attention, no next-sentence head."""
+    """The release has no cross-attention and no next-sentence head."""
     source = re.sub(r"\nclass BertCrossAttention\(.*?(?=\nclass )", "\n", source, flags=re.S)
     source = source.replace("BertCrossAttention", "BertSelfAttention")
     head = r"\n@auto_docstring\(\n[^@]*?\n\)\nclass BertForNextSentencePrediction\(.*?(?=\n@auto_docstring)"
@@ -51,12 +51,12 @@ def removed_class(source: str) -> str:
 
 
 def other_arithmetic(source: str) -> str:
-    """Same signatures; the intermediate layer is scaled."""
+    """The signatures are the same, but the intermediate layer is scaled."""
     return source.replace("self.intermediate_act_fn(hidden_states)", "self.intermediate_act_fn(0.5 * hidden_states)")
 
 
 def masks_elsewhere(source: str) -> str:
-    """The model makes its masks under another name, by position."""
+    """The model makes its masks in a renamed method, with positional arguments."""
     source = source.replace("_create_attention_masks", "_masks")
 
     def by_position(call: re.Match[str]) -> str:
@@ -66,7 +66,7 @@ def masks_elsewhere(source: str) -> str:
 
 
 def documented(source: str) -> str:
-    """Nothing but documentation and annotations changes: the kernels run."""
+    """Only documentation and annotations change, so the kernels run."""
     head = "def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:"
     return source.replace(head, 'def forward(self, hidden_states) -> "Anything":\n        """New words."""')
 
@@ -78,7 +78,7 @@ RELEASES: dict[str, Callable[[str], str]] = {
 
 
 class Rewritten(MetaPathFinder, Loader):
-    """Imports MODELING from a file with the rewritten source, which inspect finds as it finds any other."""
+    """Imports MODELING from a file with the rewritten source, so that inspect finds it."""
 
     def __init__(self, changes: list[Callable[[str], str]]) -> None:
         self.changes = changes

@@ -1,6 +1,6 @@
-"""What may be changed about a BertLayer after it was called, by tests/models/test_layer.py.
+"""Changes to a BertLayer after it was called, for tests/models/test_layer.py.
 
-A change takes a layer and returns what undoes it.
+A change takes a layer and returns a function that undoes it.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 
 def changed(name, attribute, value):
-    """Of the module `name`; `value` takes what is there."""
+    """Change an attribute of the module `name` to `value(old)`."""
 
     def change(layer):
         module = layer.get_submodule(name)
@@ -26,7 +26,7 @@ def changed(name, attribute, value):
 
 
 def replaced(name, new):
-    """The module of that name, by what `new` makes of it."""
+    """Replace the module `name` by `new(module)`."""
     parent, _, attribute = name.rpartition(".")
     return changed(parent, attribute, new)
 
@@ -37,7 +37,7 @@ def parameter(name, value):
 
 
 def data(name, value):
-    """Given other memory through `.data`, as `value` makes it of the old one's."""
+    """Give a parameter other memory, `value(old)`, through `.data`."""
 
     def change(layer):
         tensor = layer.get_parameter(name)
@@ -49,7 +49,7 @@ def data(name, value):
 
 
 def anew(name, registry, child, value):
-    """Its child, a module or a parameter, in a registry of its own, as engines that move parameters make one."""
+    """Put a child, a module or a parameter, in a new registry, as engines that move parameters do."""
 
     def change(layer):
         module = layer.get_submodule(name)
@@ -61,7 +61,7 @@ def anew(name, registry, child, value):
 
 
 def another_dict(layer):
-    """Of a module inside, as a whole."""
+    """Replace the whole `__dict__` of a module in the layer."""
     linear = layer.output.dense
     before = vars(linear)
     linear.__dict__ = {**before, "_parameters": {**before["_parameters"], "weight": nn.Parameter(2 * linear.weight.detach())}}
@@ -77,7 +77,7 @@ def together(*changes):
 
 
 def own_forward(name, of_class=False):
-    """Of one module, or of its class: twice what it gave, or for attention its first output so."""
+    """Set a forward on a module or on its class that doubles the output, or the first output of attention."""
 
     def twice(outputs):
         return (2 * outputs[0], *outputs[1:]) if isinstance(outputs, tuple) else 2 * outputs
@@ -110,7 +110,7 @@ def lora(layer):
 
     def undo():
         layer.attention.self.query = before
-        layer.requires_grad_()  # which peft took away
+        layer.requires_grad_()  # peft replaced it
 
     return undo
 
@@ -131,7 +131,7 @@ def parametrized(name, by):
 
 
 def narrowed(view):
-    """The feed-forward of 24 columns in place of 56."""
+    """A feed-forward with 24 columns instead of 56."""
 
     def cut(x):
         return x if view else x.contiguous()
@@ -152,7 +152,7 @@ def strided(x):
 
 
 def written(layer):
-    """As an average of weights is swapped in: the address stays."""
+    """Write to a parameter in place, as swapping in averaged weights does: its address stays."""
     before = [p.detach().clone() for p in layer.parameters()]
     for p in layer.parameters():
         p.data.copy_(1.1 * p.data + 0.01)
@@ -171,7 +171,7 @@ def doubling(linear):
 
 
 class Subclass(torch.Tensor):
-    """As DTensor is one."""
+    """A Tensor subclass, as DTensor is."""
 
 
 def scaled_copy(module):
@@ -223,8 +223,8 @@ def one_norm(layer):
     return functools.partial(setattr, layer.output, "LayerNorm", before)
 
 
-# What the op goes on for, with the new numbers.
-SEEN = {
+# Changes with which the op still runs, on the new numbers.
+SUPPORTED = {
     "another Linear": replaced("attention.output.dense", scaled_copy),
     "another LayerNorm": replaced("output.LayerNorm", scaled_copy),
     "another dropout": replaced("output.dropout", lambda _: nn.Dropout(0.0)),
@@ -244,8 +244,8 @@ SEEN = {
     "relu": replaced("intermediate.intermediate_act_fn", lambda _: nn.ReLU()),
     "tanh": replaced("intermediate.intermediate_act_fn", lambda _: nn.GELU(approximate="tanh")),
 }
-# What it does not, and a word of the reason that is given.
-REFUSED = {
+# Changes with which the layer falls back, and part of the reason.
+UNSUPPORTED = {
     "subclass of Linear": (replaced("attention.self.value", doubling), "Doubling"),
     "LoRA": (lora, "attention.self.query is a Linear"),
     "Identity for LayerNorm": (replaced("attention.output.LayerNorm", lambda _: nn.Identity()), "Identity"),
@@ -275,8 +275,8 @@ REFUSED = {
     "intermediate by a callable": (by_a_callable("intermediate"), "intermediate is a NoneType"),
     "chunks": (changed("", "chunk_size_feed_forward", lambda _: 3), "chunked"),
 }
-# What makes every layer of the process run module by module.
-REFUSED_ALL = {
+# Changes with which every layer of the process falls back.
+UNSUPPORTED_IN_ALL = {
     "Linear": (own_forward("output.dense", of_class=True), "Linear"),
     "Dropout": (own_forward("output.dropout", of_class=True), "dropout"),
     "activation": (own_forward("intermediate.intermediate_act_fn", of_class=True), "activation"),
@@ -286,16 +286,16 @@ REFUSED_ALL = {
     "BertAttention": (own_forward("attention", of_class=True), "BertAttention.forward"),
     "BertLayer": (own_forward("", of_class=True), "BertLayer.forward"),
 }
-# What one layer does with masks that the others are given, too: each gets stock's.
-REFUSED_WITH_MASKS = {
+# Changes in one layer with which all layers get stock's masks.
+UNSUPPORTED_WITH_MASKS = {
     "own forward": (own_forward("attention"), "attention has"),
     "own forward below": (own_forward("attention.self"), "attention.self has"),
     "attention by a callable": (by_a_callable("attention"), "attention is a NoneType"),
     "self-attention by a callable": (by_a_callable("attention.self"), "attention.self is a NoneType"),
 }
 CHANGES = (
-    {f"seen: {name}": (change, None) for name, change in SEEN.items()}
-    | {f"refused: {name}": change for name, change in REFUSED.items()}
-    | {f"in all: {name}": change for name, change in REFUSED_ALL.items()}
-    | {f"masks: {name}": change for name, change in REFUSED_WITH_MASKS.items()}
+    {f"supported: {name}": (change, None) for name, change in SUPPORTED.items()}
+    | {f"unsupported: {name}": change for name, change in UNSUPPORTED.items()}
+    | {f"in all: {name}": change for name, change in UNSUPPORTED_IN_ALL.items()}
+    | {f"masks: {name}": change for name, change in UNSUPPORTED_WITH_MASKS.items()}
 )

@@ -1,4 +1,4 @@
-"""What a forward can be asked for and given: hidden states, attentions, tuples, embeddings, positions, chunks."""
+"""Arguments of a forward: hidden states, attentions, tuples, embeddings, positions, chunks."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ def test_hidden_states(attention):
 def test_attentions():
     # transformers captures them at BertSelfAttention, by a hook on its call.
     model = make()
-    # The kernel keeps no weights, so where they are asked for attention is eager's.
+    # The kernel keeps no weights, so attention falls back to eager if they are requested.
     expected = expected_launches(model, without=["attention"])
     results = check(model, make_batch() | {"output_attentions": True, "output_hidden_states": True}, expected=expected)
     assert results["attentions[1]"].shape == (ROWS, HEADS, LENGTH, LENGTH)
 
 
-def test_hidden_states_asked_for_in_the_config():
+def test_hidden_states_requested_in_the_config():
     results = check(make(output_hidden_states=True), make_batch())
     assert "hidden_states[2]" in results
 
@@ -57,7 +57,7 @@ def test_embeddings_as_input_and_their_gradient():
 
 
 def test_embeddings_that_are_a_view():
-    # Transposed in memory: what follows the embeddings sees other strides than usual.
+    # Transposed in memory: the modules after the embeddings get unusual strides.
     model, batch = make(), make_batch()
     ids = batch.pop("input_ids")
     embeddings = model.get_input_embeddings()(ids.T).detach().transpose(0, 1)
@@ -81,7 +81,7 @@ def test_only_token_ids():
 
 
 def test_feed_forward_in_chunks():
-    # Chunks along the sequence are views with gaps: three calls of each feed-forward kernel a layer.
+    # Chunks along the sequence are views with gaps: three calls of each feed-forward kernel per layer.
     model = make(chunk_size_feed_forward=3)
     layers = model.config.num_hidden_layers
     expected = expected_launches(model)
@@ -94,6 +94,6 @@ def test_feed_forward_in_chunks():
 @pytest.mark.parametrize("kind", [CLM], ids=str)
 @pytest.mark.parametrize("keep", [1, 4])
 def test_logits_of_the_last_positions(kind, keep):
-    # A slice of the hidden states reaches the head: rows that are not next to each other.
+    # A slice of the hidden states reaches the head: rows that are not contiguous.
     results = check(make(kind), make_batch(kind, labels=False) | {"logits_to_keep": keep, "use_cache": False})
     assert results["logits"].shape[1] == keep

@@ -1,4 +1,4 @@
-"""What only attention brings to the patcher: masks, the implementation that a config names, one product for q, k and v."""
+"""Patched attention: masks, the implementation that a config names, one product for q, k and v."""
 
 import copy
 import io
@@ -137,7 +137,7 @@ def test_bounds_of_a_mask_are_worked_out_once_a_forward(monkeypatch):
     batch["attention_mask"] = batch["attention_mask"].bool()
     first = model(**batch).last_hidden_state
     assert len(calls) == 1
-    batch["attention_mask"][1] = True  # the same tensor with other values: nothing of the first forward may stay
+    batch["attention_mask"][1] = True  # the same tensor with other values: nothing of the first forward may be kept
     second = model(**batch).last_hidden_state
     assert len(calls) == 2 and not torch.equal(first[1], second[1])
 
@@ -182,7 +182,7 @@ def test_gradient_of_the_product_is_the_buffer_of_the_backward(monkeypatch):
 
 @pytest.mark.parametrize("places", ["apart", "in another order", "one for all", "one number"])
 def test_gradients_of_other_origin_are_stacked(places):
-    """Slices of one buffer are that buffer only in their order and place."""
+    """Gradients are one buffer only if they are its slices, in order and in place."""
     x, modules = torch.randn(2, 5, 8, requires_grad=True), linears()
     q, k, v = torch.randn(2, 5, 3, 2, 4).unbind(-3)
     upstream = {

@@ -1,4 +1,4 @@
-"""Autocast: the numbers and the dtypes that it gives in eager."""
+"""Autocast: the same numbers and dtypes as in eager."""
 
 import copy
 
@@ -33,7 +33,7 @@ def test_equal_in_dtype_and_number(kind):
     with counting() as launched:
         results = run(patched, batch, within=autocast())
     assert launched == expected_launches(model)
-    assert_no_fallback(patched, but=["BertEncoder"])  # hidden states are asked for
+    assert_no_fallback(patched, but=["BertEncoder"])  # hidden states are requested
     assert any(tensor.dtype == torch.float16 for tensor in results.values()), "autocast was off"
     eager = run(copy.deepcopy(model), batch, within=autocast())
     assert_equal(results, eager, run(copy.deepcopy(model).double(), doubled(batch)))
@@ -56,12 +56,12 @@ def test_every_module_returns_the_dtype_of_eager(dtype):
 
     def keep(name):
         def hook(module, inputs, output):
-            tensor = output[0] if isinstance(output, tuple) else output  # attention gives its weights, or None, as well
+            tensor = output[0] if isinstance(output, tuple) else output  # attention also returns its weights, or None
             seen.setdefault(name, []).append(tensor.dtype)
 
         return hook
 
-    model = make(dtype=dtype, attention="sdpa")  # a hook on eager attention may want its weights
+    model = make(dtype=dtype, attention="sdpa")  # a hook on eager attention may read its weights
     for name, module in model.named_modules():
         if isinstance(module, (*KERNELS, bert.BertEmbeddings, bert.BertLMPredictionHead)):
             module.register_forward_hook(keep(name))
@@ -92,7 +92,7 @@ def test_bfloat16_stays_stock_in_the_interpreter():
 
 
 def test_gradient_scaler_steps_alike():
-    """fp16 autocast as one trains with it: scaled loss, unscaled gradients, a skipped step at overflow."""
+    """fp16 autocast in training: a scaled loss, unscaled gradients, a skipped step at overflow."""
 
     def train(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -118,7 +118,7 @@ def test_gradient_scaler_steps_alike():
 
 
 def test_nothing_of_the_last_layer_is_kept_for_a_next(monkeypatch):
-    """What layers hand on under autocast would live as long as the mask."""
+    """Under autocast, what the last layer passes on would live as long as the mask."""
     made, init = [], KernelMask.__init__
 
     def noted(self, *args, **kwargs):

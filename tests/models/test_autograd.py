@@ -27,7 +27,7 @@ def test_without_gradients_the_numbers_are_the_same(mode):
 
 
 def backward_twice(model, batch, again):
-    """Gradients of two backwards through one graph (`again`) or of two forwards, added up as autograd does."""
+    """Gradients of two backwards through one graph (`again`) or of two forwards, accumulated by autograd."""
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward(retain_graph=again)
@@ -59,7 +59,7 @@ def gradient_penalty(model):
 
 @pytest.mark.parametrize("kind", [BASE, MLM], ids=str)
 def test_a_gradient_penalty_raises(kind):
-    # The kernels have no second derivative. To return a number all the same would be to return a wrong one.
+    # The kernels have no second derivative, so any number they returned would be wrong.
     gradient_penalty(make(kind))
     with pytest.raises(RuntimeError, match="(?i)differentia|derivative"):
         gradient_penalty(fastbert.patch(make(kind)))
@@ -106,8 +106,8 @@ SECOND = [of_inputs, of_a_weight, of_a_weight_with_packing, of_all]
 @pytest.mark.parametrize("by_module", [False, True], ids=["one op", "module by module"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("ask", SECOND, ids=lambda ask: ask.__name__)
-def test_a_second_derivative_asked_for_by_name_raises(ask, checkpointed, by_module):
-    """Where only what leads to `inputs` runs: a gradient that led nowhere would be zero there, without a word."""
+def test_a_second_derivative_of_named_inputs_raises(ask, checkpointed, by_module):
+    """Only the path to `inputs` runs then, and a missing gradient would silently be zero."""
     model = fastbert.patch(make(BASE))
     if checkpointed:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
@@ -119,7 +119,7 @@ def test_a_second_derivative_asked_for_by_name_raises(ask, checkpointed, by_modu
 
 
 def test_a_second_derivative_by_what_is_not_kept_raises():
-    """Of LayerNorm's input and of the loss's bias, which their backwards need not."""
+    """Through LayerNorm's input and the loss's bias, which their backwards do not save."""
     model = fastbert.patch(make(BASE, num_hidden_layers=1, hidden_act="gelu_10"))
     output = model(**make_batch(BASE)).last_hidden_state
     dense = model.encoder.layer[0].output.dense
@@ -146,7 +146,7 @@ def test_a_batch_of_gradients_raises_and_switches_nothing_off(by_module):
 
 
 def spread(x):
-    """In other memory, every third element of it."""
+    """A copy of x in other memory, in every third element."""
     if not x.dim():
         return x.clone()
     memory = torch.zeros(*x.shape, 3, dtype=x.dtype, device=x.device)
@@ -156,7 +156,7 @@ def spread(x):
 
 @pytest.mark.parametrize("kind", [MLM, CLASSIFICATION], ids=str)
 def test_saved_tensors_come_back_spread(kind):
-    """Integers too: of packed rows and of labels."""
+    """Including integers, of packed rows and of labels."""
     model = fastbert.patch(make(kind))
     plain = run(model, make_batch(kind))
     model.zero_grad()
@@ -184,7 +184,7 @@ def test_saved_tensors_come_back_with_other_strides(by_module):
 
 
 def assert_close_to(results, plain):
-    # Products of tensors that lie otherwise add up in another order; a wrong stride is off by 1e-2 and more.
+    # Products of tensors with other strides may sum in another order; a wrong stride is off by 1e-2 or more.
     for name, wanted in plain.items():
         torch.testing.assert_close(results[name], wanted, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -198,8 +198,8 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_second_derivative_raises_where_the_upstream_gradient_is_constant(name):
-    # The gradient of a plain sum does not itself require one, so autograd would take what the backward computes for
-    # a constant, and with the input as a factor the penalty would be differentiated, wrongly, without a word.
+    # The gradient of a plain sum does not itself require a gradient, so autograd would treat the result of the backward as
+    # a constant; with the input as a factor the penalty would be differentiated wrongly and silently.
     module = fastbert.patch(make()).get_submodule(name).requires_grad_(False)
     inputs = [torch.randn(3, width, requires_grad=True) for width in MODULES[name]]
     inputs = [x.to(next(module.parameters()).device).detach().requires_grad_() for x in inputs]

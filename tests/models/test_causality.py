@@ -1,4 +1,4 @@
-"""Whether an attention looks back only: the model's config says one thing, a module or a call may say another."""
+"""Causality of attention: the model's config defines it, and a module or a call may differ."""
 
 import copy
 from inspect import signature
@@ -65,7 +65,7 @@ def test_a_decoder_as_it_was_made_uses_the_kernel():
 @pytest.mark.parametrize(("from_kind", "attention"), [(CLM, "sdpa"), (CLM, "eager"), (BASE, "eager"), (BASE, "sdpa")])
 @pytest.mark.parametrize("mask", ["none", "right"])
 def test_a_layer_of_another_patched_model(from_kind, attention, mask):
-    # What it makes of the model's masks depends on its own causality, and on the implementation that its own config names.
+    # It interprets the model's masks by its own causality and by the implementation that its own config names.
     model, other, batch = make(BASE, attention="sdpa"), make(from_kind, attention=attention, seed=3), make_batch(BASE, mask)
 
     def with_a_layer(model, other):
@@ -85,16 +85,16 @@ CHANGING = {"is_causal": True, "position_bias": torch.linspace(-3, 3, 162).view(
 @pytest.mark.parametrize("mask", ["none", "right"])
 @pytest.mark.parametrize("name", CHANGING)
 def test_a_keyword_of_the_attention_function(name, mask, unpad):
-    # BERT's forward hands unknown keywords down to the function that computes the attention.
+    # BERT's forward passes unknown keywords down to the attention function.
     batch = make_batch(CLASSIFICATION, mask) | {name: CHANGING[name]}
     model = make(CLASSIFICATION, attention="sdpa")
     patched = fastbert.patch(copy.deepcopy(model), unpad=unpad)
     results, stock = run(patched, batch), run(copy.deepcopy(model), batch)
     plain = run(copy.deepcopy(model), make_batch(CLASSIFICATION, mask))
     assert_equal(results, stock, run(model.double(), doubled(batch)))
-    if name not in signature(sdpa_attention_forward).parameters:  # position_bias, of which older releases know nothing
+    if name not in signature(sdpa_attention_forward).parameters:  # position_bias, which older releases do not have
         return
-    if name == "position_bias" or mask == "none":  # with a mask SDPA looks at no is_causal
+    if name == "position_bias" or mask == "none":  # with a mask, SDPA ignores is_causal
         assert not torch.equal(plain["logits"], stock["logits"]), "the keyword changes nothing: it proves nothing"
     reasons = {reason for row in fastbert.report(patched).rows for reason in row.fallback_calls}
     assert f"{name}, an argument of the attention function" in reasons
@@ -115,7 +115,7 @@ OTHERS = {"packing": 7, "queries": 7, "reading": 7, "lengths": [1, 1], "read_len
 @pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_column_of_the_users_own_is_passed_over(name):
-    # As stock passes over it, and also where fastbert hands something of its own down under that name.
+    # Stock ignores it, and so does fastbert, which passes an object of its own under that name.
     for kind, unpad in ((CLASSIFICATION, "auto"), (BASE, True), (BASE, False)):
         patched, batch = fastbert.patch(make(kind, attention="sdpa"), unpad=unpad), make_batch(kind)
         expected = run(patched, batch, backward=False)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing, both ways: equal to stock, and on equals off bitwise, with dropout on."""
+"""Gradient checkpointing, reentrant or not: equal to stock, and bitwise equal to no checkpointing, with dropout on."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def test_equal_to_stock(kind, reentrant):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_on_equals_off_with_dropout(reentrant):
-    # The recomputed forward has to drop what the first one dropped, in every layer.
+    # The recomputed forward must draw the first one's dropout, in every layer.
     model = fastbert.patch(make(hidden_dropout_prob=0.4, attention_probs_dropout_prob=0.2)).train()
     torch.manual_seed(3)
     off = run(model, make_batch())
@@ -50,7 +50,7 @@ def test_on_equals_off_with_dropout(reentrant):
 
 
 def test_selective():
-    """What a policy keeps of the first forward is what the second one reads: no kernel may have gone over it."""
+    """The second forward reads what the policy kept of the first one; no kernel may have overwritten it."""
     products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
     model = make().train()
     model.gradient_checkpointing_enable(

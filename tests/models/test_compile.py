@@ -1,4 +1,4 @@
-"""torch.compile: one graph without breaks, the kernels as operations in it, eager's numbers and gradients."""
+"""torch.compile: one graph without breaks, with the kernels as ops, and eager's numbers and gradients."""
 
 import copy
 
@@ -28,7 +28,7 @@ def nothing_compiled_before():
 
 
 def small(**overrides):
-    """One layer: what takes the time here is tracing."""
+    """A model of one layer, because tracing takes most of the time."""
     return make(num_hidden_layers=1, **overrides)
 
 
@@ -37,7 +37,7 @@ def compiled(model, **keywords):
 
 
 def assert_equal_with_every_gradient(fast, model, batch):
-    """`fast` is `model` patched and compiled; one launch for each module that has a kernel, in each direction."""
+    """Check `fast`, which is `model` patched and compiled: equal, with one launch per kernel module in each direction."""
     with counting() as launched:
         results = run(fast, batch)
     assert launched == expected_launches(model)
@@ -56,12 +56,12 @@ def test_every_class_is_one_graph(kind):
 LENGTHS = (LENGTH, 7, 12, 5, 16, 3, 11, 6, 14, 8)
 
 
-# Ten seconds of tracing each. The encoder below them is the same, and the losses of sequence classification are torch's.
+# Tracing takes ten seconds each. They share the encoder, and the losses of sequence classification are torch's.
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind is CLASSIFICATION else [pytest.mark.long]) for kind in KINDS], ids=str
 )
 def test_ten_lengths(kind):
-    """A graph for the first, one for all others: nobody need say that lengths vary."""
+    """One graph for the first length and one for all others, without marking lengths as dynamic."""
     counter = CompileCounterWithBackend("aot_eager")
     model = make(kind, num_hidden_layers=1).train()
     fast = torch.compile(fastbert.patch(copy.deepcopy(model)), fullgraph=True, backend=counter)
@@ -69,7 +69,7 @@ def test_ten_lengths(kind):
     for length in LENGTHS[:2]:
         assert_equal_with_every_gradient(fast, model, batch_of(kind, length))
         frames.append(counter.frame_count)
-    with recording("sm_90", lambda *launch: None):  # which graph serves does not depend on what the kernels compute
+    with recording("sm_90", lambda *launch: None):  # the choice of the graph does not depend on what the kernels compute
         for length in LENGTHS[2:]:
             fast(**batch_of(kind, length))
             frames.append(counter.frame_count)
@@ -120,9 +120,9 @@ def test_under_autocast():
 
 
 def test_sizes_that_change():
-    # One layer alone: a graph that has learnt that sizes vary serves all of them.
+    # A single layer: one graph with dynamic sizes serves all of them.
     counter = CompileCounterWithBackend("aot_eager")
-    layer = fastbert.patch(small(attention="sdpa")).bert.encoder.layer[0]  # called alone: eager attention's weights are seen
+    layer = fastbert.patch(small(attention="sdpa")).bert.encoder.layer[0]  # a single layer shows eager's weights
     fast = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     frames = []
     for rows, length in ((2, 9), (3, 7), (4, 5), (11, 6)):
@@ -145,7 +145,7 @@ def test_dropout_obeys_the_seed():
     first = step(1)
     assert_bitwise(step(1), first)
     assert not torch.equal(step(2)["loss"], first["loss"])
-    # Without a new seed every call draws another mask: the seed is not baked into the graph.
+    # Every call draws a new mask: the seed is not a constant of the graph.
     losses = {run(model, make_batch(), backward=False)["loss"].item() for _ in range(3)}
     assert len(losses) == 3
 

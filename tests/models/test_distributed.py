@@ -1,4 +1,4 @@
-"""Two processes over gloo: DDP and FSDP2 around a patched model give what one stock process gives."""
+"""Two processes over gloo: DDP and FSDP2 around a patched model match one stock process."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ def batch_of(rank, kind=MLM):
 
 
 def stock_gradients(kind=MLM):
-    """The mean over the ranks' batches of each rank's gradient, in one process."""
+    """The mean of the gradients of the ranks' batches, in one process."""
     model = make(kind).cpu()
     for rank in range(WORLD):
         (model(**batch_of(rank, kind)).loss / WORLD).backward()
@@ -33,7 +33,7 @@ def stock_gradients(kind=MLM):
 
 
 def worker(rank, port, work):
-    # A process of its own: nothing that conftest.py did holds here.
+    # A separate process: the setup of conftest.py does not apply here.
     accelerate()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -42,7 +42,7 @@ def worker(rank, port, work):
         work(rank)
     finally:
         dist.destroy_process_group()
-    # Nothing is left to do, and threads of torch's that still run now and then abort an interpreter that shuts down.
+    # Exit at once: torch's threads that still run sometimes abort an interpreter that shuts down.
     sys.stdout.flush()
     os._exit(0)
 
@@ -50,7 +50,7 @@ def worker(rank, port, work):
 @pytest.fixture
 def on_two_processes(monkeypatch):
     def start(work):
-        # The CPU, so the interpreter, on a machine with a GPU too; each process reads this when it imports triton.
+        # The CPU, and so the interpreter, also on a machine with a GPU; each process reads this when it imports triton.
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         with socket.socket() as free:
@@ -117,7 +117,7 @@ def fsdp_then_patch(rank):
 
 
 def fsdp_in_half_precision(rank):
-    # Parameters gathered as float16 and used as such; gradients come back in float32.
+    # Parameters are gathered and used as float16; gradients are float32.
     model = fsdp(rank, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32))
     stock = stock_gradients()
     for name, parameter in model.named_parameters():
@@ -127,7 +127,7 @@ def fsdp_in_half_precision(rank):
 
 
 def by_accelerate(rank, version):
-    """Wrapped as accelerate's transformer_based_wrap does, which looks the classes of layers up by their stock names."""
+    """Wrap a model like accelerate's transformer_based_wrap, which looks up layer classes by their stock names."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import FullyShardedDataParallel
 

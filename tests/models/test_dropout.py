@@ -1,4 +1,4 @@
-"""Dropout in a model: seeds, nothing drawn when it is off, and stock under the very masks that were drawn."""
+"""Dropout in a model: seeds, no draw when it is off, and equality with stock under the masks that were drawn."""
 
 import copy
 
@@ -29,7 +29,7 @@ def generator_state():
 def test_a_seed_repeats_bitwise_and_another_differs(attention):
     model = make(attention=attention, hidden_dropout_prob=P, attention_probs_dropout_prob=P)
     model = fastbert.patch(model).train()
-    # On a GPU the backward of some of sdpa's kernels adds up in no fixed order.
+    # On a GPU the backward of some SDPA kernels sums in no fixed order.
     backward = attention == "eager" or DEVICE.type == "cpu"
     first = train_step(model, 1, backward)
     assert_bitwise(train_step(model, 1, backward), first)
@@ -57,7 +57,7 @@ def test_off_is_bitwise_without(off):
 
 @pytest.mark.usefixtures("each_way")
 def test_only_the_dropout_modules_own_mode_counts():
-    # Someone may freeze dropout layer by layer: it is dropout.training that stock looks at, not its parent's.
+    # Dropout may be frozen layer by layer: stock reads dropout.training, not its parent's.
     plain = run(fastbert.patch(make()), make_batch())
     model = fastbert.patch(make(hidden_dropout_prob=P)).train()
     for module in model.modules():
@@ -69,14 +69,14 @@ def test_only_the_dropout_modules_own_mode_counts():
 @pytest.mark.parametrize("unpad", [False, True], ids=["padded", "packed"])
 @pytest.mark.usefixtures("each_way")
 def test_attention_drops_in_training_only(unpad):
-    """By itself: no other dropout hides one that is left out."""
+    """Tested by itself, so that no other dropout hides a missing one."""
     plain = run(fastbert.patch(make(), unpad=unpad), make_batch())
     model = fastbert.patch(make(attention_probs_dropout_prob=P), unpad=unpad)
     assert_bitwise(run(model.eval(), make_batch()), plain)
     assert not torch.equal(run(model.train(), make_batch())["loss"], plain["loss"])
 
 
-def test_a_changed_p_is_obeyed():
+def test_a_changed_p_is_honoured():
     model = fastbert.patch(make(hidden_dropout_prob=P)).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -85,7 +85,7 @@ def test_a_changed_p_is_obeyed():
 
 
 class Replayed(nn.Module):
-    """A dropout that drops what it is told to."""
+    """A dropout with a given mask."""
 
     def __init__(self, keep):
         super().__init__()
@@ -96,7 +96,7 @@ class Replayed(nn.Module):
 
 
 def dropouts(model):
-    """Those in the kernels, in the order of their calls."""
+    """The dropouts in the kernels, in call order."""
     yield model.bert.embeddings
     for layer in model.bert.encoder.layer:
         yield layer.attention.output
@@ -110,7 +110,7 @@ def test_stock_under_the_same_masks_is_equal(dtype, monkeypatch):
 
     def drawn(*args):
         of_layer = seed_of(*args)
-        seeds.extend((of_layer[2], of_layer[4]))  # as the first is attention's
+        seeds.extend((of_layer[2], of_layer[4]))  # the first one is attention's
         return of_layer
 
     monkeypatch.setattr(embedding_layernorm, "draw_seed", lambda device: seeds.append(draw_seed(device)) or seeds[-1])
@@ -132,7 +132,7 @@ def test_stock_under_the_same_masks_is_equal(dtype, monkeypatch):
 
 
 def test_mean_over_seeds_is_stocks():
-    """The expectation of one layer's output over its masks, estimated from many rows at once, for both."""
+    """The expectation of one layer's output over dropout masks, estimated from many rows at once, for both."""
     rows = 2000
     model = make(hidden_dropout_prob=P, num_hidden_layers=1).train()
     output = model.bert.encoder.layer[0].attention.output

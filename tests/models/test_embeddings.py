@@ -1,4 +1,4 @@
-"""BertEmbeddings on its kernel: what it is given, which tables get gradients, and what stays stock and says why."""
+"""BertEmbeddings on its kernel: its inputs, which tables get gradients, and the reasons to fall back."""
 
 import copy
 from contextlib import suppress
@@ -16,7 +16,7 @@ WORDS = "gradient of bert.embeddings.word_embeddings.weight"
 
 
 def of_tables(launched):
-    """The launches of one step, by the part of the op's name."""
+    """The launches of one step, by the suffix of the kernel's name."""
     return {name.removeprefix(f"{OP}_").removesuffix("_kernel") for name in launched if name.startswith(OP)}
 
 
@@ -66,7 +66,7 @@ def test_a_resized_vocabulary(tied):
     batch["input_ids"][0, 0] = VOCABULARY + 8
     results = check(model, batch)
     assert results[WORDS].shape[0] == VOCABULARY + 9 and results[WORDS][VOCABULARY + 8].any()
-    # A tied decoder's gradient has a share of every word, also of those that no token is.
+    # A tied decoder contributes a gradient to every word, also to those without a token.
     assert bool(results[WORDS][VOCABULARY].any()) == tied
 
 
@@ -106,7 +106,7 @@ def parametrised(embeddings):
 
 
 def with_attribute(table, name, value, reason):
-    """Sets an attribute of one of the tables."""
+    """A function that sets an attribute of one of the tables."""
 
     def change(embeddings):
         setattr(getattr(embeddings, table), name, value)
@@ -138,7 +138,7 @@ def test_what_stays_stock_says_why(change):
 
 
 def test_hooks_on_an_embedding_see_its_calls():
-    """Added after patching as well: PEFT and gradient checkpointing register them on what the tokens come from."""
+    """Also if added after patching: PEFT and gradient checkpointing register them on the word embeddings."""
     model, seen = fastbert.patch(make()), []
     handle = model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
     run(model, make_batch(), backward=False)
@@ -214,7 +214,7 @@ CHANGES = [hooked, hooked_before, own_forward, padding_row, another_module, no_b
 
 @pytest.mark.parametrize("change", [*CHANGES, no_probability, narrower], ids=lambda f: f.__name__)
 def test_what_changed_is_noticed_by_the_next_call(change):
-    """And so is that it was changed back."""
+    """Undoing the change is noticed as well."""
     model = fastbert.patch(make(BASE))
     embeddings, ids = model.embeddings, make_batch(BASE)["input_ids"]
 

@@ -1,4 +1,4 @@
-"""The nine classes: outputs, loss and every parameter's gradient are those of the stock model."""
+"""The nine classes: outputs, loss and every parameter gradient equal those of the stock model."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ ATTENTION = ("eager", "sdpa")
 
 
 def check_kind(kind: Kind, dtype: str, attention: str, training: bool, mask: str) -> None:
-    # In eval mode dropout is set, and must not be applied.
+    # In eval mode dropout is configured and must not be applied.
     model, eager = (
         make(kind, DTYPES[dtype], chosen, hidden_dropout_prob=0.0 if training else 0.3).train(training)
         for chosen in (attention, "eager")
@@ -20,7 +20,7 @@ def check_kind(kind: Kind, dtype: str, attention: str, training: bool, mask: str
     batch = make_batch(kind, mask)
     if batch.get("attention_mask", batch["input_ids"]).is_floating_point():
         batch["attention_mask"] = batch["attention_mask"].to(DTYPES[dtype])
-    # A row that sees no key (left padding in a decoder) is eager's average also where SDPA gives zeros.
+    # A row that sees no key (left padding in a decoder) is eager's average, where SDPA gives zeros.
     results = check(model, batch, eager=eager)
     assert len(results) > len(list(model.parameters()))  # every gradient, and outputs beside them
 
@@ -36,7 +36,7 @@ def test_class_is_equal(kind, dtype, attention, mode):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_class_is_equal_in_float64(kind):
-    # Nothing is lost in rounding here: a slip of 1e-13 shows.
+    # Rounding hides nothing here: an error of 1e-13 shows.
     check_kind(kind, "fp64", "eager", True, "holes")
 
 
@@ -61,7 +61,7 @@ def test_every_combination_is_equal(kind, dtype, attention, mask, mode):
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
 def test_three_dimensional_mask_does_what_stock_does(dtype, attention):
-    # transformers 5.17 takes no such mask; whatever a release does with one, a patched model does too.
+    # transformers 5.17 does not take such a mask; a patched model does what the release does.
     model = make(MLM, attention=attention)
     mask = torch.ones(ROWS, LENGTH, LENGTH).tril()
     batch = make_batch(MLM, "none") | {"attention_mask": mask.to(model.device, dtype)}

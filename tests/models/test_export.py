@@ -1,4 +1,4 @@
-"""torch.export: a patched model of every class, any batch and length, saved and loaded; its kernels are operations in it."""
+"""torch.export: a patched model of every class, for any batch and length, saved and loaded, with the kernels as ops."""
 
 import copy
 import io
@@ -15,14 +15,14 @@ SIZES = {"auto": torch.export.Dim.AUTO, "dynamic": torch.export.Dim.DYNAMIC}
 
 
 def batch_of(kind, rows=2, length=LENGTH, **keywords):
-    """Padded; without labels, as one exports a model for inference."""
+    """A padded batch without labels, as for inference."""
     batches = [make_batch(kind, length=length, seed=seed, labels=False) for seed in range(rows // 2)]
     batch = {name: torch.cat([other[name] for other in batches]) for name in batches[0]}
     return batch | ({"use_cache": False} if kind is CLM else {}) | keywords
 
 
 def exported(model, batch, size="auto"):
-    """Saved and loaded: what a server gets."""
+    """The exported program after saving and loading it."""
     shapes = {
         name: dict.fromkeys(range(x.dim()), SIZES[size]) if isinstance(x, torch.Tensor) else None for name, x in batch.items()
     }
@@ -33,7 +33,7 @@ def exported(model, batch, size="auto"):
 
 
 def assert_serves(program, model, batch):
-    """The program's outputs are those of the stock `model`, from one launch for each module that has a kernel."""
+    """Check that the program's outputs equal those of the stock `model`, with one launch per kernel module."""
     with counting() as launched:
         results = run(program, batch, backward=False)
     assert launched == expected_launches(model, backward=False)
@@ -51,14 +51,14 @@ def test_every_class(kind):
 
 
 def test_sizes_that_must_be_dynamic():
-    """torch raises if anything had fixed a batch or a length."""
+    """torch raises if the export specialises the batch size or the length."""
     model = make(BASE, num_hidden_layers=1)
     assert_serves(exported(fastbert.patch(copy.deepcopy(model)), batch_of(BASE), "dynamic"), model, batch_of(BASE, 4, 17))
 
 
 @pytest.mark.long
 def test_a_decoder_with_a_cache():
-    """Of which torch has to be told by transformers, patched or not: the first call, and a step with what that kept."""
+    """transformers must register caches with torch, patched or not: the first call, and a step with its cache."""
     from transformers.integrations.executorch import register_dynamic_cache_export_support
 
     register_dynamic_cache_export_support()

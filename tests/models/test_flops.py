@@ -1,4 +1,4 @@
-"""Operations of the matrix products, counted by torch: what a step needs for its tokens and the rows that are read."""
+"""Operations of the matrix products, counted by torch: those needed for the tokens and the rows that are read."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ import fastbert
 from fastbert.testing.models import run
 from tests.models.tiny import CLASSIFICATION, MLM, ROWS, VOCABULARY, make, make_batch
 
-# What torch's own table lacks.
+# Ops that torch's table lacks.
 SAME_AS = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 
 
 class Counter(TorchDispatchMode):
-    """torch's FlopCounterMode without its global hooks on modules, for whose sake every module would be called stock."""
+    """torch's FlopCounterMode without its global module hooks, with which every module would fall back to stock."""
 
     total = 0
 
@@ -33,7 +33,7 @@ def counted(model, batch):
 
 
 def layer(config, tokens, read=None):
-    """A forward of a layer without its scores: projections at every token, the rest at the rows that are read."""
+    """Operations of a layer's forward without scores: projections for every token, the rest for the rows that are read."""
     read = tokens if read is None else read
     hidden, wide = config.hidden_size, config.intermediate_size
     return 2 * hidden * (tokens * 2 * hidden + read * 2 * hidden + read * 2 * wide)
@@ -49,7 +49,7 @@ def batch_of(kind):
 @pytest.mark.parametrize("mlm_logits", ["full", "none"])
 @pytest.mark.parametrize("unpad", [True, False])
 def test_masked_language_model(unpad, mlm_logits):
-    """A training step is three forwards; logits that no gradient goes through cost one."""
+    """A training step costs three forwards; logits without a gradient cost one."""
     batch = batch_of(MLM)
     model = fastbert.patch(make(MLM).train(), unpad=unpad, mlm_logits=mlm_logits)
     config, hidden = model.config, model.config.hidden_size
@@ -66,7 +66,7 @@ def test_masked_language_model(unpad, mlm_logits):
 
 
 def test_classification():
-    """The last layer, the pooler and the classifier at the first positions."""
+    """The last layer, the pooler and the classifier run for the first positions only."""
     batch, model = batch_of(CLASSIFICATION), fastbert.patch(make(CLASSIFICATION).train())
     config, hidden = model.config, model.config.hidden_size
     tokens = int(batch["attention_mask"].sum())
@@ -75,7 +75,7 @@ def test_classification():
 
 
 def test_the_counter_counts_stock_s_scores_too():
-    """That a product can be seen at all: stock's attention is two more a layer."""
+    """The counter sees every product: stock's attention has two more per layer."""
     batch, model = batch_of(CLASSIFICATION), make(CLASSIFICATION).train()
     config, hidden, every = model.config, model.config.hidden_size, batch["input_ids"].numel()
     scores = 2 * 2 * hidden * every * batch["input_ids"].shape[1]

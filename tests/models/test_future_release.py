@@ -1,4 +1,4 @@
-"""A transformers that never was: whatever moved in it runs stock code and says so, and nothing fails for it."""
+"""A simulated future transformers: modules whose code changed run stock code with a reason, and nothing fails."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from tests.models.future import RELEASES
 
 ROOT = Path(__file__).parents[2]
 
-# What stays stock in each, and what a word of `report` names as the reason.
+# What stays stock in each release, and part of the reason in `report`.
 STOCK = {
     "added_keyword": {
         "BertSelfAttention": "BertSelfAttention.forward",
@@ -29,7 +29,7 @@ STOCK = {
     "masks_elsewhere": {},
     "documented": {},
 }
-# Where the model's own code moved, it hands no masks of the kernels' form on, without which a layer is no one op.
+# If the model's own code changed, it passes no KernelMask, without which a layer runs module by module.
 BY_MODULE = ("renamed_keyword", "masks_elsewhere")
 WRONG_IF_TRUSTED = ("added_keyword", "other_arithmetic")  # the others compute what the kernels compute
 

@@ -1,7 +1,7 @@
-"""Hypothesis over whole models: any small BertConfig, batch and switches, and patched equals eager.
+"""Hypothesis over whole models: for any small BertConfig, batch and switches, patched equals eager.
 
-At each commit the same examples, in the long run new ones. One that fails is kept by adding it to FOUND, as the test prints
-it: those run each time, before any other.
+Each commit runs the same examples, the long run new ones. Add a failing example to FOUND in the form that the test prints;
+those run every time, before any other.
 """
 
 import copy
@@ -17,7 +17,7 @@ from tests.models.tiny import KINDS, make, make_batch
 
 WIDTHS = [(16, 1), (24, 2), (40, 2), (48, 3), (9, 1)]
 ACTIVATIONS = ["gelu", "gelu_new", "relu", "silu", "tanh"]
-# Whose outputs at padded positions, or losses over them, `unpad=True` may change.
+# Classes whose outputs at padded positions, or losses over them, `unpad=True` may change.
 SEES_PADDING = ("base", "question-answering")
 
 
@@ -38,12 +38,12 @@ def calls(draw):
         config |= {"is_decoder": True, "use_cache": draw(st.booleans())}
     dtypes = [torch.float64, torch.float32, torch.float32, torch.float16]
     if config["hidden_act"] == "relu":
-        dtypes = dtypes[:3]  # one in some thousand float16 numbers is rounded to the other side of zero: another gradient
+        dtypes = dtypes[:3]  # one in some thousand float16 numbers is rounded across zero, which changes its gradient
     return {
         "kind": kind,
         "config": config,
         "dtype": draw(st.sampled_from(dtypes)),
-        "attention": draw(st.sampled_from(["eager", "sdpa"])),  # with weights asked for, eager: stock's SDPA has none
+        "attention": draw(st.sampled_from(["eager", "sdpa"])),  # eager if weights are requested: stock's SDPA has none
         "mask": draw(st.sampled_from(["none", "right", "right", "left", "holes", "one token", "4-D"])),
         "seed": draw(st.integers(0, 2**31)),
         "training": draw(st.booleans()),
@@ -66,7 +66,7 @@ def batch_of(call, model):
     for name in call["without"]:
         del batch[name]
     if call["positions"]:
-        own = torch.Generator().manual_seed(call["seed"])  # or an example that fails does not fail again
+        own = torch.Generator().manual_seed(call["seed"])  # otherwise a failing example may not fail again
         batch["position_ids"] = torch.randint(24, shape, generator=own).to(model.device)
     if call["embeds"]:
         embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
@@ -80,7 +80,7 @@ def batch_of(call, model):
 
 
 def settled(call):
-    """Without what the switches are documented to change."""
+    """The results without those that the switches are documented to change."""
     patch, unpads = dict(call["patch"]), call["mask"] in ("none", "right", "one token")
     if patch["unpad"] is True and (call["kind"].name in SEES_PADDING or not unpads or not call["labels"]):
         patch["unpad"] = False
@@ -88,7 +88,7 @@ def settled(call):
 
 
 def a_call(kind, config, **changes):
-    """As calls() draws them: the simplest one, but for what is said."""
+    """The simplest call that calls() can draw, with the given changes."""
     plain = {
         "kind": next(k for k in KINDS if k.name == kind),
         "config": {
@@ -121,9 +121,9 @@ def a_call(kind, config, **changes):
 FOUND = [
     # A decoder's first tokens are padding and see no key.
     a_call("base", {"is_decoder": True, "use_cache": False}, attention="sdpa", mask="left"),
-    # Multiple choice flattens whatever mask it is given to [rows, keys], and stock reads the first rows.
+    # Multiple choice flattens any mask to [rows, keys], and stock reads the first rows.
     a_call("multiple-choice", {"num_hidden_layers": 1}, mask="4-D", training=False),
-    # Some of these rows are zeros, behind which no key is seen.
+    # Some of these rows are zeros: no key is visible.
     a_call("multiple-choice", {"num_hidden_layers": 1}, attention="sdpa", mask="4-D", seed=1, labels=False),
 ]
 
@@ -161,8 +161,8 @@ def check(call):
     decoder = call["kind"].name == "clm" or call["config"].get("is_decoder")
     flattened = call["kind"].name == "multiple-choice" and call["mask"] == "4-D"
     if (decoder and call["mask"] not in ("none", "right")) or flattened:
-        # Tokens before a decoder's first that counts see no key, nor do those whose row of a flattened mask is zeros:
-        # stock's SDPA gives zeros there, eager and a patched model the average (CONTRIBUTING.md), so it is compared
+        # A decoder's tokens before the first real one see no key, nor do those whose row of a flattened mask is zeros:
+        # stock's SDPA gives zeros there, eager and a patched model the average (fastbert/verify.py), so it is compared
         # with eager.
         model.set_attn_implementation("eager")
     eager, exact = run(copy.deepcopy(model), batch), run(copy.deepcopy(model).double(), doubled(batch))
@@ -173,8 +173,8 @@ def check(call):
                 del tensors[name]
             elif patch["unpad"] is True and mask is not None and tensors[name].shape[:2] == mask.shape:
                 tensors[name] = tensors[name][mask.bool()]
-    # What eager may have by luck, and the rule then allows nobody else: float64, where it is its own reference, and the
-    # gradient that is one number, left where the rows' errors cancelled. They are measured by the largest number of all.
+    # Results that eager may compute exactly by luck, which leaves no tolerance: float64, where eager is the reference, and
+    # a gradient of one number, in which the rows' errors cancelled. They are measured against the largest number of all.
     exempt = {name: 64 for name, x in results.items() if x.dtype == exact[name].dtype == torch.float64}
     numbers = [name for name, x in results.items() if name.startswith("gradient") and x.numel() == 1]
     exempt = dict.fromkeys(numbers, 4) | exempt

@@ -1,4 +1,4 @@
-"""Decoders: a cache, generation, cross-attention; stock's tokens come out."""
+"""Decoders: caches, generation and cross-attention give stock's tokens."""
 
 import copy
 import inspect
@@ -12,7 +12,7 @@ from fastbert.testing.models import check, counting, expected_launches, run
 from tests.models.tiny import BASE, CLM, LENGTH, MLM, ROWS, make, make_batch
 
 NEW_TOKENS = 5
-# What transformers calls it, in calls and outputs: the second up to 5.23.
+# transformers' names for the cache, in calls and outputs: the second up to 5.23.
 CACHE = next(name for name in ("cache", "past_key_values") if name in inspect.signature(BertModel.forward).parameters)
 WAYS = {"greedy": {}, "beams": {"num_beams": 3}, "sampled": {"do_sample": True, "top_k": 8}}
 
@@ -66,7 +66,7 @@ def test_cross_attention(kind, attention):
     seen = torch.ones(ROWS, 5, dtype=torch.long, device=model.device)
     seen[0, 3:] = 0
     batch = make_batch(kind) | {"encoder_hidden_states": states, "encoder_attention_mask": seen, "use_cache": False}
-    # Three residual norms a layer: behind the self-attention, the cross-attention and the feed-forward.
+    # Three residual norms per layer: after self-attention, cross-attention and feed-forward.
     assert expected_launches(model)["dropout_add_layernorm_fwd_kernel"] == 3 * model.config.num_hidden_layers
     results = check(model, batch)
     assert results["gradient of encoder_hidden_states"].abs().max() > 0
@@ -85,7 +85,7 @@ def test_cross_attentions_and_both_caches():
 
 
 def test_keys_of_the_encoder_are_cached_once():
-    """Appended again at every step they would weigh the same, in a cache that grows."""
+    """Appending them at every step would give the same output from a growing cache."""
     model = fastbert.patch(decoder(add_cross_attention=True))
     ids = make_batch(CLM, labels=False)["input_ids"]
     states = torch.randn(ROWS, 5, model.config.hidden_size, device=model.device)
@@ -107,7 +107,7 @@ def test_encoder_and_decoder_in_one_model():
         stock = model(**batch)
         with counting() as launched:
             patched = fastbert.patch(copy.deepcopy(model))(**batch)
-    # The decoder ends in the head; the encoder's pooler is not asked for.
+    # The decoder ends in the head; the encoder's pooler is not used.
     assert launched == expected_launches(model, backward=False)
     torch.testing.assert_close(patched.logits, stock.logits)
     results = run(fastbert.patch(model), batch | {"use_cache": False})

@@ -1,4 +1,4 @@
-"""What only a GPU shows: bf16, real sequence lengths, streams, devices, no synchronisation, CUDA graphs."""
+"""Model tests that need a GPU: bf16, realistic lengths, streams, devices, synchronisation, CUDA graphs."""
 
 import copy
 
@@ -47,7 +47,7 @@ def test_class_is_equal_in_half_precision(kind, dtype, attention):
 
 
 def in_half(batch, dtype):
-    """Its labels too, where they are numbers: stock has no gradient of a half-precision error against float32 labels."""
+    """The batch in half precision, float labels too: stock has no gradient of a half-precision loss for float32 labels."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
 
 
@@ -71,7 +71,7 @@ def test_class_is_equal_under_autocast(kind, dtype):
     with counting() as launched:
         results = run(patched, batch, within=torch.autocast("cuda", HALF[dtype]))
     assert launched == expected_launches(model)
-    assert_no_fallback(patched, but=("BertEncoder",))  # hidden states are asked for, so it does not pack
+    assert_no_fallback(patched, but=("BertEncoder",))  # hidden states are requested, so it does not pack
     eager = run(copy.deepcopy(model), batch, within=torch.autocast("cuda", HALF[dtype]))
     assert_equal(results, eager, run(copy.deepcopy(model).double(), doubled(batch)))
 
@@ -100,7 +100,7 @@ def test_a_side_stream_gives_the_same_bits():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), counting() as launched:
-        # Work before it on the same stream, so that a kernel on another stream would overtake.
+        # Work ahead of it on the same stream, so that a kernel on another stream would overtake it.
         torch.cuda._sleep(20_000_000)
         results = run(model, batch)
     torch.cuda.current_stream().wait_stream(stream)
@@ -123,7 +123,7 @@ def test_a_second_gpu_while_the_first_is_current():
 def test_nothing_waits_for_the_gpu(p):
     model = fastbert.patch(wide(CLASSIFICATION, hidden_dropout_prob=p)).train()
     batch = make_batch(CLASSIFICATION, "none", length=LENGTH)
-    run(model, batch)  # compiled, and everything allocated
+    run(model, batch)  # compiles and allocates everything
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(**batch).loss.backward()
@@ -169,7 +169,7 @@ def test_a_cuda_graph_computes_what_eager_does():
     weight = "bert.encoder.layer.0.output.LayerNorm.weight"
     torch.testing.assert_close(replayed["loss"], eager["loss"])
     torch.testing.assert_close(replayed[weight], eager[f"gradient of {weight}"])
-    # New data in the same memory: the graph reads it anew.
+    # New data in the same memory, which the graph reads.
     batch["input_ids"].copy_(make_batch(CLASSIFICATION, "none", seed=9, length=LENGTH)["input_ids"])
     changed = captured.replay()
     torch.testing.assert_close(changed["loss"], model(**batch).loss.detach())

@@ -1,4 +1,4 @@
-"""Training on a GPU as people do it: a whole step in a CUDA graph, GradScaler's infinities, a thousand steps in bfloat16."""
+"""Realistic training on a GPU: a whole step in a CUDA graph, GradScaler's infinities, a thousand steps in bfloat16."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ SIZES = {"rows": 32, "length": 64}
 
 
 def wide(seed=0, **overrides):
-    """With the weights that transformers begins with, so that it learns."""
+    """A model with transformers' initial weights, so that it learns."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MLM.cls(config(vocab_size=VOCABULARY, **WIDE | overrides))
@@ -33,7 +33,7 @@ def wide(seed=0, **overrides):
 
 
 class Text:
-    """Sequences of a topic each, of which there are 31 with four words, so that there is something to learn.
+    """Sequences with one topic each, out of 31 topics with four words, so that there is something to learn.
 
     15 % of the tokens are masked (3 stands for [MASK]) and labelled; every second row ends in padding.
     """
@@ -74,10 +74,10 @@ def final(losses):
 
 
 def parity(stock, patched, first):
-    """Why the final losses (one a seed) are not those of the same training, or None.
+    """Why the final losses (one per seed) do not come from equivalent training, or None.
 
-    Dropout draws other bits, so runs differ as two seeds do. The means over the seeds may differ by three times the
-    standard error of their difference, and all runs have to have learnt: to be a nat below the `first` loss.
+    Dropout draws different bits, so runs differ like two seeds. The means over the seeds may differ by three times the
+    standard error of their difference, and all runs must learn: their loss must be a nat below the `first` loss.
     """
     error = math.sqrt((statistics.variance(stock) + statistics.variance(patched)) / len(stock))
     difference = abs(statistics.fmean(stock) - statistics.fmean(patched))
@@ -102,7 +102,7 @@ def test_what_parity_notices(patched, reason):
 
 
 def finals_of(seeds, steps, autocast=torch.bfloat16, **overrides):
-    """The final losses of stock and patched, one a seed, from the same weights and batches with the same optimizer."""
+    """The final losses of stock and patched, one per seed, with the same weights, batches and optimizer."""
     batches = [Text().batch(seed) for seed in range(50)]
     finals = {"stock": [], "patched": []}
     for seed in seeds:
@@ -124,7 +124,7 @@ def test_a_thousand_steps_in_bfloat16(record_property):
 
 
 class Training:
-    """A step of MLM training, all of it on the device, as a CUDA graph takes it."""
+    """A step of MLM training, entirely on the device, as a CUDA graph requires."""
 
     def __init__(self, packed, p, lr=1e-3, autocast=torch.bfloat16, **overrides):
         model = wide(hidden_dropout_prob=p, attention_probs_dropout_prob=p, **overrides)
@@ -145,7 +145,7 @@ class Training:
 
     def forward(self):
         if not self.packed:
-            # The labelled rows are counted, for which a graph cannot wait: the loss is made of all logits.
+            # Counting the labelled rows would synchronise, which a graph cannot: the loss uses all logits.
             logits = self.model(**{name: x for name, x in self.batch.items() if name != "labels"}).logits
             return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), self.batch["labels"].flatten())
         with fastbert.lengths(self.model, **self.budgets):
@@ -160,7 +160,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_steps_run_anywhere(packed, monkeypatch):
-    """The step that is captured on a GPU, without the graph: one that learns, on the kernels."""
+    """The step that is captured on a GPU, without the graph: it learns, on the kernels."""
     monkeypatch.setitem(globals(), "SIZES", {"rows": 2, "length": 9})
     training = Training(packed, 0.0, autocast=torch.float16, **SMALL)
     with counting(heads=True) as launched:
@@ -172,11 +172,11 @@ def test_steps_run_anywhere(packed, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_a_whole_step_in_a_cuda_graph(packed):
-    """Forward, loss, backward and optimizer, replayed on other batches: what the same steps give one by one."""
+    """Forward, loss, backward and optimizer, replayed on other batches, equal the same steps without a graph."""
     ours, eager = Training(packed, 0.0), Training(packed, 0.0)
     replay, loss = captured(ours.step)
     for _ in range(3):
-        eager.step()  # as captured did before it captured
+        eager.step()  # as `captured` does before it captures
     eps, before = torch.finfo(torch.bfloat16).eps, ours.parameters()
     for seed in range(1, 6):
         for training in (ours, eager):
@@ -192,7 +192,7 @@ def test_a_whole_step_in_a_cuda_graph(packed):
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_each_replay_of_a_whole_step_drops_anew(packed):
-    """With a learning rate of 0 nothing but dropout can change the loss; and the seed repeats it."""
+    """With a learning rate of 0 only dropout changes the loss, and the seed repeats it."""
     training = Training(packed, 0.2, lr=0.0)
     replay, loss = captured(training.step)
     before, losses = training.parameters(), []
@@ -209,7 +209,7 @@ INFINITE = (1, 4)
 
 
 def scaled_steps(model, steps, autocast):
-    """The scale after each step, and whether the step changed the parameters; in those named the loss is infinite."""
+    """The scale after each step, and whether the step changed parameters; in the steps named the loss is infinite."""
     optimizer = fastbert.AdamW(model.parameters(), lr=1e-3)
     scaler = GradScaler(DEVICE.type, init_scale=2.0**10, growth_interval=2)
     found = []
@@ -228,7 +228,7 @@ def scaled_steps(model, steps, autocast):
 
 
 def check_scaler(autocast, steps=7, **overrides):
-    """Steps with an infinity change nothing and halve the scale, as with a stock model; the others are taken."""
+    """Check that steps with an infinity change nothing and halve the scale, as with a stock model, and others are taken."""
     model = wide(**overrides)
     with counting() as launched:
         patched = scaled_steps(fastbert.patch(copy.deepcopy(model)), steps, autocast)
@@ -252,7 +252,7 @@ def test_grad_scaler_with_forced_infinities(autocast):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [BASE, MLM, CLASSIFICATION], ids=str)
 def test_no_more_memory_than_stock(kind):
-    """At its highest, forward and backward with dropout, against SDPA; the caches of both are warm."""
+    """Peak memory of forward and backward with dropout, against SDPA, with warm caches."""
     overrides = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "max_position_embeddings": 512}
     model = make(kind, torch.bfloat16, "sdpa", hidden_dropout_prob=0.1, **overrides | {"num_hidden_layers": 4}).train()
     batch = make_batch(kind, length=512)
@@ -284,7 +284,7 @@ print(imported - start, time.perf_counter() - imported)
 
 @pytest.mark.gpu
 def test_cold_start(tmp_path, record_property):
-    """Seconds to the first training step, in a process of its own: with nothing compiled, and with all of it in the cache."""
+    """Seconds to the first training step in a new process, with an empty and with a full cache."""
     seconds = {}
     for cache in ("cold", "warm"):
         environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""What the language-model heads cost the host: the kernels they launch and what torch computes, each by name, exactly."""
+"""Host cost of the language-model heads: their exact kernel launches and ATen calls, by name."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from .tiny import MLM, make
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counted once, without a GPU")
 
 BATCH, SEQLEN, LABELS = 2, 8, 5
-# What makes no work for a device.
+# ATen calls without work for a device.
 VIEWS = {
     *("_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "select", "slice"),
     *("split", "t", "transpose", "unbind", "unsqueeze", "view"),
@@ -29,7 +29,7 @@ VIEWS = {
 
 
 class Calls(TorchDispatchMode):
-    """What torch computes, by name."""
+    """Counts ATen calls by name."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Calls(TorchDispatchMode):
 
 
 class Given(nn.Module):
-    """Stands for the encoder."""
+    """A stand-in for the encoder."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -68,7 +68,7 @@ def batch():
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """What is launched is only written down, so what is read back is given: two chunks of labelled rows."""
+    """Launches are recorded and not run, so the counts that are read back are given: two chunks of labelled rows."""
     monkeypatch.setattr(mlm_heads, "count", lambda *masks: (None, Capacity(LABELS, LABELS), False))
     monkeypatch.setattr(loss, "check_on_cpu", lambda *arguments: None)
     monkeypatch.setattr(linear_cross_entropy_chunks, "rows_per_chunk", lambda *sizes: 3)
@@ -80,7 +80,7 @@ def counted(function):
 
     def record(kernel, programs, config, arguments):
         launched[kernel.__name__] += 1
-        if "read_index_ptr" in arguments:  # what torch reads of it
+        if "read_index_ptr" in arguments:  # the attribute that torch reads
             arguments["read_index_ptr"].numpy()[:] = 0
 
     with recording("sm_90", record), Calls() as calls:
@@ -92,8 +92,8 @@ FORWARD = {"gelu_layernorm_fwd_kernel": 1, "row_counts_kernel": 1, "packed_rows_
 LOSS = {"linear_cross_entropy_fwd_kernel": 2, "linear_cross_entropy_reduce_kernel": 1}
 BACKWARD = {"gelu_layernorm_bwd_kernel": 1, "column_sums_kernel": 1, "gather_rows_kernel": 1}
 SCALED = {"linear_cross_entropy_bwd_scale_kernel": 3}
-# Which positions have a label, theirs; the transform's product; the bias with a row's length; for each chunk its logits,
-# the gradients of rows and weight and the sum of its columns, and the sum of the two.
+# The positions with a label and their labels; the transform's product; the padded bias; for each chunk its logits,
+# the gradients of rows and weight, the sum of its columns, and the sum of both.
 COMPUTED = {"ne": 1, "index_select": 1, "mm": 3, "copy_": 1, "addmm": 4, "sum": 3}
 LOGITS = {"addmm": 1}
 PRODUCTS = {"mm": 2}  # of the transform's backward
@@ -116,13 +116,13 @@ def test_autocast_casts_the_weight_once(chunks):
     with torch.autocast("cpu", torch.float16):
         output, _, computed = counted(lambda: model(**inputs))
     assert output.logits.dtype == torch.float16
-    # Hidden and weight of the transform's product; weight and bias of the decoder's. The rest is the CPU's, which
-    # has no product of 16-bit tensors that is added up in float32: both factors of each chunk.
+    # Casts: hidden and weight of the transform's product, weight and bias of the decoder's. The CPU casts more, because it
+    # has no product of 16-bit tensors with a float32 sum: both factors of each chunk.
     assert computed["_to_copy"] == 2 + 2 + 2 * 2
 
 
 def test_an_argument_of_an_unknown_name():
-    """Stock's forward may take any; where it does not, it says so itself."""
+    """Stock's forward may accept it; if not, stock raises the error."""
     from fastbert.layers.stock import stock_class
 
     class Strict(stock_class("BertForMaskedLM")):
@@ -135,8 +135,8 @@ def test_an_argument_of_an_unknown_name():
         forward(model, input_ids=torch.zeros(1), label=1, labels=batch()["labels"])
 
 
-def test_room_that_is_left_over_has_no_label():
-    """Though the first row, which an index of no row comes closest to, has one."""
+def test_spare_capacity_has_no_label():
+    """Spare capacity has no label even if the first row, to which its index is clamped, has one."""
     from fastbert.layers.packing import rows_of
 
     targets = batch()["labels"]

@@ -1,4 +1,4 @@
-"""Hooks fire: whatever carries one is called as a module, or its layer runs stock code and says so."""
+"""Hooks fire: a hooked module is called as a module, or its layer falls back with a reason."""
 
 import copy
 
@@ -13,7 +13,7 @@ from tests.models.tiny import BASE, CLASSIFICATION, ROWS, make, make_batch
 LAYER = "bert.encoder.layer.0."
 HEAD = "cls.predictions.transform."
 
-# Where the hook is, and the kernel that is then left out (a hooked Linear is called; its kernel still runs).
+# The module with the hook, and the kernel that is then not used (a hooked Linear is called; its kernel still runs).
 HOOKED = {
     LAYER + "attention.output.dense": None,
     LAYER + "intermediate.dense": None,
@@ -25,7 +25,7 @@ HOOKED = {
     LAYER + "intermediate.intermediate_act_fn": "bias_gelu",
     HEAD + "transform_act_fn": "gelu_layernorm",
     HEAD + "LayerNorm": "gelu_layernorm",
-    # On the modules that are patched, and on those around them, hooks are torch's business.
+    # On patched modules and on those around them, torch calls the hooks.
     LAYER + "output": None,
     LAYER + "intermediate": None,
     LAYER.rstrip("."): None,
@@ -40,7 +40,7 @@ HOOKS = {
 
 
 def without_outputs(model):
-    """No kernel for BertOutput."""
+    """Expected launches without the kernel of BertOutput."""
     expected = expected_launches(model)
     for way in ("fwd", "bwd"):
         expected[f"dropout_add_layernorm_{way}_kernel"] -= len(model.bert.encoder.layer)
@@ -55,7 +55,7 @@ def without_one(model, kernel):
     return +expected
 
 
-# Every place with the common hook, every hook in one place of each sort.
+# Every place with the common hook, and every kind of hook in one place of each kind.
 PLACES = [(name, "forward") for name in HOOKED] + [
     (name, hook)
     for name in (LAYER + "output.dense", HEAD + "LayerNorm", LAYER + "output.dropout", HEAD + "transform_act_fn")
@@ -87,7 +87,7 @@ def test_a_hook_added_after_patching_fires(name, hook):
     assert fired == [name] and launched == expected_launches(model), "the kernel is back when the hook is gone"
 
 
-def test_a_hook_that_changes_the_output_is_obeyed():
+def test_a_hook_that_changes_the_output_is_honoured():
     model = make()
     for layer in model.bert.encoder.layer:
         layer.intermediate.dense.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -110,7 +110,7 @@ def test_a_hook_on_every_module_of_the_process_fires():
 
 
 def masks_seen_by(handle_of, model, batch):
-    """Every tensor among the arguments of a module, as its hook sees them."""
+    """The tensors among the arguments of a module that its hook sees."""
     seen = []
 
     def keep(module, args, kwargs, *output):
@@ -154,7 +154,7 @@ def test_a_hook_on_eager_attention_gets_its_weights():
 
 @pytest.mark.parametrize("name", ["bert.pooler", "bert.encoder.layer.1.attention.output"])
 def test_a_hook_before_the_backward_keeps_the_batch_padded(name):
-    """register_full_backward_pre_hook, the kind that is easiest to overlook."""
+    """register_full_backward_pre_hook, which is easily overlooked."""
     model, batch, shapes = make(CLASSIFICATION, attention="sdpa"), make_batch(CLASSIFICATION), []
     fastbert.patch(model)
     model.get_submodule(name).register_full_backward_pre_hook(lambda module, grads: shapes.extend(g.shape for g in grads))

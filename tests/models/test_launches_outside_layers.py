@@ -1,6 +1,6 @@
-"""What a step launches outside of its layers, counted: embeddings, the bounds of a mask, the rows that are packed.
+"""Counts the launches of a step outside its layers: embeddings, the bounds of a mask, packing.
 
-Where the host sets the pace a launch is five microseconds and more, so a number here may only become smaller.
+If the step is host-bound, a launch costs five microseconds or more, so a number here may only decrease.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts ATen's ops by name: those that work on a device, so neither views nor allocations."""
+    """Counts ATen ops by name that do work on a device: no views and no allocations."""
 
     def __init__(self, found):
         super().__init__()
@@ -41,7 +41,7 @@ class Dispatched(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def interpreter_unseen(monkeypatch):
-    """The interpreter copies tensors to and fro, which no GPU does."""
+    """Hide the tensor copies of the interpreter, which a GPU does not make."""
     run = GridExecutor.__call__
 
     def unseen(*args, **kwargs):
@@ -53,7 +53,7 @@ def interpreter_unseen(monkeypatch):
 
 @contextmanager
 def launching():
-    """`with launching() as found`: after the block `found` holds ATen's ops and the kernels launched in it, by name."""
+    """`with launching() as found`: after the block, `found` holds its ATen ops and kernel launches, by name."""
     before, found = counts.copy(), Counter()
     with Dispatched(found):
         yield found
@@ -85,12 +85,12 @@ TOLD = {
     "bucket": CallerCounts(lengths=LENGTHS, read=READ_LENGTHS, bucket=8),
     "budget": CallerCounts(token_budget=24, read_budget=12),
 }
-# Counts are copied to the host; on the CPU they are there.
+# Counts are copied to the host; on the CPU they are already there.
 COPIES = {"_to_copy": 1} if DEVICE.type == "cuda" else {}
 
 
 def pack(reading, given, mask=MASK):
-    """A forward's index work: the packing, what is read among it, and the bounds that the last layer takes."""
+    """The index work of a forward: the packing, the rows that are read, and the bounds for the last layer."""
     packing = plan_packing(mask, reading, given, *MASK.shape, DEVICE)
     assert isinstance(packing, Packing)
     if packing.read is not None:
@@ -101,7 +101,7 @@ def pack(reading, given, mask=MASK):
 
 @pytest.mark.parametrize("given", TOLD)
 @pytest.mark.parametrize("what, asserted", [("first", 2), ("labelled", 3), ("all", 1), ("all, labelled", 2)])
-def test_packing_with_lengths_told(what, asserted, given):
+def test_packing_with_lengths_given(what, asserted, given):
     labelled = READ if "labelled" in what else None
     reading = None if what == "all" else Reading(labelled, alone="all" not in what)
     with launching() as found:
@@ -127,12 +127,12 @@ def test_packing_without_a_mask():
 @pytest.mark.parametrize("segments", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_embeddings(p, segments, monkeypatch):
-    """A seed, two kernels over the tokens; the words' gradients, in order; positions' and types'; and one that finishes."""
-    monkeypatch.setattr(embedding_layernorm, "_check_range", lambda *_: None)  # which looks at ids on the CPU only
+    """A seed, two kernels over the tokens, gradients of words, of positions and types, and one finishing kernel."""
+    monkeypatch.setattr(embedding_layernorm, "_check_range", lambda *_: None)  # which checks ids on the CPU only
     embeddings = fastbert.patch(make(CLASSIFICATION, hidden_dropout_prob=p)).bert.embeddings.train()
     batch = make_batch(CLASSIFICATION)
     ids = {"input_ids": batch["input_ids"], "token_type_ids": batch["token_type_ids"] if segments else None}
-    embeddings(**ids)  # looks at the position ids, once
+    embeddings(**ids)  # inspects the position ids, once
     dy = torch.randn(ROWS, LENGTH, embeddings.LayerNorm.normalized_shape[0], device=DEVICE)
     forward = Counter({"embedding_layernorm_fwd": 1, "randint": int(p > 0)})
     with launching() as found:
@@ -148,7 +148,7 @@ def test_embeddings(p, segments, monkeypatch):
 
 
 def test_every_gradient_of_the_embeddings_is_taken_as_it_is():
-    """None is copied on its way to its parameter, as a part of another tensor would be."""
+    """None is copied on its way to its parameter, as a view of another tensor would be."""
     embeddings = fastbert.patch(make(CLASSIFICATION)).bert.embeddings
     embeddings(make_batch(CLASSIFICATION)["input_ids"]).sum().backward()
     for name, parameter in embeddings.named_parameters():

@@ -1,5 +1,5 @@
-"""What a layer is made of may change at any time: the next call notices, gives stock's numbers and says why it runs module
-by module; once the change is undone the layer is one op again."""
+"""A layer may change at any time: the next call notices, gives stock's numbers and the reason why it runs module
+by module. After the change is undone, the layer is one op again."""
 
 import copy
 import functools
@@ -34,7 +34,7 @@ HOOKS = {
 
 @pytest.fixture(autouse=True)
 def _addresses_as_on_a_device(monkeypatch):
-    """In the interpreter, which is not called by address, an op takes parameters from anywhere."""
+    """Require alignment as on a device; in the interpreter an op accepts parameters at any address."""
     monkeypatch.setattr(ops, "ALIGNMENT", 16)
 
 
@@ -70,7 +70,7 @@ def test_a_hook_inside_fires(hook):
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_in_a_new_dict_fires(hook):
-    """`_forward_hooks = OrderedDict()` is how hooks are often removed."""
+    """Hooks are often removed by `_forward_hooks = OrderedDict()`."""
     patched, batch, fired = fastbert.patch(make(BASE, num_hidden_layers=1)), make_batch(BASE, length=4), []
     run(patched, batch, "backward" in hook)
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -171,7 +171,7 @@ def test_causality_changed_by_hand(attention):
 
 
 def test_a_layer_looks_at_a_config_of_its_own():
-    """Its attention's, which somebody replaced after a call."""
+    """The config of its attention, replaced after a call."""
     model = make(BASE, attention="sdpa")
     patched = fastbert.patch(copy.deepcopy(model))
     run(patched, BATCH, backward=False)
@@ -184,7 +184,7 @@ def test_a_layer_looks_at_a_config_of_its_own():
 
 
 def outcome(model, batch):
-    """What comes of it; None for an error."""
+    """The results; None for an error."""
     try:
         return run(model, batch, backward=False)
     except RuntimeError:
@@ -194,7 +194,7 @@ def outcome(model, batch):
 @pytest.mark.parametrize("name", ["output.LayerNorm", "intermediate", "attention.self.query"])
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float64)], ids=str)
 def test_a_part_of_another_type(name, dtypes):
-    """Stock's mixture, or stock's error."""
+    """Mixed dtypes give stock's result, or stock's error."""
     model = make(BASE, dtypes[0], attention="sdpa")
     patched = fastbert.patch(copy.deepcopy(model))
     run(patched, BATCH, backward=False)
@@ -223,7 +223,7 @@ def test_a_head_size_that_does_not_divide():
 
 @pytest.mark.parametrize("name", ["attention.self.dropout", "attention.output.dropout", "output.dropout"])
 def test_one_dropout_by_itself(name):
-    """Its probability and its mode are read at each call; attention's mode is that of the attention."""
+    """Its probability and training mode are read at each call; the mode for attention is the attention module's."""
     patched = fastbert.patch(copy.deepcopy(MODEL)).train()
     plain, dropout = before(), patched.encoder.layer[1].get_submodule(name)
 

@@ -1,4 +1,4 @@
-"""What a call may ask of a layer that is one op, and what surrounds it: modes, threads, copies, memory, checkpointing."""
+"""Calls of a layer that is one op: outputs requested, modes, threads, copies, memory, checkpointing."""
 
 import copy
 import gc
@@ -29,27 +29,27 @@ def patched_of(**settings):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+@pytest.mark.parametrize("requested", ["output_attentions", "output_hidden_states"])
 @pytest.mark.parametrize("by", ["keyword", "config"])
-def test_asked_for_after_a_plain_call(by, asked, attention):
-    if asked == "output_attentions" and attention == "sdpa" and by == "config":
+def test_outputs_requested_after_a_plain_call(by, requested, attention):
+    if requested == "output_attentions" and attention == "sdpa" and by == "config":
         pytest.skip("transformers refuses a config that asks for attention weights of sdpa, which has none")
     model = make(BASE, attention=attention)
     patched = fastbert.patch(copy.deepcopy(model))
     plain = run(patched, BATCH)
     exact = copy.deepcopy(model).double()
-    more = {asked: True} if by == "keyword" else {}
+    more = {requested: True} if by == "keyword" else {}
     for who in (model, patched, exact):
-        setattr(who.config, asked, by == "config")
+        setattr(who.config, requested, by == "config")
     results = run(patched, BATCH | more)
-    assert len(results) > len(plain) or (asked, attention) == ("output_attentions", "sdpa")  # which has none
+    assert len(results) > len(plain) or (requested, attention) == ("output_attentions", "sdpa")  # SDPA has no weights
     assert_equal(results, run(model, BATCH | more), run(exact, doubled(BATCH) | more))
     for index in (0, 1):
         row = layer_row(patched, index)
-        assert row.fallback_calls.keys() == (BY_MODULE if asked == "output_attentions" else set())
-    setattr(patched.config, asked, False)
+        assert row.fallback_calls.keys() == (BY_MODULE if requested == "output_attentions" else set())
+    setattr(patched.config, requested, False)
     assert_bitwise(run(patched, BATCH), plain)
-    assert layer_row(patched).kernel_calls == (2 if asked == "output_attentions" else 3)
+    assert layer_row(patched).kernel_calls == (2 if requested == "output_attentions" else 3)
 
 
 @pytest.mark.parametrize("kwargs", [False, True])
@@ -73,8 +73,8 @@ def test_a_hook_on_the_layer_sees_and_replaces(kwargs):
 
 
 def test_two_threads_call_one_model(monkeypatch):
-    """In modes of their own, while a third changes a layer now and then."""
-    one_at_a_time, launch = threading.Lock(), GridExecutor.__call__  # the interpreter is for one thread
+    """In different modes, while a third thread changes a layer now and then."""
+    one_at_a_time, launch = threading.Lock(), GridExecutor.__call__  # the interpreter is not thread-safe
 
     def alone(*args, **kwargs):
         with one_at_a_time:
@@ -88,7 +88,7 @@ def test_two_threads_call_one_model(monkeypatch):
         with mode():
             for _ in range(4):
                 found = run(patched, BATCH, backward=False)
-                # Module by module the sums come in another order, some 1e-6 apart; no other thread's change is so small.
+                # Module by module, sums have another order and differ by about 1e-6; no other thread's change is so small.
                 wrong.extend(name for name in expected if not torch.allclose(found[name], expected[name], atol=1e-5))
 
     def hooks():
@@ -130,7 +130,7 @@ def test_a_copy_is_its_own(how):
 
 
 def test_former_weights_are_let_go():
-    """Of which nothing may be kept: not their memory when the model moves, nor a module that was replaced."""
+    """Neither their memory when the model moves nor a replaced module may be kept alive."""
     patched = patched_of(attention="sdpa")
     run(patched, BATCH, backward=False)
     dense = weakref.ref(patched.encoder.layer[1].intermediate.dense)
@@ -168,7 +168,7 @@ class Holding(nn.Identity):
 
 @pytest.mark.parametrize("how", LEADS_BACK)
 def test_what_leads_back_to_the_layer_keeps_no_model(how):
-    """A hook or a forward of somebody's own often holds the model that it is on."""
+    """A user's hook or forward often refers to the model that it is on."""
     patched = patched_of(attention="sdpa")
     LEADS_BACK[how](patched, patched.encoder.layer[0])
     for _ in range(2):
@@ -213,7 +213,7 @@ BETWEEN = {
 @pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("change", WHILE_IT_RUNS)
 def test_a_hook_changes_the_next_layer(change, between):
-    """While the model runs, after all layers may have been looked at."""
+    """The hook runs within a forward, after all layers have been prepared."""
     model = make(BASE, attention="sdpa")
     patched = fastbert.patch(copy.deepcopy(model))
     run(patched, BATCH, backward=False)
@@ -233,7 +233,7 @@ def test_a_hook_changes_the_next_layer(change, between):
 
 
 class Encoder(bert.BertEncoder):
-    """Looks at its mask, and runs its first layer twice."""
+    """An encoder that reads its mask and runs its first layer twice."""
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         assert attention_mask.dim() == 4
@@ -295,16 +295,16 @@ DROPPED = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
 
 # Reentrant checkpointing loses the gradients of attention weights, in stock as well.
 @pytest.mark.parametrize(
-    ("reentrant", "asked"),
+    ("reentrant", "requested"),
     [
-        *((reentrant, asked) for reentrant in (False, True) for asked in ((), ("output_hidden_states",))),
+        *((reentrant, requested) for reentrant in (False, True) for requested in ((), ("output_hidden_states",))),
         (False, ("output_attentions",)),
     ],
     ids=str,
 )
-def test_checkpointing_changes_no_bit(reentrant, asked):
-    """Of dropout neither; and whatever is recorded of the first pass, the second computes the same."""
-    more = dict.fromkeys(asked, True)
+def test_checkpointing_changes_no_bit(reentrant, requested):
+    """Not even with dropout; the second pass computes the same whatever is recorded in the first."""
+    more = dict.fromkeys(requested, True)
     model = fastbert.patch(make(BASE, attention="eager", **DROPPED)).train()
 
     def step():
@@ -315,8 +315,8 @@ def test_checkpointing_changes_no_bit(reentrant, asked):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_bitwise(step(), plain)
     row = layer_row(model)
-    # The forwards; and again in the backward, where the other kind stops as soon as it has what was kept.
-    assert row.kernel_calls == (0 if "output_attentions" in asked else 2 + reentrant)
+    # The forwards, and again in the backward; non-reentrant recomputation stops once it has all saved tensors.
+    assert row.kernel_calls == (0 if "output_attentions" in requested else 2 + reentrant)
 
 
 def test_checkpointing_and_packing():
@@ -347,7 +347,7 @@ def test_two_backwards_and_accumulation():
 
 
 def test_written_between_forward_and_backward():
-    """Stock's error, not the gradient of a weight that was not the forward's."""
+    """It raises stock's error, and gives no gradient for weights other than the forward's."""
     for model in (make(BASE), fastbert.patch(make(BASE))):
         out = model(**BATCH).last_hidden_state.sum()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""fastbert.lengths and LengthsCollator: no synchronisation, shapes that repeat, and nothing left out silently."""
+"""fastbert.lengths and LengthsCollator: no synchronisation, repeated shapes, and no token dropped silently."""
 
 import copy
 import re
@@ -23,7 +23,7 @@ KEYWORDS = {"base": {"unpad": True}, "mlm": {"mlm_logits": "none"}, "pretraining
 
 
 def known(kind, batch):
-    """What the host knows of this batch."""
+    """The counts of this batch that the host knows."""
     facts = {"lengths": batch["attention_mask"].flatten(0, -2).sum(1).tolist()}
     if kind in (MLM, PRETRAINING):
         read = batch["labels"] != -100
@@ -41,7 +41,7 @@ def batch_of(kind, mask="right"):
 
 
 def check(kind, batch, **facts):
-    """Equal to eager; whatever the model does with padding, it did pack."""
+    """Check that results equal eager's and that the model packed."""
     model = make(kind).train()
     patched = fastbert.patch(copy.deepcopy(model), **KEYWORDS.get(kind.name, {}))
     with fastbert.lengths(patched, **facts), counting(heads=True) as launched:
@@ -84,13 +84,13 @@ def test_a_budget(kind, budget):
 
 
 def test_a_budget_of_what_is_read_alone():
-    """What is read then has more sequences than the tokens."""
+    """The rows that are read then have more sequences than the tokens."""
     batch = batch_of(MLM)
     check(MLM, batch, lengths=known(MLM, batch)["lengths"], read_budget=ROWS * LENGTH)
 
 
 def test_the_keys_have_as_many_sequences_as_what_is_read():
-    """Those at the end are empty."""
+    """The keys get empty sequences at the end."""
     chosen = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
     keys, read = rows_of(chosen, 3, 6), rows_of(chosen, 3, 11, exact=False)
     found = [bounds.tolist() for bounds in side_by_side(keys, read)]
@@ -98,8 +98,8 @@ def test_the_keys_have_as_many_sequences_as_what_is_read():
     assert [bounds.tolist() for bounds in side_by_side(keys, keys)] == [[0, 3, 6]] * 2
 
 
-def test_what_is_left_of_the_room_is_in_sequences_of_its_own():
-    """None longer than the longest, to the end of the room: attention writes no row that is in no sequence."""
+def test_spare_capacity_is_in_separate_sequences():
+    """They fill the capacity and are no longer than max_seqlen: attention writes only rows that belong to a sequence."""
     rows = rows_of(torch.tensor([[True, True, False], [False, True, False]], device=DEVICE), 2, 8, exact=False)
     assert rows.index.tolist() == [0, 1, 4, -1, -1, -1, -1, -1]
     assert rows.cu_seqlens.tolist() == [0, 2, 3, 5, 7, 8, 8]
@@ -122,7 +122,7 @@ GIVEN = {
 @pytest.mark.parametrize("read", ["first", "labelled"])
 @pytest.mark.parametrize("given", GIVEN)
 def test_no_synchronisation(given, read):
-    """On the meta device, where a tensor has no value: whoever asks for one fails."""
+    """On the meta device a tensor has no value, so reading one fails."""
     mask = torch.empty(2, 5, dtype=torch.bool, device="meta")
     reading = Reading(None if read == "first" else mask.clone(), alone=True)
     with recording("sm_90", lambda *_: None):
@@ -135,12 +135,12 @@ def test_no_synchronisation(given, read):
 
 
 def test_one_synchronisation_counts_all(monkeypatch):
-    """Tokens, positions that are read, and whether one of those is padding."""
-    asked, tolist = [], torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: asked.append(x) or tolist(x))
+    """It counts tokens and positions that are read, and whether one of those is padding."""
+    waits, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: waits.append(x) or tolist(x))
     mask = make_batch(MLM)["attention_mask"].bool()
     packing = plan_packing(mask, Reading(mask.clone(), alone=True), CallerCounts(), ROWS, LENGTH, mask.device)
-    assert len(asked) == 1 and len(packing.tokens.index) == int(mask.sum())
+    assert len(waits) == 1 and len(packing.tokens.index) == int(mask.sum())
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_numbers_that_are_wrong_stop(facts):
 
 
 def test_lengths_that_deny_the_padding_stop():
-    """The encoder finds a batch without padding, which it need not pack; it is none."""
+    """With these lengths the batch has no padding and need not be packed, but the mask disagrees."""
     model = fastbert.patch(make(BASE), unpad=True)
     with fastbert.lengths(model, [LENGTH] * ROWS), pytest.raises(RuntimeError, match="lengths"):
         model(**make_batch(BASE, "right"))
@@ -211,7 +211,7 @@ def test_blocks_nest():
 
 @pytest.mark.parametrize("kind", [CLASSIFICATION, MLM], ids=str)
 def test_compiled_with_a_budget(kind):
-    """Whole, and once for batches of other lengths."""
+    """It compiles without breaks, and once for batches of all lengths."""
     model = make(kind, num_hidden_layers=1).train()
     patched = fastbert.patch(copy.deepcopy(model), **KEYWORDS.get(kind.name, {}))
     torch.compiler.reset()
@@ -231,9 +231,9 @@ def test_compiled_with_a_budget(kind):
 
 
 def test_a_collator_tells_the_trainer_s_model(tmp_path, monkeypatch):
-    """Its numbers reach the encoder; a stock model takes the same batches."""
+    """Its counts reach the encoder; a stock model takes the same batches."""
 
-    class Tokenizer:  # as much of one as DataCollatorWithPadding asks for
+    class Tokenizer:  # the part of a tokenizer that DataCollatorWithPadding needs
         def pad(self, features, **_):
             return {name: torch.stack([f[name] for f in features]) for name in features[0]}
 

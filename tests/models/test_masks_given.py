@@ -1,4 +1,4 @@
-"""What a caller may do with a mask: give one of any form, and write to it once the forward is over."""
+"""Masks from the caller: any form is accepted, and the caller may write to it after the forward."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def test_any_form_does_what_stock_does(form, attention):
     ("form", "attention"), [("int", "eager"), ("int", "sdpa"), ("bool", "eager"), ("bool", "sdpa"), ("added", "eager")]
 )
 def test_a_mask_overwritten_before_the_backward(form, attention):
-    # Stock keeps none of these for its backward: whoever uses one buffer for every batch may fill it again.
+    # Stock keeps none of these for its backward, so a caller may reuse one buffer for every batch.
     mask = {"int": KEYS.long(), "bool": KEYS, "added": added(EACH)}[form]
     patched = fastbert.patch(make(BASE, attention=attention))
 
@@ -86,7 +86,7 @@ def test_a_mask_overwritten_before_the_backward(form, attention):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_makes_masks_was_replaced(wrapped, monkeypatch):
-    # Somebody's own, in the place where BERT looks: every token sees its neighbours only.
+    # A replaced mask function: every token sees only its neighbours.
     near = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs() < 3
 
     def mine(config, attention_mask, **kwargs):

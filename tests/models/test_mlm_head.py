@@ -1,4 +1,4 @@
-"""The MLM heads' loss from the labelled rows: equality, which rows are computed, what is returned, what stays stock."""
+"""The MLM heads' loss from the labelled rows: equality, which rows are computed, what is returned, fallbacks."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ LOSS = "linear_cross_entropy_fwd_kernel"
 
 
 def batch_of(kind, mask="right"):
-    """Labels of padding are -100, as collators make them."""
+    """A batch whose labels are -100 at padding, as collators make them."""
     batch = make_batch(kind, mask)
     if mask != "none":
         batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -28,7 +28,7 @@ def batch_of(kind, mask="right"):
 
 
 def results_of(model, batch, keywords, within=None):
-    """Stock, in float64, and patched with these keywords; without the tensors that nobody is to have or read."""
+    """Results of stock, of float64, and of patched with these keywords, without the tensors that are documented to differ."""
     patched = fastbert.patch(copy.deepcopy(model), **keywords)
     with counting(heads=True) as launched:
         results = run(patched, batch, within=within)
@@ -46,7 +46,7 @@ def results_of(model, batch, keywords, within=None):
 
 
 def check(model, batch, within=None, **keywords):
-    """Equal, and the loss came from the kernel, once. Returns what was launched."""
+    """Check equality and that the kernel computed the loss, once. Returns the launches."""
     patched, launched, (results, eager, exact) = results_of(model, batch, keywords, within)
     assert launched[LOSS] == 1
     row = head_row(patched)
@@ -91,14 +91,14 @@ def test_under_autocast(kind, mlm_logits):
 
 @pytest.mark.parametrize("kind", HEADS, ids=str)
 def test_labelled_padding_is_computed(kind):
-    """A label where the mask is 0 reads a position that packing would leave out."""
+    """A label at padding reads a position that packing would drop."""
     model, batch = make(kind).train(), make_batch(kind)
     check(model, batch, mlm_logits="none")
 
 
 @pytest.mark.parametrize("kind", [MLM, PRETRAINING], ids=str)
 def test_rows_that_enter_each_product(kind):
-    """Tokens in the layers; in the last layer and the head those that are read, which in pre-training are the first too."""
+    """Tokens in the layers; in the last layer and the head the rows that are read, in pre-training also the first ones."""
     model, batch = fastbert.patch(make(kind).train(), mlm_logits="none"), batch_of(kind)
     batch["labels"][:, 0] = -100
     tokens, labelled = int(batch["attention_mask"].sum()), int((batch["labels"] != -100).sum())
@@ -107,7 +107,7 @@ def test_rows_that_enter_each_product(kind):
     pooled = [ROWS] if kind is PRETRAINING else []
     with torch.no_grad():
         rows = rows_in_products(lambda: model(**batch))
-    # A layer: q, k, v, the attention's output, the two of the feed-forward. Then pooler, transform, the loss, next sentence.
+    # Per layer: q, k, v, attention's output, the two of the feed-forward. Then pooler, transform, loss, next sentence.
     assert rows == [tokens] * 6 + [read, tokens, tokens] + [read] * 3 + pooled + [read] * 2 + pooled
 
 
@@ -120,7 +120,7 @@ def test_no_tensor_has_the_logits_of_every_position(kind):
             out = function(*args, **kwargs or {})
             for tensor in out if isinstance(out, (tuple, list)) else (out,):
                 if not isinstance(tensor, torch.Tensor) or tensor.dim() < 2 or tensor.shape[-2] == WIDTH:
-                    continue  # the weight, transposed
+                    continue  # the transposed weight
                 if tensor.shape[-1] >= VOCABULARY:
                     Largest.rows = max(Largest.rows, tensor.shape[:-1].numel())
             return out
@@ -140,7 +140,7 @@ def test_no_tensor_has_the_logits_of_every_position(kind):
 @pytest.mark.parametrize("mlm_logits", ["full", "none"])
 @pytest.mark.parametrize("kind", HEADS, ids=str)
 def test_all_labels_ignored(kind, mlm_logits):
-    """What torch gives: a loss that is NaN, gradients that are zeros."""
+    """As in torch, the loss is NaN and the gradients are zeros."""
     model, batch = make(kind).train(), make_batch(kind)
     batch["labels"] = torch.full_like(batch["labels"], -100)
     stock = run(copy.deepcopy(model), batch)
@@ -199,7 +199,7 @@ def test_labels_that_were_shifted_by_the_caller():
 
 
 def test_logits_have_their_gradient():
-    """A loss of the caller's own on the logits that "full" returns."""
+    """The caller computes another loss on the logits that "full" returns."""
     model, batch = make(MLM).train(), batch_of(MLM)
     found = []
     for patched in (False, True):
@@ -262,7 +262,7 @@ def test_an_adapted_decoder_is_called():
 
 @pytest.mark.parametrize("change", ["shape", "dtype"])
 def test_labels_of_another_form(change):
-    """Stock flattens them, whatever their shape, and takes what cross_entropy takes."""
+    """Stock flattens labels of any shape and accepts what cross_entropy accepts."""
     batch = batch_of(MLM)
     batch["labels"] = batch["labels"].flatten() if change == "shape" else batch["labels"].to(torch.int32)
     model = make(MLM).train()

@@ -1,4 +1,4 @@
-"""What is not plainly torch's own is called, never bypassed: parametrised, quantised, wrapped, replaced."""
+"""Modules that are not plain torch modules are called, never bypassed: parametrised, quantised, wrapped, replaced."""
 
 import copy
 from types import MethodType
@@ -24,14 +24,14 @@ class Halved(nn.Module):
 
 
 class Quantized(nn.Linear):
-    """A stand-in for a 4-bit layer: a Linear by class, with weights that only its own forward can read."""
+    """A stand-in for a 4-bit layer: a Linear subclass with weights that only its own forward can read."""
 
     def forward(self, x):
         return F.linear(x, (self.weight.T * 3).T, self.bias)
 
 
 class Adapted(nn.Module):
-    """A stand-in for LoRA: a Linear inside, and an adapter beside it."""
+    """A stand-in for LoRA: a Linear with an adapter beside it."""
 
     def __init__(self, base):
         super().__init__()
@@ -52,7 +52,7 @@ def quantized(linear):
 
 
 def rebound(linear):
-    # A method, so that a deep copy's is bound to the copy.
+    # A method, so that a deep copy has one bound to the copy.
     linear.forward = MethodType(lambda self, x: nn.Linear.forward(self, x) + 1, linear)
     return linear
 
@@ -91,7 +91,7 @@ def test_a_linear_that_is_not_plain_is_called(change, when):
         patched = change_linears(fastbert.patch(make()), change)
     with counting() as launched:
         results = run(patched, batch)
-    # The product's own bias is in what the module returns; activation, residual and LayerNorm are still the kernels'.
+    # The module's output includes its bias; activation, residual and LayerNorm still run on the kernels.
     assert launched == expected_launches(changed)
     if change is Adapted:  # its adapter is random
         changed = fastbert.unpatch(copy.deepcopy(patched))
@@ -106,7 +106,7 @@ def change_linears(model, change):
 
 
 class OtherNorm(nn.LayerNorm):
-    """A LayerNorm with a forward of its own."""
+    """A LayerNorm that overrides forward."""
 
     def forward(self, x):
         return 3 * super().forward(x)
@@ -162,7 +162,7 @@ def test_another_dropout_stays_stock(dropout):
 
 
 def test_a_forward_replaced_before_patching_is_kept():
-    # accelerate's hooks keep the forward they found; under a new class it would still be the stock one.
+    # accelerate's hooks keep the previous forward, which would remain the stock one under a new class.
     model = make()
     output = model.bert.encoder.layer[0].output
     add_hook_to_module(output, ModelHook())

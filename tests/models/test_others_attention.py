@@ -1,6 +1,6 @@
-"""Attention that is not transformers' own: a module of the user's among stock ones, a function that the user registered.
+"""Attention that is not transformers' own: a user's module among stock ones, a user's registered function.
 
-Each gets the masks that stock would have given it, and nothing of the kernel's stands in for it.
+Each gets the masks that stock would pass, and no kernel replaces it.
 """
 
 import copy
@@ -22,7 +22,7 @@ from tests.models.tiny import BASE, CLASSIFICATION, MLM, make, make_batch
 
 
 class Own(bert.BertSelfAttention):
-    """Adds the mask to the scores, as BERT's attention did before masks had kinds; understands no other kind."""
+    """Self-attention that adds the mask to the scores and accepts additive masks only."""
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
         split = (*hidden_states.shape[:-1], self.num_attention_heads, -1)
@@ -36,7 +36,7 @@ class Own(bert.BertSelfAttention):
 
 
 class OwnModule(nn.Module):
-    """No relative of transformers' class, and made for SDPA's bool masks."""
+    """Self-attention unrelated to transformers' class, for SDPA's bool masks."""
 
     def __init__(self, stock):
         super().__init__()
@@ -76,7 +76,7 @@ def test_a_self_attention_of_ones_own_gets_the_masks_it_knows(kind, rows, when, 
     patched = fastbert.patch(own) if when == "before" else with_own(fastbert.patch(model))
     with counting() as launched:
         assert_equal(run(patched, batch), stock, exact)
-    # Eager attention is left as a whole, since its weights could be seen; SDPA's other layer runs on the kernel.
+    # Under eager all layers fall back, because weights could be seen; under SDPA the other layer runs on the kernel.
     assert launched["attention_fwd_kernel"] == (1 if attention == "sdpa" else 0)
     assert launched["bias_gelu_fwd_kernel"] == 2
     rows_of = {row.module.rpartition("layer.")[2]: row for row in fastbert.report(patched).rows}
@@ -86,7 +86,7 @@ def test_a_self_attention_of_ones_own_gets_the_masks_it_knows(kind, rows, when, 
 
 @pytest.fixture
 def registered():
-    """Registers an attention function whose scores fall with the distance, under any name, until the test ends."""
+    """Registers, until the test ends, an attention function whose scores decrease with distance, under any name."""
     before = dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
     calls = []
 
@@ -112,7 +112,7 @@ def registered():
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("name", "wrapped"), [("with_distance", False), ("sdpa", False), ("sdpa", True)])
 def test_a_function_of_ones_own_is_called(registered, name, wrapped, when):
-    # wrapped: it looks like the function of transformers that it calls, down to the name of its module
+    # wrapped: it looks like the transformers function that it calls, including the name of its module
     model, batch = make(CLASSIFICATION, attention="sdpa"), make_batch(CLASSIFICATION)
     plain = run(copy.deepcopy(model), batch)
     if when == "after":

@@ -1,4 +1,4 @@
-"""Where the encoder packs, the embeddings are of its tokens alone; whoever could see that is given all of them."""
+"""If the encoder packs, only its tokens are embedded; if other code could see the embeddings, all are."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ REAL = make_batch()["attention_mask"].bool()
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """The shapes of what the kernel gave, in their order."""
+    """The shapes of the kernel's results, in order."""
     shapes, embed = [], layer.ops.embed
 
     def spied(*args, **kwargs):
@@ -33,7 +33,7 @@ def embedded(monkeypatch):
 
 
 def check(model, batch, kind=MLM, within=None, **keywords):
-    """Loss and every gradient equal to eager's; returns what was launched."""
+    """Check that loss and every gradient equal eager's; returns the launches."""
     patched = fastbert.patch(copy.deepcopy(model), **{"unpad": True, "mlm_logits": "none"} | keywords)
     with counting(heads=True) as launched:
         results = run(patched, batch, within=within)
@@ -84,7 +84,7 @@ def test_under_autocast(embedded):
 
 
 @pytest.mark.parametrize("facts", [{"bucket": 8, "lengths": [9, 6], "read": [6, 4]}, {"token_budget": 17, "read_budget": 18}])
-def test_room_that_is_left_over_changes_nothing(facts, embedded):
+def test_spare_capacity_changes_nothing(facts, embedded):
     model, batch = make().train(), batch_of()
     batch["labels"][batch["attention_mask"] == 1] = 5
     if "read" in facts:
@@ -101,13 +101,13 @@ def test_room_that_is_left_over_changes_nothing(facts, embedded):
 
 def test_the_padding_row_has_no_gradient(embedded):
     model, batch = make(tie_word_embeddings=False).train(), batch_of()
-    batch["input_ids"][:, 2] = model.config.pad_token_id  # where the mask says a token
+    batch["input_ids"][:, 2] = model.config.pad_token_id  # at real tokens
     patched = fastbert.patch(copy.deepcopy(model), unpad=True)
     assert not run(patched, batch)[WORDS][0].any() and embedded == [(1, TOKENS)]
 
 
 def test_buffers_of_its_own(embedded):
-    """Positions and types that somebody wrote into the module are read where the tokens were."""
+    """Positions and types that were written into the buffers are read at the tokens' positions."""
     model = make().train()
     with torch.no_grad():
         model.bert.embeddings.token_type_ids[0, ::2] = 1
@@ -147,7 +147,7 @@ def test_without_padding_all_are_embedded(mask, embedded):
 
 
 def test_positions_in_order_pack_as_well(embedded):
-    """As arguments without names, of which position_ids may be one."""
+    """With positional arguments, of which position_ids may be one."""
     model, batch = make(BASE), make_batch(BASE)
     given = [batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
     expected = model(*given).last_hidden_state
@@ -220,7 +220,7 @@ def test_masks_made_by_somebody_else_see_what_stock_gives(monkeypatch):
     torch.testing.assert_close(seen[1], seen[0])
 
 
-def test_hidden_states_that_are_asked_for_are_padded(embedded):
+def test_requested_hidden_states_are_padded(embedded):
     model, batch = make(), batch_of()
     expected = model(**batch, output_hidden_states=True).hidden_states
     result = fastbert.patch(model, unpad=True)(**batch, output_hidden_states=True).hidden_states
@@ -234,8 +234,8 @@ def test_without_the_kernels_it_needs(switches):
     assert not check(make().train(), batch_of(), **switches)[IDS]
 
 
-def test_a_replaced_table_is_asked(embedded):
-    """Its rows are as stock has them, packed afterwards."""
+def test_a_replaced_table_is_called(embedded):
+    """A replaced table is called; its rows are stock's, packed afterwards."""
     model = make(tie_word_embeddings=False).train()
     model.bert.embeddings.word_embeddings.__class__ = type("Mine", (torch.nn.Embedding,), {})
     assert not check(model, batch_of())[IDS] and not embedded

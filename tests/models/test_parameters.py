@@ -1,4 +1,4 @@
-"""Parameters: tied, resized, frozen in every pattern; activations, epsilons and widths that a config can name."""
+"""Parameters that are tied, resized or frozen in any pattern; activations, epsilons and widths of a config."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastbert.testing.models import check, counting, expected_launches, launches
 from tests.models.tiny import CLASSIFICATION, KINDS, MLM, VOCABULARY, make, make_batch
 
 PRETRAINING = next(kind for kind in KINDS if kind.name == "pretraining")
-# Written out, not read from the layers: an activation that goes stock by mistake has to fail here.
+# Deliberately not read from the layers: an activation that falls back by mistake must fail here.
 FUSED = {
     "gelu",
     "gelu_python",
@@ -33,7 +33,7 @@ def test_tied_after_a_resize(kind):
     decoder, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     assert decoder.weight is embeddings.weight and decoder.out_features == VOCABULARY + 9
     results = check(model, make_batch(kind))
-    # One gradient for both uses, and none under the decoder's name.
+    # One gradient for both uses, under the name of the embedding.
     assert "gradient of bert.embeddings.word_embeddings.weight" in results
     assert "gradient of cls.predictions.decoder.weight" not in results
 
@@ -53,7 +53,7 @@ def test_resized_while_patched():
     assert later.get_output_embeddings().weight is later.get_input_embeddings().weight
 
 
-# What is frozen, and how many of the two layers still run a backward.
+# The frozen parameters, and how many of the two layers still run a backward.
 FROZEN = {
     "embeddings": (lambda name: "embeddings" in name, 2),
     "first layer and embeddings": (lambda name: "embeddings" in name or "layer.0." in name, 1),
@@ -85,7 +85,7 @@ def test_frozen(frozen):
 
 
 def fused_launches(model, fused):
-    """The activation is in two of the three kernels; the residual norm does not depend on it."""
+    """Expected launches by activation: two of the three kernels contain it, the residual norm does not."""
     return expected_launches(model, without=() if fused else ("bias_gelu", "gelu_layernorm"))
 
 
@@ -95,7 +95,7 @@ def test_activation_of_the_config(name):
     if name not in ACT2FN:
         pytest.skip("not in this release of transformers")
     try:
-        # Its one parameter's gradient is one number, which eager in float32 may get exact by luck.
+        # Its parameter's gradient is one number, which eager in float32 may compute exactly by luck.
         model = make(hidden_act=name, dtype=torch.float64 if name == "prelu" else torch.float32)
         run(model, make_batch())
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Only classes change: everything else in a model is the same object before, while and after it is patched."""
+"""Patching changes only classes: everything else in a model is the same object before, during and after."""
 
 import copy
 import inspect
@@ -18,7 +18,7 @@ from tests.models.tiny import KINDS, MLM, config, make, make_batch
 
 
 def contents(model):
-    """The identity of all that a module's __dict__ holds, its parameters and submodules included."""
+    """The identities of all objects in a module's __dict__, its parameters and submodules included."""
 
     def identity(value):
         return {key: id(item) for key, item in value.items()} if isinstance(value, dict) else id(value)
@@ -65,7 +65,7 @@ def test_unpatched_is_bitwise_as_before():
         run(fastbert.patch(model), make_batch())
     assert launched == expected_launches(model)
     model.zero_grad()
-    # Neither a forward nor a backward leaves anything on a module, but what was looked at on a layer.
+    # Neither forward nor backward leaves anything on a module, except the state of a layer.
     patched = contents(model)
     looked_at = [own.pop("_fastbert_state", None) for _, own in patched.values()]
     assert patched == before and len(list(filter(None, looked_at))) == model.config.num_hidden_layers
@@ -93,7 +93,7 @@ def test_unpatching_what_was_not_patched_changes_nothing():
 
 
 class MyOutput(bert.BertOutput):
-    """A user's own."""
+    """A user's subclass."""
 
     def forward(self, hidden_states, input_tensor):
         return 2.0 * super().forward(hidden_states, input_tensor)
@@ -183,14 +183,14 @@ def test_a_copy_is_patched_and_independent(way):
 
 @pytest.mark.parametrize("cls", BY_FAST, ids=lambda cls: f"{cls.__module__}.{cls.__qualname__}")
 def test_a_fast_class_is_found_by_its_address_and_has_stocks_name(cls):
-    """As pickle and torch.save (whose protocol is 2) find it, and as `save_pretrained` and pipelines do."""
+    """pickle and torch.save (protocol 2) find it by address, `save_pretrained` and pipelines by name."""
     assert all(pickle.loads(pickle.dumps(cls, protocol)) is cls for protocol in (2, pickle.DEFAULT_PROTOCOL))
     assert cls.__name__ == BY_FAST[cls].stock.__name__ and issubclass(cls, BY_FAST[cls].stock)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_signatures_stay(kind):
-    # Trainer picks its columns by the model's; the modules' are part of transformers' interface.
+    # Trainer chooses columns by the model's signature; those of modules are part of transformers' interface.
     stock, patched = make(kind), fastbert.patch(make(kind))
     assert inspect.signature(patched.forward) == inspect.signature(stock.forward)
     for name, module in stock.named_modules():

@@ -1,4 +1,4 @@
-"""What patch is given: switches, strict, wrong types, models it does not know, an environment that says no."""
+"""Arguments of patch: switches, strict, wrong types, unknown models, and FASTBERT_DISABLE."""
 
 import logging
 
@@ -60,7 +60,7 @@ def test_patching_again_replaces_the_switches():
 
 @pytest.mark.parametrize("unpad", ["auto", False])
 def test_padding_stays_where_it_can_be_seen(unpad):
-    """The logits of a masked language model show it."""
+    """It is visible in the logits of a masked language model."""
     model = fastbert.patch(make(), unpad=unpad)
     assert type(model.bert.encoder) is type(make().bert.encoder)
     assert classes(model) == classes(fastbert.patch(make()))

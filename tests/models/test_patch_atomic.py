@@ -1,4 +1,4 @@
-"""All or nothing: a failure half-way, an exception inside `patched`, and what was there before."""
+"""patch is atomic: a failure half-way, an exception inside `patched`, and the state before."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ SWAPPED = 8  # modules of a tiny masked-language model that change their class
 
 
 class Slotted(bert.BertPredictionHeadTransform):
-    """A class that no existing object can be given: Python refuses, its memory is laid out differently."""
+    """A class that cannot be assigned to an existing object, because its memory layout differs."""
 
     __slots__ = ("extra",)
 
@@ -37,7 +37,7 @@ def test_a_class_that_cannot_be_set_is_rolled_back(monkeypatch):
 
 @pytest.fixture
 def fail_at(monkeypatch):
-    """A function that makes the n-th change of a class raise, once."""
+    """A function that makes the n-th assignment of a class raise, once."""
 
     def arm(n):
         changes = iter(range(1000))

@@ -1,4 +1,4 @@
-"""Forwards, buffers and decoders that somebody put in the place of stock's, before or after patching: they are obeyed."""
+"""Forwards, buffers and decoders that a user replaced, before or after patching, are honoured."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ from fastbert import forwards
 from fastbert.testing.models import assert_equal, counting, doubled, run
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, LENGTH, MLM, make, make_batch
 
-# A module of each class that is patched, or rested on, and the kernel that its forward then keeps from running.
+# A module of each class that is patched or depended on, and the kernel that a replaced forward keeps from running.
 PLACES = {
     "bert.embeddings": "embedding_layernorm",
     "bert.encoder.layer.0.attention.self": "attention",
@@ -29,7 +29,7 @@ PLACES = {
     "bert.encoder": None,
     "bert.encoder.layer.0": None,
     "bert.encoder.layer.0.attention": None,
-    # Not patched, and their work is done by kernels.
+    # Classes that are not patched but whose work kernels do.
     "bert.encoder.layer.0.output.LayerNorm": "dropout_add_layernorm",
     "bert.encoder.layer.0.output.dropout": "dropout_add_layernorm",
     "bert.encoder.layer.0.intermediate.intermediate_act_fn": "bias_gelu",
@@ -39,7 +39,7 @@ PLACES = {
 
 
 def scaled(output):
-    """`output` a little larger, whatever a forward returns."""
+    """The output of any forward, slightly enlarged."""
     if isinstance(output, torch.Tensor):
         return output * 1.25
     if isinstance(output, tuple):
@@ -50,7 +50,7 @@ def scaled(output):
 
 
 def replacing(function):
-    @functools.wraps(function)  # as a careful user would, and it looks like the original
+    @functools.wraps(function)  # wrapped with functools.wraps, it looks like the original
     def mine(*args, **kwargs):
         return scaled(function(*args, **kwargs))
 
@@ -59,7 +59,7 @@ def replacing(function):
 
 @pytest.fixture
 def on_class(monkeypatch):
-    """Puts a forward of the user's own on a class of the library's until the test ends."""
+    """Replaces the forward of a library class until the test ends."""
 
     def replace(cls):
         monkeypatch.setattr(cls, "forward", replacing(cls.forward))
@@ -133,7 +133,7 @@ def test_a_forward_of_ones_own_never_sees_packed_rows(on_class, monkeypatch, cls
 
 def test_a_module_of_ones_own_in_a_layer_never_sees_packed_rows():
     class Neighbours(nn.Module):
-        """What each token gets depends on the one before it."""
+        """A module in which each token depends on the one before it."""
 
         def forward(self, x):
             return x + 0.5 * x.roll(1, dims=1)
@@ -170,7 +170,7 @@ def test_strict_raises_and_untested_takes_the_kernel(monkeypatch, caplog):
         for _ in range(2):
             fastbert.patch(model)
     said = [record.getMessage() for record in caplog.records if "BertOutput.forward" in record.getMessage()]
-    assert len(said) <= 1  # none where an earlier model of this process met the same
+    assert len(said) <= 1  # none if an earlier model of this process had the same reason
     batch = make_batch()
     assert fastbert.verify(model, batch, untested=True).ok
     fastbert.patch(model, strict=True, untested=True)
@@ -185,7 +185,7 @@ def test_strict_raises_and_untested_takes_the_kernel(monkeypatch, caplog):
 
 @pytest.fixture(autouse=True)
 def nothing_accepted():
-    """Whatever a test declares tested is forgotten."""
+    """Clear what a test has accepted as tested."""
     yield
     forwards.clear_accepted()
 

@@ -1,4 +1,4 @@
-"""`report`: one row a module, calls counted one by one with the reason of each that fell back, and how it prints."""
+"""`report`: one row per module, counted calls with a reason per fallback, and how it prints."""
 
 import gc
 import json
@@ -42,7 +42,7 @@ def test_every_bert_part_has_its_row():
 
 
 def by_module(layer):
-    """A layer whose own modules are called, as something is between them."""
+    """A model whose layers run module by module, because of a hook between them."""
     return layer.output.dense.register_forward_hook(lambda *_: None)
 
 
@@ -64,7 +64,7 @@ def test_a_layer_that_runs_module_by_module_has_a_row_for_each(called):
 
 
 def test_modules_that_were_called_keep_their_rows():
-    """Beside that of their layer, which has run as one op since."""
+    """Their rows appear beside that of their layer, which has run as one op since."""
     model = fastbert.patch(make())
     handle = by_module(model.bert.encoder.layer[0])
     run(model, make_batch(), **FORWARD_ONLY)
@@ -108,7 +108,7 @@ def test_each_fallback_is_counted_with_its_reason():
     (hooked,) = rows(model)[name].fallback_calls
     assert "dropout" in hooked and "hooks" in hooked
 
-    with pytest.raises(RuntimeError):  # stock's own error, since no kernel takes complex numbers
+    with pytest.raises(RuntimeError):  # stock's error: no kernel takes complex numbers
         output(x.to(torch.complex64), residual)
     row = rows(model)[name]
     assert row.kernel_calls == 1 and row.state == "active"
@@ -184,7 +184,7 @@ def test_data_is_plain():
 
 
 class Angle(nn.ReLU):
-    """Its name goes into a reason, and from there into HTML."""
+    """A module whose name appears in a reason, and so in HTML."""
 
 
 Angle.__name__ = "<b>&"
@@ -208,7 +208,7 @@ def test_brackets_are_not_taken_for_colours():
     assert "activation [red]" in str(fastbert.report(fastbert.patch(model)))
 
 
-def test_a_part_of_a_model_can_be_asked():
+def test_report_of_a_part_of_a_model():
     model = fastbert.patch(make())
     run(model, make_batch(), **FORWARD_ONLY)
     (row,) = fastbert.report(model.cls).rows
@@ -221,7 +221,7 @@ def test_a_model_without_bert_has_no_rows():
 
 
 def test_a_patched_model_is_let_go():
-    # The tallies are kept beside the modules; they must not keep the modules.
+    # The tallies must not keep the modules alive.
     model = fastbert.patch(make(MLM))
     run(model, make_batch(), **FORWARD_ONLY)
     fastbert.report(model)

@@ -1,4 +1,4 @@
-"""A trained BERT (all-MiniLM-L6-v2: 6 layers, 384 wide) on real text: the same embeddings, loss and gradients."""
+"""A trained BERT (all-MiniLM-L6-v2: 6 layers, hidden size 384) on real text: equal embeddings, loss and gradients."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_hidden_states(folder, dtype):
 
 
 def test_masked_language_model_with_every_gradient(folder):
-    torch.manual_seed(0)  # the head is new
+    torch.manual_seed(0)  # the head is freshly initialised
     model = BertForMaskedLM.from_pretrained(folder).to(DEVICE)
     batch = encode(folder)
     labels = batch["input_ids"].masked_fill(torch.arange(batch["input_ids"].shape[1], device=DEVICE) % 4 != 1, -100)
@@ -56,6 +56,6 @@ def test_sentence_embeddings(folder):
         embeddings = fastbert.patch(model).encode(LINES, convert_to_tensor=True)
     assert launched == expected_launches(model, backward=False)
     torch.testing.assert_close(embeddings, stock, rtol=0.0, atol=1e-6)
-    # Trained weights give meaning: the two lines about the sea are nearer to each other than to the one about bread.
+    # The embeddings are meaningful: the two lines about the sea are closer to each other than to the one about bread.
     similar, other = embeddings[0] @ embeddings[1], embeddings[0] @ embeddings[2]
     assert similar > 0.4 > 0.1 > other

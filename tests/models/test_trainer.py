@@ -16,14 +16,14 @@ STEPS, ACCUMULATED, ROWS = 4, 2, 2
 
 
 def examples(kind):
-    """Rows as a data set gives them; `unused` is a column that no forward takes and Trainer has to drop."""
+    """Rows of a data set; `unused` is a column that no forward takes and that Trainer must drop."""
     batches = [make_batch(kind, seed=seed) for seed in range(STEPS * ACCUMULATED)]
     rows = [{name: tensor[i].cpu() for name, tensor in batch.items()} for batch in batches for i in range(ROWS)]
     return [row | {"unused": torch.tensor(0)} for row in rows]
 
 
 def arguments_in(folder, **settings):
-    """A few steps that write nothing but what `settings` ask for, and whose every loss is logged."""
+    """Arguments for a few steps that log every loss and write only what `settings` request."""
     defaults = {
         "output_dir": str(folder),
         "per_device_train_batch_size": ROWS,
@@ -108,5 +108,5 @@ def test_accelerate():
 
 def assert_same_weights(model, other):
     for name, parameter in model.named_parameters():
-        if not name.endswith("key.bias"):  # its gradient is noise, which AdamW scales up to a whole step
+        if not name.endswith("key.bias"):  # its gradient is noise, which AdamW scales to a full step
             torch.testing.assert_close(parameter, other.get_parameter(name), rtol=0.0, atol=1e-5)

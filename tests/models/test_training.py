@@ -11,7 +11,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32}
 
 
 def train(model, steps):
-    """AdamW on random tokens, a new batch each step."""
+    """Train with AdamW on random tokens, with a new batch in each step."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     losses = []
@@ -33,8 +33,8 @@ def assert_same_training(seed, steps, **keywords):
         torch.testing.assert_close(train(model, steps), losses, rtol=0.0, atol=1e-5)
     assert launched == expected_launches(model, forward=steps, backward=steps)
     for name, parameter in model.named_parameters():
-        # A key's bias adds the same to all scores of a query, so its gradient is zero but for rounding. AdamW divides
-        # that noise by its own size and takes whole steps at random, in stock too; no output depends on it.
+        # A key's bias adds the same number to all scores of a query, so its gradient is zero except for rounding. AdamW divides
+        # that noise by its own magnitude and takes full random steps, in stock too; no output depends on it.
         if not name.endswith("key.bias"):
             torch.testing.assert_close(parameter, stock.get_parameter(name), rtol=0.0, atol=1e-5, msg=name)
     initial = make(seed=seed, **SMALL).state_dict()

@@ -1,4 +1,4 @@
-"""What looks into a forward instead of running it: torch.func, forward-mode derivatives, traces, subclasses."""
+"""Transforms of a forward: torch.func, forward-mode derivatives, traces, tensor subclasses."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ def reasons(model):
 
 
 def assert_is_stocks(compute, model, reason):
-    """What `compute(model)` gives is bitwise stock's once the model is patched, from no kernel and for this reason."""
+    """Check that `compute(model)` is bitwise stock's after patching, without a kernel and with this reason."""
     stock = compute(model)
     with counting() as launched:
         assert_bitwise(compute(fastbert.patch(model)), stock)
@@ -53,7 +53,7 @@ def test_func_grad_is_stocks():
 
 
 def test_vmap_is_stocks():
-    # One model over a batch of batches, and an ensemble of models over one batch.
+    # One model on a batch of batches, and an ensemble of models on one batch.
     model, batch = make(CLASSIFICATION), make_batch(CLASSIFICATION, "none", labels=False)
     models = [make(CLASSIFICATION, seed=seed) for seed in (1, 2)]
 
@@ -89,7 +89,7 @@ def test_forward_mode_derivative_is_stocks():
 
 
 def test_jacobian_by_reverse_mode_is_right():
-    # torch.autograd.functional runs plain backwards, so the kernels serve it.
+    # torch.autograd.functional runs plain backwards, so the kernels run.
     output = make().double().bert.encoder.layer[0].output.requires_grad_(False)
     x = torch.randn(2, 56, dtype=torch.float64, device=output.dense.weight.device)
     residual = torch.randn(2, 40, dtype=torch.float64, device=x.device)
@@ -112,7 +112,7 @@ def test_jit_trace_is_stocks():
     stock = model(*inputs).logits
     fastbert.patch(model)
     with warnings.catch_warnings(), counting() as launched:
-        warnings.simplefilter("ignore")  # torch.jit's own, about its age and about what it makes constant
+        warnings.simplefilter("ignore")  # torch.jit's own warnings, about deprecation and constants
         traced = torch.jit.trace(model, inputs, strict=False, check_trace=False)
     assert not launched
     assert reasons(model) == {"torch.jit cannot trace the kernels"}
@@ -122,7 +122,7 @@ def test_jit_trace_is_stocks():
 
 
 class Wrapped(torch.Tensor):
-    """A tensor that someone else's code steers."""
+    """A tensor subclass with its own __torch_function__."""
 
 
 def test_a_tensor_subclass_goes_through_stock_code():
@@ -137,7 +137,7 @@ def test_a_tensor_subclass_goes_through_stock_code():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_types_that_differ_outside_autocast_go_through_stock_code(dtype):
-    """LayerNorms kept in float32 in a model of half precision: stock's mixture of types, or stock's error."""
+    """LayerNorms kept in float32 in a half-precision model: stock's mixed dtypes, or stock's error."""
     model, batch = make(MLM, dtype), make_batch(labels=False)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""The padding-free encoder: which rows enter each product, equality at real positions, and when the batch stays padded."""
+"""The padding-free encoder: the rows in each product, equality at real positions, and when the batch stays padded."""
 
 import copy
 import inspect
@@ -22,7 +22,7 @@ WHOLE = 4  # without padding there is nothing to pack
 
 
 def check(model, batch, unpad, real=None, **switches):
-    """Patched against eager, outputs at `real` positions only; returns how often rows were gathered."""
+    """Compare patched with eager, outputs at `real` positions only; returns the number of gather launches."""
     patched = fastbert.patch(copy.deepcopy(model), unpad=unpad, **switches)
     with counting(heads=True) as launched:
         results = run(patched, batch)
@@ -38,7 +38,7 @@ def check(model, batch, unpad, real=None, **switches):
 
 
 def batch_of(kind, mask="right"):
-    """Labels of padding are -100, as collators make them."""
+    """A batch whose labels are -100 at padding, as collators make them."""
     batch = make_batch(kind, mask)
     if kind in TOKEN_LABELS:
         batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -66,13 +66,13 @@ def test_auto_changes_nothing_elsewhere(kind):
     assert (row.state, row.reason) == ("untouched", "unpad='auto', and outputs at padded positions are visible")
 
 
-# A causal loss predicts a real token from the position before it, which is padding where padding leads or gaps.
+# A causal loss predicts a real token from the position before it, which may be leading padding or a gap.
 LABELLED = [(kind, mask) for kind in TOKEN_LABELS for mask in ("right", "left", "holes") if kind is not CLM or mask == "right"]
 
 
 @pytest.mark.parametrize("kind, mask", LABELLED, ids=str)
 def test_true_is_equal_at_every_real_position(kind, mask):
-    """With the loss and every gradient."""
+    """The loss and every gradient are equal as well."""
     batch = batch_of(kind, mask)
     labelled = 0 if kind.name == "token-classification" else 2  # an MLM head gathers its labelled rows
     assert check(make(kind).train(), batch, True, batch["attention_mask"].bool()) == PACKED + labelled
@@ -93,14 +93,14 @@ def test_rows_that_enter_each_product_are_the_tokens(unpad):
     model, batch = fastbert.patch(make(CLASSIFICATION), unpad=unpad), make_batch(CLASSIFICATION)
     tokens = int(batch["attention_mask"].sum())
     rows = rows_in_products(lambda: model(**batch))
-    # In a layer: one for q, k and v, the attention's output, the two of the feed-forward. In the last one for q of the
-    # first rows, one for all k and v, and the others for the first rows. Then pooler and classifier.
+    # Per layer: one for q, k and v, attention's output, the two of the feed-forward. In the last layer: q for the
+    # first rows, k and v for all rows, the others for the first rows. Then pooler and classifier.
     assert rows == [tokens] * 4 * (model.config.num_hidden_layers - 1) + [ROWS, tokens] + [ROWS] * 5
     assert tokens < ROWS * LENGTH
 
 
 def padded(model, batch, reason, **keywords):
-    """The batch stays padded, for this reason, and is equal."""
+    """Check that the batch stays padded, with this reason, and that results are equal."""
     patched = fastbert.patch(copy.deepcopy(model), **keywords)
     with counting(heads=True) as launched:
         results = run(patched, batch)
@@ -147,7 +147,7 @@ def test_without_padding_and_read_everywhere_nothing_is_packed(mask, reason):
 
 
 def test_true_and_question_answering():
-    """Stock's loss is a softmax over padding too, so zeros there change it; the logits of tokens are equal."""
+    """Stock's loss is a softmax that includes padding, so zeros there change it; the logits of tokens are equal."""
     kind = next(kind for kind in KINDS if kind.name == "question-answering")
     model, batch = make(kind), make_batch(kind)
     stock = model(**batch)
@@ -161,7 +161,7 @@ def test_true_and_question_answering():
 
 
 def test_the_encoder_called_by_others_than_the_head_is_seen_everywhere():
-    """Features are often taken from model.bert."""
+    """Features are often taken from model.bert, which must return every position."""
     model, batch = make(CLASSIFICATION), make_batch(CLASSIFICATION, labels=False)
     expected = model.bert(**batch).last_hidden_state
     fastbert.patch(model)
@@ -188,8 +188,8 @@ def test_a_hook_on_what_lies_between_sees_every_position(name):
 
 @pytest.mark.parametrize("switches", [{}, {"residual_norm": False}], ids=["one op", "module by module"])
 @pytest.mark.parametrize("kind", [CLASSIFICATION, CLM], ids=str)
-def test_a_causal_encoder_is_read_where_that_is_asked(kind, switches):
-    """At any rows, which are not the last of their sequences: of attention's result, too, they have to be taken."""
+def test_a_causal_encoder_is_read_at_requested_rows(kind, switches):
+    """At rows other than the last of their sequences, which must also be gathered from attention's output."""
     model, batch = make(kind, is_decoder=True, use_cache=False).train(), make_batch(kind)
     if kind is CLM:
         batch["labels"][:, [1, 3, 4, 6, 7, 8]] = -100
@@ -234,13 +234,13 @@ def test_a_row_of_padding_alone_stays_padded():
 
 @pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions"])
 def test_what_would_show_packed_rows_stays_padded(flag):
-    asked = "hidden states or attention weights were requested"
-    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION) | {flag: True}, asked)
-    padded(make(CLASSIFICATION, **{flag: True}), make_batch(CLASSIFICATION), asked)
+    reason = "hidden states or attention weights were requested"
+    padded(make(CLASSIFICATION), make_batch(CLASSIFICATION) | {flag: True}, reason)
+    padded(make(CLASSIFICATION, **{flag: True}), make_batch(CLASSIFICATION), reason)
 
 
-def test_packs_again_after_hidden_states_were_asked_for_once():
-    """transformers leaves its hooks on the modules for good; idle, they are no reason."""
+def test_packs_again_after_hidden_states_were_requested_once():
+    """transformers leaves its hooks on the modules permanently; idle ones are no reason to fall back."""
     model, batch = fastbert.patch(make(CLASSIFICATION)), make_batch(CLASSIFICATION)
     run(model, batch | {"output_hidden_states": True}, backward=False)
     with counting(heads=True) as launched:
@@ -290,7 +290,7 @@ def test_checkpointing_on_is_off_with_dropout(reentrant, switches):
     torch.manual_seed(3)
     with counting(heads=True) as launched:
         assert_bitwise(run(model, batch), off)
-    assert launched["gather_rows_kernel"] == READ + 1  # the last layer takes its rows again
+    assert launched["gather_rows_kernel"] == READ + 1  # the last layer gathers its rows again
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

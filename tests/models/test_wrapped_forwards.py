@@ -1,4 +1,4 @@
-"""Forwards that somebody wrapped while the model was patched, and what becomes of them when it no longer is."""
+"""Forwards that a user wrapped while the model was patched, and their behaviour after unpatching."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ PARTS = (
 
 
 def wrapped(module):
-    """As accelerate's mixed precision does it: the forward that was there stays in a closure."""
+    """Wrap a forward as accelerate's mixed precision does: the previous forward stays in a closure."""
     forward = module.forward
 
     @functools.wraps(forward)

@@ -1,4 +1,4 @@
-"""Models inside other models: PEFT, SentenceTransformer, CrossEncoder, a module of one's own."""
+"""Models inside other models: PEFT, SentenceTransformer, CrossEncoder, a user's module."""
 
 import copy
 
@@ -35,10 +35,10 @@ def test_lora(targets, order):
         patched = with_lora(fastbert.patch(make(CLASSIFICATION)), *targets)
     with counting() as launched:
         results = run(patched, batch)
-    # An adapted product is called as the module it is; what follows it is still the kernel's. The first layer's
-    # norms have parameters that are frozen, and pass the gradient on; its attention has nobody to pass one to.
+    # A product with an adapter is called as a module; the next op is still a kernel. The first layer's
+    # norms are frozen and pass the gradient on; its attention needs no gradient for its input.
     frozen = targets == ("dense",)
-    # So have the embeddings.
+    # Nor do the embeddings.
     without = launches_of("attention", 0, int(frozen)) + launches_of("embedding_layernorm", 0, 1)
     assert launched == expected_launches(model) - without
     assert any("lora_A" in name for name in results)
@@ -57,7 +57,7 @@ def test_lora_merged_while_patched_is_plain_again():
 
 
 def test_prompt_tuning():
-    # Virtual tokens come as embeddings, with a mask that is longer than the ids.
+    # Virtual tokens are embeddings, with a mask longer than the ids.
     config = PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3)
     model, batch = get_peft_model(make(CLASSIFICATION), config).eval(), make_batch(CLASSIFICATION)
     del batch["token_type_ids"]
@@ -70,7 +70,7 @@ def test_prompt_tuning():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a tiny BERT of this kind and a tokenizer, as those libraries load them."""
+    """A folder with a tiny BERT of this kind and a tokenizer, for those libraries to load."""
 
     def save(kind):
         folder = tmp_path_factory.mktemp(kind.name)
@@ -125,7 +125,7 @@ def test_fill_mask_pipeline(saved):
 
 
 class Pair(nn.Module):
-    """Two towers and a layer of one's own, one tower used twice."""
+    """Two towers and a layer; one tower is used twice."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ def test_a_part_of_a_model_is_patched_alone():
 
 
 def replicas_of(model, count):
-    """torch.nn.parallel.replicate, which needs GPUs, on one device."""
+    """torch.nn.parallel.replicate, which needs GPUs, simulated on one device."""
     modules = list(model.modules())
     places = {module: index for index, module in enumerate(modules)}
     for _ in range(count):

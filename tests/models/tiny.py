@@ -1,4 +1,4 @@
-"""Tiny BERTs, one for every class and loss, and a batch for each. Torch's generators stay as they were."""
+"""Tiny BERTs for every class and loss, and a batch for each. They leave torch's generators unchanged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the nine classes, or one of the three losses of sequence classification."""
+    """A model class, with one of the three losses for sequence classification."""
 
     name: str
     cls: type[nn.Module]
@@ -103,7 +103,7 @@ KINDS = (
 
 
 def config(**overrides: Any) -> BertConfig:
-    """Two layers, widths that are no powers of two, and no dropout."""
+    """A config with two layers, widths that are not powers of two, and no dropout."""
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 40,
@@ -121,7 +121,7 @@ def config(**overrides: Any) -> BertConfig:
 def make(
     kind: Kind = MLM, dtype: torch.dtype = torch.float32, attention: str = "eager", seed: int = 0, **overrides: Any
 ) -> nn.Module:
-    """A stock model in eval mode. No parameter has the value (0 or 1) that would hide a kernel that ignores it."""
+    """A stock model in eval mode. No parameter is 0 or 1, which would hide a kernel that ignores it."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = kind.cls(config(**kind.config | overrides))
@@ -132,7 +132,7 @@ def make(
 
 
 def make_batch(kind: Kind = MLM, mask: str = "right", seed: int = 1, labels: bool = True, length: int = LENGTH) -> Batch:
-    """Token ids, segments, a mask of this kind of `MASKS` and (where the class has a loss) labels."""
+    """Token ids, segments, a mask (a key of `MASKS`) and, if the class has a loss, labels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         shape = (*kind.rows, length)
@@ -146,7 +146,7 @@ def make_batch(kind: Kind = MLM, mask: str = "right", seed: int = 1, labels: boo
     return {name: tensor.to(DEVICE) for name, tensor in batch.items() if tensor is not None}
 
 
-# "4-D" is the additive form that reaches the attention as it is, with a hole of its own for every query.
+# "4-D" is the additive form that reaches attention unchanged, with a different hole for every query.
 MASKS = ("none", "right", "left", "holes", "one token", "4-D")
 
 

@@ -1,11 +1,11 @@
-"""python -m tests.mutation: plant faults in copies of the tree, one at a time, and see that a test notices each.
+"""python -m tests.mutation: plants faults in copies of the tree, one at a time, and checks that a test notices each.
 
-Exit code 1: a fault that no test noticed, one that cannot be planted, or tests that fail without any.
+Exit code 1: a fault that no test noticed, a fault that cannot be planted, or tests that fail without a fault.
 """
 
 import os
 
-# Everything runs in Triton's interpreter, on the CPU, also where there is a GPU: several processes at once.
+# Everything runs in Triton's interpreter on the CPU, even with a GPU: several processes run at once.
 os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import re
@@ -36,7 +36,7 @@ def main(
     list_: Annotated[bool, typer.Option("--list", help="Print the faults and plant none.")] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Test processes at a time; 0: one a core.")] = 0,
 ) -> None:
-    """Plant each fault in a copy of the tree and run the tests that should notice. Exit 1 unless all of them do."""
+    """Plant each fault in a copy of the tree and run the tests that should notice it. Exit 1 unless every fault is noticed."""
     faults = [fault for fault in FAULTS if (fault.short or not short) and re.search(only, f"{fault.op} {fault.name}", re.I)]
     if not faults:
         raise typer.BadParameter(f"no fault matches {only!r}")
@@ -60,11 +60,11 @@ def main(
 class Session:
     faults: list[Fault]
     folder: Path
-    broken: set[str] = field(default_factory=set)  # tests that do not pass without a fault
+    broken: set[str] = field(default_factory=set)  # tests that fail without a fault
     killed: list[Fault] = field(default_factory=list)
 
     def run(self, at_once: int) -> None:
-        # What every fork would import by itself. Here, so that --list is quick.
+        # Imports that every fork needs. They are here so that --list is quick.
         import hypothesis  # noqa: F401
         import torch.fx.experimental.symbolic_shapes  # noqa: F401
         import transformers.models.bert.modeling_bert  # noqa: F401

@@ -1,4 +1,4 @@
-"""What a fault is: a piece of source text that stands once in a file, what replaces it, and the tests that should notice."""
+"""Defines a fault: a piece of source text that occurs once in a file, its replacement, and the tests that should notice."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,10 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Fault:
-    """`says` is the line that describes it. `tests` are pytest's arguments, the fewest and quickest that are about it.
+    """A fault. `says` describes it in one line; `tests` are pytest arguments, the fewest and quickest that cover it.
 
-    op: the op (fastbert/testing/specs) whose kernel or launcher it is in, "" for what stands around the kernels.
-    short: one of the two nastiest of its op, which `--short` plants.
+    op: the op (fastbert/testing/specs) whose kernel or launcher contains it, "" for code outside the kernels.
+    short: one of the two subtlest of its op, which `--short` plants.
     """
 
     says: str
@@ -27,10 +27,10 @@ class Fault:
         return f"{self.file}: {self.says}"
 
     def planted(self, text: str) -> str:
-        """The file's text with the fault in it.
+        """The file's text with the fault planted.
 
         Raises:
-            ValueError: `before` does not stand in the text exactly once.
+            ValueError: `before` does not occur exactly once in the text.
         """
         found = text.count(self.before)
         if found != 1:

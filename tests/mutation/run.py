@@ -1,7 +1,7 @@
-"""Runs pytest in copies of the tree, several at once, each in a fork of this process.
+"""Runs pytest in copies of the tree, several at a time, each in a fork of this process.
 
-A fork, because this process has imported torch and transformers already, which takes longer than most of the tests.
-It must not have imported anything of the tree itself but this package, which a fork forgets.
+It forks because this process has already imported torch and transformers, which takes longer than most of the tests.
+It must not import anything of the tree except this package, which a fork unloads.
 """
 
 import os
@@ -20,19 +20,19 @@ import pytest
 from tests.mutation.fault import ROOT
 from tests.mutation.witness import Statement, Witness, statement
 
-# A run that computes for ever meets the first limit, one that waits for ever the second. The first is processor time, of
-# which a busy machine takes no more: a slow run must not pass for one that hangs.
+# An endless loop hits the first limit, an endless wait the second. The first is processor time, which does not depend on
+# the load of the machine: a slow run must not count as a hang.
 CPU_SECONDS, WALL_SECONDS = 240, 1800
-# Always the same examples, so that a fault is killed today if it was yesterday; and only the plugins that tests need,
-# for each fork loads them again.
+# Deterministic examples, so that results are reproducible; and only the plugins that tests need, because each fork
+# loads them again.
 PLUGINS = ("-p", "pytest_timeout", "-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider")
 OPTIONS = ("-x", "-q", *PLUGINS, "--hypothesis-seed=0", "--timeout=0", "-o", "addopts=--import-mode=importlib")
-ANOTHER_TREE = 70  # exit code of a fork that imported fastbert from elsewhere
+ANOTHER_TREE = 70  # exit code of a fork that imported fastbert from another tree
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a pytest run ended. code: pytest's, or minus the signal that ended the process."""
+    """The outcome of a pytest run. code: pytest's exit code, or minus the signal that ended the process."""
 
     code: int
     seen: Statement
@@ -42,7 +42,7 @@ class Outcome:
     output: str
 
     def not_passed(self, arguments: tuple[str, ...]) -> list[str]:
-        """Of pytest's arguments those of which no test passed, or all if something went wrong."""
+        """The pytest arguments of which no test passed, or all arguments if the run failed."""
         named = [argument for argument in arguments if ".py" in argument]
         if self.code != 0:
             return named
@@ -50,9 +50,9 @@ class Outcome:
 
     @property
     def killer(self) -> str | None:
-        """The test that noticed, with a word where it did not simply fail; None if none did.
+        """The test that noticed, with a remark unless it simply failed; None if no test did.
 
-        Tests that could not be collected, or pytest's own errors (exit codes 2 to 5), notice nothing.
+        Collection errors and pytest's own errors (exit codes 2 to 5) do not count.
         """
         if self.seen.uncollected:
             return None
@@ -67,7 +67,7 @@ class Outcome:
 
 @dataclass
 class Job:
-    """pytest with `arguments` in the tree that `prepare` makes, and at most so many seconds of processor time."""
+    """A pytest run with `arguments` in the tree that `prepare` makes, limited to so many seconds of processor time."""
 
     prepare: Callable[[], Path]
     arguments: tuple[str, ...]
@@ -84,7 +84,7 @@ class _Running:
 
 
 def by_file(selections: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The same tests in fewer runs: node ids by their file; arguments with options stay as they are."""
+    """The same tests in fewer runs: node ids are grouped by file, arguments with options are kept as they are."""
     files: dict[str, dict[str, None]] = {}
     others: dict[tuple[str, ...], None] = {}
     for selection in selections:
@@ -97,7 +97,7 @@ def by_file(selections: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def run(jobs: Iterator[Job], at_once: int) -> None:
-    """Run all jobs, `at_once` at a time; each is told of its outcome here, in this process."""
+    """Run all jobs, `at_once` at a time; each job's callback gets its outcome in this process."""
     running: dict[int, _Running] = {}
     try:
         while True:
@@ -114,7 +114,7 @@ def run(jobs: Iterator[Job], at_once: int) -> None:
     finally:
         for pid in running:
             _kill(pid)
-            os.waitpid(pid, 0)  # before the trees go that it writes to
+            os.waitpid(pid, 0)  # before the trees that it writes to are removed
 
 
 def _end(pid: int, run: _Running) -> bool:
@@ -125,7 +125,7 @@ def _end(pid: int, run: _Running) -> bool:
             run.hung = True
             _kill(pid)
         return False
-    _kill(pid)  # what it may have left behind in its group
+    _kill(pid)  # processes that it may have left in its group
     code = os.waitstatus_to_exitcode(status)
     run.hung |= code == -signal.SIGXCPU
     seen, output = statement(run.tree / "seen.txt"), (run.tree / "output.txt").read_text(errors="replace")
@@ -163,11 +163,14 @@ def _fork(tree: Path, job: Job) -> int:
 
 
 def _pytest(tree: Path, arguments: tuple[str, ...]) -> int:
-    # Of fastbert the command has imported nothing; in a test of the command conftest.py has.
+    # The command has imported nothing of fastbert, but in a test of the command conftest.py has.
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "fastbert")]:
         del sys.modules[name]
     sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
-    os.environ |= {"PYTHONPATH": str(tree), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the first for what a test starts
+    os.environ |= {
+        "PYTHONPATH": str(tree),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }  # for processes that tests start
     code = pytest.main([*OPTIONS, *arguments], plugins=[Witness(tree / "seen.txt")])
     package = sys.modules.get("fastbert")
     if package is not None and not Path(package.__file__).is_relative_to(tree):

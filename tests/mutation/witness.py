@@ -1,4 +1,4 @@
-"""A pytest plugin that writes down what a run saw, line by line, so that a run that dies has said how far it came."""
+"""A pytest plugin that records a run line by line, so that a run that dies shows how far it got."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ class Witness:
 
 @dataclass
 class Statement:
-    """Node ids by what was seen of them."""
+    """Node ids by outcome."""
 
     uncollected: list[str] = field(default_factory=list)
     started: list[str] = field(default_factory=list)

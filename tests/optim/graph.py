@@ -1,4 +1,4 @@
-"""A stand-in for a CUDA graph, where there is no GPU: it records an optimizer's step, and replays it."""
+"""A stand-in for a CUDA graph on the CPU: it records an optimizer step and replays it in the same memory."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +13,10 @@ from fastbert.kernels import adamw as kernels
 
 
 class Graph(TorchDispatchMode):
-    """What torch computes and what is launched while `capture` runs a function; `replay` does it again, in that memory.
+    """Records the ATen calls and launches while `capture` runs a function; `replay` repeats them in the same memory.
 
-    As on a GPU, launches are not run while they are captured, memory of the capture stays the graph's, and what the host
-    holds is not there to be read: that raises.
+    As on a GPU, launches do not run while they are captured, and memory of the capture belongs to the graph. It raises if
+    the graph would read memory that only the host holds.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Graph(TorchDispatchMode):
             copied = not made_of_numbers and (written & read) - self._host
             assert not copied, f"{func} copies from the host, which a graph cannot"
             self._host |= written
-            self._held.append(out)  # so that its address does not become another's
+            self._held.append(out)  # so that its address is not reused
         else:
             self.calls.append(lambda: _again(func, args, kwargs, out))
         return out

@@ -1,4 +1,4 @@
-"""Two optimizers on the same gradients, and the comparison of parameters and all state."""
+"""Steps two optimizers on the same gradients and compares parameters and all state."""
 
 import copy
 
@@ -9,7 +9,7 @@ import fastbert
 from fastbert.testing.rows import DEVICE
 
 SHAPES = [(33, 5), (18,), ()]
-TOLERANCE = 1e-6  # of float32, over 100 steps
+TOLERANCE = 1e-6  # relative, for float32 over 100 steps
 
 
 def make_params(shapes=SHAPES, dtype=torch.float32):
@@ -17,7 +17,7 @@ def make_params(shapes=SHAPES, dtype=torch.float32):
 
 
 def pair(params=None, theirs=None, **arguments):
-    """fastbert's optimizer and torch's, each on parameters of its own. `theirs`: arguments that only torch gets."""
+    """fastbert's optimizer and torch's, on separate copies of the parameters. `theirs`: arguments for torch only."""
     params = make_params() if params is None else params
     others = copy.deepcopy(params)
     return fastbert.AdamW(params, **arguments), torch.optim.AdamW(others, **(arguments | (theirs or {})))
@@ -28,7 +28,7 @@ def params_of(optimizer):
 
 
 def give_gradients(*optimizers, step=0, missing=(), scale=1.0):
-    """The same random gradients to each; None to the parameters whose index is in `missing`."""
+    """Set the same random gradients in each; None for parameters whose index is in `missing`."""
     for optimizer in optimizers:
         generator = torch.Generator().manual_seed(step)
         for index, param in enumerate(params_of(optimizer)):
@@ -45,7 +45,7 @@ def run(ours, theirs, steps=100, each=lambda step: None, missing=lambda step: ()
 
 
 def run_beside_exact(ours, params, theirs, exact, steps):
-    """Steps of `ours` on 16-bit `params`, and of `theirs` on the same gradients, as float32, of `exact`."""
+    """Step `ours` on 16-bit `params`, and `theirs` on the float32 parameters `exact` with the same gradients."""
     for step in range(steps):
         give_gradients(ours, step=step)
         for param, other in zip(params, exact, strict=True):
@@ -55,7 +55,7 @@ def run_beside_exact(ours, params, theirs, exact, steps):
 
 
 def assert_same(ours, theirs, tolerance=TOLERANCE):
-    """Parameters and every state tensor."""
+    """Check parameters and every state tensor."""
     for index, (param, other) in enumerate(zip(params_of(ours), params_of(theirs), strict=True)):
         torch.testing.assert_close(param, other, rtol=tolerance, atol=tolerance, msg=lambda t, i=index: f"{i}: {t}")
         state, expected = ours.state[param], theirs.state[other]

@@ -12,8 +12,8 @@ from fastbert.testing.rows import DEVICE
 
 from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run
 
-# optim_inputs_func_adamw("cuda") of torch.testing._internal.common_optimizers, which imports what torch's users lack,
-# and the last one of its list for "mps". Capturable torch has on no CPU, where its numbers are the same.
+# optim_inputs_func_adamw("cuda") of torch.testing._internal.common_optimizers, which imports packages that users lack,
+# and the last one of its list for "mps". torch has no capturable=True on the CPU, where its numbers would be the same.
 CONFIGURATIONS = {
     "default": {},
     "non-default lr": {"lr": 0.01},
@@ -49,7 +49,7 @@ def test_torchs_own_configurations(configuration, steps, launches):
 
 
 def test_float16_is_torchs_fused():
-    """Which computes in float32 and rounds when it stores; torch's default rounds after every operation."""
+    """torch's fused AdamW computes in float32 and rounds when it stores; its default rounds after every operation."""
     ours, theirs = pair(make_params(dtype=torch.float16), lr=1e-2, weight_decay=0.1, eps=1e-4, fused=True)
     run(ours, theirs, steps=20)
     assert_same(ours, theirs, tolerance=4e-3)

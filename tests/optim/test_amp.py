@@ -13,7 +13,7 @@ SCALE = 1024.0
 
 def step(optimizer, scaler, number, infinite, clip):
     give_gradients(optimizer, step=number, scale=float(scaler.get_scale()))
-    scaler.scale(torch.ones((), device=DEVICE))  # creates the scale, as a loss would
+    scaler.scale(torch.ones((), device=DEVICE))  # creates the scale tensor, as scaling a loss does
     if infinite:
         params_of(optimizer)[0].grad.view(-1)[3] = torch.inf
     if clip:

@@ -1,4 +1,4 @@
-"""Steps that graphs capture, one after the other: each replays its own gradients and numbers, and leaves nothing behind."""
+"""Steps captured in several graphs: each replays its own gradients and hyperparameters and leaves nothing behind."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a
 
 
 class Captured:
-    """A graph of one step of `ours` with gradients of its own, and the same step of `theirs`."""
+    """A graph of one step of `ours` with its own gradients, and the same step of `theirs`."""
 
     def __init__(self, ours, theirs, lr, missing, monkeypatch):
         self.ours, self.theirs, self.lr, self.missing = ours, theirs, lr, missing
@@ -51,7 +51,7 @@ def eager_step(ours, theirs, number):
 
 @pytest.mark.parametrize("arguments", [{}, {"amsgrad": True, "maximize": True}], ids=["", "amsgrad"])
 def test_captures_in_a_row(arguments, monkeypatch):
-    """Gradients, rates and the parameters that step differ; eager steps and later captures change nothing in a graph."""
+    """The graphs differ in gradients, rates and parameters; eager steps and later captures do not change a graph."""
     ours, theirs = stepped_once(arguments, [*make_params(), *make_params(dtype=torch.float64)])
     plans = ((1e-2, ()), (3e-3, {1}), (1e-3, {0, 4}), (2e-2, ()))
     graphs = [Captured(ours, theirs, *plan, monkeypatch) for plan in plans]
@@ -64,7 +64,7 @@ def test_captures_in_a_row(arguments, monkeypatch):
 
 
 def test_a_tensor_rate_reaches_a_graph(monkeypatch):
-    """A tensor on a device is read at each replay."""
+    """A learning rate in a device tensor is read at each replay."""
     from fastbert.kernels.adamw import tables as adamw_table
 
     monkeypatch.setattr(adamw_table, "_on_device", lambda value: isinstance(value, torch.Tensor))

@@ -1,4 +1,4 @@
-"""FSDP2 over gloo: the optimizer steps on the local shards, and the whole is what one stock process makes."""
+"""FSDP2 over gloo: the optimizer steps on local shards, and the result matches one stock process."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def sharded(rank):
         optimizer.zero_grad()
         model(**batch_of(rank)).loss.backward()
         optimizer.step()
-        launches += len(optimizer._tables.launches)  # shards that start at no multiple of 16 bytes have one of their own
+        launches += len(optimizer._tables.launches)  # unaligned shards take a separate launch
     assert counts["adamw_kernel"] == launches <= 2 * STEPS, counts
 
     expected, theirs = stock()
@@ -50,6 +50,6 @@ def sharded(rank):
             torch.testing.assert_close(moment, theirs.state[other]["exp_avg_sq"], rtol=0.0, atol=1e-5, msg=name)
 
 
-@pytest.mark.long  # at each commit test_two_processes_quickly does it, in the same two processes
+@pytest.mark.long  # each commit runs it in test_two_processes_quickly, in the same two processes
 def test_sharded(on_two_processes):  # noqa: F811
     on_two_processes(sharded)

@@ -1,4 +1,4 @@
-"""What only a GPU shows: bfloat16, CUDA graphs, no synchronisation, races between programs, time."""
+"""Optimizer tests that need a GPU: bfloat16, CUDA graphs, synchronisation, races between programs, time."""
 
 import copy
 import warnings
@@ -20,7 +20,7 @@ LARGE = [(1000, 768), (768,), (3072, 769), (2,), ()]
 
 @contextmanager
 def no_synchronisation():
-    """torch raises at what waits for the device."""
+    """Within it, torch raises if the host would wait for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -38,7 +38,7 @@ def test_many_programs(launches):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_is_torchs_fused(dtype):
-    """In the same precision, so nearly every element is bitwise the same; the others are one rounding away."""
+    """Both compute in the same precision, so nearly all elements are bitwise equal and the others one rounding apart."""
     ours, theirs = pair(make_params(LARGE, dtype), theirs={"fused": True}, lr=1e-2, eps=1e-4)
     run(ours, theirs, steps=1)
     for param, other in zip(params_of(ours), params_of(theirs), strict=True):
@@ -108,7 +108,7 @@ def test_grad_scaler_with_forced_infinities_does_not_synchronise():
 
 @pytest.mark.parametrize("static", [True, False], ids=["static gradients", "gradients of the graph"])
 def test_captured_in_a_graph(static):
-    """A whole step, forward and backward included, replayed; an eager step between the replays changes nothing in it."""
+    """A whole step with forward and backward is replayed; an eager step between replays does not change it."""
     lr = torch.tensor(1e-2, device=DEVICE)
     torch.manual_seed(0)
     model = torch.nn.Linear(64, 33).to(DEVICE)
@@ -149,7 +149,7 @@ def test_captured_in_a_graph(static):
 
 
 def test_captures_in_a_row(monkeypatch):
-    """Each graph keeps its gradients and numbers. No memory is pinned in a capture: not every torch can do that there."""
+    """Each graph keeps its gradients and numbers. A capture pins no memory, which not every torch supports."""
     ours, theirs = pair(make_params(LARGE), theirs={"fused": True}, lr=1e-2, capturable=True)
     run(ours, theirs, steps=1)
     pin_memory = torch.Tensor.pin_memory
@@ -213,7 +213,7 @@ def milliseconds(optimizer, steps=20):
 
 
 def test_not_slower_than_torchs_fused():
-    """BERT-large's parameters, in float32. A sanity bound: the benchmark measures."""
+    """A sanity bound with BERT-large's parameters in float32; benchmarks measure the exact time."""
     layer = [(1024, 1024), (1024,)] * 4 + [(4096, 1024), (4096,), (1024, 4096), (1024,)] + [(1024,)] * 4
     params = make_params([(30522, 1024), (512, 1024), *layer * 24])
     ours, theirs = pair(params, theirs={"fused": True})

@@ -1,4 +1,4 @@
-"""fastbert.param_groups on the tiny BERTs: who decays, at which rate, and that nobody is forgotten or comes twice."""
+"""fastbert.param_groups on the tiny BERTs: decay and rate of each parameter, which must be in exactly one group."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_tied_weights_once_and_with_the_embeddings(kind):
     found = by_name(model, groups)
     assert found["bert.embeddings.word_embeddings.weight"] == (0.25, 0.01)
     assert found["cls.predictions.transform.dense.weight"][0] == 1.0
-    fastbert.AdamW(groups)  # which refuses a parameter in two groups
+    fastbert.AdamW(groups)  # which raises for a parameter in two groups
 
 
 def test_frozen_are_left_out():
@@ -92,7 +92,7 @@ def test_other_names_without_decay():
 
 
 def test_whole_parts_of_names():
-    """ "bias" is no ending of "antibias"."""
+    """ "bias" does not match "antibias"."""
     model = nn.Module()
     model.antibias = nn.Parameter(torch.zeros(2))
     model.bias = nn.Parameter(torch.zeros(2))
@@ -106,7 +106,7 @@ def test_everything_decays_where_nothing_is_left_out():
 
 
 class Norm(nn.Module):
-    """RMSNorm, as models have it in a class of their own: only its name says what it is."""
+    """A model's own RMSNorm, recognised only by its name."""
 
     def __init__(self, width):
         super().__init__()
@@ -120,7 +120,7 @@ class OwnLayerNorm(nn.LayerNorm):
 
 
 class Tagger(nn.Module):
-    """BERT, a BiLSTM and a CRF."""
+    """A model of BERT, a BiLSTM and a CRF."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class Tagger(nn.Module):
 
 
 class Norms(nn.Module):
-    """Layers of every kind of norm under every kind of name."""
+    """A model with every kind of norm under every kind of name."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Norms(nn.Module):
 
 
 class Shared(nn.Module):
-    """A norm and weights that several parts use: the first name counts."""
+    """A model with a shared norm and shared weights: the first name counts."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ class Shared(nn.Module):
     ids=[*map(str, KINDS), "patched", "tagger", "norms", "shared", "wrapped", "recurrent"],
 )
 def test_decays_what_trainer_decays(build):
-    """Of the release that is installed, whatever that is."""
+    """Compared with the Trainer of the installed release."""
     model = build()
     decayed = set(transformers.Trainer.get_decay_parameter_names(None, model))
     expected = {name: (1.0, 0.3 if name in decayed else 0.0) for name, _ in model.named_parameters()}

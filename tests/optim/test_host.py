@@ -1,4 +1,4 @@
-"""What a step costs the host: ATen calls, launches and Python calls; and that a quick step notices what changed."""
+"""Host cost of a step: ATen calls, launches and Python calls; and a quick step notices every change."""
 
 import sys
 import weakref
@@ -17,7 +17,7 @@ on_the_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="the exact calls ar
 
 
 class Calls(TorchDispatchMode):
-    """The ATen calls, by name."""
+    """Counts ATen calls by name."""
 
     def __init__(self):
         super().__init__()
@@ -31,14 +31,14 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The kernels launched, which do nothing: the interpreter would make tensors, and call functions."""
+    """Records launches without running them, because the interpreter would make tensors and call functions."""
     found = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, *arguments, **keywords: found.append(kernel.__name__))
     return found
 
 
 def stepped(params=None, **arguments):
-    """An optimizer whose next step is like its last ones."""
+    """An optimizer after some steps, whose next step repeats the last one."""
     ours = fastbert.AdamW(make_params() if params is None else params, **arguments)
     give_gradients(ours)
     for _ in range(3):
@@ -110,7 +110,7 @@ def replace_the_state(optimizer, param):
 
 
 def exchange_states(optimizer, param):
-    """Of two parameters of one shape."""
+    """Exchange the states of two parameters of the same shape."""
     other = params_of(optimizer)[1]
     optimizer.state[param], optimizer.state[other] = optimizer.state[other], optimizer.state[param]
 
@@ -124,11 +124,11 @@ def reset_a_step(optimizer, param):
     optimizer.state[param]["step"] = torch.zeros_like(optimizer.state[param]["step"])
 
 
-def forget_a_state(optimizer, param):
+def remove_a_state(optimizer, param):
     del optimizer.state[param]
 
 
-def forget_all(optimizer, param):
+def clear_states(optimizer, param):
     optimizer.state.clear()
 
 
@@ -145,8 +145,8 @@ def move_to_another_group(optimizer, param):
 
 
 CHANGES = (
-    *(replace_a_moment, move_a_moment, replace_the_state, exchange_states, order_states_anew, reset_a_step, forget_a_state),
-    *(forget_all, put_in_another, move_to_another_group),
+    *(replace_a_moment, move_a_moment, replace_the_state, exchange_states, order_states_anew, reset_a_step, remove_a_state),
+    *(clear_states, put_in_another, move_to_another_group),
 )
 
 
@@ -171,7 +171,7 @@ def test_a_sparse_gradient_after_some_steps():
     ours.step()
 
 
-def test_masters_asked_for_midway():
+def test_masters_requested_midway():
     ours = stepped(make_params(dtype=torch.float16))
     ours.param_groups[0]["master_weights"] = True
     ours.step()
@@ -201,7 +201,7 @@ def test_a_gradient_of_another_dtype_in_the_same_memory():
 
 
 def test_tables_keep_nothing_of_the_state_alive():
-    """`optimizer.state.clear()` is how memory is given back before something else."""
+    """`optimizer.state.clear()` must free the memory of the state."""
     ours = stepped()
     moment = weakref.ref(ours.state[params_of(ours)[0]]["exp_avg"])
     ours.state.clear()

@@ -1,4 +1,4 @@
-"""The README's training snippets, as they stand there."""
+"""Runs the README's training snippets verbatim."""
 
 import re
 from pathlib import Path

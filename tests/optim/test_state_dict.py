@@ -1,4 +1,4 @@
-"""Checkpoints exchanged with torch.optim.AdamW mid-training, float32 masters, and what stays where."""
+"""Checkpoints exchanged with torch.optim.AdamW mid-training, float32 masters, and the devices of state."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from .stepping import assert_bitwise, assert_same, give_gradients, make_params, 
 
 
 def saved(optimizer):
-    """Through a file, as a checkpoint goes."""
+    """The state_dict after saving and loading it."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -63,7 +63,7 @@ def test_resuming_is_as_if_never_stopped():
 
 
 def test_step_saved_as_a_number():
-    """By torch before 1.12."""
+    """As torch did before 1.12."""
     ours, theirs = pair()
     run(ours, theirs, steps=2)
     old = copy.deepcopy(theirs.state_dict())
@@ -74,7 +74,7 @@ def test_step_saved_as_a_number():
 
 
 def masters(dtype=torch.float16, **arguments):
-    """fastbert with float32 masters of 16-bit parameters, and torch on the float32 parameters that the masters are."""
+    """fastbert with float32 masters of 16-bit parameters, and torch on float32 parameters equal to the masters."""
     params = make_params(dtype=dtype)
     exact = [torch.nn.Parameter(p.detach().float()) for p in params]
     return fastbert.AdamW(params, master_weights=True, **arguments), torch.optim.AdamW(exact, **arguments)

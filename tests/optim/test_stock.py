@@ -1,4 +1,4 @@
-"""Where no kernel runs, torch's own functions step on the same state."""
+"""If no kernel can run, torch's own functions step on the same state."""
 
 import copy
 
@@ -31,7 +31,7 @@ def test_is_torchs(arguments, no_kernels, launches):
 
 
 def test_change_of_place(monkeypatch):
-    """From torch's functions to the kernel in mid-training: the state is the same."""
+    """Moving from torch's functions to the kernel mid-training keeps the state."""
     ours, theirs = pair()
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "device_reason", lambda device, dtype: "switched off by the test")
@@ -62,7 +62,7 @@ def test_bfloat16_in_the_interpreter_and_masters(no_kernels):
 
 
 def test_one_group_in_two_places():
-    """float32 on the kernel, a dtype without a kernel beside it."""
+    """One group with float32 on the kernel and a dtype without a kernel."""
     if torch.cuda.is_available():
         pytest.skip("bfloat16 has a kernel on a GPU")
     params = [*make_params([(20,)]), *make_params([(20,)], torch.bfloat16)]

@@ -1,4 +1,4 @@
-"""Training as users do: patched and on fastbert.AdamW, against stock on torch.optim.AdamW. Every loss within 1e-5."""
+"""Realistic training: patched with fastbert.AdamW against stock with torch.optim.AdamW, every loss within 1e-5."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ WITH_LOSS = [kind for kind in KINDS if kind is not BASE]
 
 
 def train(model, kind, optimizer_class, steps):
-    """A new batch each step, warm-up and decay, gradients clipped as everybody does."""
+    """Train with a new batch per step, warm-up, decay and clipped gradients."""
     model.train()
     optimizer = optimizer_class(fastbert.param_groups(model, 1e-3))
     schedule = get_scheduler("linear", optimizer, steps // 10 + 1, steps)
@@ -30,9 +30,9 @@ def train(model, kind, optimizer_class, steps):
 
 
 def without_gradient(kind):
-    """What adds the same to all that a softmax compares: a key's bias, one that all choices or positions share.
+    """Parameters that add the same number to all inputs of a softmax: a key's bias, a bias shared by choices or positions.
 
-    Its gradient is zero but for rounding. AdamW divides that noise by its own size and takes whole steps at random, in
+    Their gradient is zero except for rounding. AdamW divides that noise by its own magnitude and takes full random steps, in
     stock too; no output depends on it.
     """
     model = make(kind, torch.float64, **SMALL)
@@ -59,7 +59,7 @@ def test_fifteen_steps():
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)  # the interpreter takes a second a step
+@pytest.mark.timeout(1800)  # a step takes a second in the interpreter
 @pytest.mark.parametrize("kind", WITH_LOSS, ids=str)
 def test_two_hundred_steps(kind):
     assert_same_training(kind, 200)

@@ -1,4 +1,4 @@
-"""The source files, and throw-away environments to install them into without a network."""
+"""Lists the source files, and makes temporary environments to install them into without a network."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that sees the packages of the one the tests run in, but has its own fastbert."""
+    """A virtual environment that sees the packages of the tests' environment but has its own fastbert."""
 
     folder: Path
 
@@ -23,13 +23,13 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def run(self, *arguments: str | Path, cwd: Path) -> str:
-        """Run Python there and return what it printed; its errors are the test's."""
+        """Run Python in the environment and return its output; an error fails the test."""
         return run([self.python, *arguments], cwd)
 
     def install(self, *what: str | Path) -> None:
-        """pip install, from the disk alone: build tools and dependencies are the ones of the surrounding tests."""
+        """pip install without a network: build tools and dependencies are those of the tests' environment."""
         pip = [sys.executable, "-m", "pip", "--python", self.python, "--disable-pip-version-check", "install"]
-        # --ignore-installed: the fastbert of the surrounding environment stays as it is.
+        # --ignore-installed: leave the fastbert of the surrounding environment alone.
         local = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed"]
         run([*pip, *local, *what], self.folder)
 
@@ -46,13 +46,13 @@ def run(command: list[str | Path], cwd: Path) -> str:
 def make_environment(folder: Path, packages: list[Path]) -> Environment:
     venv.create(folder, symlinks=True)
     (own,) = folder.glob("lib/python*/site-packages")
-    # Python reads .pth files only in its own folder: an editable fastbert behind these paths is not switched on.
+    # Python reads .pth files only in its own site folder, so an editable fastbert in these paths is not active.
     (own / "surrounding.pth").write_text("".join(f"{path}\n" for path in packages))
     return Environment(folder)
 
 
 def source_files() -> list[Path]:
-    """What a commit of the working tree would hold, relative to the root."""
+    """The files that a commit of the working tree would contain, relative to the root."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git checkout: only git knows which files are sources")
     listed = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)

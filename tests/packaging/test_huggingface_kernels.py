@@ -1,7 +1,7 @@
-"""The folder kernels/ in the root and Hugging Face's `kernels` package, which transformers imports, live together.
+"""The folder kernels/ in the root does not hide Hugging Face's `kernels` package, which transformers imports.
 
-A regular package anywhere on the path wins over a folder without __init__.py; with one, `import kernels` in the
-checkout would give our folder to transformers, and importing BERT failed.
+A regular package anywhere on the path wins over a folder without __init__.py. With an __init__.py, `import kernels` in the
+checkout would give transformers this folder, and importing BERT would fail.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .environments import Environment
 
-# Runs in the root: the first entry of sys.path is the checkout, as in `python -m bench` or a notebook started there.
+# Runs in the root, so that sys.path starts with the checkout, as in `python -m bench` or a notebook started there.
 PROBE = """
 import json, sys
 from importlib import metadata
@@ -36,12 +36,12 @@ print(json.dumps({"imported": imported, "paths": [*kernels.__path__], "file": ke
 
 def test_installed(environment: Environment, tree: Path) -> None:
     found = json.loads(environment.run("-c", PROBE, cwd=tree))
-    assert found["imported"]  # or this test would show nothing
+    assert found["imported"]  # otherwise this test proves nothing
     assert found["file"].endswith("kernels/__init__.py")
     assert not [path for path in found["paths"] if Path(path).is_relative_to(tree)]
 
 
 def test_not_installed(environment_without: Callable[[str], Environment], tree: Path) -> None:
     found = json.loads(environment_without("kernels").run("-c", PROBE, cwd=tree))
-    # All that is left under that name is our folder, a namespace, which transformers does not take for the package.
+    # Only this folder has that name then, a namespace package, which transformers does not take for the package.
     assert found["file"] is None

@@ -1,4 +1,4 @@
-"""The library works in all four ways that people get it: editable, wheel, sdist, and from the root as it is."""
+"""The library works in all four forms: editable install, wheel, sdist, and run from the root without an install."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 from .environments import Environment, run
 
-# Imports the modules it is given, and says what was found where.
+# Imports the given modules and prints their locations.
 PROBE = """
 import importlib, json, sys
 from importlib import metadata
@@ -41,14 +41,14 @@ print(json.dumps({"folder": folder, "version": fastbert.__version__, "about": ab
 
 
 def package_files(tree: Path) -> set[str]:
-    """Every file of the package, as a path below fastbert/; the link counts as the folder it leads to."""
+    """Every file of the package, as a path below fastbert/; the link is followed."""
     linked = {str(path.relative_to(tree)) for path in (tree / "kernels").rglob("*.py")}
     own = {str(path.relative_to(tree / "fastbert")) for path in (tree / "fastbert").rglob("*") if path.is_file()}
     return linked | {path for path in own if "__pycache__" not in path}
 
 
 def modules(tree: Path) -> list[str]:
-    """The import names of the kernels, and of what the command starts."""
+    """The import names of the kernels and of the command line."""
     return [
         "fastbert.__main__",
         *(f"fastbert.kernels.{path.stem}" for path in sorted((tree / "kernels").glob("*.py"))),
@@ -64,7 +64,7 @@ def probe(environment: Environment, tree: Path, cwd: Path) -> dict:
 
 
 def check_installed(environment: Environment, tree: Path, cwd: Path, package: Path) -> None:
-    """The package is the one at `package`, with its metadata and its command."""
+    """Check that the package at `package` is installed, with its metadata and its command."""
     found = probe(environment, tree, cwd)
     assert Path(found["folder"]) == package.resolve()
     assert found["about"]["version"] == found["version"]
@@ -81,11 +81,11 @@ def site_packages(environment: Environment) -> Path:
     return folder
 
 
-@pytest.mark.long  # .ci/run installs it so
+@pytest.mark.long  # .ci/run installs it this way
 def test_editable(environment: Environment, tree: Path, elsewhere: Path) -> None:
     environment.install("--editable", tree)
     check_installed(environment, tree, elsewhere, tree / "fastbert")
-    # What lies beside the package in the root is not importable from elsewhere.
+    # Other folders in the root are not importable from elsewhere.
     environment.run("-c", "import kernels; assert 'tree' not in str(kernels.__path__)", cwd=elsewhere)
 
 
@@ -103,7 +103,7 @@ def test_sdist_and_the_wheel_of_it(environment: Environment, tree: Path, elsewhe
     (sdist,), (wheel,) = elsewhere.glob("*.tar.gz"), elsewhere.glob("*.whl")
     with tarfile.open(sdist) as archive:
         members = archive.getmembers()
-    # The link has become a folder of files: an archive with links would not unpack everywhere.
+    # The link has become a folder, because an archive with links would not unpack everywhere.
     assert not [member.name for member in members if member.issym() or member.islnk()]
     names = {member.name.split("/", 1)[-1] for member in members if member.isfile()}
     packaged = {name.removeprefix("fastbert/") for name in names if name.startswith("fastbert/")}

@@ -1,4 +1,4 @@
-"""What pyproject.toml, the folders and the documents say about each other."""
+"""pyproject.toml, the folders and the documents agree with each other."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def test_every_other_file_is_package_data(sources: list[Path]) -> None:
 
 
 def test_import_is_light_where_fastbert_is_the_program(tmp_path) -> None:
-    """The command line switches Triton's interpreter on after this import and before triton's own."""
+    """The command line switches on Triton's interpreter after this import and before triton is imported."""
     report = "import atexit, sys; atexit.register(lambda: print(sorted({'triton', 'transformers'} & sys.modules.keys())))"
     (tmp_path / "sitecustomize.py").write_text(report)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -1,1 +1,1 @@
-"""fastbert under other releases of transformers and triton: python -m tests.releases digests | run | table."""
+"""Tests fastbert under other releases of transformers and triton: python -m tests.releases digests | run | audit | table."""

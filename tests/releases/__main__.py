@@ -1,4 +1,4 @@
-"""python -m tests.releases: the table of digests, the runs over releases, and the README's table of them."""
+"""python -m tests.releases: updates the table of digests, runs tests over releases, and writes the README's table."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ def several(names: tuple[str, ...]) -> Callable[[], list[str]]:
 
 @app.callback()
 def main() -> None:
-    """fastbert under other releases of transformers and triton."""
+    """Test fastbert under other releases of transformers and triton."""
 
 
 @app.command()
@@ -28,7 +28,7 @@ def digests(
     ] = None,
     cache: Cache = overlay.CACHE,
 ) -> None:
-    """Add the forwards of transformers to fastbert/data/forwards.json: as from then fastbert counts as tested there."""
+    """Add the forwards of transformers to fastbert/data/forwards.json, after which they count as tested."""
     if transformers:
         for release in transformers:
             print(matrix.python(["-m", "tests.releases", "digests"], overlay.of_transformers(release, cache)), end="")
@@ -61,7 +61,7 @@ def audit(
     update: Annotated[bool, typer.Option("--update", help="Accept what was found.")] = False,
     cache: Cache = overlay.CACHE,
 ) -> None:
-    """The short compile audit under other releases of triton. Exit code 1 if anything is worse than its accepted state."""
+    """Run the short compile audit under other releases of triton. Exit code 1 if anything is worse than accepted."""
     if not all([matrix.audit(release, update, cache) for release in triton]):
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""The table of digests: what is missing in it for the release of transformers that is installed."""
+"""Adds the digests of the installed transformers release to the table."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ Table = dict[str, dict[str, str]]
 
 
 def of_this_release() -> dict[str, str]:
-    """Digest by qualified name of all that this release has."""
+    """The digests of the covered functions that this release has, by qualified name."""
     return {forwards.label(*pair): forwards.digest(getattr(*pair)) for pair in covered()}
 
 
 def added(table: Table, found: dict[str, str], release: str) -> Table:
-    """`table` with the digests of a release; each keeps the oldest release that it was seen in."""
+    """`table` with the digests of a release added; each digest keeps its oldest release."""
     result = {name: dict(digests) for name, digests in table.items()}
     for name, digest in found.items():
         releases = result.setdefault(name, {})
@@ -28,13 +28,13 @@ def added(table: Table, found: dict[str, str], release: str) -> Table:
 
 
 def write(table: Table, path: Path = TABLE) -> None:
-    """Sorted by name and release, a digest a line."""
+    """Write the table sorted by name and release, with one digest per line."""
     ordered = {name: dict(sorted(table[name].items(), key=lambda item: (Version(item[1]), item[0]))) for name in sorted(table)}
     path.write_text(json.dumps(ordered, indent=1) + "\n")
 
 
 def update(path: Path = TABLE) -> list[str]:
-    """Add this release's digests to the table at `path`; a line for each that it did not have."""
+    """Add this release's digests to the table at `path`; returns one line per new digest."""
     table: Table = json.loads(path.read_text()) if path.exists() else {}
     found = of_this_release()
     if unreadable := [name for name, digest in found.items() if digest is None]:

@@ -1,4 +1,4 @@
-"""Runs the model tests on pairs of releases, each in a process of its own, and keeps what came out as JSON."""
+"""Runs the model tests on pairs of releases, each in a separate process, and saves the results as JSON."""
 
 import json
 import subprocess
@@ -17,10 +17,10 @@ from tests.releases import overlay
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench/results/releases.json"
-# Those that brought new forwards, and some between: with them every 5.x so far has all of its forwards in the table.
+# The releases with new forwards, and some between: they cover all forwards of every 5.x so far.
 TRANSFORMERS = ("5.0.0", "5.1.0", "5.2.0", "5.10.4", "5.17.0", "5.23.0", "5.24.0")
 TRITON = ("3.6.0", "3.7.1", "3.8.0")
-# About a minute a pair: what meets transformers (its signatures, masks, caches, losses) and every kernel once.
+# About a minute per pair: the tests that touch transformers (signatures, masks, caches, losses), and every kernel once.
 TESTS = (
     "tests/test_forwards.py",
     "tests/models/test_equality.py",
@@ -36,13 +36,13 @@ Record = dict[str, Any]
 
 
 class Failed(Exception):
-    """A process ended in an error."""
+    """A process ended with an error."""
 
 
 def run(
     transformers: list[str], triton: list[str], out: Path, cache: Path, tests: list[str], jobs: int, say: Callable[[str], None]
 ) -> bool:
-    """Run every pair and write each into `out` as soon as it is known; whether all passed."""
+    """Run every pair and write each result to `out` at once; returns whether all passed."""
     fine = True
     for pair in overlay.pairs(transformers, triton):
         found, digests = one(*pair, cache, tests, jobs)
@@ -53,7 +53,7 @@ def run(
 
 
 def one(transformers: str, triton: str, cache: Path, tests: list[str], jobs: int) -> tuple[Record, dict[str, str]]:
-    """The record of one pair, and the digests of that transformers."""
+    """The record of one pair, and the digests of its transformers release."""
     record: Record = {"transformers": transformers, "triton": triton}
     try:
         folders = [*overlay.of_transformers(transformers, cache), *overlay.of_triton(triton, cache)]
@@ -77,10 +77,10 @@ def one(transformers: str, triton: str, cache: Path, tests: list[str], jobs: int
 
 
 def python(arguments: list[str], folders: list[Path]) -> str:
-    """What a Python prints that finds these folders first.
+    """The output of a Python process with these folders first on its path.
 
     Raises:
-        Failed: it ended with another exit code than 0; says its last word.
+        Failed: it ended with an exit code other than 0; the message is its last line.
     """
     command, environment = [sys.executable, *arguments], overlay.environment(folders, ROOT)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -90,7 +90,7 @@ def python(arguments: list[str], folders: list[Path]) -> str:
 
 
 def audit(triton: str, update: bool, cache: Path) -> bool:
-    """Whether the short compile audit finds nothing worse under this release than was accepted; `update` accepts it."""
+    """Whether the short compile audit finds nothing worse than accepted under this release; `update` accepts it."""
     whole = update and triton.startswith(f"{WHOLE}.")
     options = [*(["--short"] if not whole else []), "--update" if update else "--check", "--top", "1"]
     environment = overlay.environment(overlay.of_triton(triton, cache), ROOT)
@@ -98,7 +98,7 @@ def audit(triton: str, update: bool, cache: Path) -> bool:
 
 
 def counts(report: str) -> Record:
-    """How many tests of a JUnit report passed, failed and were skipped, and the names of those that failed."""
+    """The numbers of passed, failed and skipped tests of a JUnit report, and the names of the failed ones."""
     failing, skipped, total = [], 0, 0
     for case in xml.fromstring(report).iter("testcase"):
         total += 1
@@ -127,7 +127,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, record: Record, digests: dict[str, str]) -> None:
-    """Put one record in the place of what was known of its pair."""
+    """Save one record, replacing an earlier one of its pair."""
     known = read(path)
     pairs = {(old["transformers"], old["triton"]): old for old in known["pairs"]}
     pairs[record["transformers"], record["triton"]] = record

@@ -1,4 +1,4 @@
-"""Folders that put another release of a package in front of the installed one, so that torch is installed once."""
+"""Installs other releases of a package into folders that go in front of the installed one, so torch is installed once."""
 
 import os
 import re
@@ -15,32 +15,32 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastbert-releases"
-# Optional for transformers, and imported by it wherever it is installed.
+# Optional for transformers, which imports it if it is installed.
 _BESIDE = ("kernels",)
 # Before 3.7 triton's interpreter fails under NumPy 2.4 on loops that end at a tensor.
 _NUMPY_BEFORE = Version("3.7"), "numpy<2.4"
 
 
 class Unavailable(Exception):
-    """A release that pip does not find."""
+    """pip does not find a release."""
 
 
 def of_transformers(release: str, cache: Path) -> list[Path]:
-    """The folders for a release of transformers: its own, and those of whatever it refuses of what is installed."""
+    """The folders for a transformers release: its own, and one per installed package whose version it does not accept."""
     own = folder(f"transformers=={release}", cache)
     found = [own]
-    for name, requirement in refused(own).items():
+    for name, requirement in unmet_requirements(own).items():
         if name not in _BESIDE:
             found.append(folder(requirement, cache))
             continue
-        with suppress(Unavailable):  # then transformers, which knows that it is another release, does without
+        with suppress(Unavailable):  # then transformers, which checks the version, does without it
             beside = folder(requirement, cache)
             found += [beside] * imports(name, beside)
     return found
 
 
 def imports(name: str, overlay: Path) -> bool:
-    """Whether the package can be imported from there: one that needs another that nobody installed cannot."""
+    """Whether the package can be imported from there; one with a missing dependency cannot."""
     command = [sys.executable, "-c", f"import {name}"]
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(overlay)}, capture_output=True).returncode == 0
 
@@ -51,29 +51,29 @@ def of_triton(release: str, cache: Path) -> list[Path]:
     return [folder(f"triton=={release}", cache), *([folder(numpy, cache)] if old else [])]
 
 
-def refused(overlay: Path) -> dict[str, str]:
-    """By name the requirements of the distribution in `overlay` that what is installed does not meet."""
+def unmet_requirements(overlay: Path) -> dict[str, str]:
+    """The requirements of the distribution in `overlay` that the installed packages do not meet, by name."""
     (distribution,) = metadata.distributions(path=[str(overlay)])
     wrong: dict[str, str] = {}
     for text in distribution.requires or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.name in _BESIDE:
-            with suppress(metadata.PackageNotFoundError):  # one that nobody installed was never imported
+            with suppress(metadata.PackageNotFoundError):  # a package that is not installed is not imported
                 if not requirement.specifier.contains(metadata.version(requirement.name), prereleases=True):
                     wrong[requirement.name] = f"{requirement.name}{requirement.specifier}"
     return wrong
 
 
 def folder(requirement: str, cache: Path) -> Path:
-    """Where `requirement`, without what it depends on, is installed; pip runs the first time only.
+    """The folder in which `requirement` is installed without its dependencies; pip runs the first time only.
 
     Raises:
-        Unavailable: pip finds no such release.
+        Unavailable: pip does not find the release.
     """
     path = cache / re.sub(r"[^\w.=-]+", "_", requirement)
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        # Elsewhere first: an install that was cut short is not taken for one.
+        # Installed elsewhere first, so that an interrupted install is not reused.
         with tempfile.TemporaryDirectory(dir=cache) as unfinished:
             options = ["--quiet", "--no-deps", "--disable-pip-version-check", "--target", f"{unfinished}/of"]
             command = [sys.executable, "-m", "pip", "install", *options, requirement]
@@ -85,7 +85,7 @@ def folder(requirement: str, cache: Path) -> Path:
 
 
 def environment(folders: list[Path], root: Path) -> dict[str, str]:
-    """The variables of a process that finds these folders first."""
+    """The environment variables of a process with these folders first on its path."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join(filter(None, [*map(str, folders), str(root), *inherited]))
     return os.environ | {
@@ -97,7 +97,7 @@ def environment(folders: list[Path], root: Path) -> dict[str, str]:
 
 
 def pairs(transformers: list[str], triton: list[str]) -> Iterator[tuple[str, str]]:
-    """Every release of the one with every release of the other, oldest first."""
+    """Every transformers release with every triton release, oldest first."""
     for one in sorted(set(transformers), key=Version):
         for other in sorted(set(triton), key=Version):
             yield one, other

@@ -1,4 +1,4 @@
-"""Prints, as JSON, which releases this process runs on and the digests of their forwards."""
+"""Prints the releases that this process runs on, and the digests of their forwards, as JSON."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""The tool that runs the tests over releases: tables, counts and overlays, on invented releases; and the README's table."""
+"""The tool that runs tests over releases: tables, counts and overlays, on invented releases; and the README's table."""
 
 import json
 from importlib import metadata
@@ -87,7 +87,7 @@ def test_the_installed_release_adds_nothing(tmp_path):
 
 @pytest.fixture
 def pip(tmp_path, monkeypatch):
-    """Stands in for pip: every requirement but those of `missing` becomes a folder with the distribution's metadata."""
+    """A stand-in for pip: every requirement except those in `missing` becomes a folder with the distribution's metadata."""
 
     def install(command, **_):
         requirement, target = command[-1], command[command.index("--target") + 1]
@@ -121,7 +121,7 @@ def test_what_a_release_refuses_is_put_in_front_too(pip, tmp_path):
 
 @pytest.mark.parametrize("importable", [True, False])
 def test_optional_packages_come_along_where_they_can(pip, tmp_path, monkeypatch, importable):
-    """transformers imports any release of kernels that it knows, and some that it does not."""
+    """transformers imports every release of kernels that it accepts, and some that it does not."""
     _, missing, needs = pip
     needs += ['kernels<0.1; extra == "kernels"']
     monkeypatch.setattr(overlay, "imports", lambda name, folder: importable)

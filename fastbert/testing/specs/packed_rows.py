@@ -14,12 +14,12 @@ BATCH = 32  # the audit's; an int32 counts the rows of a batch
 
 
 def _inputs(size: Size, draw: Draw, dtype: torch.dtype) -> Given:
-    """Both masks, room for every row, and the comparison with the counts."""
+    """Both masks, capacity for every row, and the comparison with the counts."""
     tokens, read = (draw.mask(0.7, size.batch, size.seqlen) for _ in range(2))
     masks = {"counts": reference.row_counts(tokens, read), "tokens": tokens, "read": read}
-    rooms = {"room": size.tokens, "longest": size.seqlen, "exact": False}
-    of_read = {f"read_{name}": value for name, value in rooms.items()}
-    return Given({}, {**masks, "seqlen": size.seqlen, **rooms, **of_read, "first": False, "check": True})
+    capacities = {"capacity": size.tokens, "longest": size.seqlen, "exact": False}
+    of_read = {f"read_{name}": value for name, value in capacities.items()}
+    return Given({}, {**masks, "seqlen": size.seqlen, **capacities, **of_read, "first": False, "check": True})
 
 
 def _variant(dtype: str = "bool", width: int = SEQLEN) -> Variant:

@@ -117,7 +117,7 @@ def test_phases_are_what_lies_between_the_marks(clock):
         ("something_new", "other"),
     ],
 )
-def test_kernels_are_told_apart_by_name(kernel, part):
+def test_kernels_are_distinguished_by_name(kernel, part):
     assert breakdown.part_of(kernel) == part
 
 

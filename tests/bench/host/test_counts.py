@@ -43,12 +43,12 @@ def test_a_stub_is_asked_for_its_counts():
         copies=Counter(HtoD=1),
         fills=5,
     )
-    asked = []
+    calls = []
     stub = SimpleNamespace(
-        reset=lambda: asked.append("reset"), counts=lambda: found, readable=lambda name: f"void at::native::{name[2:]}"
+        reset=lambda: calls.append("reset"), counts=lambda: found, readable=lambda name: f"void at::native::{name[2:]}"
     )
-    launches = counts._of_stub(lambda: asked.append("step"), stub)
-    assert asked == ["reset", "step"]
+    launches = counts._of_stub(lambda: calls.append("step"), stub)
+    assert calls == ["reset", "step"]
     assert launches[ATEN] == {"add": 2, "mul": 1} and launches[COPIES] == {"Memset": 5, "Memcpy HtoD": 1}
     assert counts.kernels(launches) == 2 + 1 + 4 + 3, "copies and fills are no kernels"
 

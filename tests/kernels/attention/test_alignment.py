@@ -20,7 +20,7 @@ HALF, SINGLE = torch.float16, torch.float32
 SHAPE = (2, 5, 3, 40)
 
 
-def told(inputs, dy=None, **options):
+def aligned_kernels(inputs, dy=None, **options):
     """{kernel: ALIGNED} for a forward and a backward that are recorded instead of run."""
     seen = {}
     with recording("sm_90", lambda kernel, programs, config, arguments: seen.update({kernel.__name__: arguments["ALIGNED"]})):
@@ -38,29 +38,29 @@ def rows_of(product, names="qkv"):
 @pytest.mark.parametrize("dtype, head_sizes", [(HALF, (8, 24, 40, 56, 72, 104)), (SINGLE, (4, 12, 20, 40))], ids=str)
 def test_head_sizes_that_16_bytes_divide(dtype, head_sizes):
     for head_size in head_sizes:
-        assert all(told(make_inputs(2, 5, 3, head_size, dtype)).values()), head_size
-        assert all(told(rows_of(normal(2, 5, 3, 3, head_size, dtype=dtype))).values()), head_size
+        assert all(aligned_kernels(make_inputs(2, 5, 3, head_size, dtype)).values()), head_size
+        assert all(aligned_kernels(rows_of(normal(2, 5, 3, 3, head_size, dtype=dtype))).values()), head_size
 
 
 @pytest.mark.no_launch
 @pytest.mark.parametrize("dtype, head_sizes", [(HALF, (1, 4, 12, 20, 59)), (SINGLE, (1, 2, 6, 59))], ids=str)
 def test_head_sizes_that_16_bytes_do_not_divide(dtype, head_sizes):
     for head_size in head_sizes:
-        assert not any(told(make_inputs(2, 5, 3, head_size, dtype)).values()), head_size
+        assert not any(aligned_kernels(make_inputs(2, 5, 3, head_size, dtype)).values()), head_size
 
 
 @pytest.mark.no_launch
 @pytest.mark.parametrize("head_size", [16, 32, 64, 128])
 def test_nobody_asks_at_berts_head_sizes(head_size):
     """Where 16 divides every stride, Triton infers it."""
-    assert not any(told(make_inputs(2, 5, 3, head_size, HALF)).values())
+    assert not any(aligned_kernels(make_inputs(2, 5, 3, head_size, HALF)).values())
 
 
 @pytest.mark.no_launch
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("misaligned", ["an odd place", "odd rows", "odd columns", "every second", "heads apart"])
 def test_one_tensor_that_is_not_aligned(name, misaligned):
-    """No kernel that reads it is told."""
+    """ALIGNED is false in every kernel that reads it."""
     inputs = make_inputs(*SHAPE[:3], SHAPE[3], HALF)
     wider = normal(*SHAPE[:3], SHAPE[3] + 8, dtype=HALF)
     inputs[name] = {
@@ -70,12 +70,12 @@ def test_one_tensor_that_is_not_aligned(name, misaligned):
         "every second": lambda: every_second(inputs[name]),
         "heads apart": lambda: head_size_first(inputs[name]),
     }[misaligned]()
-    assert not any(told(inputs).values())
+    assert not any(aligned_kernels(inputs).values())
 
 
 @pytest.mark.no_launch
 def test_an_upstream_gradient_that_is_not_aligned():
-    found = told(make_inputs(2, 5, 3, 40, HALF), offset(normal(*SHAPE, dtype=HALF)))
+    found = aligned_kernels(make_inputs(2, 5, 3, 40, HALF), offset(normal(*SHAPE, dtype=HALF)))
     assert found.pop(FORWARD) and not any(found.values())
 
 
@@ -83,7 +83,7 @@ def test_an_upstream_gradient_that_is_not_aligned():
 @pytest.mark.parametrize("layout", [heads_first, shared_heads], ids=lambda f: f.__name__)
 def test_strided_rows_that_are_aligned(layout):
     inputs = {name: layout(x) for name, x in make_inputs(2, 5, 3, 40, HALF).items()}
-    assert all(told(inputs).values())
+    assert all(aligned_kernels(inputs).values())
 
 
 @pytest.mark.no_launch
@@ -98,7 +98,7 @@ def test_it_is_true_of_every_address():
         for inputs in (rows_of(part), dict.fromkeys("qkv", part[:, :, 0])):
             heads = [x[b, s, h] for x in inputs.values() for b, s, h in itertools.product(range(2), range(5), range(3))]
             aligned = not any(row.data_ptr() % 16 for row in heads)
-            assert told(inputs)[FORWARD] == aligned, (start, width, head_size)
+            assert aligned_kernels(inputs)[FORWARD] == aligned, (start, width, head_size)
             truths.add(aligned)
     assert truths == {False, True}
 

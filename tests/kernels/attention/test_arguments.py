@@ -26,7 +26,7 @@ def zeros(*shape, dtype=torch.float32, device=DEVICE):
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def refused(argument, inputs, **options):
+def rejection(argument, inputs, **options):
     with pytest.raises(ValueError, match=rf"^{argument}: ") as error:
         attention(**inputs, **options)
     return str(error.value)
@@ -37,68 +37,68 @@ def refused(argument, inputs, **options):
 def test_a_dtype_without_a_kernel(name, dtype):
     inputs = make_inputs(2, 5, 2, 8)
     inputs[name] = inputs[name].to(dtype)
-    assert str(dtype) in refused(name, inputs)
+    assert str(dtype) in rejection(name, inputs)
 
 
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_another_dtype_than_that_of_q(name):
     inputs = make_inputs(2, 5, 2, 8)
     inputs[name] = inputs[name].half()
-    assert "torch.float16" in refused(name, inputs) and "torch.float32" in refused(name, inputs)
+    assert "torch.float16" in rejection(name, inputs) and "torch.float32" in rejection(name, inputs)
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (5, 8), (5, 2, 8), (1, 2, 5, 2, 8)], ids=str)
 def test_a_q_of_another_rank(shape):
-    assert str(shape) in refused("q", make_inputs(2, 5, 2, 8) | {"q": zeros(*shape)})
+    assert str(shape) in rejection("q", make_inputs(2, 5, 2, 8) | {"q": zeros(*shape)})
 
 
 @pytest.mark.parametrize("shape", [(10, 8), (2, 5, 2, 8)], ids=str)
 def test_a_packed_q_of_another_rank(shape):
-    assert "[T, heads, D]" in refused("q", dict.fromkeys("qkv", zeros(*shape)), cu_seqlens=bounds(), max_seqlen=6)
+    assert "[T, heads, D]" in rejection("q", dict.fromkeys("qkv", zeros(*shape)), cu_seqlens=bounds(), max_seqlen=6)
 
 
 @pytest.mark.parametrize("head_size", [0, MAX_HEAD_SIZE + 1, 1024])
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 def test_a_head_size_without_a_kernel(packed, head_size):
     shape, options = ((10, 2), {"cu_seqlens": bounds(), "max_seqlen": 6}) if packed else ((2, 5, 2), {})
-    assert str(head_size) in refused("q", dict.fromkeys("qkv", zeros(*shape, head_size)), **options)
+    assert str(head_size) in rejection("q", dict.fromkeys("qkv", zeros(*shape, head_size)), **options)
 
 
 @pytest.mark.parametrize("shape", [(), (5, 2, 8), (3, 5, 2, 8), (1, 5, 2, 8), (2, 5, 2, 7)], ids=str)
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_another_shape(name, shape):
     """Shapes are not broadcast, although torch would: the gradient would have to be summed. Heads: test_grouped.py."""
-    assert str(tuple(shape)) in refused(name, make_inputs(2, 5, 2, 8) | {name: zeros(*shape)})
+    assert str(tuple(shape)) in rejection(name, make_inputs(2, 5, 2, 8) | {name: zeros(*shape)})
 
 
 def test_values_of_another_length_than_the_keys():
-    refused("v", make_inputs(2, 5, 2, 8) | {"v": zeros(2, 6, 2, 8)})
+    rejection("v", make_inputs(2, 5, 2, 8) | {"v": zeros(2, 6, 2, 8)})
 
 
 @pytest.mark.parametrize("shape", [(9, 2, 8), (10, 3, 8), (10, 2, 7), (2, 5, 2, 8)], ids=str)
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_another_shape_packed(name, shape):
-    refused(name, rows() | {name: zeros(*shape)}, cu_seqlens=bounds(), max_seqlen=6)
+    rejection(name, rows() | {name: zeros(*shape)}, cu_seqlens=bounds(), max_seqlen=6)
 
 
 def test_packed_rows_need_max_seqlen():
-    refused("max_seqlen", rows(), cu_seqlens=bounds())
+    rejection("max_seqlen", rows(), cu_seqlens=bounds())
 
 
 @pytest.mark.parametrize("name, shape", [("key_mask", (2, 6)), ("mask", (1, 1, 1, 1))])
 def test_packed_rows_take_no_mask(name, shape):
-    refused("cu_seqlens", rows(), cu_seqlens=bounds(), max_seqlen=6, **{name: zeros(*shape, dtype=torch.bool)})
+    rejection("cu_seqlens", rows(), cu_seqlens=bounds(), max_seqlen=6, **{name: zeros(*shape, dtype=torch.bool)})
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8], ids=str)
 def test_a_key_mask_that_is_not_bool(dtype):
     """1 means seen in some conventions and masked in others, so nothing is guessed."""
-    assert str(dtype) in refused("key_mask", make_inputs(2, 5, 2, 8), key_mask=zeros(2, 5, dtype=dtype))
+    assert str(dtype) in rejection("key_mask", make_inputs(2, 5, 2, 8), key_mask=zeros(2, 5, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (1, 5), (2, 4), (5, 2), (2, 1, 1, 5)], ids=str)
 def test_a_key_mask_of_another_shape(shape):
-    assert str(tuple(shape)) in refused("key_mask", make_inputs(2, 5, 2, 8), key_mask=zeros(*shape, dtype=torch.bool))
+    assert str(tuple(shape)) in rejection("key_mask", make_inputs(2, 5, 2, 8), key_mask=zeros(*shape, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -106,21 +106,21 @@ def test_a_key_mask_of_another_shape(shape):
 )
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
 def test_a_mask_that_does_not_broadcast(dtype, shape):
-    assert str(tuple(shape)) in refused("mask", make_inputs(2, 5, 2, 8), mask=zeros(*shape, dtype=dtype))
+    assert str(tuple(shape)) in rejection("mask", make_inputs(2, 5, 2, 8), mask=zeros(*shape, dtype=dtype))
 
 
 def test_a_mask_does_not_make_the_output_larger():
-    refused("mask", make_inputs(1, 5, 2, 8), mask=zeros(2, 1, 1, 5))
+    rejection("mask", make_inputs(1, 5, 2, 8), mask=zeros(2, 1, 1, 5))
 
 
 def test_a_mask_that_requires_a_gradient():
     mask = zeros(1, 2, 5, 5).requires_grad_()
-    refused("mask", make_inputs(2, 5, 2, 8), mask=mask)
+    rejection("mask", make_inputs(2, 5, 2, 8), mask=mask)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), float("inf"), -1e-9])
 def test_a_p_that_is_no_probability(p):
-    assert str(p) in refused("p", make_inputs(2, 5, 2, 8), p=p)
+    assert str(p) in rejection("p", make_inputs(2, 5, 2, 8), p=p)
 
 
 def test_options_are_keywords_only():
@@ -174,4 +174,4 @@ WRONG = {
 @pytest.mark.parametrize("argument, options", WRONG.values(), ids=WRONG.keys())
 def test_every_other_argument(argument, options):
     inputs = rows() if "cu_seqlens" in options else make_inputs(2, 5, 2, 8)
-    refused(argument, inputs | options)
+    rejection(argument, inputs | options)

@@ -53,11 +53,11 @@ def test_what_triton_compiled_once_is_shared(noting):
 
 
 def test_one_tuple_where_tritons_launcher_wants_it(noting, monkeypatch):
-    told = []
-    kernel = cache.LoadedKernel(None, lambda *arguments: told.append(arguments), ("told",), False)
+    received = []
+    kernel = cache.LoadedKernel(None, lambda *arguments: received.append(arguments), ("metadata",), False)
     monkeypatch.setattr(cache, "compiled", lambda *arguments: kernel)
     bind(noting)(9, 4096)
-    assert told == [(5, 1, 1, 9, "told", (4096, 3, 9, 8, "gelu"))]
+    assert received == [(5, 1, 1, 9, "metadata", (4096, 3, 9, 8, "gelu"))]
 
 
 @no_launch
@@ -73,14 +73,14 @@ def test_the_tensors_come_first(noting):
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
-def test_hooks_are_told(hook, noting):
+def test_hooks_see_launches(hook, noting):
     call = bind(noting)
-    told = getattr(knobs.runtime, hook)
-    told.add(print)
+    hooks = getattr(knobs.runtime, hook)
+    hooks.add(print)
     try:
         call(9, 4096)
     finally:
-        told.remove(print)
+        hooks.remove(print)
     call(9, 4096)
     metadata = ("metadata", (5, 1, 1), 9, (4096, 3, 9, 8, "gelu"))
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook

@@ -123,11 +123,11 @@ def test_a_dtype_stands_for_a_tensor_that_16_divides():
 
 
 @no_launch
-def test_the_launcher_in_c_is_told_what_tritons_tells_it(monkeypatch):
+def test_the_launcher_in_c_gets_the_arguments_of_tritons(monkeypatch):
     """Triton's launcher in Python runs beside it: both pass the same arguments to the launcher in C."""
-    told = []
+    received = []
     run = CudaLauncher.__new__(CudaLauncher)
-    run.launch = lambda *arguments: told.append(arguments)
+    run.launch = lambda *arguments: received.append(arguments)
     run.launch_cooperative_grid, run.launch_pdl, run.num_ctas = False, True, 1
     run.global_scratch_size = run.profile_scratch_size = 0
     run.global_scratch_align = run.profile_scratch_align = 1
@@ -140,7 +140,7 @@ def test_the_launcher_in_c_is_told_what_tritons_tells_it(monkeypatch):
     run(5, 1, 1, 9, binary.function, binary.packed_metadata, None, None, None, *arguments)
     found = cache._loaded(binary)
     found.launch(5, 1, 1, 9, *found.prefix, *(arguments if found.spread else (arguments,)))
-    assert told[0] == told[1] and len(told[0]) > 10
+    assert received[0] == received[1] and len(received[0]) > 10
 
 
 @no_launch
@@ -224,12 +224,12 @@ def test_a_watched_launch_is_tritons(change, noting, monkeypatch):
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_hook_that_is_added_is_seen(hook, noting):
     start(noting)
-    told = getattr(knobs.runtime, hook)
-    told.add(print)
+    hooks = getattr(knobs.runtime, hook)
+    hooks.add(print)
     try:
         assert cache.has_hooks() and start(noting)[0] == "triton"
     finally:
-        told.remove(print)
+        hooks.remove(print)
     assert not cache.has_hooks() and start(noting)[0] == "address"
 
 
@@ -266,7 +266,7 @@ def test_launches_of_compiled_kernels(dtype):
 
 
 @pytest.mark.gpu
-def test_hooks_are_told_of_compiled_kernels(launches):
+def test_hooks_see_compiled_kernels(launches):
     x = torch.randn(4, 64, device=DEVICE)
     bias_gelu(x)
     seen = []

@@ -72,13 +72,13 @@ def make(
     return inputs, named
 
 
-def packed(ids, room=0):
-    """Packed rows: every other and the last two of a batch, and `room` for some more that are not read."""
+def packed(ids, spare=0):
+    """Packed rows: every other and the last two of a batch, and `spare` for some more that are not read."""
     rows = torch.arange(ids.numel(), device=DEVICE, dtype=torch.int32)
     chosen = torch.cat([rows[::2], rows[-2:]]).unique()
     inverse = torch.full_like(rows, -1)
     inverse[chosen.long()] = torch.arange(len(chosen), device=DEVICE, dtype=torch.int32)
-    return {"index": torch.cat([chosen, torch.full_like(chosen[:room], -1)]), "inverse": inverse}
+    return {"index": torch.cat([chosen, torch.full_like(chosen[:spare], -1)]), "inverse": inverse}
 
 
 def check(inputs, options, dy=None, frozen=()):
@@ -257,10 +257,10 @@ def test_many_partial_sums(dtype, which):
     elif which != "all":
         sums = None
     shapes = {"weight": (37,), "bias": (37,), "positions": (51, 37), "types": (4, 37)}
-    asked = {"all": shapes, "norm": ("weight", "bias")}.get(which, (which,))
+    wanted = {"all": shapes, "norm": ("weight", "bias")}.get(which, (which,))
     results = []
     for module in (embedding_sums, plain):
-        out = [torch.full(shape, torch.nan, device=DEVICE, dtype=dtype) if n in asked else None for n, shape in shapes.items()]
+        out = [torch.full(shape, torch.nan, device=DEVICE, dtype=dtype) if n in wanted else None for n, shape in shapes.items()]
         module.finish(sums, place_sums, *out, 3)
         results.append([x for x in out if x is not None])
     for one, other in zip(*results, strict=True):

@@ -34,15 +34,15 @@ from .test_embedding_layernorm import (
 )
 
 
-@pytest.mark.parametrize("room", [0, 3])
+@pytest.mark.parametrize("spare", [0, 3])
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, HALF], ids=str)
 @pytest.mark.parametrize("type_ids", ["none", "of all sequences", "of each sequence"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.one_in(2)
-def test_every_way_to_name_rows(positions, type_ids, dtype, room, launches):
+def test_every_way_to_name_rows(positions, type_ids, dtype, spare, launches):
     """Positions that are counted need no sorting here either."""
-    inputs, options = make(dtype=dtype, positions=positions, type_ids=type_ids, offset=2 if room else 0)
-    check(inputs, options | packed(options["ids"], room) | {"p": 0.1 if room else 0.0})
+    inputs, options = make(dtype=dtype, positions=positions, type_ids=type_ids, offset=2 if spare else 0)
+    check(inputs, options | packed(options["ids"], spare) | {"p": 0.1 if spare else 0.0})
     sorted_ = 1 + (positions != "counted")
     expected = {IDS: 1, FORWARD: 1, ROWS: 1, SUMS: 1, FINISH: 1, ORDER: sorted_, RUNS: sorted_}
     assert expected.items() <= launches().items()

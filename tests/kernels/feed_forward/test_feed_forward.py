@@ -107,10 +107,10 @@ def test_nothing_is_kept_without_a_gradient(small_tiles, launches):
 def test_rows_past_the_last_are_not_written(small_tiles):
     """Rows past the end are neither written, in front of other memory, nor summed."""
     work = feed_forward_products.work(PRODUCT, 5, 16, 32, torch.empty(0, device=DEVICE), "gelu")
-    room = torch.full((2, 20, 32), torch.nan, device=DEVICE)
+    buffer = torch.full((2, 20, 32), torch.nan, device=DEVICE)
     x, weight = torch.randn(5, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE)
-    work.launch(x, x_ptr=x, weight_ptr=weight, bias_ptr=None, h_ptr=room[0], y_ptr=room[1])
-    assert room[:, :5].isfinite().all() and room[:, 5:].isnan().all()
+    work.launch(x, x_ptr=x, weight_ptr=weight, bias_ptr=None, h_ptr=buffer[0], y_ptr=buffer[1])
+    assert buffer[:, :5].isfinite().all() and buffer[:, 5:].isnan().all()
 
 
 @interpreted

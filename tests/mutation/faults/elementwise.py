@@ -116,7 +116,7 @@ FAULTS = (
         "a second derivative that is asked for by name is silently 0",
         before="_FirstOrderOnly.apply(g.detach().requires_grad_(), *sources)",
         after="_FirstOrderOnly.apply(g.detach().requires_grad_())",
-        tests=("tests/models/test_autograd.py::test_a_second_derivative_asked_for_by_name_raises[of_inputs--one op]",),
+        tests=("tests/models/test_autograd.py::test_a_second_derivative_of_named_inputs_raises[of_inputs--one op]",),
     ),
     _autograd(
         "a second derivative by what an op keeps nothing of is silently 0",

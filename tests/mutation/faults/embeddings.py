@@ -177,7 +177,7 @@ FAULTS = (
         tests=(PACKED, "-k", "test_every_way_to_name_rows and float32"),
     ),
     _ids(
-        "what is left of the room reads before the first id",
+        "what is left of the capacity reads before the first id",
         before="tl.maximum(tl.load(index_ptr + rows, mask, other=0), 0)",
         after="tl.load(index_ptr + rows, mask, other=0)",
         tests=(f"{PACKED}::test_the_stand_ins", f"{PACKED}::test_memory"),
@@ -241,6 +241,6 @@ FAULTS = (
         file="fastbert/layers/encoder.py",
         before="hidden_states = hidden_states if embed is None else embed(None)",
         after="pass",
-        tests=(f"{PACKED_MODEL}::test_hidden_states_that_are_asked_for_are_padded",),
+        tests=(f"{PACKED_MODEL}::test_requested_hidden_states_are_padded",),
     ),
 )

@@ -63,7 +63,7 @@ FAULTS = (
         "hooks are not told of bound kernels",
         before="if cache.has_hooks():",
         after="if False:",
-        tests=(f"{BOUND}::test_hooks_are_told",),
+        tests=(f"{BOUND}::test_hooks_see_launches",),
     ),
     _bound(
         "a bound kernel that fails is no KernelFailed",

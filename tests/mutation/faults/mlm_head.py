@@ -59,10 +59,10 @@ FAULTS = (
         tests=(f"{TESTS}::test_a_loss_of_the_users_own",),
     ),
     _fault(
-        "room that is left over has the label of the first row",
+        "capacity that is left over has the label of the first row",
         before="index.clamp(min=0)).masked_fill_(index < 0, ignored)",
         after="index.clamp(min=0))",
-        tests=(f"{HOST}::test_room_that_is_left_over_has_no_label",),
+        tests=(f"{HOST}::test_spare_capacity_has_no_label",),
     ),
     _fault(
         "under autocast the loss is a 16-bit number",

@@ -219,7 +219,7 @@ FAULTS = (
         "masters asked for midway are not made",
         before='self._masters != [group["master_weights"] for group in groups]:',
         after="len(self._masters) != len(groups):",
-        tests=(f"{HOST}::test_masters_asked_for_midway",),
+        tests=(f"{HOST}::test_masters_requested_midway",),
     ),
     _optimizer(
         "masters are loaded in 16 bits",

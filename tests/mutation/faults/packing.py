@@ -38,15 +38,15 @@ FAULTS = (
         tests=(f"{TESTS}::test_without_padding_the_last_layer_runs_at_the_first_rows_still",),
     ),
     _kernel(
-        "what is left of the room joins the last sequence",
-        before="bounds = tl.minimum(every + steps * longest, room)",
-        after="bounds = tl.minimum(every + steps * 0, room) + tl.where(steps > 0, room - every, 0)",
-        tests=(f"{LENGTHS}::test_what_is_left_of_the_room_is_in_sequences_of_its_own",),
+        "what is left of the capacity joins the last sequence",
+        before="bounds = tl.minimum(every + steps * longest, capacity)",
+        after="bounds = tl.minimum(every + steps * 0, capacity) + tl.where(steps > 0, capacity - every, 0)",
+        tests=(f"{LENGTHS}::test_spare_capacity_is_in_separate_sequences",),
     ),
     _kernel(
-        "what is left of the room is not filled",
-        before="tl.store(index_ptr + places, tl.full([BLOCK_N], -1, tl.int32), places < room)",
-        after="tl.store(index_ptr + places, tl.full([BLOCK_N], 0, tl.int32), places < room)",
+        "what is left of the capacity is not filled",
+        before="tl.store(index_ptr + places, tl.full([BLOCK_N], -1, tl.int32), places < capacity)",
+        after="tl.store(index_ptr + places, tl.full([BLOCK_N], 0, tl.int32), places < capacity)",
         tests=(f"{PACKED}::test_against_the_reference",),
     ),
     _kernel(
@@ -56,10 +56,10 @@ FAULTS = (
         tests=(f"{PACKED}::test_many_rows",),
     ),
     _kernel(
-        "rows past the room are written",
-        before="packed = (wanted != 0) & (places < room)",
+        "rows past the capacity are written",
+        before="packed = (wanted != 0) & (places < capacity)",
         after="packed = wanted != 0",
-        tests=(f"{PACKED}::test_what_the_room_is_too_small_for_is_left_out_and_said",),
+        tests=(f"{PACKED}::test_rows_beyond_the_capacity_are_left_out_and_reported",),
     ),
     _kernel(
         "a row that is read is looked for among all rows, not among the tokens",
@@ -69,7 +69,7 @@ FAULTS = (
     ),
     _kernel(
         "given lengths that are too small leave tokens out",
-        before="enough = (n_taken == room) if EXACT else (n_taken <= room)",
+        before="enough = (n_taken == capacity) if EXACT else (n_taken <= capacity)",
         after="enough = n_taken >= 0",
         tests=(f"{LENGTHS}::test_numbers_that_are_wrong_stop",),
     ),
@@ -174,14 +174,14 @@ FAULTS = (
         file="fastbert/layers/layer.py",
         before="if reads and self.attention.self.is_causal:",
         after="if False:",
-        tests=(f"{TESTS}::test_a_causal_encoder_is_read_where_that_is_asked",),
+        tests=(f"{TESTS}::test_a_causal_encoder_is_read_at_requested_rows",),
     ),
     Fault(
         "a causal encoder that runs module by module is read at any rows as if they were its last",
         file="fastbert/layers/layer.py",
         before="if layer.attention.self.is_causal:",
         after="if False:",
-        tests=(f"{TESTS}::test_a_causal_encoder_is_read_where_that_is_asked",),
+        tests=(f"{TESTS}::test_a_causal_encoder_is_read_at_requested_rows",),
     ),
     _encoder(
         "gradient checkpointing keeps the last layer",
