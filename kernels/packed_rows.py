@@ -285,8 +285,9 @@ def packed_rows(
         read: bool [B, S], any strides: which positions are read; None: nothing, or with `first` the first position of each row.
         seqlen: S.
         capacity, longest: the number of rows to pack into, and the largest number in a row of the batch (B S and S without
-        `tokens`). exact: the tokens fill `capacity`; otherwise they may be fewer, and the rest is sequences of `longest`
-        without rows. read_capacity, read_longest, read_exact: the same for the rows that are read; B, 1 and True with `first`.
+            `tokens`).
+        exact: the tokens fill `capacity`; otherwise they may be fewer, and the rest is sequences of `longest` without rows.
+        read_capacity, read_longest, read_exact: the same for the rows that are read; B, 1 and True with `first`.
         check: whether to compare with `counts`.
 
     Returns:

@@ -105,7 +105,7 @@ def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
     """
     masks = [(name, mask) for name, mask in (("tokens", tokens), ("read", read)) if mask is not None]
     if not masks:
-        raise ValueError("tokens: expected bool [B, S] here or for read, got None for both")
+        raise ValueError("tokens: expected tokens or read to be a bool [B, S], got None for both")
     like = masks[0][1]
     for name, mask in masks:
         if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape != like.shape:

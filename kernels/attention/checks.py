@@ -92,7 +92,7 @@ def check_masks(q, k, key_mask, mask, key_bounds) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask: expected bool or a floating-point number to be added, got {mask.dtype}")
     if mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError("mask: the kernel gives it no gradient, got one that requires it")
+        raise ValueError("mask: expected a mask that requires no gradient, got one that does")
     _check_device("mask", mask, q)
 
 

@@ -101,7 +101,7 @@ def advise(kernel: str, error: Exception, device: torch.device) -> None:
     """Add advice to an error that is not the kernel's, where there is any."""
     if _mentions(error, _OF_A_CAPTURE) or _is_capturing(device):
         error.add_note(
-            f"fastbert: the launch of {kernel} failed inside a CUDA graph capture. Nothing is switched off by that. Run the "
+            f"fastbert: the launch of {kernel} failed inside a CUDA graph capture. No kernel is disabled by it. Run the "
             "step once before capturing it, so that its kernels are compiled and loaded, then capture it again."
         )
     elif _mentions(error, *_OF_THE_CONTEXT):

@@ -309,7 +309,7 @@ def embedding_layernorm(
         check_device(name, indices, words)
     seqlen = shape[-1]
     if position_ids is None and not 0 <= offset <= positions.shape[0] - seqlen:
-        raise ValueError(f"offset: {positions.shape[0]} positions do not reach from {offset} for {seqlen} tokens")
+        raise ValueError(f"offset: positions {offset} to {offset + seqlen - 1} do not fit a table of {positions.shape[0]} rows")
     if token_type_ids is None and not types.shape[0]:
         raise ValueError("types: expected at least one row, got none")
     if not 0.0 <= p <= 1.0:
@@ -362,7 +362,7 @@ def _check_packing(index: Tensor | None, inverse: Tensor | None, ids: Tensor | N
     if index is None and inverse is None:
         return
     if index is None or inverse is None or ids is None:
-        raise ValueError("index: expected with inverse and ids, or neither index nor inverse, got one without another")
+        raise ValueError("index: expected index, inverse and ids together, or neither index nor inverse, got only some of them")
     for name, vector, length in (("index", index, None), ("inverse", inverse, ids.numel())):
         if vector.dtype != torch.int32 or vector.dim() != 1 or (length is not None and vector.shape[0] != length):
             expected = "[N]" if length is None else f"[{length}]"

@@ -8,7 +8,8 @@ Saved: forward.Saved, 11 T H elements for F = 4 H. Attention, dropout, LayerNorm
 
 The reason for one op is host time: on a fast GPU a layer's kernels finish before Python has called its modules one by one. Here
 a layer is a straight line of 24 launches (25 for long sequences) of kernels that are already bound (plan.py), in one autograd
-function. tests/kernels/encoder_layer/test_counts.py pins its ATen calls, its kernels and the calls that launch nothing.
+function. tests/kernels/encoder_layer/test_counts.py pins its ATen calls, its kernels and the calls that launch nothing;
+tests/models/test_step_counts.py pins a whole step's. A change of the layer changes those numbers knowingly.
 
 Some work is saved only in this form. A residual's gradient is added inside a product (6 T H elements of memory traffic), and
 the sums of all vectors' gradients end in one launch. Of the 16 T H elements that a layer would save, 5 are recomputed: the

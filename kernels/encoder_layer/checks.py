@@ -31,7 +31,7 @@ def check(
             check_dtype(name, torch.empty(0, dtype=dtype))
     _check_float64({"x": x.dtype, "weights": weights.query.dtype, "product_dtype": product_dtype, "norm_dtype": norm_dtype})
     if (queries is None) != (cu_seqlens_q is None):
-        raise ValueError("queries: expected with cu_seqlens_q, or both None, got one of them")
+        raise ValueError("queries: expected together with cu_seqlens_q, got only one of them")
     read = x
     if queries is not None:
         if not packed:
@@ -52,7 +52,7 @@ def check(
 
 def _check_rows(index: Tensor | None, inverse: Tensor | None, x: Tensor, fits: bool) -> None:
     if index is None or inverse is None or not fits:
-        raise ValueError("index: expected with inverse and cu_seqlens and without queries, got another call")
+        raise ValueError("index: expected together with inverse and cu_seqlens and without queries, got another combination")
     for name, rows, length in (("index", index, None), ("inverse", inverse, x.shape[0])):
         check_device(name, rows, x)
         if rows.dtype != torch.int32 or rows.dim() != 1 or (length is not None and rows.shape[0] != length):

@@ -83,15 +83,15 @@ WRONG = [
         {"x": zeros(2, 5, 24, dtype=torch.float64)},
         "x: expected all dtypes to be float64, or none, got torch.float64, torch.float32",
     ),
-    (PACKED, {"queries": zeros(3, 24)}, "queries: expected with cu_seqlens_q, or both None, got one of them"),
-    (READ, {"queries": None}, "queries: expected with cu_seqlens_q, or both None, got one of them"),
+    (PACKED, {"queries": zeros(3, 24)}, "queries: expected together with cu_seqlens_q, got only one of them"),
+    (READ, {"queries": None}, "queries: expected together with cu_seqlens_q, got only one of them"),
     (
         PADDED,
         {"queries": zeros(3, 24), "cu_seqlens_q": STARTS_Q, "max_seqlen_q": 2},
         "queries: expected None without cu_seqlens, got a tensor",
     ),
     *[
-        (kind, change, "index: expected with inverse and cu_seqlens and without queries, got another call")
+        (kind, change, "index: expected together with inverse and cu_seqlens and without queries, got another combination")
         for kind, change in [
             (PACKED, {"index": ROWS}),
             (PACKED, {"inverse": ROWS}),
