@@ -1,4 +1,4 @@
-"""Per row of a batch: how many positions are tokens, how many are read, and whether one that is read is no token.
+"""Per row of a batch: how many positions are tokens, how many are read, and whether a position that is read is padding.
 
 tokens and read bool [B, S] with any strides, one of which may be None; counts int32 [3, B]:
 
@@ -91,7 +91,7 @@ _call = define_op("row_counts", (_launch, _allocate))
 
 
 def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
-    """The number of tokens in each row, the number of positions that are read, and 1 where one of those is no token.
+    """The number of tokens in each row, the number of positions that are read, and 1 where one of those is padding.
 
     Args:
         tokens: bool [B, S], any strides; None: unknown, and both the number of tokens and the third count are 0.
@@ -105,7 +105,7 @@ def row_counts(tokens: Tensor | None, read: Tensor | None) -> Tensor:
     """
     masks = [(name, mask) for name, mask in (("tokens", tokens), ("read", read)) if mask is not None]
     if not masks:
-        raise ValueError("tokens: expected tokens or read to be a bool [B, S], got None for both")
+        raise ValueError("tokens: expected bool [B, S] for tokens or read, got None for both")
     like = masks[0][1]
     for name, mask in masks:
         if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape != like.shape:

@@ -48,7 +48,7 @@ def launch_reduce(
     labels, weights = targets.labels, targets.class_weights
     counted = labels != targets.ignore_index
     if labels.is_cuda:
-        torch._assert_async((~counted | ((labels >= 0) & (labels < n_cols))).all(), "linear_cross_entropy: no class")
+        torch._assert_async((~counted | ((labels >= 0) & (labels < n_cols))).all(), "linear_cross_entropy: a label is no class")
     if loss is None:
         return
     unit = torch.ones_like(scale) if targets.unit is None else targets.unit
