@@ -33,7 +33,7 @@ FAULTS = (
         tests=CAUSAL,
     ),
     _tiles(
-        "an added mask is not in units of log2",
+        "an additive mask is not converted to log2",
         before="tl.where(mask <= LOWEST, 0, mask).to(scores.dtype) * LOG2E)",
         after="tl.where(mask <= LOWEST, 0, mask).to(scores.dtype))",
         tests=(MASKS, "-k", "test_added_masks and float32-float32"),
@@ -45,25 +45,25 @@ FAULTS = (
         tests=(f"{MASKS}::test_layouts_of_masks",),
     ),
     _tiles(
-        "reading ends one key before the last valid one",
+        "the last valid key is not read",
         before="end = tl.minimum(end, tl.load(key_bounds_ptr + batch * 3 + 2))",
         after="end = tl.minimum(end, tl.load(key_bounds_ptr + batch * 3 + 2) - 1)",
         tests=(f"{MASKS}::test_the_last_valid_key_at_the_edge_of_a_block",),
     ),
     _tiles(
-        "a row that sees no key is not marked as one",
+        "a row that sees no key is not marked",
         before="none = top <= MASKED_SCORE",
         after="none = top < MASKED_SCORE",
         tests=(f"{MASKS}::test_a_row_that_sees_no_key_is_the_average_of_all",),
     ),
     _tiles(
-        "what the float32 backward reads lacks the softmax's sum",
+        "the float32 backward's statistics lack the softmax's sum",
         before="tl.where(none, 1.0, 1.0 / total)",
         after="tl.where(none, 1.0, 1.0)",
         tests=(f"{TESTS}::test_scale",),
     ),
     _tiles(
-        "what the float16 backward reads lacks the softmax's sum",
+        "the float16 backward's statistics lack the softmax's sum",
         before='tl.where(none, float("inf"), top + tl.log2(total))',
         after='tl.where(none, float("inf"), top)',
         tests=(f"{PACKED}::test_dtypes_and_head_sizes",),
@@ -90,7 +90,7 @@ FAULTS = (
         ),
     ),
     _tiles(
-        "a block of keys drops what the first block drops",
+        "every block of keys draws the dropout of the first block",
         before="group = ((keys & 7) | ((keys >> 4) << 3)) + (first_key >> 1)",
         after="group = ((keys & 7) | ((keys >> 4) << 3)) + (first_key * 0)",
         tests=(
@@ -105,7 +105,7 @@ FAULTS = (
         tests=PADDING,
     ),
     _forward(
-        "keys are taken to be valid to the end of their block",
+        "keys are treated as valid to the end of their block",
         before="every = every // BLOCK_N * BLOCK_N",
         after="every = tl.cdiv(every, BLOCK_N) * BLOCK_N",
         tests=PADDING,
@@ -117,13 +117,13 @@ FAULTS = (
         tests=(f"{TESTS}::test_scores_past_what_an_exponential_holds",),
     ),
     _forward(
-        "what was summed before a higher score came is not rescaled",
+        "the running sum is not rescaled when a higher score comes",
         before="acc = acc * rescale[:, None]",
         after="acc = acc * tl.minimum(rescale + 1.0, 1.0)[:, None]",
         tests=(f"{TESTS}::test_a_top_score_that_grows_from_block_to_block",),
     ),
     _forward(
-        "what dropout keeps is not scaled",
+        "kept probabilities are not scaled",
         before="out = acc * (KEEP_SCALE / tl.where(total == 0, 1.0, total))[:, None]",
         after="out = acc * (1.0 / tl.where(total == 0, 1.0, total))[:, None]",
         tests=(f"{DROPOUT}::test_what_is_kept_is_scaled",),
@@ -135,7 +135,7 @@ FAULTS = (
         tests=(f"{PACKED}::test_queries_of_a_sequence_without_keys_are_zero",),
     ),
     _op(
-        "values are read by the strides of the keys",
+        "values are read with the strides of the keys",
         before="_strides(q), _strides(k), _strides(v), None",
         after="_strides(q), _strides(k), _strides(k), None",
         tests=("tests/kernels/attention/test_layouts.py", "-k", "test_four_strides and float64"),
@@ -147,19 +147,19 @@ FAULTS = (
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and none"),
     ),
     _op(
-        "rows are taken to start at multiples of 16 bytes wherever the tensor does",
+        "rows are assumed aligned to 16 bytes whatever the address of the tensor",
         before="x.data_ptr() % 16 == 0 and x.stride(-1) == 1",
         after="x.stride(-1) == 1",
         tests=(f"{ALIGNMENT}::test_one_tensor_that_is_not_aligned",),
     ),
     _op(
-        "rows are taken to start at multiples of 16 bytes whatever lies between them",
+        "rows are assumed aligned to 16 bytes whatever their stride",
         before="not any(stride % vector for stride in x.stride()[:-1])",
         after="not any(stride % 2 for stride in x.stride()[:-1])",
         tests=(f"{ALIGNMENT}::test_it_is_true_of_every_address",),
     ),
     _op(
-        "dK and dV are written by 16 bytes though dout is read at odd places",
+        "dK and dV are written in 16-byte vectors although dout is unaligned",
         before="aligned = _aligned(q, k, v, out, dout, dq, dk, dv)",
         after="aligned = _aligned(q, k, v, out, dq, dk, dv)",
         tests=(f"{ALIGNMENT}::test_an_upstream_gradient_that_is_not_aligned",),
@@ -181,7 +181,7 @@ FAULTS = (
                 True,
             ),
             (
-                "only the first thousand keys are looked at",
+                "only the first thousand keys are read",
                 "for start in range(0, seqlen, BLOCK_N):",
                 "for start in range(0, tl.minimum(seqlen, BLOCK_N), BLOCK_N):",
                 f"{BOUNDS}::test_against_the_reference",
@@ -195,14 +195,14 @@ FAULTS = (
                 False,
             ),
             (
-                "keys of all masks are taken for neighbours",
+                "keys of all masks are treated as contiguous",
                 "keys.to(tl.int64) * mask_k_stride",
                 "keys.to(tl.int64)",
                 f"{BOUNDS}::test_against_the_reference",
                 False,
             ),
             (
-                "keys that lead are counted to the last gap",
+                "leading keys are counted up to the last gap",
                 "leading = tl.minimum(leading, tl.where(seen, seqlen, keys))",
                 "leading = tl.where(seen, leading, keys)",
                 f"{BOUNDS}::test_against_the_reference",
@@ -211,7 +211,7 @@ FAULTS = (
         )
     ),
     _op(
-        "float32 products are TF32 whatever torch is told",
+        "float32 products are TF32 whatever torch's setting",
         before='return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"',
         after='return "tf32"',
         tests=(f"{TESTS}::test_the_precision_of_float32_products_is_torchs",),

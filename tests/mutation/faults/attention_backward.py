@@ -29,7 +29,7 @@ FAULTS = (
         tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
     ),
     _queries(
-        "dq is made with the key mask of the first sequence",
+        "dq uses the key mask of the first sequence",
         before="mask_strides, batch, max_seqlen_k)",
         after="mask_strides, 0, max_seqlen_k)",
         tests=PADDING,
@@ -41,19 +41,19 @@ FAULTS = (
         tests=(GROUPED, "-k", "test_against_the_reference and none"),
     ),
     _queries(
-        "the backward drops by another seed than the forward",
+        "the backward uses another dropout seed than the forward",
         before="row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)",
         after="row_key = row_keys(tl.load(seed_ptr) + 1, sequence_head, rows)",
         tests=(f"{DROPOUT}::test_forward_and_both_backward_kernels_draw_the_same_mask",),
     ),
     _queries(
-        "delta of 16 bits is that of another head's output",
+        "the 16-bit delta is that of another head's output",
         before="out_ptr = head_of(out_ptr, out_strides, batch, first_row, head, True)",
         after="out_ptr = head_of(out_ptr, out_strides, batch, first_row, 0, True)",
         tests=(f"{TESTS}::test_one_key",),
     ),
     _queries(
-        "dk has no delta of the last rows of a block that is not full",
+        "dk lacks delta for the last rows of a partial block",
         before="store_queries(queries_ptr + here * 4, rows, seqlen_q,",
         after="store_queries(queries_ptr + here * 4, rows, seqlen_q // 16 * 16,",
         tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
@@ -65,13 +65,13 @@ FAULTS = (
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and none"),
     ),
     _keys(
-        "a group's heads are masked as its first",
+        "all heads of a group use the mask of the first one",
         before="masks_of(masks, head),",
         after="masks_of(masks, kv_head * GROUP),",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and by"),
     ),
     _keys(
-        "a group's heads drop as its first, and share its softmax",
+        "all heads of a group use the dropout and the softmax of the first one",
         before="queries_ptr + head * n_rows * 4",
         after="queries_ptr + kv_head * GROUP * n_rows * 4",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and dropped"),
@@ -83,13 +83,13 @@ FAULTS = (
         tests=("tests/kernels/attention/test_metamorphic.py", "-k", "test_what_is_not_finite_spoils and q"),
     ),
     _keys(
-        "dk is not rescaled for what dropout keeps",
+        "dk is not rescaled for dropout",
         before="dk *= SCALE * KEEP_SCALE",
         after="dk *= SCALE",
         tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
     ),
     _queries(
-        "dk's delta is rescaled twice for what dropout keeps",
+        "dk's delta is rescaled twice for dropout",
         before="logsumexp, share, delta * (1.0 - P_DROP), row_key)",
         after="logsumexp, share, delta, row_key)",
         tests=("tests/kernels/attention/test_gradcheck.py::test_element_by_element",),
@@ -101,7 +101,7 @@ FAULTS = (
         tests=(f"{TESTS}::test_scale",),
     ),
     _keys(
-        "dv is not rescaled for what dropout keeps",
+        "dv is not rescaled for dropout",
         before="    dv *= KEEP_SCALE\n",
         after="",
         tests=(
@@ -128,7 +128,7 @@ FAULTS = (
         tests=CAUSAL,
     ),
     _keys(
-        "keys have no gradient of a row that averages all of them",
+        "keys get no gradient from a row that averages all of them",
         before="start = tl.where(sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL), 0, start)",
         after="start = tl.where(sees_none(key_bounds_ptr, batch, 0, seqlen_q, seqlen_k, CAUSAL), start, start)",
         tests=(f"{MASKS}::test_a_row_that_sees_no_key_is_the_average_of_all",),

@@ -16,7 +16,7 @@ FAULTS = (
         tests=(TESTS, "-k", "test_against_the_reference and 33 and plain"),
     ),
     _short(
-        "dk is not rescaled for what dropout keeps",
+        "dk is not rescaled for dropout",
         before="(SCALE * KEEP_SCALE)\n        _store_keys(dk_ptr",
         after="SCALE\n        _store_keys(dk_ptr",
         tests=(TESTS, "-k", "test_against_the_reference and 33 and dropped"),
@@ -28,19 +28,19 @@ FAULTS = (
         tests=(TESTS, "-k", "test_against_the_reference and 33 and dropped"),
     ),
     _short(
-        "the backward drops by another seed than the forward",
+        "the backward uses another dropout seed than the forward",
         before="row_keys(tl.load(seed_ptr), sequence_head, rows)",
         after="row_keys(tl.load(seed_ptr) + 1, sequence_head, rows)",
         tests=(TESTS, "-k", "test_the_forwards_dropout and 23"),
     ),
     _short(
-        "every block of keys drops as the first",
+        "every block of keys uses the dropout of the first",
         before="tl.arange(0, BLOCK_N)[None, :], block, P_DROP)",
         after="tl.arange(0, BLOCK_N)[None, :], block * 0, P_DROP)",
         tests=(TESTS, "-k", "test_the_forwards_dropout and 23 and 32"),
     ),
     _short(
-        "keys that are masked keep their gradients",
+        "masked keys have gradients",
         before="seen = seen & (none | (tl.load(key_mask_ptr + keys, seen, other=0) != 0))",
         after="seen = seen & (none | (tl.load(key_mask_ptr + keys, seen, other=0) >= 0))",
         tests=(TESTS, "-k", "test_masks_of_keys and holes"),
@@ -52,7 +52,7 @@ FAULTS = (
         tests=(TESTS, "-k", "test_masks_of_keys and holes"),
     ),
     _short(
-        "gradients of keys past the last that is seen are not written",
+        "gradients of keys past the last visible one are not written",
         before="tl.cdiv(end, BLOCK_N) * BLOCK_N, seqlen_k",
         after="seqlen_k, seqlen_k",
         tests=(TESTS, "-k", "test_masks_of_keys and first"),
@@ -70,7 +70,7 @@ FAULTS = (
         tests=(TESTS, "-k", "test_masks_of_keys and none"),
     ),
     _short(
-        "weights of keys that are not seen overflow",
+        "weights of invisible keys overflow",
         before="tl.exp2(tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL))",
         after="tl.exp2(scores)",
         tests=(f"{TESTS}::test_masked_keys_do_not_matter_where_the_others_score_low",),
@@ -88,7 +88,7 @@ FAULTS = (
         tests=(f"{TESTS}::test_packed_queries_of_other_rows",),
     ),
     _short(
-        "sums of dv hold keys that are masked",
+        "sums of dv include masked keys",
         before="tl.sum(tl.where(seen[None, :], dv, 0.0), axis=1)",
         after="tl.sum(dv, axis=1)",
         tests=(TESTS, "-k", "test_sums_of_each_sequence and padded"),

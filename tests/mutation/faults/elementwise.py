@@ -23,7 +23,7 @@ FAULTS = (
         short=True,
     ),
     _gelu(
-        "the bias gradient lacks the last program's sum",
+        "the bias gradient lacks the sum of the last program",
         before="return dx, sums.sum(0)",
         after="return dx, sums[: max(1, len(sums) - 1)].sum(0)",
         tests=(BIAS_GELU, "-k", "test_matrix and 129x37"),
@@ -42,13 +42,13 @@ FAULTS = (
         tests=(f"{BIAS_GELU}::test_frozen_inputs",),
     ),
     _gelu(
-        "the backward forgets the bias",
+        "the backward ignores the bias",
         before="x += bias[None, :]\n        dx =",
         after="dx =",
         tests=(f"{BIAS_GELU}::test_frozen_inputs",),
     ),
     _gelu(
-        "the upstream gradient is read by the strides of x",
+        "the output's gradient is read with the strides of x",
         before="dy.stride(), x.stride(), x, activation)",
         after="x.stride(), x.stride(), x, activation)",
         tests=("tests/kernels/test_layouts.py", "-k", "test_gradient_of_a_sum and bias_gelu"),
@@ -101,7 +101,7 @@ FAULTS = (
         tests=(f"{GATHER}::test_writes_stay_inside",),
     ),
     _gather(
-        "columns are taken to be neighbours",
+        "columns are treated as contiguous",
         before="x_col_stride=x.stride(1)",
         after="x_col_stride=1",
         tests=(f"{GATHER}::test_layouts",),
@@ -113,19 +113,19 @@ FAULTS = (
         tests=("tests/kernels/test_gradcheck.py::test_a_second_derivative_raises",),
     ),
     _autograd(
-        "a second derivative that is asked for by name is silently 0",
+        "a second derivative of named inputs is silently 0",
         before="_FirstOrderOnly.apply(g.detach().requires_grad_(), *sources)",
         after="_FirstOrderOnly.apply(g.detach().requires_grad_())",
         tests=("tests/models/test_autograd.py::test_a_second_derivative_of_named_inputs_raises[of_inputs--one op]",),
     ),
     _autograd(
-        "a second derivative by what an op keeps nothing of is silently 0",
+        "a second derivative with respect to an input that is not saved is silently 0",
         before="[x if x.is_leaf else _Link.apply(x) for x in others]",
         after="[]",
         tests=("tests/models/test_autograd.py::test_a_second_derivative_by_what_is_not_kept_raises",),
     ),
     _define(
-        "saved tensors come back to single kernels as hooks left them",
+        "single kernels get saved tensors as hooks return them",
         before="x if x is None or x.stride() == stride else x.new_empty_strided(x.shape, stride).copy_(x)",
         after="x",
         tests=("tests/models/test_autograd.py::test_saved_tensors_come_back_with_other_strides[module by module]",),

@@ -10,13 +10,13 @@ _forwards = partial(Fault, file="fastbert/forwards.py")
 
 FAULTS = (
     _forwards(
-        "a user's function around a stock one passes for it",
+        "a user's wrapper around a stock function is accepted",
         before="    while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folder):\n",
         after="    while isinstance(function, FunctionType):\n",
         tests=(f"{TESTS}::test_what_is_not_transformers_code_is_replaced",),
     ),
     _forwards(
-        "only the outermost decorator is judged, not what it is around",
+        "only the outermost decorator is judged, not the wrapped function",
         before='        if not hasattr(function, "__wrapped__"):\n            return function\n',
         after="        return function\n",
         tests=(f"{TESTS}::test_what_is_not_transformers_code_is_replaced",),
@@ -34,19 +34,19 @@ FAULTS = (
         tests=(f"{TESTS}::test_documentation_changes_no_digest",),
     ),
     _forwards(
-        "a function that was put on the class later is not looked at",
+        "a function that replaced a method later is not judged",
         before="    if judged is None or judged[0] is not function:\n",
         after="    if judged is None:\n",
         tests=(f"{TESTS}::test_replaced_and_put_back",),
     ),
     _forwards(
-        "what one patch accepted is accepted for all",
+        "a function accepted by one patch is accepted for all names",
         before="    if not strict and any(function is accepted for accepted in _accepted.get(pair, ())):\n",
         after="    if any(function is accepted for accepted in _accepted.get(pair, ())):\n",
         tests=(f"{TESTS}::test_accepted_for_this_process",),
     ),
     _forwards(
-        "whoever accepts one function accepts all that come after it",
+        "accepting one function accepts all later ones",
         before="    if not strict and any(function is accepted for accepted in _accepted.get(pair, ())):\n",
         after="    if not strict and pair in _accepted:\n",
         tests=(f"{TESTS}::test_accepted_for_this_process",),

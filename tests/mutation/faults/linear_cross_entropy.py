@@ -65,19 +65,19 @@ FAULTS = (
         tests=(f"{TESTS}::test_all_labels_ignored",),
     ),
     _rows(
-        "the gradient of the loss itself is not multiplied with",
+        "gradients are not multiplied by the loss's own gradient",
         before="factor = tl.load(dloss_ptr).to(ACC) * tl.load(scale_ptr).to(ACC)",
         after="factor = tl.load(scale_ptr).to(ACC)",
         tests=(f"{TESTS}::test_the_losss_own_gradient",),
     ),
     _rows(
-        "a gradient a row is taken to be contiguous",
+        "gradients per row are treated as contiguous",
         before="dlosses_ptr + rows * dlosses_stride",
         after="dlosses_ptr + rows",
         tests=(f"{TESTS}::test_a_gradient_a_row",),
     ),
     _rows(
-        "the label after the last class is accepted",
+        "a label equal to the number of classes is accepted",
         before="(labels < 0) | (labels >= n_cols))]",
         after="(labels < 0) | (labels > n_cols))]",
         tests=("tests/kernels/linear_cross_entropy/test_arguments.py::test_a_label_that_is_no_class",),
@@ -119,19 +119,19 @@ FAULTS = (
         tests=(f"{WEIGHTS}::test_torchs_own_call",),
     ),
     _rows(
-        "what smoothing gives a class is not weighted",
+        "a class's share of smoothing is not weighted",
         before="spread *= _load_weights(class_weights_ptr, cols, STRIDE, END)",
         after="spread *= 1.0",
         tests=(f"{WEIGHTS}::test_torchs_own_call",),
     ),
     _rows(
-        "the softmax's gradient lacks what smoothing's weights add up to",
+        "the softmax's gradient lacks the sum of smoothing's weights",
         before="dloss += spread * tl.sum(sum_weights, axis=1)",
         after="dloss += spread * N_COLS",
         tests=(f"{WEIGHTS}::test_torchs_own_call",),
     ),
     _rows(
-        "a sum lacks what float16's weights were divided by",
+        "a sum is not multiplied by the divisor of float16's weights",
         before="scale = tl.load(unit_ptr)",
         after="scale = tl.load(unit_ptr) * 0.0 + 1.0",
         tests=(f"{WEIGHTS}::test_torchs_values",),
@@ -143,7 +143,7 @@ FAULTS = (
         tests=(f"{WEIGHTS}::test_weights_of_classes_that_no_label_names",),
     ),
     _chunks(
-        "a chunk's own bytes are all that counts",
+        "only the bytes of one chunk count",
         before="max(min(2 * summed, eager // 5 - summed) // row, MIN_ROWS)",
         after="max(2 * summed // row, MIN_ROWS)",
         tests=(f"{MEMORY}::test_a_quarter_of_eagers_memory",),
@@ -155,7 +155,7 @@ FAULTS = (
         tests=(f"{MEMORY}::test_few_classes_are_one_chunk",),
     ),
     _chunks(
-        "each chunk starts the weight's gradient anew",
+        "each chunk overwrites the weight's gradient",
         before="self._hidden[self._done], self.alpha, self._done == 0)",
         after="self._hidden[self._done], self.alpha, True)",
         tests=(f"{FUZZ}::test_the_length_of_a_chunk",),

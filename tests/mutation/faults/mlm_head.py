@@ -11,7 +11,7 @@ _fault = partial(Fault, file="fastbert/layers/mlm_heads.py")
 
 FAULTS = (
     _fault(
-        "the tied weight has no gradient of the loss",
+        "the tied weight gets no gradient from the loss",
         before="run(module, ops.linear_cross_entropy, hidden, weight, bias, targets, **options)",
         after="run(module, ops.linear_cross_entropy, hidden, weight.detach(), bias, targets, **options)",
         tests=(TESTS, "-k", "test_training_is_equal and False"),
@@ -41,7 +41,7 @@ FAULTS = (
         tests=(TESTS, "-k", "test_training_is_equal and none"),
     ),
     _fault(
-        "without logits a head has none in evaluation either",
+        'mlm_logits="none" omits logits in evaluation too',
         before="without = module.WITHOUT_LOGITS and module.training",
         after="without = module.WITHOUT_LOGITS",
         tests=(f"{TESTS}::test_none_gives_logits_in_evaluation_and_without_labels",),
@@ -53,13 +53,13 @@ FAULTS = (
         tests=(f"{TESTS}::test_hooks_between_are_called",),
     ),
     _fault(
-        "a loss of the user's own is not called",
+        "a user's loss function is not called",
         before="return module._loss_function is ForCausalLMLoss",
         after="return True",
         tests=(f"{TESTS}::test_a_loss_of_the_users_own",),
     ),
     _fault(
-        "capacity that is left over has the label of the first row",
+        "spare capacity has the label of the first row",
         before="index.clamp(min=0)).masked_fill_(index < 0, ignored)",
         after="index.clamp(min=0))",
         tests=(f"{HOST}::test_spare_capacity_has_no_label",),
@@ -83,7 +83,7 @@ FAULTS = (
         tests=(f"{HOST}::test_a_head_launches_no_more_than_it_must",),
     ),
     _fault(
-        "arguments of names that stock does not know are handed on",
+        "arguments unknown to stock are passed on",
         before="if not args and (takes_any or kwargs.keys() <= known):",
         after="if not args:",
         tests=(f"{HOST}::test_an_argument_of_an_unknown_name",),

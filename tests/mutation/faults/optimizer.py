@@ -22,7 +22,7 @@ _groups = partial(Fault, file="fastbert/groups.py")
 
 FAULTS = (
     _kernel(
-        "the bias correction is the step before's",
+        "the bias correction is that of the previous step",
         before="t = step.to(tl.float64) + 1.0",
         after="t = tl.maximum(step.to(tl.float64), 1.0)",
         tests=(f"{OPTIMIZER}::test_groups_with_numbers_of_their_own",),
@@ -54,7 +54,7 @@ FAULTS = (
         tests=(f"{KERNEL}::test_one_step",),
     ),
     _kernel(
-        "steps are counted of the first 128 tensors alone",
+        "steps are counted for the first 128 tensors only",
         before="for first in range(0, n_rows, 128):",
         after="for first in range(0, 128, 128):",
         tests=(f"{KERNEL}::test_steps_of_many_tensors_are_counted",),
@@ -72,7 +72,7 @@ FAULTS = (
         tests=(f"{KERNEL}::test_found_inf_changes_nothing",),
     ),
     _kernel(
-        "a chunk's last element is left as it is where it is one past a vector",
+        "a chunk's last element is not updated if it is one past a vector",
         before="if whole < n:",
         after="if whole + 1 < n:",
         tests=(f"{KERNEL}::test_one_step", f"{KERNEL}::test_more_programs_than_one_a_tensor"),
@@ -114,7 +114,7 @@ FAULTS = (
         tests=(f"{KERNEL}::test_a_tensor_that_changes_its_dtype_at_the_same_address",),
     ),
     _table(
-        "a moment that moved is taken for a gradient that did",
+        "a moment that moved is treated as a gradient that moved",
         before=" or before[moved.stop :] != pointers[moved.stop :]:",
         after=":",
         tests=(f"{HOST}::test_what_is_changed_by_hand_is_noticed",),
@@ -126,13 +126,13 @@ FAULTS = (
         tests=(f"{HOST}::test_what_is_changed_by_hand_is_noticed",),
     ),
     _table(
-        "gradients that moved are read where they were",
+        "gradients that moved are read at their former address",
         before="            self._send(pointers)\n        return True",
         after="            self._pointers = pointers\n        return True",
         tests=(f"{KERNEL}::test_tables_are_kept_while_nothing_moves", f"{OPTIMIZER}::test_torchs_own_configurations"),
     ),
     _table(
-        "launches planned anew have no numbers",
+        "launches planned again have no hyperparameters",
         before="self._forms, self._numbers = None, None",
         after="self._forms = None",
         tests=(f"{KERNEL}::test_a_gradient_that_moves_off_its_boundary_and_back",),
@@ -150,7 +150,7 @@ FAULTS = (
         tests=(f"{KERNEL}::test_a_tensor_that_changes_its_strides_at_the_same_address",),
     ),
     _forms(
-        "torch's guards are used whatever they notice",
+        "torch's guards are used without checking that they work",
         before="return TensorGuards if _notices(TensorGuards) else None",
         after="return TensorGuards",
         tests=(f"{FORMS}::test_a_release_whose_guards_miss_something",),
@@ -174,13 +174,13 @@ FAULTS = (
         tests=(f"{CAPTURE}::test_captures_in_a_row",),
     ),
     _table(
-        "numbers that change are not uploaded",
+        "changed hyperparameters are not uploaded",
         before="if numbers != self._numbers:",
         after="if self._numbers is None:",
         tests=(f"{KERNEL}::test_new_numbers_reach_the_kernel",),
     ),
     _table(
-        "what a copy stands for is not written back",
+        "a copy is not written back to its original",
         before="if column != GRAD or unscaled:",
         after="if column == GRAD and unscaled:",
         tests=(f"{KERNEL}::test_one_tensor_laid_out_unlike_the_others",),
@@ -210,13 +210,13 @@ FAULTS = (
         tests=(f"{CAPTURE}::test_captures_in_a_row",),
     ),
     _optimizer(
-        "states in another order than the parameters make every step a slow one",
+        "states in another order than the parameters make every step a full step",
         before="        return [self.state.get(param) for param in params]\n",
         after="        return states\n",
         tests=(f"{HOST}::test_no_python_function_runs_for_each_parameter",),
     ),
     _optimizer(
-        "masters asked for midway are not made",
+        "masters requested midway are not created",
         before='self._masters != [group["master_weights"] for group in groups]:',
         after="len(self._masters) != len(groups):",
         tests=(f"{HOST}::test_masters_requested_midway",),
@@ -258,13 +258,13 @@ FAULTS = (
         tests=("tests/kernels/test_float64_on_a_gpu.py::test_an_op_runs_its_twin",),
     ),
     _failures(
-        "what a capture forbids is taken for the kernel's fault",
+        "an operation that a capture forbids counts as a failed kernel",
         before="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING, _OF_A_CAPTURE)",
         after="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING)",
         tests=(f"{FAILING}::test_what_a_capture_forbids_is_raised_and_disables_nothing",),
     ),
     _failures(
-        "a context that is gone is taken for the kernel's fault",
+        "a lost CUDA context counts as a failed kernel",
         before="others = (*_OF_THE_DEVICE, *_OF_THE_CONTEXT, *_OF_CHECKPOINTING, _OF_A_CAPTURE)",
         after="others = (*_OF_THE_DEVICE, *_OF_CHECKPOINTING, _OF_A_CAPTURE)",
         tests=(f"{FAILING}::test_what_a_capture_forbids_is_raised_and_disables_nothing",),

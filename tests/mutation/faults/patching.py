@@ -19,13 +19,13 @@ FAULTS = (
         tests=(f"{TESTS}::test_a_users_subclass_is_left_alone",),
     ),
     _patch(
-        "half of a failed swap stays",
+        "a failed swap is half undone",
         before="        for module, cls in before.items():\n            module.__class__ = cls\n",
         after="",
         tests=(f"{ATOMIC}::test_patch_that_is_interrupted",),
     ),
     _patch(
-        "calls are counted on after a second patch",
+        "counts of calls survive a second patch",
         before="if before[module] is not cls:",
         after="if before[module] is cls:",
         tests=("tests/models/test_report.py::test_calls_are_counted_since_the_last_patch",),
@@ -37,7 +37,7 @@ FAULTS = (
         tests=(f"{ARGUMENTS}::test_strict_raises_and_leaves_the_model_as_it_was",),
     ),
     _patch(
-        "leaving the block of patched() leaves a model stock that was patched before",
+        "after the block of patched(), a model that was patched before is stock",
         before="        unpatch(model)\n        _swap_classes(before)\n",
         after="        unpatch(model)\n",
         tests=(f"{ATOMIC}::test_patched_restores_what_was_patched_before",),
@@ -49,13 +49,13 @@ FAULTS = (
         tests=(f"{ARGUMENTS}::test_the_environment_can_leave_it_on",),
     ),
     _patch(
-        "a switch of the call before stays off",
+        "a switch of the previous call stays off",
         before="classes[module] = entry.fast if wanted and reason is None else entry.stock",
         after="classes[module] = entry.fast if wanted and reason is None else type(module)",
         tests=(f"{ARGUMENTS}::test_patching_again_replaces_the_switches",),
     ),
     _patch(
-        "unpatch does not forget the switches",
+        "unpatch does not clear the switches",
         before="if type(module) in BY_FAST})\n    _switches.pop(model, None)\n",
         after="if type(module) in BY_FAST})\n",
         tests=("tests/models/test_report.py::test_before_and_after_patching_nothing_is_active",),

@@ -13,7 +13,7 @@ _numerics = partial(Fault, file="fastbert/numerics.py")
 
 FAULTS = (
     _report(
-        "one fallback makes a module that uses its kernel one that fell back",
+        'one fallback makes an active module "fell back"',
         before="fell_back = bool(tally.fallbacks) and not tally.kernel",
         after="fell_back = bool(tally.fallbacks)",
         tests=(f"{REPORT}::test_each_fallback_is_counted_with_its_reason", f"{REPORT}::test_fell_back_is_a_state_of_its_own"),
@@ -55,7 +55,7 @@ FAULTS = (
         tests=(f"{REPORT}::test_each_call_is_counted",),
     ),
     _numerics(
-        "twenty times eager's error passes",
+        "an error of twenty times eager's passes",
         before="bound = 2.0 * eager_error",
         after="bound = 20.0 * eager_error",
         tests=(f"{NUMERICS}::test_twice_eagers_error_passes_and_more_fails",),
@@ -67,14 +67,14 @@ FAULTS = (
         tests=(f"{NUMERICS}::test_a_non_finite_element_of_the_kernels_own_fails",),
     ),
     Fault(
-        "verify passes a model of which nothing ran on a kernel",
+        "verify passes a model without kernel calls",
         file="fastbert/verify.py",
         before="return self.kernel_calls > 0 and all(",
         after="return all(",
         tests=("tests/test_verify.py::test_nothing_through_a_kernel_is_not_a_pass",),
     ),
     Fault(
-        "verify cannot widen what a module of the user's own makes",
+        "verify cannot widen tensors that a user's module makes",
         file="fastbert/verify.py",
         before="if not writes and any(self._is_wide(x) for x in tree_leaves((args, kwargs))):",
         after="if False:",
