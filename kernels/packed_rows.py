@@ -1,13 +1,13 @@
 """Where the rows of a padded batch stand once packed: an index, its inverse and the bounds of the sequences.
 
 For the tokens of a [B, S] batch, for the positions that are read, and for these among the tokens. With the counts [3, B] of
-row_counts, capacity for R rows of tokens and for N rows that are read:
+row_counts, a capacity of R rows of tokens and of N rows that are read:
 
     forward    reads 2BS bytes, writes 4 (2R + 2BS + 2N); one program per row, which adds up the counts of the rows before it
 
-A forward's index work is two kernels, row_counts and this one, which writes every index. Room left over holds no row (-1), in
-sequences of its own after the others. Rows that do not fit are left out, and `fits` says so: what a caller claims is compared
-here and asserted without waiting for the device. Nothing is saved, and nothing has a gradient.
+A forward's index work is two kernels, row_counts and this one, which writes every index. Capacity left over holds no row (-1),
+in sequences of its own after the others. Rows that do not fit are left out, and `fits` says so: what a caller claims is
+compared here and asserted without waiting for the device. Nothing is saved, and nothing has a gradient.
 
 tests/models/test_launches_outside_layers.py counts what a step launches outside of its layers. Those numbers may only shrink.
 """

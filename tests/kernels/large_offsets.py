@@ -17,14 +17,14 @@ from fastbert.testing.specs import SPECS
 SHORT, STRIDE = 40, 2**30 + 24  # the third row, or column, begins past 2**31
 
 
-def far_apart(values: Tensor, layout: str, room: int = SHORT, dtype: torch.dtype = torch.float16) -> Tensor:
+def far_apart(values: Tensor, layout: str, last: int = SHORT, dtype: torch.dtype = torch.float16) -> Tensor:
     """Rows (or columns) of float16, or of `dtype`, 2**30 elements apart.
 
     Only pages that are touched take memory, not the gaps.
 
-    `room`: elements of the last row.
+    `last`: number of elements of the last row.
     """
-    storage = torch.empty(2 * STRIDE + room, dtype=dtype, device=DEVICE)
+    storage = torch.empty(2 * STRIDE + last, dtype=dtype, device=DEVICE)
     assert storage.numel() > 2**31
     return storage.as_strided(values.shape, (STRIDE, 1) if layout == "rows" else (1, STRIDE)).copy_(values)
 
