@@ -87,7 +87,7 @@ def logits(name: str) -> None:
     losses, dlosses = torch.empty(3, device=DEVICE), normal(3, 1)
     given, stride = x, 64
     if name == "logits":
-        given, stride = far_apart(x, "rows", capacity=4096), STRIDE
+        given, stride = far_apart(x, "rows", last=4096), STRIDE
     else:
         given = normal(3, 64).copy_(torch.nn.functional.pad(x, (0, 24)))[:, :40]
         dlosses = far_apart(dlosses, "rows")
