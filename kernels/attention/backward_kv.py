@@ -26,7 +26,6 @@ from .tiles import (
     load_tile,
     locate,
     mask_scores,
-    masks_of,
     probabilities,
     product,
     sees_none,
@@ -40,7 +39,7 @@ from .tiles import (
 @triton.jit
 def _add_queries(
     dk, dv, k, v, q_ptr, dout_ptr, queries_ptr, q_strides, dout_strides, first_query, last_query, first_key,
-    seqlen_q, seqlen_k, masks,
+    seqlen_q, seqlen_k, masks, head,
     MASK: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, P_DROP: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -59,7 +58,7 @@ def _add_queries(
 
         scores = product(k, tl.trans(q), None, PRECISION, ACC) * (SCALE * LOG2E)
         if MASK:
-            scores = mask_scores(scores, rows[None, :], keys[:, None], seqlen_q, seqlen_k, masks, CAUSAL)
+            scores = mask_scores(scores, rows[None, :], keys[:, None], seqlen_q, seqlen_k, masks, head, CAUSAL)
         weights = probabilities(scores, logsumexp[None, :], share[None, :], seqlen_k, MASK, WIDE)
         dweights = product(v, tl.trans(dout), None, PRECISION, ACC)
         dropped = weights
@@ -88,7 +87,7 @@ def _add_heads(
         head = kv_head * GROUP + member
         dk, dv = _add_queries(
             dk, dv, k, v, q_ptr + head * q_strides[2], dout_ptr + head * dout_strides[2], queries_ptr + head * n_rows * 4,
-            q_strides, dout_strides, first_query, last_query, first_key, seqlen_q, seqlen_k, masks_of(masks, head),
+            q_strides, dout_strides, first_query, last_query, first_key, seqlen_q, seqlen_k, masks, head,
             MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     return dk, dv

@@ -15,7 +15,6 @@ from .tiles import (
     load_tile,
     locate,
     mask_scores,
-    masks_of,
     probabilities,
     product,
     row_keys,
@@ -30,7 +29,7 @@ from .tiles import (
 @triton.jit
 def _add_keys(
     sums, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_strides, v_strides, first_key, last_key, rows,
-    seqlen_q, seqlen_k, masks,
+    seqlen_q, seqlen_k, masks, head,
     DELTA: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, P_DROP: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -44,7 +43,7 @@ def _add_keys(
         v = load_tile(v_ptr, keys, v_strides, seqlen_k, D, BLOCK_D, MASK, ALIGNED)
         scores = product(q, tl.trans(k), None, PRECISION, ACC) * (SCALE * LOG2E)
         if MASK:
-            scores = mask_scores(scores, rows[:, None], keys[None, :], seqlen_q, seqlen_k, masks, CAUSAL)
+            scores = mask_scores(scores, rows[:, None], keys[None, :], seqlen_q, seqlen_k, masks, head, CAUSAL)
         weights = probabilities(scores, logsumexp[:, None], share[:, None], seqlen_k, MASK, WIDE)
         dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
         if P_DROP > 0:
@@ -89,7 +88,7 @@ def attention_bwd_q_kernel(
         key_bounds_ptr, mask_ptr, batch, block * BLOCK_M, (block + 1) * BLOCK_M, seqlen_q, seqlen_k, CAUSAL
     )
     every = every // BLOCK_N * BLOCK_N
-    masks = masks_of((key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k), head)
+    masks = (key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k)
 
     q = load_tile(q_ptr, rows, q_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
     dout = load_tile(dout_ptr, rows, dout_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
@@ -106,7 +105,7 @@ def attention_bwd_q_kernel(
         for MASK in tl.static_range(2):  # first the keys that every row sees, which need no mask
             delta = _add_keys(
                 delta, q, dout, logsumexp, share, None, row_key, k_ptr, v_ptr, k_strides, v_strides,
-                every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks,
+                every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks, head,
                 True, MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     else:
@@ -119,7 +118,7 @@ def attention_bwd_q_kernel(
     for MASK in tl.static_range(2):
         dq = _add_keys(
             dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_strides, v_strides,
-            every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks,
+            every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks, head,
             False, MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     dq *= SCALE

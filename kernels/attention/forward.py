@@ -15,7 +15,6 @@ from .tiles import (
     load_tile,
     locate,
     mask_scores,
-    masks_of,
     product,
     row_keys,
     store_softmax,
@@ -28,7 +27,7 @@ from .tiles import (
 @triton.jit
 def _attend(
     acc, total, top, q, k_ptr, v_ptr, k_strides, v_strides, first_key, last_key, q_rows, row_key,
-    seqlen_q, seqlen_k, masks,
+    seqlen_q, seqlen_k, masks, head,
     MASK: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, P_DROP: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -41,7 +40,7 @@ def _attend(
         scores = product(q, tl.trans(k), None, PRECISION, ACC)
         if MASK:
             scores *= SCALE * LOG2E
-            scores = mask_scores(scores, q_rows[:, None], keys[None, :], seqlen_q, seqlen_k, masks, CAUSAL)
+            scores = mask_scores(scores, q_rows[:, None], keys[None, :], seqlen_q, seqlen_k, masks, head, CAUSAL)
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_top[:, None])
         else:  # with the scale applied after the maximum, multiplication and subtraction are one instruction
@@ -87,7 +86,7 @@ def attention_fwd_kernel(
         key_bounds_ptr, mask_ptr, batch, block * BLOCK_M, (block + 1) * BLOCK_M, seqlen_q, seqlen_k, CAUSAL
     )
     every = every // BLOCK_N * BLOCK_N
-    masks = masks_of((key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k), head)
+    masks = (key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k)
 
     q = load_tile(q_ptr, rows, q_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
     row_key = rows
@@ -99,7 +98,7 @@ def attention_fwd_kernel(
     for MASK in tl.static_range(2):  # first the keys that every row sees, which need no mask
         acc, total, top = _attend(
             acc, total, top, q, k_ptr, v_ptr, k_strides, v_strides, every if MASK else 0, some if MASK else every,
-            rows, row_key, seqlen_q, seqlen_k, masks,
+            rows, row_key, seqlen_q, seqlen_k, masks, head,
             MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 

@@ -102,30 +102,19 @@ def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def masks_of(masks, head):
-    """A head's masks, as mask_scores takes them: the pointers at their start, and the general mask's strides of query and key.
-
-    masks: pointers to the key mask (one byte per key) and to the general mask, either of which may be None; the general mask's
-    strides (sequence, head, query, key); the sequence; the number of keys per sequence.
-    """
-    key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k = masks
-    if key_mask_ptr is not None:
-        key_mask_ptr += batch * max_seqlen_k
-    if mask_ptr is not None:
-        mask_ptr += batch * mask_strides[0] + head * mask_strides[1]
-    return key_mask_ptr, mask_ptr, mask_strides[2], mask_strides[3]
-
-
-@triton.jit
-def mask_scores(scores, q_index, k_index, seqlen_q, seqlen_k, masks, CAUSAL: tl.constexpr):
+def mask_scores(scores, q_index, k_index, seqlen_q, seqlen_k, masks, head, CAUSAL: tl.constexpr):
     """Scores with every mask applied; q_index and k_index broadcast to them, in either orientation.
 
-    masks: what masks_of returns. A causal mask aligns the last query with the last key, as a cache of past keys requires.
+    masks: pointers to the key mask (one byte per key) and to the general mask, either of which may be None; the general mask's
+    strides (sequence, head, query, key); the sequence; the number of keys per sequence. The tuple is taken apart here, because
+    triton 3.5 and 3.6 let no jit function return a None. A causal mask aligns the last query with the last key, as a cache of
+    past keys requires.
     """
-    key_mask_ptr, mask_ptr, mask_q_stride, mask_k_stride = masks
+    key_mask_ptr, mask_ptr, mask_strides, batch, max_seqlen_k = masks
     inside = k_index < seqlen_k
     if mask_ptr is not None:
-        offsets = q_index.to(tl.int64) * mask_q_stride + k_index.to(tl.int64) * mask_k_stride
+        mask_ptr += batch * mask_strides[0] + head * mask_strides[1]
+        offsets = q_index.to(tl.int64) * mask_strides[2] + k_index.to(tl.int64) * mask_strides[3]
         mask = tl.load(mask_ptr + offsets, inside & (q_index < seqlen_q), other=0)
         if mask_ptr.dtype.element_ty == tl.int1:
             scores = tl.where(mask != 0, scores, MASKED_SCORE)
@@ -134,6 +123,7 @@ def mask_scores(scores, q_index, k_index, seqlen_q, seqlen_k, masks, CAUSAL: tl.
             LOWEST: tl.constexpr = -65504.0 if mask_ptr.dtype.element_ty == tl.float16 else MASKED_SCORE
             scores = tl.where(mask <= LOWEST, MASKED_SCORE, scores + tl.where(mask <= LOWEST, 0, mask).to(scores.dtype) * LOG2E)
     if key_mask_ptr is not None:
+        key_mask_ptr += batch * max_seqlen_k
         scores = tl.where(tl.load(key_mask_ptr + k_index, inside, other=0) != 0, scores, MASKED_SCORE)
     if CAUSAL:
         scores = tl.where(k_index <= q_index + (seqlen_k - seqlen_q), scores, MASKED_SCORE)

@@ -40,8 +40,8 @@ FAULTS = (
     ),
     _tiles(
         "a mask's strides are exchanged",
-        before="q_index.to(tl.int64) * mask_q_stride + k_index.to(tl.int64) * mask_k_stride",
-        after="q_index.to(tl.int64) * mask_k_stride + k_index.to(tl.int64) * mask_q_stride",
+        before="q_index.to(tl.int64) * mask_strides[2] + k_index.to(tl.int64) * mask_strides[3]",
+        after="q_index.to(tl.int64) * mask_strides[3] + k_index.to(tl.int64) * mask_strides[2]",
         tests=(f"{MASKS}::test_layouts_of_masks",),
     ),
     _tiles(

@@ -66,8 +66,8 @@ FAULTS = (
     ),
     _keys(
         "all heads of a group use the mask of the first one",
-        before="masks_of(masks, head),",
-        after="masks_of(masks, kv_head * GROUP),",
+        before="seqlen_q, seqlen_k, masks, head,\n            MASK",
+        after="seqlen_q, seqlen_k, masks, kv_head * GROUP,\n            MASK",
         tests=(GROUPED, "-k", "test_the_bits_of_heads_that_are_not_shared and by"),
     ),
     _keys(
