@@ -50,7 +50,7 @@ FAULTS = (
         "the 16-bit delta is that of another head's output",
         before="out_ptr = head_of(out_ptr, out_strides, batch, first_row, head, True)",
         after="out_ptr = head_of(out_ptr, out_strides, batch, first_row, 0, True)",
-        tests=(f"{TESTS}::test_one_key",),
+        tests=(MASKS, "-k", "test_added_masks and float16-float16-biases"),
     ),
     _queries(
         "dk lacks delta for the last rows of a partial block",
