@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 from transformers import BertConfig
 
@@ -107,7 +106,8 @@ class Workload:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Workload":
-        return TypeAdapter(Workload).validate_python(data)
+        lengths = data["lengths"]
+        return Workload(**data | {"lengths": Lengths(lengths["name"], tuple(lengths["sizes"]))})
 
 
 def make(workload: Workload, lane: Lane, device: str) -> nn.Module:

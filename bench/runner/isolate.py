@@ -130,7 +130,7 @@ def run_job(job: dict[str, Any], timeout: float) -> Outcome:
 
 def _files(job: dict[str, Any], folder: str) -> tuple[list[str], Path, str]:
     """The arguments of a worker that reads the job from `folder`, and the paths of its records and its output."""
-    job_path, records, output = (Path(folder, name) for name in ("job.json", "records.jsonl", "output"))
+    job_path, records, output = (Path(folder, name) for name in ("job.json", "records", "output"))
     job_path.write_text(json.dumps(job))
     output.touch()
     return [str(job_path), str(records)], records, str(output)

@@ -1,4 +1,4 @@
-"""Runs one job of a plan in its own process: `python -m bench.runner.worker JOB.json RECORDS.jsonl`.
+"""Runs one job of a plan in its own process: `python -m bench.runner.worker JOB.json RECORDS`.
 
 A job can run out of memory, be killed or break the CUDA context without affecting the next one. Each record is one line,
 flushed at once, so a killed job leaves complete records. Kernels run with `failures.strict`: a kernel that fails is an
@@ -79,7 +79,7 @@ KINDS: dict[str, Callable[..., Iterator[Any]]] = {
 
 
 def main(job_path: str, records_path: str) -> None:
-    """Run the job at `job_path` and write one record per line to `records_path`."""
+    """Run the job at `job_path` and write its records to `records_path`, one line each."""
     import torch
 
     from fastbert.kernels.core import failures

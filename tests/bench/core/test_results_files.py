@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,3 +139,19 @@ def test_lanes_differ_only_where_quartiles_do_not_overlap():
     assert one.differs(replace(one, low=1.21, median=1.3, high=1.4))
     assert one.differs(replace(one, low=0.5, median=0.6, high=0.9))
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(2.0, 3.0, 4.0, 5)
+
+
+def test_measuring_needs_no_pydantic():
+    """A machine with a GPU may have what transformers needs and no more: there results are written, not read."""
+    code = """
+import sys
+sys.modules["pydantic"] = None
+from bench.core import schema
+from bench.core.lengths import Lengths
+from bench.models.workloads import Workload
+from bench.runner import command, gpu, isolate, plan, selection, suite, worker
+workload = Workload("BERT-base", "mlm", "train", 2, 8, 0.5, lengths=Lengths("given", (3, 4)))
+assert Workload.from_json(workload.to_json()) == workload
+assert schema.from_lines([schema.to_line(workload)]) == [workload]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=SAMPLE.parents[3])
