@@ -119,9 +119,10 @@ def family(kernel: Any) -> Family:
 
 def is_watched(kernel: Any) -> bool:
     """Whether Triton must make this launch: the kernel is debugged, instrumented, hooked or replaced."""
+    instrumented = getattr(knobs.compilation, "instrumentation_mode", "")  # triton 3.5 has none
     return (
         type(kernel) is not triton.JITFunction
-        or bool(knobs.runtime.debug or knobs.compilation.instrumentation_mode or kernel.debug or kernel.pre_run_hooks)
+        or bool(knobs.runtime.debug or instrumented or kernel.debug or kernel.pre_run_hooks)
         or has_hooks()
     )
 

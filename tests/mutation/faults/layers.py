@@ -12,7 +12,6 @@ EMBEDDINGS = "tests/models/test_embeddings.py"
 CAUSALITY = "tests/models/test_causality.py"
 MASKS_GIVEN = "tests/models/test_masks_given.py"
 WRAPPED = "tests/models/test_wrapped_forwards.py"
-EQUALITY = "tests/models/test_equality.py"
 
 _parts = partial(Fault, file="fastbert/layers/parts.py")
 _attention = partial(Fault, file="fastbert/layers/attention.py")
@@ -156,13 +155,13 @@ FAULTS = (
         "the mask never reaches the kernel",
         before="key_mask=None if general else mask,",
         after="key_mask=None,",
-        tests=(f"{EQUALITY}::test_rows_of_padding_alone_are_equal",),
+        tests=("tests/models/test_attention.py::test_roberta_selects_the_kernel_by_name[right]",),
     ),
     _integration(
         "a decoder sees what comes after",
         before="causal=causal and not general and q_length > 1,",
         after="causal=False,",
-        tests=(EQUALITY, "-k", "test_class_is_equal and clm"),
+        tests=("tests/models/test_causality.py", "-k", "test_causality_that_was_changed_by_hand and sdpa-none"),
     ),
     Fault(
         "every layer computes the mask's bounds",
