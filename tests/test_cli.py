@@ -268,6 +268,6 @@ def test_missing_text_file(input_error, tmp_path):
     assert "--text: cannot read" in input_error("verify", "--text", str(tmp_path / "none.txt"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 is only input_error where there is no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU is bfloat16 an input error")
 def test_bf16_without_a_gpu_is_refused(input_error):
     assert "--dtype bf16" in input_error("verify", "--dtype", "bf16")
