@@ -3,6 +3,7 @@
 The tensors that an op reads and writes, and its matrix products, are listed in its spec (fastbert/testing/specs).
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bench.core.hardware import BF16_OPERATIONS_PER_SECOND, COPY_BYTES_PER_SECOND
@@ -20,6 +21,10 @@ SCORE_PRODUCTS = {
     "attention_bwd_q_kernel": 3,
     "attention_bwd_short_kernel": 5,
 }
+
+# Ops whose forward already forms the gradients: only the two directions together compare with other implementations.
+GRADIENTS_IN_FORWARD = ("linear_cross_entropy",)
+DIRECTIONS = FORWARD, BACKWARD, BOTH = ("forward", "backward", "both")
 
 LAYERS = {768: 12, 1024: 24}
 
@@ -54,6 +59,11 @@ def spec(op: str) -> "OpSpec":
 def stated_bytes(op: str, direction: str, tokens: int, hidden: int, itemsize: int) -> int:
     """Bytes of every tensor in the op's spec, each counted once."""
     return spec(op).moved(direction, tokens, hidden, itemsize)
+
+
+def directions_of(op: str, chosen: Sequence[str] = DIRECTIONS) -> tuple[str, ...]:
+    """The directions of those `chosen` in which the op's lanes can be compared."""
+    return (BOTH,) if op in GRADIENTS_IN_FORWARD else tuple(chosen)
 
 
 def adamw_bytes() -> int:

@@ -4,42 +4,86 @@ The rule is that of fastbert.verify, as in tests/models, on a batch with the wor
 """
 
 import copy
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from bench.core.pretended import true_reads_of
-from bench.models import batches, workloads
+from bench.models import batches, graphs, workloads
 from bench.models.flattened import Flattened, padded
-from bench.models.workloads import LANES, Workload
+from bench.models.workloads import LANES, Lane, Workload
 from fastbert.kernels.core.launch import counts
 from fastbert.testing.models import Tensors, assert_equal, run
 
 SHOWN = 8  # number of tensors that a failure names
 ROWS = batches.CHOICES  # the reference is float64, so the check takes a few rows of full length, not the whole batch
+CAPTURES = 3  # calls before the checked ones of a lane that replays graphs
+NOT_REPLAYED = "no graph was replayed"
 
 
 def autocast(workload: Workload, device: str) -> AbstractContextManager:
     return torch.autocast(device, torch.bfloat16) if workload.precision == "autocast" else nullcontext()
 
 
-def problem(workload: Workload, called: nn.Module, fast: bool, device: str) -> str | None:
-    """What is wrong with the lane's model; None if nothing is. `called` has no dropout, see `without_dropout`."""
-    lengths = workload.lengths.of_batch(ROWS, workload.seqlen, workload.fill)
-    labels = workload.mode == "train"
-    batch = batches.make(workload.head, called.config, lengths, workload.seqlen, 99, device, labels=labels)
+def problem(
+    workload: Workload, called: nn.Module, lane: Lane, device: str, replays: graphs.Replays | None = None
+) -> str | None:
+    """What is wrong with the lane's model; None if nothing is. `called` has no dropout, see `without_dropout`.
+
+    A lane of fastbert's graphs first runs other batches, so that the checked ones are replayed, which `replays` counts. Its
+    optimizer takes steps, so the weights to compare with are those before the checked step.
+    """
     before = counts.total()
-    found = _run(workload, called, batch, device)
-    if isinstance(called, Flattened):
-        found = padded(found, batch)
-    if fast and counts.total() == before:
-        return "no kernel was launched"
     stock = workloads.make(workload, LANES["eager"], device).eval()
+    if lane.graphed:
+        for batch in captured(workload, called.config, device):
+            _run(workload, called, batch, device)
+    replayed = replays.count if replays else 0
+    for batch in _checked(workload, called.config, lane, device):
+        if isinstance(called, graphs.Stepped):
+            stock.load_state_dict(called.model.state_dict())
+        found = _run(workload, called, batch, device)
+        if isinstance(called, Flattened):
+            found = padded(found, batch)
+        if wrong := _compared(workload, found, stock, batch, device):
+            return wrong
+    if lane.fast and counts.total() == before:
+        return "no kernel was launched"
+    if lane.graphed and replays and replays.count == replayed:
+        return NOT_REPLAYED
+    return None
+
+
+def captured(workload: Workload, config: object, device: str) -> Iterator[batches.Batch]:
+    """The batches that a lane of graphs runs before the checked ones."""
+    lengths = workload.lengths.of_batch(ROWS, workload.seqlen, workload.fill)
+    for seed in range(CAPTURES):
+        yield batches.make(workload.head, config, lengths, workload.seqlen, seed, device, labels=workload.mode == "train")
+
+
+def _checked(workload: Workload, config: object, lane: Lane, device: str) -> Iterator[batches.Batch]:
+    """A batch of the workload's length and fill. For graphs its rows have other lengths than the captured ones with the same
+    sum, and forwards get a shorter batch as well."""
+    seqlen, labels = workload.seqlen, workload.mode == "train"
+    lengths = workload.lengths.of_batch(ROWS, seqlen, workload.fill)
+    if lane.graphed:
+        moved = min(min(lengths) - 1, seqlen - max(lengths))
+        lengths = [min(lengths) - moved, *lengths[1:-1], max(lengths) + moved]
+    yield batches.make(workload.head, config, lengths, seqlen, 99, device, labels=labels)
+    if lane.graphed == workloads.FORWARD:
+        shorter = seqlen - seqlen // 8
+        yield batches.make(workload.head, config, [shorter] * ROWS, shorter, 98, device, labels=labels)
+
+
+def _compared(workload: Workload, found: Tensors, stock: nn.Module, batch: batches.Batch, device: str) -> str | None:
+    """How the lane's results differ from eager's by the rule; None if they do not."""
+    training = workload.mode == "train"
     eager = _run(workload, stock, batch, device)
     with torch.autocast(device, enabled=False):
-        exact = run(copy.deepcopy(stock).double(), batch, workload.mode == "train")
-    if called.training:  # a lane may train without returning logits
+        exact = run(copy.deepcopy(stock).double(), batch, training)
+    if training:  # a lane may train without returning logits
         for name in [name for name in eager if name.endswith("logits") and name not in found]:
             del eager[name], exact[name]
     try:
@@ -62,6 +106,8 @@ def _run(workload: Workload, model: nn.Module, batch: dict[str, torch.Tensor], d
     """Outputs for inference; outputs and gradients for training."""
     training = workload.mode == "train"
     with true_reads_of(batch), nullcontext() if training else torch.inference_mode():
+        if isinstance(model, graphs.Stepped):
+            return model.results(batch, autocast(workload, device))
         results = run(model, batch, training, autocast(workload, device))
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in results.items()}
 

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.core import timing
 from bench.core.flops import step_flops
 from bench.core.peers import Absent
 from bench.core.pretended import pretended, true_reads_of
 from bench.core.records import ModelRecord
-from bench.models import batches, breakdown, gate, workloads
+from bench.models import batches, breakdown, gate, graphs, workloads
 from bench.models.workloads import Lane, Workload
 
 SETS = 4  # rotating batches
 STEPS = {"cuda": 12, "cpu": 1}  # steps whose losses are compared
-SECONDS = 2.0  # duration of the timed steps
+SECONDS = 1.0  # duration of the timed steps
 
 
 def run(workload: Workload, name: str, *, details: bool = True, cold: bool = True) -> Iterator[ModelRecord]:
@@ -25,6 +26,7 @@ def run(workload: Workload, name: str, *, details: bool = True, cold: bool = Tru
     seconds, and a run that is cut off during them keeps its time. `cold`: the compilers' caches are empty, so the time of
     the first step is recorded."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    _tidy()
     torch._dynamo.reset()  # otherwise a second workload would recompile the graph with dynamic shapes
     lane = workloads.LANES[name]
     lengths = workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill)
@@ -58,6 +60,13 @@ def run(workload: Workload, name: str, *, details: bool = True, cold: bool = Tru
             yield ModelRecord(**record | {"status": "error", "reason": reason})
 
 
+def _tidy() -> None:
+    """Give back the memory of the lane before, which would count in the peak of the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def prepare(workload: Workload, name: str) -> None:
     """Fill the compilers' caches with what `run` needs: a step, and the step of the check."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,6 +89,7 @@ class Trainer:
         self.optimizer = workloads.make_optimizer(self.model, lane) if self.training else None
         config, head, seqlen = self.model.config, workload.head, workload.seqlen
         self.batches = [batches.make(head, config, lengths, seqlen, seed, device, labels=self.training) for seed in range(SETS)]
+        self.whole = graphs.step(self.model, self.optimizer, self.batches) if self.optimizer and lane.graphed else None
 
     def __call__(self, i: int, mark: Callable[[str], None] = lambda name: None) -> torch.Tensor:
         batch = self.batches[i % SETS]
@@ -89,11 +99,14 @@ class Trainer:
             return self._step(batch, mark)
 
     def _step(self, batch: batches.Batch, mark: Callable[[str], None]) -> torch.Tensor:
-        if self.lane.graphs:
+        if self.lane.marks_steps:
             torch.compiler.cudagraph_mark_step_begin()
         if self.optimizer is None:
             with torch.inference_mode(), gate.autocast(self.workload, self.device):
                 return self.called(**batch)[0]
+        if self.whole:
+            with gate.autocast(self.workload, self.device):
+                return self.whole(**batch)
         self.optimizer.zero_grad(set_to_none=True)
         with gate.autocast(self.workload, self.device):
             loss = self.called(**batch).loss
@@ -102,7 +115,7 @@ class Trainer:
         mark("backward")
         self.optimizer.step()
         mark("optimizer")
-        return loss.detach().clone() if self.lane.graphs else loss.detach()
+        return loss.detach()
 
 
 def _measure(
@@ -112,6 +125,8 @@ def _measure(
     start = time.perf_counter()
     step(0).cpu()
     first = {"first_step_seconds": time.perf_counter() - start} if device == "cuda" and cold else {}
+    # The memory of graphs shows while they are captured; replays allocate nothing.
+    capturing = timing.fullest_bytes(lambda: [step(i) for i in range(1, SETS)]) if device == "cuda" and lane.replays else 0
 
     wrong = _gated(workload, lane, device)
     if wrong:
@@ -123,7 +138,8 @@ def _measure(
     else:
         timer = timing.measure_throughput if step.training else timing.measure_latency
         seconds, runs = timer(step, seconds=SECONDS)
-        yield first | {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": timing.fullest_bytes(lambda: step(0))}
+        peak = max(capturing, timing.fullest_bytes(lambda: step(0)))
+        yield first | {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": peak}
     if details:
         found = {"losses": losses(workload, lane, lengths, device)} if step.training else {}
         yield found | (_breakdown(step) if device == "cuda" else {})
@@ -145,9 +161,14 @@ def _breakdown(step: "Trainer") -> dict[str, Any]:
 
 def _gated(workload: Workload, lane: Lane, device: str) -> str | None:
     """The check, on fresh weights of the same lane: the timed model has already taken a step."""
-    model = gate.without_dropout(workloads.make(workload, lane, device), workload.mode == "train")
-    wrong = gate.problem(workload, workloads.compiled(model, lane), lane.fast, device)
-    del model
+    with graphs.counting_replays() as replays:
+        model = gate.without_dropout(workloads.make(workload, lane, device), workload.mode == "train")
+        if lane.graphed == workloads.STEP:
+            called: nn.Module = graphs.Stepped(model, list(gate.captured(workload, model.config, device)))
+        else:
+            called = workloads.compiled(model, lane)
+        wrong = gate.problem(workload, called, lane, device, replays)
+    del model, called
     gc.collect()
     return wrong
 
@@ -156,4 +177,5 @@ def losses(workload: Workload, lane: Lane, lengths: list[int], device: str) -> l
     """The first losses without dropout, from the same weights, batches and optimizer in every lane."""
     step = Trainer(workload, lane, lengths, device)
     gate.without_dropout(step.model, training=True)
-    return [loss.item() for loss in [step(i) for i in range(STEPS[device])]]
+    # A replay overwrites the loss of the one before.
+    return [loss.item() for loss in [step(i).clone() for i in range(STEPS[device])]]

@@ -17,7 +17,7 @@ import fastbert
 from bench.core.flops import MLM_HEADS
 from bench.core.lengths import Lengths
 from bench.core.peers import require
-from bench.models import flattened
+from bench.models import flattened, graphs
 from bench.models.batches import HEADS
 from fastbert.cli.tasks import TASKS
 
@@ -41,10 +41,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 LONG = {"max_position_embeddings": 2048}  # position embeddings beyond BERT's 512 cost memory but no time
 
 
+FORWARD, STEP = "forward", "step"
+
+
 @dataclass(frozen=True)
 class Lane:
     """How a stock model becomes this lane's model: attention implementation, fastbert and its switches, torch.compile and
-    its mode, flattened batches."""
+    its mode, flattened batches, and what fastbert replays from CUDA graphs: None, FORWARD or STEP."""
 
     attention: str = "sdpa"
     fast: bool = False
@@ -54,20 +57,29 @@ class Lane:
     optimizer: str = "torch fused"
     unpad: bool | str = "auto"
     mlm_logits: str = "full"
+    graphed: str | None = None
 
     def suits(self, workload: "Workload") -> bool:
         """Whether the lane differs under this workload from the lane that it is named after."""
         training = workload.mode == "train"
+        if self.graphed:
+            return training == (self.graphed == STEP)
         return (training or self.optimizer == Lane.optimizer) and (
             self.mlm_logits == "full" or (training and workload.head in MLM_HEADS)
         )
 
     @property
-    def graphs(self) -> bool:
-        """Whether each call replays CUDA graphs, which overwrite the outputs of the previous call."""
+    def marks_steps(self) -> bool:
+        """Whether torch.compile replays CUDA graphs, which overwrite the outputs of the previous step."""
         return self.compile_mode == "reduce-overhead"
 
+    @property
+    def replays(self) -> bool:
+        """Whether a call replays CUDA graphs, whose memory is allocated while they are captured."""
+        return self.marks_steps or self.graphed is not None
 
+
+GRAPHED, GRAPHED_STEP = "fastbert, graphed", "fastbert, graphed step"
 LANES = {
     "eager": Lane("eager"),
     "stock": Lane(),
@@ -81,6 +93,8 @@ LANES = {
     "fastbert, packed": Lane(fast=True, unpad=True),
     "fastbert, packed, no logits": Lane(fast=True, unpad=True, mlm_logits="none"),
     "fastbert + its AdamW": Lane(fast=True, optimizer="fastbert"),
+    GRAPHED: Lane(fast=True, graphed=FORWARD),
+    GRAPHED_STEP: Lane(fast=True, unpad=True, mlm_logits="none", optimizer="fastbert, capturable", graphed=STEP),
 }
 
 
@@ -125,6 +139,8 @@ def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
     model.set_attn_implementation(lane.attention)
     if lane.fast:
         fastbert.patch(model, unpad=lane.unpad, mlm_logits=lane.mlm_logits)
+    if lane.graphed == FORWARD:
+        model = graphs.forward(model)
     return flattened.Flattened(model, workload.head) if lane.attention == flattened.NAME else model
 
 
@@ -140,6 +156,7 @@ def compiled(model: nn.Module, lane: Lane) -> nn.Module:
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch fused": partial(torch.optim.AdamW, fused=True),  # transformers' default, adamw_torch_fused
     "fastbert": fastbert.AdamW,
+    "fastbert, capturable": partial(fastbert.AdamW, capturable=True),
 }
 
 

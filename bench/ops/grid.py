@@ -15,7 +15,7 @@ from bench.core.lengths import Lengths
 from fastbert.testing.spec import Draw, Given, Size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DIRECTIONS = ("forward", "backward", "both")
+DIRECTIONS = floors.DIRECTIONS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.core import timing
+from bench.core import floors, timing
 from bench.core.peers import Absent
 from bench.core.records import OpRecord
 from bench.ops.check import Checker
@@ -30,7 +30,7 @@ def make_inputs(case: Case, sets: int = SETS) -> list[Inputs]:
 
 
 def run(case: Case, lanes: list[str] | None = None, directions: tuple[str, ...] = DIRECTIONS) -> Iterator[OpRecord]:
-    """One record per lane and direction."""
+    """One record per lane and direction in which the op can be compared."""
     op = OPS[case.op]
     inputs = make_inputs(case)
     try:
@@ -48,7 +48,7 @@ def _run_lane(
     torch._dynamo.reset()  # otherwise a second case would recompile the graph with dynamic shapes
     status, reason, function = judge(case, lane, checker) if checker else ("error", NO_REFERENCE, None)
     mine = [x.packed() for x in inputs] if lane.packed else inputs
-    for direction in directions:
+    for direction in floors.directions_of(case.op, directions):
         record: dict[str, Any] = asdict(case) | {"direction": direction, "lane": name}
         record |= {"moved": case.moved(direction), "operations": case.operations(direction)}
         timed: dict[str, Any] = {"status": status, "reason": reason, "seconds": None, "runs": [], "peak_bytes": None}

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from bench.core import ceilings, comparison
+from bench.core import ceilings, comparison, floors
 from bench.core.records import GIB, ModelRecord, OpRecord, Results
 from bench.report.tables import provenance
 
@@ -127,7 +127,8 @@ def _grouped(axes: Axes, frame: pandas.DataFrame, column: str, errors: bool = Fa
 def roofline(left: Axes, right: Axes, results: Results) -> None:
     """Memory-bound ops against the measured copy bandwidth; attention under both measured ceilings."""
     copy, product = results.ceiling(ceilings.COPY), results.ceiling(ceilings.PRODUCT)
-    timed = [r for r in results.ops if r.seconds and r.direction != "both"]
+    whole = floors.GRADIENTS_IN_FORWARD
+    timed = [r for r in results.ops if r.seconds and (r.direction == floors.BOTH) == (r.op in whole)]
     moving, multiplying = [r for r in timed if not r.operations], [r for r in timed if r.operations]
     left.set_title("ops over rows")
     right.set_title("attention")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from bench.core import ceilings, comparison
+from bench.core import ceilings, comparison, floors
 from bench.core.flops import mfu
 from bench.core.records import GIB, NOT_REACHED, ModelRecord, OpRecord, Results
 from bench.host import tables
@@ -147,16 +147,29 @@ def _op_row(record: OpRecord, peer: OpRecord | None, results: Results) -> list[s
 
 
 def ops(results: Results, only: Callable[[OpRecord], bool] = lambda record: True) -> Table:
+    """Every lane of every op, in the directions in which its lanes compare."""
     rows = []
-    for records in comparison.by_case(filter(only, results.ops)).values():
+    shown = [r for r in results.ops if only(r) and r.direction in floors.directions_of(r.op, (r.direction,))]
+    for records in comparison.by_case(shown).values():
         peer = comparison.best_peer(records)
         rows += [_op_row(record, peer, results) for record in records if record.status != "absent"]
-    return Table(OP_HEADINGS, rows)
+    whole = sorted({r.op for r in shown} & set(floors.GRADIENTS_IN_FORWARD))
+    note = "the forward already forms the gradients, so only forward and backward together compare with other lanes."
+    return Table(OP_HEADINGS, rows, [f"{', '.join(whole)}: {note}"] if whole else [])
 
 
 def ops_headline(results: Results) -> Table:
-    """BERT-large's shapes in bf16 at S = 512, forward and backward."""
-    return ops(results, lambda r: (r.dtype, r.hidden, r.seqlen) == ("bf16", 1024, 512) and r.direction != "both")
+    """BERT-large's shapes in bf16 at S = 512: forward and backward, or both together where only that compares."""
+
+    def chosen(r: OpRecord) -> bool:
+        length = r.seqlen == 512 or (r.batch, r.seqlen) == (1, 16384)  # rows of an op without sequences
+        return (r.dtype, r.hidden) == ("bf16", 1024) and length and _alone_or_whole(r)
+
+    return ops(results, chosen)
+
+
+def _alone_or_whole(record: OpRecord) -> bool:
+    return (record.direction == floors.BOTH) == (record.op in floors.GRADIENTS_IN_FORWARD)
 
 
 def host(results: Results) -> Table:

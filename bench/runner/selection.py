@@ -10,7 +10,6 @@ from bench.core.lengths import Lengths, LengthsError, from_file, from_text
 from bench.runner.plan import Job, worker_job
 
 ADAMW = "adamw"  # has no shape of its own but the parameters of a model
-DIRECTIONS = ("forward", "backward", "both")
 
 
 def _known(option: str, values: Iterable[str], known: Iterable[str]) -> None:
@@ -84,7 +83,7 @@ def op_jobs(names: Sequence[str], dtypes: Sequence[str], dry_run: bool) -> list[
     jobs = [] if dry_run else [plan.ceilings_job()]
     if dry_run and chosen:
         cases = [asdict(case) for case in grid.tiny_cases(chosen)]
-        jobs.append(worker_job("ops", 300.0, kind="ops", cases=cases, directions=list(DIRECTIONS)))
+        jobs.append(worker_job("ops", 300.0, kind="ops", cases=cases, directions=list(floors.DIRECTIONS)))
     elif chosen:
         jobs += plan.op_jobs(list(grid.cases(chosen, tuple(dtypes))))
     if not names or ADAMW in names:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from bench.runner.isolate import ROOT, Outcome, caches, run_command, shared_cach
 
 SHOWN = 40  # number of failures that are named
 TEXT = 600  # characters kept of a failure's message
-MOST_WORKERS = 8  # a test mostly compiles one kernel on one core
+MOST_WORKERS = 13  # a test mostly compiles one kernel on one core
+SIDE_WORKERS = 2  # for LAST, beside the others on a machine that has the cores
 FIRST = (
     "tests/kernels/test_gpu_configurations.py",
     "tests/kernels/test_gpu.py",
@@ -38,22 +40,35 @@ def files() -> list[str]:
     return [*FIRST, *(name for name in names if name not in FIRST + LAST), *LAST]
 
 
+def parts(cores: int) -> list[tuple[list[str], int]]:
+    """The files of each pytest run and its number of workers. The runs go side by side."""
+    if cores <= MOST_WORKERS + SIDE_WORKERS:
+        return [(files(), min(MOST_WORKERS, cores))]
+    return [([name for name in files() if name not in LAST], MOST_WORKERS), (list(LAST), SIDE_WORKERS)]
+
+
 def run(timeout: float, chosen: Iterable[str] | None = None) -> Outcome:
     """Run the GPU tests in the `chosen` files, all by default. If time runs out, the record covers those that finished."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "tests.jsonl")
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "bench.runner.pytest_log"]
-        command += ["--test-log", str(log), "--continue-on-collection-errors"]
-        if find_spec("xdist"):
-            command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
-        command += files() if chosen is None else chosen
-        outcome = run_command(command, timeout, caches(shared_caches()))
-        if not log.exists() and not outcome.timed_out:
-            return outcome  # pytest itself failed
-        record = read(log, outcome.seconds, not outcome.timed_out)
-    # pytest exits with 1 if tests failed. The record lists them, and the run itself succeeded.
-    status, reason = ("error", outcome.reason) if outcome.timed_out else ("ok", None)
-    return Outcome(status, outcome.seconds, reason, [record])
+    cores = os.cpu_count() or 1
+    groups = parts(cores) if chosen is None else [(list(chosen), min(MOST_WORKERS, cores))]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        logs = [Path(folder, f"tests-{i}.jsonl") for i in range(len(groups))]
+        outcomes = list(pool.map(lambda group, log: _pytest(*group, log, timeout), groups, logs))
+        found = list(zip(outcomes, logs, strict=True))
+        # pytest exits with 1 if tests failed. The record lists them, and the run itself succeeded unless there is no log.
+        wrong = next((outcome for outcome, log in found if outcome.timed_out or not log.exists()), None)
+        seconds = max(outcome.seconds for outcome in outcomes)
+        lines = [line for log in logs if log.exists() for line in log.read_text().splitlines()]
+        records = [summary(lines, seconds, wrong is None)] if lines or (wrong and wrong.timed_out) else []
+    return Outcome("error" if wrong else "ok", seconds, wrong and wrong.reason, records)
+
+
+def _pytest(names: list[str], workers: int, log: Path, timeout: float) -> Outcome:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "bench.runner.pytest_log"]
+    command += ["--test-log", str(log), "--continue-on-collection-errors"]
+    if find_spec("xdist"):
+        command += ["-n", str(workers)]
+    return run_command([*command, *names], timeout, caches(shared_caches()))
 
 
 def read(log: Path, seconds: float | None = None, finished: bool = True) -> SuiteRecord:

@@ -21,13 +21,13 @@ def _ceilings() -> Iterator[Any]:
     yield from ceilings.run()
 
 
-def _model(workloads: list[dict[str, Any]], lanes: list[str], details: bool, cold: bool) -> Iterator[Any]:
+def _model(workloads: list[dict[str, Any]], lanes: list[str], details: list[str], cold: bool) -> Iterator[Any]:
     from bench.models.run import run
     from bench.models.workloads import Workload
 
     for workload in workloads:
         for lane in lanes:
-            yield from run(Workload.from_json(workload), lane, details=details, cold=cold)
+            yield from run(Workload.from_json(workload), lane, details=lane in details, cold=cold)
 
 
 def _prepare(workload: dict[str, Any], lanes: list[str]) -> Iterator[Any]:

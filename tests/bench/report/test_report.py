@@ -75,6 +75,17 @@ def test_share_of_the_ceiling(sample):
         assert comparison.share(record, None, 8e14) is None
 
 
+def test_an_op_whose_forward_forms_the_gradients_is_shown_by_both_directions_only(sample):
+    like = next(r for r in sample.ops if r.seconds and r.lane == "fastbert")
+    size = {"op": "linear_cross_entropy", "dtype": "bf16", "hidden": 1024, "batch": 1, "seqlen": 16384}
+    records = [dataclasses.replace(like, **size, direction=direction) for direction in ("forward", "backward", "both")]
+    for table in (tables.ops, tables.ops_headline):
+        text = table(dataclasses.replace(sample, ops=records)).markdown()
+        rows = [line for line in text.splitlines() if line.startswith("| linear_cross_entropy")]
+        assert len(rows) == 1 and "| both |" in rows[0] and "already forms the gradients" in text
+    assert "forms the gradients" not in tables.ops(sample).markdown() or any(r.op == size["op"] for r in sample.ops)
+
+
 def test_losses_are_compared_with_eagers(sample):
     record = next(r for r in sample.models if r.lane == "fastbert" and r.losses)
     moved = dataclasses.replace(record, losses=[*record.losses[:-1], record.losses[-1] * 1.02])

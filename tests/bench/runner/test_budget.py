@@ -1,6 +1,7 @@
 """The time budget of `python -m bench gpu`, and that one job's end is not the end of the others."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -240,9 +242,11 @@ def test_the_plan_is_most_important_first():
     names = [job.name for job in jobs]
     kinds = list(dict.fromkeys(name.split(":")[0] for name in names))
     assert kinds == ["ceilings", "caches", "tests", "model", "host", "ops", "tune"]
-    first = [name for name in names if name.startswith("model")][:16]
-    for lane in ("fastbert", "stock", "flattened", "stock + compile", "stock + reduce-overhead"):
-        assert sum(name.endswith(f", {lane} (warm)") for name in first) == 3, "of each of the three headline models"
+    headline, *others = [name for name in names if name.startswith("model")]
+    assert "fastbert and stock and fastbert, graphed step (warm)" in headline
+    assert others[1].endswith("infer B=1 S=128 fill=1.0, fastbert and stock and fastbert, graphed (warm)")
+    for lane in ("flattened", "stock + compile", "stock + reduce-overhead"):
+        assert sum(name.endswith(f", {lane} (warm)") for name in others[2:14]) == 3, "of each of the three headline models"
     assert next(name for name in names if name.startswith("tune")) == "tune: named attention_forward"
     assert len(names) == len(set(names)), "nothing is measured twice"
     assert sum(share for share, _ in plan.stages(480.0)) == pytest.approx(1.0)
@@ -267,6 +271,30 @@ def test_tests_that_ran_before_are_not_run_again(tmp_path):
     log.write_text("\n".join(json.dumps(one) for one in (line, line | {"outcome": "failed", "text": "x\nE   over by 3"})))
     record = suite.read(log)
     assert (record.passed, record.failed, record.seconds, record.failures) == (1, 1, 4.0, ["a: over by 3"])
+
+
+def test_the_largest_tests_run_beside_the_others_where_there_are_cores():
+    ((everything, workers),) = suite.parts(8)
+    assert everything == suite.files() and workers == 8
+    (others, many), (largest, few) = suite.parts(16)
+    assert [*others, *largest] == suite.files() and largest == list(suite.LAST) and many + few < 16
+
+
+def test_one_lanes_end_is_not_the_end_of_its_workload(monkeypatch):
+    """A process that dies in the second of four lanes: the third and fourth get a process of their own."""
+    runs = []
+
+    def run_job(job, timeout):
+        runs.append((job["lanes"], timeout))
+        fine = list(itertools.takewhile(lambda lane: lane != "b", job["lanes"]))
+        records = [SimpleNamespace(lane=lane) for lane in fine]
+        return Outcome("ok" if fine == job["lanes"] else "error", 10.0, None if fine == job["lanes"] else "killed", records)
+
+    monkeypatch.setattr(plan, "run_job", run_job)
+    outcome = plan.run_lanes({"lanes": ["a", "b", "c", "d"]}, 100.0)
+    assert runs == [(["a", "b", "c", "d"], 100.0), (["b", "c", "d"], 90.0), (["c", "d"], 80.0)]
+    assert [record.lane for record in outcome.records] == ["a", "c", "d"]
+    assert (outcome.status, outcome.reason, outcome.seconds) == ("error", "killed", 30.0)
 
 
 def test_every_file_with_a_test_for_a_gpu_is_run():

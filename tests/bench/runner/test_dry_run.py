@@ -194,7 +194,7 @@ def test_a_failed_check_says_which_tensors_and_by_how_much(monkeypatch):
     model = gate.without_dropout(workloads.make(workload, workloads.LANES["stock"], "cpu"), True)
     with torch.no_grad():
         model.classifier.weight.mul_(1.01)
-    first, *others = gate.problem(workload, model, False, "cpu").splitlines()
+    first, *others = gate.problem(workload, model, workloads.LANES["stock"], "cpu").splitlines()
     assert "tensors differ from eager" in first and len(others) == gate.SHOWN - 1
     assert all("error" in line for line in (first, *others))
 
@@ -204,11 +204,11 @@ def test_a_wrong_model_fails_its_gate(monkeypatch):
 
     workload = workloads.tiny(workloads.Workload("tiny", "qa", "infer", 4, 16, 0.5))
     model = workloads.make(workload, workloads.LANES["stock"], "cpu").eval()
-    assert gate.problem(workload, model, False, "cpu") is None
-    assert gate.problem(workload, model, True, "cpu") == "no kernel was launched"
+    assert gate.problem(workload, model, workloads.LANES["stock"], "cpu") is None
+    assert gate.problem(workload, model, workloads.LANES["fastbert"], "cpu") == "no kernel was launched"
     with torch.no_grad():
         model.qa_outputs.bias.add_(1e-3)
-    assert "differ from eager" in gate.problem(workload, model, False, "cpu")
+    assert "differ from eager" in gate.problem(workload, model, workloads.LANES["stock"], "cpu")
 
 
 @pytest.mark.parametrize(
