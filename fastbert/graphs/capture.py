@@ -56,10 +56,10 @@ class CudaRecorder:
 
     def capture(self, function: Callable[[], Result]) -> tuple[Graph, Result]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
-            # Only calls of this thread may break the capture: others go on allocating and copying.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = function()
+        # Only calls of this thread may break the capture: others go on allocating and copying.
+        options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
+            result = function()
         return graph, result
 
 
