@@ -2,6 +2,7 @@
 
 import fastbert.startup  # noqa: F401
 from fastbert.errors import UnsupportedModelError
+from fastbert.graphed import graphed, warmup
 from fastbert.groups import param_groups
 from fastbert.integrations.trainer import trainer_optimizer
 from fastbert.lengths import LengthsCollator, lengths
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "UnsupportedModelError",
     "VerifyResult",
+    "graphed",
     "lengths",
     "param_groups",
     "patch",
@@ -25,4 +27,5 @@ __all__ = [
     "trainer_optimizer",
     "unpatch",
     "verify",
+    "warmup",
 ]

@@ -58,6 +58,12 @@ class FastModule:
         return replica
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`, or for a model with graphs the class that it would have without them."""
+    cls = type(module)
+    return vars(cls).get("WITHOUT_GRAPHS", cls)
+
+
 def falls_back(module: nn.Module, reason: str | None) -> bool:
     """Count this call of `module` and return whether it falls back to stock code, which it does if there is a reason."""
     if not torch.compiler.is_compiling():  # a call is traced once and runs many times, so a count would be wrong

@@ -40,6 +40,7 @@ def patch(
     mlm_logits: str = "full",
     strict: bool = False,
     untested: bool = False,
+    cuda_graphs: bool = False,
 ) -> Model:
     """Patch `model` in place to use the Triton kernels, and return it.
 
@@ -68,6 +69,7 @@ def patch(
         untested: use the kernels also in place of forwards that fastbert was not tested against (a newer transformers, a
             replaced forward), as they are now and for the rest of the process; check the model with
             `fastbert.verify(model, batch, untested=True)` before. By default such modules stay on stock code.
+        cuda_graphs: replay inference from CUDA graphs, as `fastbert.graphed(model)` does with its defaults.
 
     Returns:
         `model` itself.
@@ -84,18 +86,21 @@ def patch(
         "mlm_head": mlm_head,
         "embeddings": embeddings,
     }
-    _check_arguments(model, switches | {"strict": strict, "untested": untested}, unpad, mlm_logits)
+    flags = {"strict": strict, "untested": untested, "cuda_graphs": cuda_graphs}
+    _check_arguments(model, switches | flags, unpad, mlm_logits)
     switches |= {"unpad": unpad, "mlm_logits": mlm_logits}
-    if os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0"):
-        _log_disabled()
+    if is_disabled():
         return model
 
     classes, left_stock = _plan_classes(model, switches, untested)
     if strict and left_stock:
         raise UnsupportedModelError("strict=True, and these stay on stock code: " + "; ".join(left_stock))
+    roots = _roots(model) if cuda_graphs else []
+    _take_graphs(model)
     _swap_classes(classes)
     if untested:
         _accept(classes)
+    _give_graphs(roots)
     _switches[model] = switches
     return model
 
@@ -111,6 +116,7 @@ def unpatch(model: Model) -> Model:
     from fastbert.registry import BY_FAST
 
     _check_model(model)
+    _take_graphs(model)
     _swap_classes({module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST})
     _switches.pop(model, None)
     return model
@@ -120,7 +126,11 @@ def unpatch(model: Model) -> Model:
 def patched(model: Model, **keywords: object) -> Iterator[Model]:
     """Context manager: `patch(model, **keywords)` within the block; afterwards, even on an exception, as before it."""
     _check_model(model)
-    before = {module: type(module) for module in model.modules()}
+    from fastbert.dispatch import kind_of
+    from fastbert.graphs import classes
+
+    before = {module: kind_of(module) for module in model.modules()}
+    graphs_before = classes.all_options(model)
     switches_before = _switches.get(model)
     patch(model, **keywords)
     try:
@@ -128,6 +138,8 @@ def patched(model: Model, **keywords: object) -> Iterator[Model]:
     finally:
         unpatch(model)
         _swap_classes(before)
+        for root, options in graphs_before.items():
+            classes.set_graphs(root, options)
         if switches_before is None:
             _switches.pop(model, None)
         else:
@@ -141,6 +153,7 @@ def switches_of(model: nn.Module) -> dict[str, bool] | None:
 
 def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[dict[nn.Module, type], list[str]]:
     """The class that each module should have, and one line per module that stays stock although its switch is on."""
+    from fastbert.dispatch import kind_of
     from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, MLM_HEADS, PACKING, encoders_with_a_reader
 
     classes: dict[nn.Module, type] = {}
@@ -149,7 +162,7 @@ def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) ->
     with_a_reader = encoders_with_a_reader(model, switches["mlm_head"] and mlm_logits == "none")
     mlm_heads = {entry.stock: entry for entry in MLM_HEADS[mlm_logits]}
     for name, module in model.named_modules():
-        entry = BY_STOCK.get(type(module)) or BY_FAST.get(type(module))
+        entry = BY_STOCK.get(kind_of(module)) or BY_FAST.get(kind_of(module))
         if entry is None:
             continue
         entry = mlm_heads.get(entry.stock, entry)
@@ -159,7 +172,7 @@ def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) ->
             wanted = module in with_a_reader if wanted == "auto" else wanted
         reason = None
         if wanted:
-            reason = (entry.stock_reason if type(module) is entry.stock else entry.inactive_reason)(module, untested)
+            reason = (entry.stock_reason if kind_of(module) is entry.stock else entry.inactive_reason)(module, untested)
         classes[module] = entry.fast if wanted and reason is None else entry.stock
         if reason is not None and reason == entry.code.untested(strict=True):
             _log_untested(reason)
@@ -168,6 +181,29 @@ def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) ->
     if not classes:
         raise _nothing_found(model)
     return classes, left_stock
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    from fastbert.graphs.classes import checked_roots
+
+    return checked_roots(model)
+
+
+def _give_graphs(roots: list[nn.Module]) -> None:
+    """Let the forwards of these models be replayed, with the default options."""
+    from fastbert.graphs.classes import set_graphs
+    from fastbert.graphs.options import Options
+
+    for root in roots:
+        set_graphs(root, Options())
+
+
+def _take_graphs(model: nn.Module) -> None:
+    """Let no forward in `model` be replayed any more."""
+    from fastbert.graphs import classes
+
+    for root in classes.all_options(model):
+        classes.set_graphs(root, None)
 
 
 def _swap_classes(classes: dict[nn.Module, type]) -> None:
@@ -231,6 +267,14 @@ def _check_arguments(model: object, flags: dict[str, object], unpad: object, mlm
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def is_disabled() -> bool:
+    """Whether FASTBERT_DISABLE is set, by which fastbert leaves every model as it is. Logs it once."""
+    disabled = os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0")
+    if disabled:
+        _log_disabled()
+    return disabled
 
 
 @cache

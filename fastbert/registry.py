@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastbert import forwards, ops
-from fastbert.dispatch import forward_replaced
+from fastbert.dispatch import forward_replaced, kind_of
 from fastbert.layers import (
     attention,
     embeddings,
@@ -125,7 +125,7 @@ def encoders_with_a_reader(model: nn.Module, mlm: bool) -> set[nn.Module]:
     """The encoders in `model` whose head reads only some positions; MLM heads count if `mlm`."""
     entries = (*POOLED_HEADS, *(entry for heads in MLM_HEADS.values() if mlm for entry in heads))
     heads = {cls for entry in entries for cls in (entry.stock, entry.fast)}
-    bodies = (getattr(module, "bert", None) for module in model.modules() if type(module) in heads)
+    bodies = (getattr(module, "bert", None) for module in model.modules() if kind_of(module) in heads)
     return {body.encoder for body in bodies if hasattr(body, "encoder")}
 
 

@@ -14,7 +14,8 @@ from fastbert.patch import _check_model, switches_of
 
 @dataclass(frozen=True)
 class Row:
-    """The report of one module. Calls are counted since it was patched; calls inside torch.compile are not counted."""
+    """The report of one module. Calls are counted since it was patched; calls inside torch.compile are not counted.
+    A model with CUDA graphs has a row more, whose kernel calls are replays."""
 
     module: str
     hf_class: str
@@ -63,7 +64,7 @@ class Report:
         return f"<table><caption>{html.escape(self._title())}</caption>{cells('th', _HEADINGS)}{body}</table>"
 
     def _title(self) -> str:
-        with_kernel = [row for row in self.rows if row.kernel and row.state != _BY_MODULE]
+        with_kernel = [row for row in self.rows if row.kernel not in (None, _GRAPHS) and row.state != _BY_MODULE]
         active = sum(row.state == "active" for row in with_kernel)
         return f"fastbert on {self.model}: {active} of {len(with_kernel)} modules that have a kernel are active"
 
@@ -78,6 +79,7 @@ class Report:
 
 
 _BY_MODULE = "module by module"  # a layer whose own modules have rows
+_GRAPHS = "CUDA graphs"  # in place of a kernel
 _HEADINGS = ("module", "Hugging Face class", "kernel", "state", "kernel calls", "fell back", "reason")
 _PADDING_VISIBLE = "unpad='auto', and outputs at padded positions are visible"
 _NUMBERS = ("kernel calls", "fell back")
@@ -93,7 +95,8 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    from fastbert.dispatch import Calls, calls
+    from fastbert.dispatch import Calls, calls, kind_of
+    from fastbert.graphs.classes import graphs_of
     from fastbert.registry import BY_FAST, BY_STOCK, LAYER, STOCK_ONLY
 
     _check_model(model)
@@ -101,7 +104,9 @@ def report(model: nn.Module) -> Report:
     rows: list[Row] = []
     inside = None  # the name prefix of the active layer op that the current modules belong to
     for name, module in model.named_modules():
-        cls = type(module)
+        if (graphs := graphs_of(module)) is not None:
+            rows.append(_graphs_row(name, module, graphs))
+        cls = kind_of(module)
         entry = BY_FAST.get(cls) or BY_STOCK.get(cls)
         if entry is not None and entry.kernel is None:
             continue  # a head or model that launches nothing itself
@@ -122,6 +127,16 @@ def report(model: nn.Module) -> Report:
             reason = "a subclass, whose forward may differ: only exact types are patched"
             rows.append(_stock_row(name, cls, None, reason))
     return Report(type(model).__name__, tuple(rows))
+
+
+def _graphs_row(name: str, module: nn.Module, graphs: Any) -> Row:
+    """The row of a model whose forward is replayed from CUDA graphs. The modules inside it are counted where they are called:
+    at a capture, and in calls that are not replayed."""
+    fell_back = bool(graphs.fallbacks) and not graphs.replays
+    state = "fell back" if fell_back else "active"
+    called = graphs.replays or graphs.fallbacks
+    reason = "; ".join([f"{len(graphs)} graphs", *graphs.fallbacks]) if called else "not called yet"
+    return Row(name, type(module).__name__, _GRAPHS, state, reason, graphs.replays, dict(graphs.fallbacks))
 
 
 def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:

@@ -149,6 +149,14 @@ def packs_unseen(head: nn.Module) -> bool:
     return not (hooked(model) or hooked(model.encoder))
 
 
+def packing_encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of `model`, a BertModel or a head, if it packs when `model` is called without labels; else None."""
+    encoder = getattr(getattr(model, "bert", model), "encoder", None)
+    if not isinstance(encoder, _PackingEncoder):
+        return None
+    return encoder if encoder.ALWAYS or (getattr(model, "READS_FIRST", False) and packs_unseen(model)) else None
+
+
 class Always:
     """The namespace of the fast class for `unpad=True`."""
 

@@ -24,7 +24,7 @@ def _reading_first(name: str) -> type[nn.Module]:
             kwargs["reading"] = Reading(None, alone=True)
         return stock.forward(self, *args, **kwargs)
 
-    return subclass(name, __name__, forward=forward)
+    return subclass(name, __name__, forward=forward, READS_FIRST=True)
 
 
 BertForSequenceClassification = _reading_first("BertForSequenceClassification")

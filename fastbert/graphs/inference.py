@@ -1,0 +1,311 @@
+"""Replays a model's forward from graphs, one per bucket, captured at their first use.
+
+A call goes through four steps: can it be replayed at all (request.py, state.py), which bucket holds it (buckets.py), copy its
+batch in (inputs.py), replay and cut the outputs out (outputs.py). A call that cannot be replayed runs the ordinary way, and its
+reason is counted for `fastbert.report`.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any
+from weakref import ReferenceType, WeakValueDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.graphs import request as requests
+from fastbert.graphs.buckets import Bucket, token_capacity
+from fastbert.graphs.capture import Graph, Recorder, recorder_of
+from fastbert.graphs.inputs import Inputs
+from fastbert.graphs.options import Options
+from fastbert.graphs.outputs import Outputs
+from fastbert.graphs.request import Request
+from fastbert.graphs.state import ModelState
+from fastbert.layers.counts import CallerCounts
+from fastbert.layers.encoder import packing_encoder
+
+Forward = Callable[..., Any]
+RESTLESS = 4  # changes of the model in a row, each after fewer than CALM replays, that end capturing
+CALM = 8
+
+
+class Captured:
+    """A graph with its inputs and outputs."""
+
+    def __init__(self, graph: Graph, inputs: Inputs, outputs: Outputs) -> None:
+        self.graph, self.inputs, self.outputs = graph, inputs, outputs
+
+
+class Graphs:
+    """The graphs of one model. Copies and pickles of it keep the options and no graph."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.replays = 0
+        self.fallbacks: Counter[str] = Counter()
+        self._lock = RLock()  # all graphs share their working memory, so two threads take turns
+        self._turns: _Turns | None = None
+        self._model: ReferenceType[nn.Module] | None = None
+        self._state: ModelState | None = None
+        self._recorder: Recorder | None = None
+        self._captured: OrderedDict[Any, Captured] = OrderedDict()
+        self._failed: dict[Any, str] = {}
+        self._asked: Counter[Any] = Counter()  # keys that were turned away while all graphs were in use
+        self._inputs: WeakValueDictionary[Any, Inputs] = WeakValueDictionary()
+        self._packing: nn.Module | None = None  # the encoder, if it packs for this model
+        self._restless = self._replays_before = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, (self.options,)
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def call(self, model: nn.Module, forward: Forward, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The result of `forward(model, *args, **kwargs)`: from a graph if there can be one, else by calling it."""
+        if torch.compiler.is_compiling():
+            return forward(model, *args, **kwargs)
+        with self._lock:
+            found = self._replay(model, forward, names, args, kwargs)
+        if not isinstance(found, str):
+            return found
+        with self._lock:
+            self.fallbacks[found] += 1
+        return forward(model, *args, **kwargs)
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        with self._lock:
+            if self._turns is not None:
+                self._turns.finish()
+            self._captured.clear()
+            self._failed.clear()
+            self._asked.clear()
+            self._state = self._recorder = self._turns = None
+
+    def _replay(self, model: nn.Module, forward: Forward, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The outputs of a replay, or why there is none."""
+        if model.training:
+            return "train mode"
+        reason = requests.surroundings_reason()
+        if reason is not None:
+            return reason
+        request = requests.request_of(names, args, kwargs, type(model).__name__ == "BertForMultipleChoice")
+        if isinstance(request, str):
+            return request
+        if getattr(model.config, "is_decoder", False) and request.cached is not False:
+            return "a decoder's cache: pass use_cache=False"
+        state = self._current_state(model)
+        if isinstance(state, str):
+            return state
+        if torch.is_grad_enabled() and state.requires_grad:
+            return "gradients are recorded: call the model under torch.inference_mode() or torch.no_grad()"
+        if request.ids.device != state.device:
+            return f"input_ids on {request.ids.device} and the model on {state.device}"
+        if self._turns.capturing():
+            return "a graph is being captured"
+        self._turns.begin()
+        captured = self._captured_for(model, forward, request)
+        if isinstance(captured, str):
+            return captured
+        captured.graph.replay()
+        outputs = captured.outputs.cut(request.ids.shape, keep=not self.options.reuse_outputs)
+        self._turns.end()
+        self.replays += 1
+        return outputs
+
+    def _current_state(self, model: nn.Module) -> ModelState | str:
+        """The state that the graphs belong to, or why the model has no graphs. If it has changed, all graphs are dropped."""
+        if self._model is None or self._model() is None:
+            self._model = ref(model)
+        elif self._model() is not model:
+            return "a replica of the model"
+        state = self._state
+        if state is None or not state.is_current():
+            if state is not None and state.reason is None:
+                calm = self.replays - self._replays_before >= CALM
+                self._restless = 0 if calm else self._restless + 1
+                self._replays_before = self.replays
+            self.forget()
+            state = self._state = ModelState(model)
+            self._packing = packing_encoder(model)
+        if state.reason is not None:
+            return state.reason
+        if self._restless >= RESTLESS:
+            return "weights or modules change from call to call"
+        if self._recorder is None:
+            self._recorder = recorder_of(state.device)
+            if self._recorder is None:
+                return f"a model on {state.device}: graphs need an NVIDIA GPU"
+            self._turns = _Turns(state.device)
+        return state
+
+    def _captured_for(self, model: nn.Module, forward: Forward, request: Request) -> Captured | str:
+        """The graph for a request, whose batch is in its inputs; or why there is none."""
+        shape = request.ids.shape
+        longest = getattr(model.config, "max_position_embeddings", shape[-1])
+        if shape[-1] > longest:
+            return f"{shape[-1]} positions, of which the model has {longest}"
+        bucket = self.options.buckets.of(shape[0], shape[-1], longest)
+        if bucket is None:
+            return f"no bucket for a batch of {shape[0]} rows and {shape[-1]} positions"
+        packed = self._packing is not None
+        counts = packed and self._packing.caller_counts
+        budget = counts and counts.token_budget
+        if counts and counts.lengths is not None:
+            request = request._replace(counts=counts.lengths)
+        if budget is not None and packed:  # the caller's own, for exactly this batch
+            bucket = Bucket(shape[0], shape[-1])
+        inputs = self._inputs_of((bucket.rows, *shape[1:-1], bucket.length), request.ids.device, packed)
+        inputs.fill(request)
+        capacity = budget or self._capacity(request, inputs, packed)
+        if isinstance(capacity, str):
+            return capacity
+        key = inputs.shape, capacity, requests.settings(request.ids.device)
+        captured = self._captured.get(key)
+        if captured is not None:
+            self._captured.move_to_end(key)
+            return captured
+        return self._failed.get(key) or self._admitted(key) or self._capture(key, model, forward, inputs, capacity)
+
+    def _inputs_of(self, shape: tuple[int, ...], device: torch.device, packed: bool) -> Inputs:
+        inputs = self._inputs.get((shape, packed))
+        if inputs is None:
+            inputs = self._inputs[shape, packed] = Inputs(shape, device, first=packed)
+        return inputs
+
+    @staticmethod
+    def _capacity(request: Request, inputs: Inputs, packed: bool) -> int | str:
+        """The number of tokens for which a batch is packed, 0 for one that is not; or why it must run the ordinary way.
+
+        Counting takes one synchronisation, unless the mask is absent, a collator has counted, or the batch fills its bucket
+        and is not packed.
+        """
+        shape = request.ids.shape
+        rows, length = shape[:-1].numel(), shape[-1]
+        if not packed and (request.mask is None or shape == inputs.mask.shape):
+            return 0
+        if request.mask is None:
+            tokens = [length] * rows
+        elif request.counts is not None:
+            tokens = request.counts
+            if len(tokens) != rows or not all(0 <= n <= length for n in tokens):
+                raise ValueError(f"lengths: expected {rows} numbers from 0 to {length}, got {list(tokens)}")
+        else:
+            tokens, padding_first = count_tokens(inputs.mask[: shape[0]].flatten(0, -2))
+            if packed and padding_first:
+                return "a padded position is read"
+        if not packed:
+            # A row without keys gets the average over all positions, among which a bucket's would count.
+            return 0 if min(tokens) else "a row that is all padding, in a batch smaller than its bucket"
+        if not sum(tokens):
+            return "a batch of padding only"
+        whole = inputs.mask.numel()
+        return min(token_capacity(sum(tokens) + inputs.mask.shape[:-1].numel() - rows), whole)
+
+    def _admitted(self, key: Any) -> str | None:
+        """Why a new graph may not take the place of another, or None: at its first request, if all places are taken."""
+        if len(self._captured) < self.options.max_graphs:
+            return None
+        if not self._asked[key]:
+            if len(self._asked) >= 8 * self.options.max_graphs:
+                self._asked.clear()
+            self._asked[key] += 1
+            return f"a new shape, while all {self.options.max_graphs} graphs are in use"
+        del self._asked[key]
+        self._turns.finish()
+        self._captured.popitem(last=False)
+        return None
+
+    def _capture(self, key: Any, model: nn.Module, forward: Forward, inputs: Inputs, capacity: int) -> Captured | str:
+        more = {"use_cache": False} if getattr(model.config, "is_decoder", False) else {}
+        batch = {"input_ids": inputs.ids, "attention_mask": inputs.mask, "token_type_ids": inputs.types, **more}
+
+        def run() -> Any:
+            with _budget(self._packing, capacity), torch.no_grad(), _without_weight_cache(inputs.ids.device):
+                return forward(model, **batch, return_dict=True)
+
+        try:
+            with torch.inference_mode(False):
+                self._recorder.warm_up(run)
+                graph, output = self._recorder.capture(run)
+            captured = Captured(graph, inputs, Outputs(output, type(model).__name__))
+        except Exception as error:  # the ordinary forward, which comes next, raises it if it is the model's
+            self._failed[key] = reason = _no_graph(error)
+            return reason
+        self._captured[key] = captured
+        self._state = ModelState(model)  # the first forward may have left something on modules
+        return captured
+
+
+def _no_graph(error: Exception) -> str:
+    said = str(error).strip().partition("\n")[0]
+    return f"no graph: {type(error).__name__}: {said}"[:300]
+
+
+def count_tokens(mask: Tensor) -> tuple[list[int], bool]:
+    """The tokens of each row of a bool [rows, S], and whether the first position of any row is padding.
+
+    Counted on the host: to copy so few bytes takes less time than to launch a kernel and to copy its result.
+    """
+    read = mask.cpu().numpy()
+    return read.sum(1).tolist(), not read[:, 0].all()
+
+
+@contextmanager
+def _budget(encoder: Any, tokens: int) -> Iterator[None]:
+    """Within the block, `encoder` packs every batch for so many tokens."""
+    if encoder is None:
+        yield
+        return
+    before = vars(encoder).get("caller_counts")
+    encoder.caller_counts = CallerCounts(token_budget=tokens)
+    try:
+        yield
+    finally:
+        if before is None:
+            del encoder.caller_counts
+        else:
+            encoder.caller_counts = before
+
+
+def _without_weight_cache(device: torch.device) -> Any:
+    """Autocast as it is, without its cache: a graph that read cached casts would not see new weights."""
+    dtype = requests.autocast_dtype(device.type)
+    if dtype is None:
+        return torch.autocast(device.type, enabled=False)
+    torch.clear_autocast_cache()
+    return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
+class _Turns:
+    """Orders replays on different streams: each waits for the one before, because they share memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._index = device.index if device.type == "cuda" else None
+        self._last: int | None = None
+        self._done = torch.cuda.Event() if self._index is not None else None
+
+    def capturing(self) -> bool:
+        """Whether the caller captures a graph of its own."""
+        return self._index is not None and torch.cuda.is_current_stream_capturing()
+
+    def begin(self) -> None:
+        if self._index is None:
+            return
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        if stream != self._last:
+            if self._last is not None:
+                torch.cuda.current_stream(self._index).wait_event(self._done)
+            self._last = stream
+
+    def end(self) -> None:
+        if self._index is not None:
+            self._done.record(torch.cuda.current_stream(self._index))
+
+    def finish(self) -> None:
+        """Wait until the last replay has ended."""
+        if self._last is not None:
+            self._done.synchronize()

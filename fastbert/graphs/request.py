@@ -1,0 +1,91 @@
+"""Decides whether a call of a model can be replayed, from its arguments and torch's state."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert.dispatch import autocast_dtype, mode_reason
+from fastbert.layers.capturing import is_recording
+from fastbert.lengths import Counted
+
+_IDS = (torch.int64, torch.int32)
+# Arguments whose value, where it is one of these, changes nothing in a forward that is replayed.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "return_dict": (True,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+}
+
+
+class Request(NamedTuple):
+    """The tensors of a call that a graph can serve. ids, and types and mask if given, have one shape [..., S]."""
+
+    ids: Tensor
+    types: Tensor | None
+    mask: Tensor | None
+    counts: tuple[int, ...] | None  # the tokens of each row, if a LengthsCollator counted them
+    cached: bool | None  # use_cache, if it was given
+
+
+def request_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], choices: bool) -> Request | str:
+    """The request of a call, or why it must run the ordinary way.
+
+    Args:
+        names: the parameters of the model's forward.
+        args, kwargs: those of the call.
+        choices: the batch has a dimension of choices, [B, C, S].
+    """
+    if len(args) > len(names):
+        return "more arguments than the forward takes"
+    found: dict[str, Any] = {"input_ids": None, "token_type_ids": None, "attention_mask": None}
+    counts = cached = None
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        if value is None:
+            continue
+        if name in found:
+            found[name] = value
+        elif name == "lengths" and type(value) is Counted:
+            counts = tuple(value)
+        elif name == "use_cache" and value is False:
+            cached = False
+        elif not (value in _NEUTRAL.get(name, ()) if isinstance(value, bool) else type(value) is Counted):
+            return f"{name} was given"
+    ids, types, mask = found.values()
+    if ids is None:
+        return "no input_ids"
+    for name, tensor in found.items():
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor:
+            return f"{name} is a {type(tensor).__name__}"
+        if tensor.shape != ids.shape:
+            return f"{name} of shape {tuple(tensor.shape)} beside input_ids of shape {tuple(ids.shape)}"
+        if tensor.device != ids.device:
+            return f"{name} on {tensor.device} and input_ids on {ids.device}"
+        if name != "attention_mask" and tensor.dtype not in _IDS:
+            return f"{name} of {tensor.dtype}"
+    if ids.dim() != (3 if choices else 2) or not ids.numel():
+        return f"input_ids of shape {tuple(ids.shape)}"
+    return Request(ids, types, mask, counts, cached)
+
+
+def surroundings_reason() -> str | None:
+    """Why no call can be replayed now, whatever its arguments, or None."""
+    if is_recording():
+        return "hidden states or attention weights were requested"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a torch dispatch or function mode is active"
+    return mode_reason()
+
+
+def settings(device: torch.device) -> tuple[Any, ...]:
+    """What torch's global settings add to the work of a forward; a graph belongs to one set of them."""
+    return (
+        autocast_dtype(device.type),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    )
