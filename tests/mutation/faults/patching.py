@@ -14,7 +14,7 @@ _registry = partial(Fault, file="fastbert/registry.py")
 FAULTS = (
     _patch(
         "a user's subclass is taken for the stock class",
-        before="entry = BY_STOCK.get(type(module)) or BY_FAST.get(type(module))",
+        before="entry = BY_STOCK.get(kind_of(module)) or BY_FAST.get(kind_of(module))",
         after="entry = BY_FAST.get(type(module)) or next((e for cls, e in BY_STOCK.items() if isinstance(module, cls)), None)",
         tests=(f"{TESTS}::test_a_users_subclass_is_left_alone",),
     ),
