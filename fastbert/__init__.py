@@ -3,6 +3,7 @@
 import fastbert.startup  # noqa: F401
 from fastbert.errors import UnsupportedModelError
 from fastbert.graphed import graphed, warmup
+from fastbert.graphs.training import graphed_step
 from fastbert.groups import param_groups
 from fastbert.integrations.trainer import trainer_optimizer
 from fastbert.lengths import LengthsCollator, lengths
@@ -19,6 +20,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerifyResult",
     "graphed",
+    "graphed_step",
     "lengths",
     "param_groups",
     "patch",

@@ -22,8 +22,8 @@ class Graph(Protocol):
 class Recorder(Protocol):
     """Makes graphs. All graphs of one recorder share their working memory, so two must not run at the same time."""
 
-    def warm_up(self, function: Callable[[], Result]) -> Result:
-        """Call `function` as often as a capture needs beforehand, and return its last result."""
+    def warm_up(self, function: Callable[[], Result], calls: int | None = None) -> Result:
+        """Call `function` as often as a capture needs beforehand, or `calls` times, and return its last result."""
 
     def capture(self, function: Callable[[], Result]) -> tuple[Graph, Result]:
         """A graph of one call of `function`, and the call's result, whose tensors each replay fills.
@@ -43,13 +43,13 @@ class CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)
 
-    def warm_up(self, function: Callable[[], Result]) -> Result:
+    def warm_up(self, function: Callable[[], Result], calls: int | None = None) -> Result:
         """Call `function` on the stream of the captures, so that its libraries have their workspaces there."""
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                for _ in range(self.WARM_UP_CALLS):
+                for _ in range(calls or self.WARM_UP_CALLS):
                     result = function()
             current.wait_stream(self._stream)
         return result

@@ -28,9 +28,10 @@ from transformers.utils.generic import can_return_tuple
 from fastbert import ops
 from fastbert.dispatch import FastModule, autocast_dtype, falls_back, hooked, is_plain, is_plain_tensor, run, tensor_reason
 from fastbert.layers import prediction_head
-from fastbert.layers.counts import Capacity, count
+from fastbert.layers.counts import CallerCounts, Capacity, count
 from fastbert.layers.encoder import packs_unseen
 from fastbert.layers.packing import Rows, pack
+from fastbert.layers.packing_plan import stop_unless
 from fastbert.layers.reading import Reading
 from fastbert.layers.stock import BertPredictionHeadTransform, stock_class, subclass, untested
 
@@ -127,14 +128,16 @@ def _run_with_loss(
     if not without:
         hidden = head.transform(hidden).to(dtype)
         logits = linear(hidden, weight, bias)
-    hidden, targets = _labelled(hidden, targets, labelled, reading.rows, ignored)
+    hidden, targets = _labelled(module, hidden, targets, labelled, reading.rows, ignored)
     if without:
         hidden = head.transform(hidden).to(dtype)
     return outputs, logits, run(module, ops.linear_cross_entropy, hidden, weight, bias, targets, **options)
 
 
-def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None, ignored: int) -> tuple[Tensor, Tensor]:
-    """The labelled rows [N, H] and their labels [N]. One synchronisation, unless the encoder has counted them.
+def _labelled(
+    module: nn.Module, hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | None, ignored: int
+) -> tuple[Tensor, Tensor]:
+    """The labelled rows [N, H] and their labels [N]. One synchronisation, unless the encoder or the caller has counted them.
 
     torch.compile needs sizes that do not depend on the labels, so it gets all rows, most of them with an ignored label.
     """
@@ -143,9 +146,14 @@ def _labelled(hidden: Tensor, targets: Tensor, labelled: Tensor, rows: Rows | No
         if torch.compiler.is_compiling() or not labelled.numel():
             return hidden, targets
         counts = ops.row_counts(None, labelled)
-        _, capacity, _ = count(None, labelled, counts)
         batch, seqlen = labelled.shape
-        _, rows, _ = pack(counts, None, labelled, seqlen, Capacity(batch * seqlen, seqlen), capacity)
+        caller: CallerCounts | None = vars(module).get("caller_counts")  # set by fastbert.graphed_step
+        capacity = None if caller is None else caller.capacity("read", batch, seqlen)
+        claimed = capacity is not None
+        if not claimed:
+            _, capacity, _ = count(None, labelled, counts)
+        _, rows, fits = pack(counts, None, labelled, seqlen, Capacity(batch * seqlen, seqlen), capacity, claimed)
+        stop_unless(fits, (False, claimed, False))
     if rows.exact:
         return rows.take(hidden), targets.index_select(0, rows.index)
     index = rows.index

@@ -59,13 +59,13 @@ def plan_packing(
     checked = (*claims, alone and mask is not None and not counted)
     capacity = Capacity(batch * seqlen, seqlen) if whole else tokens
     packed, last, fits = pack(counts, None if whole else mask, read, seqlen, capacity, reads, any(checked))
-    _stop_unless(fits, checked)
+    stop_unless(fits, checked)
     if read is not None:
         reading.rows = last  # so that the head need not count again
     return Packing(packed, last if alone else None) if reason is None else reason
 
 
-def _stop_unless(fits: Tensor | None, checked: tuple[bool, bool, bool]) -> None:
+def stop_unless(fits: Tensor | None, checked: tuple[bool, bool, bool]) -> None:
     """Assert, on the device and without waiting for it, that the caller's counts are right.
 
     With wrong counts rows would be left out, or zeros read.

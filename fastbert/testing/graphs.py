@@ -321,9 +321,9 @@ class TapeRecorder:
         self.graphs: WeakSet[TapeGraph] = WeakSet()
         self._running = threading.Lock()
 
-    def warm_up(self, function: Callable[[], Result]) -> Result:
+    def warm_up(self, function: Callable[[], Result], calls: int | None = None) -> Result:
         assert _current() is None, "a warm-up during a capture"
-        for _ in range(CudaRecorder.WARM_UP_CALLS):
+        for _ in range(calls or CudaRecorder.WARM_UP_CALLS):
             result = function()
         return result
 
