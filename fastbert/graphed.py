@@ -98,8 +98,13 @@ def warmup(model: nn.Module, shapes: Sequence[tuple[int, int]], *, choices: int 
         for rows, length in sizes:
             by_choice = (choices,) if type(root).__name__ == "BertForMultipleChoice" else ()
             ids = torch.zeros(rows, *by_choice, length, dtype=torch.int64, device=device)
-            before = graphs.replays, graphs.fallbacks.copy()
-            with torch.inference_mode():
-                root(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
-            if graphs.replays == before[0]:
-                raise RuntimeError(f"shapes: {(rows, length)} runs without a graph: {', '.join(graphs.fallbacks - before[1])}")
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+            replays, fallbacks, failed = graphs.replays, graphs.fallbacks.copy(), None
+            try:
+                with torch.inference_mode():
+                    root(**inputs)
+            except Exception as error:
+                failed = error
+            if failed or graphs.replays == replays:
+                reason = ", ".join(graphs.fallbacks - fallbacks) or repr(failed)
+                raise RuntimeError(f"shapes: {(rows, length)} runs without a graph: {reason}") from failed

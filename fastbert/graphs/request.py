@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from fastbert.dispatch import autocast_dtype, mode_reason
 from fastbert.layers.capturing import is_recording
@@ -75,9 +76,15 @@ def surroundings_reason() -> str | None:
     """Why no call can be replayed now, whatever its arguments, or None."""
     if is_recording():
         return "hidden states or attention weights were requested"
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    modes = torch._C._len_torch_function_stack()
+    if torch._C._len_torch_dispatch_stack() or (modes and not _are_default_devices(modes)):
         return "a torch dispatch or function mode is active"
     return mode_reason()
+
+
+def _are_default_devices(modes: int) -> bool:
+    """Whether the active function modes are those of torch.set_default_device and `with torch.device(...)` only."""
+    return all(isinstance(torch._C._get_function_stack_at(i), DeviceContext) for i in range(modes))
 
 
 def settings(device: torch.device) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ ignored, so the next call must notice it. Everything is compared, by identity, i
 """
 
 from itertools import chain
-from operator import attrgetter, call, itemgetter
+from operator import call, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastbert.dispatch import IDLE_HOOKS, is_plain_tensor
 from fastbert.kernels.adamw.tensor_forms import Forms
 
-_FORWARD = attrgetter("forward")
+_FORWARD = itemgetter("forward")
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients those of the backward do nothing
 _HOOKS = itemgetter(*_HOOK_KINDS)
 
@@ -30,8 +30,9 @@ class ModelState:
         self._modules = list(model.modules())
         self._dicts = [vars(module) for module in self._modules]
         self._types = list(map(type, self._modules))
-        self._classes = [cls for cls in dict.fromkeys(self._types) if hasattr(cls, "forward")]
-        self._forwards = list(map(_FORWARD, self._classes))
+        lineages = chain.from_iterable(cls.__mro__ for cls in dict.fromkeys(self._types))
+        self._classes = [cls for cls in dict.fromkeys(lineages) if "forward" in vars(cls)]
+        self._forwards = list(map(_FORWARD, map(vars, self._classes)))
         inside = self._dicts[1:]
         self._packing = [vars(module) for module in self._modules if hasattr(type(module), _TRANSIENT)]
         self._names = list(map(_names, self._packing))
@@ -60,13 +61,14 @@ class ModelState:
         """Whether nothing has changed that a graph would miss."""
         try:
             return (
-                list(map(len, self._sized)) == self._sizes
+                all(map(is_, map(vars, self._modules), self._dicts))
+                and list(map(len, self._sized)) == self._sizes
                 and list(map(_names, self._packing)) == self._names
                 and list(map(call, self._getters, self._dicts)) == self._values
                 and list(map(type, self._modules)) == self._types
                 and self._all(self._children_of) == self._children
                 and list(map(id, chain.from_iterable(map(dict.values, self._tensors_of)))) == self._ids
-                and list(map(_FORWARD, self._classes)) == self._forwards
+                and list(map(_FORWARD, map(vars, self._classes))) == self._forwards
                 and list(map(dict, map(vars, self._configs))) == self._known_configs
                 and (self._reason() == self.reason if self.reason is not None else self._is_same_memory())
             )
