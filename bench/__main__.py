@@ -7,7 +7,7 @@ import typer
 
 from bench.audit.command import audit
 from bench.host.command import host, layer
-from bench.models.command import models
+from bench.models.command import latency, models
 from bench.ops.command import ops
 from bench.report.command import report
 from bench.runner.command import accept, gpu
@@ -22,7 +22,7 @@ def main() -> None:
     """Benchmarks and audits of the kernels."""
 
 
-for command in (audit, layer, gpu, models, ops, host, tune, accept, report, train):
+for command in (audit, layer, gpu, models, latency, ops, host, tune, accept, report, train):
     app.command()(command)
 
 

@@ -168,6 +168,29 @@ class HostRecord(Timed):
 
 
 @dataclass(frozen=True)
+class LatencyRecord(Timed):
+    """One lane of one stream of requests of `batch` rows: `seconds` has the median (p50), p99 the 99th percentile.
+
+    lengths: "full", rows of `seqlen` tokens; "mixed", every request has other lengths, with a mean of fill x seqlen and at
+    most `seqlen`. first_pass_seconds: the first request of every shape, one after another, with captures and compilation.
+    """
+
+    model: str
+    head: str
+    precision: str
+    batch: int
+    seqlen: int
+    fill: float
+    lengths: str
+    p99: float | None
+    first_pass_seconds: float | None
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        return self.model, self.head, self.precision, self.batch, self.seqlen, self.fill, self.lengths
+
+
+@dataclass(frozen=True)
 class TuneRecord(Timed):
     """One configuration tried for an entry of kernels/core/configs.py. lane is "present" or "candidate"."""
 
@@ -225,6 +248,7 @@ class Results(FromJson):
     ops: list[OpRecord] = field(default_factory=list)
     tuning: list[TuneRecord] = field(default_factory=list)
     host: list[HostRecord] = field(default_factory=list)
+    latency: list[LatencyRecord] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
 
     def ceiling(self, name: str) -> float | None:

@@ -18,6 +18,7 @@ from bench.core.records import (
     STATUSES,
     Ceiling,
     HostRecord,
+    LatencyRecord,
     ModelRecord,
     OpRecord,
     Results,
@@ -33,7 +34,14 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind")
 # The list of Results that a record belongs to.
-FIELDS = {Ceiling: "ceilings", ModelRecord: "models", OpRecord: "ops", TuneRecord: "tuning", HostRecord: "host"}
+FIELDS = {
+    Ceiling: "ceilings",
+    ModelRecord: "models",
+    OpRecord: "ops",
+    TuneRecord: "tuning",
+    HostRecord: "host",
+    LatencyRecord: "latency",
+}
 TIMED = [name for kind, name in FIELDS.items() if issubclass(kind, Timed)]
 
 
@@ -150,6 +158,10 @@ def check_record(record: Timed, dry_run: bool, where: str) -> None:
         raise ValueError(f"{where}: a time in a dry run")
     if record.seconds is not None:
         _check_spread(record.seconds, where)
+    if isinstance(record, LatencyRecord) and (record.p99 is None or record.p99 < record.seconds.median) == (
+        record.seconds is not None
+    ):
+        raise ValueError(f"{where}: p99 {record.p99} does not go with its quartiles")
 
 
 def _check_spread(spread: Spread, where: str) -> None:

@@ -4,6 +4,7 @@
 shows in `measure_latency`, and in pytest-benchmark's times through `host_timer`.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -93,6 +94,22 @@ def measure_latency(step: Callable[[int], Any], *, seconds: float) -> tuple[Spre
     """Seconds from a call until its result is ready, by the host's clock: the latency that a caller sees."""
     rounds = _rounds(step, seconds)
     return summary([[synchronised(step, i) for i in range(rounds)] for _ in range(BLOCKS)])
+
+
+def measure_responses(step: Callable[[int], Any], *, seconds: float, fewest: int = 0) -> tuple[Spread, list[float], float]:
+    """Seconds until `step(i)` returns, which ends when the host has read its result: as measure_latency, and the 99th
+    percentile. At least `fewest` rounds in all, whatever time they take."""
+    rounds = max(_rounds(step, seconds), -(-fewest // BLOCKS))
+    blocks = [[_response(step, block * rounds + i) for i in range(rounds)] for block in range(BLOCKS)]
+    samples = [sample for block in blocks for sample in block]
+    return *summary(blocks), statistics.quantiles(samples, n=100, method="inclusive")[98]
+
+
+def _response(step: Callable[[int], Any], i: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(i)
+    return time.perf_counter() - start
 
 
 def synchronised(step: Callable[[int], Any], i: int) -> float:

@@ -1,4 +1,4 @@
-"""The command `python -m bench models`."""
+"""The commands `python -m bench models` and `python -m bench latency`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,5 +30,27 @@ def models(
     jobs = model_jobs(
         model, head, mode, batch, seqlen, fill, lane, lengths=lengths, data=data, tokenizer=tokenizer, dry_run=dry_run
     )
+    session.start(dry_run)
+    session.run(jobs, dry_run, budget, out)
+
+
+def latency(
+    model: Annotated[str, typer.Option(help="BERT-base or BERT-large.")] = "BERT-base",
+    head: Annotated[str, typer.Option(help="A task of `fastbert verify`.")] = "classification",
+    batch: Annotated[list[int], typer.Option(help="Rows of a request.")] = [1, 2, 4, 8, 16, 32, 64],
+    seqlen: Annotated[list[int], typer.Option(help="Tokens of each row; one stream of requests for each.")] = [
+        *(128, 16, 32, 64, 256, 512)
+    ],
+    longest: Annotated[int, typer.Option(help="A stream of mixed lengths with up to so many tokens; 0: none.")] = 512,
+    lane: Annotated[list[str], typer.Option(help="Only this lane; all lanes by default.")] = [],
+    seconds: Annotated[float, typer.Option(help="Seconds of timed requests per stream and lane.")] = 1.0,
+    budget: Budget = HOUR,
+    out: Out = OUT,
+    dry_run: DryRun = False,
+) -> None:
+    """Time requests until the host has read the answer, p50 and p99, in streams of one shape and of mixed lengths."""
+    from bench.runner.selection import latency_jobs
+
+    jobs = latency_jobs(model, head, batch, seqlen, longest, lane, seconds, dry_run)
     session.start(dry_run)
     session.run(jobs, dry_run, budget, out)

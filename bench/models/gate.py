@@ -20,7 +20,7 @@ from fastbert.testing.models import Tensors, assert_equal, run
 SHOWN = 8  # number of tensors that a failure names
 ROWS = batches.CHOICES  # the reference is float64, so the check takes a few rows of full length, not the whole batch
 CAPTURES = 3  # calls before the checked ones of a lane that replays graphs
-NOT_REPLAYED = "no graph was replayed"
+NO_KERNEL, NOT_REPLAYED = "no kernel was launched", "no graph was replayed"
 
 
 def autocast(workload: Workload, device: str) -> AbstractContextManager:
@@ -44,13 +44,10 @@ def problem(
     for batch in _checked(workload, called.config, lane, device):
         if isinstance(called, graphs.Stepped):
             stock.load_state_dict(called.model.state_dict())
-        found = _run(workload, called, batch, device)
-        if isinstance(called, Flattened):
-            found = padded(found, batch)
-        if wrong := _compared(workload, found, stock, batch, device):
+        if wrong := difference(workload, called, batch, references(workload, stock, batch, device), device):
             return wrong
     if lane.fast and counts.total() == before:
-        return "no kernel was launched"
+        return NO_KERNEL
     if lane.graphed and replays and replays.count == replayed:
         return NOT_REPLAYED
     return None
@@ -77,21 +74,32 @@ def _checked(workload: Workload, config: object, lane: Lane, device: str) -> Ite
         yield batches.make(workload.head, config, [shorter] * ROWS, shorter, 98, device, labels=labels)
 
 
-def _compared(workload: Workload, found: Tensors, stock: nn.Module, batch: batches.Batch, device: str) -> str | None:
-    """How the lane's results differ from eager's by the rule; None if they do not."""
-    training = workload.mode == "train"
+def references(workload: Workload, stock: nn.Module, batch: batches.Batch, device: str) -> tuple[Tensors, Tensors]:
+    """The results of the eager model `stock`, and those of its copy in float64."""
     eager = _run(workload, stock, batch, device)
     with torch.autocast(device, enabled=False):
-        exact = run(copy.deepcopy(stock).double(), batch, training)
-    if training:  # a lane may train without returning logits
-        for name in [name for name in eager if name.endswith("logits") and name not in found]:
-            del eager[name], exact[name]
+        return eager, run(copy.deepcopy(stock).double(), batch, workload.mode == "train")
+
+
+def difference(
+    workload: Workload, called: nn.Module, batch: batches.Batch, expected: tuple[Tensors, Tensors], device: str
+) -> str | None:
+    """How the results of `called` differ from eager's by the rule; None if they do not."""
+    found = _run(workload, called, batch, device)
+    if isinstance(called, Flattened):
+        found = padded(found, batch)
+    eager, exact = ({name: x for name, x in results.items() if _compares(name, found, workload)} for results in expected)
     try:
         assert_equal(*(_readable(results, batch) for results in (found, eager, exact)))
     except AssertionError as failure:
         lines = str(failure).splitlines()
         return "\n".join([f"{len(lines)} tensors differ from eager: {lines[0]}", *lines[1:SHOWN]])
     return None
+
+
+def _compares(name: str, found: Tensors, workload: Workload) -> bool:
+    """Whether a lane must have this tensor: in training it may leave out the logits."""
+    return name in found or workload.mode == "infer" or not name.endswith("logits")
 
 
 def without_dropout(model: nn.Module, training: bool) -> nn.Module:

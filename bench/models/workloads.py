@@ -144,13 +144,14 @@ def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
     return flattened.Flattened(model, workload.head) if lane.attention == flattened.NAME else model
 
 
-def compiled(model: nn.Module, lane: Lane) -> nn.Module:
-    """The model as the lane calls it. Without a GPU torch.compile only traces and generates no code."""
+def compiled(model: nn.Module, lane: Lane, dynamic: bool = False) -> nn.Module:
+    """The model as the lane calls it, compiled for one shape or for all. Without a GPU torch.compile only traces and generates
+    no code."""
     if not lane.compiled:
         return model
     if not torch.cuda.is_available():
-        return torch.compile(model, dynamic=False, backend="aot_eager")
-    return torch.compile(model, dynamic=False, mode=lane.compile_mode)
+        return torch.compile(model, dynamic=dynamic, backend="aot_eager")
+    return torch.compile(model, dynamic=dynamic, mode=lane.compile_mode)
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -199,6 +200,29 @@ def grid(
                         for fill in fills:
                             precision = "bf16" if mode == "infer" else "autocast"
                             yield Workload(model, head, mode, batch, seqlen, fill, precision)
+
+
+MIXED_FILL = 0.25
+
+
+def requests(
+    model: str = "BERT-base",
+    head: str = "classification",
+    batches: tuple[int, ...] = (1, 8, 32),
+    seqlens: tuple[int, ...] = (128, 16, 512),
+    longest: int | None = 512,
+) -> Iterator[Workload]:
+    """Streams of requests for the latency, in bf16: full rows, then mixed lengths up to `longest` tokens (None: without)."""
+    for seqlen in seqlens:
+        for batch in batches:
+            yield Workload(model, head, "infer", batch, seqlen, 1.0, "bf16")
+    for batch in batches if longest else ():
+        yield Workload(model, head, "infer", batch, longest, MIXED_FILL, "bf16")
+
+
+def in_the_readme() -> list[Workload]:
+    """The streams of requests of the README's table: one and eight rows of 128 tokens, one row of mixed lengths."""
+    return [*requests(batches=(1, 8), seqlens=(128,), longest=None), *requests(batches=(1,), seqlens=())]
 
 
 def scaling() -> Iterator[Workload]:

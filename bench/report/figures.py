@@ -17,6 +17,8 @@ matplotlib.use("Agg")
 
 COLOURS = {
     "fastbert": "#d1495b",
+    "fastbert, graphed": "#2f9e77",
+    "fastbert, graphed step": "#2f9e77",
     "fastbert + compile": "#8c2f39",
     "fastbert packed": "#8c2f39",
     "fastbert + its AdamW": "#e8919c",
@@ -184,6 +186,28 @@ def scaling(left: Axes, right: Axes, results: Results) -> None:
         left.legend(fontsize=7)
 
 
+def latency(left: Axes, right: Axes, results: Results) -> None:
+    """Median and 99th percentile of a request over its length, for one row and for the largest batch of few rows."""
+    for axes, batch in ((left, 1), (right, 8)):
+        axes.set_title(f"{batch} row{'s' * (batch > 1)}")
+        found = [r for r in results.latency if r.seconds and r.p99 and (r.batch, r.lengths) == (batch, "full")]
+        if not found:
+            _empty(axes)
+            continue
+        for name in [name for name in COLOURS if any(r.lane == name for r in found)]:
+            line = sorted(
+                (r.seqlen, r.seconds.median * 1e3, r.p99 * 1e3) for r in found if r.lane == name and r.seconds and r.p99
+            )
+            seqlens, medians, tails = zip(*line, strict=True)
+            axes.plot(seqlens, medians, marker="o", color=colour(name), label=name)
+            axes.plot(seqlens, tails, ":", color=colour(name), linewidth=1)
+        ticks = sorted({r.seqlen for r in found})
+        axes.set(xscale="log", xlabel="S", ylabel="ms until the answer is read: p50, dotted p99", ylim=(0, None))
+        axes.set_xticks(ticks, [str(s) for s in ticks], minor=False)
+        axes.minorticks_off()
+        axes.legend(fontsize=7)
+
+
 def losses(axes: Axes, results: Results) -> None:
     """Losses of the first workload that has any: all lanes from the same weights on the same batches, dropout off."""
     cases = comparison.by_case(r for r in results.models if r.losses)
@@ -214,6 +238,7 @@ FIGURES: dict[str, tuple[str, int, Callable[..., None]]] = {
     "roofline": ("Ops under the ceilings of this machine", 2, roofline),
     "scaling": ("Training speed over length and padding", 2, scaling),
     "losses": ("Losses of the lanes", 1, losses),
+    "latency": ("Latency of requests by length", 2, latency),
 }
 
 
@@ -226,6 +251,7 @@ def with_data(results: Results) -> list[str]:
         "roofline": bool(results.ceilings) and any(r.seconds for r in results.ops),
         "scaling": len({r.seqlen for r in results.models if r.seconds and (r.head, r.mode) == ("mlm", "train")}) > 1,
         "losses": any(r.losses for r in results.models),
+        "latency": any(r.seconds and r.batch in (1, 8) and r.lengths == "full" for r in results.latency),
     }
     return [name for name in FIGURES if there[name]]
 

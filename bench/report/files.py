@@ -8,6 +8,7 @@ from bench.report import tables
 
 TITLES = {
     "headline": "Models, the lanes side by side",
+    "latencies": "Latency of requests",
     "ceilings": "Measured ceilings",
     "tests": "Correctness",
     "breakdown": "Time of a step by kind of kernel",
@@ -33,7 +34,7 @@ def write_markdown(results: Results, folder: Path) -> Path:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write report.md, the PNGs and report.html: seven files."""
+    """Write report.md, the PNGs and report.html: eight files."""
     from bench.report import figures, page  # matplotlib takes a second to import
 
     written = [write_markdown(results, folder), *figures.draw(results, folder)]

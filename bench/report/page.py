@@ -39,6 +39,7 @@ pre { white-space: pre-wrap; font-size: 12px; color: var(--soft) }
 
 SECTIONS = {
     "headline": "Models",
+    "latencies": "Latency of requests",
     "ceilings": "What this machine can do",
     "tests": "Correctness in the same run",
     "breakdown": "Where a step goes",
@@ -50,7 +51,7 @@ SECTIONS = {
     "stages": "What was run",
     "environment": "The machine",
 }
-OPEN = ("headline", "ceilings", "tests")
+OPEN = ("headline", "latencies", "ceilings", "tests")
 
 
 def render(results: Results, pictures: Iterable[Path]) -> str:

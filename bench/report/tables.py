@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from bench.core import ceilings, comparison, floors
 from bench.core.flops import mfu
-from bench.core.records import GIB, NOT_REACHED, ModelRecord, OpRecord, Results
+from bench.core.records import GIB, NOT_REACHED, LatencyRecord, ModelRecord, OpRecord, Results
 from bench.host import tables
 from bench.report.table import Table
 from bench.tune.run import best
@@ -113,6 +113,64 @@ def headline(results: Results) -> Table:
     whole = {case for case, records in cases.items() if len({r.lane for r in records}) >= 4}
     chosen = whole or set(list(cases)[:4])
     return models(results, lambda record: record.case in chosen)
+
+
+LATENCY_HEADINGS = ("requests", "lane", "p50 [quartiles]", "p99", "requests/s", "first pass", "p50 against stock")
+
+
+def requests(record: LatencyRecord) -> str:
+    tokens = f"up to {record.seqlen} tokens, mixed" if record.lengths == "mixed" else f"{record.seqlen} tokens"
+    return f"{record.model} {record.head}, {record.batch} x {tokens}"
+
+
+def _latency_row(record: LatencyRecord, base: LatencyRecord | None) -> list[str]:
+    if record.seconds is None or record.p99 is None:
+        return [requests(record), record.lane, comparison.why_not(record), *[""] * 4]
+    first = record.first_pass_seconds
+    return [
+        requests(record),
+        record.lane,
+        quartiles(record.seconds, 1e3, "ms"),
+        f"{record.p99 * 1e3:.4g} ms",
+        f"{1 / record.seconds.median:,.0f}",
+        comparison.NOT_MEASURED if first is None else f"{first:.2f} s",
+        comparison.ratio(record, base),
+    ]
+
+
+def latencies(results: Results) -> Table:
+    """Every lane of every stream of requests."""
+    rows = []
+    for records in comparison.by_case(results.latency).values():
+        rows += [_latency_row(record, comparison.baseline(records)) for record in records]
+    return Table(LATENCY_HEADINGS, rows)
+
+
+SHORT_LANES: dict[str, Callable[[str], bool]] = {
+    "stock": "stock".__eq__,
+    "best torch.compile": lambda lane: lane in ("stock + compile", "stock + reduce-overhead"),
+    "fastbert": "fastbert".__eq__,
+    "fastbert, graphed": "fastbert, graphed".__eq__,
+}
+SHORT_STREAMS = ((1, 128, "full"), (8, 128, "full"), (1, 512, "mixed"))
+
+
+def latency(results: Results) -> Table:
+    """The README's table: p50 and p99 of three streams, one column per lane."""
+    rows = []
+    for records in comparison.by_case(results.latency).values():
+        first = records[0]
+        if first.model == "BERT-base" and (first.batch, first.seqlen, first.lengths) in SHORT_STREAMS:
+            rows.append([requests(first), *(_short(records, suits) for suits in SHORT_LANES.values())])
+    return Table(("requests", *(f"{lane}: p50 / p99" for lane in SHORT_LANES)), rows)
+
+
+def _short(records: list[LatencyRecord], suits: Callable[[str], bool]) -> str:
+    mine = [record for record in records if suits(record.lane)]
+    timed = [(record.seconds.median, record.p99) for record in mine if record.seconds and record.p99]
+    if not timed:
+        return comparison.why_not(mine[0]) if mine else comparison.NOT_MEASURED
+    return "{:.3g} / {:.3g} ms".format(*(seconds * 1e3 for seconds in min(timed)))
 
 
 OP_HEADINGS = (
@@ -241,6 +299,8 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "models": models,
     "breakdown": breakdown,
     "losses": losses,
+    "latency": latency,
+    "latencies": latencies,
     "ops": ops,
     "host": host,
     "host-pretended": host,

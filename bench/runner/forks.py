@@ -99,6 +99,7 @@ def serve() -> None:
             os.dup2(nothing.fileno(), descriptor)
     # Forks inherit these imports.
     import bench.host.run
+    import bench.models.latency
     import bench.models.run
     import bench.ops.optimizers
     import bench.ops.run

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from bench.host.cases import CASES, TRAINING
-from bench.models import workloads
+from bench.models import latency, workloads
 from bench.models.workloads import Workload
 from bench.ops import grid
 from bench.runner import suite
@@ -104,6 +104,14 @@ def run_lanes(job: dict[str, Any], timeout: float) -> Outcome:
     return Outcome("error" if reason else "ok", seconds, reason, records)
 
 
+def latency_job(streams: list[Workload], lanes: tuple[str, ...], seconds: float = 1.0, budget: float | None = None) -> Job:
+    """Streams that share a process, and models where a lane compiles nothing. No stream starts after `budget` seconds."""
+    sizes = ", ".join(f"{w.batch}x{w.seqlen}{'' if w.fill == 1.0 else ' mixed'}" for w in streams)
+    name = f"latency: {streams[0].model} {streams[0].head} {sizes}, {' and '.join(lanes)}"
+    job: dict[str, Any] = {"streams": [workload.to_json() for workload in streams], "lanes": list(lanes), "seconds": seconds}
+    return worker_job(name, 300.0, 15.0, kind="latency", **job | ({"budget": budget} if budget else {}))
+
+
 def op_jobs(
     cases: list[grid.Case], directions: tuple[str, ...] = grid.DIRECTIONS, lanes: tuple[str, ...] | None = None
 ) -> Iterator[Job]:
@@ -141,11 +149,12 @@ def stages(budget: float, tests: bool = True) -> list[tuple[float, Callable[[], 
     return [
         (0.05, _ceilings),
         (TESTS, partial(_tests, tests, budget)),
-        (0.2, _headline),
-        (0.08, _host),
+        (0.18, _headline),
+        (0.1, _latency),
+        (0.09, _host),
         (0.14, _ops),
-        (0.23, _compiled),
-        (0.1, _tuning),
+        (0.16, _compiled),
+        (0.08, _tuning),
     ]
 
 
@@ -179,12 +188,23 @@ def _headline() -> Iterator[Job]:
     yield from headline_jobs(workloads.headline())
 
 
+def _latency() -> Iterator[Job]:
+    """The streams of the README's table first, then the other single requests, then batches."""
+    first = workloads.in_the_readme()
+    others = [w for w in workloads.requests() if w not in first]
+    single = [w for w in others if w.batch == 1]
+    for streams in ([*first, *single], [w for w in others if w not in single]):
+        yield latency_job(streams, latency.FIRST_LANES, budget=30.0)
+
+
 def _compiled() -> Iterator[Job]:
     """What else the headline has: our other lane and the peer, then compiled lanes, for small batches reduce-overhead first."""
     mlm, *small = workloads.headline()
     yield from model_jobs([mlm, *small], (*FIRST_LANES[len(HEADLINE_LANES) :], *PEERS), details=True)
     yield from model_jobs(reversed(small), COMPILED_LANES[::-1])
     yield from model_jobs([mlm], COMPILED_LANES)
+    for workload in workloads.in_the_readme():
+        yield latency_job([workload], latency.COMPILED_LANES)
 
 
 def _host() -> Iterator[Job]:
@@ -235,6 +255,8 @@ def _rest() -> Iterator[Job]:
     yield from model_jobs(workloads.wider(), FIRST_LANES, details=True)
     yield from model_jobs(workloads.wider(), COMPILED_LANES[:1])
     yield from model_jobs([first, *others, *workloads.wider()], PEERS + OTHER_LANES)
+    for workload in workloads.requests():
+        yield latency_job([workload], latency.LANES[len(latency.FIRST_LANES) :])
     for lane in ("fastbert", "stock + compile"):
         yield model_job(first, lane, details=not workloads.LANES[lane].compiled, cold=True)
     yield from op_jobs(list(grid.cases(dtypes=("bf16",))))
@@ -260,6 +282,7 @@ def dry_plan() -> Iterator[Job]:
         (inference, "fastbert"),
     ):
         yield model_job(workload, lane, details=True)
+    yield latency_job([inference, replace(inference, fill=0.5)], latency.FIRST_LANES)
     yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in grid.tiny_cases()], directions=["both"], lanes=None)
     yield optimizer_job("tiny")
     yield worker_job("host", 120.0, kind="host", names=[TRAINING.name], tiny=True)

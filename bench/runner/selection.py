@@ -46,8 +46,7 @@ def model_jobs(
             raise BadParameter(f"--{option}: expected a number from 1 on, got {min(values)}")
     if any(not 0.0 < fill <= 1.0 for fill in fills):
         raise BadParameter(f"--fill: expected a share above 0 and up to 1, got {min(fills)} to {max(fills)}")
-    if "multiple-choice" in heads and any(batch % 2 for batch in batches):
-        raise BadParameter("--batch: multiple choice has two choices a question, so the number has to be even")
+    _check_pairs(heads, batches)
     source = _lengths(lengths, data, tokenizer)
     shares = fills if source is None else fills[:1]  # given lengths determine the fill
     chosen = list(workloads.grid(*map(tuple, (names, heads, modes, batches, seqlens, shares))))
@@ -58,6 +57,45 @@ def model_jobs(
     measuring = [] if dry_run else [ceilings_job()]
     pairs = [(w, name) for w in chosen for name in lanes or workloads.LANES if lanes or workloads.LANES[name].suits(w)]
     return measuring + [model_job(workload, name, details=True) for workload, name in pairs]
+
+
+def _check_pairs(heads: Sequence[str], batches: Sequence[int]) -> None:
+    if "multiple-choice" in heads and any(batch % 2 for batch in batches):
+        raise BadParameter("--batch: multiple choice has two choices a question, so the number has to be even")
+
+
+def latency_jobs(
+    name: str,
+    head: str,
+    batches: Sequence[int],
+    seqlens: Sequence[int],
+    longest: int,
+    lanes: Sequence[str],
+    seconds: float,
+    dry_run: bool,
+) -> list[Job]:
+    """Two jobs per batch size, without and with torch.compile; a dry run has one row and four of the tiny model."""
+    from bench.models import latency, workloads
+    from bench.runner.plan import latency_job
+
+    _known("model", [name], [name for name in workloads.CONFIGS if name != "tiny"])
+    _known("head", [head], workloads.HEADS)
+    _known("lane", lanes, latency.LANES)
+    for option, values, least in (("batch", batches, 1), ("seqlen", seqlens, 1), ("longest", [longest], 0)):
+        if any(value < least for value in values):
+            raise BadParameter(f"--{option}: expected a number from {least} on, got {min(values)}")
+    _check_pairs([head], batches)
+    if seconds <= 0:
+        raise BadParameter(f"--seconds: expected a number above 0, got {seconds:g}")
+    jobs = []
+    for batch in batches:
+        streams = list(workloads.requests(name, head, (batch,), tuple(seqlens), longest or None))
+        if dry_run:
+            streams = list(dict.fromkeys(replace(workloads.tiny(stream), batch=min(batch, 4)) for stream in streams))
+        for some in (lambda lane: not workloads.LANES[lane].compiled, lambda lane: workloads.LANES[lane].compiled):
+            if chosen := tuple(lane for lane in lanes or latency.LANES if some(lane)):
+                jobs.append(latency_job(streams, chosen, seconds))
+    return list({job.name: job for job in jobs}.values())
 
 
 def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> Lengths | None:

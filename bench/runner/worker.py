@@ -30,6 +30,13 @@ def _model(workloads: list[dict[str, Any]], lanes: list[str], details: list[str]
             yield from run(Workload.from_json(workload), lane, details=lane in details, cold=cold)
 
 
+def _latency(streams: list[dict[str, Any]], lanes: list[str], **job: Any) -> Iterator[Any]:
+    from bench.models.latency import run
+    from bench.models.workloads import Workload
+
+    yield from run([Workload.from_json(workload) for workload in streams], lanes, **job)
+
+
 def _prepare(workload: dict[str, Any], lanes: list[str]) -> Iterator[Any]:
     from bench.models.run import prepare
     from bench.models.workloads import Workload
@@ -70,6 +77,7 @@ def _tune(**job: Any) -> Iterator[Any]:
 KINDS: dict[str, Callable[..., Iterator[Any]]] = {
     "ceilings": _ceilings,
     "model": _model,
+    "latency": _latency,
     "prepare": _prepare,
     "host": _host,
     "ops": _ops,

@@ -138,7 +138,7 @@ def test_it_comes_after_the_headline_models_in_the_one_call_run_and_cheap():
     jobs = list(plan.gpu_plan(480.0))
     place = next(i for i, job in enumerate(jobs) if job.name == "host")
     assert jobs[place].cap <= 45.0 and jobs[place].until < 0.8
-    assert {job.name.split(":")[0] for job in jobs[:place]} == {"ceilings", "caches", "tests", "model"}
+    assert {job.name.split(":")[0] for job in jobs[:place]} == {"ceilings", "caches", "tests", "model", "latency"}
     assert not any("BERT-large" in job.name for job in jobs[:place])
     assert set(jobs[place].run.args[0]["names"]) == set(CASES)
 

@@ -37,7 +37,7 @@ def test_page_and_pictures(tmp_path):
     done = CliRunner().invoke(app, ["report", str(SAMPLE), "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     written = sorted(path.name for path in tmp_path.iterdir())
-    pictures = ["losses.png", "memory.png", "roofline.png", "scaling.png", "speed.png"]
+    pictures = ["latency.png", "losses.png", "memory.png", "roofline.png", "scaling.png", "speed.png"]
     assert written == sorted([*pictures, "report.html", "report.md"])
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(pictures)
@@ -132,7 +132,7 @@ def test_pictures_of_nothing(tmp_path):
     from bench.report import files
 
     written = files.write(nothing(), tmp_path)
-    assert len(written) == 7 and comparison.NOT_MEASURED in (tmp_path / "report.html").read_text()
+    assert len(written) == 8 and comparison.NOT_MEASURED in (tmp_path / "report.html").read_text()
 
 
 DOCUMENT = """before

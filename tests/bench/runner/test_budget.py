@@ -241,7 +241,7 @@ def test_the_plan_is_most_important_first():
     jobs = list(plan.gpu_plan(480.0))
     names = [job.name for job in jobs]
     kinds = list(dict.fromkeys(name.split(":")[0] for name in names))
-    assert kinds == ["ceilings", "caches", "tests", "model", "host", "ops", "tune"]
+    assert kinds == ["ceilings", "caches", "tests", "model", "latency", "host", "ops", "tune"]
     headline, *others = [name for name in names if name.startswith("model")]
     assert "fastbert and stock and fastbert, graphed step (warm)" in headline
     assert others[1].endswith("infer B=1 S=128 fill=1.0, fastbert and stock and fastbert, graphed (warm)")

@@ -1,5 +1,6 @@
 """Each command's dry run, end to end on a machine without a GPU: the jobs run here, the rest as it ships."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -49,7 +50,7 @@ def check(folder, name="results.json"):
     results = schema.read(folder / name)
     assert results.dry_run and not results.ceilings
     assert all(stage.status == "ok" for stage in results.stages), results.stages
-    assert all(record.seconds is None for record in (*results.models, *results.ops, *results.tuning))
+    assert all(record.seconds is None for record in (*results.models, *results.latency, *results.ops, *results.tuning))
     return results
 
 
@@ -73,6 +74,17 @@ def test_models(tmp_path):
 def test_inference_through_torch_compile(tmp_path):
     invoke("models", "--dry-run", "--head", "nsp", "--mode", "infer", "--lane", "stock + compile", "--out", tmp_path)
     assert {record.status for record in check(tmp_path).models} == {"dry-run"}
+
+
+def test_latency(tmp_path):
+    text = invoke(
+        "latency", "--dry-run", "--batch", 1, "--batch", 64, "--lane", "stock", "--lane", "fastbert", "--out", tmp_path
+    )
+    results = check(tmp_path)
+    assert {(r.batch, r.lengths, r.lane) for r in results.latency} == set(
+        itertools.product((1, 4), ("full", "mixed"), ("stock", "fastbert"))
+    )
+    assert {record.status for record in results.latency} == {"dry-run"} and "2 of 2 jobs done" in text
 
 
 def test_ops(tmp_path):
@@ -218,6 +230,10 @@ def test_a_wrong_model_fails_its_gate(monkeypatch):
         (["models", "--fill", "0"], "expected a share"),
         (["models", "--lengths", "none.txt"], "cannot read none.txt"),
         (["models", "--head", "multiple-choice", "--batch", "3"], "has to be even"),
+        (["latency", "--lane", "flattened"], "known are stock, fastbert"),
+        (["latency", "--batch", "0"], "from 1 on, got 0"),
+        (["latency", "--head", "multiple-choice"], "has to be even"),
+        (["latency", "--seconds", "0"], "above 0, got 0"),
         (["ops", "--op", "x"], "known are attention"),
         (["tune", "--kernel", "x"], "known are attention_forward"),
         (["host", "--only", "x"], "there are SeqCls B=32 S=128 training"),
@@ -230,7 +246,7 @@ def test_what_cannot_be_run_is_said(arguments, said):
     assert done.exit_code == 2 and said in " ".join(done.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["gpu", "models", "ops", "host", "tune"])
+@pytest.mark.parametrize("command", ["gpu", "models", "latency", "ops", "host", "tune"])
 def test_without_a_gpu_the_floors_are_printed(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, [command])
