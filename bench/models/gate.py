@@ -19,7 +19,7 @@ from fastbert.testing.models import Tensors, assert_equal, run
 
 SHOWN = 8  # number of tensors that a failure names
 ROWS = batches.CHOICES  # the reference is float64, so the check takes a few rows of full length, not the whole batch
-CAPTURES = 3  # calls before the checked ones of a lane that replays graphs
+CAPTURES = 5  # calls before the checked ones of a lane that replays graphs
 NO_KERNEL, NOT_REPLAYED = "no kernel was launched", "no graph was replayed"
 
 
@@ -38,10 +38,10 @@ def problem(
     before = counts.total()
     stock = workloads.make(workload, LANES["eager"], device).eval()
     if lane.graphed:
-        for batch in captured(workload, called.config, device):
+        for batch in _captured(workload, device):
             _run(workload, called, batch, device)
     replayed = replays.count if replays else 0
-    for batch in _checked(workload, called.config, lane, device):
+    for batch in _checked(workload, lane, device):
         if isinstance(called, graphs.Stepped):
             stock.load_state_dict(called.model.state_dict())
         if wrong := difference(workload, called, batch, references(workload, stock, batch, device), device):
@@ -49,21 +49,26 @@ def problem(
     if lane.fast and counts.total() == before:
         return NO_KERNEL
     if lane.graphed and replays and replays.count == replayed:
-        return NOT_REPLAYED
+        return f"{NOT_REPLAYED}: {graphs.why_not(called)}"
     return None
 
 
-def captured(workload: Workload, config: object, device: str) -> Iterator[batches.Batch]:
-    """The batches that a lane of graphs runs before the checked ones."""
+def batches_of(workload: Workload, lane: Lane, device: str) -> list[batches.Batch]:
+    """All batches of the check of a lane of graphs."""
+    return [*_captured(workload, device), *_checked(workload, lane, device)]
+
+
+def _captured(workload: Workload, device: str) -> Iterator[batches.Batch]:
     lengths = workload.lengths.of_batch(ROWS, workload.seqlen, workload.fill)
+    config, labels = workload.config(), workload.mode == "train"
     for seed in range(CAPTURES):
-        yield batches.make(workload.head, config, lengths, workload.seqlen, seed, device, labels=workload.mode == "train")
+        yield batches.make(workload.head, config, lengths, workload.seqlen, seed, device, labels=labels)
 
 
-def _checked(workload: Workload, config: object, lane: Lane, device: str) -> Iterator[batches.Batch]:
+def _checked(workload: Workload, lane: Lane, device: str) -> Iterator[batches.Batch]:
     """A batch of the workload's length and fill. For graphs its rows have other lengths than the captured ones with the same
     sum, and forwards get a shorter batch as well."""
-    seqlen, labels = workload.seqlen, workload.mode == "train"
+    config, seqlen, labels = workload.config(), workload.seqlen, workload.mode == "train"
     lengths = workload.lengths.of_batch(ROWS, seqlen, workload.fill)
     if lane.graphed:
         moved = min(min(lengths) - 1, seqlen - max(lengths))

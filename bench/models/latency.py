@@ -9,7 +9,8 @@ and further requests of the same shapes are checked against eager.
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def run(
     end = time.monotonic() + budget
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kept: dict[tuple[Any, ...], nn.Module] = {}
-    with graphs.counting_replays() as replays:
+    graphed = any(workloads.LANES[name].graphed for name in lanes)
+    with graphs.counting_replays() if graphed else nullcontext(graphs.Replays()) as replays:
         for workload in streams:
             if time.monotonic() >= end:
                 return
@@ -126,7 +128,7 @@ def _model(stream: Stream, lane: Lane, kept: dict[tuple[Any, ...], nn.Module]) -
 
 def _measure(stream: Stream, lane: Lane, called: nn.Module, replays: graphs.Replays, seconds: float) -> dict[str, Any]:
     device, launched = stream.device, counts.total()
-    serve = _server(stream.requests, called, lane)
+    serve = Server(stream.requests, called, lane)
     start = time.perf_counter()
     for i in range(len(stream.requests)):
         serve(i)
@@ -137,28 +139,38 @@ def _measure(stream: Stream, lane: Lane, called: nn.Module, replays: graphs.Repl
     if wrong := stream.problem(called):
         return {"status": "failed", "reason": wrong}
     if lane.graphed and replays.count == replayed:
-        return {"status": "failed", "reason": gate.NOT_REPLAYED}
+        return {"status": "failed", "reason": f"{gate.NOT_REPLAYED}: {graphs.why_not(called)}"}
     if lane.fast and counts.total() == launched and not lane.graphed:
         return {"status": "failed", "reason": gate.NO_KERNEL}
     if device == "cpu":
         return {"status": "dry-run"}
     fewest = FEWEST_SMALL if stream.workload.batch <= SMALL else FEWEST
+    replayed, served = replays.count, serve.count
     spread, runs, p99 = timing.measure_responses(serve, seconds=seconds, fewest=fewest)
     peak = timing.fullest_bytes(lambda: serve(0))
+    if wrong := lane.graphed and replays.missing(replayed, serve.count - served):
+        return {"status": "failed", "reason": f"{wrong}: {graphs.why_not(called)}"}
     return {"status": "ok", "seconds": spread, "runs": runs, "p99": p99, "first_pass_seconds": first, "peak_bytes": peak}
 
 
-def _server(requests: list[Request], called: nn.Module, lane: Lane) -> Callable[[int], torch.Tensor]:
+class Server:
     """serve(i) answers a request and returns the answer on the host."""
 
+    def __init__(self, requests: list[Request], called: nn.Module, lane: Lane) -> None:
+        self.requests, self.called, self.lane = requests, called, lane
+        self.count = 0
+        self.pretended = pretended() is not None
+
+    def __call__(self, i: int) -> torch.Tensor:
+        self.count += 1
+        request = self.requests[i % len(self.requests)]
+        if not self.pretended:
+            return self._answer(request)
+        with true_reads_of(request):
+            return self._answer(request)
+
     @torch.inference_mode()
-    def serve(i: int) -> torch.Tensor:
-        if lane.marks_steps:
+    def _answer(self, request: Request) -> torch.Tensor:
+        if self.lane.marks_steps:
             torch.compiler.cudagraph_mark_step_begin()
-        return called(**requests[i % len(requests)])[0].cpu()
-
-    def serve_pretended(i: int) -> torch.Tensor:
-        with true_reads_of(requests[i % len(requests)]):
-            return serve(i)
-
-    return serve_pretended if pretended() else serve
+        return self.called(**request)[0].cpu()

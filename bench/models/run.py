@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bench.models import batches, breakdown, gate, graphs, workloads
 from bench.models.workloads import Lane, Workload
 
 SETS = 4  # rotating batches
+CAPTURING = 5  # calls until graphs are replayed: torch.compile captures in the second, graphed_step in the fourth
 STEPS = {"cuda": 12, "cpu": 1}  # steps whose losses are compared
 SECONDS = 1.0  # duration of the timed steps
 
@@ -49,9 +51,10 @@ def run(workload: Workload, name: str, *, details: bool = True, cold: bool = Tru
         "first_step_seconds": None,
     }
     try:
-        for found in _measure(workload, lane, lengths, device, details, cold):
-            record |= found
-            yield ModelRecord(**record)
+        with graphs.counting_replays() if lane.graphed else nullcontext(graphs.Replays()) as replays:
+            for found in _measure(workload, lane, lengths, device, details, cold, replays):
+                record |= found
+                yield ModelRecord(**record)
     except Absent as absent:
         yield ModelRecord(**record | {"status": "absent", "reason": str(absent)})
     except (torch.OutOfMemoryError, timing.NoTime) as error:
@@ -74,7 +77,7 @@ def prepare(workload: Workload, name: str) -> None:
     lane = workloads.LANES[name]
     step = Trainer(workload, lane, workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill), device)
     step(0).cpu()
-    _gated(workload, lane, device)
+    _gated(workload, lane, device, graphs.Replays())
 
 
 class Trainer:
@@ -90,8 +93,12 @@ class Trainer:
         config, head, seqlen = self.model.config, workload.head, workload.seqlen
         self.batches = [batches.make(head, config, lengths, seqlen, seed, device, labels=self.training) for seed in range(SETS)]
         self.whole = graphs.step(self.model, self.optimizer, self.batches) if self.optimizer and lane.graphed else None
+        if self.whole:
+            self.batches = [graphs.counted(batch, causal=head == "clm") for batch in self.batches]
+        self.calls = 0
 
     def __call__(self, i: int, mark: Callable[[str], None] = lambda name: None) -> torch.Tensor:
+        self.calls += 1
         batch = self.batches[i % SETS]
         if pretended() is None:
             return self._step(batch, mark)
@@ -119,30 +126,54 @@ class Trainer:
 
 
 def _measure(
-    workload: Workload, lane: Lane, lengths: list[int], device: str, details: bool, cold: bool
+    workload: Workload,
+    lane: Lane,
+    lengths: list[int],
+    device: str,
+    details: bool,
+    cold: bool,
+    replays: graphs.Replays,
 ) -> Iterator[dict[str, Any]]:
     step = Trainer(workload, lane, lengths, device)
     start = time.perf_counter()
     step(0).cpu()
     first = {"first_step_seconds": time.perf_counter() - start} if device == "cuda" and cold else {}
-    # The memory of graphs shows while they are captured; replays allocate nothing.
-    capturing = timing.fullest_bytes(lambda: [step(i) for i in range(1, SETS)]) if device == "cuda" and lane.replays else 0
+    capturing = _capture(step, device) if lane.replays else 0
 
-    wrong = _gated(workload, lane, device)
+    wrong = _gated(workload, lane, device, replays)
+    before, calls = replays.count, step.calls
+    if not wrong and device == "cpu":
+        step(1)
+        wrong = lane.graphed and replays.missing(before, step.calls - calls)
     if wrong:
         yield {"status": "failed", "reason": wrong}
         return
     if device == "cpu":
-        step(1)
         yield {"status": "dry-run"}
     else:
         timer = timing.measure_throughput if step.training else timing.measure_latency
         seconds, runs = timer(step, seconds=SECONDS)
         peak = max(capturing, timing.fullest_bytes(lambda: step(0)))
+        if wrong := lane.graphed and replays.missing(before, step.calls - calls):
+            yield {"status": "failed", "reason": wrong}
+            return
         yield first | {"status": "ok", "seconds": seconds, "runs": runs, "peak_bytes": peak}
     if details:
         found = {"losses": losses(workload, lane, lengths, device)} if step.training else {}
         yield found | (_breakdown(step) if device == "cuda" else {})
+
+
+def _capture(step: "Trainer", device: str) -> int:
+    """Take the steps after which graphs are replayed. Returns the peak memory, which shows only while they are captured."""
+
+    def go_on() -> None:
+        for i in range(1, CAPTURING):
+            step(i)
+
+    if device == "cuda":
+        return timing.fullest_bytes(go_on)
+    go_on()
+    return 0
 
 
 def _breakdown(step: "Trainer") -> dict[str, Any]:
@@ -159,15 +190,14 @@ def _breakdown(step: "Trainer") -> dict[str, Any]:
     return found
 
 
-def _gated(workload: Workload, lane: Lane, device: str) -> str | None:
+def _gated(workload: Workload, lane: Lane, device: str, replays: graphs.Replays) -> str | None:
     """The check, on fresh weights of the same lane: the timed model has already taken a step."""
-    with graphs.counting_replays() as replays:
-        model = gate.without_dropout(workloads.make(workload, lane, device), workload.mode == "train")
-        if lane.graphed == workloads.STEP:
-            called: nn.Module = graphs.Stepped(model, list(gate.captured(workload, model.config, device)))
-        else:
-            called = workloads.compiled(model, lane)
-        wrong = gate.problem(workload, called, lane, device, replays)
+    model = gate.without_dropout(workloads.make(workload, lane, device), workload.mode == "train")
+    if lane.graphed == workloads.STEP:
+        called: nn.Module = graphs.Stepped(model, gate.batches_of(workload, lane, device), workload.head == "clm")
+    else:
+        called = workloads.compiled(model, lane)
+    wrong = gate.problem(workload, called, lane, device, replays)
     del model, called
     gc.collect()
     return wrong

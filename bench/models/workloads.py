@@ -17,7 +17,7 @@ import fastbert
 from bench.core.flops import MLM_HEADS
 from bench.core.lengths import Lengths
 from bench.core.peers import require
-from bench.models import flattened, graphs
+from bench.models import flattened
 from bench.models.batches import HEADS
 from fastbert.cli.tasks import TASKS
 
@@ -140,7 +140,7 @@ def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
     if lane.fast:
         fastbert.patch(model, unpad=lane.unpad, mlm_logits=lane.mlm_logits)
     if lane.graphed == FORWARD:
-        model = graphs.forward(model)
+        fastbert.graphed(model)
     return flattened.Flattened(model, workload.head) if lane.attention == flattened.NAME else model
 
 
