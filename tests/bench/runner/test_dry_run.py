@@ -84,7 +84,7 @@ def test_latency(tmp_path):
     assert {(r.batch, r.lengths, r.lane) for r in results.latency} == set(
         itertools.product((1, 4), ("full", "mixed"), ("stock", "fastbert"))
     )
-    assert {record.status for record in results.latency} == {"dry-run"} and "2 of 2 jobs done" in text
+    assert {record.status for record in results.latency} == {"dry-run"} and "3 of 3 jobs done" in text
 
 
 def test_ops(tmp_path):
