@@ -9,61 +9,62 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import optimizer as optimizers
 
-_HOOKS = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"),
-)
-_OF_MODULE = itemgetter("_modules", "_parameters", "_buffers", *_HOOKS, "training")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TRAINING = itemgetter("training")
+_TORCH_S_OWN = set(vars(nn.Module()))
+# Attributes of modules that do not matter to a step: compared otherwise, or kept there by fastbert.
+_IRRELEVANT = _TORCH_S_OWN | {"caller_counts", "config", "_fastbert_state", "_fastbert_graphs"}
+# Those that matter of torch's own modules, of which a model has hundreds.
+_RELEVANT: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: (),
+    nn.Dropout: ("p",),
+    nn.Embedding: ("padding_idx", "max_norm", "scale_grad_by_freq"),
+    nn.LayerNorm: ("eps",),
+}
+_LATE = ("forward", "gradient_checkpointing")  # attributes that are set on modules that had none
 _OF_PARAMETER = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class ModelState:
-    """The structure, tensors, modes and hooks of a model."""
+    """The structure, tensors, modes, attributes and hooks of a model. Compared in a few C calls over the whole model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._modules = list(model.modules())
         self._dicts = list(map(vars, self._modules))
-        self._dropouts = [module for module in self._modules if isinstance(module, nn.Dropout)]
+        names = [_RELEVANT.get(type(module), tuple(vars(module).keys() - _IRRELEVANT)) for module in self._modules]
+        self._getters = [(itemgetter(*found), own) for found, own in zip(names, self._dicts, strict=True) if found]
+        self._children_of = [own["_modules"] for own in self._dicts if own["_modules"]]
+        self._tensors_of = [own[kind] for own in self._dicts for kind in ("_parameters", "_buffers") if own[kind]]
+        self._owned = self._all(self._tensors_of)
+        self._tensors = [tensor for tensor in self._owned if tensor is not None]
         self._config = getattr(model, "config", None)
         self._known = self._read()
-        self._known_tensors = self._tensors()
-        self._known_parameters = self._of_parameters()
 
     def is_current(self) -> bool:
-        tensors = self._tensors()
-        return (
-            _same(tensors[0], self._known_tensors[0])
-            and tensors[1] == self._known_tensors[1]
-            and self._read() == self._known
-            and self._of_parameters() == self._known_parameters
-        )
+        """Whether nothing has changed but the values of tensors."""
+        try:
+            return _same(self._all(self._tensors_of), self._owned) and self._read() == self._known
+        except (KeyError, RuntimeError, ValueError):  # an attribute is gone, or cannot be compared with its former value
+            return False
 
     def _read(self) -> tuple[Any, ...]:
-        structure, hooks, training = [], [], []
-        for modules, _, _, *kinds, mode in map(_OF_MODULE, self._dicts):
-            structure += modules.values()
-            hooks += filter(None, kinds)
-            training.append(mode)
+        hooks = filter(None, chain.from_iterable(map(_HOOKS, self._dicts)))
         return (
-            list(map(id, structure)),
-            [tuple(found) for found in hooks],  # keys, which torch never uses twice
-            training,
+            list(map(Tensor.data_ptr, self._tensors)),
+            self._all(self._children_of),
+            list(map(_TRAINING, self._dicts)),
             list(map(type, self._modules)),
-            [own.get("forward") for own in self._dicts],
-            [own.get("gradient_checkpointing") for own in self._dicts],
-            [dropout.p for dropout in self._dropouts],
+            [own[name] for own in self._dicts for name in _LATE if name in own],
+            [getter(own) for getter, own in self._getters],
+            list(chain.from_iterable(hooks)),  # keys, which torch never uses twice
             _has_any_global_hook(),
+            [(trained, not hooks, not after) for trained, hooks, after in map(_OF_PARAMETER, self._tensors)],
             None if self._config is None else dict(vars(self._config)),
         )
 
-    def _tensors(self) -> tuple[list[Tensor], list[int]]:
-        owned = chain.from_iterable((own["_parameters"].values(), own["_buffers"].values()) for own in self._dicts)
-        found = [tensor for tensor in chain.from_iterable(owned) if tensor is not None]
-        return found, list(map(Tensor.data_ptr, found))
-
-    def _of_parameters(self) -> list[Any]:
-        return [(trained, not hooks, not after) for trained, hooks, after in map(_OF_PARAMETER, self._known_tensors[0])]
+    @staticmethod
+    def _all(dicts: list[dict[str, Any]]) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, dicts)))
 
 
 class OptimizerState:
