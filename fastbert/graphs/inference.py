@@ -107,14 +107,15 @@ class Graphs:
         if self._turns.capturing():
             return "a graph is being captured"
         self._turns.begin()
-        captured = self._captured_for(model, forward, request)
-        if isinstance(captured, str):
-            return captured
-        captured.graph.replay()
-        outputs = captured.outputs.cut(request.ids.shape, keep=not self.options.reuse_outputs)
-        self._turns.end()
-        self.replays += 1
-        return outputs
+        try:
+            captured = self._captured_for(model, forward, request)
+            if isinstance(captured, str):
+                return captured
+            captured.graph.replay()
+            self.replays += 1
+            return captured.outputs.cut(request.ids.shape, keep=not self.options.reuse_outputs)
+        finally:
+            self._turns.end()
 
     def _current_state(self, model: nn.Module) -> ModelState | str:
         """The state that the graphs belong to, or why the model has no graphs. If it has changed, all graphs are dropped."""

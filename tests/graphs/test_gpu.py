@@ -13,7 +13,7 @@ from fastbert.lengths import Counted
 from fastbert.testing.models import assert_equal, run
 from fastbert.testing.rows import DEVICE
 from tests.gpu import no_synchronisation
-from tests.graphs.test_inference import infer, make_graphed, make_inputs, make_like, row_of
+from tests.graphs.support import infer, make_graphed, make_inputs, make_like, row_of
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, make, make_batch
 
 pytestmark = pytest.mark.gpu

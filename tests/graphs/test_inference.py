@@ -20,6 +20,7 @@ from fastbert.lengths import Counted
 from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.models import assert_equal, run
 from fastbert.testing.rows import DEVICE
+from tests.graphs.support import close, infer, make_graphed, make_inputs, make_like, ordinary, row_of
 from tests.models.layer_changes import CHANGES
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, MLM, make, make_batch
 
@@ -31,39 +32,6 @@ BY_NAME = {kind.name: kind for kind in KINDS}
 def recorders():
     with recording_graphs() as made:
         yield made
-
-
-def make_graphed(kind=CLASSIFICATION, patch=None, **options):
-    return fastbert.graphed(fastbert.patch(make(kind), **patch or {}), **options)
-
-
-def make_inputs(kind=CLASSIFICATION, mask="right", seed=1, length=9):
-    return make_batch(kind, mask, seed, labels=False, length=length)
-
-
-def infer(model, batch):
-    with torch.inference_mode():
-        return model(**batch)
-
-
-def ordinary(model, batch):
-    """The outputs of a call that no graph serves, because it records gradients."""
-    assert any(p.requires_grad for p in model.parameters())
-    return model(**batch)
-
-
-def close(found, expected):
-    """Outputs whose rounding may differ, because the batch has another shape inside a bucket."""
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert value.shape == expected[name].shape, name
-        torch.testing.assert_close(
-            value, expected[name].detach(), rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
-
-
-def row_of(model):
-    return next(row for row in fastbert.report(model).rows if row.kernel == "CUDA graphs")
 
 
 class TestEquality:
@@ -122,13 +90,6 @@ class TestEquality:
         infer(model, batch)
         found, expected = infer(model, batch), ordinary(model, batch)
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
-
-
-def make_like(batch, seed):
-    """Other tokens in the same places."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 61, batch["input_ids"].shape, generator=generator)
-    return batch | {"input_ids": ids.to(DEVICE)}
 
 
 class TestStaleness:
