@@ -94,7 +94,7 @@ def dropout_add_layernorm_fwd_kernel(
 def dropout_add_layernorm_bwd_kernel(
     dy_ptr, z_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, seed_ptr, dx_ptr, dresidual_ptr, y_ptr, sums_ptr,
     dy_row_stride, dy_col_stride, n_rows, n_programs,
-    N_COLS: tl.constexpr, P_DROP: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
+    N_COLS: tl.constexpr, P_DROP: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -105,7 +105,7 @@ def dropout_add_layernorm_bwd_kernel(
     dbias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
     dx_bias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
 
-    for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
+    for block in tl.range(program, tl.cdiv(n_rows, BLOCK_M), n_programs, num_stages=STAGES):
         row = block_rows(block, BLOCK_M)
         mean, rstd = load_statistics(mean_ptr, rstd_ptr, row, n_rows, CHUNKS)
         rows = beside_chunks(row, CHUNKS)
@@ -251,6 +251,7 @@ def backward_work(
         "n_programs": programs,
         "N_COLS": n_cols,
         "P_DROP": p,
+        "STAGES": config.num_stages,
         "ACC": accumulator(z_dtype),
         "VECTOR": 16 // widest.element_size(),
         "BLOCK_M": config.BLOCK_M,

@@ -70,7 +70,7 @@ def gelu_layernorm_fwd_kernel(
 def gelu_layernorm_bwd_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, x_bias_ptr, dx_ptr, sums_ptr,
     dy_row_stride, dy_col_stride, x_row_stride, x_col_stride, n_rows, n_programs,
-    N_COLS: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
+    N_COLS: tl.constexpr, ACTIVATION: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
@@ -81,7 +81,7 @@ def gelu_layernorm_bwd_kernel(
     dbias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
     dx_bias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
 
-    for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
+    for block in tl.range(program, tl.cdiv(n_rows, BLOCK_M), n_programs, num_stages=STAGES):
         row = block_rows(block, BLOCK_M)
         mean, rstd = load_statistics(mean_ptr, rstd_ptr, row, n_rows, CHUNKS)
         rows = beside_chunks(row, CHUNKS)
@@ -227,6 +227,7 @@ def launch_backward(dy: Tensor, saved: Saved, sum_columns: bool) -> tuple[Tensor
         n_programs=programs,
         N_COLS=n_cols,
         ACTIVATION=activation,
+        STAGES=config.num_stages,
         ACC=accumulator(x.dtype),
         VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,

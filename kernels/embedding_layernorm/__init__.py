@@ -210,6 +210,7 @@ def _launch_rows(dy: Tensor, saved: Saved, needs_dz: bool, needs_sums: bool) -> 
         n_rows=n_rows,
         n_programs=programs,
         P_DROP=saved.p,
+        STAGES=config.num_stages,
         VECTOR=16 // widest.element_size(),
         BLOCK_M=config.BLOCK_M,
         CHUNKS=chunks,

@@ -102,7 +102,7 @@ def embedding_layernorm_bwd_kernel(
     seed_ptr, dz_ptr, sums_ptr, dy_row_stride, dy_col_stride,
     words_row_stride, words_col_stride, position_batch_stride, type_batch_stride,
     seqlen, offset, n_words, n_positions, n_types, n_rows, n_programs,
-    N_COLS: tl.constexpr, P_DROP: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr, ACC: tl.constexpr,
+    N_COLS: tl.constexpr, P_DROP: tl.constexpr, STAGES: tl.constexpr, SUM: tl.constexpr, Z: tl.constexpr, ACC: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -112,7 +112,7 @@ def embedding_layernorm_bwd_kernel(
     dweight = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
     dbias = tl.zeros([CHUNKS * BLOCK_M, BLOCK_N], ACC)
 
-    for block in range(program, tl.cdiv(n_rows, BLOCK_M), n_programs):
+    for block in tl.range(program, tl.cdiv(n_rows, BLOCK_M), n_programs, num_stages=STAGES):
         tokens = block_rows(block, BLOCK_M)
         rows = beside_chunks(tokens, CHUNKS)
         mask = (rows < n_rows) & col_mask
