@@ -9,7 +9,8 @@ from bench.models.workloads import Workload
 
 @dataclass(frozen=True)
 class HostLane:
-    """A lane of bench.models.workloads. `lengths_given`: fastbert gets the row lengths (`fastbert.lengths`)."""
+    """A lane of bench.models.workloads. `lengths_given`: fastbert gets the row lengths (`fastbert.lengths`); a lane of graphs
+    gets them with the batch, as from a LengthsCollator."""
 
     model: workloads.Lane
     lengths_given: bool = False
@@ -22,6 +23,7 @@ def _ours(lengths_given: bool = False, **switches: bool | str) -> HostLane:
 STOCK, COMPILED = "stock", "stock + compile"
 PLAIN, PADDED, PACKED = "fastbert", "fastbert, padded", "fastbert, packed"
 PADDED_NO_LOGITS, PACKED_NO_LOGITS = "fastbert, padded, no logits", "fastbert, packed, no logits"
+GRAPHED, GRAPHED_STEP = workloads.GRAPHED, workloads.GRAPHED_STEP
 
 LANES = {
     STOCK: HostLane(workloads.Lane()),
@@ -31,6 +33,8 @@ LANES = {
     PACKED: _ours(lengths_given=True),
     PADDED_NO_LOGITS: _ours(unpad=False, mlm_logits="none"),
     PACKED_NO_LOGITS: _ours(lengths_given=True, mlm_logits="none"),
+    GRAPHED: HostLane(workloads.LANES[GRAPHED]),
+    GRAPHED_STEP: HostLane(workloads.LANES[GRAPHED_STEP]),
 }
 
 
@@ -66,12 +70,15 @@ def quarter_to_whole(batch: int, seqlen: int) -> Lengths:
 
 
 CLASSIFIER = (STOCK, PADDED, PACKED)
-INFERENCE_1 = HostCase("BertModel B=1 S=128 inference", "base", "infer", 1, 128, False, (STOCK, PADDED))
-INFERENCE_32 = HostCase("SeqCls B=32 S=128 inference", "classification", "infer", 32, 128, True, CLASSIFIER)
-TRAINING = HostCase("SeqCls B=32 S=128 training", "classification", "train", 32, 128, True, CLASSIFIER)
+INFERENCE_1 = HostCase("BertModel B=1 S=128 inference", "base", "infer", 1, 128, False, (STOCK, PADDED, GRAPHED))
+INFERENCE_32 = HostCase("SeqCls B=32 S=128 inference", "classification", "infer", 32, 128, True, (*CLASSIFIER, GRAPHED))
+INFERENCE_8 = replace(INFERENCE_32, name="SeqCls B=8 S=128 inference", batch=8, lanes=(STOCK, PACKED, GRAPHED))
+TRAINING = HostCase("SeqCls B=32 S=128 training", "classification", "train", 32, 128, True, (*CLASSIFIER, GRAPHED_STEP))
 TRAINING_AUTOCAST = replace(TRAINING, name=f"{TRAINING.name}, autocast", autocast=True)
-MLM = HostCase("MLM B=64 S=512 training", "mlm", "train", 64, 512, True, (STOCK, PLAIN, PADDED_NO_LOGITS, PACKED_NO_LOGITS))
+MLM_LANES = (STOCK, PLAIN, PADDED_NO_LOGITS, PACKED_NO_LOGITS, GRAPHED_STEP)
+MLM = HostCase("MLM B=64 S=512 training", "mlm", "train", 64, 512, True, MLM_LANES)
 MLM_FULL_ROWS = replace(MLM, name=f"{MLM.name}, no padding", padded=False, lanes=(STOCK, PLAIN, PADDED_NO_LOGITS))
 MLM_AUTOCAST = replace(MLM, name=f"{MLM.name}, autocast", autocast=True, lanes=(STOCK, PLAIN, PACKED_NO_LOGITS))
 
-CASES = {case.name: case for case in (TRAINING, INFERENCE_1, MLM, MLM_FULL_ROWS, TRAINING_AUTOCAST, INFERENCE_32, MLM_AUTOCAST)}
+_ORDER = (TRAINING, INFERENCE_1, INFERENCE_32, MLM, TRAINING_AUTOCAST, INFERENCE_8, MLM_FULL_ROWS, MLM_AUTOCAST)
+CASES = {case.name: case for case in _ORDER}

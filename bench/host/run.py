@@ -10,7 +10,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,9 +22,10 @@ from bench.core.timing import fullest_bytes
 from bench.host import counts
 from bench.host.cases import CASES, COMPILED, LANES, HostCase
 from bench.host.step import Step
+from bench.models import gate, graphs
 from fastbert.kernels.core import failures, launch
 
-WARM_UP = 3
+WARM_UP = 5  # steps; graphed_step replays from the fourth on
 
 
 class StepTime(NamedTuple):
@@ -114,16 +115,27 @@ def _tidy() -> None:
 def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:
     """Launches and peak memory of a warm step, with no other lane on the device."""
     torch._dynamo.reset()
-    step = Step(case, lane, device)
-    before = launch.counts.total()
-    with step.surroundings():
-        for _ in range(WARM_UP if device == "cuda" else 1):
-            step()
-        found = _launches(step, device)
-        peak = fullest_bytes(step) if device == "cuda" else None
-    if LANES[lane].model.fast and launch.counts.total() == before:
-        return found | {"status": "failed", "reason": "no kernel was launched"}
+    model = LANES[lane].model
+    with graphs.counting_replays() if model.graphed else nullcontext(graphs.Replays()) as replays:
+        step = Step(case, lane, device)
+        before = launch.counts.total()
+        with step.surroundings():
+            peak = fullest_bytes(partial(_warm_up, step)) if device == "cuda" and model.replays else 0
+            if not peak:
+                _warm_up(step, WARM_UP if device == "cuda" or model.graphed else 1)
+            replayed = replays.count
+            found = _launches(step, device)  # without a GPU, by a mode under which nothing is replayed
+            peak = max(peak, fullest_bytes(step)) if device == "cuda" else None
+    if model.fast and launch.counts.total() == before:
+        return found | {"status": "failed", "reason": gate.NO_KERNEL}
+    if model.graphed and not replayed:
+        return found | {"status": "failed", "reason": f"{gate.NOT_REPLAYED}: {graphs.why_not(step.whole or step.model)}"}
     return found | {"status": "ok" if device == "cuda" else "dry-run", "peak_bytes": peak}
+
+
+def _warm_up(step: Step, steps: int = WARM_UP) -> None:
+    for _ in range(steps):
+        step()
 
 
 def _launches(step: Step, device: str) -> dict[str, Any]:
@@ -144,8 +156,7 @@ def _in_turns(case: HostCase, lanes: list[str], seconds: float, rounds: int) -> 
     def start(lane: str) -> dict[str, Any]:
         steps[lane] = Step(case, lane, "cuda")
         with steps[lane].surroundings():
-            for _ in range(WARM_UP):
-                steps[lane]()
+            _warm_up(steps[lane])
         return {}
 
     def go_on(lane: str) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastbert
 from bench.core.pretended import pretended, true_reads
 from bench.host.cases import LANES, HostCase
-from bench.models import batches, gate, workloads
+from bench.models import batches, gate, graphs, workloads
 
 PARTS = FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+WHOLE = "step"
 
 
 class Step:
@@ -29,6 +30,9 @@ class Step:
             self.model = workloads.make(self.workload, self.lane.model, device).train(self.training)
         self.called = workloads.compiled(self.model, self.lane.model)
         self.optimizer = workloads.make_optimizer(self.model, self.lane.model) if self.training else None
+        self.whole = (
+            graphs.step(self.model, self.optimizer, [self.on_host]) if self.optimizer and self.lane.model.graphed else None
+        )
 
     def _make_batch(self, case: HostCase, lengths: list[int]) -> None:
         made = batches.make(case.head, self.workload.config(), lengths, case.seqlen, 0, "cpu", labels=self.training)
@@ -37,7 +41,10 @@ class Step:
         # Positions per row that the head reads: those with a label for MLM, the first one for a classifier.
         self.read: list[int] = (made["labels"] != -100).sum(1).tolist() if case.head == "mlm" else [1] * case.batch
         names = ("input_ids", "attention_mask", "labels")
-        self.batch: dict[str, Tensor] = {name: made[name].to(self.device) for name in names if name in made}
+        self.on_host = {name: made[name] for name in names if name in made}
+        self.batch: dict[str, Any] = {name: x.to(self.device) for name, x in self.on_host.items()}
+        if self.lane.model.graphed:
+            self.batch = graphs.counted(self.on_host) | self.batch
         self.head = case.head
 
     @contextmanager
@@ -47,6 +54,11 @@ class Step:
             yield
 
     def __call__(self, issued: Callable[[str], object] = lambda part: None) -> None:
+        if self.whole:
+            with gate.autocast(self.workload, self.device):
+                self.whole(**self.batch)
+            issued(WHOLE)
+            return
         if self.optimizer is None:
             with torch.inference_mode(), self._row_lengths(), gate.autocast(self.workload, self.device):
                 self.called(**self.batch)

@@ -24,6 +24,12 @@ class Target:
 
 
 TARGETS = (
+    Target(cases.INFERENCE_1, cases.GRAPHED, CPU, 0.08),
+    Target(cases.INFERENCE_8, cases.GRAPHED, CPU, 0.12),
+    Target(cases.INFERENCE_32, cases.GRAPHED, CPU, 0.12),
+    Target(cases.TRAINING, cases.GRAPHED_STEP, CPU, 0.10),
+    Target(cases.TRAINING_AUTOCAST, cases.GRAPHED_STEP, CPU, 0.10),
+    Target(cases.MLM, cases.GRAPHED_STEP, CPU, 0.10),
     Target(cases.INFERENCE_1, cases.PADDED, CPU, 0.45),
     Target(cases.INFERENCE_32, cases.PACKED, CPU, 0.70),
     Target(cases.TRAINING, cases.PADDED, CPU, 0.60),

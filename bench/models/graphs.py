@@ -117,10 +117,11 @@ def counting_replays() -> Iterator[Replays]:
             yield replays
 
 
-def why_not(called: nn.Module) -> str:
-    """What a model with graphs says of the calls that it did not replay, in one line."""
-    if isinstance(called, Stepped):
-        return " ".join(str(called.step).split())
+def why_not(called: Any) -> str:
+    """What a model with graphs, or a graphed step, says of the calls that it did not replay, in one line."""
+    step = called.step if isinstance(called, Stepped) else called
+    if not isinstance(step, nn.Module):
+        return " ".join(str(step).split())
     graphs = getattr(called, "_fastbert_graphs", None)
     if graphs is None:
         return "it has no graphs"

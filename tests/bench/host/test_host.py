@@ -1,5 +1,6 @@
 """The host's time: lanes in turns on a device that is made up here, the reads that are stood in for, and a GPU's own."""
 
+import dataclasses
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -7,19 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fastbert
 from bench.core import pretended
 from bench.core.pretended import true_reads
 from bench.host import cases
 from bench.host.cases import CASES, LANES
 from bench.host.counts import kernels
-from bench.host.run import run
+from bench.host.run import measure, run
 from bench.host.step import BACKWARD, FORWARD, OPTIMIZER, PARTS
 from bench.host.targets import TARGETS
 from bench.runner import plan
 from fastbert.kernels.core import launch
 from fastbert.layers import counts, embeddings, mlm_heads, packing_plan
 
-CASE = cases.TRAINING
+CASE = dataclasses.replace(cases.TRAINING, lanes=cases.CLASSIFIER)
 STOCK, PADDED, PACKED = CASE.lanes
 
 
@@ -59,6 +61,7 @@ class Device:
             step()
             return {"ATen": {"add": 3}}
 
+        monkeypatch.setitem(CASES, CASE.name, CASE)
         clock = SimpleNamespace(process_time=lambda: self.now, perf_counter=lambda: 2 * self.now, monotonic=lambda: self.now)
         monkeypatch.setattr("bench.host.run.time", clock)
         monkeypatch.setattr(launch, "counts", Counter())
@@ -98,7 +101,7 @@ def test_memory_is_that_of_one_lane_at_a_time(device):
     assert device.alive == 0, "nothing is left for the next case"
 
 
-@pytest.mark.parametrize("step", [2, 6, 9], ids=["alone", "before the turns", "in its second turn"])
+@pytest.mark.parametrize("step", [2, 9, 17], ids=["alone", "before the turns", "in its second turn"])
 def test_one_lanes_failure_is_not_the_others(device, step):
     device.fails[PADDED] = step
     records = by_lane(run([CASE.name], seconds=6.0, rounds=4))
@@ -146,6 +149,22 @@ def test_it_comes_after_the_headline_models_in_the_one_call_run_and_cheap():
 def test_targets_are_of_lanes_that_are_measured():
     assert all(target.lane in target.case.lanes and target.case in CASES.values() for target in TARGETS)
     assert all(lane in LANES for case in CASES.values() for lane in case.lanes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
+@pytest.mark.parametrize("case", [cases.INFERENCE_1, cases.INFERENCE_8, cases.TRAINING, cases.MLM], ids=lambda case: case.name)
+def test_lanes_of_graphs_replay_them(case):
+    lane = case.lanes[-1]
+    (record,) = measure(dataclasses.replace(case.tiny(), lanes=(lane,)), 1.0, 1, False, "cpu")
+    assert lane in (cases.GRAPHED, cases.GRAPHED_STEP) and (record.status, record.reason) == ("dry-run", None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
+def test_a_lane_of_graphs_without_a_replay_fails(monkeypatch):
+    monkeypatch.setattr(fastbert, "graphed", lambda model: model)
+    case = dataclasses.replace(cases.INFERENCE_1.tiny(), lanes=(cases.GRAPHED,))
+    (record,) = measure(case, 1.0, 1, False, "cpu")
+    assert (record.status, record.reason) == ("failed", "no graph was replayed: it has no graphs")
 
 
 def test_rows_fill_five_eighths():

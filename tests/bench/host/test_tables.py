@@ -61,13 +61,14 @@ def test_table():
 
 def test_a_figure_that_misses_its_target_is_named():
     good = record("fastbert, padded", (2e-3, 4e-3))
-    assert targets.check([STOCK, good]) == (
+    graphed = record("fastbert, graphed step", (2e-4, 4e-4))
+    assert targets.check([STOCK, good, graphed]) == (
         ["SeqCls B=32 S=128 training, fastbert, packed: CPU time / stock: no figure, expected at most 0.75"],
-        3,
+        4,
     )
     slow = record("fastbert, padded", (3e-3, 6e-3), launches={"ATen": {"add": 381}})
-    missed, count = targets.check([STOCK, slow, record("fastbert, packed", (2e-3, 4e-3))])
-    assert count == 3 and missed == [
+    missed, count = targets.check([STOCK, slow, graphed, record("fastbert, packed", (2e-3, 4e-3))])
+    assert count == 4 and missed == [
         "SeqCls B=32 S=128 training, fastbert, padded: CPU time / stock: 0.75, expected at most 0.6",
         "SeqCls B=32 S=128 training, fastbert, padded: launches: 381, expected at most 380",
     ]
@@ -82,7 +83,8 @@ def test_a_figure_that_misses_its_target_is_named():
 def test_check_is_the_exit_status(monkeypatch, tmp_path, runs, status):
     def run(names, **options) -> Iterator[HostRecord]:
         assert names == [cases.TRAINING.name] and options["seconds"] == 2.0
-        yield from (STOCK, record("fastbert, padded", runs), record("fastbert, packed", (2e-3, 4e-3)))
+        graphed = record("fastbert, graphed step", (2e-4, 4e-4))
+        yield from (STOCK, record("fastbert, padded", runs), record("fastbert, packed", (2e-3, 4e-3)), graphed)
 
     monkeypatch.setattr("bench.host.run.run", run)
     monkeypatch.setattr(cases, "CASES", {cases.TRAINING.name: cases.TRAINING})
@@ -91,8 +93,8 @@ def test_check_is_the_exit_status(monkeypatch, tmp_path, runs, status):
     out = tmp_path / "host.json"
     done = CliRunner().invoke(app, ["host", "--check", "--seconds", "2", "--json", str(out)])
     assert done.exit_code == status, done.output
-    assert "A pretended H100" in done.output and f"{3 - status} of 3 targets reached" in done.output
-    assert len(schema.read(out).host) == 3
+    assert "A pretended H100" in done.output and f"{4 - status} of 4 targets reached" in done.output
+    assert len(schema.read(out).host) == 4
 
 
 DOCUMENT = """<!-- bench:headline -->
