@@ -5,6 +5,7 @@ without a GPU: it records the operations of a call and runs them again.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -58,9 +59,31 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # Only calls of this thread may break the capture: others go on allocating and copying.
         options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
-            result = function()
+        try:
+            current = torch.cuda.current_stream(self.device)  # set again also where torch does not: see _abandon
+            with torch.cuda.device(self.device), torch.cuda.stream(current), torch.cuda.graph(graph, **options):
+                result = function()
+        except BaseException:
+            self._abandon()
+            raise
         return graph, result
+
+    def _abandon(self) -> None:
+        """Undo what a capture that CUDA has invalidated leaves behind, because torch raises before the end of its own clean-up.
+
+        The allocator would go on filling the pool, and the random generator would refuse to draw outside of a capture.
+        """
+        pool, self._pool = self._pool, torch.cuda.graph_pool_handle()  # one that has no graph cannot be used again
+        with torch.cuda.device(self.device), suppress(RuntimeError):  # raised after a capture that has been ended
+            index = torch.cuda.current_device()
+            torch._C._cuda_endAllocateToPool(index, pool)
+        generator = torch.cuda.default_generators[index]
+        offset = generator.get_offset()
+        try:
+            torch.rand((), device=self.device)
+            generator.set_offset(offset)
+        except RuntimeError:
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 # How to make a recorder, by type of device. fastbert.testing.graphs adds one for "cpu" within its context manager.

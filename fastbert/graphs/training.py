@@ -138,6 +138,7 @@ class GraphedStep:
         self._buffers: list[tuple[Tensor, Tensor]] = []  # parameters and their gradients while accumulating
         self._ordinary_steps = 0
         self._recorder: Recorder | None = None
+        self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
         self._drop()
 
     def __call__(self, **batch: Any) -> Tensor:
@@ -396,7 +397,9 @@ class GraphedStep:
     # What a call relies on.
 
     def _drop(self) -> None:
-        self._shapes: OrderedDict[Any, _Shape] = OrderedDict()
+        if self._shapes and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a graph may still be running
+        self._shapes.clear()
         self._update_graph: Graph | None = None
         self._update_failed = False
         self._state: tuple[ModelState, OptimizerState] | None = None
