@@ -6,9 +6,8 @@ reason is counted for `fastbert.report`.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import RLock
+from collections.abc import Callable
+from threading import Lock, RLock
 from typing import Any
 from weakref import ReferenceType, WeakValueDictionary, ref
 
@@ -23,12 +22,13 @@ from fastbert.graphs.options import Options
 from fastbert.graphs.outputs import Outputs
 from fastbert.graphs.request import Request
 from fastbert.graphs.state import ModelState
-from fastbert.layers.counts import CallerCounts
+from fastbert.layers.counts import TokenBudget
 from fastbert.layers.encoder import packing_encoder
 
 Forward = Callable[..., Any]
 RESTLESS = 4  # changes of the model in a row, each after fewer than CALM replays, that end capturing
 CALM = 8
+MOST_FAILED = 1024  # shapes that are remembered because they could not be captured
 
 
 class Captured:
@@ -46,6 +46,7 @@ class Graphs:
         self.replays = 0
         self.fallbacks: Counter[str] = Counter()
         self._lock = RLock()  # all graphs share their working memory, so two threads take turns
+        self._counting = Lock()
         self._turns: _Turns | None = None
         self._model: ReferenceType[nn.Module] | None = None
         self._state: ModelState | None = None
@@ -67,11 +68,13 @@ class Graphs:
         """The result of `forward(model, *args, **kwargs)`: from a graph if there can be one, else by calling it."""
         if torch.compiler.is_compiling():
             return forward(model, *args, **kwargs)
-        with self._lock:
-            found = self._replay(model, forward, names, args, kwargs)
+        found = self._request(model, names, args, kwargs)
+        if not isinstance(found, str):
+            with self._lock:
+                found = self._replay(model, forward, found)
         if not isinstance(found, str):
             return found
-        with self._lock:
+        with self._counting:
             self.fallbacks[found] += 1
         return forward(model, *args, **kwargs)
 
@@ -85,23 +88,25 @@ class Graphs:
             self._asked.clear()
             self._state = self._recorder = self._turns = None
 
-    def _replay(self, model: nn.Module, forward: Forward, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The outputs of a replay, or why there is none."""
+    @staticmethod
+    def _request(model: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Request | str:
+        """What a graph would be asked for, or why the call must run the ordinary way. It waits for no other thread."""
         if model.training:
             return "train mode"
-        reason = requests.surroundings_reason()
-        if reason is not None:
-            return reason
-        request = requests.request_of(names, args, kwargs, type(model).__name__ == "BertForMultipleChoice")
-        if isinstance(request, str):
-            return request
-        if getattr(model.config, "is_decoder", False) and request.cached is not False:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+            return "gradients are recorded: call the model under torch.inference_mode() or torch.no_grad()"
+        request = requests.surroundings_reason() or requests.request_of(
+            names, args, kwargs, type(model).__name__ == "BertForMultipleChoice"
+        )
+        if isinstance(request, Request) and getattr(model.config, "is_decoder", False) and request.cached is not False:
             return "a decoder's cache: pass use_cache=False"
+        return request
+
+    def _replay(self, model: nn.Module, forward: Forward, request: Request) -> Any:
+        """The outputs of a replay, or why there is none."""
         state = self._current_state(model)
         if isinstance(state, str):
             return state
-        if torch.is_grad_enabled() and state.requires_grad:
-            return "gradients are recorded: call the model under torch.inference_mode() or torch.no_grad()"
         if request.ids.device != state.device:
             return f"input_ids on {request.ids.device} and the model on {state.device}"
         if self._turns.capturing():
@@ -221,12 +226,15 @@ class Graphs:
         return None
 
     def _capture(self, key: Any, model: nn.Module, forward: Forward, inputs: Inputs, capacity: int) -> Captured | str:
-        more = {"use_cache": False} if getattr(model.config, "is_decoder", False) else {}
-        batch = {"input_ids": inputs.ids, "attention_mask": inputs.mask, "token_type_ids": inputs.types, **more}
+        arguments = {"input_ids": inputs.ids, "attention_mask": inputs.mask, "token_type_ids": inputs.types}
+        if capacity:
+            arguments["lengths"] = TokenBudget(capacity)
+        if getattr(model.config, "is_decoder", False):
+            arguments["use_cache"] = False
 
         def run() -> Any:
-            with _budget(self._packing, capacity), torch.no_grad(), _without_weight_cache(inputs.ids.device):
-                return forward(model, **batch, return_dict=True)
+            with torch.no_grad(), _without_weight_cache(inputs.ids.device):
+                return forward(model, **arguments, return_dict=True)
 
         try:
             with torch.inference_mode(False):
@@ -234,6 +242,8 @@ class Graphs:
                 graph, output = self._recorder.capture(run)
             captured = Captured(graph, inputs, Outputs(output, type(model).__name__))
         except Exception as error:  # the ordinary forward, which comes next, raises it if it is the model's
+            if len(self._failed) >= MOST_FAILED:
+                self._failed.clear()
             self._failed[key] = reason = _no_graph(error)
             return reason
         self._captured[key] = captured
@@ -253,23 +263,6 @@ def count_tokens(mask: Tensor) -> tuple[list[int], bool]:
     """
     read = mask.cpu().numpy()
     return read.sum(1).tolist(), not read[:, 0].all()
-
-
-@contextmanager
-def _budget(encoder: Any, tokens: int) -> Iterator[None]:
-    """Within the block, `encoder` packs every batch for so many tokens."""
-    if encoder is None:
-        yield
-        return
-    before = vars(encoder).get("caller_counts")
-    encoder.caller_counts = CallerCounts(token_budget=tokens)
-    try:
-        yield
-    finally:
-        if before is None:
-            del encoder.caller_counts
-        else:
-            encoder.caller_counts = before
 
 
 def _without_weight_cache(device: torch.device) -> Any:

@@ -117,11 +117,6 @@ class ModelState:
         """The device of all parameters."""
         return self._tensors[0].device
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether any parameter does. torch has no notice of a change, so this is looked up."""
-        return any([tensor.requires_grad for tensor in self._tensors])
-
 
 # An attribute that encoders that pack have at times; whoever captures and replays takes it into account.
 _TRANSIENT = "caller_counts"

@@ -17,6 +17,13 @@ class Capacity:
 
 
 @dataclass(frozen=True)
+class TokenBudget:
+    """The capacity for tokens of one call, which a graph passes as the keyword `lengths`."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
 class CallerCounts:
     """The counts and budgets that the caller passed (see `fastbert.lengths`), None for those not passed."""
 

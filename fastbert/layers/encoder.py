@@ -20,7 +20,7 @@ from fastbert.layers.attention import BertSelfAttention, flash_keywords
 from fastbert.layers.attention import unsupported as attention_unsupported
 from fastbert.layers.by_row import row_reason
 from fastbert.layers.capturing import is_recording
-from fastbert.layers.counts import CallerCounts
+from fastbert.layers.counts import CallerCounts, TokenBudget
 from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
 from fastbert.layers.layer import BertLayer, at_rows
 from fastbert.layers.masks import KernelMask
@@ -74,6 +74,8 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
     ) -> Packing | str:
         """The packing of this call, or the reason not to pack."""
         counts = self.caller_counts or CallerCounts()
+        if isinstance(kwargs.get("lengths"), TokenBudget):
+            counts = CallerCounts(token_budget=kwargs.pop("lengths").tokens)
         for name, field in (("lengths", "lengths"), ("read_lengths", "read")):  # from a LengthsCollator
             if isinstance(kwargs.get(name), Counted):
                 counts = replace(counts, **{field: tuple(kwargs.pop(name))})

@@ -241,7 +241,6 @@ REASONS = {
     "inputs_embeds was given": {"inputs_embeds": torch.randn(2, 9, 40)},
     "attention_mask of shape (2, 1, 9, 9) beside": make_inputs(mask="4-D"),
     "a padded position is read": make_inputs(mask="left"),
-    "a batch of padding only": BATCH | {"attention_mask": torch.zeros(2, 9), "lengths": Counted([0, 0])},
     "no bucket for a batch of 2 rows and 17": make_inputs(length=17),
 }
 
@@ -279,6 +278,12 @@ class TestOrdinaryCalls:
         batch = {"input_ids": ids, "attention_mask": torch.tensor([[1], [0]]).repeat(1, 16)}
         close(infer(model, batch), ordinary(model, batch))
         assert row_of(model).kernel_calls == 1
+
+    def test_a_batch_of_padding_only(self):
+        model = make_graphed(BASE, {"unpad": True})
+        batch = make_inputs(BASE) | {"attention_mask": torch.zeros(2, 9), "lengths": Counted([0, 0])}
+        close(infer(model, batch), ordinary(model, batch))
+        assert row_of(model).fallback_calls["a batch of padding only"] == 1
 
     def test_a_cache(self):
         model, batch = make_graphed(CLM), make_inputs(CLM)
@@ -444,6 +449,29 @@ class TestThreads:
                 close(found, wanted)
         assert row_of(model).kernel_calls == 16
 
+    def test_a_capture_shows_in_no_other_call(self):
+        """While one thread captures, another's ordinary call packs by its own batch."""
+        model, small, large = make_graphed(), make_inputs(length=5), make_inputs(length=23)
+        started, done = threading.Event(), threading.Event()
+
+        class Slow(nn.Tanh):
+            def forward(self, x):
+                if threading.current_thread() is not threading.main_thread():
+                    started.set()
+                    done.wait()
+                return super().forward(x)
+
+        model.bert.pooler.activation = Slow().eval()
+        expected = ordinary(model, large)
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(infer, model, small)
+            started.wait()
+            try:
+                close(ordinary(model, large), expected)
+            finally:
+                done.set()
+            close(found.result(), ordinary(model, small))
+
 
 class TestApi:
     def test_switches(self):
@@ -476,6 +504,14 @@ class TestApi:
         model, batch = fastbert.patch(Wrapper(), cuda_graphs=True), make_inputs(BASE)
         assert torch.equal(infer(model, batch), infer(model, batch))
         assert row_of(model).module == "encoder" and row_of(model).kernel_calls == 2
+
+    def test_compiled(self):
+        """A compiler traces the model without its graphs."""
+        model, batch = make_graphed(BASE), make_inputs(BASE)
+        infer(model, batch)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        close(infer(compiled, batch), infer(model, batch))
+        assert row_of(model).kernel_calls == 2 and not row_of(model).fallback_calls
 
     def test_save_pretrained(self, tmp_path):
         model, batch = make_graphed(), make_inputs()
