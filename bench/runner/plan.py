@@ -27,7 +27,7 @@ OTHER_LANES = (*OUR_LANES, "eager", "flash_attention_2")
 CASES_A_JOB = 8
 QUICK_LANES = ("fastbert", "fastbert packed", "sdpa flash", "sdpa efficient", "sdpa cudnn", "fused", "eager")
 COMPILERS = 4  # compiler processes per job that fills caches
-TESTS = 0.2  # share of the budget for the correctness tests
+TESTS = 0.25  # share of the budget for the correctness tests
 SHORT = 300.0  # seconds; a smaller budget has no stages and fills no caches ahead
 ALWAYS = float("-inf")  # `least` of a job that always runs: the processes that it ends would disturb all timing
 
@@ -149,11 +149,11 @@ def stages(budget: float, tests: bool = True) -> list[tuple[float, Callable[[], 
     return [
         (0.05, _ceilings),
         (TESTS, partial(_tests, tests, budget)),
-        (0.18, _headline),
+        (0.16, _headline),
         (0.1, _latency),
-        (0.09, _host),
-        (0.14, _ops),
-        (0.16, _compiled),
+        (0.08, _host),
+        (0.13, _ops),
+        (0.15, _compiled),
         (0.08, _tuning),
     ]
 
