@@ -221,8 +221,6 @@ class Graphs:
             self._asked[key] += 1
             return f"a new shape, while all {self.options.max_graphs} graphs are in use"
         del self._asked[key]
-        self._turns.finish()
-        self._captured.popitem(last=False)
         return None
 
     def _capture(self, key: Any, model: nn.Module, forward: Forward, inputs: Inputs, capacity: int) -> Captured | str:
@@ -245,13 +243,20 @@ class Graphs:
             if len(self._failed) >= MOST_FAILED:
                 self._failed.clear()
             self._failed[key] = reason = _no_graph(error)
+            if not self._captured:
+                self._recorder = None  # a memory pool without graphs cannot be used again
             return reason
         self._captured[key] = captured
+        if len(self._captured) > self.options.max_graphs:
+            self._turns.finish()
+            self._captured.popitem(last=False)
         self._state = ModelState(model)  # the first forward may have left something on modules
         return captured
 
 
-def _no_graph(error: Exception) -> str:
+def _no_graph(error: BaseException) -> str:
+    while error.__context__ is not None:  # the one that came first: to end a broken capture raises errors too
+        error = error.__context__
     said = str(error).strip().partition("\n")[0]
     return f"no graph: {type(error).__name__}: {said}"[:300]
 
