@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastbert.graphs import training_report as reports
 from fastbert.graphs.capture import RECORDERS, Graph, Recorder, recorder_of
 from fastbert.graphs.training_budgets import Budgets, Chooser, Packers
-from fastbert.graphs.training_guard import NoWaiting
+from fastbert.graphs.training_guard import NoWaiting, renew_accumulators
 from fastbert.graphs.training_state import ModelState, OptimizerState, hooks_on
 from fastbert.graphs.training_update import Rates, Update, check_optimizer, make_capturable
 from fastbert.lengths import Counted
@@ -288,6 +288,7 @@ class GraphedStep:
             with NoWaiting():
                 return (self._forward_backward if accumulating else self._whole_step)(static, budgets)
 
+        renew_accumulators(self._parameters())
         try:
             self._rates.send()
             with self._rates.on_device():

@@ -1,9 +1,10 @@
-"""Raises before an operation that would invalidate the capture of a graph.
+"""Keeps the capture of a training step from being invalidated.
 
-CUDA reports such an operation too, but leaves the capture, torch's allocator and its random generator in a state in which later
-work of the process fails. An error raised before the operation leaves a capture that can be ended and thrown away.
+CUDA reports an operation that invalidates a capture, but torch's allocator and random generator are then in a state in which
+later work of the process fails. An error raised before the operation leaves a capture that can be ended and thrown away.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ class NoWaiting(TorchDispatchMode):
         if packet in _COPIES and _between_host_and_device(packet, args, kwargs):
             raise RuntimeError(f"it copies between the host and the device ({_name(packet)})")
         return func(*args, **kwargs)
+
+
+def renew_accumulators(parameters: Iterable[Tensor]) -> None:
+    """Let the next backward make new nodes that accumulate the parameters' gradients.
+
+    Such a node lives as long as any graph of autograd that contains it, for example that of a loss which the caller still
+    holds, and runs on the stream on which it was made. That of a capture must be the capture's. Memory, version and
+    identity of the parameters stay.
+    """
+    for param in parameters:
+        if param.requires_grad:
+            data = param.data
+            # torch forgets the node when the dtype changes.
+            param.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+            param.data = data
 
 
 def _name(packet: Any) -> str:

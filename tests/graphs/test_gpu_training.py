@@ -234,6 +234,17 @@ def test_on_another_stream_and_device_guard():
     assert all(loss.isfinite() for loss in losses) and step.report().replayed == 5 - (step.report().graphs - 1)
 
 
+def test_beside_a_loss_of_an_ordinary_step_that_is_still_held():
+    """Its graph holds nodes that accumulate gradients on the stream of that step."""
+    model = fastbert.patch(wide())
+    batch = counted(Text().batch(0))
+    held = model(**batch).loss
+    held.backward()
+    step = fastbert.graphed_step(model, adamw(model))
+    losses = [step(**batch) for _ in range(6)]
+    assert step.report().replayed == 3 and losses[-1] < losses[0] < held + 1e-3, str(step)
+
+
 def test_a_loss_that_waits_is_not_captured():
     """The training goes on, dropout included, and what was captured before is still replayed."""
     model = fastbert.patch(wide(hidden_dropout_prob=0.1))

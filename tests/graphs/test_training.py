@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 import fastbert
 from fastbert.graphs import training_report as reports
 from fastbert.graphs.training_budgets import rounded
+from fastbert.graphs.training_guard import renew_accumulators
 from fastbert.lengths import Counted
 from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.rows import DEVICE
@@ -77,6 +78,20 @@ def test_the_loss_is_the_caller_s_own():
     losses = [step(**batch) for batch in plain()]
     assert len({loss.data_ptr() for loss in losses}) == len(losses) == len(set(map(float, losses)))
     assert not any(loss.requires_grad for loss in losses)
+
+
+def test_a_capture_makes_accumulators_of_gradients_of_its_own():
+    """Those that the graph of an older loss holds belong to another stream."""
+    (model,) = stock(number=1)
+    held = model(**plain(1)[0]).loss
+    param = model.classifier.weight
+    before, data, version = torch.autograd.graph.get_gradient_edge(param).node, param.data_ptr(), param._version
+    assert torch.autograd.graph.get_gradient_edge(param).node is before
+    renew_accumulators(model.parameters())
+    assert torch.autograd.graph.get_gradient_edge(param).node is not before
+    assert (param.data_ptr(), param._version, param.shape) == (data, version, (3, 16))
+    held.backward()
+    assert param.grad is not None
 
 
 def test_a_loss_of_the_user_s():
