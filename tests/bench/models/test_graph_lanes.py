@@ -111,6 +111,31 @@ def test_a_stale_output_fails(monkeypatch):
     assert found == "failed" and "differ from eager: logits" in reason
 
 
+def test_stale_weights_fail(monkeypatch):
+    """A graph of casts that were made of former weights."""
+
+    def casting(model):
+        former, forward = {}, model.forward
+
+        def call(**batch):
+            former.update(former or {name: p.detach().clone() for name, p in model.named_parameters()})
+            with torch.no_grad():
+                now = [p.clone() for p in model.parameters()]
+                for name, p in model.named_parameters():
+                    p.copy_(former[name])
+                output = forward(**batch)
+                for p, x in zip(model.parameters(), now, strict=True):
+                    p.copy_(x)
+            return output
+
+        model.forward = call
+        return replaying(model)
+
+    monkeypatch.setattr(fastbert, "graphed", casting)
+    found, reason = status(INFER, GRAPHED)
+    assert found == "failed" and "differ from eager: logits" in reason
+
+
 def test_a_step_on_stale_inputs_fails(monkeypatch):
     kept = {}
 
