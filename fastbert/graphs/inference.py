@@ -29,6 +29,7 @@ Forward = Callable[..., Any]
 RESTLESS = 4  # changes of the model in a row, each after fewer than CALM replays, that end capturing
 CALM = 8
 MOST_FAILED = 1024  # shapes that are remembered because they could not be captured
+STEADY = 64  # calls in a row without a change, after which it begins again
 
 
 class Captured:
@@ -56,7 +57,7 @@ class Graphs:
         self._asked: Counter[Any] = Counter()  # keys that were turned away while all graphs were in use
         self._inputs: WeakValueDictionary[Any, Inputs] = WeakValueDictionary()
         self._packing: nn.Module | None = None  # the encoder, if it packs for this model
-        self._restless = self._replays_before = 0
+        self._restless = self._replays_before = self._steady = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, (self.options,)
@@ -134,13 +135,17 @@ class Graphs:
                 calm = self.replays - self._replays_before >= CALM
                 self._restless = 0 if calm else self._restless + 1
                 self._replays_before = self.replays
+            self._steady = 0
             self.forget()
             state = self._state = ModelState(model)
             self._packing = packing_encoder(model)
         if state.reason is not None:
             return state.reason
         if self._restless >= RESTLESS:
-            return "weights or modules change from call to call"
+            self._steady += 1
+            if self._steady < STEADY:
+                return "weights or modules change from call to call"
+            self._restless = 0
         if self._recorder is None:
             self._recorder = recorder_of(state.device)
             if self._recorder is None:

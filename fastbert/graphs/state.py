@@ -40,6 +40,9 @@ class ModelState:
         self._sizes = list(map(len, self._sized))
         self._getters = [itemgetter(*_RELEVANT.get(type(m), _names(vars(m)))) for m in self._modules]
         self._values = list(map(call, self._getters, self._dicts))
+        # Lists and dictionaries among them, such as a LoRA layer's merged adapters, may change in place.
+        self._containers = [x for own in self._dicts for name, x in own.items() if name not in _OWN_CHECKS and _is_container(x)]
+        self._contents = list(map(_copied, self._containers))
         # A replaced dictionary of hooks is noticed among the values once it holds a hook.
         self._hooks = list(chain.from_iterable(map(_HOOKS, inside)))
         self._children_of = [own["_modules"] for own in self._dicts if own["_modules"]]
@@ -65,6 +68,7 @@ class ModelState:
                 and list(map(len, self._sized)) == self._sizes
                 and list(map(_names, self._packing)) == self._names
                 and list(map(call, self._getters, self._dicts)) == self._values
+                and self._containers == self._contents
                 and list(map(type, self._modules)) == self._types
                 and self._all(self._children_of) == self._children
                 and list(map(id, chain.from_iterable(map(dict.values, self._tensors_of)))) == self._ids
@@ -148,6 +152,23 @@ _RELEVANT = {
 def _names(own: dict[str, Any]) -> set[str]:
     """The attributes of a module that may matter to its forward."""
     return own.keys() - _IRRELEVANT
+
+
+# Dictionaries whose contents are compared on their own.
+_OWN_CHECKS = {"_parameters", "_buffers", "_modules", *_HOOK_KINDS, *_IRRELEVANT}
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (list, dict, set))
+
+
+def _copied(value: Any) -> Any:
+    """A copy of containers within containers, holding the same objects."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return set(value) if isinstance(value, set) else value
 
 
 def _versions(tensors: list[Tensor]) -> list[int | None]:
