@@ -21,7 +21,7 @@ is known, so every reference beyond these is somebody else's.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 from weakref import WeakSet, WeakValueDictionary
@@ -32,10 +32,10 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.interpreter import InterpretedFunction
 
 from fastbert.graphs import capture
 from fastbert.graphs.capture import CudaRecorder, Result
+from fastbert.testing.capturing import Arguments, current, intercepting, not_permitted, recorded_by
 
 aten = torch.ops.aten
 _ALLOCATIONS = ("aten::empty", "aten::new_empty")
@@ -94,7 +94,7 @@ class _Memory:
         elif self.dtype != torch.bool:
             flat.fill_(-7 if self.dtype.is_signed else 249)
         else:
-            flat.logical_not_()
+            flat.copy_(torch.arange(len(flat)) % 2)
 
     def saved(self) -> Callable[[], Any]:
         """A function that restores the contents of now."""
@@ -127,17 +127,13 @@ class _Tape(TorchDispatchMode):
         for restore in self._undo.values():
             restore()
 
-    def launch(self, launched: Callable[..., None], kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def launch(self, run: Callable[..., None], kernel: Any, arguments: Arguments) -> None:
         """Record a launch; it does not run, so that what it would write stays as it is."""
+        if any(map(self.is_host, _tensors(arguments))):
+            raise not_permitted(f"{kernel.__name__} reads memory of the host")
         with _unseen():
-            self._launch(launched, kernel, arguments, keywords)
-
-    def _launch(self, launched: Callable[..., None], kernel: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        for tensor in _tensors((arguments, keywords)):
-            if self.is_host(tensor):
-                raise _not_permitted(f"{kernel.__name__} reads memory of the host")
-        arguments, keywords = self._aliased((arguments, keywords))
-        self.steps.append(Step(kernel.__name__, lambda: launched(kernel, *arguments, **keywords)))
+            args, kwargs = self._aliased(arguments)
+        self.steps.append(Step(kernel.__name__, lambda: run(kernel, *args, **kwargs)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -157,13 +153,13 @@ class _Tape(TorchDispatchMode):
     def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors, written = list(_tensors((args, kwargs))), _written(func, args, kwargs)
         if any(isinstance(leaf, torch.Generator) for leaf in _pytree.tree_leaves((args, kwargs))):
-            raise _not_permitted(f"{func} draws from a generator that the graph does not know")
+            raise not_permitted(f"{func} draws from a generator that the graph does not know")
         if func is aten.lift_fresh.default:  # C++ has made it from a number or a list
             self.keep_on_host(tensors)
         if self._runs_on_host(func, tensors, written):
             return self.keep_on_host(func(*args, **kwargs))
         if _waits(func, args, kwargs):
-            raise _not_permitted(f"{func} waits for a value on the device")
+            raise not_permitted(f"{func} waits for a value on the device")
         if func.name().startswith(_OTHER_MEMORY):
             raise NotImplementedError(f"{func} cannot be recorded")
         recorded = self._aliased((args, kwargs))
@@ -191,7 +187,7 @@ class _Tape(TorchDispatchMode):
         # Numbers on the host may be operands of operations on the device, which a launch receives by value.
         large = any(host and x.dim() for host, x in zip(on_host, tensors, strict=True))
         if large or func in _COPIES or any(map(self.is_host, written)):
-            raise _not_permitted(f"{func} copies between host and device")
+            raise not_permitted(f"{func} copies between host and device")
         return False
 
     def is_host(self, tensor: Tensor) -> bool:
@@ -229,26 +225,23 @@ class _HostCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, tape = kwargs or {}, self._tape
-        to_host = func in _TO_HOST or (func is torch.Tensor.to and "cpu" in (*args[1:], kwargs.get("device")))
+        named = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, str)]
+        to_host = func in _TO_HOST or (func is torch.Tensor.to and named == ["cpu"])
         if to_host and not tape.is_host(args[0]):
-            raise _not_permitted(f"{func.__name__} copies to the host")
+            raise not_permitted(f"{func.__name__} copies to the host")
         if func is torch.Tensor.new_tensor and not tape.is_host(args[0]):
-            raise _not_permitted(f"{func.__name__} copies from the host")
+            raise not_permitted(f"{func.__name__} copies from the host")
         if func not in _FACTORIES or (args and isinstance(args[0], Tensor)):
             return func(*args, **kwargs)
         if isinstance(kwargs.get("device"), torch.device):  # the device of another tensor, which stands for a GPU
             if func in _FROM_NUMBERS:
-                raise _not_permitted(f"{func.__name__} copies from the host")
+                raise not_permitted(f"{func.__name__} copies from the host")
             return func(*args, **kwargs)
         before, tape.makes_host_memory = tape.makes_host_memory, True
         try:
             return tape.keep_on_host(func(*args, **kwargs))
         finally:
             tape.makes_host_memory = before
-
-
-def _not_permitted(what: str) -> RuntimeError:
-    return RuntimeError(f"operation not permitted while a graph is captured: {what}")
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -322,7 +315,7 @@ class TapeRecorder:
         self._running = threading.Lock()
 
     def warm_up(self, function: Callable[[], Result], calls: int | None = None) -> Result:
-        assert _current() is None, "a warm-up during a capture"
+        assert current() is None, "a warm-up during a capture"
         for _ in range(calls or CudaRecorder.WARM_UP_CALLS):
             result = function()
         return result
@@ -334,14 +327,12 @@ class TapeRecorder:
             RuntimeError: the function does what cannot be captured.
             AssertionError: another graph of the recorder runs or is captured.
         """
-        with self._alone(), _intercepting():
+        with self._alone():
             tape, state = _Tape(), torch.get_rng_state()
-            _thread.tape = tape
             try:
-                with tape, _HostCalls(tape):
+                with recorded_by(tape), tape, _HostCalls(tape):
                     result = function()
             finally:
-                _thread.tape = None
                 with _unseen():
                     torch.set_rng_state(state)
                     tape.undo()
@@ -364,7 +355,7 @@ class TapeRecorder:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        assert _current() is None, "a capture or a replay during a capture"
+        assert current() is None, "a capture or a replay during a capture"
         assert self._running.acquire(blocking=False), "two graphs that share their memory at the same time"
         try:
             yield
@@ -384,7 +375,7 @@ def recording_graphs() -> Iterator[list[TapeRecorder]]:
         made.append(TapeRecorder(device))
         return made[-1]
 
-    with mock.patch.dict(capture.RECORDERS, cpu=make), _intercepting():
+    with mock.patch.dict(capture.RECORDERS, cpu=make), intercepting():
         yield made
 
 
@@ -400,76 +391,3 @@ def _unseen() -> Iterator[None]:
         torch._C._DisableAutocast(),
     ):
         yield
-
-
-_thread = threading.local()
-_interpreter = threading.RLock()
-
-
-def _current() -> _Tape | None:
-    """The tape of this thread's capture."""
-    return getattr(_thread, "tape", None)
-
-
-class _Interception:
-    """What threads that capture see in place of some functions; installed while anybody needs it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._installed = ExitStack()
-
-    def enter(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._install()
-
-    def leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._installed.close()
-
-    def _install(self) -> None:
-        from fastbert import optim
-        from fastbert.kernels import embedding_layernorm, linear_cross_entropy
-        from fastbert.kernels.adamw import tables
-
-        run, is_capturing, on_device = InterpretedFunction.run, optim._is_capturing, tables._on_device
-
-        def except_in_captures(check: Callable[..., None]) -> Callable[..., None]:
-            return lambda *args: check(*args) if _current() is None else None
-
-        def launched(kernel: Any, *args: Any, **kwargs: Any) -> None:
-            with _interpreter:
-                run(kernel, *args, **kwargs)
-
-        def run_or_record(self: Any, *args: Any, **kwargs: Any) -> None:
-            tape = _current()
-            if tape is None or tape.executing:
-                launched(self, *args, **kwargs)
-            else:
-                tape.launch(launched, self, args, kwargs)
-
-        for owner, name, new in (
-            (InterpretedFunction, "run", run_or_record),
-            # On a GPU the kernels check what these look at.
-            (embedding_layernorm, "_check_range", except_in_captures(embedding_layernorm._check_range)),
-            (linear_cross_entropy, "check_on_cpu", except_in_captures(linear_cross_entropy.check_on_cpu)),
-            (optim, "_is_capturing", lambda param: _current() is not None or is_capturing(param)),
-            (tables, "_on_device", lambda x: on_device(x) or (_current() is not None and isinstance(x, Tensor))),
-        ):
-            self._installed.enter_context(mock.patch.object(owner, name, new))
-
-
-_interception = _Interception()
-
-
-@contextmanager
-def _intercepting() -> Iterator[None]:
-    _interception.enter()
-    try:
-        yield
-    finally:
-        _interception.leave()
