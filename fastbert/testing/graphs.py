@@ -381,13 +381,11 @@ def recording_graphs() -> Iterator[list[TapeRecorder]]:
 
 @contextmanager
 def _unseen() -> Iterator[None]:
-    """Operations in the block are seen by no mode, by no autograd and by no autocast, and change no version counter."""
+    """Operations in the block are seen by no mode, by no autograd and by no autocast."""
     with (
         _disable_current_modes(),
         torch._C.DisableTorchFunction(),
         torch.no_grad(),
-        torch._C._AutoDispatchBelowAutograd(),
-        torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)),
         torch._C._DisableAutocast(),
     ):
         yield
