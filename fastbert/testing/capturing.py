@@ -1,7 +1,8 @@
 """What code sees while its thread records a graph on the CPU (fastbert.testing.graphs): the rules of a capture on a GPU.
 
-Functions that ask whether a graph is captured say yes. Checks that exist on the CPU only are left out. Launches go to the
-recording, and torch's generator cannot be set. Other threads see what they always see.
+fastbert.AdamW takes the step of a capture, but does not insist on `capturable=True`, which torch's optimizers refuse on the CPU.
+Checks that exist on the CPU only are left out. Launches go to the recording, and torch's generator cannot be set. Other threads
+see what they always see.
 """
 
 import threading
@@ -79,7 +80,7 @@ def _install() -> None:
     from fastbert.kernels import embedding_layernorm, linear_cross_entropy
     from fastbert.kernels.adamw import tables
 
-    run, on_device = InterpretedFunction.run, tables._on_device
+    run, on_device, is_capturing = InterpretedFunction.run, tables._on_device, optim._is_capturing
 
     def run_alone(kernel: Any, *args: Any, **kwargs: Any) -> None:
         with _interpreter:
@@ -94,9 +95,7 @@ def _install() -> None:
 
     replacements = (
         (InterpretedFunction, "run", run_or_record),
-        (torch.cuda, "is_initialized", _yes_or(torch.cuda.is_initialized)),
-        (torch.cuda, "is_current_stream_capturing", _yes_or(torch.cuda.is_current_stream_capturing)),
-        (optim, "_is_capturing", _yes_or(optim._is_capturing)),
+        (optim, "_is_capturing", lambda param: current() is not None or is_capturing(param)),
         (tables, "_on_device", lambda x: on_device(x) or (current() is not None and isinstance(x, Tensor))),
         # On a GPU the kernels check what these look at.
         (embedding_layernorm, "_check_range", _skipping(embedding_layernorm._check_range)),
@@ -108,10 +107,6 @@ def _install() -> None:
     )
     for owner, name, new in replacements:
         _installed.enter_context(mock.patch.object(owner, name, new))
-
-
-def _yes_or(answer: Callable[..., bool]) -> Callable[..., bool]:
-    return lambda *args: current() is not None or answer(*args)
 
 
 def _skipping(check: Callable[..., None]) -> Callable[..., None]:
