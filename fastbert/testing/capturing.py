@@ -1,6 +1,6 @@
 """What code sees while its thread records a graph on the CPU (fastbert.testing.graphs): the rules of a capture on a GPU.
 
-fastbert.AdamW takes the step of a capture, but does not insist on `capturable=True`, which torch's optimizers refuse on the CPU.
+fastbert.AdamW takes the step of a capture, but does not insist on `capturable=True`, which torch refuses on the CPU.
 Checks that exist on the CPU only are left out. Launches go to the recording, and torch's generator cannot be set. Other threads
 see what they always see.
 """
