@@ -139,8 +139,10 @@ def host_job() -> Job:
 
 def preparation() -> Background:
     """One process per workload that fills the caches during the tests, which use few cores and time nothing."""
-    lanes = ["fastbert", *COMPILED_LANES]
-    jobs = [{"kind": "prepare", "workload": workload.to_json(), "lanes": lanes} for workload in workloads.headline()]
+    jobs = []
+    for workload in workloads.headline():
+        ours = [lane for lane in HEADLINE_LANES if lane != "stock" and workloads.LANES[lane].suits(workload)]
+        jobs.append({"kind": "prepare", "workload": workload.to_json(), "lanes": [*ours, *COMPILED_LANES]})
     return Background(jobs, {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)})
 
 
@@ -150,10 +152,10 @@ def stages(budget: float, tests: bool = True) -> list[tuple[float, Callable[[], 
         (0.05, _ceilings),
         (TESTS, partial(_tests, tests, budget)),
         (0.16, _headline),
-        (0.1, _latency),
+        (0.07, _latency),
         (0.08, _host),
         (0.13, _ops),
-        (0.15, _compiled),
+        (0.18, _compiled),
         (0.08, _tuning),
     ]
 
@@ -188,17 +190,20 @@ def _headline() -> Iterator[Job]:
     yield from headline_jobs(workloads.headline())
 
 
-def _latency() -> Iterator[Job]:
-    """The streams of the README's table first, then the other single requests, then batches."""
+def _first_streams() -> list[Workload]:
+    """Those of the README's table, then the other single rows."""
     first = workloads.in_the_readme()
-    others = [w for w in workloads.requests() if w not in first]
-    single = [w for w in others if w.batch == 1]
-    for streams in ([*first, *single], [w for w in others if w not in single]):
-        yield latency_job(streams, latency.FIRST_LANES, budget=30.0)
+    return [*first, *(w for w in workloads.requests() if w.batch == 1 and w not in first)]
+
+
+def _latency() -> Iterator[Job]:
+    yield latency_job(_first_streams(), latency.FIRST_LANES, budget=30.0)
 
 
 def _compiled() -> Iterator[Job]:
-    """What else the headline has: our other lane and the peer, then compiled lanes, for small batches reduce-overhead first."""
+    """Latency of batches, our other lane and the peer; then compiled lanes, for small batches reduce-overhead first."""
+    first = _first_streams()
+    yield latency_job([w for w in workloads.requests() if w not in first], latency.FIRST_LANES, budget=30.0)
     mlm, *small = workloads.headline()
     yield from model_jobs([mlm, *small], (*FIRST_LANES[len(HEADLINE_LANES) :], *PEERS), details=True)
     yield from model_jobs(reversed(small), COMPILED_LANES[::-1])
