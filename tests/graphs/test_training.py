@@ -13,7 +13,9 @@ from fastbert.graphs.training_guard import renew_accumulators
 from fastbert.lengths import Counted
 from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.rows import DEVICE
+from tests.models.test_trainer import examples
 from tests.models.tiny import CLASSIFICATION, CLM, KINDS, MLM, make
+from tests.packaging.environments import ROOT
 
 from .stepping import SMALL, adamw, assert_same, batches, fused, models, ordinary, plain, stock, train
 
@@ -365,3 +367,39 @@ def test_wrong_models_optimizers_and_losses():
         fastbert.graphed_step(model, fused(model))(**batch)
     with pytest.raises(ValueError, match=re.escape("loss: expected a scalar tensor, got (2, 3)")):
         fastbert.graphed_step(model, fused(model), loss=lambda outputs, _: outputs.logits)(**batch)
+
+
+def test_the_recipe_of_the_documentation():
+    page = (ROOT / "docs" / "training-graphs.md").read_text()
+    recipe = re.findall(r"```python\n(.*?)```", page, re.S)[0]
+    model = make(CLASSIFICATION, **SMALL)
+    start = [param.detach().clone() for param in model.parameters()]
+    names = {"fastbert": fastbert, "model": model, "batches": batches(CLASSIFICATION, 5)}
+    exec(recipe, names)
+    assert str(names["step"]).startswith("graphed_step of BertForSequenceClassification: 2 of 5 steps replayed, 1 graphs now")
+    assert names["loss"].isfinite() and any((param != old).any() for param, old in zip(model.parameters(), start, strict=True))
+
+
+def test_trainer_beside_it(tmp_path):
+    """Trainer trains the same model in between, with an optimizer of its own and the graphed step's."""
+    from transformers import Trainer, TrainingArguments
+
+    (model,) = stock(number=1)
+    optimizer = fused(model)
+    step = fastbert.graphed_step(model, optimizer)
+    for number in range(2):
+        for batch in plain(5):
+            step(**batch)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="no"
+        )
+        optimizers = (optimizer, None) if number else (None, None)
+        trainer = Trainer(model=model, args=arguments, train_dataset=examples(CLASSIFICATION), optimizers=optimizers)
+        assert trainer.train().global_step == 2
+    optimizer.param_groups[0]["lr"] = 1e-2  # Trainer's schedule has ended at 0
+    before = [param.detach().clone() for param in model.parameters()]
+    for batch in plain(5):
+        loss = step(**batch)
+    expected = model(**plain(5)[-1]).loss
+    assert any((param != old).any() for param, old in zip(model.parameters(), before, strict=True))
+    assert loss.isfinite() and (loss - expected).abs() < 0.5 and step.report().replayed >= 4, str(step)
