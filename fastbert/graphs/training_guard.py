@@ -35,7 +35,7 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = func.overloadpacket
+        packet = getattr(func, "overloadpacket", None)
         if packet in _READS and _on_device(args):
             raise RuntimeError(f"it waits for the device ({_name(packet)})")
         if packet in _INDEXING and _selects(packet, args):

@@ -67,16 +67,18 @@ def ordinary(model, optimizer, batch, autocast=None, scaler=None, factor=1.0):
     return loss.detach()
 
 
-def tolerance(autocast):
-    return torch.finfo(autocast).eps if autocast is not None else 1e-4
+def assert_close(loss, expected, autocast):
+    """Two runs drift apart: rows are split among kernels otherwise, and the optimizer enlarges roundings of small gradients."""
+    allowed = 1e-3 if autocast is None else 2e-2
+    torch.testing.assert_close(loss, expected, rtol=allowed, atol=allowed)
 
 
 def assert_near(ours, theirs, autocast):
-    """Steps are 1e-3 long at most. A rounding may turn the sign of a gradient near 0, so the mean is compared."""
-    for (name, param), other in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+    """Steps are 1e-3 long. The gradient of a key's bias is 0 but for rounding, and others may be, so means are compared."""
+    for (name, param), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert param.isfinite().all(), name
-        difference = (param - other[1]).abs().mean().item()
-        assert difference < (1e-3 if autocast is not None else 1e-4), f"{name}: {difference}"
+        difference = (param - other).abs().mean().item()
+        assert name.endswith("key.bias") or difference < (2e-4 if autocast is None else 2e-3), f"{name}: {difference}"
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
@@ -88,8 +90,7 @@ def test_mlm_steps_equal_ordinary_ones(patch, autocast):
     for seed in range(12):
         batch = counted(Text().batch(seed))
         loss = step(**batch)
-        expected = ordinary(theirs, optimizer, batch, autocast)
-        torch.testing.assert_close(loss, expected, rtol=tolerance(autocast), atol=tolerance(autocast))
+        assert_close(loss, ordinary(theirs, optimizer, batch, autocast), autocast)
     assert_near(ours, theirs, autocast)
     assert step.report().replayed >= 7, str(step)
     assert all(param.grad is None for param in ours.parameters())
@@ -105,8 +106,7 @@ def test_classification_with_lengths_that_differ(autocast):
     for seed in range(20):
         batch = counted(classification(seed, torch.randint(8, 65, (32,), generator=generator)))
         loss = step(**batch)
-        expected = ordinary(theirs, optimizer, batch, autocast)
-        torch.testing.assert_close(loss, expected, rtol=2 * tolerance(autocast), atol=2 * tolerance(autocast))
+        assert_close(loss, ordinary(theirs, optimizer, batch, autocast), autocast)
     report = step.report()
     assert report.graphs >= 1 and report.replayed >= 8 and set(report.ordinary) == {reports.WARMING_UP}, str(report)
 
@@ -132,7 +132,7 @@ def test_stock_model_and_optimizer_of_torch(options):
     step = fastbert.graphed_step(lanes[0], optimizers[0])
     for seed in range(10):
         batch = Text().batch(seed)
-        torch.testing.assert_close(step(**batch), ordinary(lanes[1], optimizers[1], batch), rtol=1e-3, atol=1e-3)
+        assert_close(step(**batch), ordinary(lanes[1], optimizers[1], batch), None)
         for schedule in schedules:
             schedule.step()
     assert_near(*lanes, None)
@@ -150,7 +150,7 @@ def test_accumulation():
         batch = counted(Text().batch(seed))
         loss, expected = step(**batch), theirs(**batch).loss
         (expected / 2).backward()
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=1e-3)
+        assert_close(loss, expected.detach(), None)
         if seed % 2:
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
             optimizer.step()
@@ -221,9 +221,9 @@ def test_a_replay_does_not_synchronise():
     assert step.report().replayed == replayed + 5
 
 
-def test_on_another_stream_and_device_guard():
+def test_on_another_stream():
     model = fastbert.patch(wide())
-    step = fastbert.graphed_step(model, adamw(model), autocast=torch.bfloat16)
+    step = fastbert.graphed_step(model, adamw(model), autocast=torch.bfloat16, read_budget=1024)
     stream, losses = torch.cuda.Stream(), []
     batches = [counted(Text().batch(seed)) for seed in range(8)]
     torch.cuda.synchronize()
@@ -231,7 +231,7 @@ def test_on_another_stream_and_device_guard():
         for batch in batches:
             losses.append(step(**batch))
     stream.synchronize()
-    assert all(loss.isfinite() for loss in losses) and step.report().replayed == 5 - (step.report().graphs - 1)
+    assert all(loss.isfinite() for loss in losses) and step.report().replayed == 5
 
 
 def test_beside_a_loss_of_an_ordinary_step_that_is_still_held():
