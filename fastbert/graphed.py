@@ -41,8 +41,7 @@ def graphed(
             A model that packs (see `unpad`) also rounds the number of its tokens, in either case.
         max_graphs: how many graphs are kept; the least recently used is dropped. While all are in use, a new shape is
             captured at its second call.
-        reuse_outputs: return the graph's own output tensors, which the next call of the same bucket overwrites, instead of
-            copies.
+        reuse_outputs: return the graph's own output tensors instead of copies. Any later call may overwrite them.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module, or `reuse_outputs` is not a bool.

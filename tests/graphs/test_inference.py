@@ -4,7 +4,6 @@ A stand-in for CUDA graphs runs on the CPU (fastbert/testing/graphs.py): it repe
 """
 
 import copy
-import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +20,6 @@ from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.models import assert_equal, run
 from fastbert.testing.rows import DEVICE
 from tests.graphs.support import close, infer, make_graphed, make_inputs, make_like, ordinary, row_of
-from tests.models.layer_changes import CHANGES
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, MLM, make, make_batch
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs")
@@ -90,112 +88,6 @@ class TestEquality:
         infer(model, batch)
         found, expected = infer(model, batch), ordinary(model, batch)
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
-
-
-class TestStaleness:
-    @pytest.mark.one_in(4)
-    @pytest.mark.parametrize("name", CHANGES)
-    def test_a_change_in_a_layer(self, name):
-        change, _ = CHANGES[name]
-        model, batch = make_graphed(BASE), make_inputs(BASE)
-        before = infer(model, batch)
-        assert row_of(model).kernel_calls == 1
-        undo = change(model.encoder.layer[0])
-        try:
-            close(infer(model, batch), ordinary(model, batch))
-        finally:
-            undo()
-        close(infer(model, batch), before)
-
-    def test_a_change_outside_layers(self):
-        model, batch = make_graphed(CLASSIFICATION), make_inputs()
-        for change in (
-            lambda: model.classifier.weight.data.mul_(2.0),
-            lambda: setattr(model, "classifier", nn.Linear(40, 3)),
-            lambda: setattr(model.bert.pooler, "activation", nn.ReLU()),
-            lambda: setattr(model.bert.embeddings.LayerNorm, "eps", 0.5),
-            lambda: model.bert.embeddings.position_ids.copy_(model.bert.embeddings.position_ids.flip(1)),
-            lambda: model.bert.embeddings.word_embeddings.weight.data.neg_(),
-            lambda: model.resize_token_embeddings(70),
-            lambda: model.bert.encoder.layer.pop(1),
-            lambda: model.set_attn_implementation("sdpa"),
-            lambda: model.bert.pooler.dense.register_forward_hook(lambda module, inputs, output: 2.0 * output),
-        ):
-            infer(model, batch)
-            with torch.no_grad():
-                change()
-            close(infer(model, batch), ordinary(model, batch))
-
-    def test_weights_written_in_place_need_no_new_capture(self, recorders):
-        model, batch = make_graphed(), make_inputs()
-        infer(model, batch)
-        captures = sum(recorder.captures for recorder in recorders)
-        model.load_state_dict(make(CLASSIFICATION, seed=7).state_dict())
-        close(infer(model, batch), ordinary(model, batch))
-        assert sum(recorder.captures for recorder in recorders) == captures
-
-    def test_training_between_two_inferences(self):
-        model, batch = make_graphed(), make_batch(CLASSIFICATION)
-        inputs = {name: x for name, x in batch.items() if name != "labels"}
-        optimizer = torch.optim.SGD(model.parameters(), 0.5)
-        first = infer(model, inputs)
-        for _ in range(2):
-            model.train()
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            model.eval()
-            close(infer(model, inputs), ordinary(model, inputs))
-        assert not torch.equal(first.logits, infer(model, inputs).logits)
-        assert row_of(model).fallback_calls["train mode"] == 2
-
-    def test_a_submodule_in_train_mode(self):
-        model, batch = make_graphed(), make_inputs()
-        infer(model, batch)
-        model.dropout.train()
-        infer(model, batch)
-        assert row_of(model).fallback_calls == {"a module in train mode": 1}
-        model.eval()
-        infer(model, batch)
-        assert row_of(model).kernel_calls == 2
-
-    def test_another_dtype(self):
-        model, batch = make_graphed(), make_inputs()
-        infer(model, batch)
-        model.half()
-        found = infer(model, batch)
-        assert found.logits.dtype == torch.float16
-        assert torch.equal(found.logits, infer(model, batch).logits)
-        model.float()
-        close(infer(model, batch), ordinary(model, batch))
-
-    def test_autocast_is_a_graph_of_its_own(self):
-        model, batch = make_graphed(BASE), make_inputs(BASE)
-        plain = infer(model, batch)
-        with torch.autocast("cpu", torch.float16):
-            close(infer(model, batch), ordinary(model, batch))
-            with torch.no_grad():
-                model.encoder.layer[0].output.dense.weight.mul_(2.0)
-            torch.clear_autocast_cache()
-            close(infer(model, batch), ordinary(model, batch))
-        assert not torch.equal(infer(model, batch).last_hidden_state, plain.last_hidden_state)
-
-    def test_a_model_that_changes_at_every_call_gets_no_graphs(self):
-        model, batch = make_graphed(), make_inputs()
-        for i in range(8):
-            model.classifier.weight = nn.Parameter(torch.full((3, 40), 0.01 * i))
-            close(infer(model, batch), ordinary(model, batch))
-        assert "weights or modules change from call to call" in row_of(model).fallback_calls
-
-    def test_other_weights_of_a_copy(self):
-        model, batch = make_graphed(), make_inputs()
-        infer(model, batch)
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            with torch.no_grad():
-                other.classifier.weight.neg_()
-            close(infer(other, batch), ordinary(other, batch))
-            assert row_of(other).kernel_calls == 1 and type(other) is type(model)
-        close(infer(model, batch), ordinary(model, batch))
 
 
 class TestOutputs:
@@ -471,109 +363,6 @@ class TestThreads:
             finally:
                 done.set()
             close(found.result(), ordinary(model, small))
-
-
-class TestApi:
-    def test_switches(self):
-        model = fastbert.patch(make(CLASSIFICATION), cuda_graphs=True)
-        infer(model, make_inputs())
-        assert row_of(model).kernel_calls == 1
-        fastbert.patch(model)
-        assert graphs_of(model) is None
-        fastbert.graphed(fastbert.graphed(model))
-        fastbert.unpatch(model)
-        assert type(model) is CLASSIFICATION.cls and "_fastbert_graphs" not in vars(model)
-
-    def test_patched_restores_graphs(self):
-        model = make_graphed(max_graphs=3)
-        with fastbert.patched(model, cuda_graphs=False):
-            assert graphs_of(model) is None
-        assert graphs_of(model).options.max_graphs == 3
-        infer(model, make_inputs())
-        assert row_of(model).kernel_calls == 1
-
-    def test_inside_another_module(self):
-        class Wrapper(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.encoder = make(BASE)
-
-            def forward(self, **batch):
-                return self.encoder(**batch).pooler_output
-
-        model, batch = fastbert.patch(Wrapper(), cuda_graphs=True), make_inputs(BASE)
-        assert torch.equal(infer(model, batch), infer(model, batch))
-        assert row_of(model).module == "encoder" and row_of(model).kernel_calls == 2
-
-    def test_compiled(self):
-        """A compiler traces the model without its graphs."""
-        model, batch = make_graphed(BASE), make_inputs(BASE)
-        infer(model, batch)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        close(infer(compiled, batch), infer(model, batch))
-        assert row_of(model).kernel_calls == 2 and not row_of(model).fallback_calls
-
-    def test_save_pretrained(self, tmp_path):
-        model, batch = make_graphed(), make_inputs()
-        model.save_pretrained(tmp_path)
-        loaded = CLASSIFICATION.cls.from_pretrained(tmp_path)
-        assert loaded.config.architectures == ["BertForSequenceClassification"]
-        close(infer(model, batch), infer(loaded, batch))
-
-    def test_hidden_states_of_an_ordinary_call(self):
-        model, stock, batch = make_graphed(BASE), make(BASE), make_inputs(BASE)
-        found, expected = (
-            infer(model, batch | {"output_hidden_states": True}),
-            infer(stock, batch | {"output_hidden_states": True}),
-        )
-        assert len(found.hidden_states) == len(expected.hidden_states) == 3
-
-    @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
-        [
-            (
-                {"buckets": [(1, 0)]},
-                ValueError,
-                r"buckets: expected \(rows, length\) pairs of integers from 1 on, got \(1, 0\)",
-            ),
-            ({"buckets": []}, ValueError, "buckets: expected"),
-            ({"buckets": [128]}, ValueError, "buckets: expected .* got 128"),
-            ({"max_graphs": 0}, ValueError, "max_graphs: expected an integer from 1 on, got 0"),
-            ({"max_graphs": True}, ValueError, "max_graphs: expected"),
-            ({"reuse_outputs": 1}, TypeError, "reuse_outputs: expected True or False, got 1"),
-        ],
-    )
-    def test_arguments(self, arguments, error, message):
-        model = fastbert.patch(make(CLASSIFICATION))
-        with pytest.raises(error, match=message):
-            fastbert.graphed(model, **arguments)
-        assert graphs_of(model) is None
-
-    def test_models(self):
-        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
-            fastbert.graphed("bert")
-        with pytest.raises(
-            fastbert.UnsupportedModelError, match="expected one patched by fastbert.patch, got a stock BertModel"
-        ):
-            fastbert.graphed(make(BASE))
-        layers = make(BASE).encoder
-        with pytest.raises(fastbert.UnsupportedModelError, match="expected a BertModel or BertFor"):
-            fastbert.patch(layers, cuda_graphs=True)
-        assert type(layers).__module__.startswith("transformers"), "left as it was"
-        with pytest.raises(ValueError, match="model: expected one that fastbert.graphed was called on"):
-            fastbert.warmup(fastbert.patch(make(BASE)), [(1, 8)])
-
-    def test_disabled(self, monkeypatch):
-        monkeypatch.setenv("FASTBERT_DISABLE", "1")
-        model = fastbert.graphed(fastbert.patch(make(BASE)))
-        assert type(model) is BASE.cls
-
-    def test_signature(self):
-        import inspect
-
-        for kind in (BASE, MLM, CLASSIFICATION):
-            model = make_graphed(kind)
-            assert inspect.signature(model.forward) == inspect.signature(make(kind).forward)
 
 
 CALLS = st.tuples(

@@ -1,0 +1,128 @@
+"""Whatever changes in a model after a capture shows in its next call: nothing stale, ever."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastbert.testing.graphs import recording_graphs
+from fastbert.testing.rows import DEVICE
+from tests.graphs.support import close, infer, make_graphed, make_inputs, ordinary, row_of
+from tests.models.layer_changes import CHANGES
+from tests.models.tiny import BASE, CLASSIFICATION, make, make_batch
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs")
+
+
+@pytest.fixture(autouse=True)
+def recorders():
+    with recording_graphs() as made:
+        yield made
+
+
+class TestStaleness:
+    @pytest.mark.one_in(4)
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_a_change_in_a_layer(self, name):
+        change, _ = CHANGES[name]
+        model, batch = make_graphed(BASE), make_inputs(BASE)
+        before = infer(model, batch)
+        assert row_of(model).kernel_calls == 1
+        undo = change(model.encoder.layer[0])
+        try:
+            close(infer(model, batch), ordinary(model, batch))
+        finally:
+            undo()
+        close(infer(model, batch), before)
+
+    def test_a_change_outside_layers(self):
+        model, batch = make_graphed(CLASSIFICATION), make_inputs()
+        for change in (
+            lambda: model.classifier.weight.data.mul_(2.0),
+            lambda: setattr(model, "classifier", nn.Linear(40, 3)),
+            lambda: setattr(model.bert.pooler, "activation", nn.ReLU()),
+            lambda: setattr(model.bert.embeddings.LayerNorm, "eps", 0.5),
+            lambda: model.bert.embeddings.position_ids.copy_(model.bert.embeddings.position_ids.flip(1)),
+            lambda: model.bert.embeddings.word_embeddings.weight.data.neg_(),
+            lambda: model.resize_token_embeddings(70),
+            lambda: model.bert.encoder.layer.pop(1),
+            lambda: model.set_attn_implementation("sdpa"),
+            lambda: model.bert.pooler.dense.register_forward_hook(lambda module, inputs, output: 2.0 * output),
+        ):
+            infer(model, batch)
+            with torch.no_grad():
+                change()
+            close(infer(model, batch), ordinary(model, batch))
+
+    def test_weights_written_in_place_need_no_new_capture(self, recorders):
+        model, batch = make_graphed(), make_inputs()
+        infer(model, batch)
+        captures = sum(recorder.captures for recorder in recorders)
+        model.load_state_dict(make(CLASSIFICATION, seed=7).state_dict())
+        close(infer(model, batch), ordinary(model, batch))
+        assert sum(recorder.captures for recorder in recorders) == captures
+
+    def test_training_between_two_inferences(self):
+        model, batch = make_graphed(), make_batch(CLASSIFICATION)
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        first = infer(model, inputs)
+        for _ in range(2):
+            model.train()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            close(infer(model, inputs), ordinary(model, inputs))
+        assert not torch.equal(first.logits, infer(model, inputs).logits)
+        assert row_of(model).fallback_calls["train mode"] == 2
+
+    def test_a_submodule_in_train_mode(self):
+        model, batch = make_graphed(), make_inputs()
+        infer(model, batch)
+        model.dropout.train()
+        infer(model, batch)
+        assert row_of(model).fallback_calls == {"a module in train mode": 1}
+        model.eval()
+        infer(model, batch)
+        assert row_of(model).kernel_calls == 2
+
+    def test_another_dtype(self):
+        model, batch = make_graphed(), make_inputs()
+        infer(model, batch)
+        model.half()
+        found = infer(model, batch)
+        assert found.logits.dtype == torch.float16
+        assert torch.equal(found.logits, infer(model, batch).logits)
+        model.float()
+        close(infer(model, batch), ordinary(model, batch))
+
+    def test_autocast_is_a_graph_of_its_own(self):
+        model, batch = make_graphed(BASE), make_inputs(BASE)
+        plain = infer(model, batch)
+        with torch.autocast("cpu", torch.float16):
+            close(infer(model, batch), ordinary(model, batch))
+            with torch.no_grad():
+                model.encoder.layer[0].output.dense.weight.mul_(2.0)
+            torch.clear_autocast_cache()
+            close(infer(model, batch), ordinary(model, batch))
+        assert not torch.equal(infer(model, batch).last_hidden_state, plain.last_hidden_state)
+
+    def test_a_model_that_changes_at_every_call_gets_no_graphs(self):
+        model, batch = make_graphed(), make_inputs()
+        for i in range(8):
+            model.classifier.weight = nn.Parameter(torch.full((3, 40), 0.01 * i))
+            close(infer(model, batch), ordinary(model, batch))
+        assert "weights or modules change from call to call" in row_of(model).fallback_calls
+
+    def test_other_weights_of_a_copy(self):
+        model, batch = make_graphed(), make_inputs()
+        infer(model, batch)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with torch.no_grad():
+                other.classifier.weight.neg_()
+            close(infer(other, batch), ordinary(other, batch))
+            assert row_of(other).kernel_calls == 1 and type(other) is type(model)
+        close(infer(model, batch), ordinary(model, batch))
