@@ -9,6 +9,7 @@ from itertools import chain
 from operator import call, is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -18,6 +19,7 @@ from fastbert.kernels.adamw.tensor_forms import Forms
 _FORWARD = itemgetter("forward")
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients those of the backward do nothing
 _HOOKS = itemgetter(*_HOOK_KINDS)
+_TENSORS = ("_parameters", "_buffers")
 
 
 class ModelState:
@@ -45,9 +47,9 @@ class ModelState:
         self._contents = list(map(_copied, self._containers))
         # A replaced dictionary of hooks is noticed among the values once it holds a hook.
         self._hooks = list(chain.from_iterable(map(_HOOKS, inside)))
-        self._children_of = [own["_modules"] for own in self._dicts if own["_modules"]]
+        self._children_of = [own["_modules"] for own in self._dicts if _is_filled(own["_modules"])]
         self._children = self._all(self._children_of)
-        self._tensors_of = [own[kind] for own in self._dicts for kind in ("_parameters", "_buffers") if own[kind]]
+        self._tensors_of = [own[kind] for own in self._dicts for kind in _TENSORS if _is_filled(own[kind])]
         self._held = self._all(self._tensors_of)
         self._ids = list(map(id, self._held))
         self._tensors = [tensor for tensor in self._held if tensor is not None]
@@ -104,6 +106,8 @@ class ModelState:
             if not getattr(config, "return_dict", True):
                 return "the config asks for tuples (return_dict=False)"
         for module in self._modules[1:]:
+            if isinstance(module, torch.jit.ScriptModule):
+                return "a module in TorchScript"
             if any(map(_is_seen, _HOOKS(vars(module)))):
                 return f"a hook on a {type(module).__name__}"
         if not self._tensors:
@@ -147,6 +151,11 @@ _RELEVANT = {
     nn.Embedding: (*_OF_EVERY, "padding_idx", "max_norm", "norm_type"),
     nn.LayerNorm: (*_OF_EVERY, "eps", "normalized_shape"),
 }
+
+
+def _is_filled(registry: Any) -> bool:
+    """Whether a module's registry has entries; those of TorchScript are made anew at each look, and cannot be compared."""
+    return isinstance(registry, dict) and bool(registry)
 
 
 def _names(own: dict[str, Any]) -> set[str]:
