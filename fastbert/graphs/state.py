@@ -96,7 +96,7 @@ class ModelState:
 
     def _reason(self) -> str | None:
         """Why no graph of this model can be captured, or None."""
-        if any(own["training"] for own in self._dicts):
+        if any(module.training for module in self._modules):
             return "a module in train mode"
         if _has_any_global_hook():
             return "a global module hook"
