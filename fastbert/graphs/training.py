@@ -182,8 +182,9 @@ class GraphedStep:
         shape = self._shape(key)
         if shape.graph is None:
             if (reason := self._not_yet(shape)) is not None:
+                loss = self._ordinary(batch, budgets, reports.CHANGED if changed else reason)
                 shape.ordinary += 1
-                return self._ordinary(batch, budgets, reports.CHANGED if changed else reason)
+                return loss
             if shape.failures < _ATTEMPTS:
                 self._capture(shape, batch, budgets)
             if shape.graph is None:
@@ -203,6 +204,8 @@ class GraphedStep:
         """Why a step of this shape must run as usual before it is captured, or None."""
         if shape.ordinary < 1 or self._ordinary_steps < _ORDINARY_BEFORE_THE_FIRST:
             return reports.WARMING_UP
+        if self._accumulation > 1 and self._new_buffers:
+            return reports.CHANGED
         if self._graphs() >= self._max_graphs and shape.ordinary < _ORDINARY_BEFORE_REPLACING:
             return reports.RARE
         return None
@@ -364,13 +367,6 @@ class GraphedStep:
         for param in self._parameters():
             param.grad = None
 
-    def _forget_buffers(self) -> None:
-        """Forget kept gradients, between accumulations all of them, else those of frozen parameters."""
-        for param, _ in self._buffers:
-            if self._number == 0 or not param.requires_grad:
-                param.grad = None
-        self._buffers = [(param, buffer) for param, buffer in self._buffers if param.grad is not None]
-
     def _keep_buffers(self) -> None:
         """Keep the gradients of an ordinary call, for all later ones to add to."""
         if len(found := self._with_gradients()) != len(self._buffers):
@@ -379,8 +375,11 @@ class GraphedStep:
 
     def _restore_buffers(self) -> None:
         """Make the kept gradients the parameters' again. A caller who has set them to None wants them to be zero."""
-        if not self._buffers and self._number == 0:
+        if self._new_buffers and self._number == 0:
             self._clear_gradients()
+            self._buffers, self._new_buffers = [], False
+            for shape in self._shapes.values():
+                shape.ordinary = 0  # a captured step must find all of its gradients
         for param, buffer in self._buffers:
             if param.grad is not buffer:
                 buffer.zero_() if param.grad is None else buffer.copy_(param.grad)
@@ -405,7 +404,7 @@ class GraphedStep:
         self._update_failed = False
         self._state: tuple[ModelState, OptimizerState] | None = None
         self._recorder = None  # a memory pool without graphs cannot be used again
-        self._forget_buffers()
+        self._new_buffers = True  # with the next accumulation: parameters may have been frozen
         device = next((param.device for param in self._parameters()), torch.device("cpu"))
         self._rates = Rates(self._optimizer, device)
 

@@ -252,6 +252,40 @@ def test_a_scaler_that_is_off():
     train(step, theirs, fused(theirs), plain(5))
 
 
+@pytest.mark.parametrize("ambient", [False, True], ids=["given", "surrounding"])
+def test_autocast(ambient):
+    """Weights are cast at each replay, and steps without autocast have graphs of their own."""
+    ours, theirs = stock()
+    step = fastbert.graphed_step(ours, fused(ours), autocast=None if ambient else torch.bfloat16)
+    optimizer = fused(theirs)
+    for batch in plain(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = theirs(**batch).loss
+        expected.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
+            torch.testing.assert_close(step(**batch), expected.detach())
+    assert_same(ours, theirs)
+    assert step.report().replayed == 5
+    if ambient:
+        train(step, theirs, optimizer, plain(4))
+        assert step.report().graphs == 2
+
+
+def test_autocast_of_the_kernels():
+    ours, theirs = models(MLM, mlm_logits="none")
+    step, optimizer = fastbert.graphed_step(ours, adamw(ours), autocast=torch.float16), adamw(theirs)
+    for batch in batches(MLM, 5):
+        with torch.autocast("cpu", torch.float16):
+            expected = theirs(**batch).loss
+        expected.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(step(**batch), expected.detach(), rtol=2e-3, atol=2e-3)
+    assert step.report().replayed == 2
+
+
 def test_dropout_is_drawn_anew_and_repeats_with_the_seed():
     (model,) = stock(number=1, hidden_dropout_prob=0.5)
     step = fastbert.graphed_step(model, fused(model, lr=0.0, weight_decay=0.0))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import random
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from fastbert.graphs import training_report as reports
 from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.rows import DEVICE
 
-from .stepping import assert_same, fused, plain, stock, train
+from .stepping import assert_same, fused, ordinary, plain, stock, train
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu_training.py has graphs")
 
@@ -130,6 +131,77 @@ def test_what_is_never_captured(change, reason, caplog):
     assert [record.getMessage() for record in caplog.records if record.name == "fastbert"] == [
         f"graphed_step of BertForSequenceClassification: a step runs without a graph: {reason}"
     ]
+
+
+def test_wrappers_run_as_usual():
+    ours, theirs = stock()
+    step = fastbert.graphed_step(torch.nn.DataParallel(ours), fused(ours))
+    optimizer = fused(theirs)
+    for batch in plain(5):
+        torch.testing.assert_close(step(**batch), ordinary(theirs, optimizer, batch))
+    assert step.report().ordinary == {"a DataParallel": 5}
+
+
+def test_inputs_with_gradients_run_as_usual():
+    (model,) = stock(number=1)
+    step = fastbert.graphed_step(model, fused(model))
+    (batch,) = plain(1)
+    embeds = torch.randn(2, 9, 16, requires_grad=True)
+    for _ in range(4):
+        step(inputs_embeds=embeds, labels=batch["labels"])
+    assert step.report().ordinary == {"inputs_embeds, which is not a plain tensor without a gradient": 4}
+    assert embeds.grad is not None
+
+
+def toggle_dropout(model, optimizer):
+    model.dropout.p = 1.0 - model.dropout.p
+
+
+def toggle_frozen(model, optimizer):
+    for param in model.bert.encoder.parameters():
+        param.requires_grad_(not param.requires_grad)
+
+
+def toggle_mode(model, optimizer):
+    model.train(not model.training)
+
+
+def other_decay(model, optimizer):
+    optimizer.param_groups[0]["weight_decay"] += 0.1
+
+
+def other_rate(model, optimizer):
+    optimizer.param_groups[0]["lr"] *= 0.9
+
+
+def ask_for_zeros(model, optimizer):
+    optimizer.zero_grad()
+
+
+RANDOM = (toggle_dropout, toggle_frozen, toggle_mode, other_decay, other_rate, load_state, move)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_changes_between_steps_of_random_shapes(seed, accumulation):
+    """Nothing is stale, whatever the order."""
+    choices = random.Random(10 * accumulation + seed)
+    ours, theirs = stock()
+    step, optimizer = fastbert.graphed_step(ours, fused(ours), accumulation=accumulation, max_graphs=2), fused(theirs)
+    for number in range(50):
+        if choices.random() < 0.15:
+            change = choices.choice(RANDOM if number % accumulation else (*RANDOM, ask_for_zeros))
+            change(ours, step._optimizer)
+            change(theirs, optimizer)
+        (batch,) = plain(1, choices.choice((9, 9, 9, 5, 7)), number)
+        value, loss = step(**batch), theirs(**batch).loss
+        (loss / accumulation).backward()
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-4, atol=1e-5)
+        if number % accumulation == accumulation - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+            assert_same(ours, theirs)
+    assert step.report().replayed > 5, str(step)
 
 
 def test_hooks_on_the_optimizer_are_called():
