@@ -58,6 +58,7 @@ TASKS: dict[str, tuple[type[nn.Module], Callable[[str], Any], dict[str, Any]]] =
     "question-answering": (BertForQuestionAnswering, lambda line: {"question": LINES[1], "context": line}, {}),
 }
 LABELS = {"label2id": {"contradiction": 0, "neutral": 1, "entailment": 2}}
+FEW = 100  # numbers in an answer
 LABELS["id2label"] = {index: label for label, index in LABELS["label2id"].items()}
 
 
@@ -137,7 +138,9 @@ def assert_same(answer: Any, stock: Any, exact: Any) -> None:
     """Apply the rule of equality to what a served, a stock and a float64 model answered."""
     found, expected, reference = numbers(answer), numbers(stock), numbers(exact)
     assert found.numel() >= 4
-    comparison = compare("answer", found, expected, reference.double())
+    # The largest of few errors says little about how large eager's errors are: allow a few roundings in addition.
+    noise = 4 * torch.finfo(found.dtype).eps * float(reference.abs().max()) if found.numel() < FEW else 0.0
+    comparison = compare("answer", found, expected, reference.double(), atol=noise)
     assert comparison.ok, comparison
 
 
