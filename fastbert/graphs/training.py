@@ -325,6 +325,7 @@ class GraphedStep:
         else:
             self._rates.send()
         shape.graph.replay()
+        self._optimizer._opt_called = True  # by which a scheduler knows that it is not called too early
         loss = shape.value.clone()
         if self._accumulation > 1 and self._ends_accumulation():
             self._replay_update()
