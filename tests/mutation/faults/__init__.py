@@ -20,6 +20,7 @@ from tests.mutation.faults import (
     packing,
     patching,
     reports,
+    training_graphs,
 )
 
 AREAS = (
@@ -41,5 +42,6 @@ AREAS = (
     patching,
     forwards,
     reports,
+    training_graphs,
 )
 FAULTS: tuple[Fault, ...] = tuple(fault for area in AREAS for fault in area.FAULTS)
