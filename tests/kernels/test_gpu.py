@@ -5,6 +5,7 @@ import torch
 
 from fastbert.kernels.core.checks import ACTIVATIONS
 from fastbert.testing.rows import BIAS_GELU, DEVICE, DROPOUT_ADD_LAYERNORM, OPS, check, make_inputs, seed_tensor
+from tests.gpu import least_milliseconds
 
 from .cases import dtype_name
 from .layouts import LAYOUTS
@@ -66,33 +67,6 @@ def test_autocasts_dtypes(half, p):
     dtypes = {"x": half, "residual": FP32, "weight": FP32, "bias": FP32, "x_bias": FP32}
     results = check(DROPOUT_ADD_LAYERNORM, make_inputs(DROPOUT_ADD_LAYERNORM, (257, 768), dtypes=dtypes), p=p)
     assert results["y"].dtype == FP32 and results["dx"].dtype == half
-
-
-def least_milliseconds(*steps, rounds=20):
-    """Each step's shortest time as a captured graph, the steps taking turns.
-
-    A graph's time has no share of the host's. The shortest of several is one in which no other process had the GPU.
-    """
-    graphs = []
-    for step in steps:
-        stream = torch.cuda.Stream()  # capture wants everything compiled and set up, on a stream of its own
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            step()
-    times = [[] for _ in steps]
-    for _ in range(rounds):
-        for graph, found in zip(graphs, times, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end))
-    return [min(found) for found in times]
 
 
 @EVERY_OP

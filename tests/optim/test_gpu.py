@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 import fastbert
 from fastbert.testing.rows import DEVICE
 
-from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run, run_beside_exact
+from .stepping import assert_bitwise, assert_same, give_gradients, make_params, pair, params_of, run
 
 pytestmark = pytest.mark.gpu
 
@@ -51,13 +51,23 @@ def test_16_bit_is_torchs_fused(dtype):
 
 
 def test_bfloat16_masters_follow_float32():
+    """Measured from float64, the error is at most twice that of torch's fused AdamW on float32 parameters."""
     params = make_params(LARGE, torch.bfloat16)
-    exact = [torch.nn.Parameter(p.detach().float()) for p in params]
-    ours, theirs = fastbert.AdamW(params, lr=1e-4, master_weights=True), torch.optim.AdamW(exact, lr=1e-4)
-    run_beside_exact(ours, params, theirs, exact, steps=50)
-    for param, other in zip(params, exact, strict=True):
-        torch.testing.assert_close(ours.state[param]["master"], other.detach(), rtol=1e-6, atol=1e-6)
-        assert torch.equal(param.detach(), ours.state[param]["master"].bfloat16())
+    single, double = ([torch.nn.Parameter(p.detach().to(dtype)) for p in params] for dtype in (torch.float32, torch.float64))
+    ours = fastbert.AdamW(params, lr=1e-4, master_weights=True)
+    theirs, exact = torch.optim.AdamW(single, lr=1e-4, fused=True), torch.optim.AdamW(double, lr=1e-4)
+    for step in range(50):
+        give_gradients(ours, step=step)
+        for param, *others in zip(params, single, double, strict=True):
+            for other in others:
+                other.grad = param.grad.to(other.dtype)
+        for optimizer in (ours, theirs, exact):
+            optimizer.step()
+    for param, other, reference in zip(params, single, double, strict=True):
+        master = ours.state[param]["master"]
+        bound = 2 * (other - reference).abs().max() + torch.finfo(torch.float32).eps * reference.abs().max()
+        assert (master - reference).abs().max() <= bound
+        assert torch.equal(param.detach(), master.bfloat16())
 
 
 def test_runs_repeat_bitwise():
@@ -184,7 +194,7 @@ def test_captures_in_a_row(monkeypatch):
 def test_a_graph_needs_capturable_and_state():
     ours, _ = pair(make_params([(40,)]))
     give_gradients(ours)
-    for message in ("capturable: expected True", "step: a graph captures"):
+    for message in ("capturable: expected True", "step: an optimizer without state cannot be captured"):
         with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
             ours.step()
         ours.param_groups[0]["capturable"] = True
