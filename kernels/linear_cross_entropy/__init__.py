@@ -31,7 +31,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from ..core.checks import DTYPES, check_device, check_dtype
 from ..core.launch import accumulator_torch, as_rows
 from ..core.op import define_op
-from .chunked import Gradients, chunk_size, chunks, max_kept_rows, product, unscaled
+from .chunked import Gradients, add_dhidden, add_dweight, chunk_size, chunks, max_kept_rows, unscaled
 from .rows import Targets, check_on_cpu, gradient_scale, launch_reduce, padded, scaled, targets_of
 
 __all__ = ["linear_cross_entropy"]
@@ -171,9 +171,12 @@ def _launch_kept_backward(dloss: Tensor, kept: Kept, needs: Needs) -> Found:
     dlogits = dlogits[:, : weight.shape[0]]
     dweight, dhidden, dbias = (hidden.new_empty(0) for _ in range(3))
     if needs.needs_weight:  # first, so that the scaled rows and dhidden are not in memory together
-        dweight = product(dlogits.t(), scaled(hidden, dloss, scale, dtype), alpha)
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        add_dweight(dweight, weight, dlogits, scaled(hidden, dloss, scale, dtype), alpha, True)
     if needs.needs_hidden:
-        dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype, in_place=True)
+        dhidden = hidden.new_empty(hidden.shape)
+        add_dhidden(dhidden, dlogits, weight, alpha)
+        dhidden = scaled(dhidden, dloss, scale, dtype, in_place=True)
     if needs.needs_bias:
         dbias = scaled(unscaled(torch.sum(dlogits, 0, dtype=scale.dtype), alpha), dloss, scale, dtype)
     return dhidden, dweight, dbias

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..core.launch import accumulator_torch, cdiv
-from .rows import Targets, launch_rows, pad_bias, padded
+from .rows import ROW, Targets, launch_rows, pad_bias, padded
 
 __all__: list[str] = []
 
 MIN_ROWS = 1024  # per chunk: cuBLAS is slower with fewer
+MIN_CUT = 8192  # classes from which on a second product costs less than loads of a few bytes
 
 
 def max_kept_rows(n_cols: int, width: int, dtype: torch.dtype) -> int:
@@ -71,7 +72,8 @@ def chunks(
     for i, (rows, compared) in enumerate(zip(hidden.split(size), targets.split(size), strict=True)):
         if len(rows) < len(logits):  # the last chunk
             logits = logits[: len(rows)]
-        torch.mm(rows, transposed, out=logits)
+        for cut in cuts(weight):
+            torch.mm(rows, transposed[:, cut], out=logits[:, cut])
         launch_rows(
             logits,
             bias,
@@ -110,9 +112,9 @@ class Gradients:
     def add(self, dlogits: Tensor) -> None:
         """Add the gradients of the next chunk."""
         if self.needs[0]:
-            accumulate(self._dhidden[self._done], dlogits, self.weight, self.alpha, True)
+            add_dhidden(self._dhidden[self._done], dlogits, self.weight, self.alpha)
         if self.needs[1]:
-            accumulate(self.dweight, dlogits.t(), self._hidden[self._done], self.alpha, self._done == 0)
+            add_dweight(self.dweight, self.weight, dlogits, self._hidden[self._done], self.alpha, self._done == 0)
         if self.needs[2]:
             torch.sum(dlogits, 0, dtype=self._dbias.dtype, out=self._dbias[self._done])
         self._done += 1
@@ -130,11 +132,30 @@ def unscaled(sums: Tensor, alpha: float) -> Tensor:
     return sums if alpha == 1.0 else sums.mul_(alpha)
 
 
-def product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """alpha a b, in the type of a."""
-    found = a.new_empty(a.shape[0], b.shape[1])
-    accumulate(found, a, b, alpha, True)
-    return found
+def cuts(weight: Tensor) -> tuple[slice, ...]:
+    """The columns of logits as the products take them, one product per slice.
+
+    Where 16 bytes do not divide a row of logits, as with 30,522 classes, cuBLAS falls to kernels that load a few bytes at a
+    time. So the columns behind the last multiple of ROW are a small product of their own. In bf16 with 3,328 rows of 768 on an
+    H200 the three products then take 230, 211 and 222 us instead of 634, 649 and 340.
+    """
+    n_cols = weight.shape[0]
+    if n_cols < MIN_CUT or n_cols * weight.element_size() % 16 == 0:
+        return (slice(None),)
+    whole = n_cols // ROW * ROW
+    return slice(whole, None), slice(whole)  # the small one first: in dh it is rounded again when the other is added
+
+
+def add_dhidden(dhidden: Tensor, dlogits: Tensor, weight: Tensor, alpha: float) -> None:
+    """dhidden = alpha dlogits weight."""
+    for i, cut in enumerate(cuts(weight)):
+        accumulate(dhidden, dlogits[:, cut], weight[cut], alpha, i == 0)
+
+
+def add_dweight(dweight: Tensor, weight: Tensor, dlogits: Tensor, hidden: Tensor, alpha: float, first: bool) -> None:
+    """dweight (+)= alpha dlogits' hidden, the gradient of weight."""
+    for cut in cuts(weight):
+        accumulate(dweight[cut], dlogits[:, cut].t(), hidden, alpha, first)
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, alpha: float, first: bool) -> None:

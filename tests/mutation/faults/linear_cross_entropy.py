@@ -150,8 +150,8 @@ FAULTS = (
     ),
     _op(
         "the gradient of the rows is scaled into new memory",
-        before="dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype, in_place=True)",
-        after="dhidden = scaled(product(dlogits, weight, alpha), dloss, scale, dtype)",
+        before="dhidden = scaled(dhidden, dloss, scale, dtype, in_place=True)",
+        after="dhidden = scaled(dhidden, dloss, scale, dtype)",
         tests=(f"{MEMORY}::test_few_classes_are_one_chunk",),
     ),
     _chunks(
@@ -180,8 +180,8 @@ FAULTS = (
     ),
     _op(
         "the weight's gradient is not divided by the labels that count",
-        before="dweight = product(dlogits.t(), scaled(hidden, dloss, scale, dtype), alpha)",
-        after="dweight = product(dlogits.t(), hidden, alpha)",
+        before="add_dweight(dweight, weight, dlogits, scaled(hidden, dloss, scale, dtype), alpha, True)",
+        after="add_dweight(dweight, weight, dlogits, hidden, alpha, True)",
         tests=(f"{TESTS}::test_frozen_inputs",),
     ),
 )
