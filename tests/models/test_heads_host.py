@@ -142,6 +142,6 @@ def test_spare_capacity_has_no_label():
     targets = batch()["labels"]
     labelled, hidden = targets != -100, torch.randn(BATCH, SEQLEN, 4)
     rows = rows_of(labelled, SEQLEN, LABELS + 2, exact=False)
-    taken, labels = mlm_heads._labelled(hidden, targets, labelled, rows, -100)
+    taken, labels = mlm_heads._labelled(torch.nn.Module(), hidden, targets, labelled, rows, -100)
     assert labels.tolist() == [7] * LABELS + [-100] * 2
     assert torch.equal(taken[:LABELS], hidden.view(-1, 4)[:LABELS]) and not taken[LABELS:].any()
