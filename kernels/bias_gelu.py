@@ -60,7 +60,7 @@ def bias_gelu_bwd_kernel(
     bias = tl.zeros([BLOCK_N], ACC)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, col_mask, other=0.0).to(ACC)
-    dbias = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    dbias = tl.zeros([BLOCK_N], ACC)
 
     for block in range(row_program, tl.cdiv(n_rows, BLOCK_M), n_row_programs):
         rows = block_rows(block, BLOCK_M)
@@ -72,14 +72,14 @@ def bias_gelu_bwd_kernel(
         x += bias[None, :]
         dx = activation_backward(dy, x, ACTIVATION, EXACT)
         if sums_ptr is not None:
-            dbias += dx  # 0 in rows past the last, because dy is
+            dbias += tl.sum(dx, axis=0)  # 0 in rows past the last, because dy is
         out = tile_offsets(rows, cols, N_COLS, 1)
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask)  # dx may overwrite dy
         if y_ptr is not None:  # the forward's result, for a backward that did not save it
             tl.store(y_ptr + out, activate(x, ACTIVATION, EXACT).to(y_ptr.dtype.element_ty), mask)
 
     if sums_ptr is not None:
-        tl.store(sums_ptr + row_program.to(tl.int64) * N_COLS + cols, tl.sum(dbias, axis=0), col_mask)
+        tl.store(sums_ptr + row_program.to(tl.int64) * N_COLS + cols, dbias, col_mask)
 
 
 def forward_work(n_rows: int, n_cols: int, strides: tuple[int, int], like: Tensor, activation: str) -> Work:

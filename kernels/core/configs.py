@@ -1,9 +1,10 @@
 """Frozen launch configurations, by kernel, architecture, element size in bytes and row width.
 
 An entry serves widths up to its key and above the previous key; the last one also serves wider rows. A table whose name ends in
-a length serves sequences of at most that many rows, in place of the table without a length. Nothing is tuned at run time. No
-entry has been timed yet: they are chosen by what the compiler makes of them (no spills, 16-byte loads and stores, bytes in
-flight), see bench/FINDINGS.md.
+a length serves sequences of at most that many rows, in place of the table without a length. Nothing is tuned at run time.
+Entries of sm_90 for BERT's widths and head size in 16-bit and mixed types were timed on an H200 under triton 3.6
+(bench/LOG.md). The others are chosen by what the compiler makes of them (no spills, 16-byte loads and stores, bytes in flight),
+see bench/FINDINGS.md.
 
 Kernels are written so that every supported Triton merges, folds and lays out well what one of them does by luck: torch 2.9 to
 2.11 bring Triton 3.5 and 3.6. A configuration depends on RELEASE only where register counts do. `python -m tests.releases audit`
@@ -81,6 +82,14 @@ _LAYERNORM_BACKWARD: Table = {
 _LAYERNORM_BACKWARD_THREE: Table = _LAYERNORM_BACKWARD | {
     2: dict(sorted({**_LAYERNORM_BACKWARD[2], 768: Config(4, 4, None, 3, chunk=256, maxnreg=168)}.items()))
 }
+# Measured on an H200, triton 3.6: with few registers per thread more programs are resident, which hides latency better than
+# one warp per row saves instructions. Four warps share a row of 2-byte columns (768: 71 -> 38 us for 16,384 rows), two one of 4
+# bytes, with the next row on its way to shared memory (76 -> 54 us).
+_HOPPER_LAYERNORM_BACKWARD: Table = {
+    2: _LAYERNORM_BACKWARD[2] | {1024: Config(1, 4, None, 7, chunk=1024)},
+    4: _LAYERNORM_BACKWARD[4]
+    | {768: Config(1, 2, None, 8, chunk=256, num_stages=2), 1024: Config(1, 2, None, 6, chunk=256, num_stages=2)},
+}
 # The compiler for sm_100 needs more registers: two warps share a row of 1024 4-byte columns. BERT-base's 768 fit one warp.
 _BLACKWELL_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
     2: _LAYERNORM_BACKWARD[2] | {512: Config(8, 4, None, 2, chunk=256)},
@@ -91,6 +100,11 @@ _BLACKWELL_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
 _GELU_LAYERNORM_BACKWARD: Table = _LAYERNORM_BACKWARD | {
     2: _LAYERNORM_BACKWARD[2] | {8192: Config(1, 8, None, 1)},
     4: _LAYERNORM_BACKWARD[4] | {1024: Config(1, 2, None, 6, chunk=256), 8192: Config(1, 8, None, 1)},
+}
+# Measured on an H200, triton 3.6, at 1,024 columns: 71 -> 45 us for 16,384 rows, with six programs per SM; later releases need
+# registers that leave room for five.
+_HOPPER_GELU_LAYERNORM_BACKWARD: Table = _GELU_LAYERNORM_BACKWARD | {
+    2: _GELU_LAYERNORM_BACKWARD[2] | {1024: Config(1, 4, None, 5, chunk=1024, num_stages=2)}
 }
 _BLACKWELL_GELU_LAYERNORM_BACKWARD: Table = _GELU_LAYERNORM_BACKWARD | {
     4: _GELU_LAYERNORM_BACKWARD[4] | {8192: Config(1, 8, None, 1, chunk=4096)}
@@ -119,6 +133,8 @@ _BIAS_GELU_FORWARD: Table = {
     2: {8192: Config(4, 2, 512)},
     4: {8192: Config(4, 4, 512)},
 }
+# Measured on an H200, triton 3.6, for 16,384 rows: 53.5 -> 50.4 us at 3,072 columns.
+_HOPPER_BIAS_GELU_FORWARD: Table = _BIAS_GELU_FORWARD | {2: {8192: Config(4, 1, 256)}}
 _GATHER_ROWS: Table = {
     2: {8192: Config(4, 4, 1024)},
     4: {8192: Config(4, 4, 512)},
@@ -128,21 +144,31 @@ _EMBEDDING_RUNS: Table = {
     2: {256: Config(1, 1, 256, at_once=8), 512: Config(1, 2, 512, at_once=8), 8192: Config(1, 4, 1024, at_once=8)},
     4: {256: Config(1, 2, 256, at_once=8), 8192: Config(1, 4, 512, at_once=8)},
 }
+# Measured on an H200, triton 3.6, for 16,384 ids: 77 -> 58 us.
+_HOPPER_EMBEDDING_RUNS: Table = _EMBEDDING_RUNS | {2: _EMBEDDING_RUNS[2] | {8192: Config(1, 2, 1024, at_once=8)}}
 _EMBEDDING_SUMS: Table = {
     2: {8192: Config(1, 4, 256, 8, at_once=8)},
     4: {8192: Config(1, 4, 128, 8, at_once=8)},
 }
 # BLOCK_M positions are compared with BLOCK_N others at once. The element size is that of the int32 output; the table is read
-# with other sizes too.
-_EMBEDDING_ORDER: Table = dict.fromkeys((2, 4), {8192: Config(16, 4, 128)})
+# with other sizes too. Measured on an H200, triton 3.6: 31 us for 16,384 ids, with 128 others at once 55.
+_EMBEDDING_ORDER: Table = dict.fromkeys((2, 4), {8192: Config(16, 4, 256)})
 # The element size is that of the float32 sums; BLOCK_M of them are read at once.
 _EMBEDDING_FINISH: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 128)})
+# A thread has the same columns in each row of a tile, so that it sums them by itself: 16 bytes per lane, BLOCK_N columns in all.
+# At 3,072 and 4,096 columns measured on an H200, triton 3.6: 126 -> 103 us and 171 -> 135 us for 16,384 rows, against 4 x 512
+# elements with a warp per row.
 _BIAS_GELU_BACKWARD: Table = {
-    2: {8192: Config(4, 4, 512, 6)},
+    2: {512: Config(2, 2, 512, 12), 8192: Config(2, 4, 1024, 6)},
     4: {8192: Config(2, 4, 512, 6)},
 }
+# In mixed types and with gelu_tanh the compiler for sm_100 needs registers that leave room for five.
+_BLACKWELL_BIAS_GELU_BACKWARD: Table = _BIAS_GELU_BACKWARD | {2: _BIAS_GELU_BACKWARD[2] | {8192: Config(2, 4, 1024, 5)}}
 # Adjacent columns share a program, which reads as many rows at once as keep its loads in flight. Sums have 4 bytes, never 2.
 _COLUMN_SUMS: Table = dict.fromkeys((2, 4), {8192: Config(32, 4, 64)})
+# Latency decides: with narrow tiles programs are many and their steps few. A layer's sums take 14.4 us on an H200 with the
+# above, 5.8 us with this (triton 3.6).
+_HOPPER_COLUMN_SUMS: Table = dict.fromkeys((2, 4), {8192: Config(256, 8, 16)})
 # A program updates BLOCK_M blocks of BLOCK_N elements of one tensor, one after the other. The element size is the
 # parameter's; the width is ignored.
 _ADAMW: Table = {
@@ -154,11 +180,9 @@ _BLACKWELL_ADAMW: Table = _ADAMW | {4: {8192: Config(16, 4, 1024, maxnreg=80)}}
 # One row of logits per program, BLOCK_N columns at once. Wide programs at low occupancy, although more would hide latency
 # better: the second pass over the rows in flight should find them in the cache (24 of an H200's 50 MiB).
 _LINEAR_CROSS_ENTROPY: Table = {
-    2: {8192: Config(1, 8, 8192, chunk=2048)},
+    2: {8192: Config(1, 8, 4096, chunk=2048)},  # measured on an H200, triton 3.6: 5 % less time than 8192 columns at once
     4: {8192: Config(1, 8, 4096, chunk=1024)},
 }
-# Half as many columns at once where the compiler does better with them: on sm_100, and on sm_80 under triton 3.6 and 3.7.
-_NARROW_LINEAR_CROSS_ENTROPY: Table = _LINEAR_CROSS_ENTROPY | {2: {8192: Config(1, 8, 4096, chunk=2048)}}
 _LINEAR_CROSS_ENTROPY_REDUCE: Table = {size: {8192: Config(2048, 8, 1)} for size in (2, 4)}
 _LINEAR_CROSS_ENTROPY_SCALE: Table = {
     2: {8192: Config(8, 4, 256)},
@@ -203,9 +227,10 @@ _HOPPER_ATTENTION: dict[str, Table] = {
     "forward_masked": {
         2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(64, 8, 32, num_stages=2)}
     },
+    # At head size 64 measured on an H200, triton 3.6: dK and dV 235 -> 193 us at S = 512 with dropout, dQ 169 -> 146 us.
     "backward_kv": {
         2: {
-            64: Config(64, 4, 64, num_stages=2),
+            64: Config(32, 4, 64, num_stages=3),
             127: Config(32, 4, 64, num_stages=1),
             128: Config(32, 4, 64, num_stages=2),
             256: Config(32, 8, 32, num_stages=1),
@@ -223,7 +248,7 @@ _HOPPER_ATTENTION: dict[str, Table] = {
         2: {64: Config(32, 4, 64, num_stages=2), 128: Config(16, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
     },
     "backward_q": {
-        2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
+        2: {64: Config(64, 4, 32, num_stages=3), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
     },
     "backward_q_masked": {
         2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
@@ -238,6 +263,7 @@ _BLACKWELL_ATTENTION: dict[str, Table] = _HOPPER_ATTENTION | {
             256: Config(64, 8, 32, num_stages=2),
         }
     },
+    "backward_q": {2: _HOPPER_ATTENTION["backward_q"][2] | {64: Config(64, 4, 64, num_stages=2)}},
     "backward_kv": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_kv_masked": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_kv_grouped": {
@@ -296,6 +322,22 @@ def _attention(part: str) -> dict[str, Table]:
     } | _interpreted(Config(64, 1, 32))
 
 
+def _attention_forward_128() -> dict[str, Table]:
+    """Measured on an H200, triton 3.6: 15.5 -> 13.9 us for 32 sequences of 128."""
+    tables = _attention("forward")
+    hopper = tables["sm_90"]
+    return tables | {"sm_90": hopper | {2: hopper[2] | {64: Config(64, 4, 64, num_stages=3)}}}
+
+
+def _short_attention(length: int) -> dict[str, Table]:
+    tables = {architecture: {2: {64: configs[length]}} for architecture, configs in _SHORT_ATTENTION.items()}
+    if (
+        length == 128
+    ):  # measured on an H200, triton 3.6: 28.6 -> 26.3 us; at head size 32 some accesses would not be 16 bytes wide
+        tables["sm_90"] = {2: {32: _HOPPER_SHORT[128], 64: Config(128, 8, 32, num_stages=1)}}
+    return tables
+
+
 # The interpreter's time depends on programs and steps, not on elements: tall tiles.
 TABLES: dict[str, dict[str, Table]] = (
     {
@@ -305,32 +347,37 @@ TABLES: dict[str, dict[str, Table]] = (
         "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
         "layernorm_forward_uneven": _everywhere(_LAYERNORM_FORWARD_UNEVEN) | _interpreted(Config(32, 1)),
         "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD_THREE if RELEASE < (3, 8) else _LAYERNORM_BACKWARD)
-        | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD}
+        | {"sm_90": _HOPPER_LAYERNORM_BACKWARD, "sm_100": _BLACKWELL_LAYERNORM_BACKWARD}
         | _interpreted(Config(32, 1, None, 1)),
         "gelu_layernorm_backward": _everywhere(_GELU_LAYERNORM_BACKWARD)
-        | {"sm_100": _BLACKWELL_GELU_LAYERNORM_BACKWARD}
+        | {"sm_90": _HOPPER_GELU_LAYERNORM_BACKWARD, "sm_100": _BLACKWELL_GELU_LAYERNORM_BACKWARD}
         | _interpreted(Config(32, 1, None, 1)),
         "layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN)
         | {"sm_100": _BLACKWELL_LAYERNORM_BACKWARD_UNEVEN}
         | _interpreted(Config(32, 1, None, 1)),
         "gelu_layernorm_backward_uneven": _everywhere(_LAYERNORM_BACKWARD_UNEVEN) | _interpreted(Config(32, 1, None, 1)),
-        "embedding_runs": _everywhere(_EMBEDDING_RUNS) | _interpreted(Config(32, 1, 1024, at_once=8)),
+        "embedding_runs": _everywhere(_EMBEDDING_RUNS)
+        | {"sm_90": _HOPPER_EMBEDDING_RUNS}
+        | _interpreted(Config(32, 1, 1024, at_once=8)),
+        "embedding_runs_uneven": _everywhere(_EMBEDDING_RUNS) | _interpreted(Config(32, 1, 1024, at_once=8)),
         "embedding_sums_backward": _everywhere(_EMBEDDING_SUMS) | _interpreted(Config(32, 1, 1024, 1, at_once=2)),
         "embedding_order": _everywhere(_EMBEDDING_ORDER) | _interpreted(Config(256, 1, 1024)),
         "embedding_finish": _everywhere(_EMBEDDING_FINISH) | _interpreted(Config(32, 1, 1024)),
-        "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD) | _interpreted(Config(32, 1, 1024)),
-        "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD) | _interpreted(Config(32, 1, 1024, 1)),
+        "bias_gelu_forward": _everywhere(_BIAS_GELU_FORWARD)
+        | {"sm_90": _HOPPER_BIAS_GELU_FORWARD}
+        | _interpreted(Config(32, 1, 1024)),
+        "bias_gelu_backward": _everywhere(_BIAS_GELU_BACKWARD)
+        | {"sm_100": _BLACKWELL_BIAS_GELU_BACKWARD}
+        | _interpreted(Config(32, 1, 1024, 1)),
         "feed_forward_product": _everywhere(_FEED_FORWARD)
         | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD}
         | _interpreted(Config(64, 1, 32, BLOCK_K=32)),
         "feed_forward_gradient": _everywhere(_FEED_FORWARD)
         | {"sm_80": _AMPERE_FEED_FORWARD, "sm_100": _BLACKWELL_FEED_FORWARD}
         | _interpreted(Config(64, 1, 32, BLOCK_K=32)),
-        "column_sums": _everywhere(_COLUMN_SUMS) | _interpreted(Config(32, 1, 1024)),
+        "column_sums": _everywhere(_COLUMN_SUMS) | {"sm_90": _HOPPER_COLUMN_SUMS} | _interpreted(Config(32, 1, 1024)),
         "adamw": _everywhere(_ADAMW) | {"sm_100": _BLACKWELL_ADAMW} | _interpreted(Config(64, 1, 2048)),
-        "linear_cross_entropy": _everywhere(_LINEAR_CROSS_ENTROPY)
-        | {"sm_80": _NARROW_LINEAR_CROSS_ENTROPY, "sm_100": _NARROW_LINEAR_CROSS_ENTROPY}
-        | _interpreted(Config(32, 1, 1024, chunk=256)),
+        "linear_cross_entropy": _everywhere(_LINEAR_CROSS_ENTROPY) | _interpreted(Config(32, 1, 1024, chunk=256)),
         "linear_cross_entropy_reduce": _everywhere(_LINEAR_CROSS_ENTROPY_REDUCE) | _interpreted(Config(1024, 1, 1)),
         "linear_cross_entropy_scale": _everywhere(_LINEAR_CROSS_ENTROPY_SCALE) | _interpreted(Config(128, 1, 1024)),
     }
@@ -341,12 +388,8 @@ TABLES: dict[str, dict[str, Table]] = (
             *("backward_q", "backward_q_masked"),
         )
     }
-    | {
-        f"attention_backward_short_{length}": {
-            architecture: {2: {64: configs[length]}} for architecture, configs in _SHORT_ATTENTION.items()
-        }
-        for length in LENGTHS
-    }
+    | {"attention_forward_128": _attention_forward_128()}
+    | {f"attention_backward_short_{length}": _short_attention(length) for length in LENGTHS}
 )
 
 # Where a product of the feed-forward is a Triton kernel with an epilogue instead of cuBLAS and a kernel: by product,

@@ -21,8 +21,10 @@ from . import plain
 
 PIECE = 32  # at most so many places of the sorted order per sum
 JOINED = 16  # partial sums of a run that are read at once
-MAX_RANKED = 16384  # up to so many ids one kernel takes less time than the dozen launches of a sort
-LARGEST = tl.constexpr(2**31 - 1)  # larger than any id
+PLACE_BITS = tl.constexpr(14)
+MAX_RANKED = 1 << PLACE_BITS.value  # up to so many ids one kernel takes less time than the dozen launches of a sort
+NO_ID = tl.constexpr(2**17 - 1)  # larger than any id that fits an int32 together with its place
+LARGEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit(do_not_specialize=["n_places", "n_table_rows", "skip"])
@@ -95,6 +97,12 @@ def embedding_layernorm_bwd_joins_kernel(
         tl.store(dtable_ptr + offsets(id_, cols, N_COLS, 1), total.to(dtable_ptr.dtype.element_ty), col_mask)
 
 
+@triton.jit
+def _keys(ids, places):
+    """An id and its place as one number, never negative. Numbers that are no ids come last."""
+    return (tl.where((ids >= 0) & (ids < NO_ID), ids, NO_ID) << PLACE_BITS) | places
+
+
 @triton.jit(do_not_specialize=["n_places"])
 def embedding_layernorm_bwd_order_kernel(
     ids_ptr,
@@ -108,25 +116,24 @@ def embedding_layernorm_bwd_order_kernel(
     here = places < n_places
     ids = tl.load(ids_ptr + places, here, other=0).to(tl.int32)
 
-    # An id's rank: how many ids are smaller, plus how many equal ones stand before it.
-    first = tl.zeros([BLOCK_M, BLOCK_N], tl.int64)
+    # An id's rank: how many ids are smaller, plus how many equal ones stand before it, counted by the signs of differences.
+    keys = _keys(ids, places)
+    first = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
     for start in range(0, n_places, BLOCK_N):
         others = start + tl.arange(0, BLOCK_N)
-        other_ids = tl.load(ids_ptr + others, others < n_places, other=LARGEST).to(tl.int32)
-        same_first = (others[None, :] < places[:, None]).to(tl.int32)
-        first += (other_ids[None, :] < ids[:, None] + same_first).to(tl.int64)
-    rank = tl.sum(first, axis=1)
+        other_ids = tl.load(ids_ptr + others, others < n_places, other=0).to(tl.int32)
+        other_keys = tl.where(others < n_places, _keys(other_ids, others), LARGEST)
+        first += (other_keys[None, :] - keys[:, None]).to(tl.uint32, bitcast=True) >> 31
+    rank = tl.sum(first, axis=1).to(tl.int64)
 
     tl.store(sorted_ptr + rank, ids, here)
     tl.store(order_ptr + rank, places, here)
 
 
-def in_order(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """ids [T] in ascending order, int32, and their places in `ids`; equal ids keep their order."""
-    if ids.numel() > MAX_RANKED:
-        # The low half of an int64 suffices: ids are rows of a table.
-        narrow = ids.contiguous().view(torch.int32)[::2] if ids.dtype == torch.int64 else ids
-        return narrow.sort(stable=True)
+def in_order(ids: Tensor, n_table_rows: int) -> tuple[Tensor, Tensor]:
+    """ids [T], below n_table_rows, in ascending order, int32, and their places in `ids`; equal ids keep their order."""
+    if ids.numel() > MAX_RANKED or n_table_rows > NO_ID.value:
+        return ids.to(torch.int32).sort(stable=True)  # which suffices for rows of a table
     return _ranked(ids.contiguous())
 
 
@@ -159,7 +166,7 @@ def by_runs(dz: Tensor, ids: Tensor, n_table_rows: int, skip: int | None, dtype:
     """
     n_places, n_cols = dz.shape
     dtable = dz.new_zeros((n_table_rows, n_cols), dtype=dtype)
-    sorted_ids, order = in_order(ids)
+    sorted_ids, order = in_order(ids, n_table_rows)
     config = choose("embedding_runs", dz, n_cols)
     n_pieces = cdiv(n_places, PIECE)
     partials = dz.new_empty((2 * n_pieces, n_cols), dtype=accumulator_torch(dz.dtype))

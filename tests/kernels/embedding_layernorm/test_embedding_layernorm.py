@@ -239,11 +239,13 @@ def test_ids_are_brought_into_order(places, dtype, monkeypatch):
     """By a kernel, and for more ids by torch's sort, with the same result: tokens of one id keep their order."""
     monkeypatch.setattr(embedding_gradients, "MAX_RANKED", min(embedding_gradients.MAX_RANKED, 2000))
     ids = torch.randint(max(2, places // 4), (places,)).to(DEVICE, dtype)
-    for layout in (ids, torch.stack([ids, 1 - ids], 1)[:, 0]):
-        sorted_ids, order = embedding_gradients.in_order(layout)
-        expected, places_ = ids.sort(stable=True)
-        assert sorted_ids.dtype == torch.int32
-        assert torch.equal(sorted_ids, expected.to(torch.int32)) and torch.equal(order.long(), places_)
+    strided, fit = torch.stack([ids, 1 - ids], 1)[:, 0], 2**17 - 1  # ids of more table rows do not fit 32 bits with their place
+    expected, places_ = ids.sort(stable=True)
+    for layout, n_table_rows in ((ids, fit), (strided, fit), (strided, fit + 1)):
+        sorted_ids, order = embedding_gradients.in_order(layout, n_table_rows)
+        assert (
+            sorted_ids.dtype == torch.int32 and torch.equal(sorted_ids, expected.int()) and torch.equal(order.long(), places_)
+        )
 
 
 @pytest.mark.parametrize("which", ["all", "weight", "bias", "norm", "positions", "types"])

@@ -37,8 +37,8 @@ FAULTS = (
     ),
     _gelu(
         "the bias gradient is the sum of dy",
-        before="dbias += dx",
-        after="dbias += dy",
+        before="dbias += tl.sum(dx, axis=0)",
+        after="dbias += tl.sum(dy, axis=0)",
         tests=(f"{BIAS_GELU}::test_frozen_inputs",),
     ),
     _gelu(

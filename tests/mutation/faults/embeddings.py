@@ -112,20 +112,20 @@ FAULTS = (
     ),
     _runs(
         "tokens with the same id are in reverse order",
-        before="same_first = (others[None, :] < places[:, None]).to(tl.int32)",
-        after="same_first = (others[None, :] > places[:, None]).to(tl.int32)",
+        before="ids, NO_ID) << PLACE_BITS) | places",
+        after="ids, NO_ID) << PLACE_BITS) | (16383 - places)",
         tests=(f"{TESTS}::test_ids_are_brought_into_order",),
     ),
     _runs(
         "all tokens with the same id get the same place",
-        before="same_first = (others[None, :] < places[:, None]).to(tl.int32)",
-        after="same_first = (others[None, :] < 0 * places[:, None]).to(tl.int32)",
+        before="ids, NO_ID) << PLACE_BITS) | places",
+        after="ids, NO_ID) << PLACE_BITS) | (places & 0)",
         tests=(f"{TESTS}::test_shapes",),
     ),
     _runs(
         "memory behind the last id counts as a small id",
-        before="other=LARGEST",
-        after="other=0",
+        before="_keys(other_ids, others), LARGEST)",
+        after="_keys(other_ids, others), 0)",
         tests=(f"{TESTS}::test_ids_are_brought_into_order",),
     ),
     _runs(
