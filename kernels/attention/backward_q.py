@@ -28,13 +28,14 @@ from .tiles import (
 
 @triton.jit
 def _add_keys(
-    sums, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_strides, v_strides, first_key, last_key, rows,
+    sums, left, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_strides, v_strides, first_key, last_key, rows,
     seqlen_q, seqlen_k, masks, head,
     DELTA: tl.constexpr, MASK: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, P_DROP: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ plus the contributions of keys first_key to last_key; with DELTA the same for delta, rowsum(P dP)."""
+    """dQ plus the contributions of keys first_key to last_key, and in 16 bits `left` plus the sum of their dS; with DELTA the
+    same for delta, rowsum(P dP)."""
     KEEP_SCALE: tl.constexpr = 1.0 / (1.0 - P_DROP) if P_DROP < 1 else 0.0
     WIDE: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth > 16
     for block in range(first_key, last_key, BLOCK_N):
@@ -54,8 +55,20 @@ def _add_keys(
             sums += tl.sum(weights * dweights, axis=1)
         else:
             dscores = weights * (dweights - delta[:, None])
+            if not WIDE:
+                left += tl.sum(dscores, axis=1)
             sums = product(dscores.to(k.dtype), k, sums, PRECISION, ACC)
-    return sums
+    return sums, left
+
+
+@triton.jit
+def _typical_key(
+    k_ptr, k_strides, n, ACC: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The mean of up to ROWS keys, spread evenly over the first n; 0 if there are none."""
+    step = tl.maximum(tl.cdiv(n, ROWS), 1)
+    keys = load_tile(k_ptr, tl.arange(0, ROWS) * step, k_strides, n, D, BLOCK_D, True, ALIGNED)
+    return tl.sum(keys.to(ACC), axis=0) / tl.maximum(tl.cdiv(n, step), 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -98,13 +111,14 @@ def attention_bwd_q_kernel(
     row_key = rows
     if P_DROP > 0:
         row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)
+    left = tl.zeros([BLOCK_M], ACC)
     if WIDE:
         # delta comes from the same dP as the gradients below, so that dS sums to 0 over a row as exactly as eager's: keys have
-        # much in common, which multiplies whatever is left over. In 16 bits rounding of the gradients is far larger.
+        # much in common, which multiplies whatever is left over.
         delta = tl.zeros([BLOCK_M], ACC)
         for MASK in tl.static_range(2):  # first the keys that every row sees, which need no mask
-            delta = _add_keys(
-                delta, q, dout, logsumexp, share, None, row_key, k_ptr, v_ptr, k_strides, v_strides,
+            delta, left = _add_keys(
+                delta, left, q, dout, logsumexp, share, None, row_key, k_ptr, v_ptr, k_strides, v_strides,
                 every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks, head,
                 True, MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
@@ -113,14 +127,21 @@ def attention_bwd_q_kernel(
         out_ptr = head_of(out_ptr, out_strides, batch, first_row, head, True)
         out = load_tile(out_ptr, rows, out_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
         delta = tl.sum(dout.to(ACC) * out.to(ACC), axis=1)
-    store_queries(queries_ptr + here * 4, rows, seqlen_q, logsumexp, share, delta * (1.0 - P_DROP), row_key)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for MASK in tl.static_range(2):
-        dq = _add_keys(
-            dq, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_strides, v_strides,
+        dq, left = _add_keys(
+            dq, left, q, dout, logsumexp, share, delta, row_key, k_ptr, v_ptr, k_strides, v_strides,
             every if MASK else 0, some if MASK else every, rows, seqlen_q, seqlen_k, masks, head,
             False, MASK, SCALE, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+    if not WIDE:
+        # `out` is rounded, so this delta is off by up to 2**-9 of |dO| |O|. What is left of each row's sum of dS, which is 0 in
+        # exact arithmetic, is that error. Where values have much in common (the upper layers) it is larger than dS itself, and
+        # all rows share its direction. The kernel for k and v gets the corrected delta. Here the error has multiplied
+        # rowsum(P K), for which a typical key stands: what it leaves is the error times how far this row's keys are from it.
+        delta += left
+        dq -= left[:, None] * _typical_key(k_ptr, k_strides, some, ACC, D, ALIGNED, BLOCK_N, BLOCK_D)[None, :]
+    store_queries(queries_ptr + here * 4, rows, seqlen_q, logsumexp, share, delta * (1.0 - P_DROP), row_key)
     dq *= SCALE
     pointers = tile_pointers(dq_ptr + head * D, first_row + rows, (0, dq_row_stride, D, 1), BLOCK_D, ALIGNED)
     store_tile(pointers, dq, rows, seqlen_q, D, BLOCK_D)
