@@ -202,8 +202,8 @@ def _take_graphs(model: nn.Module) -> None:
     """Let no forward in `model` be replayed any more."""
     from fastbert.graphs import classes
 
-    for root in classes.all_options(model):
-        classes.set_graphs(root, None)
+    for module in classes.graphed_modules(model):
+        classes.set_graphs(module, None)
 
 
 def _swap_classes(classes: dict[nn.Module, type]) -> None:

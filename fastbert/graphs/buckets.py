@@ -45,7 +45,7 @@ class Buckets:
         """The smallest bucket for a batch [rows, length] of a model that takes `longest` positions; None if there is none."""
         if not self.given:
             return Bucket(stepped(rows, 2), max(min(stepped(length, 2, LEAST), longest), length))
-        return next((one for one in self._by_size if one.rows >= rows and one.length >= length), None)
+        return next((one for one in self._by_size if one.rows >= rows and length <= one.length <= longest), None)
 
 
 def token_capacity(n: int) -> int:

@@ -7,12 +7,13 @@ name: those over stock's, and over each fast class.
 import inspect
 from collections.abc import Iterable
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 from torch import nn
 from transformers import modeling_utils
 
-from fastbert.dispatch import kind_of
+from fastbert.dispatch import class_forward_on_instance, kind_of
 from fastbert.errors import UnsupportedModelError
 from fastbert.graphs.inference import Graphs
 from fastbert.graphs.options import Options
@@ -74,13 +75,24 @@ def roots(model: nn.Module) -> list[nn.Module]:
 
 
 def set_graphs(root: nn.Module, options: Options | None) -> None:
-    """Let the forward of a root be replayed with these options, or no longer with None."""
-    former = vars(root).pop(ATTRIBUTE, None)
-    if former is not None:
-        former.forget()
-    root.__class__ = kind_of(root) if options is None else GRAPHED[kind_of(root)]
+    """Let the forward of a root be replayed with these options, and of no model inside; or no longer with None."""
+    for inside in graphed_modules(root):
+        former = vars(inside).pop(ATTRIBUTE, None)
+        if former is not None:
+            former.forget()
+        _set_class(inside, kind_of(inside))
     if options is not None:
+        _set_class(root, GRAPHED[kind_of(root)])
         vars(root)[ATTRIBUTE] = Graphs(options)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    own, former = vars(module), type(module)
+    if class_forward_on_instance(module):  # it would keep the former class's forward
+        del own["forward"]
+    module.__class__ = cls
+    if getattr(own.get("_old_forward"), "__func__", None) is former.forward:  # accelerate's hooks call this forward
+        own["_old_forward"] = MethodType(cls.forward, module)
 
 
 def checked_roots(model: nn.Module) -> list[nn.Module]:
@@ -108,6 +120,11 @@ def graphs_of(module: nn.Module) -> Graphs | None:
     return vars(module).get(ATTRIBUTE) if type(module) is not kind_of(module) else None
 
 
+def graphed_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module in `model` with a class for graphs: more than the roots, if a graphed model became a part of another."""
+    return [module for module in model.modules() if type(module) is not kind_of(module)]
+
+
 def all_options(model: nn.Module) -> dict[nn.Module, Options]:
-    """The options of every root in `model` that has graphs."""
-    return {root: graphs.options for root in roots(model) if (graphs := graphs_of(root)) is not None}
+    """The options of every module in `model` that has graphs."""
+    return {module: graphs.options for module in graphed_modules(model) if (graphs := graphs_of(module)) is not None}

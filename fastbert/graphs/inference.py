@@ -7,6 +7,7 @@ reason is counted for `fastbert.report`.
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from itertools import chain
 from threading import Lock, RLock
 from typing import Any
 from weakref import ReferenceType, WeakValueDictionary, ref
@@ -29,6 +30,7 @@ Forward = Callable[..., Any]
 RESTLESS = 4  # changes of the model in a row, each after fewer than CALM replays, that end capturing
 CALM = 8
 MOST_FAILED = 1024  # shapes that are remembered because they could not be captured
+MOST_REASONS = 256  # that are counted; a reason may name shapes
 STEADY = 64  # calls in a row without a change, after which it begins again
 
 
@@ -57,6 +59,8 @@ class Graphs:
         self._asked: Counter[Any] = Counter()  # keys that were turned away while all graphs were in use
         self._inputs: WeakValueDictionary[Any, Inputs] = WeakValueDictionary()
         self._packing: nn.Module | None = None  # the encoder, if it packs for this model
+        self._longest: int | None = None  # how many positions the model has
+        self._busy = False  # a call holds the lock, perhaps one of the same thread
         self._restless = self._replays_before = self._steady = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,11 +76,12 @@ class Graphs:
         found = self._request(model, names, args, kwargs)
         if not isinstance(found, str):
             with self._lock:
-                found = self._replay(model, forward, found)
+                found = "inside another call of the model" if self._busy else self._alone(model, forward, found)
         if not isinstance(found, str):
             return found
         with self._counting:
-            self.fallbacks[found] += 1
+            known = found in self.fallbacks or len(self.fallbacks) < MOST_REASONS
+            self.fallbacks[found if known else "other reasons"] += 1
         return forward(model, *args, **kwargs)
 
     def forget(self) -> None:
@@ -94,7 +99,7 @@ class Graphs:
         """What a graph would be asked for, or why the call must run the ordinary way. It waits for no other thread."""
         if model.training:
             return "train mode"
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in chain(model.parameters(), model.buffers())):
             return "gradients are recorded: call the model under torch.inference_mode() or torch.no_grad()"
         request = requests.surroundings_reason() or requests.request_of(
             names, args, kwargs, type(model).__name__ == "BertForMultipleChoice"
@@ -102,6 +107,14 @@ class Graphs:
         if isinstance(request, Request) and getattr(model.config, "is_decoder", False) and request.cached is not False:
             return "a decoder's cache: pass use_cache=False"
         return request
+
+    def _alone(self, model: nn.Module, forward: Forward, request: Request) -> Any:
+        """As `_replay`. A call from within, of a module that is captured or a signal handler, would overwrite the inputs."""
+        self._busy = True
+        try:
+            return self._replay(model, forward, request)
+        finally:
+            self._busy = False
 
     def _replay(self, model: nn.Module, forward: Forward, request: Request) -> Any:
         """The outputs of a replay, or why there is none."""
@@ -139,6 +152,7 @@ class Graphs:
             self.forget()
             state = self._state = ModelState(model)
             self._packing = packing_encoder(model)
+            self._longest = _positions(model)
         if state.reason is not None:
             return state.reason
         if self._restless >= RESTLESS:
@@ -156,7 +170,7 @@ class Graphs:
     def _captured_for(self, model: nn.Module, forward: Forward, request: Request) -> Captured | str:
         """The graph for a request, whose batch is in its inputs; or why there is none."""
         shape = request.ids.shape
-        longest = getattr(model.config, "max_position_embeddings", shape[-1])
+        longest = shape[-1] if self._longest is None else self._longest
         if shape[-1] > longest:
             return f"{shape[-1]} positions, of which the model has {longest}"
         bucket = self.options.buckets.of(shape[0], shape[-1], longest)
@@ -242,6 +256,7 @@ class Graphs:
         try:
             with torch.inference_mode(False):
                 self._recorder.warm_up(run)
+                state = ModelState(model)  # the first forward may have left something on modules
                 graph, output = self._recorder.capture(run)
             captured = Captured(graph, inputs, Outputs(output, type(model).__name__))
         except Exception as error:  # the ordinary forward, which comes next, raises it if it is the model's
@@ -251,12 +266,24 @@ class Graphs:
             if not self._captured:
                 self._recorder = None  # a memory pool without graphs cannot be used again
             return reason
+        if not state.is_current():  # by another thread, or by the forward itself: the next call finds out
+            return "the model changed during a capture"
+        if not self._state.is_current():  # older graphs know nothing of what the first forwards of this one have changed
+            self._turns.finish()
+            self._captured.clear()
+        self._state = state
         self._captured[key] = captured
         if len(self._captured) > self.options.max_graphs:
             self._turns.finish()
             self._captured.popitem(last=False)
-        self._state = ModelState(model)  # the first forward may have left something on modules
         return captured
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many positions the model has; None if it does not say. A bucket must not exceed its table."""
+    table = getattr(getattr(getattr(model, "bert", model), "embeddings", None), "position_embeddings", None)
+    rows = (getattr(model.config, "max_position_embeddings", None), getattr(table, "num_embeddings", None))
+    return min((n for n in rows if n is not None), default=None)
 
 
 def _no_graph(error: BaseException) -> str:

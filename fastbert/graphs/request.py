@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 
 from fastbert.dispatch import autocast_dtype, mode_reason
@@ -40,6 +41,8 @@ def request_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[st
     """
     if len(args) > len(names):
         return "more arguments than the forward takes"
+    if args and not kwargs.keys().isdisjoint(names[: len(args)]):
+        return "an argument was given twice"
     found: dict[str, Any] = {"input_ids": None, "token_type_ids": None, "attention_mask": None}
     counts = cached = None
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
@@ -79,6 +82,8 @@ def surroundings_reason() -> str | None:
     modes = torch._C._len_torch_function_stack()
     if torch._C._len_torch_dispatch_stack() or (modes and not _are_default_devices(modes)):
         return "a torch dispatch or function mode is active"
+    if parametrize._cache_enabled:
+        return "inside torch.nn.utils.parametrize.cached"
     return mode_reason()
 
 
@@ -89,10 +94,31 @@ def _are_default_devices(modes: int) -> bool:
 
 def settings(device: torch.device) -> tuple[Any, ...]:
     """What torch's global settings add to the work of a forward; a graph belongs to one set of them."""
-    return (
-        autocast_dtype(device.type),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    return (autocast_dtype(device.type), torch.get_default_dtype(), *[setting() for setting in _SETTINGS], *matmul_precision())
+
+
+def matmul_precision() -> tuple[Any, ...]:
+    """How matrix products of float32 may be rounded on a GPU, set by either of torch's interfaces.
+
+    `torch.get_float32_matmul_precision` raises once the newer one was used.
+    """
+    return _PRECISION("cuda", "matmul"), _PRECISION("cuda", "all")
+
+
+# torch's own functions behind torch.backends, whose Python takes several times as long; those that this release has.
+_SETTINGS = [
+    getattr(torch._C, name)
+    for name in (
+        "_get_deterministic_algorithms",
+        "_get_cublas_allow_fp16_reduced_precision_reduction",
+        "_get_cublas_allow_bf16_reduced_precision_reduction",
+        "_get_cublas_allow_fp16_accumulation",
+        "_get_flash_sdp_enabled",
+        "_get_mem_efficient_sdp_enabled",
+        "_get_math_sdp_enabled",
+        "_get_cudnn_sdp_enabled",
+        "_get_math_sdp_allow_fp16_bf16_reduction",
     )
+    if hasattr(torch._C, name)
+]
+_PRECISION = torch._C._get_fp32_precision_getter

@@ -33,6 +33,7 @@ from ..core.launch import (
     choose,
     choose_short,
     draw_seed,
+    float32_products,
     next_power_of_2,
 )
 from ..core.op import define_op
@@ -143,7 +144,7 @@ def _aligned(*tensors: Tensor) -> bool:
 
 def _precision(dtype: torch.dtype) -> str:
     """The precision of products, read at each launch as torch's own products do. Triton's default would be TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return float32_products()
 
 
 def _block_d(head_size: int) -> int:

@@ -33,6 +33,14 @@ Recorder = Callable[[Any, int, Config, dict[str, Any]], None]
 _recording: tuple[str, Recorder] | None = None
 
 
+def float32_products() -> str:
+    """ "tf32" or "ieee": how products of float32 may be rounded, set by either of torch's interfaces.
+
+    `torch.get_float32_matmul_precision` raises once torch.backends' fp32_precision was used.
+    """
+    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
+
+
 @contextmanager
 def recording(architecture: str, record: Recorder) -> Iterator[None]:
     """Pass each launch (kernel, programs, configuration, arguments) to `record` instead of a device.

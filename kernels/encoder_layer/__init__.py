@@ -28,6 +28,7 @@ from ..attention import bounds_of
 from ..core import failures
 from ..core.autograd import check_unbatched, first_order_only, links, needs_backward
 from ..core.failures import KernelFailed
+from ..core.launch import float32_products
 from ..feed_forward import products as feed_forward_products
 from . import plain
 from .backward import Gradients, Vectors, backward
@@ -155,7 +156,7 @@ def unchecked(
         *(read_rows if index is None else index.shape[0], max_seqlen_q),
         *(packed, key_mask is not None, hidden, weights.intermediate.shape[0]),
         *(x.dtype, weights.query.dtype, product_dtype or x.dtype, norm_dtype, x.device),
-        *(torch.get_float32_matmul_precision(), gradient),
+        *(float32_products(), gradient),
     )
     masks = key_mask, key_bounds, cu_seqlens if queries is None else cu_seqlens_q, cu_seqlens, index, inverse
     try:

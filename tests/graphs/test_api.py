@@ -52,6 +52,31 @@ class TestApi:
         assert torch.equal(infer(model, batch), infer(model, batch))
         assert row_of(model).module == "encoder" and row_of(model).kernel_calls == 2
 
+    @pytest.mark.parametrize("patch", [True, False])
+    def test_a_graphed_model_that_became_a_part_of_another(self, patch):
+        model, batch = make(CLASSIFICATION), make_inputs()
+        model.bert = make_graphed(BASE)
+        fastbert.patch(model, cuda_graphs=True) if patch else fastbert.graphed(model)
+        assert graphs_of(model.bert) is None
+        infer(model, batch)
+        assert row_of(model).kernel_calls == 1
+        fastbert.unpatch(model)
+        assert all("fastbert" not in type(module).__module__ for module in model.modules())
+
+    def test_hooks_of_accelerate(self):
+        from accelerate.hooks import ModelHook, add_hook_to_module
+
+        model, batch = make(BASE), make_inputs(BASE, "none")
+        batch.pop("attention_mask", None)
+        add_hook_to_module(model, ModelHook())
+        expected = infer(model, batch)
+        fastbert.patch(model, cuda_graphs=True)
+        close(infer(model, batch), expected)
+        assert row_of(model).kernel_calls or row_of(model).fallback_calls, "the hook calls the forward with graphs"
+        fastbert.unpatch(model)
+        assert model._old_forward.__func__ is BASE.cls.forward
+        close(infer(model, batch), expected)
+
     def test_compiled(self):
         """A compiler traces the model without its graphs."""
         model, batch = make_graphed(BASE), make_inputs(BASE)

@@ -135,6 +135,16 @@ REASONS = {
     "a padded position is read": make_inputs(mask="left"),
     "no bucket for a batch of 2 rows and 17": make_inputs(length=17),
 }
+SETTINGS = {
+    "default dtype": (torch.set_default_dtype, torch.get_default_dtype, torch.float64),
+    "deterministic": (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled, True),
+    "precision": (
+        lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        "tf32",
+    ),
+    "attention": (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.flash_sdp_enabled, False),
+}
 
 
 class TestOrdinaryCalls:
@@ -213,6 +223,58 @@ class TestOrdinaryCalls:
         reason = next(reason for reason in row_of(model).fallback_calls if reason.startswith("no graph: RuntimeError"))
         assert row_of(model).fallback_calls[reason] == 3
 
+    def test_arguments_that_are_given_twice(self):
+        model, batch = make_graphed(BASE), make_inputs(BASE)
+        with torch.no_grad(), pytest.raises(TypeError, match="input_ids"):
+            model(batch["input_ids"], **batch)
+
+    def test_gradients_of_a_buffer(self):
+        model, batch = make_graphed(BASE), make_inputs(BASE)
+        model.requires_grad_(False)
+        model.pooler.activation = nn.Tanh().eval()
+        model.pooler.activation.register_buffer("scale", torch.ones(40, requires_grad=True))
+        model.pooler.activation.register_forward_pre_hook(lambda module, inputs: (module.scale * inputs[0],))
+        assert model(**batch).pooler_output.requires_grad
+
+    def test_inside_another_call(self):
+        """A module that calls the model again would overwrite the batch in the graph's inputs."""
+        model, batch, inner = make_graphed(BASE), make_inputs(BASE), make_inputs(BASE, seed=5)
+
+        class Recursive(nn.Tanh):
+            def forward(self, x):
+                if "busy" not in outer:
+                    outer.append("busy")
+                    model(**inner)
+                    outer.remove("busy")
+                return super().forward(x)
+
+        outer = []
+        model.pooler.activation = Recursive().eval()
+        for _ in range(2):
+            close(infer(model, batch), ordinary(model, batch))
+        assert row_of(model).fallback_calls["inside another call of the model"]
+
+    def test_reasons_are_bounded(self, monkeypatch):
+        monkeypatch.setattr("fastbert.graphs.inference.MOST_REASONS", 4)
+        model = make_graphed(BASE, buckets=[(1, 4)])
+        for length in range(1, 12):
+            infer(model, {"input_ids": torch.ones(1, length, dtype=torch.int64)})
+        counted = row_of(model).fallback_calls
+        assert len(counted) == 5 and counted["other reasons"] == 3
+
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_settings_of_torch(self, name):
+        change, current, value = SETTINGS[name]
+        model, batch, before = make_graphed(BASE), make_inputs(BASE), current()
+        expected = infer(model, batch)
+        change(value)
+        try:
+            close(infer(model, batch), expected)
+        finally:
+            change(before)
+        infer(model, batch)
+        assert len(graphs_of(model)) == 2 and row_of(model).kernel_calls == 3
+
     def test_without_a_gpu(self):
         model, batch = make_graphed(), make_inputs()
         with pytest.MonkeyPatch.context() as patch:
@@ -269,6 +331,16 @@ class TestBuckets:
         del model
         gc.collect()
         assert alive() is None
+
+    def test_no_bucket_exceeds_the_positions(self):
+        ids = torch.randint(1, 61, (1, 10))
+        model = make_graphed(BASE, buckets=[(1, 32), (2, 24)])  # 24 positions
+        close(infer(model, {"input_ids": ids}), ordinary(model, {"input_ids": ids}))
+        model.embeddings.position_embeddings = nn.Embedding(20, 40).eval()
+        fastbert.graphed(model)
+        ids = torch.randint(1, 61, (1, 18))
+        close(infer(model, {"input_ids": ids}), ordinary(model, {"input_ids": ids}))
+        assert row_of(model).kernel_calls == 1
 
     def test_warmup(self):
         for kind in (CLASSIFICATION, BASE, BY_NAME["multiple-choice"]):

@@ -6,9 +6,15 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from transformers import AttentionInterface
+from transformers.models.bert import modeling_bert
 
+import fastbert
 from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.rows import DEVICE
+from tests.graphs.changes import CHANGES as UNREGISTERED
+from tests.graphs.changes import forward_on_a_linear
 from tests.graphs.support import close, infer, make_graphed, make_inputs, ordinary, row_of
 from tests.models.layer_changes import CHANGES
 from tests.models.tiny import BASE, CLASSIFICATION, make, make_batch
@@ -126,3 +132,124 @@ class TestStaleness:
             close(infer(other, batch), ordinary(other, batch))
             assert row_of(other).kernel_calls == 1 and type(other) is type(model)
         close(infer(model, batch), ordinary(model, batch))
+
+
+def check(model, batch, change):
+    """Calls after a change are those of the changed model, and a replay would have been one of another."""
+    infer(model, batch)
+    before = infer(model, batch)
+    assert row_of(model).kernel_calls or row_of(model).fallback_calls
+    with torch.no_grad():
+        change(model)
+    expected = ordinary(model, batch)
+    assert not torch.allclose(expected[-1], before[-1])
+    for _ in range(2):
+        close(infer(model, batch), expected)
+
+
+class TestWhatIsNotRegistered:
+    @pytest.mark.parametrize("name", UNREGISTERED)
+    def test_a_change(self, name):
+        activation, change = UNREGISTERED[name]
+        model = make_graphed(BASE)
+        model.pooler.activation = activation()
+        check(model, make_inputs(BASE), change)
+
+    def test_a_forward_on_a_module_is_replaced_by_another(self):
+        model = make_graphed(BASE)
+        forward_on_a_linear(2.0)(model)
+        check(model, make_inputs(BASE), forward_on_a_linear(3.0))
+
+    def test_functions_of_transformers(self, monkeypatch):
+        stock = modeling_bert.eager_attention_forward
+
+        def doubled(*args, **kwargs):
+            output, weights = stock(*args, **kwargs)
+            return 2.0 * output, weights
+
+        batch = make_inputs(BASE, "none")
+        model = make(BASE)
+        model.set_attn_implementation("eager")
+        model = fastbert.graphed(fastbert.patch(model, attention=False))
+        check(model, batch, lambda model: monkeypatch.setattr(modeling_bert, "eager_attention_forward", doubled))
+        monkeypatch.undo()
+        monkeypatch.setattr(AttentionInterface, "_global_mapping", AttentionInterface._global_mapping)
+        known = dict(AttentionInterface._global_mapping)
+        try:
+            AttentionInterface.register("fastbert_test", stock)
+            model = make_graphed(BASE)
+            model.set_attn_implementation("fastbert_test")
+            batch.pop("attention_mask", None)
+            check(model, batch, lambda model: AttentionInterface.register("fastbert_test", doubled))
+            assert row_of(model).kernel_calls
+        finally:
+            AttentionInterface._global_mapping.clear()
+            AttentionInterface._global_mapping.update(known)
+
+    def test_weights_that_a_context_caches(self):
+        class Doubled(nn.Module):
+            def forward(self, weight):
+                return 2.0 * weight
+
+        model, batch = make_graphed(BASE), make_inputs(BASE)
+        parametrize.register_parametrization(model.pooler.dense, "weight", Doubled())
+        model.eval()
+        with parametrize.cached():
+            infer(model, batch)
+        assert row_of(model).fallback_calls == {"inside torch.nn.utils.parametrize.cached": 1}
+        check(model, batch, lambda model: model.pooler.dense.parametrizations.weight.original.mul_(3.0))
+
+
+class TestChangesDuringACapture:
+    @pytest.mark.parametrize("at", [1, 2, 3, 4])
+    def test_of_a_weight(self, at):
+        """Another thread may replace a weight at any forward: two to warm up, the captured one, and an ordinary one."""
+        model, batch, calls = make_graphed(BASE), make_inputs(BASE), []
+
+        class Replacing(nn.Tanh):
+            def forward(self, x):
+                calls.append(1)
+                if len(calls) == at:
+                    with torch.inference_mode(False):
+                        model.pooler.dense.weight = nn.Parameter(torch.ones(40, 40))
+                return super().forward(x)
+
+        model.pooler.activation = Replacing().eval()
+        infer(model, batch)
+        for _ in range(2):
+            close(infer(model, batch), ordinary(model, batch))
+
+    def test_older_graphs_are_dropped(self):
+        model, batch, calls = make_graphed(BASE), make_inputs(BASE), []
+
+        class Replacing(nn.Tanh):
+            def forward(self, x):
+                calls.append(1)
+                if len(calls) == 4:  # the first forward for a second graph
+                    with torch.inference_mode(False):
+                        model.pooler.dense.weight = nn.Parameter(torch.ones(40, 40))
+                return super().forward(x)
+
+        model.pooler.activation = Replacing().eval()
+        infer(model, batch)
+        infer(model, make_inputs(BASE, length=20))
+        assert len(calls) == 6
+        close(infer(model, batch), ordinary(model, batch))
+
+    def test_by_the_forward_itself(self):
+        class Counting(nn.Module):
+            calls = 0
+
+            def forward(self, x):
+                self.calls += 1
+                return self.calls * x
+
+        model, batch = make_graphed(BASE), make_inputs(BASE)
+        model.pooler.activation = Counting().eval()
+        first = infer(model, batch).pooler_output / model.pooler.activation.calls
+        for _ in range(7):
+            torch.testing.assert_close(infer(model, batch).pooler_output / model.pooler.activation.calls, first)
+        assert set(row_of(model).fallback_calls) == {
+            "the model changed during a capture",
+            "weights or modules change from call to call",
+        }

@@ -223,6 +223,19 @@ def test_the_precision_of_float32_products_is_torchs(setting, precision):
     assert products == [precision] * 3
 
 
+@pytest.mark.no_launch
+def test_the_precision_that_torch_backends_sets():
+    before, seen = torch.backends.cuda.matmul.fp32_precision, []
+    try:
+        for setting in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            with recording("sm_90", lambda kernel, programs, config, arguments: seen.append(arguments["PRECISION"])):
+                attention(**make_inputs(1, 17, 1, 16))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert seen == ["tf32", "ieee"]
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
 @pytest.mark.parametrize(
     "dtype",

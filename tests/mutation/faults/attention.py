@@ -212,7 +212,7 @@ FAULTS = (
     ),
     _op(
         "float32 products are TF32 whatever torch's setting",
-        before='return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"',
+        before="return float32_products()",
         after='return "tf32"',
         tests=(f"{TESTS}::test_the_precision_of_float32_products_is_torchs",),
     ),
