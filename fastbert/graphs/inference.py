@@ -60,6 +60,7 @@ class Graphs:
         self._inputs: WeakValueDictionary[Any, Inputs] = WeakValueDictionary()
         self._packing: nn.Module | None = None  # the encoder, if it packs for this model
         self._longest: int | None = None  # how many positions the model has
+        self._may_pad = True
         self._busy = False  # a call holds the lock, perhaps one of the same thread
         self._restless = self._replays_before = self._steady = 0
 
@@ -153,6 +154,7 @@ class Graphs:
             state = self._state = ModelState(model)
             self._packing = packing_encoder(model)
             self._longest = _positions(model)
+            self._may_pad = state.may_pad()
         if state.reason is not None:
             return state.reason
         if self._restless >= RESTLESS:
@@ -181,7 +183,7 @@ class Graphs:
         budget = counts and counts.token_budget
         if counts and counts.lengths is not None:
             request = request._replace(counts=counts.lengths)
-        if budget is not None and packed:  # the caller's own, for exactly this batch
+        if not self._may_pad or (budget is not None and packed):  # the caller's own budget, for exactly this batch
             bucket = Bucket(shape[0], shape[-1])
         inputs = self._inputs_of((bucket.rows, *shape[1:-1], bucket.length), request.ids.device, packed)
         inputs.fill(request)
@@ -266,9 +268,12 @@ class Graphs:
             if not self._captured:
                 self._recorder = None  # a memory pool without graphs cannot be used again
             return reason
-        if not state.is_current():  # by another thread, or by the forward itself: the next call finds out
+        left_something = not self._state.is_current()
+        traits = packing_encoder(model), _positions(model), state.may_pad()
+        # By another thread, or by the forward itself: the next call finds out.
+        if not state.is_current() or (left_something and traits != (self._packing, self._longest, self._may_pad)):
             return "the model changed during a capture"
-        if not self._state.is_current():  # older graphs know nothing of what the first forwards of this one have changed
+        if left_something:  # older graphs know nothing of what the first forwards of this one have changed
             self._turns.finish()
             self._captured.clear()
         self._state = state

@@ -22,7 +22,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastbert.dispatch import IDLE_HOOKS, is_plain_tensor
+from fastbert.dispatch import IDLE_HOOKS, forward_replaced, is_plain_tensor
+from fastbert.integrations.attention import implementation_reason
 from fastbert.kernels.adamw.tensor_forms import Forms
 
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients those of the backward do nothing
@@ -147,6 +148,15 @@ class ModelState:
                 return f"parameters on {device} and {tensor.device}"
         return None
 
+    def may_pad(self) -> bool:
+        """Whether every module is known to keep rows and positions apart, so that those around a batch change nothing in it.
+
+        A user's own module may average over all positions, and an attention function of the user's may ignore the mask.
+        """
+        return all(map(_keeps_positions_apart, self._modules[1:])) and not any(
+            implementation_reason(getattr(config, "_attn_implementation", None)) for config in self._configs
+        )
+
     @property
     def device(self) -> Any:
         """The device of all parameters."""
@@ -198,6 +208,18 @@ def _relevant(module: nn.Module) -> Iterable[str]:
     """The attributes of a module that may matter to its forward, and at least one."""
     own, cls = vars(module), type(module)
     return (*_RELEVANT[cls], *(own.keys() - _PRISTINE[cls])) if cls in _RELEVANT else _names(own)
+
+
+_APART = {nn.Linear, nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ReLU}
+_APART |= {nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ParameterDict, nn.ParameterList}
+_APART_IN = ("transformers.models.bert.", "transformers.activations", "fastbert.", "peft.", "torch.nn.utils.parametr")
+
+
+def _keeps_positions_apart(module: nn.Module) -> bool:
+    cls = type(module)
+    if forward_replaced(module) and not hasattr(module, "_old_forward"):  # accelerate's hooks keep it there
+        return False
+    return cls in _APART or cls.__module__.startswith(_APART_IN) or "parametrizations" in module._modules
 
 
 def _is_of_a_library(cls: type) -> bool:

@@ -200,6 +200,36 @@ class TestWhatIsNotRegistered:
         check(model, batch, lambda model: model.pooler.dense.parametrizations.weight.original.mul_(3.0))
 
 
+class Mean(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states.mean(1)
+
+
+class TestWhatReadsPadding:
+    """Modules for which a batch must not stand in a larger bucket."""
+
+    @pytest.mark.parametrize("change", ["pooler", "forward", "activation", "attention"])
+    def test_of_the_user(self, change):
+        model, batch = make_graphed(BASE), make_inputs(BASE, "none")
+        batch.pop("attention_mask", None)
+        pooler = model.pooler
+        if change == "pooler":
+            model.pooler = Mean().eval()
+        elif change == "forward":
+            pooler.forward = lambda hidden_states: hidden_states.mean(1)
+        elif change == "activation":
+            pooler.activation = nn.Softmax(0).eval()
+        else:
+            AttentionInterface.register("fastbert_test", modeling_bert.eager_attention_forward)
+            model.set_attn_implementation("fastbert_test")  # without masks, for none is registered
+        try:
+            for _ in range(2):
+                close(infer(model, batch), ordinary(model, batch))
+        finally:
+            AttentionInterface._global_mapping.pop("fastbert_test", None)
+        assert row_of(model).kernel_calls == 2
+
+
 class TestChangesDuringACapture:
     @pytest.mark.parametrize("at", [1, 2, 3, 4])
     def test_of_a_weight(self, at):
