@@ -10,6 +10,7 @@ from tests.mutation.faults import (
     encoder_layer,
     feed_forward,
     forwards,
+    inference_graphs,
     launching,
     layer,
     layernorm,
@@ -41,6 +42,7 @@ AREAS = (
     packing,
     patching,
     forwards,
+    inference_graphs,
     reports,
     training_graphs,
 )
