@@ -307,14 +307,14 @@ def _launch_backward_into(grads: Gradients, dout: Tensor, saved: Saved) -> Gradi
         "cu_seqlens_k_ptr": cu_seqlens,
     }
     aligned = _aligned(q, k, v, out, dout, dq, dk, dv)
-    of_queries = {"out_ptr": out, "logsumexp_ptr": logsumexp, "seed_ptr": seed, "dq_ptr": dq, "sums_ptr": None}
+    of_queries = {"logsumexp_ptr": logsumexp, "seed_ptr": seed, "dq_ptr": dq, "sums_ptr": None}
     work = backward_short_work(geometry, q, _strides(dout), dq.stride(-3), dk.stride(-3), aligned)
     if work is not None:
         work.launch(q, **shared, **of_queries, dk_ptr=dk, dv_ptr=dv)
         return dq, dk, dv
     shape, dtype = query_scratch(geometry, q.dtype)
     shared |= {"queries_ptr": torch.empty(shape, dtype=dtype, device=q.device), "mask_ptr": mask}
-    backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, **of_queries)
+    backward_q_work(geometry, q, _strides(dout), dq.stride(-3), aligned).launch(q, **shared, out_ptr=out, **of_queries)
     of_keys = {"dk_ptr": dk, "dv_ptr": dv, "sums_ptr": None}
     backward_kv_work(geometry, q, _strides(dout), dk.stride(-3), aligned).launch(q, **shared, **of_keys)
     return dq, dk, dv

@@ -1,9 +1,11 @@
 """Attention's backward for short sequences: one program per head, which computes scores and dP once for all three gradients.
 
 The equations are in backward_kv.py. All queries of a sequence, up to 128, are the rows of one tile, so each block of keys gets
-its dK and dV at once while dQ accumulates: five products instead of seven, one launch instead of two, and each tensor is read
-once. 16 bits only: in 32 and 64 delta needs a pass of its own (backward_q.py), and the tile would not fit the registers.
-General masks and grouped heads take the two kernels at any length: their pointers and loops need registers too.
+its dK and dV at once while dQ accumulates. A first pass over the keys sums delta, rowsum(P dP), from the same dP as the
+gradients: dS then sums to 0 over a row as exactly as eager's, which a delta from rounded outputs does not achieve
+(backward_q.py). Seven products, one launch instead of two, and the forward's output is not read. 16 bits only: the tile would
+not fit the registers in 32. General masks and grouped heads take the two kernels at any length: their pointers and loops need
+registers too.
 """
 
 import triton
@@ -61,10 +63,37 @@ def _store_keys(ptr, tile, keys, seen, seqlen_k, strides, HIDES: tl.constexpr, D
         tl.store(pointers, tl.zeros(tile.shape, pointers.dtype.element_ty), hidden[:, None] & inside)
 
 
+@triton.jit
+def _block_of_keys(
+    block, seen, q, dout, scale, logsumexp, average, row_key, rows, k_ptr, v_ptr, k_strides, v_strides, key_mask_ptr,
+    seqlen_q, seqlen_k,
+    CAUSAL: tl.constexpr, P_DROP: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    D: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The keys from `block` on; P for them, before and after dropout (not rescaled); and dP."""
+    keys = block + tl.arange(0, BLOCK_N)
+    k = _load_keys(k_ptr, keys, seen, k_strides, D, BLOCK_D, ALIGNED)
+    v = _load_keys(v_ptr, keys, seen, v_strides, D, BLOCK_D, ALIGNED)
+    scores = product(q, tl.trans(k), None, PRECISION, ACC) * scale[:, None] - logsumexp[:, None]
+    # A key that is not seen is loaded as 0, and its gradients are stored as 0: its weights need no mask but must be finite.
+    weights = tl.exp2(tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    if CAUSAL:
+        visible = keys[None, :] <= rows[:, None] + (seqlen_k - seqlen_q)
+        if key_mask_ptr is not None:
+            visible = visible & (tl.load(key_mask_ptr + keys, keys < seqlen_k, other=0) != 0)[None, :]
+        weights = tl.where(visible | average[:, None], weights, 0.0)
+    dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
+    dropped = weights
+    if P_DROP > 0:
+        keep = keep_scores(row_key[:, None], rows[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
+        dropped = tl.where(keep, weights, 0.0)
+    return k, weights, dropped, dweights
+
+
 @triton.jit(do_not_specialize=SIZES)
 def attention_bwd_short_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, key_mask_ptr, key_bounds_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    out_ptr, logsumexp_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
+    logsumexp_ptr, seed_ptr, dq_ptr, dk_ptr, dv_ptr, sums_ptr,
     q_strides, k_strides, v_strides, dout_strides, dq_row_stride, dkv_row_stride,
     n_heads, max_seqlen_q, max_seqlen_k, n_rows,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, P_DROP: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
@@ -79,14 +108,12 @@ def attention_bwd_short_kernel(
         1, n_heads, cu_seqlens_q_ptr, cu_seqlens_k_ptr, max_seqlen_q, max_seqlen_k
     )
     rows = tl.arange(0, BLOCK_M)
-    out_strides = (0, n_heads * D, D, 1)
     dq_strides = (0, dq_row_stride, D, 1)
     dkv_strides = (0, dkv_row_stride, D, 1)
     q_ptr = head_of(q_ptr, q_strides, batch, first_row, head, PACKED)
     k_ptr = head_of(k_ptr, k_strides, batch, first_key_row, head, PACKED)
     v_ptr = head_of(v_ptr, v_strides, batch, first_key_row, head, PACKED)
     dout_ptr = head_of(dout_ptr, dout_strides, batch, first_row, head, PACKED)
-    out_ptr = head_of(out_ptr, out_strides, batch, first_row, head, True)
     dq_ptr = head_of(dq_ptr, dq_strides, batch, first_row, head, True)
     dk_ptr = head_of(dk_ptr, dkv_strides, batch, first_key_row, head, True)
     dv_ptr = head_of(dv_ptr, dkv_strides, batch, first_key_row, head, True)
@@ -100,38 +127,36 @@ def attention_bwd_short_kernel(
         key_mask_ptr += batch * max_seqlen_k
 
     dout = load_tile(dout_ptr, rows, dout_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
-    out = load_tile(out_ptr, rows, out_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
-    delta = tl.sum(dout.to(ACC) * out.to(ACC), axis=1) * (1.0 - P_DROP)
     q = load_tile(q_ptr, rows, q_strides, seqlen_q, D, BLOCK_D, True, ALIGNED)
     logsumexp = tl.load(logsumexp_ptr + head * n_rows + first_row + rows, rows < seqlen_q, other=0.0)
     # A row that sees no key is the average of all: its scores are all zero.
     average = logsumexp == float("inf")
     scale = tl.where(average, 0.0, SCALE * LOG2E)
     logsumexp = tl.where(average, tl.log2(seqlen_k.to(ACC)), logsumexp)
+    row_key = rows
     if P_DROP > 0:
         row_key = row_keys(tl.load(seed_ptr), sequence_head, rows)
 
     # Each block's mask is loaded before the previous block is finished, so that no tile waits for its mask.
-    seen = _seen_keys(key_mask_ptr, tl.arange(0, BLOCK_N), seqlen_k, none, CAUSAL)
+    first_seen = _seen_keys(key_mask_ptr, tl.arange(0, BLOCK_N), seqlen_k, none, CAUSAL)
+    seen = first_seen
+    delta = tl.zeros([BLOCK_M], ACC)  # multiplied by 1 - p, as `dropped` is
+    for block in range(0, end, BLOCK_N):
+        k, weights, dropped, dweights = _block_of_keys(
+            block, seen, q, dout, scale, logsumexp, average, row_key, rows, k_ptr, v_ptr, k_strides, v_strides, key_mask_ptr,
+            seqlen_q, seqlen_k, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        delta += tl.sum(dropped * dweights, axis=1)
+        seen = _seen_keys(key_mask_ptr, block + BLOCK_N + tl.arange(0, BLOCK_N), seqlen_k, none, CAUSAL)
+    seen = first_seen
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     dv_sum = tl.zeros([BLOCK_D], ACC)
     for block in range(0, end, BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
-        k = _load_keys(k_ptr, keys, seen, k_strides, D, BLOCK_D, ALIGNED)
-        v = _load_keys(v_ptr, keys, seen, v_strides, D, BLOCK_D, ALIGNED)
-        scores = product(q, tl.trans(k), None, PRECISION, ACC) * scale[:, None] - logsumexp[:, None]
-        # A key that is not seen is loaded as 0, and its gradients are stored as 0: its weights need no mask but must be finite.
-        weights = tl.exp2(tl.minimum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL))
-        if CAUSAL:
-            visible = keys[None, :] <= rows[:, None] + (seqlen_k - seqlen_q)
-            if key_mask_ptr is not None:
-                visible = visible & (tl.load(key_mask_ptr + keys, keys < seqlen_k, other=0) != 0)[None, :]
-            weights = tl.where(visible | average[:, None], weights, 0.0)
-        dweights = product(dout, tl.trans(v), None, PRECISION, ACC)
-        dropped = weights
-        if P_DROP > 0:
-            keep = keep_scores(row_key[:, None], rows[:, None], tl.arange(0, BLOCK_N)[None, :], block, P_DROP)
-            dropped = tl.where(keep, weights, 0.0)
+        k, weights, dropped, dweights = _block_of_keys(
+            block, seen, q, dout, scale, logsumexp, average, row_key, rows, k_ptr, v_ptr, k_strides, v_strides, key_mask_ptr,
+            seqlen_q, seqlen_k, CAUSAL, P_DROP, PRECISION, ACC, D, ALIGNED, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         dscores = (dropped * dweights - weights * delta[:, None]).to(q.dtype)  # multiplied by 1 - p, as in backward_kv.py
         dv = product(tl.trans(dout), dropped.to(dout.dtype), None, PRECISION, ACC) * KEEP_SCALE
         _store_keys(dv_ptr, tl.trans(dv), keys, seen, seqlen_k, dkv_strides, HIDES, D, ALIGNED)

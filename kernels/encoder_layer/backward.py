@@ -137,14 +137,13 @@ def _through_attention(
         dq = torch.empty_like(saved.q)
         parts, dparts = (at(saved.q), *parts), (at(dq), *dparts)
     attended = saved.attended if saved.all_attended is None else saved.all_attended
-    of_queries = at(attended), softmax, seed
     if plan.attention_short is not None:
         masks = *masks[:2], *masks[3:]
-        plan.attention_short(stream, *parts, dout, *masks, *of_queries, *dparts, *places)
+        plan.attention_short(stream, *parts, dout, *masks, softmax, seed, *dparts, *places)
         return dqkv, dq
     queries, sums_of_q, sums_of_kv = places
     shared = *parts, dout, queries, *masks
-    plan.attention_q(stream, *shared, *of_queries, dparts[0], sums_of_q)
+    plan.attention_q(stream, *shared, at(attended), softmax, seed, dparts[0], sums_of_q)
     plan.attention_kv(stream, *shared, *dparts[1:], sums_of_kv)
     return dqkv, dq
 

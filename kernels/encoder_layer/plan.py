@@ -174,7 +174,7 @@ class Plan:
         dout = 0 if call.packed else self.geometry.max_seqlen_q * call.hidden, call.hidden, head_size, 1
         read = tuple((name, low) for name in ("q_ptr", "k_ptr", "v_ptr", "dout_ptr"))
         masks = dict(self._masks())
-        of_queries = {"out_ptr": low, "logsumexp_ptr": wide, "seed_ptr": _seed(self._settings.attention_p), "dq_ptr": low}
+        of_queries = {"logsumexp_ptr": wide, "seed_ptr": _seed(self._settings.attention_p), "dq_ptr": low}
         of_keys = {"dk_ptr": low, "dv_ptr": low}
         short = attention.backward_short_work(self.geometry, like, dout, q_row, k_row, self.aligned)
         self.attention_short, self._queries = None, ()
@@ -187,7 +187,7 @@ class Plan:
         self._queries = (attention.query_scratch(self.geometry, low),)
         shared = *read, ("queries_ptr", self._queries[0][1]), *masks.items()
         q = attention.backward_q_work(self.geometry, like, dout, q_row, self.aligned)
-        self.attention_q = self._bind(q, *shared, *of_queries.items(), ("sums_ptr", wide))
+        self.attention_q = self._bind(q, *shared, ("out_ptr", low), *of_queries.items(), ("sums_ptr", wide))
         kv = attention.backward_kv_work(self.geometry, like, dout, k_row, self.aligned)
         self.attention_kv = self._bind(kv, *shared, *of_keys.items(), ("sums_ptr", wide))
         return q.programs // heads, kv.programs // heads

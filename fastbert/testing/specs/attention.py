@@ -136,7 +136,7 @@ def _launch_with_sums(variant: Variant, rows: int) -> None:
     dout, row = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.stride(-3)
     module.backward_short_work(geometry, q, module._strides(dout), row, row, False).launch(
         q,
-        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "dq_ptr": q, "dk_ptr": k, "dv_ptr": v, "out_ptr": dout},
+        **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "dout_ptr": dout, "dq_ptr": q, "dk_ptr": k, "dv_ptr": v},
         **{f"{name}_ptr": given.context.get(name) for name in ("key_mask", "key_bounds", "seed")},
         **dict.fromkeys(("cu_seqlens_q_ptr", "cu_seqlens_k_ptr"), bounds),
         logsumexp_ptr=q.new_empty(1, geometry.n_heads, geometry.n_rows, dtype=torch.float32),

@@ -56,13 +56,22 @@ def test_gradients_of_rows_that_are_alike(option):
     assert_cancelled(results, [150, 150])
 
 
+@pytest.mark.parametrize("option", ("plain", "causal", "dropped", "padded"))
+def test_gradients_of_short_sequences_that_are_alike(option, launches):
+    inputs, dy = inputs_of((2, 100), FP16), alike((2, 100), FP16)
+    results = check(inputs, dy, **options_of(option, 2, 100))
+    assert launches()["attention_bwd_short_kernel"]
+    assert_cancelled(results, [100, 100])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=dtype_name)
+@pytest.mark.parametrize("length", [128, 512])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_gradients_at_berts_shapes(option, dtype):
-    inputs, dy = inputs_of((4, 512), dtype), alike((4, 512), dtype)
-    results = check(inputs, dy, **options_of(option, 4, 512))
-    assert_cancelled(results, [512] * 4)
+def test_gradients_at_berts_shapes(option, length, dtype):
+    inputs, dy = inputs_of((4, length), dtype), alike((4, length), dtype)
+    results = check(inputs, dy, **options_of(option, 4, length))
+    assert_cancelled(results, [length] * 4)
 
 
 @pytest.mark.gpu

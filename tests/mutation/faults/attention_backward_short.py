@@ -23,8 +23,8 @@ FAULTS = (
     ),
     _short(
         "delta is that of a row without dropout",
-        before="* (1.0 - P_DROP)",
-        after="* 1.0",
+        before="delta += tl.sum(dropped * dweights, axis=1)",
+        after="delta += KEEP_SCALE * tl.sum(dropped * dweights, axis=1)",
         tests=(TESTS, "-k", "test_against_the_reference and 33 and dropped"),
     ),
     _short(
