@@ -108,11 +108,26 @@ def models(results: Results, only: Callable[[ModelRecord], bool] = lambda record
 
 
 def headline(results: Results) -> Table:
-    """The README's table: workloads with at least four lanes, otherwise the first four workloads."""
+    """The README's table: workloads with at least three lanes, otherwise the first four workloads; the main columns."""
     cases = comparison.by_case(results.models)
-    whole = {case for case, records in cases.items() if len({r.lane for r in records}) >= 4}
-    chosen = whole or set(list(cases)[:4])
-    return models(results, lambda record: record.case in chosen)
+    whole = [records for records in cases.values() if len({r.lane for r in records}) >= 3]
+    rows = []
+    for records in whole or list(cases.values())[:4]:
+        rows += [_headline_row(record, comparison.baseline(records)) for record in records]
+    return Table(("workload", "lane", "time, median [quartiles]", "real tokens/s", "peak memory", "against stock"), rows)
+
+
+def _headline_row(record: ModelRecord, base: ModelRecord | None) -> list[str]:
+    named = [workload(record), record.lane]
+    if record.seconds is None:
+        return [*named, comparison.WHY_NOT.get(record.status, comparison.NOT_MEASURED), "", "", ""]
+    return [
+        *named,
+        quartiles(record.seconds, 1e3, "ms"),
+        f"{record.real_tokens / record.seconds.median:,.0f}",
+        f"{record.peak_bytes / GIB:.2f} GiB" if record.peak_bytes else comparison.NOT_MEASURED,
+        comparison.ratio(record, base),
+    ]
 
 
 LATENCY_HEADINGS = ("requests", "lane", "p50 [quartiles]", "p99", "requests/s", "first pass", "p50 against stock")
@@ -217,13 +232,26 @@ def ops(results: Results, only: Callable[[OpRecord], bool] = lambda record: True
 
 
 def ops_headline(results: Results) -> Table:
-    """BERT-large's shapes in bf16 at S = 512: forward and backward, or both together where only that compares."""
+    """BERT-large's shapes in bf16 at S = 512: forward and backward, or both together where only that compares. One row for
+    each of our lanes, with the best peer beside it."""
 
     def chosen(r: OpRecord) -> bool:
         length = r.seqlen == 512 or (r.batch, r.seqlen) == (1, 16384)  # rows of an op without sequences
         return (r.dtype, r.hidden) == ("bf16", 1024) and length and _alone_or_whole(r)
 
-    return ops(results, chosen)
+    rows = []
+    for records in comparison.by_case(filter(chosen, results.ops)).values():
+        peer = comparison.best_peer(records)
+        beside = f"{peer.lane}, {peer.seconds.median * 1e6:,.4g} us" if peer and peer.seconds else comparison.NOT_MEASURED
+        for record in records:
+            if comparison.is_ours(record.lane) and record.status != "absent":
+                op, direction, _, shape, lane, time, _, share, memory, ratio = _op_row(record, peer, results)
+                rows.append([op, direction, shape, lane, time, share, memory, beside, ratio])
+    headings = (
+        *("op, bf16", "direction", "shape", "lane", "time, median [quartiles]", "of the ceiling", "memory", "best peer"),
+        "against it",
+    )
+    return Table(headings, rows)
 
 
 def _alone_or_whole(record: OpRecord) -> bool:

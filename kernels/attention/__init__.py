@@ -5,7 +5,7 @@ q [B, Sq, heads, D], k and v [B, Sk, kv heads, D] with any strides (the projecti
 contiguous, ready for the next product.
 
     forward    4 Sq Sk D operations per head; reads q, k, v; writes out and 4 bytes per row and head
-    backward   10 Sq Sk D in exact arithmetic and for short sequences, else 14 (scores and dP in both kernels)
+    backward   10 Sq Sk D in exact arithmetic; 14 here, because scores and dP are computed twice
 
 Saved: q, k, v, out, and the logarithm of each row's softmax sum (in float32 and float64 the top score and the sum separately).
 Dropout's bits are recomputed.

@@ -82,7 +82,9 @@ def test_an_op_whose_forward_forms_the_gradients_is_shown_by_both_directions_onl
     for table in (tables.ops, tables.ops_headline):
         text = table(dataclasses.replace(sample, ops=records)).markdown()
         rows = [line for line in text.splitlines() if line.startswith("| linear_cross_entropy")]
-        assert len(rows) == 1 and "| both |" in rows[0] and "already forms the gradients" in text
+        assert len(rows) == 1 and "| both |" in rows[0]
+        if table is tables.ops:
+            assert "already forms the gradients" in text
     assert "forms the gradients" not in tables.ops(sample).markdown() or any(r.op == size["op"] for r in sample.ops)
 
 
