@@ -248,7 +248,7 @@ _HOPPER_ATTENTION: dict[str, Table] = {
         2: {64: Config(32, 4, 64, num_stages=2), 128: Config(16, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
     },
     "backward_q": {
-        2: {64: Config(64, 4, 32, num_stages=3), 128: Config(64, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
+        2: {64: Config(64, 4, 32, num_stages=3), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
     },
     "backward_q_masked": {
         2: {64: Config(64, 4, 64, num_stages=2), 128: Config(64, 4, 32, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}
@@ -263,7 +263,7 @@ _BLACKWELL_ATTENTION: dict[str, Table] = _HOPPER_ATTENTION | {
             256: Config(64, 8, 32, num_stages=2),
         }
     },
-    "backward_q": {2: _HOPPER_ATTENTION["backward_q"][2] | {64: Config(64, 4, 64, num_stages=2)}},
+    "backward_q": {2: _HOPPER_ATTENTION["backward_q"][2] | dict.fromkeys((64, 128), Config(64, 4, 64, num_stages=2))},
     "backward_kv": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_kv_masked": {2: {128: Config(32, 4, 64, num_stages=2), 256: Config(32, 8, 32, num_stages=1)}},
     "backward_kv_grouped": {
