@@ -63,17 +63,17 @@ ENTRIES = {
     ),
     "attention_backward_kv": Entry(
         *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_kv_kernel", _DROPPED),
-        promising=({"BLOCK_M": 32, "num_stages": 3}, {"BLOCK_M": 128, "num_warps": 8}),
+        promising=({"BLOCK_M": 64, "num_stages": 2}, {"BLOCK_M": 128, "num_warps": 8}),
     ),
     "attention_backward_q": Entry(
         *("attention", "backward", _HEAD_SIZES, _TILES | {"num_stages": (1, 2, 3)}, "attention_bwd_q_kernel", _DROPPED),
-        promising=({"BLOCK_N": 32, "num_stages": 3}, {"BLOCK_M": 128, "num_warps": 8}),
+        promising=({"BLOCK_N": 64, "num_stages": 2}, {"BLOCK_M": 128, "num_warps": 8}),
     ),
     # At the size of common tutorials, 32 sequences of 128.
     "attention_forward_128": Entry(
         *("attention", "forward", _HEAD_SIZES, _TILES | {"num_stages": (2, 3)}, "attention_fwd_kernel"),
         extra=_DROPPED | {"length": 127},
-        promising=({"BLOCK_M": 64, "num_stages": 2}, {"BLOCK_M": 64}, {"num_warps": 8}),
+        promising=({"num_stages": 2}, {"BLOCK_M": 128}, {"num_warps": 8}),
     ),
     "attention_backward_short_128": Entry(
         *("attention", "backward", _HEAD_SIZES, _SHORT_TILES, "attention_bwd_short_kernel"), extra=_DROPPED | {"length": 127}

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fastbert.graphs import training_report as reports
 from fastbert.graphs.capture import RECORDERS, Graph, Recorder, recorder_of
-from fastbert.graphs.request import matmul_precision
 from fastbert.graphs.training_budgets import Budgets, Chooser, Packers
 from fastbert.graphs.training_guard import NoWaiting, renew_accumulators
 from fastbert.graphs.training_state import ModelState, OptimizerState, hooks_on
@@ -458,6 +457,8 @@ class GraphedStep:
         """What the graph of a batch depends on besides the state, and the batch's tensors."""
         tensors = [value for value in batch.values() if isinstance(value, Tensor)]
         forms = tuple([(x.shape, x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in batch.values()])
+        from fastbert.graphs.request import matmul_precision  # imports transformers
+
         modes = matmul_precision(), torch.are_deterministic_algorithms_enabled()
         return (tuple(batch), forms, budgets, self._autocast_dtype(), modes), tensors
 

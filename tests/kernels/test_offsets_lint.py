@@ -36,6 +36,10 @@ def kernels():
     return set(re.findall(r"^@triton.jit[^\n]*\ndef (\w+_kernel)\(", sources, re.MULTILINE))
 
 
+# Kernels whose offsets count rows, of which their launcher allows no more than MAX_RANKED; the search knows no such bound.
+OF_FEW_ROWS = ["embedding_layernorm_bwd_order_kernel"]
+
+
 @pytest.mark.parametrize("options", [[], pytest.param(["--all"], marks=pytest.mark.long)], ids=["one-of-each", "all"])
 def test_no_kernel_has_an_offset_that_wraps(options):
     """The search also finds the offsets that do wrap, which are planted in a kernel of its own."""
@@ -44,6 +48,8 @@ def test_no_kernel_has_an_offset_that_wraps(options):
     assert not planted.pop("none")
     assert len(planted) == 6 and all(planted.values()), planted
     assert found.keys() == kernels()
+    few = {kernel: found.pop(kernel) for kernel in OF_FEW_ROWS}
+    assert all(any(variants.values()) for variants in few.values()), "not needed in OF_FEW_ROWS any more"
     wrapped = {f"{kernel}, {variant}": f for kernel, variants in found.items() for variant, f in variants.items() if f}
     assert not wrapped
     assert {variant.split()[0] for variants in found.values() for variant in variants} == SPECS.keys()

@@ -186,7 +186,7 @@ SPEC = OpSpec(
     },
     tables={
         "padded, dropped": _TABLES,
-        "short, dropped": tuple(f"attention_backward_short_{length}" for length in LENGTHS),
+        "short, dropped": ("attention_forward_128", *(f"attention_backward_short_{length}" for length in LENGTHS)),
         "general mask": tuple(f"{table}_masked" for table in _TABLES),
         "grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
     },

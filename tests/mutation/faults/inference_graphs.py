@@ -18,7 +18,7 @@ FAULTS = (
         STATE,
         "return all(map(_keeps_positions_apart, self._modules[1:])) and not any(",
         "return not any(",
-        f"{STALE}::TestWhatReadsPadding",
+        f"{STALE}::TestWhatReadsPadding::test_of_the_user",
         short=True,
     ),
     _fault(
@@ -55,7 +55,7 @@ FAULTS = (
         CALLS,
         "if not state.is_current() or (left_something",
         "if (left_something",
-        f"{STALE}::TestChangesDuringACapture",
+        f"{STALE}::TestChangesDuringACapture::test_of_a_weight",
         short=True,
     ),
     _fault(
