@@ -55,7 +55,7 @@ FAULTS = (
         CALLS,
         "if not state.is_current() or (left_something",
         "if (left_something",
-        f"{STALE}::TestChangesDuringACapture::test_of_a_weight",
+        f"{STALE}::TestChangesDuringACapture::test_by_the_forward_itself",
         short=True,
     ),
     _fault(
