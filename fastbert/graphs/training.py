@@ -69,8 +69,9 @@ def graphed_step(
         optimizer: fastbert.AdamW, torch.optim.AdamW or torch.optim.Adam. Its groups are set to `capturable=True`. Rates may
             be numbers or tensors, and schedulers of any kind may change them.
         loss: called with the model's outputs and the batch; returns the scalar to minimise. By default the outputs' `loss`.
-        token_budget: the numbers of packed rows to choose from, for a model that packs. By default multiples of 1/16 of the
-            next power of two. Counting a batch's tokens waits for the device, unless fastbert.LengthsCollator counted them.
+        token_budget: the numbers of packed rows to choose from; ignored where a model does not pack. By default multiples of
+            1/16 of the next power of two. Counting a batch's tokens waits for the device, unless fastbert.LengthsCollator
+            counted them.
         read_budget: likewise for the positions with a label, for the loss of a patched MLM head.
         scaler: a GradScaler; scale, unscale, step and update are in the graph. Needs fastbert.AdamW or `fused=True`.
         max_grad_norm: clip the norm of all gradients to this.

@@ -335,9 +335,9 @@ def _attention_forward_128() -> dict[str, Table]:
 
 def _short_attention(length: int) -> dict[str, Table]:
     tables = {architecture: {2: {64: configs[length]}} for architecture, configs in _SHORT_ATTENTION.items()}
-    if (
-        length == 128
-    ):  # measured on an H200, triton 3.6: 28.6 -> 26.3 us; at head size 32 some accesses would not be 16 bytes wide
+    if length == 128:
+        # Measured on an H200, triton 3.6, with one pass over the keys: 28.6 -> 26.3 us. At head size 32 some accesses would not
+        # be 16 bytes wide.
         tables["sm_90"] = {2: {32: _HOPPER_SHORT[128], 64: Config(128, 8, 32, num_stages=1)}}
     return tables
 

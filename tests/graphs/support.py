@@ -27,7 +27,8 @@ def ordinary(model, batch):
 
 
 def close(found, expected):
-    """Outputs whose rounding may differ, because the batch has another shape inside a bucket."""
+    """Outputs in float32 that may differ by roundings: in a bucket the batch has another shape, and products and kernels split
+    it otherwise."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert value.shape == expected[name].shape, name

@@ -6,18 +6,14 @@ from torch import nn
 
 import fastbert
 from fastbert.graphs.classes import graphs_of
-from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.rows import DEVICE
 from tests.graphs.support import close, infer, make_graphed, make_inputs, row_of
 from tests.models.tiny import BASE, CLASSIFICATION, MLM, make
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs")
-
-
-@pytest.fixture(autouse=True)
-def recorders():
-    with recording_graphs() as made:
-        yield made
+pytestmark = [
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs"),
+    pytest.mark.usefixtures("recorders"),
+]
 
 
 class TestApi:

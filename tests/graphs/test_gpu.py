@@ -25,6 +25,7 @@ def make_requests(kind, n):
 
 
 def equal(found, expected):
+    """Equal up to a few roundings of bfloat16: `expected` ran the ordinary way, in another shape. TestEquality has the rule."""
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-2)
 

@@ -9,20 +9,15 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import BertForSequenceClassification, BertModel
 
 import fastbert
-from fastbert.graphs.classes import graphs_of, roots
 from fastbert.testing.models import assert_equal, run
 from fastbert.testing.rows import DEVICE
 from tests.gpu import no_synchronisation
 from tests.graphs import serving
-from tests.graphs.serving import LINES, TASKS, ask, assert_same, forwards, graphs_row, in_float64, task_pipeline
+from tests.graphs.serving import LINES, TASKS, assert_same, graphs_row, in_float64, n_graphs
 from tests.models.test_gpu import LENGTH, wide
 from tests.models.tiny import CLASSIFICATION, make_batch
 
 pytestmark = pytest.mark.gpu
-
-
-def n_graphs(model):
-    return sum(len(graphs_of(root)) for root in roots(model))
 
 
 def assert_served(model, calls, ordinary=None):
@@ -41,17 +36,8 @@ def assert_graphs_give_stocks(served, stock, exact, batch):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_pipeline(task):
-    pipe = task_pipeline(task, serving.trained(TASKS[task][0]))
-    exact = task_pipeline(task, in_float64(pipe.model))
-    stock, reference = ({size: ask(one, task, size) for size in (1, 4)} for one in (pipe, exact))
-    fastbert.patch(pipe.model, cuda_graphs=True)
-    with forwards() as shapes:
-        for size in stock:
-            assert_same(ask(pipe, task, size), stock[size], reference[size])
-        before = n_graphs(pipe.model)
-        assert_same(ask(pipe, task, 4), stock[4], reference[4])
-    assert n_graphs(pipe.model) == before > 0
-    assert_served(pipe.model, len(shapes))
+    model, shapes = serving.check_pipeline(task)
+    assert_served(model, len(shapes))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -16,6 +16,7 @@ import fastbert
 from fastbert.graphs import training_report as reports
 from fastbert.testing.rows import DEVICE
 from tests.gpu import no_synchronisation
+from tests.graphs.stepping import ordinary
 from tests.models.test_gpu_training import VOCABULARY, WIDE, Text, wide
 from tests.models.tiny import CLASSIFICATION, config
 from tests.packaging.environments import ROOT
@@ -54,19 +55,6 @@ def adamw(model, **options):
     return fastbert.AdamW(model.parameters(), **{"lr": 1e-3, "eps": 1e-6} | options)
 
 
-def ordinary(model, optimizer, batch, autocast=None, scaler=None, factor=1.0):
-    with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
-        loss = model(**batch).loss * factor
-    (loss if scaler is None else scaler.scale(loss)).backward()
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad()
-    return loss.detach()
-
-
 def assert_close(loss, expected, autocast):
     """Two runs drift apart: rows are split among kernels otherwise, and the optimizer enlarges roundings of small gradients."""
     allowed = 1e-3 if autocast is None else 2e-2
@@ -90,7 +78,7 @@ def test_mlm_steps_equal_ordinary_ones(patch, autocast):
     for seed in range(12):
         batch = counted(Text().batch(seed))
         loss = step(**batch)
-        assert_close(loss, ordinary(theirs, optimizer, batch, autocast), autocast)
+        assert_close(loss, ordinary(theirs, optimizer, batch, autocast=autocast), autocast)
     assert_near(ours, theirs, autocast)
     assert step.report().replayed >= 7, str(step)
     assert all(param.grad is None for param in ours.parameters())
@@ -106,7 +94,7 @@ def test_classification_with_lengths_that_differ(autocast):
     for seed in range(20):
         batch = counted(classification(seed, torch.randint(8, 65, (32,), generator=generator)))
         loss = step(**batch)
-        assert_close(loss, ordinary(theirs, optimizer, batch, autocast), autocast)
+        assert_close(loss, ordinary(theirs, optimizer, batch, autocast=autocast), autocast)
     report = step.report()
     assert report.graphs >= 1 and report.replayed >= 8 and set(report.ordinary) == {reports.WARMING_UP}, str(report)
 
@@ -196,7 +184,8 @@ def test_a_scaler_with_forced_infinities(max_grad_norm):
         factor.fill_(math.inf if seed in INFINITE else 1.0)
         before = [param.detach().clone() for param in ours.parameters()]
         step(**batch)
-        ordinary(theirs, optimizer, batch, torch.float16, scalers[1], math.inf if seed in INFINITE else 1.0)
+        factor = math.inf if seed in INFINITE else 1.0
+        ordinary(theirs, optimizer, batch, scaler=scalers[1], autocast=torch.float16, factor=factor)
         assert scalers[0].get_scale() == scalers[1].get_scale()
         scales.append(scalers[0].get_scale())
         same = all(map(torch.equal, before, ours.parameters()))

@@ -22,14 +22,11 @@ from fastbert.testing.rows import DEVICE
 from tests.graphs.support import close, infer, make_graphed, make_inputs, make_like, ordinary, row_of
 from tests.models.tiny import BASE, CLASSIFICATION, CLM, KINDS, MLM, make, make_batch
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs")
+pytestmark = [
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs"),
+    pytest.mark.usefixtures("recorders"),
+]
 BY_NAME = {kind.name: kind for kind in KINDS}
-
-
-@pytest.fixture(autouse=True)
-def recorders():
-    with recording_graphs() as made:
-        yield made
 
 
 class TestEquality:

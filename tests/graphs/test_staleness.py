@@ -11,7 +11,6 @@ from transformers import AttentionInterface
 from transformers.models.bert import modeling_bert
 
 import fastbert
-from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.rows import DEVICE
 from tests.graphs.changes import CHANGES as UNREGISTERED
 from tests.graphs.changes import forward_on_a_linear
@@ -19,13 +18,10 @@ from tests.graphs.support import close, infer, make_graphed, make_inputs, ordina
 from tests.models.layer_changes import CHANGES
 from tests.models.tiny import BASE, CLASSIFICATION, make, make_batch
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs")
-
-
-@pytest.fixture(autouse=True)
-def recorders():
-    with recording_graphs() as made:
-        yield made
+pytestmark = [
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs"),
+    pytest.mark.usefixtures("recorders"),
+]
 
 
 class TestStaleness:

@@ -9,6 +9,7 @@ MASKS = "tests/kernels/attention/test_masks.py"
 PADDING = (MASKS, "-k", "test_padding and (none or right) and 5-torch")  # few of many
 CAUSAL = (MASKS, "-k", "test_causal_and_padding and none")
 DROPOUT = "tests/kernels/attention/test_dropout.py"
+COMMON = "tests/kernels/attention/test_common_parts.py"
 GROUPED = "tests/kernels/attention/test_grouped.py"
 
 _keys = partial(Fault, file="kernels/attention/backward_kv.py", op="attention")
@@ -21,6 +22,18 @@ FAULTS = (
         after="",
         tests=(f"{TESTS}::test_scale",),
         short=True,
+    ),
+    _queries(
+        "dk and dv get a delta from rounded outputs",
+        before="        delta += left\n",
+        after="",
+        tests=(f"{COMMON}::test_gradients_of_rows_that_are_alike[plain]",),
+    ),
+    _queries(
+        "dq keeps the error of delta",
+        before="        dq -= left[:, None] * _typical_key(",
+        after="        dq -= 0.0 * left[:, None] * _typical_key(",
+        tests=(f"{COMMON}::test_gradients_of_rows_that_are_alike[plain]",),
     ),
     _queries(
         "delta is summed before dropout",
