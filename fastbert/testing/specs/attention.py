@@ -185,8 +185,8 @@ SPEC = OpSpec(
         "short, dropped": {"p": 0.1, "length": LENGTHS[-1]},
     },
     tables={
-        "padded, dropped": _TABLES,
-        "short, dropped": ("attention_forward_128", *(f"attention_backward_short_{length}" for length in LENGTHS)),
+        "padded, dropped": (*_TABLES, "attention_forward_128"),  # at the lengths that it serves, "short, dropped" launches it
+        "short, dropped": tuple(f"attention_backward_short_{length}" for length in LENGTHS),
         "general mask": tuple(f"{table}_masked" for table in _TABLES),
         "grouped, dropped": ("attention_forward", "attention_backward_kv_grouped", "attention_backward_q"),
     },
