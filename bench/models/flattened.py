@@ -1,9 +1,9 @@
 """Runs a stock model over flattened batches: all tokens in one row without padding, with sequence bounds for FlashAttention-2.
 
-sentence-transformers and padding-free data collators do this with `attn_implementation="flash_attention_2"`. The package
-flash-attn is not needed: torch has the same kernel, with dropout and a backward. Batches are flattened once, as by a
-collator, outside the timed region. Heads that read the first position of each sequence get those rows, which transformers'
-flattened BERT does not offer.
+sentence-transformers and DataCollatorWithFlattening do this with `attn_implementation="flash_attention_2"`, which is a lane
+where flash-attn or its build for `kernels` is there. Everywhere else torch has the same kernel, with dropout and a backward:
+`NAME`. Batches are flattened once, as by a collator, outside the timed region. Heads that read the first position of each
+sequence get those rows, which transformers' flattened BERT does not offer.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,8 @@ class Flat:
         if "labels" in batch and batch["labels"].shape == ids.shape:
             by_token["labels"] = batch["labels"]
         inputs: dict[str, Any] = {name: x.cpu()[real][None].to(device) for name, x in by_token.items()}
-        inputs |= {"cu_seq_lens_q": ends.int().to(device), "max_length_q": int(lengths.max())}
+        bounds, longest = ends.int().to(device), int(lengths.max())
+        inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
         return Flat(ids, inputs, ends[:-1].to(device), real.flatten().nonzero()[:, 0].to(device))
 
 

@@ -26,7 +26,8 @@ from fastbert.kernels.core.launch import counts
 
 FIRST_LANES = ("stock", "fastbert", GRAPHED)
 COMPILED_LANES = ("stock + compile", "stock + reduce-overhead")
-LANES = (*FIRST_LANES, "eager", *COMPILED_LANES)
+TUNED_LANES = (workloads.MAX_AUTOTUNE,)  # their compilation takes minutes
+LANES = (*FIRST_LANES, "eager", *COMPILED_LANES, *TUNED_LANES)
 STREAM = {"cuda": 64, "cpu": 3}  # requests of a mixed stream
 SAME = 4  # requests of a stream of one shape
 # Times that a stream is served before it is timed: reduce-overhead records its graphs in the second.

@@ -16,7 +16,7 @@ from transformers import BertConfig
 import fastbert
 from bench.core.flops import MLM_HEADS
 from bench.core.lengths import Lengths
-from bench.core.peers import require
+from bench.core.peers import adapt, require, without_downloads
 from bench.models import flattened
 from bench.models.batches import HEADS
 from fastbert.cli.tasks import TASKS
@@ -46,10 +46,12 @@ FORWARD, STEP = "forward", "step"
 
 @dataclass(frozen=True)
 class Lane:
-    """How a stock model becomes this lane's model: attention implementation, fastbert and its switches, torch.compile and
-    its mode, flattened batches, and what fastbert replays from CUDA graphs: None, FORWARD or STEP."""
+    """How a stock model becomes this lane's model: attention implementation, batches flattened before the call, fastbert and
+    its switches, torch.compile and its mode, the library that the lane needs or that changes the model (bench.core.peers),
+    and what fastbert replays from CUDA graphs: None, FORWARD or STEP."""
 
     attention: str = "sdpa"
+    flat: bool = False
     fast: bool = False
     compiled: bool = False
     compile_mode: str | None = None
@@ -71,7 +73,7 @@ class Lane:
     @property
     def marks_steps(self) -> bool:
         """Whether torch.compile replays CUDA graphs, which overwrite the outputs of the previous step."""
-        return self.compile_mode == "reduce-overhead"
+        return self.compile_mode in ("reduce-overhead", "max-autotune")
 
     @property
     def replays(self) -> bool:
@@ -80,13 +82,20 @@ class Lane:
 
 
 GRAPHED, GRAPHED_STEP = "fastbert, graphed", "fastbert, graphed step"
+MAX_AUTOTUNE = "stock + max-autotune"
+FLASH_ATTENTION_2, FLATTENED_FLASH = "flash_attention_2", "flattened, flash_attention_2"
+PACKED_ENCODERS, LIGER = "packed-encoders", "liger"
 LANES = {
     "eager": Lane("eager"),
     "stock": Lane(),
     "stock + compile": Lane(compiled=True),
     "stock + reduce-overhead": Lane(compiled=True, compile_mode="reduce-overhead"),
-    "flattened": Lane(flattened.NAME),
-    "flash_attention_2": Lane("flash_attention_2", peer="flash_attention_2"),
+    MAX_AUTOTUNE: Lane(compiled=True, compile_mode="max-autotune"),
+    "flattened": Lane(flattened.NAME, flat=True),
+    FLASH_ATTENTION_2: Lane("flash_attention_2", peer="flash_attention_2"),
+    FLATTENED_FLASH: Lane("flash_attention_2", flat=True, peer="flash_attention_2"),
+    PACKED_ENCODERS: Lane(peer="packed-encoders"),
+    LIGER: Lane(peer="liger model"),
     "fastbert": Lane(fast=True),
     "fastbert + compile": Lane(fast=True, compiled=True),
     "fastbert, padded": Lane(fast=True, unpad=False),
@@ -136,12 +145,14 @@ def make(workload: Workload, lane: Lane, device: str) -> nn.Module:
     with torch.device(device):
         model = TASKS[workload.head].model_class(workload.config())
     model = model.to(device, torch.bfloat16 if workload.precision == "bf16" else torch.float32)
-    model.set_attn_implementation(lane.attention)
+    with without_downloads():
+        model.set_attn_implementation(lane.attention)
+    adapt(lane.peer, model)
     if lane.fast:
         fastbert.patch(model, unpad=lane.unpad, mlm_logits=lane.mlm_logits)
     if lane.graphed == FORWARD:
         fastbert.graphed(model)
-    return flattened.Flattened(model, workload.head) if lane.attention == flattened.NAME else model
+    return flattened.Flattened(model, workload.head) if lane.flat else model
 
 
 def compiled(model: nn.Module, lane: Lane, dynamic: bool = False) -> nn.Module:

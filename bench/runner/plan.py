@@ -21,9 +21,12 @@ HEADLINE_LANES = ("fastbert", "stock", workloads.GRAPHED, workloads.GRAPHED_STEP
 DETAILED_LANES = HEADLINE_LANES[:2]
 FIRST_LANES = (*HEADLINE_LANES, "fastbert, packed, no logits")
 PEERS = ("flattened",)
+# Other libraries, which say in a second or two why they cannot run, or take their seconds.
+LIBRARIES = (workloads.FLATTENED_FLASH, workloads.PACKED_ENCODERS, workloads.LIGER)
 COMPILED_LANES = ("stock + compile", "stock + reduce-overhead")
+TUNED_LANES = latency.TUNED_LANES
 OUR_LANES = ("fastbert, packed", "fastbert, padded", "fastbert + its AdamW", "fastbert + compile")
-OTHER_LANES = (*OUR_LANES, "eager", "flash_attention_2")
+OTHER_LANES = (*OUR_LANES, "eager", workloads.FLASH_ATTENTION_2)
 CASES_A_JOB = 8
 QUICK_LANES = ("fastbert", "fastbert packed", "sdpa flash", "sdpa efficient", "sdpa cudnn", "fused", "eager")
 COMPILERS = 4  # compiler processes per job that fills caches
@@ -54,17 +57,24 @@ def _described(workload: Workload) -> str:
 
 
 def model_job(workload: Workload, lane: str, details: bool, cold: bool = True) -> Job:
-    compiles = workloads.LANES[lane].compiled
+    cap, least = _cost(lane)
     return worker_job(
         f"model: {_described(workload)}, {lane}{'' if cold else ' (warm)'}",
-        240.0 if compiles else 90.0,
-        20.0 if compiles else 12.0,
+        cap,
+        least,
         kind="model",
         workloads=[workload.to_json()],
         lanes=[lane],
         details=[lane] * details,
         cold=cold,
     )
+
+
+def _cost(lane: str) -> tuple[float, float]:
+    """The longest time of a job of this lane, and the least that lets it start. max-autotune compiles for minutes."""
+    if lane in TUNED_LANES:
+        return 420.0, 60.0
+    return (240.0, 20.0) if workloads.LANES[lane].compiled else (90.0, 12.0)
 
 
 def model_jobs(chosen: Iterable[Workload], lanes: tuple[str, ...], details: bool = False) -> Iterator[Job]:
@@ -86,6 +96,13 @@ def headline_jobs(chosen: Iterable[Workload]) -> Iterator[Job]:
         yield Job(name, partial(run_lanes, job | {"cold": False}), 120.0, 15.0)
 
 
+def library_jobs(chosen: Iterable[Workload]) -> Iterator[Job]:
+    """One job per workload: where a library is missing its lane takes no more than the start of the process."""
+    for workload in chosen:
+        job = {"kind": "model", "workloads": [workload.to_json()], "lanes": list(LIBRARIES), "details": [], "cold": False}
+        yield Job(f"model: {_described(workload)}, {' and '.join(LIBRARIES)}", partial(run_lanes, job), 90.0, 12.0)
+
+
 def run_lanes(job: dict[str, Any], timeout: float) -> Outcome:
     """Run a job of several lanes. If its process fails, the lanes that have no record yet get a new one, without the first of
     them if it fails again."""
@@ -104,12 +121,19 @@ def run_lanes(job: dict[str, Any], timeout: float) -> Outcome:
     return Outcome("error" if reason else "ok", seconds, reason, records)
 
 
-def latency_job(streams: list[Workload], lanes: tuple[str, ...], seconds: float = 1.0, budget: float | None = None) -> Job:
+def latency_job(
+    streams: list[Workload],
+    lanes: tuple[str, ...],
+    seconds: float = 1.0,
+    budget: float | None = None,
+    cap: float = 300.0,
+    least: float = 15.0,
+) -> Job:
     """Streams that share a process, and models where a lane compiles nothing. No stream starts after `budget` seconds."""
     sizes = ", ".join(f"{w.batch}x{w.seqlen}{'' if w.fill == 1.0 else ' mixed'}" for w in streams)
     name = f"latency: {streams[0].model} {streams[0].head} {sizes}, {' and '.join(lanes)}"
     job: dict[str, Any] = {"streams": [workload.to_json() for workload in streams], "lanes": list(lanes), "seconds": seconds}
-    return worker_job(name, 300.0, 15.0, kind="latency", **job | ({"budget": budget} if budget else {}))
+    return worker_job(name, cap, least, kind="latency", **job | ({"budget": budget} if budget else {}))
 
 
 def op_jobs(
@@ -206,10 +230,12 @@ def _compiled() -> Iterator[Job]:
     yield latency_job([w for w in workloads.requests() if w not in first], latency.FIRST_LANES, budget=30.0)
     mlm, *small = workloads.headline()
     yield from model_jobs([mlm, *small], (*FIRST_LANES[len(HEADLINE_LANES) :], *PEERS), details=True)
+    yield from library_jobs([mlm, *small])
     yield from model_jobs(reversed(small), COMPILED_LANES[::-1])
     yield from model_jobs([mlm], COMPILED_LANES)
     for workload in workloads.in_the_readme():
         yield latency_job([workload], latency.COMPILED_LANES)
+    yield from model_jobs(small[-1:], TUNED_LANES)
 
 
 def _host() -> Iterator[Job]:
@@ -261,7 +287,9 @@ def _rest() -> Iterator[Job]:
     yield from model_jobs(workloads.wider(), COMPILED_LANES[:1])
     yield from model_jobs([first, *others, *workloads.wider()], PEERS + OTHER_LANES)
     for workload in workloads.requests():
-        yield latency_job([workload], latency.LANES[len(latency.FIRST_LANES) :])
+        yield latency_job([workload], latency.LANES[len(latency.FIRST_LANES) : -len(latency.TUNED_LANES)])
+    yield from model_jobs([*others[::-1], first], TUNED_LANES)
+    yield latency_job(workloads.in_the_readme()[:1], latency.TUNED_LANES, cap=420.0, least=60.0)
     for lane in ("fastbert", "stock + compile"):
         yield model_job(first, lane, details=not workloads.LANES[lane].compiled, cold=True)
     yield from op_jobs(list(grid.cases(dtypes=("bf16",))))
@@ -285,8 +313,10 @@ def dry_plan() -> Iterator[Job]:
         (training, "flattened"),
         (training, "fastbert, packed, no logits"),
         (inference, "fastbert"),
+        (inference, workloads.MAX_AUTOTUNE),
     ):
         yield model_job(workload, lane, details=True)
+    yield from library_jobs([training])
     yield latency_job([inference, replace(inference, fill=0.5)], latency.FIRST_LANES)
     yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in grid.tiny_cases()], directions=["both"], lanes=None)
     yield optimizer_job("tiny")

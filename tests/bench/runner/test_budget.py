@@ -246,7 +246,10 @@ def test_the_plan_is_most_important_first():
     assert "fastbert and stock and fastbert, graphed step (warm)" in headline
     assert others[1].endswith("infer B=1 S=128 fill=1.0, fastbert and stock and fastbert, graphed (warm)")
     for lane in ("flattened", "stock + compile", "stock + reduce-overhead"):
-        assert sum(name.endswith(f", {lane} (warm)") for name in others[2:14]) == 3, "of each of the three headline models"
+        assert sum(name.endswith(f", {lane} (warm)") for name in others[2:15]) == 3, "of each of the three headline models"
+    assert sum(name.endswith("flash_attention_2 and packed-encoders and liger") for name in others[2:15]) == 3
+    assert others[15].endswith("infer B=1 S=128 fill=1.0, stock + max-autotune (warm)"), "last of what is compiled"
+    assert jobs[names.index(others[15])].least >= 60.0, "it compiles for minutes"
     assert next(name for name in names if name.startswith("tune")) == "tune: named attention_forward"
     assert len(names) == len(set(names)), "nothing is measured twice"
     assert sum(share for share, _ in plan.stages(480.0)) == pytest.approx(1.0)
