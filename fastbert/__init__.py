@@ -11,6 +11,7 @@ from fastbert.optim import AdamW
 from fastbert.patch import patch, patched, unpatch
 from fastbert.report import Report, report
 from fastbert.verify import VerifyResult, verify
+from fastbert.windows import Windows
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "UnsupportedModelError",
     "VerifyResult",
+    "Windows",
     "graphed",
     "graphed_step",
     "lengths",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 
 from fastbert.patch import _check_model, switches_of
@@ -45,13 +46,40 @@ def lengths(
     """
     from fastbert.layers.counts import CallerCounts
 
-    encoders = _packing_encoders(model)
+    encoders = packing_encoders(model)
+    if not encoders:
+        raise ValueError(
+            f"model: expected one whose encoder packs (unpad=True, or unpad='auto' and a head that reads some positions "
+            f"only), got {type(model).__name__} without"
+        )
     for name, value, least in (("bucket", bucket, 1), ("token_budget", token_budget, 0), ("read_budget", read_budget, 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ValueError(f"{name}: expected an integer from {least} on, got {value!r}")
     if lengths is None and token_budget is None and read is None and read_budget is None:
         raise ValueError("lengths: expected the tokens of each row, or a token_budget, got neither")
     counts = CallerCounts(_counts("lengths", lengths), _counts("read", read), bucket, token_budget, read_budget)
+    with _told(encoders, counts):
+        yield
+
+
+@contextmanager
+def known_lengths(model: nn.Module, lengths: Sequence[int] | None) -> Iterator[None]:
+    """As `lengths`, for a caller that does not know its model: nothing happens if the model does not pack.
+
+    Nor does it inside a block of `lengths`, whose counts stay, or for a compiled model, which would be compiled for each batch.
+    """
+    from fastbert.layers.counts import CallerCounts
+
+    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) or torch.compiler.is_compiling()
+    encoders = [] if lengths is None or compiled else packing_encoders(model)
+    if any(encoder.caller_counts is not None for encoder in encoders):
+        encoders = []
+    with _told(encoders, CallerCounts(_counts("lengths", lengths))):
+        yield
+
+
+@contextmanager
+def _told(encoders: list[nn.Module], counts: object) -> Iterator[None]:
     before = [vars(encoder).get("caller_counts") for encoder in encoders]
     try:
         for encoder in encoders:
@@ -105,7 +133,12 @@ class LengthsCollator:
 _encoders: WeakKeyDictionary[nn.Module, tuple[object, list[ReferenceType[nn.Module]]]] = WeakKeyDictionary()
 
 
-def _packing_encoders(model: nn.Module) -> list[nn.Module]:
+def packing_encoders(model: nn.Module) -> list[nn.Module]:
+    """The encoders of `model` that pack: none if it is stock, or was patched without.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
     from fastbert.registry import AUTO_PACKING, PACKING
 
     _check_model(model)
@@ -115,11 +148,6 @@ def _packing_encoders(model: nn.Module) -> list[nn.Module]:
     if not found or len(found) != len(known) or patched_with is not switches_of(model):  # do not search in every step
         found = [module for module in model.modules() if type(module) in packing]
         _encoders[model] = switches_of(model), [ref(encoder) for encoder in found]
-    if not found:
-        raise ValueError(
-            f"model: expected one whose encoder packs (unpad=True, or unpad='auto' and a head that reads some positions "
-            f"only), got {type(model).__name__} without"
-        )
     return found
 
 
