@@ -6,6 +6,7 @@ Commands import modules that import triton inside the function, because a dry ru
 import typer
 
 from bench.audit.command import audit
+from bench.encode.command import encode
 from bench.host.command import host, layer
 from bench.models.command import latency, models
 from bench.ops.command import ops
@@ -22,7 +23,7 @@ def main() -> None:
     """Benchmarks and audits of the kernels."""
 
 
-for command in (audit, layer, gpu, models, latency, ops, host, tune, accept, report, train):
+for command in (audit, layer, gpu, models, latency, encode, ops, host, tune, accept, report, train):
     app.command()(command)
 
 

@@ -73,6 +73,27 @@ def true_reads_of(batch: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def true_reads_of_encoding(model: Any) -> Iterator[None]:
+    """`true_reads` with the values of each batch that a SentenceTransformer makes of texts; does nothing elsewhere."""
+    if pretended() is None:
+        yield
+        return
+    tokens: list[int] = []
+    read: list[int] = []
+    preprocess = model.preprocess
+
+    def preprocessing(*arguments: Any, **keywords: Any) -> Any:
+        features = preprocess(*arguments, **keywords)
+        if "attention_mask" in features:  # a flattened batch brings its lengths with it
+            tokens[:] = features["attention_mask"].sum(1).tolist()
+            read[:] = [1] * len(tokens)
+        return features
+
+    with mock.patch.object(model, "preprocess", preprocessing), true_reads(tokens, read):
+        yield
+
+
 def _replaced(module: str, name: str, instead: Callable[..., Any]) -> Any:
     owner = importlib.import_module(module)
     original = getattr(owner, name, None)

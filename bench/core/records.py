@@ -191,6 +191,30 @@ class LatencyRecord(Timed):
 
 
 @dataclass(frozen=True)
+class EncodeRecord(Timed):
+    """One lane of one call of SentenceTransformer.encode, from texts to embeddings on the device: seconds per call.
+
+    sentences: texts of a call; 1: single queries, one call each. batch: encode's batch size. lengths: mixed, up to `longest`
+    tokens. real_tokens: of one call, on average. reason: of a lane of fastbert with a time, why it did not pack, if so.
+    first_pass_seconds: the first call of every kind, with captures and compilation.
+    """
+
+    model: str
+    pooling: str
+    precision: str
+    batch: int
+    sentences: int
+    longest: int
+    real_tokens: float
+    p99: float | None
+    first_pass_seconds: float | None
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        return self.model, self.pooling, self.precision, self.batch, self.sentences, self.longest
+
+
+@dataclass(frozen=True)
 class TuneRecord(Timed):
     """One configuration tried for an entry of kernels/core/configs.py. lane is "present" or "candidate"."""
 
@@ -249,6 +273,7 @@ class Results(FromJson):
     tuning: list[TuneRecord] = field(default_factory=list)
     host: list[HostRecord] = field(default_factory=list)
     latency: list[LatencyRecord] = field(default_factory=list)
+    encode: list[EncodeRecord] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
 
     def ceiling(self, name: str) -> float | None:

@@ -17,6 +17,7 @@ from bench.core.records import (
     SCHEMA,
     STATUSES,
     Ceiling,
+    EncodeRecord,
     HostRecord,
     LatencyRecord,
     ModelRecord,
@@ -41,6 +42,7 @@ FIELDS = {
     TuneRecord: "tuning",
     HostRecord: "host",
     LatencyRecord: "latency",
+    EncodeRecord: "encode",
 }
 TIMED = [name for kind, name in FIELDS.items() if issubclass(kind, Timed)]
 
@@ -158,7 +160,7 @@ def check_record(record: Timed, dry_run: bool, where: str) -> None:
         raise ValueError(f"{where}: a time in a dry run")
     if record.seconds is not None:
         _check_spread(record.seconds, where)
-    if isinstance(record, LatencyRecord) and (record.p99 is None or record.p99 < record.seconds.median) == (
+    if isinstance(record, LatencyRecord | EncodeRecord) and (record.p99 is None or record.p99 < record.seconds.median) == (
         record.seconds is not None
     ):
         raise ValueError(f"{where}: p99 {record.p99} does not go with its quartiles")

@@ -4,6 +4,7 @@
 shows in `measure_latency`, and in pytest-benchmark's times through `host_timer`.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -150,6 +151,13 @@ def host_timer() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def release_memory() -> None:
+    """Give back the memory of the lane before, which would count in the peak of the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

@@ -5,7 +5,6 @@ idle device until the whole step is issued. The lanes of a case take turns, so t
 of them, and are compared turn by turn. Results are not checked here; `python -m bench models` checks the same models.
 """
 
-import gc
 import statistics
 import time
 import traceback
@@ -18,7 +17,7 @@ from unittest import mock
 import torch
 
 from bench.core.records import HostRecord, Spread
-from bench.core.timing import fullest_bytes
+from bench.core.timing import fullest_bytes, release_memory
 from bench.host import counts
 from bench.host.cases import CASES, COMPILED, LANES, HostCase
 from bench.host.step import Step
@@ -84,7 +83,7 @@ def measure(case: HostCase, seconds: float, rounds: int, compiled: bool, device:
         good = [lane for lane in lanes if found[lane]["status"] == "ok"]
         for lane, times in _in_turns(case, good, seconds, rounds).items():
             found[lane] |= times
-        _tidy()
+        release_memory()
     return [_record(case, lane, found[lane]) for lane in lanes]
 
 
@@ -103,13 +102,7 @@ def _caught(call: Callable[[], dict[str, Any]], tidy: bool = True) -> dict[str, 
         return {"status": "error", "reason": f"{type(error).__name__}: {said}\n{traceback.format_exc()}"}
     finally:
         if tidy:
-            _tidy()
-
-
-def _tidy() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+            release_memory()
 
 
 def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:

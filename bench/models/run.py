@@ -28,7 +28,7 @@ def run(workload: Workload, name: str, *, details: bool = True, cold: bool = Tru
     seconds, and a run that is cut off during them keeps its time. `cold`: the compilers' caches are empty, so the time of
     the first step is recorded."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    _tidy()
+    timing.release_memory()
     torch._dynamo.reset()  # otherwise a second workload would recompile the graph with dynamic shapes
     lane = workloads.LANES[name]
     lengths = workload.lengths.of_batch(workload.batch, workload.seqlen, workload.fill)
@@ -61,13 +61,6 @@ def run(workload: Workload, name: str, *, details: bool = True, cold: bool = Tru
         if "status" not in record:  # otherwise only the details ran out of memory
             reason = str(error) if isinstance(error, timing.NoTime) else "out of memory"
             yield ModelRecord(**record | {"status": "error", "reason": reason})
-
-
-def _tidy() -> None:
-    """Give back the memory of the lane before, which would count in the peak of the next one."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def prepare(workload: Workload, name: str) -> None:

@@ -9,6 +9,7 @@ from bench.report import tables
 TITLES = {
     "headline": "Models, the lanes side by side",
     "latencies": "Latency of requests",
+    "encode": "Sentence embeddings, end to end",
     "ceilings": "Measured ceilings",
     "tests": "Correctness",
     "breakdown": "Time of a step by kind of kernel",

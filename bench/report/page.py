@@ -40,6 +40,7 @@ pre { white-space: pre-wrap; font-size: 12px; color: var(--soft) }
 SECTIONS = {
     "headline": "Models",
     "latencies": "Latency of requests",
+    "encode": "Sentence embeddings, end to end",
     "ceilings": "What this machine can do",
     "tests": "Correctness in the same run",
     "breakdown": "Where a step goes",

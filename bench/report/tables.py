@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from bench.core import ceilings, comparison, floors
 from bench.core.flops import mfu
-from bench.core.records import GIB, NOT_REACHED, LatencyRecord, ModelRecord, OpRecord, Results
+from bench.core.records import GIB, NOT_REACHED, EncodeRecord, LatencyRecord, ModelRecord, OpRecord, Results
 from bench.host import tables
 from bench.report.table import Table
 from bench.tune.run import best
@@ -188,6 +188,45 @@ def _short(records: list[LatencyRecord], suits: Callable[[str], bool]) -> str:
     return "{:.3g} / {:.3g} ms".format(*(seconds * 1e3 for seconds in min(timed)))
 
 
+ENCODE_HEADINGS = (
+    *("call of encode", "lane", "time, median [quartiles]", "p99", "sentences/s", "real tokens/s", "peak memory"),
+    *("first pass", "against stock", "remark"),
+)
+
+
+def encoding(record: EncodeRecord) -> str:
+    named = f"{record.model}, {record.pooling} pooling, {record.precision}"
+    if record.sentences == 1:
+        return f"{named}, single queries up to {record.longest} tokens"
+    return f"{named}, {record.sentences} texts up to {record.longest} tokens, batches of {record.batch}"
+
+
+def _encode_row(record: EncodeRecord, base: EncodeRecord | None) -> list[str]:
+    if record.seconds is None or record.p99 is None:
+        return [encoding(record), record.lane, comparison.why_not(record), *[""] * 7]
+    seconds, first = record.seconds.median, record.first_pass_seconds
+    return [
+        encoding(record),
+        record.lane,
+        quartiles(record.seconds, 1e3, "ms"),
+        f"{record.p99 * 1e3:.4g} ms",
+        f"{record.sentences / seconds:,.0f}",
+        f"{record.real_tokens / seconds:,.0f}",
+        f"{record.peak_bytes / GIB:.2f} GiB" if record.peak_bytes else comparison.NOT_MEASURED,
+        comparison.NOT_MEASURED if first is None else f"{first:.2f} s",
+        comparison.ratio(record, base),
+        record.reason or "",
+    ]
+
+
+def encode(results: Results) -> Table:
+    """Every lane of every call of encode: sentences and real tokens per second, end to end."""
+    rows = []
+    for records in comparison.by_case(results.encode).values():
+        rows += [_encode_row(record, comparison.baseline(records)) for record in records]
+    return Table(ENCODE_HEADINGS, rows)
+
+
 OP_HEADINGS = (
     "op",
     "direction",
@@ -329,6 +368,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "losses": losses,
     "latency": latency,
     "latencies": latencies,
+    "encode": encode,
     "ops": ops,
     "host": host,
     "host-pretended": host,

@@ -43,7 +43,7 @@ def failures(results: Results) -> list[str]:
     """One line for everything that failed its check or did not run, most important first."""
     lines = [f"failed test: {line}" for line in (results.tests.failures if results.tests else [])]
     shipped = (record for record in results.tuning if record.lane == PRESENT)
-    for record in (*results.models, *results.latency, *results.ops, *results.host, *shipped):
+    for record in (*results.models, *results.latency, *results.encode, *results.ops, *results.host, *shipped):
         if record.status in ("failed", "error"):
             case = " ".join(map(str, record.case))
             said = " / ".join((record.reason or "").splitlines())[:SHOWN]

@@ -10,6 +10,8 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from bench.encode import cases as encoding
+from bench.encode.cases import EncodeCase
 from bench.host.cases import CASES, TRAINING
 from bench.models import latency, workloads
 from bench.models.workloads import Workload
@@ -136,6 +138,19 @@ def latency_job(
     return worker_job(name, cap, least, kind="latency", **job | ({"budget": budget} if budget else {}))
 
 
+def encode_job(
+    cases: list[EncodeCase], lanes: tuple[str, ...] | None = None, seconds: float = 1.0, budget: float | None = None
+) -> Job:
+    """Calls of encode that share a process; all lanes that suit a case, or those of them that are named. No case starts after
+    `budget` seconds."""
+    first = cases[0]
+    sizes = ", ".join("queries" if case.single else f"{case.sentences} by {case.batch}" for case in cases)
+    named = f", {' and '.join(lanes)}" if lanes else ""
+    name = f"encode: {first.model} {first.pooling} {first.precision} {sizes}{named}"
+    job: dict[str, Any] = {"cases": [case.to_json() for case in cases], "lanes": lanes and list(lanes), "seconds": seconds}
+    return worker_job(name, 240.0, 20.0, kind="encode", **job | ({"budget": budget} if budget else {}))
+
+
 def op_jobs(
     cases: list[grid.Case], directions: tuple[str, ...] = grid.DIRECTIONS, lanes: tuple[str, ...] | None = None
 ) -> Iterator[Job]:
@@ -177,10 +192,11 @@ def stages(budget: float, tests: bool = True) -> list[tuple[float, Callable[[], 
         (TESTS, partial(_tests, tests, budget)),
         (0.16, _headline),
         (0.07, _latency),
+        (0.05, _encode),
         (0.08, _host),
         (0.13, _ops),
-        (0.18, _compiled),
-        (0.08, _tuning),
+        (0.15, _compiled),
+        (0.06, _tuning),
     ]
 
 
@@ -222,6 +238,13 @@ def _first_streams() -> list[Workload]:
 
 def _latency() -> Iterator[Job]:
     yield latency_job(_first_streams(), latency.FIRST_LANES, budget=30.0)
+
+
+def _encode() -> Iterator[Job]:
+    """Mean pooling in bf16 first by the most usual batch size, then single queries."""
+    first, *_, queries = encoding.cases(batches=(32,))
+    yield encode_job([first], encoding.FIRST_LANES)
+    yield encode_job([queries])
 
 
 def _compiled() -> Iterator[Job]:
@@ -288,6 +311,7 @@ def _rest() -> Iterator[Job]:
     yield from model_jobs([first, *others, *workloads.wider()], PEERS + OTHER_LANES)
     for workload in workloads.requests():
         yield latency_job([workload], latency.LANES[len(latency.FIRST_LANES) : -len(latency.TUNED_LANES)])
+    yield from _other_encoders()
     yield from model_jobs([*others[::-1], first], TUNED_LANES)
     yield latency_job(workloads.in_the_readme()[:1], latency.TUNED_LANES, cap=420.0, least=60.0)
     for lane in ("fastbert", "stock + compile"):
@@ -298,6 +322,18 @@ def _rest() -> Iterator[Job]:
     for chosen in (workloads.scaling(), workloads.grid()):
         yield from model_jobs(chosen, FIRST_LANES)
     yield from op_jobs(list(grid.cases(dtypes=("fp16", "fp32"))))
+
+
+def _other_encoders() -> Iterator[Job]:
+    """Other batch sizes, poolings, precisions and models; the lanes that the first job left out."""
+    for case in encoding.cases(queries=False):
+        yield encode_job([case])
+    for model, pooling, precision in (
+        *(("BERT-base", "cls", "bf16"), ("MiniLM", "mean", "bf16"), ("XLM-R base", "mean", "bf16")),
+        *(("BERT-base", "mean", "fp16"), ("BERT-base", "mean", "fp32")),
+    ):
+        for case in encoding.cases((model,), (pooling,), (precision,)):
+            yield encode_job([case])
 
 
 def dry_plan() -> Iterator[Job]:
@@ -318,6 +354,7 @@ def dry_plan() -> Iterator[Job]:
         yield model_job(workload, lane, details=True)
     yield from library_jobs([training])
     yield latency_job([inference, replace(inference, fill=0.5)], latency.FIRST_LANES)
+    yield encode_job([encoding.tiny(case) for case in encoding.cases(batches=(32,))])
     yield worker_job("ops", 120.0, kind="ops", cases=[asdict(c) for c in grid.tiny_cases()], directions=["both"], lanes=None)
     yield optimizer_job("tiny")
     yield worker_job("host", 120.0, kind="host", names=[TRAINING.name], tiny=True)

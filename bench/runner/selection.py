@@ -98,6 +98,40 @@ def latency_jobs(
     return list({job.name: job for job in jobs}.values())
 
 
+def encode_jobs(
+    names: Sequence[str],
+    poolings: Sequence[str],
+    precisions: Sequence[str],
+    batches: Sequence[int],
+    sentences: int,
+    longest: int,
+    queries: bool,
+    lanes: Sequence[str],
+    seconds: float,
+    dry_run: bool,
+) -> list[Job]:
+    """One job per case, with all its lanes; a dry run has the tiny model in their place."""
+    from bench.encode import cases
+    from bench.encode.texts import FEWEST
+    from bench.runner.plan import encode_job
+
+    _known("model", names, [name for name in cases.MODELS if name != "tiny"])
+    _known("pooling", poolings, cases.POOLINGS)
+    _known("precision", precisions, cases.PRECISIONS)
+    _known("lane", lanes, cases.LANES)
+    for option, values, least in (("batch", batches, 1), ("sentences", [sentences], 2)):
+        if any(value < least for value in values):
+            raise BadParameter(f"--{option}: expected a number from {least} on, got {min(values)}")
+    if not FEWEST <= longest <= cases.LONGEST:
+        raise BadParameter(f"--longest: expected from {FEWEST} to {cases.LONGEST} tokens, got {longest}")
+    if seconds <= 0:
+        raise BadParameter(f"--seconds: expected a number above 0, got {seconds:g}")
+    chosen = list(cases.cases(*map(tuple, (names, poolings, precisions, batches)), sentences, longest, queries))
+    if dry_run:
+        chosen = list(dict.fromkeys(cases.tiny(case) for case in chosen))
+    return [encode_job([case], tuple(lanes) or None, seconds) for case in chosen]
+
+
 def _lengths(lengths: Path | None, data: Path | None, tokenizer: str | None) -> Lengths | None:
     if lengths and data:
         raise BadParameter("--lengths and --data: give one of them")

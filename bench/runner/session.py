@@ -77,7 +77,7 @@ def conclude(results: "Results") -> int:
         console.print(feed_forward_lanes.earned_table(results.ops, candidates.architecture_here()))
     reached = [stage for stage in results.stages if stage.status == "ok"]
     console.print(f"{len(reached)} of {len(results.stages)} jobs done")
-    found = (*results.models, *results.latency, *results.ops, *results.host)
+    found = (*results.models, *results.latency, *results.encode, *results.ops, *results.host)
     tests = results.tests
     wrong = any(record.status == "failed" for record in found) or (tests and tests.failed + tests.errors)
     return 1 if wrong or not (found or tests or results.tuning or results.ceilings) else 0

@@ -37,6 +37,13 @@ def _latency(streams: list[dict[str, Any]], lanes: list[str], **job: Any) -> Ite
     yield from run([Workload.from_json(workload) for workload in streams], lanes, **job)
 
 
+def _encode(cases: list[dict[str, Any]], lanes: list[str] | None, **job: Any) -> Iterator[Any]:
+    from bench.encode.cases import EncodeCase
+    from bench.encode.run import run
+
+    yield from run([EncodeCase(**case) for case in cases], lanes, **job)
+
+
 def _prepare(workload: dict[str, Any], lanes: list[str]) -> Iterator[Any]:
     from bench.models.run import prepare
     from bench.models.workloads import Workload
@@ -78,6 +85,7 @@ KINDS: dict[str, Callable[..., Iterator[Any]]] = {
     "ceilings": _ceilings,
     "model": _model,
     "latency": _latency,
+    "encode": _encode,
     "prepare": _prepare,
     "host": _host,
     "ops": _ops,

@@ -16,12 +16,13 @@ FOLDERS = {
     "core": (),
     "audit": ("core",),
     "models": ("core",),
-    "host": ("core", "models"),
+    "encode": ("core", "models"),
+    "host": ("core", "models", "encode"),
     "ops": ("core", "audit", "models"),
     "tune": ("core", "audit", "ops"),
     "report": ("core", "host", "tune"),
     "train": ("core", "report"),
-    "runner": ("core", "audit", "models", "host", "ops", "tune", "report"),
+    "runner": ("core", "audit", "models", "encode", "host", "ops", "tune", "report"),
 }
 # The command line stands above all folders: the command.py of each is a part of it, and nothing but __main__ imports those.
 ARROWS = FOLDERS | {

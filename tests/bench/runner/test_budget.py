@@ -241,7 +241,10 @@ def test_the_plan_is_most_important_first():
     jobs = list(plan.gpu_plan(480.0))
     names = [job.name for job in jobs]
     kinds = list(dict.fromkeys(name.split(":")[0] for name in names))
-    assert kinds == ["ceilings", "caches", "tests", "model", "latency", "host", "ops", "tune"]
+    assert kinds == ["ceilings", "caches", "tests", "model", "latency", "encode", "host", "ops", "tune"]
+    encoding = [name for name in names if name.startswith("encode")]
+    assert encoding[0].endswith("mean bf16 1024 by 32, stock and flattened and fastbert and fastbert, by tokens")
+    assert encoding[1].endswith("mean bf16 queries") and any("XLM-R base" in name for name in encoding[2:])
     headline, *others = [name for name in names if name.startswith("model")]
     assert "fastbert and stock and fastbert, graphed step (warm)" in headline
     assert others[1].endswith("infer B=1 S=128 fill=1.0, fastbert and stock and fastbert, graphed (warm)")

@@ -50,7 +50,9 @@ def check(folder, name="results.json"):
     results = schema.read(folder / name)
     assert results.dry_run and not results.ceilings
     assert all(stage.status == "ok" for stage in results.stages), results.stages
-    assert all(record.seconds is None for record in (*results.models, *results.latency, *results.ops, *results.tuning))
+    assert all(
+        record.seconds is None for record in (*results.models, *results.latency, *results.encode, *results.ops, *results.tuning)
+    )
     return results
 
 
@@ -85,6 +87,17 @@ def test_latency(tmp_path):
         itertools.product((1, 4), ("full", "mixed"), ("stock", "fastbert"))
     )
     assert {record.status for record in results.latency} == {"dry-run"} and "3 of 3 jobs done" in text
+
+
+def test_encode(tmp_path):
+    pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    lanes = ("stock", "fastbert")
+    options = [word for lane in lanes for word in ("--lane", lane)]
+    text = invoke("encode", "--dry-run", "--batch", 2, "--batch", 64, *options, "--no-queries", "--out", tmp_path)
+    results = check(tmp_path)
+    assert {(r.batch, r.lane, r.status) for r in results.encode} == {(n, lane, "dry-run") for n in (2, 4) for lane in lanes}
+    assert "3 of 3 jobs done" in text
+    assert "tiny, mean pooling, fp32, 6 texts" in (tmp_path / "report.md").read_text()
 
 
 def test_ops(tmp_path):
@@ -234,6 +247,13 @@ def test_a_wrong_model_fails_its_gate(monkeypatch):
         (["latency", "--batch", "0"], "from 1 on, got 0"),
         (["latency", "--head", "multiple-choice"], "has to be even"),
         (["latency", "--seconds", "0"], "above 0, got 0"),
+        (["encode", "--lane", "eager"], "known are stock, flattened"),
+        (["encode", "--model", "tiny"], "known are BERT-base, MiniLM, XLM-R base"),
+        (["encode", "--pooling", "max"], "known are mean, cls"),
+        (["encode", "--precision", "int8"], "known are bf16"),
+        (["encode", "--sentences", "1"], "from 2 on, got 1"),
+        (["encode", "--longest", "1024"], "from 3 to 512 tokens, got 1024"),
+        (["encode", "--seconds", "0"], "above 0, got 0"),
         (["ops", "--op", "x"], "known are attention"),
         (["tune", "--kernel", "x"], "known are attention_forward"),
         (["host", "--only", "x"], "there are SeqCls B=32 S=128 training"),
@@ -246,7 +266,7 @@ def test_what_cannot_be_run_is_said(arguments, said):
     assert done.exit_code == 2 and said in " ".join(done.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["gpu", "models", "latency", "ops", "host", "tune"])
+@pytest.mark.parametrize("command", ["gpu", "models", "latency", "encode", "ops", "host", "tune"])
 def test_without_a_gpu_the_floors_are_printed(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, [command])
