@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from bench.train.encode import IGNORED
+from fastbert import Windows
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
@@ -62,9 +63,11 @@ class Masking:
 class Collator:
     """A task's collator that records the real tokens of each batch and a checksum of the model's inputs."""
 
-    def __init__(self, task: str, tokenizer: Any) -> None:
+    def __init__(self, task: str, tokenizer: Any, windows: Windows | None = None) -> None:
         self.masking = Masking(tokenizer) if task in ("mlm", "pretraining") else None
         self.plain = None if self.masking else COLLATORS.get(task, DataCollatorWithPadding)(tokenizer)
+        if windows is not None:
+            self.plain = windows.collate
         self.tokens: list[int] = []
         self.checksums: list[int] = []
 
@@ -74,7 +77,9 @@ class Collator:
         self.tokens.append(int(batch["attention_mask"].sum()))
         checksum = 0
         for name in sorted(batch):
-            checksum = zlib.crc32(batch[name].contiguous().numpy().tobytes(), checksum)
+            value = batch[name]
+            content = value.contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+            checksum = zlib.crc32(content, checksum)
         self.checksums.append(checksum)
         return batch
 

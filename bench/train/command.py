@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.train.records import DTYPES, LANES, TRUNCATIONS, Settings
+from bench.train.records import DTYPES, LANES, POOLINGS, TRUNCATIONS, WINDOWS, Settings
 
 # fastbert imports transformers, which imports triton, so it is imported after the interpreter has been selected.
 
@@ -22,6 +22,8 @@ TaskName = StrEnum("TaskName", {name.replace("-", "_"): name for name in TASKS})
 LaneName = StrEnum("LaneName", {name: name for name in LANES})
 DtypeName = StrEnum("DtypeName", {name: name for name in DTYPES})
 Truncation = StrEnum("Truncation", {name.replace("+", "_"): name for name in TRUNCATIONS})
+WindowsName = StrEnum("WindowsName", {name.replace("+", "_"): name for name in WINDOWS})
+Pooling = StrEnum("Pooling", {name.replace("-", "_"): name for name in POOLINGS})
 
 
 def train(
@@ -38,8 +40,16 @@ def train(
     warmup: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps over which the rate rises.")] = 0.1,
     dropout: Annotated[float | None, typer.Option(min=0.0, max=0.9, help="By default the model's own.")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Autocast's type; bf16 by default, fp32 without a GPU.")] = None,
-    max_length: Annotated[int, typer.Option(min=0, help="Length limit in tokens; 0: the 95th percentile.")] = 0,
+    max_length: Annotated[
+        int, typer.Option(min=0, help="Length limit in tokens; 0: the 95th percentile, or a whole window.")
+    ] = 0,
     truncation: Annotated[Truncation | None, typer.Option(help="The part kept of a text over the limit.")] = None,
+    windows: Annotated[
+        WindowsName | None, typer.Option(help="Read long texts in windows: overlapping ones, or an end.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=0, help="Tokens that windows share; a quarter of them by default.")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="Of the logits of a text's windows; mean by default.")] = None,
+    max_windows: Annotated[int, typer.Option(min=0, help="Most windows of a text; 0: no limit.")] = 0,
     columns: Annotated[str, typer.Option(help="Which column is which, by name or number: text=review,label=3.")] = "",
     eval_steps: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: only at the end.")] = 0,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
@@ -74,6 +84,10 @@ def train(
             max_length=max_length,
             truncation=str(truncation or ""),
             columns=columns,
+            windows=str(windows or ""),
+            stride=stride,
+            pooling=str(pooling or ""),
+            max_windows=max_windows,
             eval_steps=eval_steps,
             save_steps=save_steps,
             patience=patience,

@@ -8,6 +8,7 @@ import numpy
 from datasets import Dataset
 
 from bench.train.file import Row
+from fastbert import Windows
 
 IGNORED = -100  # the label that losses and metrics ignore
 PERCENTILE = 95
@@ -199,10 +200,21 @@ def lengths(rows: Dataset, task: str, tokenizer: Any) -> tuple[list[int], int]:
     return [length for row in measured["lengths"] for length in row], sum(measured["unknown"])
 
 
-def encode(rows: Dataset, task: str, tokenizer: Any, limit: int, truncation: str, labels: dict[str, int]) -> Dataset:
-    """The features of every row, cut to `limit` tokens."""
+def encode(
+    rows: Dataset,
+    task: str,
+    tokenizer: Any,
+    limit: int,
+    truncation: str,
+    labels: dict[str, int],
+    windows: Windows | None = None,
+) -> Dataset:
+    """The features of every row, cut to `limit` tokens, or with `windows` the lists of its windows' features."""
 
     def features_of(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if windows is not None:
+            texts = [batch[name] for name in COLUMNS.get(task, ("text", None)) if name]
+            return windows.split(*texts) | {"labels": [labels[label] for label in batch["label"]]}
         own = _as_rows(batch)
         if task == "qa":
             found = in_windows(tokenizer, own, limit)

@@ -24,6 +24,7 @@ from bench.train.metrics import Compute
 from bench.train.model import arguments
 from bench.train.records import Evaluation, LaneRecord, Settings
 from bench.train.tasks import TASKS
+from bench.train.windows import loss_and_logits
 from fastbert.errors import InputError
 from fastbert.kernels.core import failures
 from fastbert.kernels.core.launch import counts
@@ -45,6 +46,7 @@ class Work:
     evaluation: Dataset
     compute: Compute
     folder: Path
+    windows: fastbert.Windows | None = None
 
 
 class Watch(TrainerCallback):
@@ -91,7 +93,7 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         fastbert.patch(model)
         extra["optimizer_cls_and_kwargs"] = fastbert.trainer_optimizer(chosen)
     task = TASKS[work.settings.task]
-    train, evaluation = Collator(work.settings.task, work.tokenizer), Collator(work.settings.task, work.tokenizer)
+    train, evaluation = (Collator(work.settings.task, work.tokenizer, work.windows) for _ in range(2))
     rows = Rows(work.train, work.settings.seed, task.kept)
     watch = Watch(lane, rows, advance)
     trainer = _Trainer(
@@ -106,7 +108,7 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         callbacks=[watch, *_early_stopping(work.settings)],
         **extra,
     )
-    trainer.evaluation_collator = evaluation
+    trainer.evaluation_collator, trainer.windows = evaluation, work.windows
     # BERT's forward takes num_items_in_batch and ignores it. Trainer would then sum a step's losses instead of averaging them.
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
@@ -139,9 +141,16 @@ _NOT_METRICS = ("loss", "epoch", "runtime", "samples_per_second", "steps_per_sec
 
 
 class _Trainer(Trainer):
-    """A Trainer with a separate collator for evaluation, so that the tally covers training only."""
+    """A Trainer with a separate collator for evaluation, so that the tally covers training only, and the loss of windows."""
 
     evaluation_collator: Collator
+    windows: fastbert.Windows | None
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        if self.windows is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, logits = loss_and_logits(self.windows, model, inputs)
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         own = self.data_collator

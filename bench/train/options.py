@@ -18,6 +18,7 @@ NEEDED = {
 }
 SHORTEST = 8  # smallest --max-length in tokens: a pair with its three special tokens, and some text
 WITH_COLUMNS = ("classification", "matching", "ner", "multiple-choice")  # tasks whose files have columns
+IN_WINDOWS = ("classification", "matching")  # tasks whose long texts may be read in windows
 PIECES = ("mlm", "clm")  # tasks whose texts may be split
 
 
@@ -46,7 +47,19 @@ def settings(gpu: bool, **options: Any) -> Settings:
         raise InputError(f"--truncation split: cuts the texts of mlm and clm into pieces, not those of {made.task}")
     if made.truncation and made.task == "qa":
         raise InputError("--truncation: qa cuts long contexts into overlapping windows, so that no answer is lost")
+    _check_windows(made)
     return made
+
+
+def _check_windows(made: Settings) -> None:
+    of_several = {"stride": made.stride is not None, "pooling": made.pooling, "max-windows": made.max_windows}
+    if made.windows != "overlap" and any(of_several.values()):
+        name = next(name for name, given in of_several.items() if given)
+        raise InputError(f"--{name}: is about the windows that --windows overlap makes")
+    if made.windows and made.task not in IN_WINDOWS:
+        raise InputError(f"--windows: reads the texts of {' and '.join(IN_WINDOWS)}, not those of {made.task}")
+    if made.windows and made.truncation:
+        raise InputError("--truncation: with --windows nothing else is cut; --windows head, tail or head+tail keep that part")
 
 
 _INTERVALS = ("steps", "eval_steps", "save_steps", "patience")

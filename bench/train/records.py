@@ -8,6 +8,8 @@ SCHEMA = 1
 LANES = ("stock", "fastbert")
 DTYPES = ("bf16", "fp16", "fp32")
 TRUNCATIONS = ("head", "tail", "head+tail", "split")
+WINDOWS = ("overlap", "head", "tail", "head+tail")
+POOLINGS = ("mean", "max", "first", "token-mean")
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Settings(FromJson):
     """The settings of a run. Runs with equal settings start from the same weights and see the same rows in the same order.
 
     `dropout` None: the model's own. `max_length` 0: the 95th percentile. `truncation` "": the task's default.
-    `columns` "": known names, or the order of the columns.
+    `columns` "": known names, or the order of the columns. `windows` "": none; with them `stride` None is a quarter of a
+    window, `pooling` "" the mean, and `max_windows` 0 no limit.
     """
 
     task: str
@@ -34,6 +37,10 @@ class Settings(FromJson):
     max_length: int = 0
     truncation: str = ""
     columns: str = ""
+    windows: str = ""
+    stride: int | None = None
+    pooling: str = ""
+    max_windows: int = 0
     eval_steps: int = 0
     save_steps: int = 0
     patience: int = 0
@@ -49,7 +56,10 @@ class Settings(FromJson):
 
 @dataclass(frozen=True)
 class DataRecord(FromJson):
-    """Facts about the data. Lengths are in tokens, including special ones; `cut` is the share of sequences over the limit."""
+    """Facts about the data. Lengths are in tokens, including special ones; `cut` is the share of sequences over the limit.
+
+    With windows the sequences of a part are their windows, and `windows` says how they are made and pooled.
+    """
 
     train_rows: int
     eval_rows: int
@@ -61,6 +71,7 @@ class DataRecord(FromJson):
     cut: float
     unknown: float
     labels: list[str] = field(default_factory=list)
+    windows: str = ""
 
 
 @dataclass(frozen=True)

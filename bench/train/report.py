@@ -65,8 +65,10 @@ def data_lines(results: TrainResults) -> list[str]:
         f"{data.train_rows} rows to train on ({data.train_sequences} sequences), {data.eval_rows} to evaluate "
         f"({data.eval_sequences})" + (f", {len(data.labels)} labels" if data.labels else ""),
         f"length limit {data.limit} tokens ({data.limit_from}); the longest has {data.longest}, "
-        f"{data.cut:.1%} are over the limit" + (f": {cut}" if data.cut else ""),
+        f"{data.cut:.1%} are over the limit" + (f": {cut}" if data.cut and not data.windows else ""),
     ]
+    if data.windows:
+        lines.append(f"windows: {data.windows}")
     if data.unknown > 0.02:
         lines.append(f"{data.unknown:.1%} of the tokens are unknown to the model's vocabulary")
     return lines

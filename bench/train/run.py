@@ -19,6 +19,7 @@ from bench.train.lanes import RECORD, Advance, Work, checkpoints, run
 from bench.train.model import load, open_source
 from bench.train.options import SHORTEST
 from bench.train.records import LANES, DataRecord, Settings, TrainResults
+from bench.train.windows import SIZE, as_input_error, described, windows_of
 from fastbert.errors import InputError
 
 SETTINGS = "settings.json"
@@ -56,24 +57,32 @@ def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tupl
     train, evaluation = Dataset.from_list(train_rows), Dataset.from_list(eval_rows)
     lengths, unknown = encode.lengths(train, task, tokenizer)
     most = source.config.max_position_embeddings
-    limit, limit_from = choose_limit(settings.max_length, lengths, most)
+    limit, limit_from = choose_limit(settings.max_length, lengths, most, bool(settings.windows))
+    windows = windows_of(settings, tokenizer, limit)
     numbers = {name: i for i, name in enumerate(labels)}
-    features = [encode.encode(rows, task, tokenizer, limit, settings.cut, numbers) for rows in (train, evaluation)]
+    try:
+        features = [encode.encode(part, task, tokenizer, limit, settings.cut, numbers, windows) for part in (train, evaluation)]
+    except ValueError as error:
+        if windows is None or not str(error).startswith("texts: "):
+            raise
+        raise as_input_error(error) from None
+    sequences = [sum(map(len, part["input_ids"])) if windows else len(part) for part in features]
     model = load(source, settings, labels)
     compute = tasks.metrics_for(task, labels, eval_rows, features[1])
     data = DataRecord(
         train_rows=len(train_rows),
         eval_rows=len(eval_rows),
-        train_sequences=len(features[0]),
-        eval_sequences=len(features[1]),
+        train_sequences=sequences[0],
+        eval_sequences=sequences[1],
         limit=limit,
         limit_from=limit_from,
         longest=max(lengths),
         cut=sum(length > limit for length in lengths) / len(lengths),
         unknown=unknown / sum(lengths),
         labels=labels,
+        windows=described(windows) if windows else "",
     )
-    return Work(settings, model, tokenizer, *features, compute, out), data
+    return Work(settings, model, tokenizer, *features, compute, out, windows), data
 
 
 def read_rows(settings: Settings, say: Say = print) -> SplitRows:
@@ -103,12 +112,14 @@ def _check_endings(train: list[Row], evaluation: list[Row], path: str) -> None:
         raise InputError(f"--eval-data: {path}, row {evaluation[0]['row']}: its number of endings differs from training's")
 
 
-def choose_limit(requested: int, lengths: Sequence[int], most: int) -> tuple[int, str]:
+def choose_limit(requested: int, lengths: Sequence[int], most: int, in_windows: bool = False) -> tuple[int, str]:
     """The length limit in tokens, and where it comes from."""
     if requested > most:
         raise InputError(f"--max-length: the model has {most} positions, got {requested}")
     if requested:
         return requested, "--max-length"
+    if in_windows:
+        return min(most, SIZE), "a window of the model's positions" if most <= SIZE else "a window"
     limit = encode.percentile(lengths)
     if limit > most:
         return most, f"the model's positions; the 95th percentile is {limit}"
