@@ -9,7 +9,7 @@ TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER=0 selects Triton's for torch.compile.)
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -74,23 +74,26 @@ def true_reads_of(batch: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def true_reads_of_encoding(model: Any) -> Iterator[None]:
-    """`true_reads` with the values of each batch that a SentenceTransformer makes of texts; does nothing elsewhere."""
+def true_reads_of_features(*makers: tuple[Any, str]) -> Iterator[None]:
+    """`true_reads` with the values of the batch that was last made on the host, by one of the functions that are given by
+    owner and name; does nothing elsewhere."""
     if pretended() is None:
         yield
         return
     tokens: list[int] = []
     read: list[int] = []
-    preprocess = model.preprocess
 
-    def preprocessing(*arguments: Any, **keywords: Any) -> Any:
-        features = preprocess(*arguments, **keywords)
+    def making(make: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        features = make(*arguments, **keywords)
         if "attention_mask" in features:  # a flattened batch brings its lengths with it
             tokens[:] = features["attention_mask"].sum(1).tolist()
             read[:] = [1] * len(tokens)
         return features
 
-    with mock.patch.object(model, "preprocess", preprocessing), true_reads(tokens, read):
+    with ExitStack() as stack:
+        for owner, name in makers:
+            stack.enter_context(mock.patch.object(owner, name, partial(making, getattr(owner, name))))
+        stack.enter_context(true_reads(tokens, read))
         yield
 
 

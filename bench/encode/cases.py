@@ -1,5 +1,6 @@
 """Defines what `python -m bench encode` measures, in two tables: calls of SentenceTransformer.encode, and lanes."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -55,6 +56,12 @@ class EncodeCase:
     def lengths(self, count: int) -> list[int]:
         """Of `count` texts, in tokens."""
         return [max(length, FEWEST) for length in Lengths().of_batch(count, self.longest, self.fill)]
+
+    def shuffled(self, seed: int = 0) -> list[int]:
+        """The lengths of one call's texts, in a random order."""
+        mixed = self.lengths(self.sentences)
+        random.Random(seed).shuffle(mixed)
+        return mixed
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

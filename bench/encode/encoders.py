@@ -1,8 +1,10 @@
 """Builds SentenceTransformers with random weights and the lanes' ways to call them."""
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +79,36 @@ def by_tokens(model: Any, chosen: Sequence[str], budget: int) -> Tensor:
     """Embeddings of texts in batches of at most `budget` tokens, in the order of the texts: where padding costs nothing,
     nothing has to be sorted by length. A longer text is a batch of its own."""
     with torch.inference_mode():
-        ids = model.tokenizer(list(chosen), padding=False, truncation=True, return_attention_mask=False)
+        ids = tokenized(model, chosen)
         found = []
         for part in groups([len(one) for one in ids["input_ids"]], budget):
-            features = model.tokenizer.pad({name: rows[part] for name, rows in ids.items()}, return_tensors="pt")
-            found.append(model(dict(features.to(model.device)))["sentence_embedding"])
+            features = padded(model, {name: rows[part] for name, rows in ids.items()})
+            on_device = {name: x.to(model.device) for name, x in features.items()}
+            found.append(model(on_device)["sentence_embedding"])
         return torch.cat(found)
+
+
+def tokenized(model: Any, chosen: Sequence[str]) -> dict[str, list[list[int]]]:
+    """The model's inputs of each text, without padding."""
+    return dict(model.tokenizer(list(chosen), padding=False, truncation=True, return_attention_mask=False))
+
+
+def padded(model: Any, rows: dict[str, list[list[int]]]) -> dict[str, Tensor]:
+    """A batch of these rows on the host, in two calls for all of them: the tokenizer's own `pad` takes them one at a time."""
+    lengths = torch.tensor([len(ids) for ids in rows["input_ids"]])
+    real = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    filled = {"input_ids": model.tokenizer.pad_token_id}
+    features = {"attention_mask": real.long()}
+    for name, values in rows.items():
+        padding = torch.full(real.shape, filled.get(name, 0))
+        features[name] = padding.masked_scatter(real, torch.tensor(list(chain.from_iterable(values))))
+    return features
+
+
+def made_on_the_host(model: Any) -> list[tuple[Any, str]]:
+    """The functions, by owner and name, that make batches on the host: the model's own, and those of `by_tokens`."""
+    here = sys.modules[__name__]
+    return [(model, "preprocess"), (here, "tokenized"), (here, "padded")]
 
 
 def groups(lengths: Sequence[int], budget: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.core import timing
 from bench.core.peers import Absent
-from bench.core.pretended import true_reads_of_encoding
+from bench.core.pretended import true_reads_of_features
 from bench.core.records import EncodeRecord
 from bench.encode import encoders, flash, texts
 from bench.encode.cases import EAGER, LANES, EncodeCase, EncodeLane, lanes_of
@@ -60,11 +60,11 @@ class Corpus:
         if case.single:
             lengths = [[length] for length in case.lengths(QUERIES[device])]
         else:
-            lengths = [case.lengths(case.sentences)] * CORPORA
-        self.calls = [_shuffled(texts.texts(rows, seed), seed) for seed, rows in enumerate(lengths)]
+            lengths = [case.shuffled(seed) for seed in range(CORPORA)]
+        self.calls = [texts.texts(rows, seed) for seed, rows in enumerate(lengths)]
         self.tokens = sum(map(sum, lengths)) / len(lengths)
         checked = lengths if case.single else lengths[:1]
-        self.checked = [_shuffled(texts.texts(rows, 1000 + seed), seed) for seed, rows in enumerate(checked)]
+        self.checked = [texts.texts(rows, 1000 + seed) for seed, rows in enumerate(checked)]
         self.expected: list[tuple[Tensor, Tensor]] | None = None
 
     def problem(self, encode: encoders.Encode) -> str | None:
@@ -84,12 +84,6 @@ class Corpus:
         eager = [encode(call) for call in self.checked]
         model.double()
         return list(zip(eager, [encode(call) for call in self.checked], strict=True))
-
-
-def _shuffled(chosen: list[str], seed: int) -> list[str]:
-    """The texts in an order in which lengths are mixed."""
-    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [chosen[i] for i in order]
 
 
 def _record(corpus: Corpus, name: str, replays: graphs.Replays, seconds: float) -> EncodeRecord:
@@ -113,7 +107,7 @@ def _measure(corpus: Corpus, lane: EncodeLane, replays: graphs.Replays, seconds:
     device, case, launched = corpus.device, corpus.case, counts.total()
     model = encoders.make(case, lane, device)
     serve = Server(corpus.calls, encoders.encoder(model, case, lane))
-    with true_reads_of_encoding(model):
+    with true_reads_of_features(*encoders.made_on_the_host(model)):
         start = time.perf_counter()
         for i in range(len(corpus.calls)):
             serve(i).cpu()

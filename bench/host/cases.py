@@ -3,6 +3,9 @@
 from dataclasses import dataclass, replace
 
 from bench.core.lengths import Lengths
+from bench.encode import cases as encoding
+from bench.encode.cases import EncodeCase
+from bench.host.tables import ENCODE as NAMED
 from bench.models import workloads
 from bench.models.workloads import Workload
 
@@ -57,9 +60,31 @@ class HostCase:
         lengths = quarter_to_whole(self.batch, self.seqlen) if self.padded else Lengths()
         return Workload(self.model, self.head, self.mode, self.batch, self.seqlen, 1.0, precision, lengths)
 
+    def lane(self, name: str) -> workloads.Lane:
+        """What the lane of this name does to the model."""
+        return LANES[name].model
+
     def tiny(self) -> "HostCase":
         """The same step at a size for the interpreter. In float32, because the interpreter computes bfloat16 wrongly."""
         return replace(self, model="tiny", batch=min(self.batch, 4), seqlen=16, autocast=False)
+
+
+@dataclass(frozen=True)
+class EncodeHostCase:
+    """A call of SentenceTransformer.encode on texts of mixed lengths; lanes are those of bench.encode."""
+
+    name: str
+    encoding: EncodeCase
+    lanes: tuple[str, ...]
+    mode: str = "encode"
+
+    def lane(self, name: str) -> workloads.Lane:
+        """What the lane of this name does to the model."""
+        return encoding.LANES[name].model
+
+    def tiny(self) -> "EncodeHostCase":
+        """The same call at a size for the interpreter."""
+        return replace(self, encoding=encoding.tiny(self.encoding))
 
 
 def quarter_to_whole(batch: int, seqlen: int) -> Lengths:
@@ -80,5 +105,23 @@ MLM = HostCase("MLM B=64 S=512 training", "mlm", "train", 64, 512, True, MLM_LAN
 MLM_FULL_ROWS = replace(MLM, name=f"{MLM.name}, no padding", padded=False, lanes=(STOCK, PLAIN, PADDED_NO_LOGITS))
 MLM_AUTOCAST = replace(MLM, name=f"{MLM.name}, autocast", autocast=True, lanes=(STOCK, PLAIN, PACKED_NO_LOGITS))
 
-_ORDER = (TRAINING, INFERENCE_1, INFERENCE_32, MLM, TRAINING_AUTOCAST, INFERENCE_8, MLM_FULL_ROWS, MLM_AUTOCAST)
+FLATTENED, BY_TOKENS = encoding.FLATTENED, encoding.BY_TOKENS
+
+
+def _encode(model: str, pooling: str, batch: int) -> EncodeHostCase:
+    (case,) = encoding.cases((model,), (pooling,), batches=(batch,), sentences=256, queries=False)
+    name = f"{NAMED}256 texts, {model}, {pooling} pooling, batches of {batch}"
+    return EncodeHostCase(name, case, (STOCK, FLATTENED, PLAIN, BY_TOKENS))
+
+
+ENCODE = _encode("BERT-base", "mean", 32)
+ENCODE_CLS = _encode("BERT-base", "cls", 32)
+ENCODE_MINILM = _encode("MiniLM", "mean", 64)
+_QUERY = EncodeCase("BERT-base", "mean", "bf16", 1, 1, encoding.QUERY_LONGEST, encoding.QUERY_FILL)
+ENCODE_QUERY = EncodeHostCase(f"{NAMED}one query, BERT-base, mean pooling", _QUERY, (STOCK, FLATTENED, PLAIN, GRAPHED))
+
+_ORDER: tuple[HostCase | EncodeHostCase, ...] = (
+    *(TRAINING, INFERENCE_1, INFERENCE_32, MLM, TRAINING_AUTOCAST, ENCODE, INFERENCE_8, MLM_FULL_ROWS, MLM_AUTOCAST),
+    *(ENCODE_CLS, ENCODE_MINILM, ENCODE_QUERY),
+)
 CASES = {case.name: case for case in _ORDER}

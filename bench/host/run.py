@@ -16,15 +16,20 @@ from unittest import mock
 
 import torch
 
+from bench.core.peers import Absent
 from bench.core.records import HostRecord, Spread
 from bench.core.timing import fullest_bytes, release_memory
 from bench.host import counts
-from bench.host.cases import CASES, COMPILED, LANES, HostCase
+from bench.host.cases import CASES, COMPILED, EncodeHostCase, HostCase
+from bench.host.encode_step import EncodeStep
 from bench.host.step import Step
 from bench.models import gate, graphs
 from fastbert.kernels.core import failures, launch
 
 WARM_UP = 5  # steps; graphed_step replays from the fourth on
+
+
+Case = HostCase | EncodeHostCase
 
 
 class StepTime(NamedTuple):
@@ -73,10 +78,10 @@ def _strict_and_alone() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def measure(case: HostCase, seconds: float, rounds: int, compiled: bool, device: str) -> list[HostRecord]:
+def measure(case: Case, seconds: float, rounds: int, compiled: bool, device: str) -> list[HostRecord]:
     """The records of one case, with lanes in the order of the case."""
     lanes = list(case.lanes)
-    if compiled:
+    if compiled and isinstance(case, HostCase):
         lanes.insert(1, COMPILED)
     found = {lane: _caught(partial(_alone, case, lane, device)) for lane in lanes}
     if device == "cuda":
@@ -87,7 +92,7 @@ def measure(case: HostCase, seconds: float, rounds: int, compiled: bool, device:
     return [_record(case, lane, found[lane]) for lane in lanes]
 
 
-def _record(case: HostCase, lane: str, found: dict[str, Any]) -> HostRecord:
+def _record(case: Case, lane: str, found: dict[str, Any]) -> HostRecord:
     nothing = {"reason": None, "seconds": None, "wall": None, "peak_bytes": None}
     nothing |= {"runs": [], "wall_runs": [], "parts": {}, "launches": {}}
     return HostRecord(**nothing | found, lane=lane, name=case.name)
@@ -97,6 +102,8 @@ def _caught(call: Callable[[], dict[str, Any]], tidy: bool = True) -> dict[str, 
     """The result of `call`, or an error record if it raises, so that one lane's failure does not end the others."""
     try:
         return call()
+    except Absent as absent:
+        return {"status": "absent", "reason": str(absent)}
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         return {"status": "error", "reason": f"{type(error).__name__}: {said}\n{traceback.format_exc()}"}
@@ -105,12 +112,16 @@ def _caught(call: Callable[[], dict[str, Any]], tidy: bool = True) -> dict[str, 
             release_memory()
 
 
-def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:
+def _made(case: Case, lane: str, device: str) -> Step | EncodeStep:
+    return EncodeStep(case, lane, device) if isinstance(case, EncodeHostCase) else Step(case, lane, device)
+
+
+def _alone(case: Case, lane: str, device: str) -> dict[str, Any]:
     """Launches and peak memory of a warm step, with no other lane on the device."""
     torch._dynamo.reset()
-    model = LANES[lane].model
+    model = case.lane(lane)
     with graphs.counting_replays() if model.graphed else nullcontext(graphs.Replays()) as replays:
-        step = Step(case, lane, device)
+        step = _made(case, lane, device)
         before = launch.counts.total()
         with step.surroundings():
             peak = fullest_bytes(partial(_warm_up, step)) if device == "cuda" and model.replays else 0
@@ -126,12 +137,12 @@ def _alone(case: HostCase, lane: str, device: str) -> dict[str, Any]:
     return found | {"status": "ok" if device == "cuda" else "dry-run", "peak_bytes": peak}
 
 
-def _warm_up(step: Step, steps: int = WARM_UP) -> None:
+def _warm_up(step: Step | EncodeStep, steps: int = WARM_UP) -> None:
     for _ in range(steps):
         step()
 
 
-def _launches(step: Step, device: str) -> dict[str, Any]:
+def _launches(step: Step | EncodeStep, device: str) -> dict[str, Any]:
     """The launches of a step. If the profiler does not work here, the lane is still timed."""
     try:
         found = counts.of_step(step, device)
@@ -140,14 +151,14 @@ def _launches(step: Step, device: str) -> dict[str, Any]:
     return {"launches": found} if counts.kernels(found) else {"reason": "the profiler saw no launches"}
 
 
-def _in_turns(case: HostCase, lanes: list[str], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
+def _in_turns(case: Case, lanes: list[str], seconds: float, rounds: int) -> dict[str, dict[str, Any]]:
     """Times of each lane from `rounds` turns of all lanes, about `seconds` in total."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, Step | EncodeStep] = {}
     times: dict[str, Times] = {lane: [] for lane in lanes}
     failed: dict[str, dict[str, Any]] = {}
 
     def start(lane: str) -> dict[str, Any]:
-        steps[lane] = Step(case, lane, "cuda")
+        steps[lane] = _made(case, lane, "cuda")
         with steps[lane].surroundings():
             _warm_up(steps[lane])
         return {}
@@ -165,7 +176,7 @@ def _in_turns(case: HostCase, lanes: list[str], seconds: float, rounds: int) -> 
     return failed | {lane: summary(turns) for lane, turns in times.items() if lane not in failed}
 
 
-def turn(step: Step, seconds: float) -> list[StepTime]:
+def turn(step: Step | EncodeStep, seconds: float) -> list[StepTime]:
     """Times of consecutive steps for about `seconds`, each started on an idle device. The first step is not timed."""
     step()
     found = []
@@ -178,13 +189,21 @@ def turn(step: Step, seconds: float) -> list[StepTime]:
             return found
 
 
-def _timed(step: Step) -> StepTime:
-    ends: dict[str, float] = {}
+def _timed(step: Step | EncodeStep) -> StepTime:
+    """The time of a part that is issued in pieces is that of all its pieces."""
+    parts: dict[str, float] = {}
     begun, start = time.process_time(), time.perf_counter()
-    step(lambda part: ends.setdefault(part, time.process_time()))
+    last = begun
+
+    def issued(part: str) -> None:
+        nonlocal last
+        now = time.process_time()
+        parts[part] = parts.get(part, 0.0) + now - last
+        last = now
+
+    step(issued)
     passed, ended = time.perf_counter() - start, time.process_time()
-    begins = [begun, *ends.values()]
-    return StepTime(ended - begun, passed, {part: end - begins[i] for i, (part, end) in enumerate(ends.items())})
+    return StepTime(ended - begun, passed, parts)
 
 
 def summary(turns: Times) -> dict[str, Any]:

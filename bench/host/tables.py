@@ -7,11 +7,12 @@ from bench.core import comparison
 from bench.core.records import GIB, HostRecord
 from bench.host.counts import KINDS, kernels
 
+ENCODE = "encode "  # how the names of these cases begin
 HEADINGS = (
     "case",
     "lane",
     "CPU / stock [least, most of a turn]",
-    "forward, backward, optimizer / stock",
+    "its parts / stock",
     "wall / stock",
     "launches",
     *KINDS,
@@ -37,6 +38,11 @@ def peak_ratio(record: HostRecord, stock: HostRecord | None) -> float | None:
     if stock is None or not stock.peak_bytes or not record.peak_bytes:
         return None
     return record.peak_bytes / stock.peak_bytes
+
+
+def is_encode(record: HostRecord) -> bool:
+    """Whether the record is of a call of SentenceTransformer.encode."""
+    return record.name.startswith(ENCODE)
 
 
 def rows(records: Iterable[HostRecord]) -> list[Sequence[str]]:

@@ -14,7 +14,8 @@ ANY_MARKER = re.compile(r"<!-- /?bench:[\w-]+ -->")
 def fill(text: str, results: Results | None) -> str:
     """Return `text` with every marked block generated anew; "not measured" without results.
 
-    Results of a pretended GPU fill only the tables for pretended GPUs; results of a GPU fill all other tables.
+    Results of a pretended GPU fill only the tables for pretended GPUs, and of those the ones for which they have a record;
+    results of a GPU fill all other tables.
 
     Raises:
         ResultsError: the results were not measured, a marker has no partner, or a name is not that of a table.
@@ -31,6 +32,8 @@ def fill(text: str, results: Results | None) -> str:
     def anew(block: re.Match[str]) -> str:
         name = block["name"]
         if results is not None and results.environment.pretended != (name in tables.PRETENDED):
+            return block[0]
+        if results is not None and name in tables.PRETENDED and not tables.TABLES[name](results).rows:
             return block[0]
         return f"{block[1]}{tables.named(name, results)}\n{block[3]}"
 

@@ -302,6 +302,16 @@ def host(results: Results) -> Table:
     return Table(tables.HEADINGS, tables.rows(results.host))
 
 
+def host_models(results: Results) -> Table:
+    """`host` without the calls of encode."""
+    return Table(tables.HEADINGS, tables.rows(record for record in results.host if not tables.is_encode(record)))
+
+
+def host_encode(results: Results) -> Table:
+    """`host` of the calls of encode."""
+    return Table(tables.HEADINGS, tables.rows(filter(tables.is_encode, results.host)))
+
+
 def tuning(results: Results) -> Table:
     rows = []
     for fastest, now in best(results.tuning):
@@ -371,11 +381,12 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "encode": encode,
     "ops": ops,
     "host": host,
-    "host-pretended": host,
+    "host-pretended": host_models,
+    "host-encode-pretended": host_encode,
     "tuning": tuning,
     "stages": stages,
 }
-PRETENDED = ("host-pretended",)  # tables that a pretended GPU fills
+PRETENDED = ("host-pretended", "host-encode-pretended")  # tables that a pretended GPU fills
 
 
 def named(name: str, results: Results | None) -> str:

@@ -103,6 +103,14 @@ class TestLanes:
         torch.testing.assert_close(encoders.by_tokens(model, chosen, 24), expected, rtol=0.0, atol=1e-6)
         assert seen == [12, 24, 15]
 
+    def test_a_batch_by_tokens_is_what_the_tokenizer_makes(self):
+        model = encoders.make(CASE, LANES[STOCK], "cpu")
+        rows = encoders.tokenized(model, texts.texts([9, 3, 20], 0))
+        expected = model.tokenizer.pad(rows, return_tensors="pt")
+        found = encoders.padded(model, rows)
+        assert found.keys() == expected.keys() and len(found) == 3
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
     def test_a_wrong_embedding_fails(self, monkeypatch):
         made = encoders.encoder
         wrong = lambda model, case, lane: lambda call: made(model, case, lane)(call) * (1.0 if lane is cases.EAGER else 1.001)  # noqa: E731

@@ -1,6 +1,7 @@
 """The host's time: lanes in turns on a device that is made up here, the reads that are stood in for, and a GPU's own."""
 
 import dataclasses
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,10 +12,13 @@ import torch
 import fastbert
 from bench.core import pretended
 from bench.core.pretended import true_reads
+from bench.encode import cases as encoding
+from bench.encode import flash
 from bench.host import cases
 from bench.host.cases import CASES, LANES
 from bench.host.counts import kernels
-from bench.host.run import measure, run
+from bench.host.encode_step import EncodeStep
+from bench.host.run import _timed, measure, run
 from bench.host.step import BACKWARD, FORWARD, OPTIMIZER, PARTS
 from bench.host.targets import TARGETS
 from bench.runner import plan
@@ -66,7 +70,9 @@ class Device:
         monkeypatch.setattr("bench.host.run.time", clock)
         monkeypatch.setattr(launch, "counts", Counter())
         monkeypatch.setattr("bench.host.run.Step", Step)
-        monkeypatch.setattr("bench.host.run.gc", SimpleNamespace(collect=lambda: None))  # takes long beside all that tests hold
+        monkeypatch.setattr(
+            "bench.core.timing.gc", SimpleNamespace(collect=lambda: None)
+        )  # takes long beside all that tests hold
         monkeypatch.setattr("bench.host.counts.of_step", of_step)
         for name in ("synchronize", "reset_peak_memory_stats"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -141,14 +147,15 @@ def test_it_comes_after_the_headline_models_in_the_one_call_run_and_cheap():
     jobs = list(plan.gpu_plan(480.0))
     place = next(i for i, job in enumerate(jobs) if job.name == "host")
     assert jobs[place].cap <= 45.0 and jobs[place].until < 0.8
-    assert {job.name.split(":")[0] for job in jobs[:place]} == {"ceilings", "caches", "tests", "model", "latency"}
+    assert {job.name.split(":")[0] for job in jobs[:place]} == {"ceilings", "caches", "tests", "model", "latency", "encode"}
     assert not any("BERT-large" in job.name for job in jobs[:place])
     assert set(jobs[place].run.args[0]["names"]) == set(CASES)
 
 
 def test_targets_are_of_lanes_that_are_measured():
     assert all(target.lane in target.case.lanes and target.case in CASES.values() for target in TARGETS)
-    assert all(lane in LANES for case in CASES.values() for lane in case.lanes)
+    known = {cases.HostCase: LANES, cases.EncodeHostCase: encoding.LANES}
+    assert all(lane in known[type(case)] for case in CASES.values() for lane in case.lanes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
@@ -157,6 +164,39 @@ def test_lanes_of_graphs_replay_them(case):
     lane = case.lanes[-1]
     (record,) = measure(dataclasses.replace(case.tiny(), lanes=(lane,)), 1.0, 1, False, "cpu")
     assert lane in (cases.GRAPHED, cases.GRAPHED_STEP) and (record.status, record.reason) == ("dry-run", None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
+class TestEncode:
+    def test_every_lane_encodes(self):
+        found = by_lane(measure(cases.ENCODE.tiny(), 1.0, 1, True, "cpu"))
+        assert {lane: (record.status, record.reason) for lane, record in found.items()} == dict.fromkeys(
+            cases.ENCODE.lanes, ("dry-run", None)
+        ), "and none of torch.compile"
+        assert all(bool(record.launches["Triton"]) == lane.startswith("fastbert") for lane, record in found.items())
+
+    def test_parts_are_those_of_each_batch(self):
+        with flash.available():
+            step = EncodeStep(dataclasses.replace(cases.ENCODE.tiny(), lanes=()), cases.STOCK, "cpu")
+        parts = []
+        with step.surroundings():
+            step(parts.append)
+        assert parts == ["tokenizer", "model"] * 2, "six texts are two batches"
+
+    def test_without_the_library_a_lane_is_absent(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+        (record,) = measure(dataclasses.replace(cases.ENCODE_QUERY.tiny(), lanes=(cases.STOCK,)), 1.0, 1, False, "cpu")
+        assert record.status == "absent" and "needs sentence-transformers 6" in record.reason
+
+
+def test_a_part_in_pieces_has_the_time_of_all_of_them(device):
+    def step(issued):
+        for part, seconds in (("tokenizer", 1.0), ("model", 2.0)) * 3:
+            device.now += seconds
+            issued(part)
+
+    found = _timed(step)
+    assert (found.cpu, found.wall, found.parts) == (9.0, 18.0, {"tokenizer": 3.0, "model": 6.0})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")

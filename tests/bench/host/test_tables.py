@@ -113,6 +113,19 @@ def test_a_pretended_gpu_fills_its_own_table_only():
     assert "of a GPU" not in text and "of no GPU" in text
 
 
+def test_calls_of_encode_have_a_table_of_their_own():
+    """A run of one kind of case leaves the other's table as it is."""
+    blocks = DOCUMENT + "<!-- bench:host-encode-pretended -->\nof encode\n<!-- /bench:host-encode-pretended -->\n"
+    encode = [record(lane, name=cases.ENCODE.name) for lane in ("stock", "fastbert")]
+    text = documents.fill(blocks, pretended(encode))
+    assert "of no GPU" in text and "of encode" not in text and text.count(cases.ENCODE.name) == 2
+    text = documents.fill(blocks, pretended([STOCK]))
+    assert "of no GPU" not in text and "of encode" in text
+    text = documents.fill(blocks, pretended([STOCK, *encode]))
+    assert text.count(cases.TRAINING.name) == 1 and text.count(cases.ENCODE.name) == 2
+    assert {case.name.startswith(tables.ENCODE) for case in cases.CASES.values() if case.mode == "encode"} == {True}
+
+
 def test_a_pretended_gpu_is_not_mixed_with_the_one_that_it_is_like(tmp_path):
     real = dataclasses.replace(pretended([STOCK]), environment=dataclasses.replace(nothing().environment, gpu="H100"))
     schema.write(pretended([STOCK]), tmp_path / "a.json")
