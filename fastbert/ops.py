@@ -44,12 +44,13 @@ try:
     from fastbert.kernels.gelu_layernorm import gelu_layernorm
     from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
     from fastbert.kernels.packed_rows import packed_rows
+    from fastbert.kernels.pool_rows import pool_rows
     from fastbert.kernels.row_counts import row_counts
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
     attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = linear_cross_entropy = None
     encoder_layer = KernelFailed = LAYER_KERNELS = Layout = Settings = Twins = Weights = None
-    embed = embedding_layernorm = failures = packed_rows = row_counts = None
+    embed = embedding_layernorm = failures = packed_rows = pool_rows = row_counts = None
 
 # Required alignment, in bytes, of an address that bound kernels read. safetensors maps files without alignment.
 ALIGNMENT = 1 if INTERPRETED else 16
@@ -90,5 +91,6 @@ __all__ = [
     "key_bounds",
     "linear_cross_entropy",
     "packed_rows",
+    "pool_rows",
     "row_counts",
 ]

@@ -5,7 +5,7 @@ specified here: a reference takes the keep mask that the kernel draws.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -305,3 +305,73 @@ def _rows_of(chosen: Tensor, capacity: int, longest: int, rest: int) -> tuple[Te
 def _at(numbers: Tensor, index: Tensor) -> Tensor:
     """numbers[index], -1 where the index is -1."""
     return torch.where(index >= 0, numbers[index.clamp(min=0).long()], -1) if len(numbers) else index.clone()
+
+
+class PaddedRows(NamedTuple):
+    """Rows put back into their batch: rows [B, S + 1, H], and numbers [B, S + 1], which row of x each of them is (-1: none).
+
+    Only rows that count are there; the others, and a last one that every sequence has, are 0. weights [B, S + 1] are the
+    positions, counted from 1 at the first row of the sequence.
+    """
+
+    rows: Tensor
+    numbers: Tensor
+    weights: Tensor
+
+
+def pool_rows(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    mode: str,
+    *,
+    n_sequences: int,
+    seqlen: int,
+    index: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The mean, sum / sqrt(count), mean weighted by position, or maximum of the rows that count, on the padded batch."""
+    padded = padded_rows(x, cu_seqlens, n_sequences, seqlen, index, mask)
+    return (largest_rows(padded) if mode == "max" else averaged_rows(padded, mode))[0]
+
+
+def padded_rows(
+    x: Tensor, cu_seqlens: Tensor, n_sequences: int, seqlen: int, index: Tensor | None, mask: Tensor | None
+) -> PaddedRows:
+    rows = torch.arange(x.shape[0], device=x.device)
+    positions = rows if index is None else index.long()
+    counted = (positions >= 0) & (positions < n_sequences * seqlen)
+    if mask is not None:
+        # One more, for a batch without positions.
+        counted = counted & F.pad(mask.flatten(), (0, 1))[torch.where(counted, positions, n_sequences * seqlen)]
+    # Rows that do not count go to a slot behind the others, which is cut off.
+    shape = n_sequences, seqlen + 1
+    slots = torch.where(counted, positions + positions // max(seqlen, 1), shape[0] * shape[1])
+    padded = x.new_zeros((shape[0] * shape[1] + 1, x.shape[1])).index_copy(0, slots, x)[:-1].view(*shape, x.shape[1])
+    numbers = rows.new_full((shape[0] * shape[1] + 1,), -1).index_copy(0, slots, rows)[:-1].view(shape)
+
+    places = torch.arange(n_sequences, device=x.device)[:, None] * seqlen + torch.arange(seqlen + 1, device=x.device)
+    firsts = F.pad(positions, (0, 1))[cu_seqlens[:n_sequences].long()]
+    return PaddedRows(padded, numbers, places - firsts[:, None] + 1)
+
+
+def averaged_rows(padded: PaddedRows, mode: str) -> tuple[Tensor, Tensor]:
+    """The average of the rows of each sequence, [B, H], and the scale of their sum, [B]; both 0 without a row."""
+    wide = torch.promote_types(padded.rows.dtype, torch.float32)
+    counted = padded.numbers >= 0
+    weights = torch.where(counted, padded.weights if mode == "weighted" else 1, 0).to(wide)
+    total = weights.sum(1)
+    divisor = total.sqrt() if mode == "sqrt" else total
+    sums = torch.where(counted[..., None], padded.rows * weights[..., None], 0.0).sum(1)
+    y = sums / divisor.clamp(min=1e-9)[:, None]
+    return y.to(padded.rows.dtype), torch.where(total > 0, 1.0 / divisor, 0.0)
+
+
+def largest_rows(padded: PaddedRows) -> tuple[Tensor, Tensor]:
+    """The largest of each column, [B, H], NaN before any number, and the first row of x that has it; -inf and -1 without a
+    row."""
+    counted = (padded.numbers >= 0)[..., None]
+    rows = torch.where(counted, padded.rows, -torch.inf)
+    equal = counted & ((rows == rows.amax(1, keepdim=True)) | rows.isnan())
+    places = equal.to(torch.int8).argmax(1, keepdim=True)  # the first
+    numbers = padded.numbers[..., None].expand_as(rows).gather(1, places).squeeze(1)
+    return rows.gather(1, places).squeeze(1), torch.where(equal.any(1), numbers, -1)

@@ -139,6 +139,15 @@ _GATHER_ROWS: Table = {
     2: {8192: Config(4, 4, 1024)},
     4: {8192: Config(4, 4, 512)},
 }
+# A program has all rows of a sequence, BLOCK_M at once, in BLOCK_N columns: 64 bytes of each row, or with few sequences one
+# sector of 32 bytes. Each thread has several loads in flight. Short sequences take fewer rows and more columns at once.
+_POOL_ROWS: Table = {2: {8192: Config(512, 16, 32)}, 4: {8192: Config(512, 16, 16)}}
+_POOL_ROWS_FEW: Table = {2: {768: Config(1024, 16, 16)}, 4: {768: Config(1024, 16, 8)}}
+_POOL_ROWS_128: Table = {2: {8192: Config(64, 4, 64)}, 4: {8192: Config(64, 4, 32)}}
+_POOL_ROWS_BACKWARD: Table = {
+    2: {512: Config(8, 4, 512), 8192: Config(4, 4, 1024)},
+    4: {8192: Config(4, 4, 512)},
+}
 # BLOCK_M sorted positions per program (most of them idle); of a row's columns each lane loads 16 bytes.
 _EMBEDDING_RUNS: Table = {
     2: {256: Config(1, 1, 256, at_once=8), 512: Config(1, 2, 512, at_once=8), 8192: Config(1, 4, 1024, at_once=8)},
@@ -348,6 +357,10 @@ TABLES: dict[str, dict[str, Table]] = (
         "mask_rows": _everywhere(_MASK_ROWS) | _interpreted(Config(1, 1, 1024)),
         "packed_rows": _everywhere(_PACKED_ROWS) | _interpreted(Config(1, 1, 1024)),
         "gather_rows": _everywhere(_GATHER_ROWS) | _interpreted(Config(32, 1, 1024)),
+        "pool_rows_forward": _everywhere(_POOL_ROWS) | _interpreted(Config(64, 1, 256)),
+        "pool_rows_forward_few": _everywhere(_POOL_ROWS_FEW) | _interpreted(Config(32, 1, 1024)),
+        "pool_rows_forward_128": _everywhere(_POOL_ROWS_128) | _interpreted(Config(32, 1, 1024)),
+        "pool_rows_backward": _everywhere(_POOL_ROWS_BACKWARD) | _interpreted(Config(32, 1, 1024)),
         "layernorm_forward": _everywhere(_LAYERNORM_FORWARD) | _interpreted(Config(32, 1)),
         "layernorm_forward_uneven": _everywhere(_LAYERNORM_FORWARD_UNEVEN) | _interpreted(Config(32, 1)),
         "layernorm_backward": _everywhere(_LAYERNORM_BACKWARD_THREE if RELEASE < (3, 8) else _LAYERNORM_BACKWARD)

@@ -124,6 +124,11 @@ def resident_programs(config: Config, like: Tensor, blocks: int) -> int:
     return max(1, min(blocks, _multiprocessors(like.device) * config.programs_per_multiprocessor))
 
 
+def fills(programs: int, like: Tensor) -> bool:
+    """Whether there are at least as many programs as SMs on the device of `like`."""
+    return programs >= _multiprocessors(like.device)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x as [rows, columns] with any strides; copied only where no strides can express that."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -15,6 +15,7 @@ from fastbert.kernels.embedding_layernorm import embedding_layernorm
 from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.gelu_layernorm import gelu_layernorm
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
+from fastbert.kernels.pool_rows import MODES, pool_rows
 from fastbert.testing.attention import drawn_keep
 from fastbert.testing.numerics import assert_close
 from fastbert.testing.rows import DEVICE, Inputs, double, drawn_mask, run, seed_tensor
@@ -79,6 +80,11 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
     index = torch.tensor([3, 1, -1, 4], dtype=torch.int32, device=DEVICE)
     inverse = torch.tensor([-1, 1, -1, 0, 3], dtype=torch.int32, device=DEVICE)
     key_mask = torch.tensor([[True] * 4 + [False], [False] * 5], device=DEVICE)
+    packed = {
+        "cu_seqlens": torch.tensor([0, 2, 4, ROWS], dtype=torch.int32, device=DEVICE),
+        "index": torch.tensor([0, 2, 3, 4, -1], dtype=torch.int32, device=DEVICE),
+        "mask": torch.tensor([[True, True, True], [False, True, True]], device=DEVICE),
+    }
     bounds = torch.tensor([0, 2, 2, ROWS], dtype=torch.int32, device=DEVICE)
     loss = {"forward": tuple(f"linear_cross_entropy_{part}_kernel" for part in ("fwd", "reduce"))}
     loss["backward"] = ("linear_cross_entropy_bwd_scale_kernel",)
@@ -137,6 +143,18 @@ def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
             ("gather_rows_kernel",),
             ("gather_rows_kernel",),
             {"index": index, "inverse": inverse},
+        ),
+        *(
+            Case(
+                f"pool_rows {mode}",
+                pool_rows,
+                reference.pool_rows,
+                {"x": rows()},
+                rows(2, WIDTH),
+                **norm("pool_rows"),
+                options={"mode": mode, "n_sequences": 2, "seqlen": 3, **packed},
+            )
+            for mode in MODES
         ),
         Case(
             "attention",

@@ -20,11 +20,12 @@ from fastbert.kernels.core.launch import INTERPRETED
 from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import rows as linear_cross_entropy_rows
 from fastbert.kernels.packed_rows import packed_rows
+from fastbert.kernels.pool_rows import MODES
 from fastbert.kernels.row_counts import row_counts
 from fastbert.testing.numerics import assert_close
 from fastbert.testing.rows import DEVICE
 
-from . import test_gather_rows
+from . import test_gather_rows, test_pool_rows
 from .adamw import test_adamw
 from .embedding_layernorm import test_embedding_layernorm
 from .large_offsets import STRIDE, far_apart, leave_storages_where_they_are
@@ -44,6 +45,24 @@ def gather_rows(layout: str, name: str) -> None:
     else:
         dy = far_apart(dy, layout)
     test_gather_rows.check(x, *test_gather_rows.indices(n_rows, n_rows), dy)
+
+
+def pool_rows(layout: str, name: str) -> None:
+    """Rows or columns of x or dy; of the mask sequences or positions."""
+    n_rows, width = LAYOUTS[layout]
+    options, x, dy = test_pool_rows.all_rows(1, n_rows), normal(n_rows, width), normal(1, width)
+    if name == "x":
+        x = far_apart(x, layout)
+    else:  # a row a sequence, or a position of one sequence a column
+        options = test_pool_rows.all_rows(*LAYOUTS[layout])
+        x = normal(n_rows * width, 3)
+        dy, mask = normal(n_rows, 3), torch.rand(n_rows, width) < 0.7
+        if name == "mask":
+            options["mask"] = far_apart(mask, layout, dtype=torch.bool)
+        else:
+            dy = far_apart(dy, layout)
+    for mode in MODES:
+        test_pool_rows.check(x, mode, options, dy)
 
 
 def embedding_layernorm(layout: str, name: str) -> None:
@@ -128,6 +147,7 @@ def adamw() -> None:
 PLACES: dict[str, Callable[[], None]] = {
     **{f"{op} {k}": partial(masks, op, k) for op in ("key_bounds", "row_counts", "packed_rows") for k in LAYOUTS},
     **{f"gather_rows {n} {k}": partial(gather_rows, k, n) for n in ("x", "dy") for k in LAYOUTS},
+    **{f"pool_rows {n} {k}": partial(pool_rows, k, n) for n in ("x", "mask", "dy") for k in LAYOUTS},
     **{f"embedding_layernorm {n} {k}": partial(embedding_layernorm, k, n) for n in ("words", "embeds", "dy") for k in LAYOUTS},
     **{f"linear_cross_entropy scaled {k}": partial(scaled, k) for k in LAYOUTS},
     **{f"linear_cross_entropy {n}": partial(logits, n) for n in ("logits", "dlosses")},

@@ -19,6 +19,7 @@ from fastbert.kernels.gather_rows import gather_rows
 from fastbert.kernels.key_bounds import key_bounds
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from fastbert.kernels.packed_rows import packed_rows
+from fastbert.kernels.pool_rows import MODES, pool_rows
 from fastbert.kernels.row_counts import row_counts
 from fastbert.testing import encoder_layer as layer
 from fastbert.testing import feed_forward as feed_forward_inputs
@@ -115,6 +116,19 @@ def check_packed_rows(elements: int, dtype: torch.dtype) -> None:
         assert torch.equal(one, other)
 
 
+def check_pool_rows(elements: int, dtype: torch.dtype) -> None:
+    """Sequences of 64 rows, without an index; the last ones alone are the same."""
+    length, width = 64, 768
+    batch = elements // (length * width) + ROWS
+    x, dy = normal(batch * length, width, dtype=dtype), normal(batch, width, dtype=dtype)
+    bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=DEVICE)
+    for mode in MODES:
+        whole = run(pool_rows, {"x": x}, dy, cu_seqlens=bounds, mode=mode, n_sequences=batch, seqlen=length)
+        last = {"cu_seqlens": bounds[: ROWS + 1], "mode": mode, "n_sequences": ROWS, "seqlen": length}
+        alone = run(pool_rows, {"x": x[-ROWS * length :]}, dy[-ROWS:], **last)
+        assert_last(whole, alone, ("y", "dx"))
+
+
 def check_embedding_layernorm(elements: int, dtype: torch.dtype) -> None:
     """So many tokens and a table of so many words, whose last rows the last tokens read."""
     width, length = 768, 64
@@ -196,6 +210,7 @@ CHECKS: dict[str, Check] = {
     "key_bounds": check_key_bounds,
     "row_counts": check_row_counts,
     "packed_rows": check_packed_rows,
+    "pool_rows": check_pool_rows,
     "embedding_layernorm": check_embedding_layernorm,
     "attention": check_attention,
     "encoder_layer": check_encoder_layer,

@@ -184,7 +184,7 @@ def test_linear_cross_entropy_as_it_ships():
 def test_short_is_a_part_of_the_whole():
     records = audit.selected(audit.read(), list(SPECS), list(ARCHITECTURES), only_short=True)
     assert {(r["op"], r["architecture"]) for r in records} == {(op, arch) for op in SPECS for arch in ARCHITECTURES}
-    assert len(records) == 3 * (6 * 1 + 3 * 2 + 2 * 3 + 7 + 9)  # ops of one record, of two, of three; embeddings, attention
+    assert len(records) == 3 * (6 * 1 + 4 * 2 + 2 * 3 + 7 + 9)  # ops of one record, of two, of three; embeddings, attention
 
 
 def test_releases_of_triton_compile_alike():

@@ -1,6 +1,8 @@
 """Every tile in the tables of the ops that test_configs.py leaves out, under the interpreter, with several programs."""
 
 from dataclasses import replace
+from importlib import import_module
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,17 +18,19 @@ from fastbert.testing.rows import DEVICE
 from fastbert.testing.spec import Draw
 from fastbert.testing.specs import SPECS
 
-from .. import test_gather_rows, test_key_bounds, test_packed_rows, test_row_counts
+from .. import test_gather_rows, test_key_bounds, test_packed_rows, test_pool_rows, test_row_counts
 from ..adamw import test_adamw
 from ..embedding_layernorm import test_embedding_layernorm
 from . import test_bound
 from .test_configs import DTYPES, as_on  # noqa: F401
 
+pool_rows = import_module("fastbert.kernels.pool_rows")  # the module, which the package hides behind its function
 EMBEDDING = SPECS["embedding_layernorm"].tables["dropped"]
 # Ops whose tables are run tile by tile below, in test_configs.py or in test_feed_forward.py.
 BY_HAND = {
     *("dropout_add_layernorm", "bias_gelu", "gelu_layernorm", "attention", "encoder_layer", "feed_forward"),
     *("embedding_layernorm", "gather_rows", "linear_cross_entropy", "adamw", "key_bounds", "row_counts", "packed_rows"),
+    "pool_rows",
 }
 
 
@@ -79,6 +83,23 @@ def test_tiles_of_gather_rows(architecture, itemsize, _, as_on, launches):  # no
     n_rows, width = config.BLOCK_M + 1, config.BLOCK_N + 1
     test_gather_rows.check(torch.randn(n_rows, width).to(DEVICE, DTYPES[itemsize]), *test_gather_rows.indices(n_rows, n_rows))
     assert launches() == {"gather_rows_kernel": 2}
+
+
+@pytest.mark.parametrize("mode", ["weighted", "max"])
+@pytest.mark.parametrize("shape", ["long", "few", "short"])
+@pytest.mark.parametrize("architecture, itemsize, _", configured("pool_rows_forward"))
+def test_tiles_of_pool_rows(architecture, itemsize, _, shape, mode, as_on, launches):  # noqa: F811
+    """A whole tile of rows and columns and a partial one; few are as many programs as SMs."""
+    as_on(architecture)
+    name = "pool_rows_forward" + {"long": "", "few": "_few", "short": "_128"}[shape]
+    config = config_of(name, architecture, itemsize)
+    lengths = [config.BLOCK_M + 1] if shape == "few" else [config.BLOCK_M + 1, 1, 3]
+    options = test_pool_rows.places(test_pool_rows.of_lengths(lengths, lengths[0]), spare=1)
+    x = torch.randn(sum(lengths) + 1, config.BLOCK_N + 1).to(DEVICE, DTYPES[itemsize])
+    with patch.object(pool_rows, "launch", wraps=launch.launch) as launched:
+        test_pool_rows.check(x, mode, options)
+    assert launched.call_args_list[0].args[2] is config
+    assert launches() == test_pool_rows.KERNELS
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -20,6 +20,7 @@ from tests.mutation.faults import (
     optimizer,
     packing,
     patching,
+    pooling,
     reports,
     training_graphs,
 )
@@ -32,6 +33,7 @@ AREAS = (
     attention_backward,
     attention_backward_short,
     linear_cross_entropy,
+    pooling,
     encoder_layer,
     feed_forward,
     launching,
