@@ -12,6 +12,7 @@ from bench.models import workloads
 from bench.models.workloads import FORWARD, GRAPHED, Lane
 
 BERT, XLM_ROBERTA = "bert", "xlm-roberta"
+TINY = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 # Sizes by name: model type of transformers, and its config where it differs from the type's default.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "BERT-base": (BERT, {}),  # BGE-base, GTE-base, E5-base
@@ -20,18 +21,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         XLM_ROBERTA,
         {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
     ),
-    "tiny": (
-        BERT,
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "max_position_embeddings": 32,
-        },
-    ),
+    "tiny": (BERT, TINY | {"max_position_embeddings": 32}),
+    "tiny XLM-R": (XLM_ROBERTA, TINY | {"max_position_embeddings": 34, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
 }
+TINY_MODELS = ("tiny", "tiny XLM-R")
 POOLINGS = ("mean", "cls")
 PRECISIONS = ("bf16", "fp16", "fp32")
 
@@ -95,8 +88,9 @@ QUERY_LANES = tuple(lane for lane in LANES if lane != BY_TOKENS)
 def lanes_of(case: EncodeCase) -> tuple[str, ...]:
     """A single query makes no batches; FlashAttention takes 16 bits, except in a dry run."""
     lanes = QUERY_LANES if case.single else tuple(LANES)
-    flattened = (FLATTENED, workloads.FLATTENED_FLASH)
-    return tuple(lane for lane in lanes if case.precision != "fp32" or case.model == "tiny" or lane not in flattened)
+    if case.precision != "fp32" or case.model in TINY_MODELS:
+        return lanes
+    return tuple(lane for lane in lanes if lane not in (FLATTENED, workloads.FLATTENED_FLASH))
 
 
 SENTENCES, LONGEST, FILL = 1024, 512, 0.125  # 64 tokens on average
@@ -125,4 +119,5 @@ def cases(
 def tiny(case: EncodeCase) -> EncodeCase:
     """The same call at a size for the interpreter. In float32: the interpreter computes bfloat16 wrongly."""
     few = case.sentences if case.single else 6
-    return replace(case, model="tiny", precision="fp32", batch=min(case.batch, 4), sentences=few, longest=24, fill=0.4)
+    model = TINY_MODELS[MODELS[case.model][0] == XLM_ROBERTA]
+    return replace(case, model=model, precision="fp32", batch=min(case.batch, 4), sentences=few, longest=24, fill=0.4)

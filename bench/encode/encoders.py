@@ -62,7 +62,10 @@ def make(case: EncodeCase, lane: EncodeLane, device: str) -> Any:
         made = SentenceTransformer(modules=[first, Pooling(first.get_embedding_dimension(), case.pooling)], device=device)
     adapt(lane.model.peer, made)
     if lane.model.fast:
-        fastbert.patch(made)
+        try:
+            fastbert.patch(made)
+        except fastbert.UnsupportedModelError as error:
+            raise Absent(f"fastbert: {error}") from None
     if lane.model.graphed:
         fastbert.graphed(made)
     return made.eval()

@@ -115,7 +115,7 @@ def encode_jobs(
     from bench.encode.texts import FEWEST
     from bench.runner.plan import encode_job
 
-    _known("model", names, [name for name in cases.MODELS if name != "tiny"])
+    _known("model", names, [name for name in cases.MODELS if name not in cases.TINY_MODELS])
     _known("pooling", poolings, cases.POOLINGS)
     _known("precision", precisions, cases.PRECISIONS)
     _known("lane", lanes, cases.LANES)

@@ -90,6 +90,18 @@ class TestLanes:
         lanes = (FLATTENED, GRAPHED)
         assert found(QUERIES, *lanes, BY_TOKENS) == dict.fromkeys(lanes, ("dry-run", None))
 
+    def test_xlm_roberta(self):
+        (case,) = cases.cases(("XLM-R base",), batches=(4,), queries=False)
+        lanes = (STOCK, FLATTENED)
+        assert found(cases.tiny(case), *lanes) == dict.fromkeys(lanes, ("dry-run", None))
+
+    def test_a_model_that_is_not_patched_is_absent(self, monkeypatch):
+        def refuse(model):
+            raise fastbert.UnsupportedModelError("nothing to patch")
+
+        monkeypatch.setattr(fastbert, "patch", refuse)
+        assert found(CASE, FASTBERT) == {FASTBERT: ("absent", "fastbert: nothing to patch")}
+
     def test_a_library_that_is_missing_is_named(self):
         (record,) = run.run([CASE], [workloads.PACKED_ENCODERS])
         assert record.status == "absent" and "packed-encoders" in record.reason

@@ -5,6 +5,7 @@ from tests.mutation.faults import (
     attention,
     attention_backward,
     attention_backward_short,
+    benchmarks,
     elementwise,
     embeddings,
     encoder_layer,
@@ -47,5 +48,6 @@ AREAS = (
     inference_graphs,
     reports,
     training_graphs,
+    benchmarks,
 )
 FAULTS: tuple[Fault, ...] = tuple(fault for area in AREAS for fault in area.FAULTS)
