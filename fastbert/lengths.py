@@ -139,14 +139,13 @@ def packing_encoders(model: nn.Module) -> list[nn.Module]:
     Raises:
         TypeError: `model` is not a module.
     """
-    from fastbert.registry import AUTO_PACKING, PACKING
+    from fastbert.registry import PACKING_CLASSES
 
     _check_model(model)
-    packing = PACKING.fast, AUTO_PACKING.fast
     patched_with, known = _encoders.get(model, (None, []))
-    found = [encoder for encoder in (reference() for reference in known) if type(encoder) in packing]
+    found = [encoder for encoder in (reference() for reference in known) if type(encoder) in PACKING_CLASSES]
     if not found or len(found) != len(known) or patched_with is not switches_of(model):  # do not search in every step
-        found = [module for module in model.modules() if type(module) in packing]
+        found = [module for module in model.modules() if type(module) in PACKING_CLASSES]
         _encoders[model] = switches_of(model), [ref(encoder) for encoder in found]
     return found
 

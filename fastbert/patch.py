@@ -167,8 +167,8 @@ def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) ->
             continue
         entry = mlm_heads.get(entry.stock, entry)
         wanted = entry.wanted(switches)
-        if entry.stock is PACKING.stock:
-            entry = AUTO_PACKING if wanted == "auto" else PACKING
+        if entry.stock in PACKING:
+            entry = (AUTO_PACKING if wanted == "auto" else PACKING)[entry.stock]
             wanted = module in with_a_reader if wanted == "auto" else wanted
         reason = None
         if wanted:
@@ -243,13 +243,13 @@ def _accept(classes: dict[nn.Module, type]) -> None:
 
 
 def _nothing_found(model: nn.Module) -> UnsupportedModelError:
-    from fastbert.registry import MODEL_CLASSES
+    from fastbert.registry import families_text
 
     family = getattr(getattr(model, "config", None), "model_type", None)
     found = type(model).__name__ + (f" (model type {family!r})" if family else "")
     return UnsupportedModelError(
-        f"model: found {found}, which contains no BERT module that has a kernel; "
-        f"supported are {', '.join(MODEL_CLASSES)} and modules that contain one of them"
+        f"model: found {found}, which contains no module that has a kernel; supported are the models of {families_text()}, and "
+        "modules that contain one of them"
     )
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from fastbert import forwards, ops
 from fastbert.dispatch import forward_replaced, kind_of
@@ -19,9 +21,9 @@ from fastbert.layers import (
     pooled_heads,
     prediction_head,
     residual_norm,
-    stock,
 )
-from fastbert.layers.stock import CODE, BertEncoder, BertPooler, stock_class
+from fastbert.layers.family import FAMILIES
+from fastbert.layers.stock import CODE, part_of, stock_class
 
 
 @dataclass(frozen=True)
@@ -72,71 +74,97 @@ class Entry:
         return CODE[self.stock.__name__]
 
 
-def _entry(part: Any, name: str, kernel: str | None, switch: str) -> Entry:
-    return Entry(stock_class(name), getattr(part, name), kernel, switch, _unsupported(part))
-
-
-def _unsupported(part: Any) -> Callable[[nn.Module], str | None]:
-    return getattr(part, "unsupported", lambda module: None)
-
-
 # The layer op launches the kernels of these ops.
 LAYER = "attention, dropout_add_layernorm, bias_gelu"
 _INSIDE_LAYERS = ("attention", "residual_norm", "intermediate")
+
+
+def _entries(
+    fast: dict[str, type[nn.Module]],
+    kernel: str | None,
+    switch: str,
+    unsupported: Callable[[nn.Module], str | None] = lambda module: None,
+    switches: tuple[str, ...] = (),
+) -> tuple[Entry, ...]:
+    """The entries of fast classes, given by name."""
+    return tuple(Entry(stock_class(name), cls, kernel, switch, unsupported, switches) for name, cls in fast.items())
+
+
+def _of(part: str, fast: dict[str, type[nn.Module]]) -> dict[str, type[nn.Module]]:
+    return {name: cls for name, cls in fast.items() if cls.PART.part == part}
+
+
 ENTRIES = (
-    _entry(embeddings, "BertEmbeddings", "embedding_layernorm", "embeddings"),
-    _entry(attention, "BertSelfAttention", "attention", "attention"),
-    _entry(attention, "BertCrossAttention", "attention", "attention"),
-    _entry(residual_norm, "BertSelfOutput", "dropout_add_layernorm", "residual_norm"),
-    _entry(residual_norm, "BertOutput", "dropout_add_layernorm", "residual_norm"),
-    Entry(stock.BertLayer, layer.BertLayer, LAYER, "attention", lambda module: None, _INSIDE_LAYERS),
-    _entry(intermediate, "BertIntermediate", "bias_gelu", "intermediate"),
-    _entry(prediction_head, "BertPredictionHeadTransform", "gelu_layernorm", "mlm_head"),
+    *_entries(embeddings.FAST, "embedding_layernorm", "embeddings", embeddings.unsupported),
+    *_entries(attention.FAST, "attention", "attention", attention.unsupported),
+    *_entries(residual_norm.FAST, "dropout_add_layernorm", "residual_norm", residual_norm.unsupported),
+    *_entries(layer.FAST, LAYER, "attention", switches=_INSIDE_LAYERS),
+    *_entries(_of("Intermediate", intermediate.FAST), "bias_gelu", "intermediate", intermediate.unsupported),
+    *_entries(
+        _of("DiscriminatorPredictions", intermediate.FAST), "bias_gelu", "intermediate", intermediate.discriminator_unsupported
+    ),
+    *_entries(prediction_head.FAST, "gelu_layernorm", "mlm_head", prediction_head.unsupported),
     # It makes masks and launches nothing itself, so the report omits it.
-    _entry(model, "BertModel", None, "attention"),
+    *_entries(model.FAST, None, "attention"),
 )
+
+
+def _encoders(namespace: type) -> dict[type[nn.Module], Entry]:
+    """The entries of the encoders that pack, by stock class."""
+    fast = {name: cls for name, cls in vars(namespace).items() if isinstance(cls, type) and name.endswith("Encoder")}
+    return {entry.stock: entry for entry in _entries(fast, "gather_rows", "unpad", encoder.unsupported)}
+
+
 # For unpad=True, and for unpad="auto" with a head that says what it reads.
-PACKING = Entry(BertEncoder, encoder.Always.BertEncoder, "gather_rows", "unpad", encoder.unsupported)
-AUTO_PACKING = Entry(BertEncoder, encoder.Unseen.BertEncoder, "gather_rows", "unpad", encoder.unsupported)
+PACKING, AUTO_PACKING = _encoders(encoder.Always), _encoders(encoder.Unseen)
+PACKING_CLASSES = frozenset(entry.fast for entries in (PACKING, AUTO_PACKING) for entry in entries.values())
 # Heads that say what they read. They launch nothing themselves.
-POOLED_HEADS = tuple(
-    _entry(pooled_heads, name, None, "unpad")
-    for name in ("BertForSequenceClassification", "BertForNextSentencePrediction", "BertForMultipleChoice")
-)
+POOLED_HEADS = _entries(pooled_heads.FAST, None, "unpad")
 # Per value of mlm_logits.
 MLM_HEADS = {
-    value: tuple(
-        Entry(stock_class(name), getattr(fast, name), "linear_cross_entropy", "mlm_head", mlm_heads.unsupported)
-        for name in ("BertForMaskedLM", "BertForPreTraining", "BertLMHeadModel")
+    value: _entries(
+        {name: getattr(fast, name) for name in mlm_heads.NAMES}, "linear_cross_entropy", "mlm_head", mlm_heads.unsupported
     )
     for value, fast in (("full", mlm_heads.Full), ("none", mlm_heads.WithoutLogits))
 }
 # Keyed by exact type: a user's subclass may override forward.
-BY_STOCK = {entry.stock: entry for entry in (*ENTRIES, PACKING, *POOLED_HEADS, *MLM_HEADS["full"])}
+BY_STOCK = {entry.stock: entry for entry in (*ENTRIES, *PACKING.values(), *POOLED_HEADS, *MLM_HEADS["full"])}
 BY_FAST = {
-    entry.fast: entry for entry in (*ENTRIES, PACKING, AUTO_PACKING, *POOLED_HEADS, *MLM_HEADS["full"], *MLM_HEADS["none"])
+    entry.fast: entry
+    for entry in (
+        *(*ENTRIES, *PACKING.values(), *AUTO_PACKING.values()),
+        *(*POOLED_HEADS, *MLM_HEADS["full"], *MLM_HEADS["none"]),
+    )
 }
 
-# Parts of BERT that compute something but have no kernel; `report` lists them for completeness.
-STOCK_ONLY = (BertPooler,)
+# Parts that compute something but have no kernel; `report` lists them for completeness.
+STOCK_ONLY = tuple(family["Pooler"] for family in FAMILIES if family.find("Pooler"))
 
 
 def encoders_with_a_reader(model: nn.Module, mlm: bool) -> set[nn.Module]:
     """The encoders in `model` whose head reads only some positions; MLM heads count if `mlm`."""
     entries = (*POOLED_HEADS, *(entry for heads in MLM_HEADS.values() if mlm for entry in heads))
     heads = {cls for entry in entries for cls in (entry.stock, entry.fast)}
-    bodies = (getattr(module, "bert", None) for module in model.modules() if kind_of(module) in heads)
+    bodies = (encoder.body_of(module) for module in model.modules() if kind_of(module) in heads)
     return {body.encoder for body in bodies if hasattr(body, "encoder")}
 
 
-MODEL_CLASSES = (
-    "BertModel",
-    "BertForPreTraining",
-    "BertLMHeadModel",
-    "BertForMaskedLM",
-    "BertForNextSentencePrediction",
-    "BertForSequenceClassification",
-    "BertForMultipleChoice",
-    "BertForTokenClassification",
-    "BertForQuestionAnswering",
-)
+@cache
+def model_classes() -> tuple[type[nn.Module], ...]:
+    """The models that `patch` supports: of each family the bare model and the models with a head that transformers has."""
+    return tuple(
+        cls
+        for family in FAMILIES
+        if family.module is not None
+        for name, cls in vars(family.module).items()
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and (found := part_of(cls)).family is family
+        if not found.fast and (found.part in ("Model", "LMHeadModel") or found.part.startswith("For"))
+    )
+
+
+def families_text() -> str:
+    """The supported families and how their models are called, for messages."""
+    names = [
+        f"{family.title} ({family.prefix}Model, {family.prefix}For...)" for family in FAMILIES if family.module is not None
+    ]
+    return ", ".join(names)

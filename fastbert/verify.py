@@ -191,12 +191,13 @@ class _Run:
 def _own_attention(model: nn.Module) -> str | None:
     """The first attention in `model` that is not transformers' own and that renaming the implementation would not replace."""
     from fastbert.integrations.attention import implementation_reason
-    from fastbert.layers import attention, stock
+    from fastbert.layers.family import FAMILIES
+    from fastbert.layers.stock import part_of
 
-    known = (stock.BertSelfAttention, stock.BertCrossAttention, attention.BertSelfAttention, attention.BertCrossAttention)
+    attentions = tuple(family["Attention"] for family in FAMILIES)
     for name, module in model.named_modules():
-        attends = getattr(module, "self", None) if isinstance(module, stock.BertAttention) else None
-        if attends is not None and type(attends) not in known:
+        attends = getattr(module, "self", None) if isinstance(module, attentions) else None
+        if attends is not None and part_of(type(attends)).part not in ("SelfAttention", "CrossAttention"):
             return f"{name}.self is a {type(attends).__name__}"
         config = getattr(module, "config", None)
         reason = implementation_reason(getattr(config, "_attn_implementation", None)) if config is not None else None
@@ -385,9 +386,10 @@ def _first_of(
 
 def _module_outputs(model: nn.Module, batch: Mapping[str, Any], inside: bool) -> dict[str, Tensor]:
     """The output of every module that has children, in the order in which they finish; within layers only if `inside`."""
-    from fastbert.layers.stock import BertLayer
+    from fastbert.layers.family import FAMILIES
 
-    layers = () if inside else tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BertLayer))
+    classes = tuple(family["Layer"] for family in FAMILIES)
+    layers = () if inside else tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, classes))
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

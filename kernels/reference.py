@@ -54,6 +54,7 @@ def embedding_layernorm(
     position_ids: Tensor | None = None,
     offset: int = 0,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
     eps: float = 1e-12,
     p: float = 0.0,
     out_dtype: torch.dtype | None = None,
@@ -67,7 +68,7 @@ def embedding_layernorm(
     if position_ids is None:
         position_ids = torch.arange(offset, offset + rows.shape[-2], device=words.device)
     type_rows = types[0] if token_type_ids is None else F.embedding(token_type_ids, types)
-    y = _layer_norm(rows + type_rows + F.embedding(position_ids, positions), weight, bias, eps, out_dtype)
+    y = _layer_norm(rows + type_rows + F.embedding(position_ids, positions, position_padding_idx), weight, bias, eps, out_dtype)
     if index is not None:
         y = y.flatten(0, -2)[index.long().clamp(min=0)][None]
     return y if p == 0.0 else torch.where(keep, y * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)

@@ -130,7 +130,7 @@ def test_another_python_gives_the_same_digest(released, monkeypatch):
 def test_the_table_has_all_of_the_installed_release():
     pairs = stock.covered()
     assert {forwards.reason(*pair) for pair in pairs} == {None}
-    assert sorted(forwards.table()) == sorted(forwards.label(*pair) for pair in pairs)
+    assert sorted(forwards.table()) == sorted({forwards.label(*pair) for pair in pairs})
     assert all(hasattr(*pair) for code in stock.CODE.values() for pair in code.pairs)
 
 

@@ -17,7 +17,7 @@ from fastbert.dispatch import class_forward_on_instance, kind_of
 from fastbert.errors import UnsupportedModelError
 from fastbert.graphs.inference import Graphs
 from fastbert.graphs.options import Options
-from fastbert.registry import BY_FAST, ENTRIES, MLM_HEADS, MODEL_CLASSES, POOLED_HEADS, stock_class
+from fastbert.registry import BY_FAST, ENTRIES, MLM_HEADS, POOLED_HEADS, families_text, model_classes
 
 ATTRIBUTE = "_fastbert_graphs"  # the model's Graphs; on the model, so that it does not keep the model alive
 
@@ -50,8 +50,8 @@ def _namespace(name: str, bases: Iterable[type[nn.Module]]) -> type:
 
 
 _BASES = {
-    "Stock": [stock_class(name) for name in MODEL_CLASSES],
-    "Fast": [entry.fast for entry in (*ENTRIES, *POOLED_HEADS) if entry.stock.__name__ in MODEL_CLASSES],
+    "Stock": model_classes(),
+    "Fast": [entry.fast for entry in (*ENTRIES, *POOLED_HEADS) if entry.stock in model_classes()],
     "Full": [entry.fast for entry in MLM_HEADS["full"]],
     "WithoutLogits": [entry.fast for entry in MLM_HEADS["none"]],
 }
@@ -104,8 +104,8 @@ def checked_roots(model: nn.Module) -> list[nn.Module]:
     found = roots(model)
     if not found:
         raise UnsupportedModelError(
-            "model: expected a BertModel or BertFor* of transformers, or a module that contains one, "
-            f"got a {type(model).__name__} in which neither has a forward for graphs"
+            f"model: expected a model of {families_text()}, or a module that contains one, "
+            f"got a {type(model).__name__} in which none has a forward for graphs"
         )
     return found
 

@@ -8,7 +8,7 @@ from transformers.utils import ModelOutput
 
 # Outputs with a position per token. Every other output has a row per row of the batch.
 _PER_TOKEN = {"last_hidden_state", "start_logits", "end_logits", "prediction_logits"}
-_LOGITS_PER_TOKEN = {"BertForMaskedLM", "BertLMHeadModel", "BertForTokenClassification"}
+_LOGITS_PER_TOKEN = ("ForMaskedLM", "LMHeadModel", "ForCausalLM", "ForTokenClassification", "ElectraForPreTraining")
 MOST_CUTS = 1024  # per graph
 
 
@@ -26,7 +26,7 @@ class Outputs:
             if not isinstance(value, Tensor):
                 raise TypeError(f"a {type(value).__name__} as output {name!r}")
         self._class, self._tensors = type(output), dict(output.items())
-        per_token = _PER_TOKEN | ({"logits"} if model_class in _LOGITS_PER_TOKEN else set())
+        per_token = _PER_TOKEN | ({"logits"} if model_class.endswith(_LOGITS_PER_TOKEN) else set())
         self._per_token = per_token & self._tensors.keys()
         self._cuts: dict[torch.Size, tuple[Tensor, ...]] = {}
 

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastbert.dispatch import IDLE_HOOKS, forward_replaced, is_plain_tensor
 from fastbert.integrations.attention import implementation_reason
 from fastbert.kernels.adamw.tensor_forms import Forms
+from fastbert.layers.family import FAMILIES
 
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients those of the backward do nothing
 _HOOKS = itemgetter(*_HOOK_KINDS)
@@ -212,7 +213,10 @@ def _relevant(module: nn.Module) -> Iterable[str]:
 
 _APART = {nn.Linear, nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ReLU}
 _APART |= {nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ParameterDict, nn.ParameterList}
-_APART_IN = ("transformers.models.bert.", "transformers.activations", "fastbert.", "peft.", "torch.nn.utils.parametr")
+_APART_IN = (
+    *(f"transformers.models.{family.path}" for family in FAMILIES),
+    *("transformers.activations", "fastbert.", "peft.", "torch.nn.utils.parametr"),
+)
 
 
 def _keeps_positions_apart(module: nn.Module) -> bool:

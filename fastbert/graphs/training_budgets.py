@@ -52,13 +52,12 @@ class Packers:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Packers":
-        from fastbert.registry import AUTO_PACKING, MLM_HEADS, PACKING, POOLED_HEADS
+        from fastbert.registry import MLM_HEADS, PACKING_CLASSES, POOLED_HEADS
 
-        packing = PACKING.fast, AUTO_PACKING.fast
         losses = {entry.fast for heads in MLM_HEADS.values() for entry in heads}
         pooled = {entry.fast for entry in POOLED_HEADS}
         modules = list(model.modules())
-        encoders = [module for module in modules if type(module) in packing]
+        encoders = [module for module in modules if type(module) in PACKING_CLASSES]
         heads = [module for module in modules if type(module) in losses]
         if len(encoders) > 1 or len(heads) > 1:
             return cls(None, None, False, "several encoders that pack, or several heads: patch with unpad=False")
@@ -124,14 +123,14 @@ def _read(packers: Packers, batch: Mapping[str, Any]) -> Tensor | None:
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return None
     name = type(packers.head).__name__
-    if name == "BertLMHeadModel":
+    if name.endswith(("LMHeadModel", "ForCausalLM")):
         if isinstance(shifted, Tensor):
             return shifted != ignored
         read = (labels != ignored).roll(-1, 1)
         read[:, -1:] = False
         return read
     read = labels != ignored
-    if name == "BertForPreTraining":
+    if name.endswith("ForPreTraining"):
         read[:, :1] = True
     return read
 

@@ -31,10 +31,9 @@ def unsupported(module: nn.Module) -> str | None:
     return None  # any dropout module will do: stock also reads only its p
 
 
-class BertSelfAttention(FastModule, stock.BertSelfAttention):
-    """BertSelfAttention on the attention kernel."""
+class SelfAttention(FastModule):
+    """Self-attention on the attention kernel."""
 
-    @stock.fast_forward_of(stock.BertSelfAttention)
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -43,7 +42,7 @@ class BertSelfAttention(FastModule, stock.BertSelfAttention):
             falls_back(self, None)  # the encoder has checked the call; stock attention would mix the sequences
             return _attend_packed(self, hidden_states, packing, kwargs.get("queries")), None
         reason = tensor_reason(hidden_states)
-        reason = reason or _reason(self, "BertSelfAttention", hidden_states, attention_mask, args, kwargs)
+        reason = reason or _reason(self, hidden_states, attention_mask, args, kwargs)
         if falls_back(self, reason):
             return super().forward(hidden_states, stock_mask(attention_mask), *args, **kwargs)
         q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
@@ -56,10 +55,9 @@ class BertSelfAttention(FastModule, stock.BertSelfAttention):
         return _attend(self, q, k, v, mask, hidden_states.shape), None
 
 
-class BertCrossAttention(FastModule, stock.BertCrossAttention):
-    """BertCrossAttention on the attention kernel."""
+class CrossAttention(FastModule):
+    """Cross-attention on the attention kernel."""
 
-    @stock.fast_forward_of(stock.BertCrossAttention)
     def forward(
         self,
         hidden_states: Tensor,
@@ -69,7 +67,7 @@ class BertCrossAttention(FastModule, stock.BertCrossAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         reason = tensor_reason(hidden_states, encoder_hidden_states)
-        reason = reason or _reason(self, "BertCrossAttention", encoder_hidden_states, attention_mask, args, kwargs)
+        reason = reason or _reason(self, encoder_hidden_states, attention_mask, args, kwargs)
         if falls_back(self, reason):
             return super().forward(hidden_states, encoder_hidden_states, stock_mask(attention_mask), *args, **kwargs)
         (q,) = project(hidden_states, (self.query,), self.attention_head_size)
@@ -140,11 +138,9 @@ def _attend_varlen(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **bounds:
     return out.flatten(1).unsqueeze(0)
 
 
-def _reason(
-    module: nn.Module, stock_name: str, keys: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
+def _reason(module: nn.Module, keys: Tensor, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     implementation = module.config._attn_implementation or "eager"
-    if reason := stock.untested(stock_name) or unsupported(module):
+    if reason := stock.untested(module.STOCK) or unsupported(module):
         return reason
     # A model that passes a KernelMask has checked the implementation.
     if not isinstance(mask, KernelMask) and (reason := implementation_reason(implementation)):
@@ -191,3 +187,9 @@ def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     p = module.dropout.p if module.training else 0.0
     out = run(module, attend, q, k, v, mask, module.is_causal, module.scaling, p)
     return out.reshape(*shape[:-1], -1)
+
+
+FAST = stock.fast_classes("SelfAttention", SelfAttention, __name__) | stock.fast_classes(
+    "CrossAttention", CrossAttention, __name__
+)
+globals().update(FAST)

@@ -35,3 +35,8 @@ class DeferredEmbeddings:
 
     position_ids: Tensor | None
     embed: Callable[[Rows | None], Tensor] | None = None
+
+
+def given(position_ids: Any) -> Tensor | None:
+    """The position ids of the call."""
+    return position_ids.position_ids if isinstance(position_ids, DeferredEmbeddings) else position_ids

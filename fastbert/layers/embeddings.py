@@ -1,7 +1,10 @@
-"""Fast class of BertEmbeddings: three gathers, their sum, LayerNorm and dropout in one kernel.
+"""Fast classes of embeddings: three gathers, their sum, LayerNorm and dropout in one kernel.
 
 The buffer `position_ids` is honoured. The kernel counts positions itself only while the buffer holds 0, 1, 2, ..., which is
 checked once, and again when the buffer is replaced or written to. Under torch.compile the buffer is always read.
+
+RoBERTa computes its positions from the ids, by stock's own functions. ERNIE may add a fourth row, the same for all tokens: the
+kernel gets it as part of the table of types.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastbert import ops
 from fastbert.dispatch import FastModule, class_forward_replaced, falls_back, is_plain, is_plain_tensor, run, tensor_reason
 from fastbert.layers import stock
-from fastbert.layers.deferred_embeddings import DeferredEmbeddings
+from fastbert.layers.deferred_embeddings import DeferredEmbeddings, given
+from fastbert.layers.family import ERNIE, FAMILIES, LIKE_ROBERTA
 from fastbert.layers.packing import Rows
 from fastbert.layers.parts import UNKNOWN_ARGUMENTS, bind_arguments, dropout_reason, layernorm_dtype, layernorm_reason
 
@@ -32,8 +36,8 @@ def _reason_of_parts(module: nn.Module, words: bool) -> str | None:
     reason = _embedding_reason("word_embeddings", module.word_embeddings) if words else None
     for name in ("position_embeddings", "token_type_embeddings"):
         reason = reason or _embedding_reason(name, getattr(module, name))
-        if reason is None and getattr(module, name).padding_idx is not None:
-            reason = f"{name} with a padding row"
+    if reason is None and module.token_type_embeddings.padding_idx is not None:
+        reason = "token_type_embeddings with a padding row"
     reason = reason or layernorm_reason(module.LayerNorm) or dropout_reason(module.dropout)
     if reason is None and not 0.0 <= module.dropout.p <= 1.0:
         return f"a dropout of {module.dropout.p}"
@@ -74,7 +78,7 @@ def _reason_of_call(module: nn.Module, words: bool) -> str | None:
         not (word.sparse or position.sparse or type_.sparse)
         and not (word.scale_grad_by_freq or position.scale_grad_by_freq or type_.scale_grad_by_freq)
         and word.max_norm is position.max_norm is type_.max_norm is None
-        and position.padding_idx is type_.padding_idx is None
+        and type_.padding_idx is None
         and 0.0 <= parts["dropout"].p <= 1.0
     )
     norm = parts["LayerNorm"]
@@ -99,26 +103,36 @@ def _are_plain(parts: dict[str, nn.Module | None]) -> bool:
     return not (_has_any_global_hook() or any(map(class_forward_replaced, (nn.Embedding, nn.LayerNorm, nn.Dropout))))
 
 
-# Per buffer: its version when it was inspected, and whether it holds 0, 1, 2, ...
-_counts_from_zero: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Per buffer: its version when it was inspected, and what was found.
+_counts_from_zero: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # whether it holds 0, 1, 2, ...
+_is_zero: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # whether it holds zeros
+
+
+def _inspect(buffer: Tensor, found: WeakTensorKeyDictionary, holds: Callable[[Tensor], bool]) -> bool | None:
+    """holds(buffer), computed when the buffer is first seen and again after a write to it; None if it cannot be read now."""
+    if torch.compiler.is_compiling() or not is_plain_tensor(buffer) or buffer.is_meta or buffer.is_inference():
+        return None
+    known = found.get(buffer)
+    if known is None or known[0] != buffer._version:
+        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        known = found[buffer] = buffer._version, holds(buffer)
+    return known[1]
+
+
+def _counted(positions: Tensor) -> bool:
+    return torch.equal(positions.view(-1), torch.arange(positions.shape[-1], device=positions.device, dtype=positions.dtype))
 
 
 def _position_reason(module: nn.Module) -> str | None:
     """Why the kernel must read the buffer `position_ids`, or None if it holds 0, 1, 2, ...
 
-    The kernel then counts positions itself, and their gradients need no sorting. The buffer is inspected once, and again
-    when it is replaced or written to.
+    The kernel then counts positions itself, and their gradients need no sorting.
     """
-    positions = module.position_ids
-    if torch.compiler.is_compiling() or not is_plain_tensor(positions) or positions.is_meta or positions.is_inference():
+    found = _inspect(module.position_ids, _counts_from_zero, _counted)
+    if found is None:
         return "position_ids whose values cannot be inspected"
-    known = _counts_from_zero.get(positions)
-    if known is None or known[0] != positions._version:
-        if positions.is_cuda and torch.cuda.is_current_stream_capturing():
-            return "position_ids whose values cannot be inspected"
-        counted = torch.arange(positions.shape[-1], device=positions.device, dtype=positions.dtype)
-        known = _counts_from_zero[positions] = positions._version, torch.equal(positions.view(-1), counted)
-    return None if known[1] else "position_ids other than 0, 1, 2, ..."
+    return None if found else "position_ids other than 0, 1, 2, ..."
 
 
 def _tensor_reason(tensors: tuple[Tensor, ...]) -> str | None:
@@ -129,10 +143,9 @@ def _tensor_reason(tensors: tuple[Tensor, ...]) -> str | None:
     return tensor_reason(first) if alike else tensor_reason(*tensors)
 
 
-class BertEmbeddings(FastModule, stock.BertEmbeddings):
-    """BertEmbeddings on the embedding_layernorm kernel."""
+class Embeddings(FastModule):
+    """Embeddings on the embedding_layernorm kernel."""
 
-    @stock.fast_forward_of(stock.BertEmbeddings)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -142,11 +155,23 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        result = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds, *_past(args, kwargs))
+        if result is not None:
+            return result
+        return super().forward(input_ids, token_type_ids, given(position_ids), inputs_embeds, *args, **kwargs)
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | DeferredEmbeddings | None,
+        inputs_embeds: Tensor | None,
+        past: Any,
+        reason: str | None,
+    ) -> Tensor | None:
+        """The embeddings by the kernel, or None if the call falls back. `reason`: why it must, if that is known."""
         deferred = position_ids if isinstance(position_ids, DeferredEmbeddings) else None
-        if deferred is not None:
-            position_ids = deferred.position_ids
-        inputs = input_ids, token_type_ids, position_ids, inputs_embeds
-        past, reason = _past(args, kwargs)
+        inputs = input_ids, token_type_ids, given(position_ids), inputs_embeds
         tables: tuple[Tensor, ...] = ()
         if reason is None and (reason := _reason_of_call(self, input_ids is not None)) is None:
             tables, reason = self._tables(*inputs, past)
@@ -154,7 +179,7 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
             token_type_ids, position_ids = self._ids(*inputs, past)
             reason = self._ids_reason(input_ids, token_type_ids, position_ids, inputs_embeds)
         if falls_back(self, reason):
-            return super().forward(*inputs, *args, **kwargs)
+            return None
         words, positions, types = tables[:3]
         dtype = words.dtype
         if not dtype == types.dtype == positions.dtype:
@@ -169,6 +194,7 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
             position_ids,
             past if position_ids is None else 0,
             None if input_ids is None else self.word_embeddings.padding_idx,
+            self.position_embeddings.padding_idx,
             self.LayerNorm.eps,
             self.dropout.p if self.dropout.training else 0.0,
             layernorm_dtype(dtype, words.device.type),
@@ -189,11 +215,11 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
         """The tables of words, positions and types, LayerNorm's weight and bias; or why no kernel takes them."""
         if (ids is None) == (inputs_embeds is None):
             return (), "both of input_ids and inputs_embeds, or neither"
-        if (reason := stock.untested("BertEmbeddings")) is not None:
+        if (reason := stock.untested(self.STOCK)) is not None:
             return (), reason
         norm = self.LayerNorm
         words = self.word_embeddings.weight if ids is not None else inputs_embeds
-        tables = words, self.position_embeddings.weight, self.token_type_embeddings.weight, norm.weight, norm.bias
+        tables = words, self.position_embeddings.weight, self._types(), norm.weight, norm.bias
         fits = words.dim() == 3 if ids is None else ids.dim() == 2
         width = norm.normalized_shape
         if not fits or any(table.shape[-1:] != width for table in tables) or not tables[2].shape[0]:
@@ -201,6 +227,10 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
         if position_ids is None and isinstance(past, Tensor):
             return (), "a cache length that is a tensor"
         return tables, _tensor_reason(tables)
+
+    def _types(self) -> Tensor:
+        """The table of types [N, H]."""
+        return self.token_type_embeddings.weight
 
     def _ids(
         self,
@@ -220,9 +250,14 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
                 token_type_ids = types[:, past:end]
             return token_type_ids, None
         positions = self.position_ids[:, past:end] if position_ids is None else position_ids
-        if token_type_ids is None and hasattr(self, "token_type_ids"):
-            token_type_ids = self.token_type_ids.expand(positions.shape[0], -1).gather(1, positions)
-        return token_type_ids, positions
+        return self._types_at(positions) if token_type_ids is None else token_type_ids, positions
+
+    def _types_at(self, positions: Tensor) -> Tensor | None:
+        """The types of tokens at these positions, from the buffer. None (row 0 of the table) if that is missing or zero."""
+        types = getattr(self, "token_type_ids", None)
+        if types is None or _inspect(types, _is_zero, lambda buffer: not buffer.any()):
+            return None
+        return types.expand(positions.shape[0], -1).gather(1, positions)
 
     def _ids_reason(
         self, ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -239,6 +274,55 @@ class BertEmbeddings(FastModule, stock.BertEmbeddings):
             if tensor.shape not in (shape, (1, shape[1])):
                 return "incompatible shapes"
         return None
+
+
+class _RobertaEmbeddings(Embeddings):
+    """RoBERTa's embeddings on the embedding_layernorm kernel: positions count from the padding token's id, and skip padding."""
+
+    def _ids(
+        self,
+        ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        past: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if position_ids is None and ids is not None:
+            position_ids = self.create_position_ids_from_input_ids(ids, self.padding_idx, past)
+        elif position_ids is None:
+            position_ids = self.create_position_ids_from_inputs_embeds(inputs_embeds, self.padding_idx)
+        return self._types_at(position_ids) if token_type_ids is None else token_type_ids, position_ids
+
+
+class _ErnieEmbeddings(Embeddings):
+    """ERNIE's embeddings on the embedding_layernorm kernel, with the row of the task that all tokens have by default."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        task_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        past, reason = _past(args, kwargs)
+        if self.use_task_id:
+            reason = reason or _embedding_reason("task_type_embeddings", self.task_type_embeddings)
+            if task_type_ids is not None:
+                reason = reason or "task_type_ids"
+            elif self.task_type_embeddings.padding_idx is not None:
+                reason = reason or "task_type_embeddings with a padding row"
+        result = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds, past, reason)
+        if result is not None:
+            return result
+        ids = input_ids, token_type_ids, task_type_ids, given(position_ids)
+        return super(Embeddings, self).forward(*ids, inputs_embeds, *args, **kwargs)
+
+    def _types(self) -> Tensor:
+        types = self.token_type_embeddings.weight
+        return types + self.task_type_embeddings.weight[0] if self.use_task_id else types
 
 
 def _embed_rows(embed: Callable[..., Tensor], rows: Rows | None) -> Tensor:
@@ -262,3 +346,12 @@ def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
         if (found := bind_arguments((name,), args, kwargs)) is not None:
             return found[0], None
     return 0, UNKNOWN_ARGUMENTS
+
+
+_OTHERS = (*LIKE_ROBERTA, ERNIE)
+FAST = {
+    **stock.fast_classes("Embeddings", Embeddings, __name__, families=[family for family in FAMILIES if family not in _OTHERS]),
+    **stock.fast_classes("Embeddings", _RobertaEmbeddings, __name__, families=LIKE_ROBERTA),
+    **stock.fast_classes("Embeddings", _ErnieEmbeddings, __name__, families=[ERNIE]),
+}
+globals().update(FAST)

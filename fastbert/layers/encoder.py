@@ -1,4 +1,4 @@
-"""Fast classes of BertEncoder that skip padding: tokens are packed once before the first layer and unpacked after the last.
+"""Fast classes of encoders that skip padding: tokens are packed once before the first layer and unpacked after the last.
 
 If a head says that it reads only some positions, the last layer's queries, output and feed-forward run for those only. A
 causal last layer takes its rows after attention instead: the kernel's causal queries are the last ones of their sequence, so
@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from fastbert import ops
-from fastbert.dispatch import FastModule, falls_back, hooked, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, hooked, kind_of, run, tensor_reason
 from fastbert.integrations.attention import argument_reason, implementation_reason, wants_weights
 from fastbert.layers import stock
-from fastbert.layers.attention import BertSelfAttention, flash_keywords
+from fastbert.layers.attention import flash_keywords
 from fastbert.layers.attention import unsupported as attention_unsupported
 from fastbert.layers.by_row import row_reason
 from fastbert.layers.capturing import is_recording
 from fastbert.layers.counts import CallerCounts, TokenBudget
 from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
-from fastbert.layers.layer import BertLayer, at_rows
+from fastbert.layers.layer import Layer, at_rows
 from fastbert.layers.masks import KernelMask
-from fastbert.layers.model import BertModel
 from fastbert.layers.packing import Packing
 from fastbert.layers.packing_plan import plan_packing
 from fastbert.layers.reading import Reading
@@ -34,10 +33,11 @@ _MAX_READ_FRACTION = 0.75  # of the tokens: gathering more rows costs as much as
 _CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
 
 
-class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
+class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
+    """An encoder that packs: with ALWAYS every batch with padding, else only for a head that says what it reads."""
+
     caller_counts: CallerCounts | None = None  # fastbert.lengths sets it within its block
 
-    @stock.fast_forward_of(stock.BertEncoder)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         # A user's own keywords of these names are passed on, as in stock.
         reading = kwargs.pop("reading") if isinstance(kwargs.get("reading"), Reading) else None
@@ -92,7 +92,7 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
         return packing
 
     def _reason(self, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if (reason := stock.untested("BertEncoder")) is not None:
+        if (reason := stock.untested(self.STOCK)) is not None:
             return reason
         captured = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         if captured or wants_weights(self, kwargs) or is_recording():
@@ -123,16 +123,17 @@ class _PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
 def _layer_reason(layer: nn.Module) -> str | None:
     """Why `layer`, which the model has not prepared, may not be called with packed tokens, or None."""
     attention = layer.attention
-    if not (type(layer) in (stock.BertLayer, BertLayer) and type(attention) is stock.BertAttention):
+    if stock.part_of(type(layer)).part != "Layer" or stock.part_of(type(attention)).part != "Attention":
         return f"a layer that is a {type(layer).__name__}"
-    if type(attention.self) is not BertSelfAttention:
+    attends = stock.part_of(type(attention.self))
+    if attends.part != "SelfAttention" or not attends.fast:
         return "a layer whose attention does not use the kernel"
     return attention_unsupported(attention.self) or next(filter(None, map(row_reason, layer.modules())), None)
 
 
 def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: KernelMask, packing: Packing) -> Tensor:
     """The last layer for the rows that are read: [1, T, H] -> [1, N, H]."""
-    if isinstance(layer, BertLayer):
+    if isinstance(layer, Layer):
         return layer(hidden_states, mask, packing=packing, reads=True)
     run = partial(at_rows, layer, packing=packing)
     if layer.gradient_checkpointing and layer.training:
@@ -142,39 +143,38 @@ def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: KernelMask, packi
 
 def packs_unseen(head: nn.Module) -> bool:
     """Whether the encoder of `head` packs and only the head can see its output."""
-    model = head.bert
-    if type(model) not in (BertModel, stock.BertModel) or not isinstance(model.encoder, _PackingEncoder):
+    model = body_of(head)
+    if stock.part_of(type(model)).part != "Model" or not isinstance(model.encoder, PackingEncoder):
         return False
-    pooler = model.pooler
-    if pooler is not None and (type(pooler) is not stock.BertPooler or hooked(pooler)):
+    pooler = getattr(model, "pooler", None)
+    if pooler is not None and (stock.part_of(type(pooler)).part != "Pooler" or hooked(pooler)):
         return False
     return not (hooked(model) or hooked(model.encoder))
 
 
+def body_of(head: nn.Module) -> nn.Module:
+    """The model inside a head of a known family; any other module itself."""
+    part = stock.part_of(kind_of(head))
+    return head._modules.get(part.family.body, head) if part.part else head
+
+
 def packing_encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of `model`, a BertModel or a head, if it packs when `model` is called without labels; else None."""
-    encoder = getattr(getattr(model, "bert", model), "encoder", None)
-    if not isinstance(encoder, _PackingEncoder):
+    encoder = getattr(body_of(model), "encoder", None)
+    if not isinstance(encoder, PackingEncoder):
         return None
-    return encoder if encoder.ALWAYS or (getattr(model, "READS_FIRST", False) and packs_unseen(model)) else None
+    reads_first = getattr(model, "reads_first", None)
+    return encoder if encoder.ALWAYS or (reads_first is not None and reads_first()) else None
 
 
-class Always:
-    """The namespace of the fast class for `unpad=True`."""
-
-    class BertEncoder(_PackingEncoder, stock.BertEncoder):
-        """BertEncoder that packs every batch with padding; its output is zero at padded positions."""
-
-        ALWAYS = True
+def _encoders(namespace: str, always: bool) -> type:
+    """A namespace class whose attributes are the fast classes, so that pickle finds them."""
+    classes = stock.fast_classes("Encoder", PackingEncoder, __name__, namespace, ALWAYS=always)
+    return type(namespace, (), {"__module__": __name__, **classes})
 
 
-class Unseen:
-    """The namespace of the fast class for `unpad="auto"`."""
-
-    class BertEncoder(_PackingEncoder, stock.BertEncoder):
-        """BertEncoder that packs only for a head that says what it reads, so that no output shows the zeros."""
-
-        ALWAYS = False
+Always = _encoders("Always", always=True)  # unpad=True
+Unseen = _encoders("Unseen", always=False)  # unpad="auto"
 
 
 def unsupported(module: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Fast class of BertLayer: the whole layer as one op if only its result is observable, else module by module.
+"""Fast classes of encoder layers: the whole layer as one op if only its result is observable, else module by module.
 
 A layer is one op because of the host: on a fast GPU, a fine-tuning step of BERT-base is computed before Python has issued it
 module by module. One op also does what modules cannot: gradients of residuals are added inside products, all sums of vector
@@ -21,13 +21,12 @@ from fastbert.layers.masks import KernelMask
 from fastbert.layers.packing import Packing, side_by_side
 
 
-class BertLayer(FastModule, stock.BertLayer):
-    """BertLayer on the encoder_layer op."""
+class Layer(FastModule):
+    """An encoder layer on the encoder_layer op."""
 
     def __getstate__(self) -> dict[str, Any]:
         return without_state(vars(self))
 
-    @stock.fast_forward_of(stock.BertLayer)
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         packing = kwargs.get("packing")
         if isinstance(packing, Packing):  # not a user's keyword of that name
@@ -180,3 +179,7 @@ def _tensor_reason(hidden_states: Tensor, weight_dtype: torch.dtype, low: torch.
     if not hidden_states.is_contiguous() or hidden_states.data_ptr() % ops.ALIGNMENT:
         return f"hidden states that are not contiguous or not aligned to {ops.ALIGNMENT} bytes"
     return None if hidden_states.numel() else "an empty batch"
+
+
+FAST = stock.fast_classes("Layer", Layer, __name__)
+globals().update(FAST)

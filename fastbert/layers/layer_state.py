@@ -29,12 +29,13 @@ from fastbert.kernels.adamw.tensor_forms import Forms
 from fastbert.layers import attention, intermediate, residual_norm, stock
 from fastbert.layers.parts import kernel_activation
 
+# The part that a module must be, and whether by the fast class.
 _PARTS = {
-    "attention": stock.BertAttention,
-    "attention.self": attention.BertSelfAttention,
-    "attention.output": residual_norm.BertSelfOutput,
-    "intermediate": intermediate.BertIntermediate,
-    "output": residual_norm.BertOutput,
+    "attention": ("Attention", False),
+    "attention.self": ("SelfAttention", True),
+    "attention.output": ("SelfOutput", True),
+    "intermediate": ("Intermediate", True),
+    "output": ("Output", True),
 }
 _LINEARS = (
     *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
@@ -68,7 +69,7 @@ class LayerState:
         self._dicts = [vars(module) for module in modules]
         self._known_hooks = list(map(dict, self._hooks()))
         self._known_own_forwards = self._own_forwards()
-        self.global_state = global_state()
+        self.global_state = global_state(layer)
         self._inside = inside
         self.reason = self.global_state[0] or _reason(inside)
         if self.reason is None:
@@ -172,7 +173,7 @@ class LayerState:
 class CallContext(NamedTuple):
     """What all layers share in one call of their model.
 
-    global_state: the result of `global_state()`.
+    global_state: the result of `global_state`, of the model.
     hidden: the hidden size.
     device: the device of the hidden states.
     product_dtype: the dtype in which autocast runs matrix products, or None.
@@ -210,18 +211,19 @@ def prepare(layer: nn.Module, context: CallContext, hooked: bool) -> PreparedLay
 _ATTRIBUTE = "_fastbert_state"
 
 
-def global_state() -> tuple[str | None, bool]:
-    """Why the stock code of layers is untested, or None; and whether torch has a global module hook."""
-    return stock.untested("BertLayer"), bool(_has_any_global_hook())
+def global_state(module: nn.Module) -> tuple[str | None, bool]:
+    """Why the stock code of layers of the family of `module`, which has a fast class, is untested, or None; and whether torch
+    has a global module hook."""
+    return stock.untested(f"{module.PART.family.prefix}Layer"), bool(_has_any_global_hook())
 
 
 def state_of(layer: nn.Module, shared: tuple[str | None, bool] | None = None) -> LayerState:
-    """The current state of `layer`; `shared` is the result of global_state() if it was just computed."""
+    """The current state of `layer`; `shared` is the result of global_state(layer) if it was just computed."""
     known = vars(layer).get(_ATTRIBUTE)
     if (
         known is None
         or known.layer() is not layer
-        or known.global_state != (shared or global_state())
+        or known.global_state != (shared or global_state(layer))
         or not known.is_current(layer)
     ):
         known = vars(layer)[_ATTRIBUTE] = LayerState(layer)
@@ -244,10 +246,11 @@ _BOTH = itemgetter("weight", "bias")
 
 
 def _reason(inside: dict[str, nn.Module]) -> str | None:
-    for name, cls in _PARTS.items():
+    for name, (part, fast) in _PARTS.items():
         module = inside.get(name)
-        if type(module) is not cls:
-            return _part_reason(name, module, cls)
+        found = stock.part_of(type(module))
+        if (found.part, found.fast) != (part, fast):
+            return _part_reason(name, module, part)
         if hooked(module):
             return f"{name} has hooks, or a replaced forward"
     for name in _LINEARS:
@@ -266,9 +269,9 @@ def _reason(inside: dict[str, nn.Module]) -> str | None:
     return next((f"{name}: {why}" for name, of in _UNSUPPORTED.items() if (why := of(inside[name]))), None)
 
 
-def _part_reason(name: str, module: nn.Module | None, cls: type) -> str:
-    """Why a part does not have the class that the layer op needs."""
-    if name in _UNSUPPORTED and type(module) is getattr(stock, cls.__name__):
+def _part_reason(name: str, module: nn.Module | None, part: str) -> str:
+    """Why a module does not have the class that the layer op needs."""
+    if name in _UNSUPPORTED and stock.part_of(type(module)).part == part:
         return f"{name}: {_UNSUPPORTED[name](module) or 'not patched'}"
     return f"{name} is a {type(module).__name__}"
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bert import modeling_bert as bert
 
 from fastbert import forwards, ops
 from fastbert.dispatch import IDLE_HOOKS, hooked, hooks_of
-from fastbert.layers.stock import BertAttention, BertEncoder, BertLayer, untested
+from fastbert.layers.family import Family
+from fastbert.layers.stock import Part, part_of, untested
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,16 +98,14 @@ def keys_of(mask: Any) -> Tensor | None:
     return mask[:, 0, 0]
 
 
-def prepare_layers(
-    model: nn.Module, layers: tuple[type, ...], attentions: tuple[type, ...], prepare: Callable[..., Any]
-) -> dict[nn.Module, Any] | None:
-    """Prepare the layers of `model`, a BertModel, for a KernelMask, or return None if other code would see the mask.
+def prepare_layers(model: nn.Module, prepare: Callable[..., Any]) -> dict[nn.Module, Any] | None:
+    """Prepare the layers of `model`, which has a fast class, for a KernelMask, or return None if other code would see the mask.
 
-    Every module that gets the masks must be stock or one of the classes `layers` and `attentions`, and must interpret them
-    as the model does. Returns the results of `prepare(layer, hooked=...)` for the fast layers that can run as one op.
+    Every module that gets the masks must be stock's or fastbert's, with a fast attention, and must interpret them as the model
+    does. Returns the results of `prepare(layer, hooked=...)` for the fast layers that can run as one op.
     """
-    encoder, config = model.encoder, model.config
-    if not _is_fast_or_stock(_unsharded_type(encoder)) or _observed(encoder) or untested("BertModel") or masks_replaced():
+    encoder, config, family = model.encoder, model.config, model.PART.family
+    if _part(encoder).part != "Encoder" or _observed(encoder) or untested(model.STOCK) or masks_replaced(family):
         return None
     causal = bool(config.is_decoder)
     if causal and not getattr(config, "is_causal", True):  # a decoder with bidirectional attention
@@ -116,36 +114,32 @@ def prepare_layers(
     others = any(hooks_of(encoder))  # other code runs between layers and may change the next ones
     compiling = torch.compiler.is_compiling()
     for layer in encoder.layer:
-        cls = _unsharded_type(layer)
-        if cls not in layers:
+        of, part, fast = _part(layer)
+        if part != "Layer" or of is not family:
             return None
         has_hooks = any(hooks_of(layer))
         if (has_hooks or "forward" in vars(layer)) and _observed(layer):
             return None
-        prepared = None if cls is BertLayer or compiling else prepare(layer, hooked=has_hooks)
+        prepared = None if not fast or compiling else prepare(layer, hooked=has_hooks)
         others = others or has_hooks or prepared is None or prepared.context is None
         if prepared is not None and prepared.state.reason is None:
             found[layer] = prepared
             if not _same_attention(prepared.state.attention, prepared.state.config, config, causal):
                 return None
-        elif not _attention_sees(layer.attention, attentions, config, causal):
+        elif not _attention_sees(layer.attention, config, causal):
             return None
         crossattention = layer._modules.get("crossattention")
-        if crossattention is not None and not _attention_sees(crossattention, attentions, config, False):
+        if crossattention is not None and not _attention_sees(crossattention, config, False):
             return None
     return {layer: prepared._replace(context=None) for layer, prepared in found.items()} if others else found
 
 
-def _is_fast_or_stock(encoder: type) -> bool:
-    """Whether the encoder's class is stock's or a fast one; any other class may read its mask."""
-    return encoder is BertEncoder or (issubclass(encoder, BertEncoder) and encoder.__module__.startswith("fastbert."))
-
-
-def _attention_sees(attention: nn.Module, attentions: tuple[type, ...], config: Any, causal: bool) -> bool:
-    if _unsharded_type(attention) is not BertAttention or _observed(attention):
+def _attention_sees(attention: nn.Module, config: Any, causal: bool) -> bool:
+    if _part(attention).part != "Attention" or _observed(attention):
         return False
     attends = attention.self
-    if type(attends) not in attentions or _observed(attends):
+    found = part_of(type(attends))
+    if not found.fast or found.part not in ("SelfAttention", "CrossAttention") or _observed(attends):
         return False
     return _same_attention(vars(attends), attends.config, config, causal)
 
@@ -156,16 +150,17 @@ def _same_attention(attends: dict[str, Any], own: Any, config: Any, causal: bool
     return same and bool(attends["is_causal"]) == causal
 
 
-def _unsharded_type(module: nn.Module) -> type:
-    """The class of `module`, or the original class if FSDP2 sharded it and gave it a new one."""
+def _part(module: nn.Module) -> Part:
+    """What the class of `module` is, or what its original class is if FSDP2 sharded it and gave it a new one."""
     cls = type(module)
-    return cls.__mro__[2] if cls.__mro__[1].__module__.startswith(_SHARDING) else cls
+    return part_of(cls.__mro__[2] if cls.__mro__[1].__module__.startswith(_SHARDING) else cls)
 
 
 @torch.compiler.assume_constant_result
-def masks_replaced() -> bool:
-    """Whether a function that makes BERT's masks was replaced."""
-    return any(hasattr(bert, name) and forwards.innermost(getattr(bert, name)) is None for name in _MASK_FUNCTIONS)
+def masks_replaced(family: Family) -> bool:
+    """Whether a function that makes the masks of a family was replaced."""
+    module = family.module
+    return any(hasattr(module, name) and forwards.innermost(getattr(module, name)) is None for name in _MASK_FUNCTIONS)
 
 
 def _observed(module: nn.Module) -> bool:

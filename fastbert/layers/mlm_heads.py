@@ -1,4 +1,4 @@
-"""Fast classes of BertForMaskedLM, BertForPreTraining and BertLMHeadModel: the loss on the linear_cross_entropy kernel.
+"""Fast classes of the heads with a language model's loss: the loss on the linear_cross_entropy kernel.
 
 The loss is computed from the labelled rows only, and all logits are never held at once for it.
 
@@ -22,22 +22,20 @@ from torch.nn.functional import cross_entropy, linear
 from torch.nn.functional import pad as pad_labels
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput
-from transformers.models.bert import modeling_bert as bert
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from fastbert import ops
 from fastbert.dispatch import FastModule, autocast_dtype, falls_back, hooked, is_plain, is_plain_tensor, run, tensor_reason
-from fastbert.layers import prediction_head
 from fastbert.layers.counts import CallerCounts, Capacity, count
 from fastbert.layers.encoder import packs_unseen
+from fastbert.layers.family import BERT, ELECTRA, FAMILIES, LIKE_ROBERTA, Family
 from fastbert.layers.packing import Rows, pack
 from fastbert.layers.packing_plan import stop_unless
+from fastbert.layers.prediction_head import transform_of
 from fastbert.layers.reading import Reading
-from fastbert.layers.stock import BertPredictionHeadTransform, stock_class, subclass, untested
+from fastbert.layers.stock import family_of, part_of, subclass, untested
 
 IGNORED = -100
-_HEADS = (stock_class("BertOnlyMLMHead"), stock_class("BertPreTrainingHeads"))
-_TRANSFORMS = (BertPredictionHeadTransform, prediction_head.BertPredictionHeadTransform)
 _Arguments = dict[str, Any]
 
 
@@ -45,17 +43,23 @@ def unsupported(module: nn.Module) -> str | None:
     """Why `module` can never use the kernel as it stands, or None."""
     if ops.MISSING is not None:
         return ops.MISSING
-    heads = module.cls
-    if type(heads) not in _HEADS or hooked(heads):
-        return f"its head is a {type(heads).__name__}, or has hooks"
-    predictions = heads.predictions
-    if type(predictions) is not stock_class("BertLMPredictionHead") or hooked(predictions):
-        return f"its prediction head is a {type(predictions).__name__}, or has hooks"
-    if getattr(module, "WITHOUT_LOGITS", False):  # then the transform is called for the labelled rows only
-        transform = predictions.transform
-        if type(transform) not in _TRANSFORMS or hooked(transform):
-            return f"its transform is a {type(transform).__name__}, or has hooks"
-    decoder = predictions.decoder
+    family = family_of(module)
+    if family in LIKE_ROBERTA:  # one module holds transform and decoder, and its call is replaced
+        head = module.lm_head
+        if part_of(type(head)).part != "LMHead" or hooked(head):
+            return f"its head is a {type(head).__name__}, or has hooks"
+    elif family is ELECTRA:
+        reason = _transform_reason(module, module.generator_predictions)
+    else:
+        heads = module.cls
+        if part_of(type(heads)).part not in ("OnlyMLMHead", "PreTrainingHeads") or hooked(heads):
+            return f"its head is a {type(heads).__name__}, or has hooks"
+        predictions = heads.predictions
+        if part_of(type(predictions)).part != "LMPredictionHead" or hooked(predictions):
+            return f"its prediction head is a {type(predictions).__name__}, or has hooks"
+        if (reason := _transform_reason(module, predictions.transform)) is not None:
+            return reason
+    decoder = _decoder(module, family)
     if not is_plain(decoder, nn.Linear) or not is_plain_tensor(decoder.weight):
         return f"its decoder is a {type(decoder).__name__}, or has hooks"
     if tuple(decoder.weight.shape) != (module.config.vocab_size, decoder.in_features):
@@ -63,10 +67,34 @@ def unsupported(module: nn.Module) -> str | None:
     return None
 
 
+def _transform_reason(module: nn.Module, transform: nn.Module) -> str | None:
+    """Why the transform may not be called for the labelled rows only, or None. It is only without logits."""
+    if not getattr(module, "WITHOUT_LOGITS", False):
+        return None
+    if part_of(type(transform)).part in ("PredictionHeadTransform", "GeneratorPredictions") and not hooked(transform):
+        return None
+    return f"its transform is a {type(transform).__name__}, or has hooks"
+
+
+def _decoder(module: nn.Module, family: Family) -> nn.Linear:
+    if family in LIKE_ROBERTA:
+        return module.lm_head.decoder
+    return module.generator_lm_head if family is ELECTRA else module.cls.predictions.decoder
+
+
+def _transform(module: nn.Module, family: Family, hidden: Tensor) -> Tensor:
+    """The rows before the decoder: [..., H]."""
+    if family is ELECTRA:
+        return module.generator_predictions(hidden)
+    if family not in LIKE_ROBERTA:
+        return module.cls.predictions.transform(hidden)
+    return transform_of(module.lm_head, hidden)
+
+
 def _reason(module: nn.Module, name: str, labels: Tensor, arguments: _Arguments) -> str | None:
     if (reason := untested(name) or unsupported(module)) is not None:
         return reason
-    decoder = module.cls.predictions.decoder
+    decoder = _decoder(module, module.PART.family)
     inputs = arguments.get("input_ids")
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.device != decoder.weight.device:
@@ -107,8 +135,9 @@ def _fast_forward(stock: type[nn.Module], finish: Callable[..., Any], applies: C
 def _run_with_loss(
     module: nn.Module, targets: Tensor, arguments: _Arguments, with_first: bool, **options: Any
 ) -> tuple[Any, Tensor | None, Tensor]:
-    """The outputs of module.bert, the logits (None if they are to be omitted), and the loss for `targets` [B, S]."""
-    head = module.cls.predictions
+    """The outputs of the model inside, the logits (None if they are to be omitted), and the loss for `targets` [B, S]."""
+    family: Family = module.PART.family
+    decoder = _decoder(module, family)
     ignored = options.get("ignore_index", IGNORED)
     without = module.WITHOUT_LOGITS and module.training
     labelled = targets != ignored
@@ -116,21 +145,21 @@ def _run_with_loss(
         labelled[:, :1] = True  # the pooler reads it; without a label it adds nothing to the loss
     reading = Reading(labelled, alone=without)
     extra = {"reading": reading} if packs_unseen(module) else {}
-    outputs = module.bert(**arguments, return_dict=True, **extra)
+    outputs = getattr(module, family.body)(**arguments, return_dict=True, **extra)
     hidden = outputs.last_hidden_state
     # Under autocast the weight is cast once for logits and loss, as with autocast's cache.
-    low = None if head.decoder.weight.dtype == torch.float64 else autocast_dtype(hidden.device.type)
-    dtype = low or head.decoder.weight.dtype
-    weight, bias = (None if x is None else x.to(dtype) for x in (head.decoder.weight, head.decoder.bias))
+    low = None if decoder.weight.dtype == torch.float64 else autocast_dtype(hidden.device.type)
+    dtype = low or decoder.weight.dtype
+    weight, bias = (None if x is None else x.to(dtype) for x in (decoder.weight, decoder.bias))
     if low is not None:
         options.setdefault("out_dtype", torch.float32)  # autocast runs cross_entropy in float32
     logits = None
     if not without:
-        hidden = head.transform(hidden).to(dtype)
+        hidden = _transform(module, family, hidden).to(dtype)
         logits = linear(hidden, weight, bias)
     hidden, targets = _labelled(module, hidden, targets, labelled, reading.rows, ignored)
     if without:
-        hidden = head.transform(hidden).to(dtype)
+        hidden = _transform(module, family, hidden).to(dtype)
     return outputs, logits, run(module, ops.linear_cross_entropy, hidden, weight, bias, targets, **options)
 
 
@@ -165,11 +194,13 @@ def _finish_masked(module: nn.Module, arguments: _Arguments) -> MaskedLMOutput:
     return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
-def _finish_pretraining(module: nn.Module, arguments: _Arguments) -> bert.BertForPreTrainingOutput:
+def _finish_pretraining(module: nn.Module, arguments: _Arguments) -> ModelOutput:
     labels, next_sentence = arguments.pop("labels"), arguments.pop("next_sentence_label")
     outputs, logits, loss = _run_with_loss(module, labels, arguments, with_first=True)
     relationship = module.cls.seq_relationship(outputs.pooler_output)
-    return bert.BertForPreTrainingOutput(
+    family: Family = module.PART.family
+    output_class = getattr(family.module, f"{family.prefix}ForPreTrainingOutput")
+    return output_class(
         loss=loss + cross_entropy(relationship.view(-1, 2), next_sentence.view(-1)),
         prediction_logits=logits,
         seq_relationship_logits=relationship,
@@ -221,23 +252,31 @@ def _has_causal_loss(module: nn.Module) -> bool:
     return LOSS_MAPPING.get(getattr(module, "loss_type", None), ForCausalLMLoss) is ForCausalLMLoss
 
 
-# Per stock class: the function that makes its output, and whether it computes the loss of a call.
+# Per part: the function that makes its output, and whether it computes the loss of a call.
 _FINISHES = {
-    "BertForMaskedLM": (_finish_masked, lambda *_: True),
-    "BertForPreTraining": (_finish_pretraining, _has_both_labels),
-    "BertLMHeadModel": (_finish_causal, _causal_loss_applies),
+    "ForMaskedLM": (_finish_masked, lambda *_: True),
+    "ForPreTraining": (_finish_pretraining, _has_both_labels),
+    "LMHeadModel": (_finish_causal, _causal_loss_applies),
+    "ForCausalLM": (_finish_causal, _causal_loss_applies),
 }
-_FORWARDS = {name: _fast_forward(stock_class(name), *how) for name, how in _FINISHES.items()}
+_HEADS = [
+    (family, part)
+    for family in FAMILIES
+    for part in _FINISHES
+    if (family is BERT and part != "ForCausalLM") or (family.find(part) and (family, part) != (ELECTRA, "ForPreTraining"))
+]
+_FORWARDS = {(family, part): _fast_forward(family[part], *_FINISHES[part]) for family, part in _HEADS}
 
 
 def _heads(namespace: str, without_logits: bool) -> type:
     """A namespace class whose attributes are the fast classes, so that pickle finds them."""
-    classes = {
-        name: subclass(name, __name__, namespace, (FastModule,), forward=forward, WITHOUT_LOGITS=without_logits)
-        for name, forward in _FORWARDS.items()
-    }
-    return type(namespace, (), {"__module__": __name__, **classes})
+    made = [
+        subclass(family, part, __name__, namespace, (FastModule,), forward=forward, WITHOUT_LOGITS=without_logits)
+        for (family, part), forward in _FORWARDS.items()
+    ]
+    return type(namespace, (), {"__module__": __name__, **{cls.__name__: cls for cls in made}})
 
 
 Full = _heads("Full", without_logits=False)  # mlm_logits="full"
 WithoutLogits = _heads("WithoutLogits", without_logits=True)  # mlm_logits="none"
+NAMES = tuple(family.prefix + part for family, part in _HEADS)

@@ -1,7 +1,7 @@
-"""Fast class of BertModel: passes a `KernelMask` to its layers if only kernels see it, and defers its embeddings.
+"""Fast classes of BertModel and its like: they pass a `KernelMask` to layers if only kernels see it, and defer embeddings.
 
-No value on the device is read to make the mask. The class has stock's name, by which `save_pretrained`, pipelines and Trainer
-look classes up.
+No value on the device is read to make the mask. The classes have stock's names, by which `save_pretrained`, pipelines and
+Trainer look classes up.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,16 @@ from transformers import modeling_utils
 from fastbert.dispatch import FastModule, autocast_dtype, hooked, tensor_reason
 from fastbert.integrations.attention import implementation_reason
 from fastbert.layers import stock
-from fastbert.layers.attention import BertCrossAttention, BertSelfAttention
 from fastbert.layers.capturing import is_recording_inside_layers
 from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
-from fastbert.layers.embeddings import BertEmbeddings
-from fastbert.layers.layer import BertLayer
+from fastbert.layers.embeddings import Embeddings
 from fastbert.layers.layer_state import CallContext, global_state, prepare
 from fastbert.layers.masks import KernelMask, kernel_mask, masks_replaced, prepare_layers
 
 
-class BertModel(FastModule, stock.BertModel):
-    """BertModel that makes masks for the kernels and defers its embeddings until a packing encoder knows its rows."""
+class Model(FastModule):
+    """A model that makes masks for the kernels and defers its embeddings until a packing encoder knows its rows."""
 
-    @stock.fast_forward_of(stock.BertModel)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) <= 3 and self._may_defer(kwargs):  # position_ids would be the fourth
             kwargs["position_ids"] = DeferredEmbeddings(kwargs.get("position_ids"))
@@ -39,14 +36,15 @@ class BertModel(FastModule, stock.BertModel):
         return (
             isinstance(encoder, AcceptsDeferredEmbeddings)
             and encoder.may_pack(kwargs)
-            and isinstance(embeddings, BertEmbeddings)
+            and isinstance(embeddings, Embeddings)
+            and not hasattr(self, "embeddings_project")  # between embeddings and encoder, in a small ELECTRA
             and not torch.compiler.is_compiling()
             and not hooked(embeddings)
             and not hooked(encoder)
             and "_create_attention_masks" not in vars(self)
             and not kwargs.get("debug_io")  # transformers would log the inputs of every module
-            and stock.untested("BertModel") is None
-            and not masks_replaced()
+            and stock.untested(self.STOCK) is None
+            and not masks_replaced(self.PART.family)
         )
 
     def _create_attention_masks(self, *args: Any, **given: Any) -> tuple[Any, Any]:
@@ -77,12 +75,8 @@ class BertModel(FastModule, stock.BertModel):
         if hidden is None or implementation_reason(implementation) or tensor_reason(hidden):
             return None
         device = hidden.device
-        context = CallContext(global_state(), hidden.shape[-1], device, autocast_dtype(device.type))
-        return prepare_layers(self, _LAYERS, _ATTENTIONS, partial(prepare, context=context))
-
-
-_LAYERS = (stock.BertLayer, BertLayer)
-_ATTENTIONS = (BertSelfAttention, BertCrossAttention)
+        context = CallContext(global_state(self), hidden.shape[-1], device, autocast_dtype(device.type))
+        return prepare_layers(self, partial(prepare, context=context))
 
 
 class _StockMasks:
@@ -101,5 +95,9 @@ class _StockMasks:
         return self.masks()[index]
 
 
+FAST = stock.fast_classes("Model", Model, __name__)
+globals().update(FAST)
+
 # transformers looks up by class which outputs a model can record, and registers a class when a model of it is made.
-getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {}).setdefault(str(BertModel), getattr(BertModel, "_can_record_outputs", None))
+for _cls in FAST.values():
+    getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {}).setdefault(str(_cls), getattr(_cls, "_can_record_outputs", None))

@@ -23,8 +23,9 @@ def unsupported(module: nn.Module) -> str | None:
     return layernorm_reason(module.LayerNorm) or dropout_reason(module.dropout)
 
 
-class _ResidualNorm(FastModule):
-    @stock.fast_forward_of(stock.BertOutput)
+class ResidualNorm(FastModule):
+    """The output of attention or of a feed-forward on the dropout_add_layernorm kernel."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         inputs = bind_arguments(("hidden_states", "input_tensor"), args, kwargs)
         if falls_back(self, UNKNOWN_ARGUMENTS if inputs is None else self._reason(*inputs)):
@@ -52,13 +53,7 @@ class _ResidualNorm(FastModule):
         return reason or tensor_reason(hidden_states, input_tensor, self.LayerNorm.weight, self.LayerNorm.bias)
 
 
-class BertSelfOutput(_ResidualNorm, stock.BertSelfOutput):
-    """BertSelfOutput on the dropout_add_layernorm kernel."""
-
-    STOCK = "BertSelfOutput"
-
-
-class BertOutput(_ResidualNorm, stock.BertOutput):
-    """BertOutput on the dropout_add_layernorm kernel."""
-
-    STOCK = "BertOutput"
+FAST = {
+    name: cls for part in ("SelfOutput", "Output") for name, cls in stock.fast_classes(part, ResidualNorm, __name__).items()
+}
+globals().update(FAST)

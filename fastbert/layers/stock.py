@@ -1,40 +1,83 @@
-"""Looks up the stock BERT classes of the installed transformers, and the code that each fast class replaces.
-
-A release may lack or rename a class of an older one. A missing class is replaced by an empty one that no module has, so
-that importing fastbert never fails because of it.
-"""
+"""Looks up transformers' stock classes, makes fast subclasses of them, and lists the code that each fast class replaces."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from transformers.loss import loss_utils
-from transformers.models.bert import modeling_bert as bert
 
 from fastbert import forwards
-from fastbert.dispatch import FastModule
+from fastbert.dispatch import FastModule, kind_of
+from fastbert.layers.family import BERT, ELECTRA, FAMILIES, LIKE_ROBERTA, Family
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class Part(NamedTuple):
+    """What a stock or fast class is: which part of which family."""
+
+    family: Family
+    part: str
+    fast: bool
+
+
+_NONE = Part(BERT, "", False)
+_parts: dict[type, Part] = {}
+
+
+def part_of(cls: type) -> Part:
+    """The part that `cls`, a stock or a fast class, is; one with an empty name for any other class."""
+    return _parts.get(cls, _NONE)
+
+
+def family_of(module: nn.Module) -> Family:
+    """The family of a module with a stock or a fast class."""
+    own = getattr(type(module), "PART", None)  # which FSDP2's classes inherit
+    return (own or part_of(kind_of(module))).family
+
+
 def stock_class(name: str) -> type[nn.Module]:
-    """transformers' BERT class of this name, or an empty class if the release lacks it."""
-    return getattr(bert, name, None) or type(name, (nn.Module,), {"__module__": bert.__name__})
+    """The stock class of this name, or an empty class if the release lacks it."""
+    family = next(family for family in FAMILIES if name.startswith(family.prefix))
+    return family[name.removeprefix(family.prefix)]
 
 
-def subclass(name: str, module: str, namespace: str = "", mixins: tuple[type, ...] = (), **members: Any) -> type[nn.Module]:
-    """A subclass of stock's `name` with the same name, by which `save_pretrained`, pipelines and Trainer look classes up.
+def subclass(
+    family: Family, part: str, module: str, namespace: str = "", mixins: tuple[type, ...] = (), **members: Any
+) -> type[nn.Module]:
+    """A subclass of a stock class with the same name, by which `save_pretrained`, pipelines and Trainer look classes up.
 
     Args:
-        name: the name of the stock class.
+        family, part: the stock class.
         module, namespace: the module (and the class in it) that holds the subclass, for pickle.
         mixins: base classes before the stock class.
-        members: the attributes of the class.
+        members: the attributes of the class, beside STOCK, the name of the stock class, and PART, what the class is.
     """
+    stock = family[part]
+    name = stock.__name__
     found = {"__module__": module, "__qualname__": f"{namespace}.{name}" if namespace else name}
-    return type(name, (*mixins, stock_class(name)), found | members)
+    found |= {"STOCK": name, "PART": Part(family, part, True)}
+    cls = type(name, (*mixins, stock), found | members)
+    _parts[cls] = cls.PART
+    return cls
+
+
+def fast_classes(
+    part: str, mixin: type, module: str, namespace: str = "", families: Iterable[Family] = FAMILIES, **members: Any
+) -> dict[str, type[nn.Module]]:
+    """The fast classes, by name, that `mixin` makes of this part in each family that has it.
+
+    BERT's is always there: over an empty class, if the release lacks the stock class.
+    """
+    made = {}
+    for family in families:
+        if family is BERT or family.find(part) is not None:
+            forward = fast_forward_of(family[part])(mixin.forward)
+            cls = subclass(family, part, module, namespace, (mixin,), __doc__=mixin.__doc__, forward=forward, **members)
+            made[cls.__name__] = cls
+    return made
 
 
 def fast_forward_of(cls: type[nn.Module]) -> Callable[[Function], Function]:
@@ -56,56 +99,66 @@ def fast_forward_of(cls: type[nn.Module]) -> Callable[[Function], Function]:
     return decorate
 
 
-BertAttention = stock_class("BertAttention")
-BertCrossAttention = stock_class("BertCrossAttention")
-BertEmbeddings = stock_class("BertEmbeddings")
-BertEncoder = stock_class("BertEncoder")
-BertIntermediate = stock_class("BertIntermediate")
-BertLayer = stock_class("BertLayer")
-BertModel = stock_class("BertModel")
-BertOutput = stock_class("BertOutput")
-BertPooler = stock_class("BertPooler")
-BertPredictionHeadTransform = stock_class("BertPredictionHeadTransform")
-BertSelfAttention = stock_class("BertSelfAttention")
-BertSelfOutput = stock_class("BertSelfOutput")
+def _code_of(family: Family) -> dict[str, tuple[forwards.Pair, ...]]:
+    """The functions that the fast classes of a family replace or rely on, per name of the stock class."""
 
-_FORWARDS = (
-    "BertCrossAttention",
-    "BertEmbeddings",
-    "BertIntermediate",
-    "BertOutput",
-    "BertPredictionHeadTransform",
-    "BertSelfAttention",
-    "BertSelfOutput",
-)
-_LAYERS = tuple((cls, "forward") for cls in (BertEncoder, BertLayer, BertAttention))
-_PACKED = (*_LAYERS, (BertLayer, "feed_forward_chunk"))
-_READ = ((BertModel, "forward"), (BertPooler, "forward"))
-_INSIDE = tuple((cls, "forward") for cls in (BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput))
-_MLM = (*_READ, *((stock_class(name), "forward") for name in ("BertLMPredictionHead", "BertPredictionHeadTransform")))
-_CAUSAL = tuple((loss_utils, name) for name in ("ForCausalLMLoss", "fixed_cross_entropy"))
+    def of(*parts: str, name: str = "forward") -> tuple[forwards.Pair, ...]:
+        return tuple((family[part], name) for part in parts)
+
+    # Eager attention is looked up in the family's module. BERT's is checked by calls that use it (implementation_reason).
+    eager = () if family is BERT else ((family.module, "eager_attention_forward"),)
+    layers = of("Encoder", "Layer", "Attention")
+    chunk = of("Layer", name="feed_forward_chunk")
+    inside = of("SelfAttention", "SelfOutput", "Intermediate", "Output")
+    masks = of("Model", name="_create_attention_masks")
+    causal = tuple((loss_utils, name) for name in ("ForCausalLMLoss", "fixed_cross_entropy"))
+    pooled = of("Model") if family is ELECTRA else of("Model", "Pooler")  # what is between an encoder and a head
+    embeddings = of("Embeddings")
+    if family in LIKE_ROBERTA:
+        for name in ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds"):
+            embeddings += of("Embeddings", name=name)
+        lm_head = of("LMHead")
+    elif family is ELECTRA:
+        lm_head = of("GeneratorPredictions")
+    else:
+        lm_head = of("LMPredictionHead", "PredictionHeadTransform")
+    dense_head = of("ClassificationHead") if family.find("ClassificationHead") else ()
+    summary = of("SequenceSummary") if family.find("SequenceSummary") else ()
+    lm = (*pooled, *lm_head)
+    only = of("OnlyMLMHead") if family.find("OnlyMLMHead") else ()
+    code = {
+        **{part: (*of(part), *eager) for part in ("CrossAttention", "SelfAttention")},
+        **{part: of(part) for part in ("SelfOutput", "Intermediate", "Output")},
+        **{
+            part: of(part) for part in ("PredictionHeadTransform", "LMHead", "GeneratorPredictions", "DiscriminatorPredictions")
+        },
+        "Embeddings": embeddings,
+        "Encoder": (*layers, *chunk),
+        "Layer": (*inside, *eager, *layers[1:], *chunk),
+        "Model": (*of("Model"), *masks, *layers),
+        "ForSequenceClassification": (*of("ForSequenceClassification"), *pooled, *dense_head),
+        "ForNextSentencePrediction": (*of("ForNextSentencePrediction"), *pooled, *of("OnlyNSPHead")),
+        "ForMultipleChoice": (*of("ForMultipleChoice"), *pooled, *summary),
+        "ForMaskedLM": (*of("ForMaskedLM"), *lm, *only),
+        "LMHeadModel": (*of("LMHeadModel"), *lm, *only, *causal),
+        "ForCausalLM": (*of("ForCausalLM"), *lm, *only, *causal),
+    }
+    if family is not ELECTRA:  # whose ForPreTraining is another one: it has a discriminator
+        code["ForPreTraining"] = (*of("ForPreTraining"), *lm, *of("PreTrainingHeads"))
+    others = ("LMHead", "GeneratorPredictions", "DiscriminatorPredictions", "ForCausalLM")  # which BERT has in no release
+    has = {part for part in code if (part not in others if family is BERT else family.find(part) is not None)}
+    return {family.prefix + part: pairs for part, pairs in code.items() if part in has}
 
 
-def _head(name: str, *more: tuple) -> tuple:
-    return ((stock_class(name), "forward"), *more)
-
-
-_CODE = {name: ((stock_class(name), "forward"),) for name in _FORWARDS} | {
-    "eager attention": ((bert, "eager_attention_forward"),),
-    "BertEncoder": _PACKED,
-    "BertLayer": (*_INSIDE, *_LAYERS[1:], (BertLayer, "feed_forward_chunk")),
-    "BertModel": ((BertModel, "forward"), (BertModel, "_create_attention_masks"), *_LAYERS),
-    "BertForSequenceClassification": _head("BertForSequenceClassification", *_READ),
-    "BertForNextSentencePrediction": _head("BertForNextSentencePrediction", *_READ, *_head("BertOnlyNSPHead")),
-    "BertForMultipleChoice": _head("BertForMultipleChoice", *_READ),
-    "BertForMaskedLM": _head("BertForMaskedLM", *_MLM, *_head("BertOnlyMLMHead")),
-    "BertForPreTraining": _head("BertForPreTraining", *_MLM, *_head("BertPreTrainingHeads")),
-    "BertLMHeadModel": _head("BertLMHeadModel", *_MLM, *_head("BertOnlyMLMHead"), *_CAUSAL),
-}
-
+_FAMILIES_HERE = tuple(family for family in FAMILIES if family.module is not None)
+for _family in _FAMILIES_HERE:
+    for _name, _cls in vars(_family.module).items():
+        if isinstance(_cls, type) and _cls.__module__ == _family.module.__name__ and _name.startswith(_family.prefix):
+            _parts[_cls] = Part(_family, _name.removeprefix(_family.prefix), False)
 
 # The functions that must be tested ones, per name of the stock class whose fast class depends on them.
-CODE = {name: forwards.Code(*pairs) for name, pairs in _CODE.items()}
+CODE = {name: forwards.Code(*pairs) for family in _FAMILIES_HERE for name, pairs in _code_of(family).items()}
+CODE["eager attention"] = forwards.Code((BERT.module, "eager_attention_forward"))
 
 
 @torch.compiler.assume_constant_result

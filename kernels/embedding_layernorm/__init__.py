@@ -165,6 +165,8 @@ def launch_backward(dy: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, Ten
         dbias = weight.new_empty(weight.shape, dtype=saved.bias_dtype)
     if place_sums is not None or sums is not None:
         finish(sums, place_sums, dweight, dbias, by_place, dtypes, saved.offset if counted else 0)
+        if dpositions is not None and saved.position_padding_idx is not None:
+            dpositions[saved.position_padding_idx].zero_()
 
     if needs_words and ids is None:
         dwords = dz.view(words.shape).to(words.dtype)
@@ -172,7 +174,8 @@ def launch_backward(dy: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, Ten
         dwords = by_runs(dz, ids.reshape(-1), words.shape[0], saved.padding_idx, words.dtype)
     if needs_positions and dpositions is None:
         read = position_ids if shared else position_ids.expand(shape)
-        dpositions = by_runs(by_place if shared else dz, read.reshape(-1), positions.shape[0], None, positions.dtype)
+        skip = saved.position_padding_idx
+        dpositions = by_runs(by_place if shared else dz, read.reshape(-1), positions.shape[0], skip, positions.dtype)
     if needs_types and not few:
         dtypes = by_runs(dz, token_type_ids.expand(shape).reshape(-1), types.shape[0], None, types.dtype)
     gradients = dwords, dpositions, dtypes, dweight, dbias
@@ -231,7 +234,8 @@ def _allocate_backward(dy: Tensor, saved: Saved, needs: Needs) -> tuple[Tensor, 
 def _save(inputs: Inputs, y: Tensor, mean: Tensor, rstd: Tensor) -> Saved:
     tables = inputs.words, inputs.positions, inputs.types, inputs.weight
     read = inputs.ids, inputs.token_type_ids, inputs.position_ids, inputs.places, inputs.seed
-    return Saved(*tables, mean, rstd, *read, inputs.offset, inputs.padding_idx, inputs.p, inputs.bias.dtype)
+    padding = inputs.padding_idx, inputs.position_padding_idx
+    return Saved(*tables, mean, rstd, *read, inputs.offset, *padding, inputs.p, inputs.bias.dtype)
 
 
 def _gradients(backward, dy: Tensor, saved: Saved, needs: Inputs) -> dict[str, Tensor]:
@@ -256,6 +260,7 @@ def embedding_layernorm(
     position_ids: Tensor | None = None,
     offset: int = 0,
     padding_idx: int | None = None,
+    position_padding_idx: int | None = None,
     eps: float = 1e-12,
     p: float = 0.0,
     out_dtype: torch.dtype | None = None,
@@ -275,6 +280,7 @@ def embedding_layernorm(
         position_ids: the same for positions; offset, offset + 1, ... in each sequence when None.
         offset: the position of a sequence's first token, without position_ids.
         padding_idx: a row of words whose gradient is 0, as in nn.Embedding.
+        position_padding_idx: the same for positions.
         eps: added to the variance.
         p: probability of dropping an element, rounded to 1/65536; kept elements are scaled by 1 / (1 - p).
         out_dtype: dtype of the result (autocast asks for float32); the promoted dtype by default.
@@ -316,7 +322,7 @@ def embedding_layernorm(
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
     _check_packing(index, inverse, ids, words)
-    read = ids, token_type_ids, position_ids, offset, padding_idx
+    read = ids, token_type_ids, position_ids, offset, padding_idx, position_padding_idx
     out_dtype = out_dtype or promote(promote(words.dtype, types.dtype), positions.dtype)
     return embed(words, positions, types, weight, bias, *read, eps, p, out_dtype, seed, index, inverse)
 
@@ -332,6 +338,7 @@ def embed(
     position_ids: Tensor | None,
     offset: int,
     padding_idx: int | None,
+    position_padding_idx: int | None,
     eps: float,
     p: float,
     out_dtype: torch.dtype,
@@ -353,7 +360,7 @@ def embed(
     elif seed is None:
         seed = draw_seed(words.device)
     save = needs_backward(words, positions, types, weight, bias)
-    read = ids, token_type_ids, position_ids, places, seed, offset, padding_idx
+    read = ids, token_type_ids, position_ids, places, seed, offset, padding_idx, position_padding_idx
     inputs = Inputs(words, positions, types, weight, bias, *read, eps, p, out_dtype, save)
     call = _call if save or torch.compiler.is_compiling() else launch_forward
     return call(inputs)[0]

@@ -19,6 +19,7 @@ class Inputs(NamedTuple):
     seed: Tensor | None
     offset: int
     padding_idx: int | None
+    position_padding_idx: int | None
     eps: float
     p: float
     out_dtype: torch.dtype
@@ -39,6 +40,7 @@ class Saved(NamedTuple):
     seed: Tensor | None
     offset: int
     padding_idx: int | None
+    position_padding_idx: int | None
     p: float
     bias_dtype: torch.dtype
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import fastbert
 from fastbert.graphs import inference
-from fastbert.layers.encoder import _PackingEncoder
+from fastbert.layers.encoder import PackingEncoder
 from fastbert.testing.models import assert_equal, run
 from fastbert.testing.rows import DEVICE
 from tests.graphs import serving
@@ -172,7 +172,7 @@ def test_an_ordinary_call_while_another_thread_captures():
     three = Three(make(CLASSIFICATION))
     labelled = make_batch(CLASSIFICATION, length=20)
     began, capturing = threading.Event(), threading.Event()
-    packing, answers = _PackingEncoder._packing, []
+    packing, answers = PackingEncoder._packing, []
 
     def in_turns(encoder, *arguments):
         if threading.current_thread() is caller:
@@ -188,7 +188,7 @@ def test_an_ordinary_call_while_another_thread_captures():
             answers.append(run(three.served, labelled, backward=False))
 
     caller = threading.Thread(target=call)
-    with mock.patch.object(_PackingEncoder, "_packing", in_turns):
+    with mock.patch.object(PackingEncoder, "_packing", in_turns):
         caller.start()
         assert began.wait(60)
         with torch.inference_mode():

@@ -58,6 +58,14 @@ def test_the_padding_row_has_no_gradient():
     assert not results[WORDS][0].any() and results[WORDS][batch["input_ids"][0, 0]].any()
 
 
+def test_a_padding_row_of_the_positions_has_no_gradient():
+    model = make(tie_word_embeddings=False)
+    model.bert.embeddings.position_embeddings.padding_idx = 2
+    results = check(model, make_batch())
+    table = results["gradient of bert.embeddings.position_embeddings.weight"]
+    assert not table[2].any() and table[1].any()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_resized_vocabulary(tied):
     model = make(tie_word_embeddings=tied)
@@ -119,7 +127,7 @@ REASONS = {
     "sparse": with_attribute("word_embeddings", "sparse", True, "sparse gradients"),
     "max_norm": with_attribute("position_embeddings", "max_norm", 1.0, "max_norm"),
     "by_frequency": with_attribute("token_type_embeddings", "scale_grad_by_freq", True, "scale_grad_by_freq"),
-    "padded_positions": with_attribute("position_embeddings", "padding_idx", 0, "padding row"),
+    "padded_types": with_attribute("token_type_embeddings", "padding_idx", 0, "padding row"),
     "subclass": subclass,
     "parametrised": parametrised,
 }
@@ -167,8 +175,8 @@ def own_forward(embeddings):
 
 
 def padding_row(embeddings):
-    embeddings.position_embeddings.padding_idx = 0
-    return lambda: setattr(embeddings.position_embeddings, "padding_idx", None), "padding row"
+    embeddings.token_type_embeddings.padding_idx = 0
+    return lambda: setattr(embeddings.token_type_embeddings, "padding_idx", None), "padding row"
 
 
 def another_module(embeddings):

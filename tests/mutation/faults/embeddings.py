@@ -141,8 +141,8 @@ FAULTS = (
         tests=(f"{MODEL}::test_hooks_on_an_embedding_see_its_calls", f"{MODEL}::test_what_changed_is_noticed_by_the_next_call"),
     ),
     _layer(
-        "a padding row of the positions is not noticed",
-        before="        and position.padding_idx is type_.padding_idx is None\n",
+        "a padding row of the types is not noticed",
+        before="        and type_.padding_idx is None\n",
         after="",
         tests=(f"{MODEL}::test_what_changed_is_noticed_by_the_next_call",),
     ),
@@ -226,7 +226,7 @@ FAULTS = (
     ),
     _model(
         "embeddings are deferred although a mask function was replaced",
-        before="            and not masks_replaced()\n",
+        before="            and not masks_replaced(self.PART.family)\n",
         after="",
         tests=(f"{PACKED_MODEL}::test_masks_made_by_somebody_else_see_what_stock_gives",),
     ),

@@ -135,7 +135,7 @@ FAULTS = (
     ),
     _embeddings(
         "a buffer of positions is not inspected again after a write",
-        before="if known is None or known[0] != positions._version:",
+        before="if known is None or known[0] != buffer._version:",
         after="if known is None:",
         tests=("tests/models/test_replaced_code.py::test_a_buffer_that_is_written_to_is_looked_at_again",),
     ),
@@ -178,14 +178,14 @@ FAULTS = (
     ),
     _masks(
         "a user's module gets a KernelMask",
-        before="if type(attends) not in attentions or _observed(attends):",
+        before='if not found.fast or found.part not in ("SelfAttention", "CrossAttention") or _observed(attends):',
         after="if False:",
         tests=(f"{OTHERS_ATTENTION}::test_a_self_attention_of_ones_own_gets_the_masks_it_knows",),
     ),
     _masks(
         "a user's mask function counts as transformers' own",
-        before="forwards.innermost(getattr(bert, name)) is None for name in _MASK_FUNCTIONS)",
-        after='getattr(bert, name).__module__ != "transformers.masking_utils" for name in _MASK_FUNCTIONS)',
+        before="forwards.innermost(getattr(module, name)) is None for name in _MASK_FUNCTIONS)",
+        after='getattr(module, name).__module__ != "transformers.masking_utils" for name in _MASK_FUNCTIONS)',
         tests=("tests/models/test_masks_given.py::test_what_makes_masks_was_replaced",),
     ),
     _masks(
@@ -220,8 +220,8 @@ FAULTS = (
     ),
     _masks(
         "a replaced mask function is not called",
-        before='or untested("BertModel") or masks_replaced():',
-        after='or untested("BertModel"):',
+        before="or untested(model.STOCK) or masks_replaced(family):",
+        after="or untested(model.STOCK):",
         tests=(f"{MASKS_GIVEN}::test_what_makes_masks_was_replaced",),
     ),
     _masks(
