@@ -371,7 +371,7 @@ def test_opcheck(embeds, layout):
     inputs, options = make((5,), 12, embeds=embeds, positions="of each sequence" if layout is sliced else "counted")
     words, *others = ((layout or torch.clone)(t) if n in TABLES else t for n, t in inputs.items())
     read = (options["ids"], options["token_type_ids"], options.get("position_ids"), None)
-    dropout = (seed_tensor(3), 0, 1)
+    dropout = (seed_tensor(3), 0, 1, 2)
     leaves = [tensor.requires_grad_() for tensor in (words, *others)]
     ops = torch.ops.fastbert
     opcheck(ops.embedding_layernorm, *leaves, *read, *dropout, 1e-12, 0.3, SINGLE, True)
@@ -440,8 +440,8 @@ def test_any_legal_call(call, layouts, frozen, p, eps, pad, values):
         rows = inputs[name].reshape(-1, call["width"])
         inputs[name] = layout(rows).reshape(inputs[name].shape)
     options |= {"p": p, "eps": eps}
-    if pad and words != "embeds":
-        options["padding_idx"] = 0
+    if pad:
+        options |= {"position_padding_idx": 0} | ({} if words == "embeds" else {"padding_idx": 0})
     if words == "packed":
         options |= packed(options["ids"], values % 3)
     check(inputs, options, frozen=frozen)

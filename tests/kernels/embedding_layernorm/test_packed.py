@@ -107,13 +107,25 @@ def test_gradcheck(types, positions):
     )
 
 
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_padding_row_of_the_positions(positions, pack):
+    """RoBERTa's: its gradient is 0, whether positions are counted, shared by all sequences or sorted."""
+    inputs, options = make((3, 6), 16, DOUBLE, positions=positions)
+    options |= packed(options["ids"], 1) if pack else {}
+    free = check(inputs, options)["dpositions"]
+    skipped = int(free.abs().sum(1).argmax())
+    results = check(inputs, options | {"position_padding_idx": skipped})
+    assert free[skipped].any() and not results["dpositions"][skipped].any() and results["dpositions"].any()
+
+
 def test_opcheck():
     inputs, options = make((5,), 12)
     tables = [tensor for name, tensor in inputs.items() if name != "bias"]
     dy, mean = torch.randn(1, 5, 12, device=DEVICE), torch.randn(1, 5, device=DEVICE)
     places = torch.tensor([[4, 0, -1], [2, 1, 3]], dtype=torch.int32, device=DEVICE)
     read = options["ids"][None], options["token_type_ids"][None], torch.tensor([[1, 1, 0, 2, 0]], device=DEVICE), places
-    dropout = seed_tensor(3), 0, 1, 0.3
+    dropout = seed_tensor(3), 0, 1, 2, 0.3
     given = dy, *tables, mean, mean.exp(), *read, *dropout, SINGLE, *[True] * 5
     opcheck(torch.ops.fastbert.embedding_layernorm_backward, *given)
 
