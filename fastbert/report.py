@@ -179,10 +179,10 @@ def _module_by_module_reason(layer: nn.Module) -> str | None:
 def _row_by_name(name: str, module: nn.Module) -> Row | None:
     """The row of an attention module that selects the kernel by name, as any transformers model may; else None."""
     from fastbert.dispatch import Calls, calls
-    from fastbert.integrations.attention import NAME
+    from fastbert.integrations.attention import OURS
 
-    tally = calls(module)
-    if getattr(getattr(module, "config", None), "_attn_implementation", None) != NAME or tally == Calls():
+    tally, named = calls(module), getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if named not in OURS or tally == Calls():
         return None
     state = "active" if tally.kernel else "fell back"
     reason = "; ".join(["selected by name", *tally.fallbacks, *_backward_reasons("attention")])

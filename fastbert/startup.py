@@ -1,7 +1,7 @@
-"""The side effect of `import fastbert`: registers the attention implementation with transformers.
+"""The side effect of `import fastbert`: registers the attention implementations with transformers, under two names.
 
 It is skipped if fastbert itself is the program. transformers imports triton, which reads TRITON_INTERPRET at that moment,
-before the command line has decided whether to set it; there, `patch` registers the implementation.
+before the command line has decided whether to set it; there, `patch` registers the one without "flash" in its name.
 """
 
 import sys
@@ -22,4 +22,4 @@ def is_the_program(argv: list[str], original: list[str]) -> bool:
 
 
 if not is_the_program(sys.argv, sys.orig_argv):
-    import fastbert.integrations.attention  # noqa: F401  registers itself
+    import fastbert.integrations.flash  # noqa: F401  registers itself, and fastbert.integrations.attention

@@ -1,4 +1,4 @@
-"""The command line: verify, report and env. A user error prints one line and exits with code 2."""
+"""The command line: verify, report, env and hub. A user error prints one line and exits with code 2."""
 
 import json
 import sys
@@ -85,6 +85,16 @@ def env() -> None:
     """Print what a bug report needs: versions, GPUs and environment variables."""
     for name, value in environment().items():
         out.print(f"{name + ':':<24}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def hub(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write to; created if needed.", show_default=False)],
+) -> None:
+    """Write a folder that Hugging Face's `kernels` package loads: layers by name, and FlashAttention's functions."""
+    from fastbert.hub.build import write_build
+
+    out.print(f"wrote {write_build(out_dir)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

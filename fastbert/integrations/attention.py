@@ -38,6 +38,8 @@ _OWN = (
     "transformers.integrations.flex_attention",
 )
 _OWN_MASKS = ("transformers.masking_utils",)
+# Our attention functions by their names: `attention_forward`, and that of fastbert.integrations.flash.
+OURS: dict[str, Any] = {}
 
 
 @torch.compiler.assume_constant_result
@@ -48,7 +50,7 @@ def implementation_reason(name: str | None) -> str | None:
     """
     name = name or "eager"
     function, masks = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
-    if name == NAME and function is attention_forward:
+    if function is not None and OURS.get(name) is function:
         return None
     if name == "eager" and function is None:
         from fastbert.layers.stock import untested
@@ -263,5 +265,6 @@ def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+OURS[NAME] = attention_forward
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, key_mask_or_general)

@@ -16,6 +16,7 @@ the kernels, but fails opcheck's fake-tensor test under Triton's interpreter.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_type_hints
 
@@ -25,6 +26,9 @@ from torch import Tensor
 from .autograd import check_unbatched, first_order_only, links
 
 TENSORS = (Tensor, Tensor | None)
+# The package that holds this copy of the kernels: "fastbert", or the unique name under which a build folder is loaded
+# (fastbert/hub). Both may be in one process, where torch.library takes a name once.
+NAMESPACE = re.sub(r"\W", "_", __name__.partition(".kernels.")[0])
 # The function that launches, and the function that allocates what it returns.
 Launcher = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -126,7 +130,7 @@ def with_strides(tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, 
 
 
 def _custom_op(name: str, launch: Callable[..., Any], allocate: Callable[..., Any]) -> Any:
-    """`launch` as the custom op fastbert::<name>. NamedTuples among its arguments are flattened into their fields."""
+    """`launch` as the custom op <namespace>::<name>. NamedTuples among its arguments are flattened into their fields."""
     hints = get_type_hints(launch)
     taken = _Arguments(hints)
 
@@ -136,7 +140,7 @@ def _custom_op(name: str, launch: Callable[..., Any], allocate: Callable[..., An
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(field, kind, annotation=hint) for field, hint in taken.fields.items()]
     launched.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])
-    op = torch.library.custom_op(f"fastbert::{name}", launched, mutates_args=())
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", launched, mutates_args=())
     op.register_fake(lambda *values: allocate(*taken.of(values)))
     return op
 
