@@ -22,7 +22,7 @@ PACKAGE = "fastbert"
 VARIANT = "torch-universal"
 PARTS = ("__init__.py", "flash_attention.py", "layers.py", "packed.py")  # of fastbert/hub
 
-INIT = '''"""The Triton kernels of fastbert {version}, made by `fastbert hub`: layers by name, and FlashAttention's functions."""
+INIT = '''"""Triton kernels of fastbert {version}, written by `fastbert hub`: layers by name, and FlashAttention's functions."""
 
 from .hub import layers
 from .hub.flash_attention import flash_attn_func, flash_attn_varlen_func

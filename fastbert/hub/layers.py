@@ -1,8 +1,10 @@
 """Layers that `kernels.kernelize` puts in place of transformers' activations, by the names that these carry.
 
-A layer has a forward and nothing else, which runs with the replaced module as `self`. An input that the kernel does not take
-goes to PyTorch's own function, which computes the same.
+A layer has a forward and nothing else, which runs with the replaced module as `self`. For an input that the
+kernel does not take it computes what the replaced module does.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ class GeluTanh(nn.Module):
     has_backward = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return _gelu_tanh(input)
+        return bias_gelu(input, activation="gelu_tanh") if _takes(input) else F.gelu(input, approximate="tanh")
 
 
 class NewGELU(nn.Module):
@@ -41,7 +43,9 @@ class NewGELU(nn.Module):
     has_backward = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return _gelu_tanh(input)
+        if _takes(input):
+            return bias_gelu(input, activation="gelu_tanh")
+        return 0.5 * input * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (input + 0.044715 * input.pow(3.0))))
 
 
 class FastGELU(nn.Module):
@@ -51,7 +55,9 @@ class FastGELU(nn.Module):
     has_backward = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return _gelu_tanh(input)
+        if _takes(input):
+            return bias_gelu(input, activation="gelu_tanh")
+        return 0.5 * input * (1.0 + torch.tanh(input * 0.7978845608 * (1.0 + 0.044715 * input * input)))
 
 
 class SiLU(nn.Module):
@@ -62,10 +68,6 @@ class SiLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return bias_gelu(input, activation="silu") if _takes(input) else F.silu(input)
-
-
-def _gelu_tanh(input: Tensor) -> Tensor:
-    return bias_gelu(input, activation="gelu_tanh") if _takes(input) else F.gelu(input, approximate="tanh")
 
 
 def _takes(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def places(cu_seqlens: Tensor, longest: int, n_rows: int) -> Tensor:
-    """The row of each packed row in a batch [sequences * longest], int64 [n_rows]; rows outside all sequences come behind it."""
+    """The row of each packed row in a batch [sequences * longest], int64 [n_rows]; other rows come behind it."""
     bounds = cu_seqlens.long()
     sequences = len(bounds) - 1
     rows = torch.arange(n_rows, device=bounds.device)

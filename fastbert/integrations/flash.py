@@ -106,20 +106,18 @@ def _attend_packed(
     """[batch, queries, heads, head size]; the batch is one row of packed sequences, or several that are read as one."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = bounds
-    if mask is None and packed.covers(window, max(longest_q, longest_k), causal):
-        if attention_reason(query, key, value, None) is None:  # otherwise `attention_forward` counts the call
-            falls_back(module, None)
-            more = {"cu_seqlens": cu_seqlens_k, "max_seqlen": longest_k}
-            if cu_seqlens_q is not cu_seqlens_k:
-                more |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": longest_q}
-            out = run(module, ops.attention, q, k, v, causal=causal, scale=scale, p=p, **more)
-            return out.unflatten(0, (query.shape[0], -1))
+    by_rows = mask is None and packed.covers(window, max(longest_q, longest_k), causal)
+    if by_rows and attention_reason(query, key, value, None) is None:  # otherwise `attention_forward` counts the call
+        falls_back(module, None)
+        more = {"cu_seqlens": cu_seqlens_k, "max_seqlen": longest_k}
+        if cu_seqlens_q is not cu_seqlens_k:
+            more |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": longest_q}
+        out = run(module, ops.attention, q, k, v, causal=causal, scale=scale, p=p, **more)
+        return out.unflatten(0, (query.shape[0], -1))
     sequences = len(cu_seqlens_k) - 1
     of_queries = packed.places(cu_seqlens_q, longest_q, q.shape[0])
     of_keys = packed.places(cu_seqlens_k, longest_k, k.shape[0])
-    seen = packed.visible(
-        longest_q, longest_k, causal, window, (cu_seqlens_q.diff(), cu_seqlens_k.diff()), device=query.device
-    )
+    seen = packed.visible(longest_q, longest_k, causal, window, (cu_seqlens_q.diff(), cu_seqlens_k.diff()), device=query.device)
     if mask is not None:
         seen = seen & packed.pad(mask.flatten().bool(), of_keys, sequences, longest_k)[:, None, None]
     q = packed.pad(q, of_queries, sequences, longest_q).transpose(1, 2)
