@@ -68,8 +68,15 @@ class EncodeLane:
     model: Lane
     by_tokens: bool = False
 
+    @property
+    def ours(self) -> bool:
+        """Whether a kernel of fastbert has to be launched."""
+        return self.model.fast or self.model.attention == OURS_BY_NAME
 
+
+OURS_BY_NAME = "fastbert_flash"  # attn_implementation=..., for which sentence-transformers flattens too
 STOCK, FLATTENED, FASTBERT, BY_TOKENS = "stock", "flattened", "fastbert", "fastbert, by tokens"
+BY_NAME = "fastbert, attention by name"
 EAGER = EncodeLane(Lane("eager"))
 LANES = {
     STOCK: EncodeLane(Lane()),
@@ -77,6 +84,7 @@ LANES = {
     workloads.FLATTENED_FLASH: EncodeLane(Lane("flash_attention_2", peer="flash_attention_2")),
     FASTBERT: EncodeLane(Lane(fast=True)),
     BY_TOKENS: EncodeLane(Lane(fast=True), by_tokens=True),
+    BY_NAME: EncodeLane(Lane(OURS_BY_NAME)),
     GRAPHED: EncodeLane(Lane(fast=True, graphed=FORWARD)),
     workloads.PACKED_ENCODERS: EncodeLane(Lane(peer="packed-encoders")),
 }

@@ -119,7 +119,7 @@ def _measure(corpus: Corpus, lane: EncodeLane, replays: graphs.Replays, seconds:
             return {"status": "failed", "reason": wrong}
         if lane.model.graphed and replays.count == replayed:
             return {"status": "failed", "reason": f"{gate.NOT_REPLAYED}: {graphs.why_not(model[0].model)}"}
-        if lane.model.fast and counts.total() == launched:
+        if lane.ours and counts.total() == launched:
             return {"status": "failed", "reason": gate.NO_KERNEL}
         if device == "cpu":
             return {"status": "dry-run"}

@@ -11,7 +11,7 @@ import fastbert
 from bench.core import schema
 from bench.core.records import EncodeRecord, Spread
 from bench.encode import cases, encoders, flash, run, texts
-from bench.encode.cases import BY_TOKENS, FASTBERT, FLATTENED, LANES, STOCK
+from bench.encode.cases import BY_NAME, BY_TOKENS, FASTBERT, FLATTENED, LANES, STOCK
 from bench.models import gate, workloads
 from bench.models.workloads import GRAPHED
 from bench.report import tables
@@ -90,9 +90,13 @@ class TestLanes:
         lanes = (FLATTENED, GRAPHED)
         assert found(QUERIES, *lanes, BY_TOKENS) == dict.fromkeys(lanes, ("dry-run", None))
 
+    def test_our_attention_by_name_flattens(self, monkeypatch):
+        assert found(CASE, BY_NAME) == {BY_NAME: ("dry-run", None)}
+        assert encoders.make(CASE, LANES[BY_NAME], "cpu")[0].can_flatten_inputs and LANES[BY_NAME].ours
+
     def test_xlm_roberta(self):
         (case,) = cases.cases(("XLM-R base",), batches=(4,), queries=False)
-        lanes = (STOCK, FLATTENED)
+        lanes = (STOCK, FLATTENED, BY_TOKENS)
         assert found(cases.tiny(case), *lanes) == dict.fromkeys(lanes, ("dry-run", None))
 
     def test_a_model_that_is_not_patched_is_absent(self, monkeypatch):

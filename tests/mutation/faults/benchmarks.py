@@ -31,8 +31,8 @@ FAULTS = (
     ),
     _run(
         "a lane of fastbert has a time without a kernel",
-        before="if lane.model.fast and counts.total() == launched:",
-        after="if lane.model.fast and counts.total() < launched:",
+        before="if lane.ours and counts.total() == launched:",
+        after="if lane.ours and counts.total() < launched:",
         tests=(f"{LANES}::test_stock_under_our_name_fails",),
     ),
     Fault(
