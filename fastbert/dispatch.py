@@ -52,10 +52,14 @@ class FastModule:
     """
 
     def _replicate_for_data_parallel(self) -> Any:
-        replica = super()._replicate_for_data_parallel()
-        with _lock:
-            _calls[replica] = _calls.setdefault(self, Calls())
-        return replica
+        return share_calls(self, super()._replicate_for_data_parallel())
+
+
+def share_calls(module: nn.Module, replica: nn.Module) -> nn.Module:
+    """Let `replica` count its calls in the tally of `module`, and return it."""
+    with _lock:
+        _calls[replica] = _calls.setdefault(module, Calls())
+    return replica
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

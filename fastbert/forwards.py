@@ -9,6 +9,7 @@ fastbert was tested against. Documentation and annotations are left out of the d
   forward to read. Then run `python -m tests.releases run --transformers X`, add X to `TRANSFORMERS` in
   tests/releases/matrix.py, and run `python -m tests.releases table` for the README. Other releases are put in front of the
   installed one with `pip install --target`, so torch is installed once. tests/models/future.py simulates future releases.
+- sentence-transformers' functions are recognised the same way, from a table of their own.
 
 Owners are passed in: this module does not import transformers, which imports triton (see fastbert/startup.py).
 """
@@ -27,6 +28,8 @@ from types import FunctionType, ModuleType
 Pair = tuple[type | ModuleType, str]  # the owner of a function, and its name there
 
 _MISSING = object()
+# The packages whose functions are recognised, and the file with the digests of each.
+_TABLES = {"transformers": "forwards.json", "sentence_transformers": "forwards_sentence_transformers.json"}
 
 # The function judged last, and its reason.
 _judged: dict[Pair, tuple[object, str | None]] = {}
@@ -35,9 +38,9 @@ _accepted: dict[Pair, list[object]] = {}
 
 
 def digest(function: object) -> str | None:
-    """A digest of 16 hexadecimal digits of the code of a transformers function, without its decorators.
+    """A digest of 16 hexadecimal digits of the code of a library's function, without its decorators.
 
-    None if a function in the chain of `__wrapped__` does not come from transformers' own files, since it may do anything,
+    None if a function in the chain of `__wrapped__` does not come from the libraries' own files, since it may do anything,
     or if there is no source to read.
     """
     inner = innermost(function)
@@ -110,9 +113,15 @@ def clear_accepted() -> None:
 
 
 @cache
-def table() -> dict[str, dict[str, str]]:
-    """Digests by qualified name, each mapped to the first transformers release that has it."""
-    return json.loads(resources.files("fastbert").joinpath("data/forwards.json").read_text(encoding="utf-8"))
+def table(package: str = "transformers") -> dict[str, dict[str, str]]:
+    """Digests by qualified name, each mapped to the first release of `package` that has it."""
+    return json.loads(resources.files("fastbert").joinpath("data", _TABLES[package]).read_text(encoding="utf-8"))
+
+
+def package_of(owner: type | ModuleType) -> str:
+    """The package that `owner` belongs to; transformers for one that is in none of those that are recognised."""
+    found = (owner.__name__ if isinstance(owner, ModuleType) else owner.__module__).partition(".")[0]
+    return found if found in _TABLES else "transformers"
 
 
 def label(owner: type | ModuleType, name: str) -> str:
@@ -121,32 +130,33 @@ def label(owner: type | ModuleType, name: str) -> str:
 
 
 def _judge(owner: type | ModuleType, name: str, function: object) -> str | None:
-    what = label(owner, name)
+    what, package = label(owner, name), package_of(owner)
     if function is _MISSING:
-        return f"{what} does not exist (transformers {_release()})"
+        return f"{what} does not exist ({_release(package)})"
     inner = innermost(function)
     if inner is None:
         return f"{what} was replaced by {_own_name(function)}"
     found = digest(function)
     if found is None:
         return f"{what} has no source to compare with the forwards that fastbert was tested against"
-    if found not in table().get(what, ()):
-        return f"{what} is not one that fastbert was tested against (transformers {_release()})"
+    if found not in table(package).get(what, ()):
+        return f"{what} is not one that fastbert was tested against ({_release(package)})"
     return None
 
 
 def innermost(function: object) -> FunctionType | None:
-    """The transformers function inside transformers' own decorators.
+    """The library's function inside the library's own decorators.
 
-    None if any wrapper on the way is not transformers' own, such as a user's functools.wraps around one of its functions.
+    None if any wrapper on the way is not the library's own, such as a user's functools.wraps around one of its functions.
     """
     return _innermost(function) if isinstance(function, FunctionType) else None
 
 
 @cache
 def _innermost(function: object) -> FunctionType | None:
-    folder = os.path.dirname(_transformers().__file__) + os.sep
-    while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folder):
+    modules = (_transformers(), sys.modules.get("sentence_transformers"))
+    folders = tuple(os.path.dirname(module.__file__) + os.sep for module in modules if module is not None)
+    while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folders):
         if not hasattr(function, "__wrapped__"):
             return function
         function = function.__wrapped__
@@ -163,8 +173,9 @@ def _transformers() -> ModuleType:
     return sys.modules.get("transformers") or importlib.import_module("transformers")
 
 
-def _release() -> str:
-    return _transformers().__version__
+def _release(package: str) -> str:
+    module = _transformers() if package == "transformers" else sys.modules[package]
+    return f"{package.replace('_', '-')} {module.__version__}"
 
 
 _LEFT_OUT = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns"}

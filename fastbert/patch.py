@@ -60,9 +60,9 @@ def patch(
             BertForPreTraining and BertLMHeadModel with `linear_cross_entropy` from the positions that have a label.
         embeddings: run BertEmbeddings on `embedding_layernorm`.
         unpad: run BertEncoder on the real tokens only, packed before its first layer and unpacked after its last.
-            "auto": only if no output shows it, that is for heads that read nothing but the first position; the last
-            layer then runs for that position only. True: always, with zeros at padded positions. False: never. Packing
-            takes one synchronisation per forward.
+            "auto": only if no output shows it, that is for heads that read nothing but the first position (the last
+            layer then runs for that position only) and before a Pooling of sentence-transformers, which takes packed rows.
+            True: always, with zeros at padded positions. False: never. Packing takes one synchronisation per forward.
         mlm_logits: "full": outputs hold the logits, as in stock. "none": training with labels returns None for them, and
             the head, and with `unpad` also the last layer, runs only for the positions that have a label.
         strict: raise if any module that has a fast class (and is not switched off) would stay on stock code.
@@ -98,6 +98,7 @@ def patch(
     roots = _roots(model) if cuda_graphs else []
     _take_graphs(model)
     _swap_classes(classes)
+    _link_poolings(model)
     if untested:
         _accept(classes)
     _give_graphs(roots)
@@ -113,12 +114,14 @@ def unpatch(model: Model) -> Model:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
-    from fastbert.registry import BY_FAST
+    from fastbert.registry import BY_FAST, sentence_transformers
 
     _check_model(model)
     _take_graphs(model)
+    sentence_transformers()
     _swap_classes({module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST})
     _switches.pop(model, None)
+    _link_poolings(model)
     return model
 
 
@@ -138,6 +141,7 @@ def patched(model: Model, **keywords: object) -> Iterator[Model]:
     finally:
         unpatch(model)
         _swap_classes(before)
+        _link_poolings(model)
         for root, options in graphs_before.items():
             classes.set_graphs(root, options)
         if switches_before is None:
@@ -154,22 +158,27 @@ def switches_of(model: nn.Module) -> dict[str, bool] | None:
 def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) -> tuple[dict[nn.Module, type], list[str]]:
     """The class that each module should have, and one line per module that stays stock although its switch is on."""
     from fastbert.dispatch import kind_of
-    from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, MLM_HEADS, PACKING, encoders_with_a_reader
+    from fastbert.registry import AUTO_PACKING, BY_FAST, BY_STOCK, MLM_HEADS, PACKING, encoders_with_a_reader, pooled_modules
 
     classes: dict[nn.Module, type] = {}
     left_stock: list[str] = []
+    found = False
     mlm_logits = switches["mlm_logits"]
     with_a_reader = encoders_with_a_reader(model, switches["mlm_head"] and mlm_logits == "none")
+    pooled = pooled_modules(model)
     mlm_heads = {entry.stock: entry for entry in MLM_HEADS[mlm_logits]}
     for name, module in model.named_modules():
         entry = BY_STOCK.get(kind_of(module)) or BY_FAST.get(kind_of(module))
         if entry is None:
             continue
+        found = found or entry.own_code is None
         entry = mlm_heads.get(entry.stock, entry)
         wanted = entry.wanted(switches)
         if entry.stock in PACKING:
             entry = (AUTO_PACKING if wanted == "auto" else PACKING)[entry.stock]
             wanted = module in with_a_reader if wanted == "auto" else wanted
+        elif entry.own_code is not None:  # of sentence-transformers
+            wanted = wanted and module in pooled
         reason = None
         if wanted:
             reason = (entry.stock_reason if kind_of(module) is entry.stock else entry.inactive_reason)(module, untested)
@@ -178,9 +187,17 @@ def _plan_classes(model: nn.Module, switches: dict[str, Any], untested: bool) ->
             _log_untested(reason)
         if reason is not None and entry.kernel is not None:
             left_stock.append(f"{name} ({entry.stock.__name__}): {reason}")
-    if not classes:
+    if not found:
         raise _nothing_found(model)
     return classes, left_stock
+
+
+def _link_poolings(model: nn.Module) -> None:
+    """Tell the fast Transformers of sentence-transformers which pooling reads their output."""
+    from fastbert.registry import sentence_transformers
+
+    if (integration := sentence_transformers()) is not None:
+        integration.link(model)
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:

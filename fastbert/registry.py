@@ -1,5 +1,6 @@
 """The table of patchable modules: each stock class with its fast class, its kernel and the switch of `patch`."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,7 @@ class Entry:
     switch: the argument of `patch` that controls it.
     unsupported: unsupported(module) is the reason why that module must stay stock, or None.
     switches: all the arguments that must be on, if there are several.
+    own_code: the stock functions that it replaces or depends on, if they are not in `CODE`.
     """
 
     stock: type[nn.Module]
@@ -43,6 +45,7 @@ class Entry:
     switch: str
     unsupported: Callable[[nn.Module], str | None]
     switches: tuple[str, ...] = ()
+    own_code: forwards.Code | None = None
 
     def wanted(self, switches: dict[str, Any]) -> Any:
         """The value of the switch; with several, whether all are on."""
@@ -71,7 +74,7 @@ class Entry:
     @property
     def code(self) -> forwards.Code:
         """The stock functions that the fast class replaces or depends on."""
-        return CODE[self.stock.__name__]
+        return self.own_code or CODE[self.stock.__name__]
 
 
 # The layer op launches the kernels of these ops.
@@ -141,12 +144,36 @@ BY_FAST = {
 STOCK_ONLY = tuple(family["Pooler"] for family in FAMILIES if family.find("Pooler"))
 
 
+def sentence_transformers() -> Any | None:
+    """The module with the fast classes for sentence-transformers, whose entries are in the tables then; None if that library
+    is not imported, so no module of its classes exists."""
+    if "sentence_transformers" not in sys.modules:
+        return None
+    from fastbert.integrations import sentence_transformers as integration
+
+    for stock_cls, fast, kernel in integration.CLASSES:
+        if fast not in BY_FAST:
+            code = integration.CODE[stock_cls.__name__]
+            entry = Entry(stock_cls, fast, kernel, "unpad", lambda module: None, own_code=code)
+            BY_STOCK[stock_cls] = BY_FAST[fast] = entry
+    return integration
+
+
+def pooled_modules(model: nn.Module) -> set[nn.Module]:
+    """The Transformers of sentence-transformers in `model` that a Pooling follows, and those poolings."""
+    integration = sentence_transformers()
+    pairs = {} if integration is None else integration.pairs(model)
+    return {*pairs, *pairs.values()}
+
+
 def encoders_with_a_reader(model: nn.Module, mlm: bool) -> set[nn.Module]:
-    """The encoders in `model` whose head reads only some positions; MLM heads count if `mlm`."""
+    """The encoders in `model` whose head reads only some positions, or a pooling; MLM heads count if `mlm`."""
     entries = (*POOLED_HEADS, *(entry for heads in MLM_HEADS.values() if mlm for entry in heads))
     heads = {cls for entry in entries for cls in (entry.stock, entry.fast)}
     bodies = (encoder.body_of(module) for module in model.modules() if kind_of(module) in heads)
-    return {body.encoder for body in bodies if hasattr(body, "encoder")}
+    found = {body.encoder for body in bodies if hasattr(body, "encoder")}
+    pooled = (module for transformer in pooled_modules(model) for module in transformer.modules())
+    return found | {module for module in pooled if type(module) in PACKING or type(module) in PACKING_CLASSES}
 
 
 @cache

@@ -97,9 +97,10 @@ def report(model: nn.Module) -> Report:
     """
     from fastbert.dispatch import Calls, calls, kind_of
     from fastbert.graphs.classes import graphs_of
-    from fastbert.registry import BY_FAST, BY_STOCK, LAYER, STOCK_ONLY
+    from fastbert.registry import BY_FAST, BY_STOCK, LAYER, STOCK_ONLY, sentence_transformers
 
     _check_model(model)
+    sentence_transformers()
     switches = switches_of(model)
     rows: list[Row] = []
     inside = None  # the name prefix of the active layer op that the current modules belong to
@@ -207,7 +208,11 @@ def _stock_reason(module: nn.Module, entry: Any, switches: dict[str, bool] | Non
     wanted = entry.wanted(switches)
     if not wanted:
         return f"{entry.disabled_switch(switches)}=False"
-    return entry.stock_reason(module) or (_PADDING_VISIBLE if wanted == "auto" else "not patched")
+    if (reason := entry.stock_reason(module)) is not None:
+        return reason
+    if entry.own_code is not None:
+        return "no Transformer comes straight before it"
+    return _PADDING_VISIBLE if wanted == "auto" else "not patched"
 
 
 def _cells(rows: list[Row]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -26,7 +27,7 @@ from fastbert.layers.layer import Layer, at_rows
 from fastbert.layers.masks import KernelMask
 from fastbert.layers.packing import Packing
 from fastbert.layers.packing_plan import plan_packing
-from fastbert.layers.reading import Reading
+from fastbert.layers.reading import PooledReading, Reading
 from fastbert.lengths import Counted
 
 _MAX_READ_FRACTION = 0.75  # of the tokens: gathering more rows costs as much as it saves
@@ -46,6 +47,8 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
             kwargs["position_ids"], embed = deferred.position_ids, deferred.embed
         packing = self._packing(hidden_states, attention_mask, reading, args, kwargs)
         if falls_back(self, packing if isinstance(packing, str) else None):
+            if isinstance(reading, PooledReading):
+                reading.padded = packing
             hidden_states = hidden_states if embed is None else embed(None)
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         shape = hidden_states.shape
@@ -58,11 +61,14 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
         rows = packing.tokens
         if packing.read is not None:
             rows, packed = packing.read, _read_layer(self.layer[-1], packed, attention_mask, packing)
+        if isinstance(reading, PooledReading):
+            reading.hidden, reading.tokens = packed.squeeze(0), rows
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=packed.new_empty(()).expand(shape))
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.put(packed.squeeze(0)).view(shape))
 
     def may_pack(self, kwargs: dict[str, Any]) -> bool:
         reading = kwargs.get("reading")
-        return self.ALWAYS or (isinstance(reading, Reading) and reading.alone)
+        return self.ALWAYS or (isinstance(reading, Reading) and reading.hides_padding)
 
     def _packing(
         self,
@@ -79,12 +85,18 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
         for name, field in (("lengths", "lengths"), ("read_lengths", "read")):  # from a LengthsCollator
             if isinstance(kwargs.get(name), Counted):
                 counts = replace(counts, **{field: tuple(kwargs.pop(name))})
-        reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions are visible"
+        if isinstance(reading, PooledReading):
+            if torch.compiler.is_compiling():
+                return "torch.compile traces no packing for a pooling"
+            if reading.per_row is not None and (counts.lengths is not None or counts.token_budget is not None):
+                counts = replace(counts, read=(reading.per_row,) * len(hidden_states))
+        reason = None if self.ALWAYS or (reading and reading.hides_padding) else "outputs at padded positions are visible"
         reason = reason or tensor_reason(hidden_states) or self._reason(mask, args, kwargs)
         if reason is not None:
             return reason
         packing = plan_packing(mask.keys, reading, counts, *hidden_states.shape[:2], hidden_states.device)
-        if isinstance(packing, Packing) and packing.read is not None and self.layer[-1].attention.self.is_causal:
+        pooled = isinstance(reading, PooledReading)  # it takes the rows that it asked for
+        if isinstance(packing, Packing) and packing.read is not None and not pooled and self.layer[-1].attention.self.is_causal:
             # Attention runs for all rows there, and the rows that are read are gathered from its output.
             index, n_read = packing.tokens.index, len(packing.read.index)
             if n_read > _MAX_READ_FRACTION * (hidden_states.shape[:2].numel() if index is None else len(index)):
@@ -143,7 +155,11 @@ def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: KernelMask, packi
 
 def packs_unseen(head: nn.Module) -> bool:
     """Whether the encoder of `head` packs and only the head can see its output."""
-    model = body_of(head)
+    return model_packs_unseen(body_of(head))
+
+
+def model_packs_unseen(model: nn.Module) -> bool:
+    """Whether the encoder of `model` packs and only the caller of `model` can see its output."""
     if stock.part_of(type(model)).part != "Model" or not isinstance(model.encoder, PackingEncoder):
         return False
     pooler = getattr(model, "pooler", None)

@@ -23,6 +23,8 @@ def plan_packing(
     if not batch * seqlen:
         return "an empty batch"
     alone = reading is not None and reading.alone
+    # Whether it has to be made sure that what is read are tokens.
+    watched = alone or (reading is not None and reading.positions is not None and reading.hides_padding)
     if mask is None and not alone:
         return "a batch without a mask"
     read = None if reading is None else reading.positions
@@ -42,7 +44,7 @@ def plan_packing(
     padding = False
     if counted:
         found = count(None if claims[0] else mask, None if claims[1] else read, counts)
-        tokens, reads, padding = tokens or found[0], reads or found[1], found[2] and alone
+        tokens, reads, padding = tokens or found[0], reads or found[1], found[2] and watched
     whole = mask is None or tokens == Capacity(batch * seqlen, seqlen)
     reason = None
     if tokens is not None and tokens.rows == 0:
@@ -56,7 +58,7 @@ def plan_packing(
 
     if alone and read is None:
         reads = Capacity(batch, 1)
-    checked = (*claims, alone and mask is not None and not counted)
+    checked = (*claims, watched and mask is not None and not counted)
     capacity = Capacity(batch * seqlen, seqlen) if whole else tokens
     packed, last, fits = pack(counts, None if whole else mask, read, seqlen, capacity, reads, any(checked))
     stop_unless(fits, checked)

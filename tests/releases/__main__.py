@@ -35,7 +35,7 @@ def digests(
         return
     from tests.releases import digests  # imports transformers
 
-    for line in digests.update():
+    for line in (*digests.update(), *digests.update_sentence_transformers()):
         print(line)
 
 

@@ -11,7 +11,7 @@ _forwards = partial(Fault, file="fastbert/forwards.py")
 FAULTS = (
     _forwards(
         "a user's wrapper around a stock function is accepted",
-        before="    while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folder):\n",
+        before="    while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folders):\n",
         after="    while isinstance(function, FunctionType):\n",
         tests=(f"{TESTS}::test_what_is_not_transformers_code_is_replaced",),
     ),

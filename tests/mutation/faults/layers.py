@@ -334,7 +334,7 @@ FAULTS = (
     ),
     _dispatch(
         "calls of replicas are not counted",
-        before="_calls[replica] = _calls.setdefault(self, Calls())",
+        before="_calls[replica] = _calls.setdefault(module, Calls())",
         after="pass",
         tests=("tests/models/test_wrappers.py::test_replicas_of_data_parallel_count_as_the_model",),
     ),

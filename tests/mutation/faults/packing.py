@@ -119,13 +119,13 @@ FAULTS = (
     ),
     _plan(
         "a first position that is padding is read",
-        before="tokens, reads, padding = tokens or found[0], reads or found[1], found[2] and alone",
+        before="tokens, reads, padding = tokens or found[0], reads or found[1], found[2] and watched",
         after="tokens, reads = tokens or found[0], reads or found[1]",
         tests=(f"{TESTS}::test_a_row_of_padding_alone_stays_padded",),
     ),
     _plan(
         "given lengths are believed although a padding position is read",
-        before="checked = (*claims, alone and mask is not None and not counted)",
+        before="checked = (*claims, watched and mask is not None and not counted)",
         after="checked = (*claims, False)",
         tests=(f"{LENGTHS}::test_a_read_position_that_is_padding_stops",),
     ),
@@ -137,8 +137,8 @@ FAULTS = (
     ),
     _encoder(
         "unpad='auto' packs although every position is visible",
-        before='reason = None if self.ALWAYS or (reading and reading.alone) else "outputs at padded positions are visible"',
-        after="reason = None",
+        before="reason = None if self.ALWAYS or (reading and reading.hides_padding) else",
+        after="reason = None if True else",
         tests=(
             f"{TESTS}::test_the_encoder_called_by_others_than_the_head_is_seen_everywhere",
             f"{TESTS}::test_a_hook_on_what_lies_between_sees_every_position",
