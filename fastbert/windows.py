@@ -16,6 +16,8 @@ from fastbert.lengths import Counted, known_lengths
 HOW = ("overlap", "head", "tail", "head+tail")
 POOLINGS = ("mean", "max", "first", "token-mean")
 HEAD_SHARE = 128 / 510  # of Sun et al.: 128 and 382 tokens around the cut, beside [CLS] and [SEP]
+SIZE = 512  # tokens of a window, unless the tokenizer or the caller names another size
+_UNLIMITED = 2**31  # a tokenizer that knows no limit has a larger number
 _OUTPUTS = ("logits", "sentence_embedding", "scores")
 _LABELS = ("labels", "label")
 
@@ -25,7 +27,7 @@ Output = str | Callable[[Any, dict[str, Tensor]], Tensor]
 class Windows:
     """Cuts long texts into windows that a model can read, runs the model on them, and pools to one row per text.
 
-        windows = fastbert.Windows(tokenizer, stride=128, pooling="mean")
+        windows = fastbert.Windows(tokenizer, size=512, stride=128, pooling="mean")
         logits = windows.run(model, windows(texts).to(model.device))  # [texts, labels], with gradient
 
     In a pair of texts (a query and a document) the first stays whole and every window of the second has it in front.
@@ -33,10 +35,11 @@ class Windows:
     Args:
         tokenizer: a fast tokenizer of transformers, whose own truncation makes the overlapping windows. It adds the special
             tokens to each window.
-        size: the most tokens in a window, with special tokens; at most the positions of the model.
+        size: the most tokens in a window, with special tokens; at most the positions of the model. By default the
+            tokenizer's `model_max_length`, or 512 if it has none.
         how: "overlap": as many windows as it takes, each sharing `stride` tokens with the one before. One window: "head"
             (the first tokens), "tail" (the last), "head+tail" (`head` of the first and as many of the last as fit).
-        stride: the tokens that neighbouring windows share, as in transformers' tokenizers; for "overlap".
+        stride: the tokens that neighbouring windows share, as in transformers' tokenizers; by default a quarter of `size`.
         head: the first tokens that "head+tail" keeps; by default 128 of 510, and that share of other sizes.
         pooling: of the windows of a text: "mean", "max" (equal maxima share the gradient), "first", or "token-mean", which
             weights each window by its tokens.
@@ -50,10 +53,10 @@ class Windows:
     def __init__(
         self,
         tokenizer: Any,
-        size: int = 512,
+        size: int | None = None,
         *,
         how: str = "overlap",
-        stride: int = 128,
+        stride: int | None = None,
         head: int | None = None,
         pooling: str = "mean",
         max_windows: int | None = None,
@@ -64,7 +67,10 @@ class Windows:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         special = tokenizer.num_special_tokens_to_add(pair=False)
+        if size is None:
+            size = tokenizer.model_max_length if tokenizer.model_max_length < _UNLIMITED else SIZE
         _check_integer("size", size, special + 1)
+        stride = size // 4 if stride is None else stride
         _check_integer("stride", stride, 0)
         if how == "overlap" and stride >= size - special:
             raise ValueError(f"stride: expected fewer than the {size - special} tokens of a window, got {stride}")
@@ -297,10 +303,16 @@ def _on_device(numbers: Sequence[int], device: torch.device, dtype: torch.dtype 
 
 
 def _check_positions(model: nn.Module, longest: int) -> None:
-    configs = (getattr(module, "config", None) for module in model.modules())
-    most = next((found for config in configs if (found := getattr(config, "max_position_embeddings", None))), None)
+    most = next((found for name, module in model.named_modules() if (found := _positions(name, module))), None)
     if most is not None and longest > most:
         raise ValueError(f"size: the model has {most} positions, and the batch has windows of {longest} tokens")
+
+
+def _positions(name: str, module: nn.Module) -> int | None:
+    """The tokens that a table of positions is for. RoBERTa and its kin count from behind the padding index."""
+    if name.rpartition(".")[2] != "position_embeddings" or not isinstance(module, nn.Embedding):
+        return None
+    return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

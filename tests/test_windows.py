@@ -79,7 +79,7 @@ def test_the_ends_of_a_text(how, head, places, words):
 
 def test_head_and_tail_of_the_paper(words):
     ids = plain(words, text_of(700))
-    ((found,),) = fastbert.Windows(words, how="head+tail").split([text_of(700)])["input_ids"]
+    ((found,),) = fastbert.Windows(words, 512, how="head+tail").split([text_of(700)])["input_ids"]
     assert found[1:-1] == ids[:128] + ids[-382:] and len(found) == 512
 
 
@@ -101,6 +101,15 @@ def test_of_a_pair_the_first_stands_in_front_of_every_window(how, trained):
         }[how]
         assert own == [[*start, *part, trained.sep_token_id] for part in kept]
         assert types == [[0] * len(start) + [1] * (len(part) + 1) for part in kept]
+
+
+@pytest.mark.parametrize(("limit", "size", "stride"), [(512, 512, 128), (256, 256, 64), (int(1e30), 512, 128)])
+def test_the_size_that_the_tokenizer_names(limit, size, stride, words, monkeypatch):
+    monkeypatch.setattr(words, "model_max_length", limit)
+    windows = fastbert.Windows(words)
+    assert (windows.size, windows.stride) == (size, stride)
+    (found,) = windows.split([text_of(700)])["input_ids"]
+    assert len(found[0]) == size and found[0][-1 - stride : -1] == found[1][1 : 1 + stride]
 
 
 def test_windows_beyond_the_most_are_left_out(words):
@@ -173,6 +182,13 @@ def test_pooling_keeps_the_dtype_and_waits_for_nothing(pooling, dtype, words):
     assert (pooled.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
     nowhere = windows.pool(values.to("meta", dtype), batch)  # has no values: reading one would raise
     assert (nowhere.shape, nowhere.dtype) == ((2, 4), dtype)
+
+
+def test_a_weighted_mean_stays_in_range(words):
+    """Sums of tokens times values are beyond float16, their mean is not."""
+    windows = fastbert.Windows(words, SIZE, stride=2, pooling="token-mean")
+    values = torch.full((3, 2), 3e4, dtype=torch.float16)
+    assert torch.equal(windows.pool(values, windows([text_of(30)])), values[:1])
 
 
 def test_equal_maxima_share_the_gradient(words):

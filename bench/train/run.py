@@ -19,8 +19,9 @@ from bench.train.lanes import RECORD, Advance, Work, checkpoints, run
 from bench.train.model import load, open_source
 from bench.train.options import SHORTEST
 from bench.train.records import LANES, DataRecord, Settings, TrainResults
-from bench.train.windows import SIZE, as_input_error, described, windows_of
+from bench.train.windows import as_input_error, described, windows_of
 from fastbert.errors import InputError
+from fastbert.windows import SIZE
 
 SETTINGS = "settings.json"
 SplitRows = tuple[list[Row], list[Row], list[str]]

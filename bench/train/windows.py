@@ -9,7 +9,6 @@ import fastbert
 from bench.train.records import Settings
 from fastbert.errors import InputError
 
-SIZE = 512  # tokens, if the model has as many positions
 _OPTIONS = {"size": "--max-length", "texts": "--data"}  # Windows' names for other options
 
 
@@ -21,13 +20,12 @@ def windows_of(settings: Settings, tokenizer: Any, limit: int) -> fastbert.Windo
     """
     if not settings.windows:
         return None
-    stride = limit // 4 if settings.stride is None else settings.stride
     try:
         return fastbert.Windows(
             tokenizer,
             limit,
             how=settings.windows,
-            stride=stride,
+            stride=settings.stride,
             pooling=settings.pooling or "mean",
             max_windows=settings.max_windows or None,
         )

