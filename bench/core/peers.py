@@ -125,12 +125,17 @@ def _first_sentence(error: Exception) -> str:
     return " ".join(str(error).split()).split(". ")[0]
 
 
+def _sentence_transformers() -> str | None:
+    return _importable("sentence_transformers", "sentence-transformers")
+
+
 PEERS: dict[str, Callable[[], str | None]] = {
     "flash-attn": _flash_attn,
     "liger": _liger,
     "flash_attention_2": _flash_attention_2,
     "packed-encoders": _packed_encoders,
     "liger model": _liger_models,
+    "sentence-transformers": _sentence_transformers,
     "gpu": _gpu,
 }
 

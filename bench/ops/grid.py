@@ -92,6 +92,7 @@ NAMES = (
     "gather_rows",
     "linear_cross_entropy",
     "embedding_layernorm",
+    "pool_rows",
 )
 WITH_DROPOUT = ("attention", "dropout_add_layernorm", "embedding_layernorm")
 SEQLENS = (512, 128, 2048, 64, 256, 1024)  # most important first
@@ -115,8 +116,9 @@ def cases(names: tuple[str, ...] = NAMES, dtypes: tuple[str, ...] = ("bf16", "fp
 
 
 def _of_shape(case: Case) -> Iterator[Case]:
-    """The cases of one shape: with and without dropout for ops that have it, with and without padding for attention."""
-    fills = {"attention": (1.0, 0.5), "gather_rows": (0.5,)}.get(case.op, (1.0,))
+    """The cases of one shape: with and without dropout for ops that have it, with and without padding for attention and
+    pooling."""
+    fills = {"attention": (1.0, 0.5), "gather_rows": (0.5,), "pool_rows": (1.0, 0.5)}.get(case.op, (1.0,))
     for fill in fills:
         for p in (0.1, 0.0) if case.op in WITH_DROPOUT else (0.0,):
             yield replace(case, fill=fill, p=p)

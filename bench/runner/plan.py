@@ -282,7 +282,7 @@ def _length(case: grid.Case) -> int:
 GENERAL_SEARCH = (
     *("attention_forward", "attention_backward_kv", "attention_backward_q", "bias_gelu_forward", "bias_gelu_backward"),
     *("layernorm_forward", "layernorm_backward", "gelu_layernorm_backward", "gather_rows", "linear_cross_entropy"),
-    *("embedding_runs", "embedding_sums_backward"),
+    *("embedding_runs", "embedding_sums_backward", "pool_rows_forward", "pool_rows_backward"),
 )
 
 

@@ -137,6 +137,20 @@ ENTRIES = {
         {"BLOCK_M": (1, 2, 4, 8), "BLOCK_N": (256, 512, 1024), "num_warps": (2, 4, 8)},
         "gather_rows_kernel",
     ),
+    "pool_rows_forward": Entry(
+        "pool_rows",
+        "forward",
+        _HIDDEN,
+        {"BLOCK_M": (128, 256, 512), "BLOCK_N": (16, 32, 64, 128), "num_warps": (4, 8, 16)},
+        "pool_rows_fwd_kernel",
+    ),
+    "pool_rows_backward": Entry(
+        "pool_rows",
+        "backward",
+        _HIDDEN,
+        {"BLOCK_M": (1, 2, 4, 8), "BLOCK_N": (256, 512, 1024), "num_warps": (2, 4, 8)},
+        "pool_rows_bwd_kernel",
+    ),
     "linear_cross_entropy": Entry(
         "linear_cross_entropy",
         "both",

@@ -130,6 +130,12 @@ def test_against_sentence_transformers(mode, dtype, side, prompt):
     assert ours["y"].dtype == eager["y"].dtype
 
 
+def test_sums_are_float32():
+    """Each of the sums that a program holds is over 65504, the largest number of float16."""
+    y = pool_rows(torch.full((8192, 3), 16000.0, dtype=torch.float16, device=DEVICE), mode="mean", **all_rows(1, 8192))
+    assert y.tolist() == [[16000.0] * 3]
+
+
 @EVERY_MODE
 def test_by_hand(mode):
     x = torch.tensor([[1.0], [5.0], [3.0], [7.0]], device=DEVICE)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from fastbert.kernels import reference
 from fastbert.kernels.pool_rows import MODES, pool_rows
@@ -73,18 +72,6 @@ def _variants() -> Iterator[Variant]:
 def _audited(spec: OpSpec, variant: Variant, rows: int) -> Size:
     batch, seqlen = SHAPES[variant.options["shape"]]
     return Size(batch if rows == spec.tokens else max(1, rows // seqlen), seqlen, hidden=variant.width)
-
-
-def _eager(
-    x: Tensor,
-    cu_seqlens: Tensor,
-    mode: str,
-    n_sequences: int,
-    seqlen: int,
-    index: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
-    return reference.pool_rows(x, cu_seqlens, mode, n_sequences=n_sequences, seqlen=seqlen, index=index, mask=mask)
 
 
 SPEC = OpSpec(
