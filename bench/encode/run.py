@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastbert
 from bench.core import timing
 from bench.core.peers import Absent
 from bench.core.pretended import true_reads_of_features
@@ -122,10 +123,21 @@ def _measure(corpus: Corpus, lane: EncodeLane, replays: graphs.Replays, seconds:
         if lane.ours and counts.total() == launched:
             return {"status": "failed", "reason": gate.NO_KERNEL}
         if device == "cpu":
-            return {"status": "dry-run"}
+            return {"status": "dry-run", "reason": _padded(model, lane)}
         spread, runs, p99 = timing.measure_responses(serve.whole, seconds=seconds, fewest=FEWEST_QUERIES * case.single)
         peak = timing.fullest_bytes(lambda: serve(0))
-    return {"status": "ok", "seconds": spread, "runs": runs, "p99": p99, "first_pass_seconds": first, "peak_bytes": peak}
+    found = {"status": "ok", "reason": _padded(model, lane)}
+    return found | {"seconds": spread, "runs": runs, "p99": p99, "first_pass_seconds": first, "peak_bytes": peak}
+
+
+def _padded(model: Any, lane: EncodeLane) -> str | None:
+    """Why calls of a patched model ran padded, by its report; None if its pooling read packed rows in every call."""
+    if not lane.model.fast:
+        return None
+    (row,) = (row for row in fastbert.report(model).rows if row.hf_class == "Pooling")
+    calls = row.kernel_calls + sum(row.fallback_calls.values())
+    reasons = [f"{reason} ({times} of {calls} calls)" for reason, times in row.fallback_calls.items()]
+    return f"padded: {'; '.join(reasons) or row.reason}" if reasons or not calls else None
 
 
 class Server:

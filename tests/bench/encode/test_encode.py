@@ -87,8 +87,16 @@ class TestLanes:
         assert found(case, *lanes) == dict.fromkeys(lanes, ("dry-run", None))
 
     def test_single_queries(self):
-        lanes = (FLATTENED, GRAPHED)
-        assert found(QUERIES, *lanes, BY_TOKENS) == dict.fromkeys(lanes, ("dry-run", None))
+        records = found(QUERIES, FLATTENED, GRAPHED, BY_TOKENS)
+        assert list(records) == [FLATTENED, GRAPHED] and records[FLATTENED] == ("dry-run", None)
+        status, reason = records[GRAPHED]
+        assert status == "dry-run" and reason.startswith("padded: ") and "graphs" in reason
+
+    def test_a_lane_that_runs_padded_says_so(self, monkeypatch):
+        patch = fastbert.patch
+        monkeypatch.setattr(fastbert, "patch", lambda model: patch(model, unpad=False))
+        ((status, reason),) = found(CASE, FASTBERT).values()
+        assert status == "dry-run" and reason == "padded: unpad=False"
 
     def test_our_attention_by_name_flattens(self, monkeypatch):
         assert found(CASE, BY_NAME) == {BY_NAME: ("dry-run", None)}
