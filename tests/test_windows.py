@@ -1,14 +1,17 @@
 """fastbert.Windows without a model: which tokens stand in which window, and how rows of windows become rows of texts."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 import fastbert
 from fastbert.cli.tasks import word_tokenizer
+from fastbert.lengths import Counted
 from fastbert.windows import HOW, POOLINGS
 
 WORDS = [f"w{number:02d}" for number in range(60)]
@@ -145,6 +148,19 @@ def test_a_batch(side, words, monkeypatch):
     ends = batch["attention_mask"][:, -1 if side == "right" else 0]
     assert ends.tolist() == [1, 1, 0, 0, 0]
     assert "labels" not in windows(rows["text"])
+
+
+def test_a_data_loader_s_workers(words):
+    """They get a copy of the collator."""
+    windows = pickle.loads(pickle.dumps(fastbert.Windows(words, SIZE, stride=2, max_windows=2)))
+    columns = windows.split([text_of(30), "", text_of(5)])
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    first, second = DataLoader(rows, batch_size=2, collate_fn=windows.collate, num_workers=1)
+    assert (first["windows"], second["windows"]) == ([2, 1], [1]) and (first["lengths"], second["lengths"]) == (
+        [14, 14, 2],
+        [7],
+    )
+    assert type(first["lengths"]) is Counted, "an encoder takes no other list for lengths"
 
 
 def expected(pooling, part, lengths):

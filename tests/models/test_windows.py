@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaModel
+from transformers import RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 import fastbert
 from fastbert.cli.tasks import word_tokenizer
@@ -121,6 +121,23 @@ def test_rows_in_products_are_the_tokens_of_each_forward(tokenizer):
     assert whole == of_forward(LENGTHS)
     in_parts = rows_in_products(lambda: windows.run(model, batch, token_budget=30))
     assert in_parts == [row for lengths in FORWARDS for row in of_forward(lengths)]
+
+
+def test_rows_in_products_of_another_family(tokenizer):
+    """XLM-RoBERTa, whose position ids come from the padding, and whose head is two Linears at the first position."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = "[UNK]"  # its id is 1
+    settings = {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 56}
+    config = XLMRobertaConfig(vocab_size=55, max_position_embeddings=16, pad_token_id=1, num_labels=3, **settings)
+    model, windows = XLMRobertaForSequenceClassification(config).to(DEVICE).eval(), windows_of(tokenizer)
+    batch = windows(TEXTS).to(DEVICE)
+    expected = windows.run(model, batch)
+    fastbert.patch(model)
+    tokens, rows = sum(LENGTHS), len(LENGTHS)
+    found = rows_in_products(lambda: windows.run(model, batch))
+    assert found == [tokens] * 4 + [rows, tokens] + [rows] * 5
+    for budget in (None, 30):
+        torch.testing.assert_close(windows.run(model, batch, token_budget=budget), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_forwards_hold_the_budget_and_little_padding(tokenizer):

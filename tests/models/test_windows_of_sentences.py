@@ -8,9 +8,9 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 import fastbert
 from fastbert.cli.tasks import word_tokenizer
-from fastbert.testing.models import counting
+from fastbert.testing.models import counting, rows_in_products
 from fastbert.testing.rows import DEVICE
-from tests.models.test_windows import COUNTS, TEXTS, WORDS, windows_of
+from tests.models.test_windows import COUNTS, LENGTHS, TEXTS, WORDS, windows_of
 from tests.models.tiny import BASE, KINDS, make
 
 REGRESSION = next(kind for kind in KINDS if kind.name == "regression")
@@ -40,6 +40,10 @@ def test_sentence_transformers(patched, tokenizer, tmp_path):
     scores = reranker.predict([(query, part) for part in parts], activation_fn=torch.nn.Identity())
     if patched:
         fastbert.patch(embedder), fastbert.patch(reranker)
+        tokens = sum(LENGTHS)
+        with torch.no_grad():
+            rows = rows_in_products(lambda: windows.run(embedder, windows(TEXTS).to(DEVICE)))
+        assert rows[-1] == len(LENGTHS) and {*rows[:-1]} == {tokens}, "all but the pooler, and the mean, run on the tokens"
     with torch.no_grad(), counting(heads=True) as launched:
         embeddings = windows.run(embedder.eval(), windows(TEXTS).to(DEVICE), token_budget=30)
         score = best.run(reranker.eval(), best([query], [TEXTS[1]]).to(DEVICE))
