@@ -195,7 +195,7 @@ def _settled(found: Mapping[str, int]) -> dict[str, int]:
 _ROWS = "embedding_layernorm_bwd_kernel"
 _OF_HEADS = (
     *("column_sums", "embedding_layernorm_ids", "gather_rows", "key_bounds", "linear_cross_entropy"),
-    *("packed_rows", "row_counts"),
+    *("packed_rows", "pool_rows", "row_counts"),
 )
 
 

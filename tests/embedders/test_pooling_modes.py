@@ -1,6 +1,7 @@
 """Every mode of Pooling on packed rows: equal embeddings and gradients, the rows in the products, prompts, masks and dtypes."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.embedders.tiny import (
     features_of,
     make,
     row_of,
+    save,
 )
 
 REDUCED = ("mean", "mean_sqrt_len_tokens", "weightedmean", "max")
@@ -186,3 +188,21 @@ def test_token_budgets(folder, mode):
             torch.testing.assert_close(embed(model, features_of(model), False)["output"], expected, rtol=1e-5, atol=1e-5)
     assert_packs(model, calls=2)
     assert expected.shape[1] % WIDTH == 0
+
+
+@pytest.fixture(scope="session")
+def of_family(tmp_path_factory):
+    """The folder of a tiny model of a family."""
+    return functools.cache(lambda family: save(tmp_path_factory.mktemp(family), family))
+
+
+FAMILIES = ["xlm-roberta", "roberta", "camembert", "electra"]
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", ("lasttoken", "mean")], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(of_family, family, mode):
+    model = make(of_family(family), mode).train()
+    prefix = {"xlm-roberta": "XLMRoberta"}.get(family, family.capitalize())
+    backward = family == "xlm-roberta"
+    assert_packs(check(model, features_of(model), backward), encoder=f"{prefix}Encoder")

@@ -92,7 +92,7 @@ def test_sentence_transformer(saved):
         embeddings = model.encode(list(LINES), convert_to_tensor=True)
     assert launched == expected
     torch.testing.assert_close(embeddings, stock)
-    assert all(row.module.startswith("0.") for row in fastbert.report(model).rows)
+    assert {row.module for row in fastbert.report(model).rows if not row.module.startswith("0.")} == {"1"}  # the pooling
     fastbert.unpatch(model)
     assert torch.equal(model.encode(list(LINES), convert_to_tensor=True), stock)
 
