@@ -9,6 +9,7 @@ from transformers import modeling_flash_attention_utils as utils
 
 import fastbert
 from bench.core import schema
+from bench.core.pretended import pretended
 from bench.core.records import EncodeRecord, Spread
 from bench.encode import cases, encoders, flash, run, texts
 from bench.encode.cases import BY_NAME, BY_TOKENS, FASTBERT, FLATTENED, LANES, STOCK
@@ -200,6 +201,17 @@ class TestFlattened:
         with flash.available():
             utils._lazy_imports("flash_attention_2")
         assert asked == ["flash_attention_2"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(pretended() is not None, reason="a pretended GPU computes no embeddings")
+def test_on_a_gpu():
+    """Sixteen texts and MiniLM in bf16: every lane passes its check and has a time, and a patched model packs."""
+    (case,) = cases.cases(("MiniLM",), batches=(8,), sentences=16, queries=False)
+    lanes = (STOCK, FLATTENED, FASTBERT, BY_TOKENS, BY_NAME)
+    records = list(run.run([case], lanes, seconds=0.1))
+    assert {r.lane: (r.status, r.reason) for r in records} == dict.fromkeys(lanes, ("ok", None))
+    assert all(r.seconds.low > 0 and r.peak_bytes > 40e6 and r.first_pass_seconds > 0 for r in records)
 
 
 def record(lane=STOCK, seconds=0.5, sentences=1024, p99=0.6, **others):
