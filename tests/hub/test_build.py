@@ -127,6 +127,7 @@ def test_a_bert_with_and_without_patch(order, kernel, build):
         results = with_gradients(model, one_by_one(model, given))
     assert_equal(results, stock, exact)
     assert of_the_copy(kernel)["bias_gelu_fwd_kernel"] == before + 4  # two texts, two layers
+    assert not any(row.hf_class == "BertLayer" and row.state == "active" for row in fastbert.report(model).rows)
     assert launched["bias_gelu_fwd_kernel"] == 0 and launched["attention_fwd_kernel"] == ("patch" in order) * 4
 
 
@@ -173,6 +174,11 @@ def test_the_folder_follows_the_sources(build, tmp_path):
     assert all((again / name).read_bytes() == (first / name).read_bytes() for name in files)
     own = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
     assert {str(name.relative_to("fastbert/kernels")) for name in files if name.is_relative_to("fastbert/kernels")} == own
+
+
+def test_other_sources_have_another_name(kernel, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastbert.hub.build, "INIT", fastbert.hub.build.INIT + "# changed\n")
+    assert json.loads((write_build(tmp_path) / "metadata.json").read_text())["id"] != kernel.__name__
 
 
 def test_it_writes_over_nothing(build, tmp_path):

@@ -8,7 +8,7 @@ from fastbert.testing.models import assert_equal
 from fastbert.testing.rows import DEVICE
 
 HEADS, KV_HEADS, HEAD_SIZE = 2, 1, 16
-WINDOWS = [(-1, -1), (2, 1), (0, -1), (-1, 0), (64, 64)]
+WINDOWS = [(-1, -1), (2, 1), (0, -1), (-1, 0), (64, 64), (5, -1), (7, -1)]  # the last two exclude the first key only
 
 
 def tensors(*rows):

@@ -53,7 +53,7 @@ def test_a_padded_batch_too(family):
     assert_equal(results, stock, exact)
 
 
-@pytest.mark.parametrize("family", ["Bert", "EuroBert"])  # which pass position ids on to their attention
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "EuroBert"])  # which pass position ids on to their attention
 def test_position_ids_that_start_again_are_bounds(family):
     given, model = texts(), make(family, NAME)
     batch = flattened(family, given)

@@ -17,7 +17,7 @@ from .encoders import FAMILIES, expected, flattened, make, texts, with_gradients
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_flattened_batch_in_16_bits(family, dtype):
     given = texts()

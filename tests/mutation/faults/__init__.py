@@ -11,6 +11,7 @@ from tests.mutation.faults import (
     encoder_layer,
     feed_forward,
     forwards,
+    hub,
     inference_graphs,
     launching,
     layer,
@@ -51,5 +52,6 @@ AREAS = (
     training_graphs,
     benchmarks,
     windows,
+    hub,
 )
 FAULTS: tuple[Fault, ...] = tuple(fault for area in AREAS for fault in area.FAULTS)
