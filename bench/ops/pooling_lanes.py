@@ -36,7 +36,7 @@ def _flattened(case: Case) -> Function:
 
 def _pooling(case: Case) -> torch.nn.Module:
     require("sentence-transformers")
-    from sentence_transformers.models import Pooling
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
     return Pooling(case.hidden, pooling_mode="mean")
 

@@ -256,7 +256,7 @@ def test_a_wrong_model_fails_its_gate(monkeypatch):
         (["encode", "--seconds", "0"], "above 0, got 0"),
         (["ops", "--op", "x"], "known are attention"),
         (["tune", "--kernel", "x"], "known are attention_forward"),
-        (["host", "--only", "x"], "there are SeqCls B=32 S=128 training"),
+        (["host", "--only", "no such case"], "there are SeqCls B=32 S=128 training"),
         (["host", "--rounds", "0"], "from 1 on"),
         (["host", "--check"], "leave out --dry-run"),
     ],
