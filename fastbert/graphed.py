@@ -95,7 +95,7 @@ def warmup(model: nn.Module, shapes: Sequence[tuple[int, int]], *, choices: int 
     for root in roots:
         graphs, device = classes.graphs_of(root), next(root.parameters()).device
         for rows, length in sizes:
-            by_choice = (choices,) if type(root).__name__ == "BertForMultipleChoice" else ()
+            by_choice = (choices,) if type(root).__name__.endswith("ForMultipleChoice") else ()
             ids = torch.zeros(rows, *by_choice, length, dtype=torch.int64, device=device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
             replays, fallbacks, failed = graphs.replays, graphs.fallbacks.copy(), None

@@ -1,4 +1,4 @@
-"""Builds optimizer parameter groups for BERT: weight decay, a head learning rate, layer-wise rate decay."""
+"""Builds optimizer parameter groups for BERT and its like: weight decay, a head learning rate, layer-wise rate decay."""
 
 import re
 from collections.abc import Sequence
@@ -7,10 +7,13 @@ from typing import Any
 from torch import nn
 
 _LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
-# from_pretrained fills these; the other parameters of a BertFor* are the head. The pretraining heads count as body,
+# from_pretrained fills these; the other parameters of a model with a head are the head. The pretraining heads count as body,
 # because they are not freshly initialised.
-_BODY = re.compile(r"(?:^|\.)(?:embeddings|encoder|pooler)\.")
-_PRETRAINED_HEAD = re.compile(r"(?:^|\.)cls\.(?:predictions|seq_relationship)\.")
+_EMBEDDINGS = re.compile(r"(?:^|\.)embeddings(?:_project)?\.")  # the second projects those of a small ELECTRA
+_BODY = re.compile(r"(?:^|\.)(?:embeddings|embeddings_project|encoder|pooler)\.")
+_PRETRAINED_HEAD = re.compile(
+    r"(?:^|\.)(?:cls\.predictions|cls\.seq_relationship|lm_head|generator_predictions|generator_lm_head|discriminator_predictions)\."
+)
 # The names that transformers' Trainer excludes from weight decay, besides parameters of a LayerNorm. It copies
 # Trainer.get_decay_parameter_names, which is the same in every 5.x release, because importing Trainer takes seconds.
 _NEVER_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -29,11 +32,12 @@ def param_groups(
     A tied weight appears once, in the group of the body. Frozen parameters are left out.
 
     Args:
-        model: a BertFor*, or any module; it may be wrapped (DDP, PEFT, SentenceTransformer).
+        model: a model with a head, or any module; it may be wrapped (DDP, PEFT, SentenceTransformer).
         lr: the learning rate of the body, and of the head unless `head_lr` is given.
         weight_decay: the weight decay of every parameter that decays.
         head_lr: the learning rate of freshly initialised parameters: all but embeddings, encoder, pooler and the
-            pretraining heads (cls.predictions, cls.seq_relationship).
+            pretraining heads (BERT's cls.predictions and cls.seq_relationship, RoBERTa's lm_head, ELECTRA's generator
+            and discriminator).
         layer_decay: a factor in (0, 1]. The last encoder layer and the pooler get `lr`, each lower layer gets
             `layer_decay` times the rate of the layer above it, and the embeddings `layer_decay` times that of layer 0.
             It does not apply to heads.
@@ -97,7 +101,7 @@ def _part(name: str, lr: float, head_lr: float | None, layer_decay: float | None
         return "body", lr
     if found := _LAYER.search(name):
         return f"layer {found[1]}", lr * layer_decay ** (last - int(found[1]))
-    if "embeddings." in name:
+    if _EMBEDDINGS.search(name):
         return "embeddings", lr * layer_decay ** (last + 1)
     return "top", lr
 

@@ -25,6 +25,7 @@ from fastbert.graphs.request import Request
 from fastbert.graphs.state import ModelState
 from fastbert.layers.counts import TokenBudget
 from fastbert.layers.encoder import packing_encoder
+from fastbert.layers.positions import longest_text
 
 Forward = Callable[..., Any]
 RESTLESS = 4  # changes of the model in a row, each after fewer than CALM replays, that end capturing
@@ -103,7 +104,7 @@ class Graphs:
         if torch.is_grad_enabled() and any(x.requires_grad for x in chain(model.parameters(), model.buffers())):
             return "gradients are recorded: call the model under torch.inference_mode() or torch.no_grad()"
         request = requests.surroundings_reason() or requests.request_of(
-            names, args, kwargs, type(model).__name__ == "BertForMultipleChoice"
+            names, args, kwargs, type(model).__name__.endswith("ForMultipleChoice")
         )
         if isinstance(request, Request) and getattr(model.config, "is_decoder", False) and request.cached is not False:
             return "a decoder's cache: pass use_cache=False"
@@ -153,7 +154,7 @@ class Graphs:
             self.forget()
             state = self._state = ModelState(model)
             self._packing = packing_encoder(model)
-            self._longest = _positions(model)
+            self._longest = longest_text(model)
             self._may_pad = state.may_pad()
         if state.reason is not None:
             return state.reason
@@ -269,7 +270,7 @@ class Graphs:
                 self._recorder = None  # a memory pool without graphs cannot be used again
             return reason
         left_something = not self._state.is_current()
-        traits = packing_encoder(model), _positions(model), state.may_pad()
+        traits = packing_encoder(model), longest_text(model), state.may_pad()
         # By another thread, or by the forward itself: the next call finds out.
         if not state.is_current() or (left_something and traits != (self._packing, self._longest, self._may_pad)):
             return "the model changed during a capture"
@@ -282,13 +283,6 @@ class Graphs:
             self._turns.finish()
             self._captured.popitem(last=False)
         return captured
-
-
-def _positions(model: nn.Module) -> int | None:
-    """How many positions the model has; None if it does not say. A bucket must not exceed its table."""
-    table = getattr(getattr(getattr(model, "bert", model), "embeddings", None), "position_embeddings", None)
-    rows = (getattr(model.config, "max_position_embeddings", None), getattr(table, "num_embeddings", None))
-    return min((n for n in rows if n is not None), default=None)
 
 
 def _no_graph(error: BaseException) -> str:

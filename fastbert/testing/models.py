@@ -10,23 +10,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bert import modeling_bert as bert
+from transformers.models.camembert import modeling_camembert
+from transformers.models.data2vec import modeling_data2vec_text
+from transformers.models.electra import modeling_electra
+from transformers.models.ernie import modeling_ernie
+from transformers.models.roberta import modeling_roberta
+from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 import fastbert
 from fastbert.kernels.core.launch import counts
 from fastbert.verify import _compare_all
 
-# Deliberately not read from fastbert.registry: a module missing there must fail here.
-KERNELS = {
-    bert.BertEmbeddings: "embedding_layernorm",
-    bert.BertSelfAttention: "attention",
-    bert.BertCrossAttention: "attention",
-    bert.BertSelfOutput: "dropout_add_layernorm",
-    bert.BertOutput: "dropout_add_layernorm",
-    bert.BertIntermediate: "bias_gelu",
-    bert.BertPredictionHeadTransform: "gelu_layernorm",
+# Deliberately not read from fastbert.registry: a module missing there must fail here. Per family its module, the prefix of its
+# classes, the class of its MLM transform, and its heads with a loss of a language model.
+_FAMILIES = (
+    (bert, "Bert", "PredictionHeadTransform", ("ForMaskedLM", "ForPreTraining", "LMHeadModel")),
+    (modeling_roberta, "Roberta", "LMHead", ("ForMaskedLM", "ForCausalLM")),
+    (modeling_xlm_roberta, "XLMRoberta", "LMHead", ("ForMaskedLM", "ForCausalLM")),
+    (modeling_camembert, "Camembert", "LMHead", ("ForMaskedLM", "ForCausalLM")),
+    (modeling_data2vec_text, "Data2VecText", "LMHead", ("ForMaskedLM", "ForCausalLM")),
+    (modeling_electra, "Electra", "GeneratorPredictions", ("ForMaskedLM", "ForCausalLM")),
+    (modeling_ernie, "Ernie", "PredictionHeadTransform", ("ForMaskedLM", "ForPreTraining", "ForCausalLM")),
+)
+_KERNELS = {
+    "Embeddings": "embedding_layernorm",
+    "SelfAttention": "attention",
+    "CrossAttention": "attention",
+    "SelfOutput": "dropout_add_layernorm",
+    "Output": "dropout_add_layernorm",
+    "Intermediate": "bias_gelu",
 }
+KERNELS = {getattr(module, name + part): kernel for module, name, *_ in _FAMILIES for part, kernel in _KERNELS.items()}
+KERNELS |= {getattr(module, name + transform): "gelu_layernorm" for module, name, transform, _ in _FAMILIES}
+KERNELS[modeling_electra.ElectraDiscriminatorPredictions] = "bias_gelu"
 POOLED = (bert.BertForSequenceClassification, bert.BertForNextSentencePrediction, bert.BertForMultipleChoice)
-MLM_HEADS = (bert.BertForMaskedLM, bert.BertForPreTraining, bert.BertLMHeadModel)
+MLM_HEADS = tuple(getattr(module, name + head) for module, name, _, heads in _FAMILIES for head in heads)
+ENCODERS = tuple(getattr(module, name + "Encoder") for module, name, *_ in _FAMILIES)
 BACKWARD = {"attention": ("attention_bwd_kv_kernel", "attention_bwd_q_kernel")}
 Tensors = dict[str, Tensor]
 
@@ -59,7 +78,7 @@ def check(
         # Whether the encoder packs depends on the batch (test_unpad). A head without labels computes no loss, and the
         # causal one falls back in float64, where stock rounds logits to float32.
         lossless = "labels" not in batch or model.dtype == torch.float64
-        assert_no_fallback(patched, but=("BertEncoder", *(names(MLM_HEADS) if lossless else ())))
+        assert_no_fallback(patched, but=(*names(ENCODERS), *(names(MLM_HEADS) if lossless else ())))
         expected = expected_launches(model, backward=backward)
     assert launched == expected, launched
     stock = model if eager is None else eager

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import BertConfig, PreTrainedConfig
 from transformers.models.bert import modeling_bert as bert
 
 from fastbert.testing.rows import DEVICE
@@ -29,6 +29,7 @@ class Kind:
     labels: Callable[[int], dict[str, Tensor]]  # for sequences of this length
     config: dict[str, Any] = field(default_factory=dict)
     rows: tuple[int, ...] = (ROWS,)
+    config_class: type[PreTrainedConfig] = BertConfig
 
     def __str__(self) -> str:
         return self.name
@@ -102,7 +103,7 @@ KINDS = (
 )
 
 
-def config(**overrides: Any) -> BertConfig:
+def config(config_class: type[PreTrainedConfig] = BertConfig, **overrides: Any) -> PreTrainedConfig:
     """A config with two layers, widths that are not powers of two, and no dropout."""
     settings = {
         "vocab_size": VOCABULARY,
@@ -115,7 +116,7 @@ def config(**overrides: Any) -> BertConfig:
         "attention_probs_dropout_prob": 0.0,
         "pad_token_id": 0,
     }
-    return BertConfig(**settings | overrides)
+    return config_class(**settings | overrides)
 
 
 def make(
@@ -124,7 +125,7 @@ def make(
     """A stock model in eval mode. No parameter is 0 or 1, which would hide a kernel that ignores it."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = kind.cls(config(**kind.config | overrides))
+        model = kind.cls(config(kind.config_class, **kind.config | overrides))
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn(parameter.shape))
     model.set_attn_implementation(attention)
