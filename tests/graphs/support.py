@@ -7,8 +7,8 @@ from fastbert.testing.rows import DEVICE
 from tests.models.tiny import CLASSIFICATION, make, make_batch
 
 
-def make_graphed(kind=CLASSIFICATION, patch=None, **options):
-    return fastbert.graphed(fastbert.patch(make(kind), **patch or {}), **options)
+def make_graphed(kind=CLASSIFICATION, patch=None, config=None, **options):
+    return fastbert.graphed(fastbert.patch(make(kind, **config or {}), **patch or {}), **options)
 
 
 def make_inputs(kind=CLASSIFICATION, mask="right", seed=1, length=9):

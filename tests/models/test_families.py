@@ -65,14 +65,14 @@ def test_a_head_of_every_code_is_equal_in_float64(kind):
     check_kind(kind, "fp64", "eager", True, "holes")
 
 
-@pytest.mark.one_in(8)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("mask", ["none", "left", "holes"])
 @pytest.mark.parametrize("kind", FAMILY_KINDS, ids=str)
 def test_every_head_is_equal_in_float16(kind, mask):
     check_kind(kind, "fp16", "sdpa", True, mask)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("unpad", ["auto", True])
 @pytest.mark.parametrize("kind", HEADS_WITH_LOGITS, ids=str)
 def test_without_logits(kind, unpad):

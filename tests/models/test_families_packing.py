@@ -36,6 +36,7 @@ def check(model, batch, gathered, reason=None, **switches):
     return patched
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", POOLED, ids=str)
 def test_rows_that_enter_each_product_are_the_tokens(kind):
     """In the last layer one row per sequence, but for keys and values."""
@@ -141,6 +142,7 @@ def test_a_classifier_put_in_place_after_patching_keeps_the_batch_padded():
 HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("register", HOOKS)
 @pytest.mark.parametrize("kind, name", [(ROBERTA.kind("single-label"), "classifier"), (CHOICE, "sequence_summary")], ids=str)
 def test_a_hook_on_what_reads_sees_every_position(kind, name, register):
@@ -201,6 +203,7 @@ def test_peft_trains_the_classifier_beside_an_adapter(family):
     assert encoder_row(patched).fallback_calls == {SEEN: 1}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("given", [{"lengths": True}, {"token_budget": 16}])
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_lengths_that_are_given(family, given):

@@ -1,0 +1,95 @@
+"""Graphs of every family: inference in buckets, whose positions RoBERTa must have, and training steps."""
+
+import pytest
+import torch
+
+import fastbert
+from fastbert.layers.positions import longest_text
+from fastbert.testing.rows import DEVICE
+from tests.graphs.stepping import adamw, batches, ordinary
+from tests.graphs.support import close, infer, make_graphed, make_inputs, make_like, row_of
+from tests.models.families import DISCRIMINATOR, ELECTRA, ERNIE, FAMILIES, ROBERTA
+from tests.models.tiny import BASE, make
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE.type != "cpu", reason="the stand-in for a graph; test_gpu.py has graphs"),
+    pytest.mark.usefixtures("recorders"),
+]
+KINDS = [family.kind(name) for family in FAMILIES for name in ("base", "single-label", "multiple-choice", "mlm")]
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("kind", [*KINDS, DISCRIMINATOR, ERNIE.kind("pretraining")], ids=str)
+def test_a_replay_gives_what_the_ordinary_call_gives(kind):
+    """Also for another batch in the same bucket, which is longer than both."""
+    model, batch = make_graphed(kind), make_inputs(kind)
+    for inputs in (batch, make_like(batch, seed=7)):
+        close(infer(model, inputs), model(**inputs))
+    row = row_of(model)
+    assert row.kernel_calls == 2 and row.fallback_calls.keys() <= {
+        "gradients are recorded: call the model under torch.inference_mode() or torch.no_grad()"
+    }, row
+
+
+@pytest.mark.parametrize("padding, positions, longest", [(1, 24, 22), (0, 24, 23), (7, 18, 10)])
+def test_a_bucket_has_no_more_tokens_than_robertas_positions(padding, positions, longest):
+    """The bucket of 17 to 22 tokens would be 24, whose last ones have no position."""
+    kind = ROBERTA.kind("base")
+    model = make_graphed(kind, config={"pad_token_id": padding, "max_position_embeddings": positions})
+    assert longest_text(model) == longest
+    for length in (longest, longest - 1):
+        inputs = make_inputs(kind, "none", length=length)
+        inputs["input_ids"].clamp_(min=padding + 1)
+        close(infer(model, inputs), model(**inputs))
+    assert row_of(model).kernel_calls == 2
+
+
+def test_positions_of_the_others():
+    for kind in (BASE, ELECTRA.kind("single-label"), ERNIE.kind("mlm")):
+        assert longest_text(make(kind)) == 24
+    assert longest_text(torch.nn.Linear(1, 1)) is None
+    model = make(ROBERTA.kind("mlm"))
+    model.roberta.embeddings.padding_idx = None
+    assert longest_text(model) == 24
+
+
+def test_warmup_of_choices():
+    model = make_graphed(ROBERTA.kind("multiple-choice"))
+    fastbert.warmup(model, [(2, 9)], choices=2)
+    infer(model, make_inputs(ROBERTA.kind("multiple-choice")))
+    assert row_of(model).kernel_calls == 2
+
+
+@pytest.mark.parametrize(
+    "kind, patch",
+    [
+        (ROBERTA.kind("single-label"), {}),
+        (ROBERTA.kind("mlm"), {"mlm_logits": "none"}),
+        (ROBERTA.kind("clm"), {"mlm_logits": "none"}),
+        (ELECTRA.kind("single-label"), {}),
+        (ERNIE.kind("pretraining"), {"mlm_logits": "none"}),
+    ],
+    ids=str,
+)
+def test_a_training_step(kind, patch):
+    models = [fastbert.patch(make(kind, num_hidden_layers=1).train(), **patch) for _ in range(2)]
+    step, optimizer = fastbert.graphed_step(models[0], adamw(models[0])), adamw(models[1])
+    for batch in batches(kind, 6):
+        torch.testing.assert_close(step(**batch), ordinary(models[1], optimizer, batch), rtol=1e-4, atol=1e-5)
+    assert step.report().replayed >= 3, str(step)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_training_step_of_the_discriminator(mask):
+    """Stock's loss picks the tokens by a mask of bools, which waits for their number: no graph can hold that."""
+    models = [fastbert.patch(make(DISCRIMINATOR, num_hidden_layers=1).train()) for _ in range(2)]
+    step, optimizer = fastbert.graphed_step(models[0], adamw(models[0])), adamw(models[1])
+    for batch in batches(DISCRIMINATOR, 5):
+        if not mask:
+            del batch["attention_mask"]
+        torch.testing.assert_close(step(**batch), ordinary(models[1], optimizer, batch), rtol=1e-4, atol=1e-5)
+    report = step.report()
+    if mask:
+        assert report.replayed == 0 and any("aten.index.Tensor waits" in reason for reason in report.ordinary), str(step)
+    else:
+        assert report.replayed >= 2, str(step)
