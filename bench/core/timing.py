@@ -160,6 +160,13 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def release_workspaces() -> None:
+    """Give back cuBLAS's workspaces: a stream on which graphs were captured has its own, which would count in later peaks.
+    No graph may be alive."""
+    if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Peak bytes that `call` allocates on the GPU beyond what was allocated before."""
     before = torch.cuda.memory_allocated()

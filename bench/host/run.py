@@ -18,7 +18,7 @@ import torch
 
 from bench.core.peers import Absent
 from bench.core.records import HostRecord, Spread
-from bench.core.timing import fullest_bytes, release_memory
+from bench.core.timing import fullest_bytes, release_memory, release_workspaces
 from bench.host import counts
 from bench.host.cases import CASES, COMPILED, EncodeHostCase, HostCase
 from bench.host.encode_step import EncodeStep
@@ -119,6 +119,7 @@ def _made(case: Case, lane: str, device: str) -> Step | EncodeStep:
 def _alone(case: Case, lane: str, device: str) -> dict[str, Any]:
     """Launches and peak memory of a warm step, with no other lane on the device."""
     torch._dynamo.reset()
+    release_workspaces()
     model = case.lane(lane)
     with graphs.counting_replays() if model.graphed else nullcontext(graphs.Replays()) as replays:
         step = _made(case, lane, device)
