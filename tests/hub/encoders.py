@@ -1,8 +1,10 @@
 """Tiny encoders of several families, and texts as batches: one by one, flattened by transformers' collator, and padded."""
 
 import copy
+import importlib
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -36,7 +38,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def make(family: str, attention: str = "sdpa", **settings: Any) -> nn.Module:
-    """The model without its head, in evaluation."""
+    """The model without its head, in evaluation. Skips the test where the installed transformers has no such model, or one
+    with attention functions of its own."""
+    module = (
+        importlib.import_module(f"transformers.models.{family.lower()}") if hasattr(transformers, f"{family}Model") else None
+    )
+    if module is None or not getattr(module, f"{family}PreTrainedModel")._supports_attention_backend:
+        pytest.skip(f"transformers {transformers.__version__} has no {family} that uses its attention interface")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**FAMILIES[family][0] | settings)
     model = getattr(transformers, f"{family}Model")(config).eval().to(DEVICE)

@@ -1,18 +1,20 @@
 """The attention by the name "fastbert_flash": flattened batches, as transformers and sentence-transformers make them."""
 
 import copy
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import T5Config, T5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 from transformers.integrations import hub_kernels
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     packed_sequence_mask_function,
+    sdpa_mask,
     sliding_window_overlay,
 )
 from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
@@ -137,6 +139,9 @@ def test_dropout_follows_the_seed():
 
 def of(mask_function, mask=None, batch=1, length=6):
     given = {"q_length": length, "q_offset": 0, "device": DEVICE, "dtype": torch.float32, "use_vmap": False}
+    if "cache_position" in inspect.signature(sdpa_mask).parameters:  # transformers 5.0
+        given |= {"cache_position": torch.arange(length, device=DEVICE)}
+        del given["q_length"], given["q_offset"], given["device"]
     return flash_mask(batch, length, mask_function=mask_function, attention_mask=mask, **given)
 
 
@@ -234,6 +239,20 @@ def test_other_names_are_passed_on(monkeypatch):
     assert hub_kernels.load_and_register_attn_kernel("somebody/flash-attention") is None
     assert hub_kernels.load_and_register_attn_kernel(NAME) is flash_attention
     assert asked == ["somebody/flash-attention"]
+
+
+def test_a_patched_roberta_in_sentence_transformers(tmp_path, folder):
+    """Flattened by the collator, with RoBERTa's positions, on the fused kernels of the patched model."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "num_hidden_layers": 1}
+    make("Roberta", **sizes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, stock = (
+        SentenceTransformer(str(tmp_path), device=str(DEVICE), model_kwargs={"attn_implementation": name})
+        for name in (NAME, "sdpa")
+    )
+    embeddings = fastbert.patch(model).encode(SENTENCES, convert_to_tensor=True)
+    torch.testing.assert_close(embeddings, stock.encode(SENTENCES, convert_to_tensor=True), rtol=0.0, atol=1e-6)
 
 
 def test_a_copy_of_the_model_keeps_the_name():

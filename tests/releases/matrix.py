@@ -31,6 +31,7 @@ TESTS = (
     "tests/models/test_generate.py",
     "tests/models/test_report.py",
     "tests/models/test_patch.py",
+    "tests/hub/test_flash_name.py",
 )
 Record = dict[str, Any]
 
