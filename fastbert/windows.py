@@ -6,6 +6,7 @@ Neural Language Modeling, https://arxiv.org/abs/1905.09217) rank documents by th
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,20 +34,20 @@ class Windows:
     In a pair of texts (a query and a document) the first stays whole and every window of the second has it in front.
 
     Args:
-        tokenizer: a fast tokenizer of transformers, whose own truncation makes the overlapping windows. It adds the special
-            tokens to each window.
+        tokenizer: a tokenizer of transformers, which adds its special tokens to each window. The truncation of a fast one
+            makes the overlapping windows.
         size: the most tokens in a window, with special tokens; at most the positions of the model. By default the
             tokenizer's `model_max_length`, or 512 if it has none.
         how: "overlap": as many windows as it takes, each sharing `stride` tokens with the one before. One window: "head"
             (the first tokens), "tail" (the last), "head+tail" (`head` of the first and as many of the last as fit).
         stride: the tokens that neighbouring windows share, as in transformers' tokenizers; by default a quarter of `size`.
         head: the first tokens that "head+tail" keeps; by default 128 of 510, and that share of other sizes.
-        pooling: of the windows of a text: "mean", "max" (equal maxima share the gradient), "first", or "token-mean", which
-            weights each window by its tokens.
+        pooling: of the windows of a text: "mean", "max" (equal maxima share the gradient), "first" (no others are made), or
+            "token-mean", which weights each window by its tokens.
         max_windows: leave out a text's windows beyond so many; None for no limit.
 
     Raises:
-        TypeError: `tokenizer` is not a fast tokenizer.
+        TypeError: `tokenizer` is not of transformers.
         ValueError: another argument is out of range; the message names it.
     """
 
@@ -61,8 +62,8 @@ class Windows:
         pooling: str = "mean",
         max_windows: int | None = None,
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(f"tokenizer: expected a fast tokenizer of transformers, got {type(tokenizer).__name__}")
+        if not hasattr(tokenizer, "is_fast"):
+            raise TypeError(f"tokenizer: expected one of transformers, got {type(tokenizer).__name__}")
         for name, value, known in (("how", how, HOW), ("pooling", pooling, POOLINGS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -82,7 +83,7 @@ class Windows:
                 wanted = f"fewer than the {size - special} tokens of a window, and how='head+tail'"
                 raise ValueError(f"head: expected {wanted}, got {head} and {how!r}")
         self.tokenizer, self.size, self.how, self.stride = tokenizer, size, how, stride
-        self.head, self.pooling, self.max_windows = head, pooling, max_windows
+        self.head, self.pooling, self.max_windows = head, pooling, 1 if pooling == "first" else max_windows
 
     def __call__(self, texts: Sequence[str], text_pairs: Sequence[str] | None = None) -> Any:
         """The windows of all texts as one batch; see `collate` for its keys.
@@ -115,6 +116,8 @@ class Windows:
             if len(text_pairs) != len(texts):
                 raise ValueError(f"text_pairs: expected {len(texts)}, one for each of texts, got {len(text_pairs)}")
             self._check_room(texts)
+        if not self.tokenizer.is_fast:
+            return self._in_python(texts, text_pairs)
         return self._overlapping(texts, text_pairs) if self.how == "overlap" else self._ends(texts, text_pairs)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -155,7 +158,8 @@ class Windows:
             ValueError: `batch` is not from here; its windows have more tokens than the model has positions (`size`); a
                 window has more than `token_budget`; the model has no such `output`.
         """
-        names = [name for name in self.tokenizer.model_input_names if name in batch]
+        # The mask, which collate makes, whether or not the tokenizer names it: the model must not see the padding.
+        names = [name for name in dict.fromkeys([*self.tokenizer.model_input_names, "attention_mask"]) if name in batch]
         if not names or "windows" not in batch or "lengths" not in batch:
             raise ValueError(f"batch: expected one that Windows made, got {sorted(batch)}")
         inputs, lengths = {name: batch[name] for name in names}, list(batch["lengths"])
@@ -232,19 +236,40 @@ class Windows:
     def _ends(self, texts: list[str], pairs: list[str] | None) -> dict[str, list[list[list[int]]]]:
         encoded = self.tokenizer(texts, pairs, truncation=False, verbose=False)
         part = 0 if pairs is None else 1
-        kept = [self._kept(encoding.sequence_ids, part) for encoding in encoded.encodings]
+        places = [self._places(encoding.sequence_ids, part) for encoding in encoded.encodings]
         names = [name for name in self.tokenizer.model_input_names if name in encoded]
-        return {name: [[[row[i] for i in places]] for row, places in zip(encoded[name], kept, strict=True)] for name in names}
+        return {name: [[[row[i] for i in own]] for row, own in zip(encoded[name], places, strict=True)] for name in names}
 
-    def _kept(self, sequences: list[int | None], part: int) -> list[int]:
-        """The places of a whole sequence that stay: everything but the middle, the end or the beginning of `part`."""
+    def _places(self, sequences: list[int | None], part: int) -> list[int]:
+        """The places of a whole sequence that stay: all but those of `part` for which there is no room."""
         own = [i for i, sequence in enumerate(sequences) if sequence == part]
-        room = self.size - (len(sequences) - len(own))
-        if len(own) <= room:
-            return list(range(len(sequences)))
+        kept = {own[i] for i in self._kept(len(own), self.size - (len(sequences) - len(own)))}
+        return [i for i, sequence in enumerate(sequences) if sequence != part or i in kept]
+
+    def _kept(self, count: int, room: int) -> list[int]:
+        """Which of `count` tokens stay where there is room for `room`: the first, the last, or both."""
+        if count <= room:
+            return list(range(count))
         head = {"head": room, "tail": 0, "head+tail": self.head or max(round(room * HEAD_SHARE), 1)}[self.how]
-        left_out = set(own[head : len(own) - (room - head)])
-        return [i for i in range(len(sequences)) if i not in left_out]
+        return [*range(head), *range(count - (room - head), count)]
+
+    def _in_python(self, texts: list[str], pairs: list[str] | None) -> dict[str, list[list[list[int]]]]:
+        """As `_overlapping` and `_ends`, for a tokenizer in Python, which makes no windows and has no sequence ids."""
+        plain = partial(self.tokenizer, add_special_tokens=False, truncation=False, verbose=False)
+        firsts, cut = ([[]] * len(texts), texts) if pairs is None else (plain(texts)["input_ids"], pairs)
+        special = self.tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+        made = []
+        for first, ids in zip(firsts, plain(cut)["input_ids"], strict=True):
+            room = self.size - special - len(first)
+            if self.how == "overlap":
+                starts = range(0, max(len(ids) - self.stride, 1), room - self.stride)
+                parts = [ids[start : start + room] for start in starts[: self.max_windows]]
+            else:
+                parts = [[ids[i] for i in self._kept(len(ids), room)]]
+            sequences = [(part,) if pairs is None else (first, part) for part in parts]
+            made.append([self.tokenizer.prepare_for_model(*own, truncation=False, verbose=False) for own in sequences])
+        names = [name for name in self.tokenizer.model_input_names if name in made[0][0]]
+        return {name: [[window[name] for window in windows] for windows in made] for name in names}
 
     def _rows(
         self, inputs: dict[str, Tensor], rows: Sequence[int], lengths: list[int], device: torch.device

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer, BertJapaneseTokenizer, BertTokenizer
 
 import fastbert
 from fastbert.cli.tasks import word_tokenizer
@@ -119,6 +119,8 @@ def test_windows_beyond_the_most_are_left_out(words):
     every = fastbert.Windows(words, SIZE, stride=4).split([text_of(50), text_of(3)])["input_ids"]
     few = fastbert.Windows(words, SIZE, stride=4, max_windows=2).split([text_of(50), text_of(3)])["input_ids"]
     assert len(every[0]) > 2 and few == [every[0][:2], every[1]]
+    first = fastbert.Windows(words, SIZE, stride=4, pooling="first").split([text_of(50), text_of(3)])["input_ids"]
+    assert first == [every[0][:1], every[1]], "the others would be computed for nothing"
 
 
 def test_settings_of_the_tokenizer(words, monkeypatch):
@@ -174,7 +176,7 @@ def expected(pooling, part, lengths):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling(pooling, shape, words):
     windows = fastbert.Windows(words, SIZE, stride=2, pooling=pooling)
-    batch = windows(["", text_of(30), text_of(15)])
+    batch = fastbert.Windows(words, SIZE, stride=2)(["", text_of(30), text_of(15)])
     assert batch["windows"] == [1, 3, 2]
     values = torch.randn(6, *shape, dtype=torch.float64, requires_grad=True)
     pooled = windows.pool(values, batch)
@@ -190,7 +192,7 @@ def test_pooling(pooling, shape, words):
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_keeps_the_dtype_and_waits_for_nothing(pooling, dtype, words):
     windows = fastbert.Windows(words, SIZE, stride=2, pooling=pooling)
-    batch = windows([text_of(30), text_of(15)])
+    batch = fastbert.Windows(words, SIZE, stride=2)([text_of(30), text_of(15)])
     values = torch.randn(5, 4)
     exact = windows.pool(values.to(dtype).double(), batch)
     pooled = windows.pool(values.to(dtype), batch)
@@ -234,9 +236,29 @@ def test_bad_settings(options, message, words):
         fastbert.Windows(words, **{"size": SIZE, "stride": 4} | options)
 
 
-def test_a_slow_tokenizer():
-    with pytest.raises(TypeError, match="tokenizer: expected a fast tokenizer of transformers, got ByT5Tokenizer"):
-        fastbert.Windows(ByT5Tokenizer())
+@pytest.mark.parametrize("how", HOW)
+def test_a_tokenizer_in_python(how, tmp_path):
+    """Japanese BERTs have one. Here it splits at spaces, as a fast one of the same words does."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    slow = BertJapaneseTokenizer(str(tmp_path / "vocab.txt"), word_tokenizer_type="basic")
+    slow.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary)})
+    assert (slow.is_fast, fast.is_fast) == (False, True)
+    texts, pairs = [text_of(30), "", text_of(ROOM)], [text_of(3), text_of(25, 7), text_of(40, 9)]
+    for options in ({}, {"max_windows": 2}):
+        both = [fastbert.Windows(one, SIZE, how=how, stride=2, **options) for one in (slow, fast)]
+        for given in ((texts,), (["w01 w02", "", "w03"], pairs)):
+            found, expected = (windows(*given) for windows in both)
+            assert found["windows"] == expected["windows"] and found["lengths"] == expected["lengths"]
+            for name in ("input_ids", "token_type_ids", "attention_mask"):
+                assert torch.equal(found[name], expected[name])
+    assert sum(found["windows"]) == (5 if how == "overlap" else 3)
+
+
+def test_no_tokenizer():
+    with pytest.raises(TypeError, match="tokenizer: expected one of transformers, got str"):
+        fastbert.Windows("bert-base-uncased")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ _lengths = partial(Fault, file="fastbert/lengths.py")
 FAULTS = (
     _windows(
         "of head and tail only the head is kept",
-        before="left_out = set(own[head : len(own) - (room - head)])",
-        after="left_out = set(own[room:])",
+        before="return [*range(head), *range(count - (room - head), count)]",
+        after="return list(range(room))",
         tests=(f"{TOKENS}::test_the_ends_of_a_text",),
     ),
     _windows(
@@ -34,6 +34,12 @@ FAULTS = (
         before="for i in own[: self.max_windows]]",
         after="for i in own]",
         tests=(f"{TOKENS}::test_windows_beyond_the_most_are_left_out",),
+    ),
+    _windows(
+        "a tokenizer in Python makes a last window of nothing new",
+        before="starts = range(0, max(len(ids) - self.stride, 1), room - self.stride)",
+        after="starts = range(0, max(len(ids), 1), room - self.stride)",
+        tests=(f"{TOKENS}::test_a_tokenizer_in_python",),
     ),
     _windows(
         "a first text that leaves room for the stride only reaches the tokenizer, which panics",
@@ -82,6 +88,12 @@ FAULTS = (
         before="(0 if module.padding_idx is None else module.padding_idx + 1)",
         after="0",
         tests=(f"{MODELS}::test_positions_that_count_from_behind_the_padding",),
+    ),
+    _windows(
+        "a model sees the padding if its tokenizer names no mask",
+        before='dict.fromkeys([*self.tokenizer.model_input_names, "attention_mask"])',
+        after="self.tokenizer.model_input_names",
+        tests=(f"{MODELS}::test_a_tokenizer_that_names_no_mask",),
     ),
     _lengths(
         "known lengths replace those that the caller gave",
