@@ -56,6 +56,12 @@ class EncodeCase:
         random.Random(seed).shuffle(mixed)
         return mixed
 
+    def positions_per_token(self, by_length: bool = True) -> float:
+        """Positions of the padded batches for each token: of texts sorted by length, as encode sorts them, or as they come."""
+        ordered = sorted(self.lengths(self.sentences), reverse=True) if by_length else self.shuffled()
+        batches = [ordered[i : i + self.batch] for i in range(0, len(ordered), self.batch)]
+        return sum(max(rows) * len(rows) for rows in batches) / sum(ordered)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -71,6 +71,15 @@ def test_lanes_are_those_that_suit():
     assert sum(base.lengths(1024)) / 1024 == pytest.approx(64, abs=0.5)
 
 
+def test_sorted_batches_have_little_padding_while_they_are_small():
+    """The figures of bench/LOG.md."""
+    sizes = list(cases.cases(queries=False))
+    assert [case.positions_per_token() for case in sizes] == pytest.approx([1.16, 1.35, 2.60], abs=0.005)
+    assert [case.positions_per_token(by_length=False) for case in sizes] == pytest.approx([4.15, 4.84, 6.80], abs=0.005)
+    (full,) = cases.cases(batches=(1024,), queries=False)
+    assert full.positions_per_token() == 512 * 1024 / sum(full.lengths(1024))
+
+
 def test_sizes_are_those_of_the_models_in_use():
     base, mini, xlm = (encoders.config(name) for name in ("BERT-base", "MiniLM", "XLM-R base"))
     assert (base.hidden_size, base.num_hidden_layers, base.intermediate_size, base.vocab_size) == (768, 12, 3072, 30522)
