@@ -59,7 +59,7 @@ FAULTS = (
         "a window that excludes one key counts as none",
         before="before >= longest - 1",
         after="before >= longest - 2",
-        tests=(FUNCTIONS, "-k", "window5 or window6"),
+        tests=(FUNCTIONS, "-k", "test_sequences_of_one_length and (window5 or window6)"),
     ),
     _packed(
         "the key behind a sequence is seen",
@@ -77,7 +77,7 @@ FAULTS = (
         "a dtype without a kernel goes to the kernel",
         before="or x.dtype not in (torch.float32, torch.float16, torch.bfloat16)",
         after="or x.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16)",
-        tests=(BUILD, "-k", "does_not_take and dtype0"),
+        tests=(BUILD, "-k", "test_what_the_kernel_does_not_take_is_stocks and dtype0"),
     ),
     Fault(
         "builds of different sources have one name",
