@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations import hub_kernels
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, causal_mask_function
@@ -36,8 +35,6 @@ KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # The parts of transformers' masks that a model which supports FlashAttention also passes to its attention as keywords.
 _BY_KEYWORD = ("sliding_window_overlay", "sliding_window_bidirectional_overlay", "packed_sequence_mask_function")
 _PACKED = "packed_sequence_mask_function"
-
-_bounds = WeakTensorKeyDictionary()
 
 
 def flash_attention_forward(
@@ -149,19 +146,17 @@ def _bounds_of(
 def _bounds_from_positions(position_ids: Tensor) -> tuple[Tensor, Tensor, int, int] | None:
     """The bounds of sequences whose positions [1, T] start again at the smallest one; None if there is only one sequence.
 
-    It reads the device, once for all layers that get the same tensor.
+    It reads the device in each layer, as transformers' FlashAttention does: the caller may write other positions into the same
+    tensor, and a CUDA graph that kept the bounds of an earlier call would be wrong.
     """
-    if position_ids not in _bounds:
-        positions = position_ids[0]
-        starts = (positions == positions.min()).nonzero().flatten().tolist()
-        edges = sorted({0, *starts}) + [len(positions)]
-        found = None
-        if len(edges) > 2:
-            cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=position_ids.device)
-            longest = max(b - a for a, b in zip(edges, edges[1:], strict=False))
-            found = cu_seqlens, cu_seqlens, longest, longest
-        _bounds[position_ids] = found
-    return _bounds[position_ids]
+    positions = position_ids[0]
+    starts = (positions == positions.min()).nonzero().flatten().tolist()
+    edges = sorted({0, *starts}) + [len(positions)]
+    if len(edges) == 2:
+        return None
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=position_ids.device)
+    longest = max(b - a for a, b in zip(edges, edges[1:], strict=False))
+    return cu_seqlens, cu_seqlens, longest, longest
 
 
 def _within_sequences(mask: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:

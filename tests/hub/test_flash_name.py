@@ -63,6 +63,15 @@ def test_position_ids_that_start_again_are_bounds(family):
     torch.testing.assert_close(results, one_by_one(make(family), given))
 
 
+def test_position_ids_written_into_the_same_tensor():
+    model, batch = make("Bert", NAME), flattened("Bert", texts((3, 5)))
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    model(**inputs)
+    inputs["position_ids"].copy_(flattened("Bert", texts((6, 2)))["position_ids"])
+    again = {"position_ids": inputs["position_ids"].clone()}
+    assert torch.equal(model(**inputs)[0], model(**inputs | again)[0])
+
+
 def test_rows_that_enter_products_are_tokens():
     model, batch = make("Bert", NAME), flattened("Bert", texts())
     assert set(rows_in_products(lambda: model(**batch))) == {30, 1}  # 1: the pooler
