@@ -43,6 +43,12 @@ def test_half_precision(folder, mode):
     assert_packs(check(model, features_of(model), backward=False))
 
 
+def test_rows_of_one_position_among_all(folder):
+    stock, model = (make(folder, ("cls", "lasttoken", "mean")) for _ in range(2))
+    result, expected = (embed(m, features_of(m), False)["output"] for m in (fastbert.patch(model), stock))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken", ("mean", "cls")], ids=str)
 def test_rows_that_enter_each_product_are_the_tokens(folder, mode):
     model = fastbert.patch(make(folder, mode))
@@ -83,6 +89,14 @@ def test_prompts_that_are_left_out(folder, mode, length):
 def test_gradients_with_a_prompt_left_out(folder, given):
     model = make(folder, SEVERAL[0], include_prompt=False)
     assert_packs(check(model, features_of(model) | {"prompt_length": given}))
+
+
+def test_the_last_token_where_all_are_left_out(folder):
+    model = make(folder, "lasttoken", include_prompt=False)
+    patched = check(model, features_of(model) | {"prompt_length": 4}, backward=False)
+    assert_packs(patched)
+    result = embed(patched, features_of(model) | {"prompt_length": 4}, backward=False)["output"]
+    assert not result[1].any() and result[[0, 2]].all(), "the second text has 3 tokens"
 
 
 def test_a_prompt_that_is_pooled(folder):
@@ -188,6 +202,16 @@ def test_token_budgets(folder, mode):
             torch.testing.assert_close(embed(model, features_of(model), False)["output"], expected, rtol=1e-5, atol=1e-5)
     assert_packs(model, calls=2)
     assert expected.shape[1] % WIDTH == 0
+
+
+@pytest.mark.parametrize("mode", ["cls", "lasttoken", "mean"])
+def test_a_causal_encoder(tmp_path, mode):
+    """It takes the rows of its last layer after attention, however many they are."""
+    model = make(save(tmp_path, is_decoder=True, use_cache=False), mode)
+    assert_packs(check(model, features_of(model)))
+    features = features_of(model, TEXTS + TEXTS)
+    features["attention_mask"][1:, 1:] = 0  # more than three in four tokens are read
+    assert_packs(check(model, features, backward=False))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from tests.mutation.faults import (
     attention_backward_short,
     benchmarks,
     elementwise,
+    embedders,
     embeddings,
     encoder_layer,
     feed_forward,
@@ -53,5 +54,6 @@ AREAS = (
     benchmarks,
     windows,
     hub,
+    embedders,
 )
 FAULTS: tuple[Fault, ...] = tuple(fault for area in AREAS for fault in area.FAULTS)
