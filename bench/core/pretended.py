@@ -1,8 +1,8 @@
 """Supports a pretended GPU: a stub driver whose launches do nothing, so a step's time is the host's alone.
 
-The stub's memory reads as zeros. Values that the host reads back would be wrong and would change what a step does, so
-this module supplies the values that fastbert reads. The stock model needs no substitute: it asks whether a mask keeps all
-positions, and zeros give the right answer for a batch with padding. (Inductor's own launcher may not work on a stub:
+The stub's memory reads as zeros, or as what was copied there before. Values that the host reads back would be wrong and
+would change what a step does, so this module supplies the values that fastbert reads, and the one that the stock model
+reads: whether a mask keeps all positions, so that SDPA needs none. (Inductor's own launcher may not work on a stub:
 TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER=0 selects Triton's for torch.compile.)
 """
 
@@ -31,8 +31,8 @@ def pretended() -> Any | None:
 
 @contextmanager
 def true_reads(tokens: list[int], read: list[int]) -> Iterator[None]:
-    """Let fastbert read from the device as usual, then replace what it read by the true values: each row's number of
-    tokens and of positions that are read, and that position ids count from 0.
+    """Let fastbert and transformers read from the device as usual, then replace what they read by the true values: each row's
+    number of tokens and of positions that are read, that position ids count from 0, and whether a mask keeps everything.
 
     Raises:
         RuntimeError: a function to be patched does not exist.
@@ -50,11 +50,19 @@ def true_reads(tokens: list[int], read: list[int]) -> Iterator[None]:
     def looking(reason: Callable[..., Any]) -> Callable[..., None]:
         return lambda *arguments: reason(*arguments) and None
 
+    def skipping(ignore: Callable[..., bool]) -> Callable[..., bool]:
+        def skipped(padding_mask: Any, kv_length: int, *others: Any, **more: Any) -> bool:
+            found = ignore(padding_mask, kv_length, *others, **more)
+            return found if padding_mask is None else all(n == kv_length for n in tokens)
+
+        return skipped
+
     with ExitStack() as stack:
         for module, name, instead in (
             ("fastbert.layers.packing_plan", "count", counting),
             ("fastbert.layers.mlm_heads", "count", counting),
             ("fastbert.layers.embeddings", "_position_reason", looking),
+            ("transformers.masking_utils", "_ignore_bidirectional_mask_sdpa", skipping),
         ):
             stack.enter_context(_replaced(module, name, instead))
         yield

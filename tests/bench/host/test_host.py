@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import masking_utils
 
 import fastbert
 from bench.core import pretended
@@ -233,6 +234,15 @@ def test_a_read_that_moved_is_one_clear_line(monkeypatch):
     ):
         pass
     assert "\n" not in str(error.value)
+
+
+def test_whether_stock_needs_a_mask_is_stood_in_for():
+    """Zeros say that a mask hides something, ones that it hides nothing: the true lengths decide."""
+    zeros, ones = torch.zeros(2, 8, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool)
+    for tokens, needless in (([8, 8], True), ([8, 5], False)):
+        with true_reads(tokens, [1, 1]):
+            assert [masking_utils._ignore_bidirectional_mask_sdpa(mask, 8, None) for mask in (zeros, ones)] == [needless] * 2
+            assert masking_utils._ignore_bidirectional_mask_sdpa(None, 8, None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is no GPU is not a pretended one either")
