@@ -114,7 +114,7 @@ ENTRIES = (
 
 def _encoders(namespace: type) -> dict[type[nn.Module], Entry]:
     """The entries of the encoders that pack, by stock class."""
-    fast = {name: cls for name, cls in vars(namespace).items() if isinstance(cls, type) and name.endswith("Encoder")}
+    fast = {name: cls for name, cls in vars(namespace).items() if isinstance(cls, type)}
     return {entry.stock: entry for entry in _entries(fast, "gather_rows", "unpad", encoder.unsupported)}
 
 
@@ -171,7 +171,7 @@ def encoders_with_a_reader(model: nn.Module, mlm: bool) -> set[nn.Module]:
     entries = (*POOLED_HEADS, *(entry for heads in MLM_HEADS.values() if mlm for entry in heads))
     heads = {cls for entry in entries for cls in (entry.stock, entry.fast)}
     bodies = (encoder.body_of(module) for module in model.modules() if kind_of(module) in heads)
-    found = {body.encoder for body in bodies if hasattr(body, "encoder")}
+    found = {body_encoder for body in bodies if (body_encoder := encoder.encoder_of(body)) is not None}
     pooled = (module for transformer in pooled_modules(model) for module in transformer.modules())
     return found | {module for module in pooled if type(module) in PACKING or type(module) in PACKING_CLASSES}
 

@@ -191,12 +191,14 @@ class _Run:
 def _own_attention(model: nn.Module) -> str | None:
     """The first attention in `model` that is not transformers' own and that renaming the implementation would not replace."""
     from fastbert.integrations.attention import implementation_reason
-    from fastbert.layers.family import FAMILIES
+    from fastbert.layers.family import DISTILBERT, FAMILIES
     from fastbert.layers.stock import part_of
 
     attentions = tuple(family["Attention"] for family in FAMILIES)
     for name, module in model.named_modules():
         attends = getattr(module, "self", None) if isinstance(module, attentions) else None
+        if isinstance(module, DISTILBERT["Layer"]):
+            attends = module.attention
         if attends is not None and part_of(type(attends)).part not in ("SelfAttention", "CrossAttention"):
             return f"{name}.self is a {type(attends).__name__}"
         config = getattr(module, "config", None)

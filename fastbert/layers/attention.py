@@ -15,7 +15,8 @@ from fastbert import ops
 from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
 from fastbert.integrations.attention import NAME, argument_reason, attend, implementation_reason, mask_reason, wants_weights
 from fastbert.layers import stock
-from fastbert.layers.masks import KernelMask, keys_of, stock_mask
+from fastbert.layers.family import DISTILBERT, FAMILIES
+from fastbert.layers.masks import KernelMask, carried, keys_of, stock_mask
 from fastbert.layers.packing import Packing, side_by_side
 from fastbert.layers.projection import project
 
@@ -40,19 +41,42 @@ class SelfAttention(FastModule):
         packing = kwargs.get("packing")
         if isinstance(packing, Packing):  # not a user's keyword of that name, which stock ignores
             falls_back(self, None)  # the encoder has checked the call; stock attention would mix the sequences
-            return _attend_packed(self, hidden_states, packing, kwargs.get("queries")), None
+            return self.finish(_attend_packed(self, hidden_states, packing, kwargs.get("queries"))), None
         reason = tensor_reason(hidden_states)
         reason = reason or _reason(self, hidden_states, attention_mask, args, kwargs)
         if falls_back(self, reason):
             return super().forward(hidden_states, stock_mask(attention_mask), *args, **kwargs)
-        q, k, v = project(hidden_states, (self.query, self.key, self.value), self.attention_head_size)
+        q, k, v = project(hidden_states, self.projections, self.attention_head_size)
         mask, cache = _kernel_mask(self, attention_mask), _cache(args, kwargs)
         bounds = _varlen_bounds(self, attention_mask, cache, kwargs)
         if bounds is not None:
-            return _attend_varlen(self, q, k, v, **bounds), None
+            return self.finish(_attend_varlen(self, q, k, v, **bounds)), None
         if cache is not None:
             k, v = _update_cache(self, getattr(cache, "self_attention_cache", cache), k, v, kwargs)
-        return _attend(self, q, k, v, mask, hidden_states.shape), None
+        return self.finish(_attend(self, q, k, v, mask, hidden_states.shape)), None
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """The Linears of queries, keys and values."""
+        return self.query, self.key, self.value
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """What the module does with the attended values [..., H]."""
+        return attended
+
+
+class DistilSelfAttention(SelfAttention):
+    """DistilBERT's self-attention, which includes its output product, on the attention kernel."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return super().forward(hidden_states, carried(attention_mask), **kwargs)
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.q_lin, self.k_lin, self.v_lin
+
+    def finish(self, attended: Tensor) -> Tensor:
+        return self.out_lin(attended)
 
 
 class CrossAttention(FastModule):
@@ -101,10 +125,11 @@ def _attend_packed(module: nn.Module, hidden_states: Tensor, packing: Packing, q
     """Attention over packed tokens [1, T, H] for the rows that are read, `queries` [1, N, H], or for all tokens if None."""
     bounds = {"cu_seqlens": packing.tokens.cu_seqlens, "max_seqlen": packing.tokens.max_seqlen}
     if queries is None:
-        q, k, v = project(hidden_states, (module.query, module.key, module.value), module.attention_head_size)
+        q, k, v = project(hidden_states, module.projections, module.attention_head_size)
         return _attend_varlen(module, q, k, v, **bounds)
-    (q,) = project(queries, (module.query,), module.attention_head_size)
-    k, v = project(hidden_states, (module.key, module.value), module.attention_head_size)
+    query, key, value = module.projections
+    (q,) = project(queries, (query,), module.attention_head_size)
+    k, v = project(hidden_states, (key, value), module.attention_head_size)
     keys, rows = side_by_side(packing.tokens, packing.read)
     bounds |= {"cu_seqlens": keys, "cu_seqlens_q": rows, "max_seqlen_q": packing.read.max_seqlen}
     return _attend_varlen(module, q, k, v, **bounds)
@@ -189,7 +214,9 @@ def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     return out.reshape(*shape[:-1], -1)
 
 
-FAST = stock.fast_classes("SelfAttention", SelfAttention, __name__) | stock.fast_classes(
-    "CrossAttention", CrossAttention, __name__
-)
+FAST = {
+    **stock.fast_classes("SelfAttention", SelfAttention, __name__, families=[f for f in FAMILIES if f is not DISTILBERT]),
+    **stock.fast_classes("SelfAttention", DistilSelfAttention, __name__, families=[DISTILBERT]),
+    **stock.fast_classes("CrossAttention", CrossAttention, __name__),
+}
 globals().update(FAST)

@@ -17,6 +17,7 @@ _PARTS = {
     "SelfOutput": "SelfOutput",
     "Intermediate": "Intermediate",
     "Output": "Output",
+    "FFN": "FFN",
 }
 _TORCH = (
     *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity),
@@ -41,7 +42,7 @@ def row_reason(module: nn.Module) -> str | None:
         return "a layer with hooks"
     family, part, fast = stock.part_of(cls)
     if part in _PARTS and (fast or part != "SelfAttention"):
-        return stock.untested(family.prefix + _PARTS[part])
+        return stock.untested(family.name(_PARTS[part]))
     if not (cls in _TORCH or cls.__module__.startswith(_LIBRARIES)) or class_forward_replaced(cls):
         return f"a layer with a {cls.__name__} that is not known to work row by row"
     return None

@@ -4,7 +4,7 @@ The buffer `position_ids` is honoured. The kernel counts positions itself only w
 checked once, and again when the buffer is replaced or written to. Under torch.compile the buffer is always read.
 
 RoBERTa computes its positions from the ids, by stock's own functions. ERNIE may add a fourth row, the same for all tokens: the
-kernel gets it as part of the table of types.
+kernel gets it as part of the table of types. DistilBERT has no types.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from fastbert import ops
 from fastbert.dispatch import FastModule, class_forward_replaced, falls_back, is_plain, is_plain_tensor, run, tensor_reason
 from fastbert.layers import stock
 from fastbert.layers.deferred_embeddings import DeferredEmbeddings, given
-from fastbert.layers.family import ERNIE, FAMILIES, LIKE_ROBERTA
+from fastbert.layers.family import DISTILBERT, ERNIE, FAMILIES, LIKE_ROBERTA
 from fastbert.layers.packing import Rows
 from fastbert.layers.parts import UNKNOWN_ARGUMENTS, bind_arguments, dropout_reason, layernorm_dtype, layernorm_reason
 
@@ -34,10 +34,11 @@ def unsupported(module: nn.Module) -> str | None:
 
 def _reason_of_parts(module: nn.Module, words: bool) -> str | None:
     reason = _embedding_reason("word_embeddings", module.word_embeddings) if words else None
-    for name in ("position_embeddings", "token_type_embeddings"):
-        reason = reason or _embedding_reason(name, getattr(module, name))
-    if reason is None and module.token_type_embeddings.padding_idx is not None:
-        reason = "token_type_embeddings with a padding row"
+    reason = reason or _embedding_reason("position_embeddings", module.position_embeddings)
+    if (types := module._modules.get("token_type_embeddings", _NONE)) is not _NONE:
+        reason = reason or _embedding_reason("token_type_embeddings", types)
+        if reason is None and types.padding_idx is not None:
+            reason = "token_type_embeddings with a padding row"
     reason = reason or layernorm_reason(module.LayerNorm) or dropout_reason(module.dropout)
     if reason is None and not 0.0 <= module.dropout.p <= 1.0:
         return f"a dropout of {module.dropout.p}"
@@ -59,6 +60,7 @@ def _embedding_reason(name: str, embedding: nn.Module) -> str | None:
     return f"{name} with scale_grad_by_freq" if embedding.scale_grad_by_freq else None
 
 
+_NONE = object()
 _PARTS = {
     "word_embeddings": nn.Embedding,
     "position_embeddings": nn.Embedding,
@@ -294,6 +296,20 @@ class _RobertaEmbeddings(Embeddings):
         return self._types_at(position_ids) if token_type_ids is None else token_type_ids, position_ids
 
 
+class _DistilEmbeddings(Embeddings):
+    """DistilBERT's embeddings on the embedding_layernorm kernel: without types, which are a row of zeros for it."""
+
+    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, position_ids: Any = None) -> Tensor:
+        result = self._embed(input_ids, None, position_ids, inputs_embeds, 0, None)
+        if result is not None:
+            return result
+        return super(Embeddings, self).forward(input_ids, inputs_embeds, given(position_ids))
+
+    def _types(self) -> Tensor:
+        words = self.word_embeddings.weight.detach()
+        return words.new_zeros(1, words.shape[-1])
+
+
 class _ErnieEmbeddings(Embeddings):
     """ERNIE's embeddings on the embedding_layernorm kernel, with the row of the task that all tokens have by default."""
 
@@ -348,10 +364,11 @@ def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
     return 0, UNKNOWN_ARGUMENTS
 
 
-_OTHERS = (*LIKE_ROBERTA, ERNIE)
+_OTHERS = (*LIKE_ROBERTA, ERNIE, DISTILBERT)
 FAST = {
     **stock.fast_classes("Embeddings", Embeddings, __name__, families=[family for family in FAMILIES if family not in _OTHERS]),
     **stock.fast_classes("Embeddings", _RobertaEmbeddings, __name__, families=LIKE_ROBERTA),
     **stock.fast_classes("Embeddings", _ErnieEmbeddings, __name__, families=[ERNIE]),
+    **stock.fast_classes("Embeddings", _DistilEmbeddings, __name__, families=[DISTILBERT]),
 }
 globals().update(FAST)

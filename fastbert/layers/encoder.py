@@ -5,6 +5,7 @@ causal last layer takes its rows after attention instead: the kernel's causal qu
 attention runs for all rows, and `index` and `inverse` of `encoder_layer` name the rows that go on.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,14 +24,17 @@ from fastbert.layers.by_row import row_reason
 from fastbert.layers.capturing import is_recording
 from fastbert.layers.counts import CallerCounts, TokenBudget
 from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
+from fastbert.layers.family import DISTILBERT, FAMILIES
 from fastbert.layers.layer import Layer, at_rows
-from fastbert.layers.masks import KernelMask
-from fastbert.layers.packing import Packing
+from fastbert.layers.layout import chunk_size_of, self_attention_of
+from fastbert.layers.masks import CarriedMask, KernelMask, carried
+from fastbert.layers.packing import Packing, Rows
 from fastbert.layers.packing_plan import plan_packing
 from fastbert.layers.reading import PooledReading, Reading
 from fastbert.lengths import Counted
 
 _MAX_READ_FRACTION = 0.75  # of the tokens: gathering more rows costs as much as it saves
+_ATTENTIONS = ("Attention", "SelfAttention")
 _CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
 
 
@@ -42,9 +46,7 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         # A user's own keywords of these names are passed on, as in stock.
         reading = kwargs.pop("reading") if isinstance(kwargs.get("reading"), Reading) else None
-        embed = None
-        if isinstance(deferred := kwargs.get("position_ids"), DeferredEmbeddings):
-            kwargs["position_ids"], embed = deferred.position_ids, deferred.embed
+        embed, attention_mask = self._take_embed(attention_mask, kwargs), carried(attention_mask)
         packing = self._packing(hidden_states, attention_mask, reading, args, kwargs)
         if falls_back(self, packing if isinstance(packing, str) else None):
             if isinstance(reading, PooledReading):
@@ -65,6 +67,13 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
             reading.hidden, reading.tokens = packed.squeeze(0), rows
             return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=packed.new_empty(()).expand(shape))
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.put(packed.squeeze(0)).view(shape))
+
+    def _take_embed(self, mask: Any, kwargs: dict[str, Any]) -> Callable[[Rows | None], Tensor] | None:
+        """The call of deferred embeddings; their keyword becomes stock's."""
+        if not isinstance(deferred := kwargs.get("position_ids"), DeferredEmbeddings):
+            return None
+        kwargs["position_ids"] = deferred.position_ids
+        return deferred.embed
 
     def may_pack(self, kwargs: dict[str, Any]) -> bool:
         reading = kwargs.get("reading")
@@ -96,7 +105,8 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
             return reason
         packing = plan_packing(mask.keys, reading, counts, *hidden_states.shape[:2], hidden_states.device)
         pooled = isinstance(reading, PooledReading)  # it takes the rows that it asked for
-        if isinstance(packing, Packing) and packing.read is not None and not pooled and self.layer[-1].attention.self.is_causal:
+        causal = self_attention_of(self.layer[-1]).is_causal
+        if isinstance(packing, Packing) and packing.read is not None and not pooled and causal:
             # Attention runs for all rows there, and the rows that are read are gathered from its output.
             index, n_read = packing.tokens.index, len(packing.read.index)
             if n_read > _MAX_READ_FRACTION * (hidden_states.shape[:2].numel() if index is None else len(index)):
@@ -106,19 +116,19 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
     def _reason(self, mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if (reason := stock.untested(self.STOCK)) is not None:
             return reason
+        if not len(self.layer):
+            return "no layers"
         captured = kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
         if captured or wants_weights(self, kwargs) or is_recording():
             return "hidden states or attention weights were requested"
         if any(x is not None for x in (*args, *map(kwargs.get, _CROSS_OR_CACHE))):
             return "cross-attention or a cache"
-        if not len(self.layer):
-            return "no layers"
         known = mask.prepared if isinstance(mask, KernelMask) else {}
         for layer in self.layer:
             reason = _layer_reason(layer) if layer not in known else "a layer with hooks" if hooked(layer) else None
             if reason is not None:
                 return reason
-            if layer.chunk_size_feed_forward:
+            if chunk_size_of(layer):
                 return "a chunked feed-forward"
         implementation = self.config._attn_implementation
         if not isinstance(mask, KernelMask):
@@ -134,13 +144,13 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
 
 def _layer_reason(layer: nn.Module) -> str | None:
     """Why `layer`, which the model has not prepared, may not be called with packed tokens, or None."""
-    attention = layer.attention
-    if stock.part_of(type(layer)).part != "Layer" or stock.part_of(type(attention)).part != "Attention":
+    if stock.part_of(type(layer)).part != "Layer" or stock.part_of(type(layer.attention)).part not in _ATTENTIONS:
         return f"a layer that is a {type(layer).__name__}"
-    attends = stock.part_of(type(attention.self))
+    attention = self_attention_of(layer)
+    attends = stock.part_of(type(attention))
     if attends.part != "SelfAttention" or not attends.fast:
         return "a layer whose attention does not use the kernel"
-    return attention_unsupported(attention.self) or next(filter(None, map(row_reason, layer.modules())), None)
+    return attention_unsupported(attention) or next(filter(None, map(row_reason, layer.modules())), None)
 
 
 def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: KernelMask, packing: Packing) -> Tensor:
@@ -160,12 +170,12 @@ def packs_unseen(head: nn.Module) -> bool:
 
 def model_packs_unseen(model: nn.Module) -> bool:
     """Whether the encoder of `model` packs and only the caller of `model` can see its output."""
-    if stock.part_of(type(model)).part != "Model" or not isinstance(model.encoder, PackingEncoder):
+    if stock.part_of(type(model)).part != "Model" or not isinstance(encoder_of(model), PackingEncoder):
         return False
     pooler = getattr(model, "pooler", None)
     if pooler is not None and (stock.part_of(type(pooler)).part != "Pooler" or hooked(pooler)):
         return False
-    return not (hooked(model) or hooked(model.encoder))
+    return not (hooked(model) or hooked(encoder_of(model)))
 
 
 def body_of(head: nn.Module) -> nn.Module:
@@ -174,18 +184,38 @@ def body_of(head: nn.Module) -> nn.Module:
     return head._modules.get(part.family.body, head) if part.part else head
 
 
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of a model of a known family, or None."""
+    return model._modules.get(stock.family_of(model).encoder)
+
+
 def packing_encoder(model: nn.Module) -> nn.Module | None:
     """The encoder of `model`, a BertModel or a head, if it packs when `model` is called without labels; else None."""
-    encoder = getattr(body_of(model), "encoder", None)
+    encoder = encoder_of(body_of(model))
     if not isinstance(encoder, PackingEncoder):
         return None
     reads_first = getattr(model, "reads_first", None)
     return encoder if encoder.ALWAYS or (reads_first is not None and reads_first()) else None
 
 
+class DistilEncoder(PackingEncoder):
+    """DistilBERT's encoder, which packs."""
+
+    def _take_embed(self, mask: Any, kwargs: dict[str, Any]) -> Callable[[Rows | None], Tensor] | None:
+        return mask.deferred.embed if isinstance(mask, CarriedMask) and mask.deferred is not None else None
+
+    @property
+    def config(self) -> Any:
+        return self.layer[0].attention.config if len(self.layer) else None
+
+
 def _encoders(namespace: str, always: bool) -> type:
     """A namespace class whose attributes are the fast classes, so that pickle finds them."""
-    classes = stock.fast_classes("Encoder", PackingEncoder, __name__, namespace, ALWAYS=always)
+    like_bert = [family for family in FAMILIES if family is not DISTILBERT]
+    classes = {
+        **stock.fast_classes("Encoder", PackingEncoder, __name__, namespace, like_bert, ALWAYS=always),
+        **stock.fast_classes("Encoder", DistilEncoder, __name__, namespace, [DISTILBERT], ALWAYS=always),
+    }
     return type(namespace, (), {"__module__": __name__, **classes})
 
 

@@ -1,4 +1,4 @@
-"""The model families that share BERT's encoder: transformers generates their code from BERT's, under other names.
+"""The model families with BERT's encoder. Most are copies of BERT's code under other names; DistilBERT has its own.
 
 A family is a line of FAMILIES. A part is the name of a class without its family's prefix, such as "SelfAttention", and names
 the same computation in every family that has it; what differs (position ids, heads) is a part of its own or an attribute
@@ -22,12 +22,25 @@ class Family:
     prefix: of its class names.
     path: its module under transformers.models.
     body: the attribute of its heads that holds the model.
+    encoder: the attribute of its models that holds the encoder.
+    own_names: the classes that it does not name after BERT's with its prefix, as pairs of a part and a name.
     """
 
     title: str
     prefix: str
     path: str
     body: str
+    encoder: str = "encoder"
+    own_names: tuple[tuple[str, str], ...] = ()
+
+    def name(self, part: str) -> str:
+        """The name of the class of this part."""
+        return dict(self.own_names).get(part, self.prefix + part)
+
+    def part(self, name: str) -> str:
+        """The part that a class of this name is; empty for a class that is none."""
+        own = {own: part for part, own in self.own_names}
+        return own[name] if name in own else name.removeprefix(self.prefix) if name.startswith(self.prefix) else ""
 
     @cached_property
     def module(self) -> ModuleType | None:
@@ -39,7 +52,7 @@ class Family:
 
     def find(self, part: str) -> type[nn.Module] | None:
         """The stock class of this part, or None."""
-        return getattr(self.module, self.prefix + part, None)
+        return getattr(self.module, self.name(part), None)
 
     def __getitem__(self, part: str) -> type[nn.Module]:
         """The stock class of this part; an empty class, which no module has, if the release lacks it."""
@@ -48,7 +61,7 @@ class Family:
 
 @cache
 def _missing(family: Family, part: str) -> type[nn.Module]:
-    return type(family.prefix + part, (nn.Module,), {"__module__": f"transformers.models.{family.path}"})
+    return type(family.name(part), (nn.Module,), {"__module__": f"transformers.models.{family.path}"})
 
 
 BERT = Family("BERT", "Bert", "bert.modeling_bert", "bert")
@@ -58,7 +71,15 @@ CAMEMBERT = Family("CamemBERT", "Camembert", "camembert.modeling_camembert", "ro
 DATA2VEC = Family("Data2VecText", "Data2VecText", "data2vec.modeling_data2vec_text", "data2vec_text")
 ELECTRA = Family("ELECTRA", "Electra", "electra.modeling_electra", "electra")
 ERNIE = Family("ERNIE", "Ernie", "ernie.modeling_ernie", "ernie")
+DISTILBERT = Family(
+    "DistilBERT",
+    "DistilBert",
+    "distilbert.modeling_distilbert",
+    "distilbert",
+    encoder="transformer",
+    own_names=(("Embeddings", "Embeddings"), ("Layer", "TransformerBlock"), ("Encoder", "Transformer"), ("FFN", "FFN")),
+)
 
 # Families with RoBERTa's embeddings and heads.
 LIKE_ROBERTA = (ROBERTA, XLM_ROBERTA, CAMEMBERT, DATA2VEC)
-FAMILIES = (BERT, *LIKE_ROBERTA, ELECTRA, ERNIE)
+FAMILIES = (BERT, *LIKE_ROBERTA, ELECTRA, ERNIE, DISTILBERT)

@@ -16,8 +16,10 @@ from fastbert import ops
 from fastbert.dispatch import FastModule, autocast_dtype, device_reason, falls_back, hooked, mode_reason, tensor_reason
 from fastbert.integrations.attention import argument_reason, implementation_reason
 from fastbert.layers import stock
+from fastbert.layers.family import DISTILBERT, FAMILIES
 from fastbert.layers.layer_state import LayerState, PreparedLayer, state_of, without_state
-from fastbert.layers.masks import KernelMask
+from fastbert.layers.layout import self_attention_of
+from fastbert.layers.masks import KernelMask, carried
 from fastbert.layers.packing import Packing, side_by_side
 
 
@@ -49,7 +51,7 @@ class Layer(FastModule):
         """The op's result for packed tokens, or why it does not take the call."""
         tokens = packing.tokens
         layout = None, None, tokens.cu_seqlens, tokens.max_seqlen
-        if reads and self.attention.self.is_causal:
+        if reads and self_attention_of(self).is_causal:
             rows = packing.read.within(tokens)
             layout += None, None, None, rows.index, rows.inverse
         elif reads:
@@ -86,8 +88,7 @@ class Layer(FastModule):
             return known.reason
         if ops.failures.reasons and (failed := ops.failures.reasons.keys() & ops.LAYER_KERNELS):
             return f"{min(failed)} failed: {ops.failures.reasons[min(failed)]}"
-        own = vars(self)
-        if own["chunk_size_feed_forward"] or "feed_forward_chunk" in own:
+        if known.chunks["chunk_size_feed_forward"] or known.chunk in known.chunks:
             return "a chunked or replaced feed-forward"
         if context is None:
             weights, settings = known.weights(), known.settings(hidden_states.shape[-1])
@@ -121,6 +122,10 @@ def at_rows(layer: nn.Module, hidden_states: Tensor, packing: Packing) -> Tensor
     """Run a layer module by module for the rows that are read: [1, T, H] -> [1, N, H]."""
     taken = packing.read.within(packing.tokens)
     rows = taken.take(hidden_states.squeeze(0)).unsqueeze(0)
+    if stock.family_of(layer) is DISTILBERT:
+        attended, _ = layer.attention(hidden_states, packing=packing, queries=rows)
+        attended = layer.sa_layer_norm(attended + rows)
+        return layer.output_layer_norm(layer.ffn(attended) + attended)
     if layer.attention.self.is_causal:  # the kernel takes fewer causal queries than keys only at a sequence's end
         attended, _ = layer.attention.self(hidden_states, packing=packing)
         attended = taken.take(attended.squeeze(0)).unsqueeze(0)
@@ -181,5 +186,15 @@ def _tensor_reason(hidden_states: Tensor, weight_dtype: torch.dtype, low: torch.
     return None if hidden_states.numel() else "an empty batch"
 
 
-FAST = stock.fast_classes("Layer", Layer, __name__)
+class DistilLayer(Layer):
+    """DistilBERT's layer on the encoder_layer op."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states, carried(attention_mask), **kwargs)
+
+
+FAST = {
+    **stock.fast_classes("Layer", Layer, __name__, families=[f for f in FAMILIES if f is not DISTILBERT]),
+    **stock.fast_classes("Layer", DistilLayer, __name__, families=[DISTILBERT]),
+}
 globals().update(FAST)

@@ -27,28 +27,17 @@ from fastbert import ops
 from fastbert.dispatch import HOOK_KINDS, hooked, is_plain, is_plain_tensor
 from fastbert.kernels.adamw.tensor_forms import Forms
 from fastbert.layers import attention, intermediate, residual_norm, stock
-from fastbert.layers.parts import kernel_activation
+from fastbert.layers.layout import Layout, layout_of
+from fastbert.layers.parts import activation_reason, dropout_reason, kernel_activation, layernorm_reason
 
-# The part that a module must be, and whether by the fast class.
-_PARTS = {
-    "attention": ("Attention", False),
-    "attention.self": ("SelfAttention", True),
-    "attention.output": ("SelfOutput", True),
-    "intermediate": ("Intermediate", True),
-    "output": ("Output", True),
-}
-_LINEARS = (
-    *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-    *("intermediate.dense", "output.dense"),
-)
-_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
-_DROPOUTS = ("attention.self.dropout", "attention.output.dropout", "output.dropout")
 _UNSUPPORTED = {
-    "attention.self": attention.unsupported,
-    "attention.output": residual_norm.unsupported,
-    "intermediate": intermediate.unsupported,
-    "output": residual_norm.unsupported,
+    "SelfAttention": attention.unsupported,
+    "SelfOutput": residual_norm.unsupported,
+    "Intermediate": intermediate.unsupported,
+    "Output": residual_norm.unsupported,
+    "FFN": lambda module: activation_reason(module.activation) or dropout_reason(module.dropout),
 }
+_NO_DROPOUT = {"p": 0.0, "training": False}
 
 
 class LayerState:
@@ -71,20 +60,23 @@ class LayerState:
         self._known_own_forwards = self._own_forwards()
         self.global_state = global_state(layer)
         self._inside = inside
-        self.reason = self.global_state[0] or _reason(inside)
+        self._layout = layout_of(layer.PART.family)
+        self.reason = self.global_state[0] or _reason(inside, self._layout)
         if self.reason is None:
-            self._read(inside)
+            self._read(inside, self._layout)
 
-    def _read(self, inside: dict[str, nn.Module]) -> None:
-        order = (*_LINEARS[:4], _NORMS[0], *_LINEARS[4:], _NORMS[1])  # as ops.Weights has them
+    def _read(self, inside: dict[str, nn.Module], layout: Layout) -> None:
+        order = (*layout.linears[:4], layout.norms[0], *layout.linears[4:], layout.norms[1])  # as ops.Weights has them
         self._with_parameters = [vars(inside[name]) for name in order]
         self._forms: tuple[Forms, str | None] | None = None
         self._addresses: list[int] | None = None
-        self.attention = vars(inside["attention.self"])
-        self._dropouts = [vars(inside[name]) for name in _DROPOUTS]
-        self._norms = [vars(inside[name]) for name in _NORMS]
-        self._intermediate = vars(inside["intermediate"])
-        activation = inside["intermediate"].intermediate_act_fn
+        self.attention = vars(inside[layout.attention])
+        self._dropouts = [_NO_DROPOUT if name is None else vars(inside[name]) for name in layout.dropouts]
+        self._norms = [vars(inside[name]) for name in layout.norms]
+        owner, self._activation_name = layout.activation
+        self._activation_owner = vars(inside[owner])
+        self.chunks, self.chunk = vars(inside.get(layout.chunks[0], self.layer())), layout.chunks[1]
+        activation = getattr(inside[owner], self._activation_name)
         self._activation_vars = vars(activation) if isinstance(activation, nn.Module) else {}
         self._activation = self._activation_key()
         self.activation = kernel_activation(activation)
@@ -102,7 +94,7 @@ class LayerState:
             and (
                 self._activation_key() == self._activation
                 if self.reason is None
-                else (self.global_state[0] or _reason(self._inside)) == self.reason
+                else (self.global_state[0] or _reason(self._inside, self._layout)) == self.reason
             )
         )
 
@@ -116,7 +108,7 @@ class LayerState:
 
     def _activation_key(self) -> tuple[Any, ...]:
         return (
-            self._intermediate.get("intermediate_act_fn"),
+            self._activation_owner.get(self._activation_name),
             self._activation_vars.get("approximate"),
             self._activation_vars.get("act"),
         )
@@ -214,7 +206,7 @@ _ATTRIBUTE = "_fastbert_state"
 def global_state(module: nn.Module) -> tuple[str | None, bool]:
     """Why the stock code of layers of the family of `module`, which has a fast class, is untested, or None; and whether torch
     has a global module hook."""
-    return stock.untested(f"{module.PART.family.prefix}Layer"), bool(_has_any_global_hook())
+    return stock.untested(module.PART.family.name("Layer")), bool(_has_any_global_hook())
 
 
 def state_of(layer: nn.Module, shared: tuple[str | None, bool] | None = None) -> LayerState:
@@ -245,34 +237,36 @@ _HOOKS = itemgetter(*HOOK_KINDS)
 _BOTH = itemgetter("weight", "bias")
 
 
-def _reason(inside: dict[str, nn.Module]) -> str | None:
-    for name, (part, fast) in _PARTS.items():
+def _reason(inside: dict[str, nn.Module], layout: Layout) -> str | None:
+    for name, (part, fast) in layout.parts.items():
         module = inside.get(name)
         found = stock.part_of(type(module))
         if (found.part, found.fast) != (part, fast):
             return _part_reason(name, module, part)
         if hooked(module):
             return f"{name} has hooks, or a replaced forward"
-    for name in _LINEARS:
+    for name in layout.linears:
         linear = inside.get(name)
         if not is_plain(linear, nn.Linear):
             return f"{name} is a {type(linear).__name__}, or has hooks"
         if linear.bias is None:
             return f"{name} has no bias"
-    for name in _NORMS:
+    for name in layout.norms:
         if name not in inside:
             return f"{name} is missing, or is shared with another module"
-    for name in _DROPOUTS:
+    for name in filter(None, layout.dropouts):
         dropout = inside.get(name)
         if dropout is None or "p" not in vars(dropout):
             return f"{name} is a {type(dropout).__name__}"
-    return next((f"{name}: {why}" for name, of in _UNSUPPORTED.items() if (why := of(inside[name]))), None)
+    parts = ((name, _UNSUPPORTED[part](inside[name])) for name, (part, _) in layout.parts.items() if part in _UNSUPPORTED)
+    norms = ((name, layernorm_reason(inside[name])) for name in layout.norms)
+    return next((f"{name}: {why}" for name, why in (*parts, *norms) if why), None)
 
 
 def _part_reason(name: str, module: nn.Module | None, part: str) -> str:
     """Why a module does not have the class that the layer op needs."""
-    if name in _UNSUPPORTED and stock.part_of(type(module)).part == part:
-        return f"{name}: {_UNSUPPORTED[name](module) or 'not patched'}"
+    if part in _UNSUPPORTED and stock.part_of(type(module)).part == part:
+        return f"{name}: {_UNSUPPORTED[part](module) or 'not patched'}"
     return f"{name} is a {type(module).__name__}"
 
 

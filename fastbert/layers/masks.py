@@ -67,6 +67,30 @@ class KernelMask:
         return None if self.keys is None else ops.bounds_of(self.keys)
 
 
+class CarriedMask(Tensor):
+    """A KernelMask in the form of a 4-D tensor, which transformers' mask functions return as it is.
+
+    For a model that makes its masks inside its forward: passed to that as `attention_mask`, it reaches the layers.
+    """
+
+    mask: KernelMask
+    deferred: Any  # the DeferredEmbeddings of the call, or None
+
+    @classmethod
+    def of(cls, mask: KernelMask, deferred: Any) -> "CarriedMask":
+        carrier = torch.empty(0, 0, 0, 0).as_subclass(cls)
+        carrier.mask, carrier.deferred = mask, deferred
+        return carrier
+
+    def detach(self) -> "CarriedMask":
+        return self  # gradient checkpointing detaches what it passes on
+
+
+def carried(mask: Any) -> Any:
+    """The mask that a CarriedMask carries; any other mask itself."""
+    return mask.mask if isinstance(mask, CarriedMask) else mask
+
+
 def stock_mask(mask: Any) -> Any:
     """The mask as stock's forward takes it."""
     return mask.stock() if isinstance(mask, KernelMask) else mask
@@ -104,10 +128,11 @@ def prepare_layers(model: nn.Module, prepare: Callable[..., Any]) -> dict[nn.Mod
     Every module that gets the masks must be stock's or fastbert's, with a fast attention, and must interpret them as the model
     does. Returns the results of `prepare(layer, hooked=...)` for the fast layers that can run as one op.
     """
-    encoder, config, family = model.encoder, model.config, model.PART.family
+    family, config = model.PART.family, model.config
+    encoder = model._modules[family.encoder]
     if _part(encoder).part != "Encoder" or _observed(encoder) or untested(model.STOCK) or masks_replaced(family):
         return None
-    causal = bool(config.is_decoder)
+    causal = bool(getattr(config, "is_decoder", False))
     if causal and not getattr(config, "is_causal", True):  # a decoder with bidirectional attention
         return None
     found: dict[nn.Module, Any] = {}
@@ -135,9 +160,9 @@ def prepare_layers(model: nn.Module, prepare: Callable[..., Any]) -> dict[nn.Mod
 
 
 def _attention_sees(attention: nn.Module, config: Any, causal: bool) -> bool:
-    if _part(attention).part != "Attention" or _observed(attention):
+    if _part(attention).part not in ("Attention", "SelfAttention") or _observed(attention):
         return False
-    attends = attention.self
+    attends = attention._modules.get("self", attention)
     found = part_of(type(attends))
     if not found.fast or found.part not in ("SelfAttention", "CrossAttention") or _observed(attends):
         return False

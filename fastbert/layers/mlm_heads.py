@@ -28,15 +28,16 @@ from fastbert import ops
 from fastbert.dispatch import FastModule, autocast_dtype, falls_back, hooked, is_plain, is_plain_tensor, run, tensor_reason
 from fastbert.layers.counts import CallerCounts, Capacity, count
 from fastbert.layers.encoder import packs_unseen
-from fastbert.layers.family import BERT, ELECTRA, FAMILIES, LIKE_ROBERTA, Family
+from fastbert.layers.family import BERT, DISTILBERT, ELECTRA, FAMILIES, LIKE_ROBERTA, Family
 from fastbert.layers.packing import Rows, pack
 from fastbert.layers.packing_plan import stop_unless
-from fastbert.layers.prediction_head import transform_of
+from fastbert.layers.prediction_head import distil_parts, transform_of, transformed
 from fastbert.layers.reading import Reading
 from fastbert.layers.stock import family_of, part_of, subclass, untested
 
 IGNORED = -100
 _Arguments = dict[str, Any]
+_LOSS = nn.CrossEntropyLoss()
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -48,8 +49,17 @@ def unsupported(module: nn.Module) -> str | None:
         head = module.lm_head
         if part_of(type(head)).part != "LMHead" or hooked(head):
             return f"its head is a {type(head).__name__}, or has hooks"
+    elif family is DISTILBERT:
+        loss, transform = module.mlm_loss_fct, distil_parts(module)
+        if any(hooked(part) for part in transform if isinstance(part, nn.Module)):
+            return "its head has hooks"
+        if type(loss) is not nn.CrossEntropyLoss or hooked(loss) or vars(loss).keys() != vars(_LOSS).keys():
+            return f"its loss is a {type(loss).__name__}, or has hooks"
+        if (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing) != (None, IGNORED, "mean", 0.0):
+            return "its loss has weights, or other settings"
     elif family is ELECTRA:
-        reason = _transform_reason(module, module.generator_predictions)
+        if (reason := _transform_reason(module, module.generator_predictions)) is not None:
+            return reason
     else:
         heads = module.cls
         if part_of(type(heads)).part not in ("OnlyMLMHead", "PreTrainingHeads") or hooked(heads):
@@ -79,6 +89,8 @@ def _transform_reason(module: nn.Module, transform: nn.Module) -> str | None:
 def _decoder(module: nn.Module, family: Family) -> nn.Linear:
     if family in LIKE_ROBERTA:
         return module.lm_head.decoder
+    if family is DISTILBERT:
+        return module.vocab_projector
     return module.generator_lm_head if family is ELECTRA else module.cls.predictions.decoder
 
 
@@ -86,6 +98,8 @@ def _transform(module: nn.Module, family: Family, hidden: Tensor) -> Tensor:
     """The rows before the decoder: [..., H]."""
     if family is ELECTRA:
         return module.generator_predictions(hidden)
+    if family is DISTILBERT:
+        return transformed(module, *distil_parts(module), hidden)
     if family not in LIKE_ROBERTA:
         return module.cls.predictions.transform(hidden)
     return transform_of(module.lm_head, hidden)

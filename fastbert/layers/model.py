@@ -18,8 +18,9 @@ from fastbert.layers import stock
 from fastbert.layers.capturing import is_recording_inside_layers
 from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
 from fastbert.layers.embeddings import Embeddings
+from fastbert.layers.family import DISTILBERT, FAMILIES
 from fastbert.layers.layer_state import CallContext, global_state, prepare
-from fastbert.layers.masks import KernelMask, kernel_mask, masks_replaced, prepare_layers
+from fastbert.layers.masks import CarriedMask, KernelMask, kernel_mask, masks_replaced, prepare_layers
 
 
 class Model(FastModule):
@@ -32,7 +33,7 @@ class Model(FastModule):
 
     def _may_defer(self, kwargs: dict[str, Any]) -> bool:
         """Whether only fast classes and tested stock code see what the embeddings return."""
-        encoder, embeddings = self.encoder, self.embeddings
+        encoder, embeddings = self._modules[self.PART.family.encoder], self.embeddings
         return (
             isinstance(encoder, AcceptsDeferredEmbeddings)
             and encoder.may_pack(kwargs)
@@ -57,14 +58,19 @@ class Model(FastModule):
             # Made now, because the layers are about to change the length of the cache.
             return tuple(KernelMask(None, mask, partial(made, i)) for i, mask in enumerate(made.masks()))
         hidden, encoder_hidden = given["embedding_output"], given.get("encoder_hidden_states")
-        added = implementation == "eager"
-        own = self.encoder.layer
-        shared = {"prepared": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
-        by_module = self._weights_reason()
-        mask = kernel_mask(given.get("attention_mask"), hidden, partial(made, 0), added, by_module=by_module, **shared)
+        mask = self._mask(given.get("attention_mask"), hidden, partial(made, 0), known, implementation)
         if encoder_hidden is None:
             return mask, given.get("encoder_attention_mask")
+        added = implementation == "eager"
         return mask, kernel_mask(given.get("encoder_attention_mask"), encoder_hidden, partial(made, 1), added)
+
+    def _mask(
+        self, given: Any, hidden: Tensor, made: Callable[[], Any], known: dict[nn.Module, Any], implementation: str
+    ) -> KernelMask:
+        """The KernelMask of self-attention for the caller's mask; `known` are the prepared layers."""
+        own = self._modules[self.PART.family.encoder].layer
+        shared = {"prepared": known, "layers": tuple(known) if len({*own}) == len(own) else ()}
+        return kernel_mask(given, hidden, made, implementation == "eager", by_module=self._weights_reason(), **shared)
 
     def _weights_reason(self) -> str | None:
         requested = getattr(self.config, "output_attentions", False) or is_recording_inside_layers()
@@ -95,7 +101,46 @@ class _StockMasks:
         return self.masks()[index]
 
 
-FAST = stock.fast_classes("Model", Model, __name__)
+class DistilModel(Model):
+    """DistilBERT, which makes its masks inside its forward: a KernelMask passes through that as a CarriedMask.
+
+    Under torch.compile it makes its own masks and runs padded.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (mask := self._carried_mask(input_ids, attention_mask, inputs_embeds)) is not None:
+            deferred = None
+            if input_ids is not None and self._may_defer(kwargs):
+                position_ids = deferred = DeferredEmbeddings(position_ids)
+            attention_mask = CarriedMask.of(mask, deferred)
+        return super(Model, self).forward(input_ids, attention_mask, inputs_embeds, position_ids, **kwargs)
+
+    def _carried_mask(self, ids: Tensor | None, mask: Any, embeds: Tensor | None) -> KernelMask | None:
+        """The KernelMask of the call if only kernels will see it."""
+        words = self.embeddings.word_embeddings.weight
+        if (ids is None) == (embeds is None) or torch.compiler.is_compiling():
+            return None
+        hidden = embeds if ids is None else words.detach().new_empty(()).expand(*ids.shape, words.shape[-1])
+        implementation = self.config._attn_implementation or "eager"
+        known = self._prepare_layers(hidden, implementation)
+        if known is None:
+            return None
+        make = self.PART.family.module.create_bidirectional_mask
+        made = _StockMasks(lambda: (make(self.config, hidden, mask),))
+        return self._mask(mask, hidden, partial(made, 0), known, implementation)
+
+
+FAST = {
+    **stock.fast_classes("Model", Model, __name__, families=[f for f in FAMILIES if f is not DISTILBERT]),
+    **stock.fast_classes("Model", DistilModel, __name__, families=[DISTILBERT]),
+}
 globals().update(FAST)
 
 # transformers looks up by class which outputs a model can record, and registers a class when a model of it is made.

@@ -47,6 +47,29 @@ def _parts(module: nn.Module, part: stock.Part) -> tuple[object, nn.Module]:
     )
 
 
+def transformed(module: nn.Module, dense: nn.Module, activation: object, norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """norm(activation(dense(hidden_states))) [..., H], on the kernel if it takes the call; `module` counts it."""
+    if _unsupported(activation, norm) or tensor_reason(hidden_states, norm.weight, norm.bias):
+        return norm(activation(dense(hidden_states)))
+    x, x_bias = linear_without_bias(dense, hidden_states)
+    return run(
+        module,
+        ops.gelu_layernorm,
+        x,
+        norm.weight,
+        norm.bias,
+        x_bias=x_bias,
+        activation=kernel_activation(activation),
+        eps=norm.eps,
+        out_dtype=layernorm_dtype(x.dtype, x.device.type),
+    )
+
+
+def distil_parts(module: nn.Module) -> tuple[nn.Module, object, nn.Module]:
+    """The product, activation and LayerNorm of DistilBERT's MLM head, which are parts of DistilBertForMaskedLM."""
+    return module.vocab_transform, module.activation, module.vocab_layer_norm
+
+
 class _Transform(FastModule):
     def _reason(self, hidden_states: Tensor) -> str | None:
         activation, norm = _parts(self, self.PART)
@@ -54,19 +77,7 @@ class _Transform(FastModule):
         return reason or tensor_reason(hidden_states, norm.weight, norm.bias)
 
     def _run(self, hidden_states: Tensor) -> Tensor:
-        activation, norm = _parts(self, self.PART)
-        x, x_bias = linear_without_bias(self.dense, hidden_states)
-        return run(
-            self,
-            ops.gelu_layernorm,
-            x,
-            norm.weight,
-            norm.bias,
-            x_bias=x_bias,
-            activation=kernel_activation(activation),
-            eps=norm.eps,
-            out_dtype=layernorm_dtype(x.dtype, x.device.type),
-        )
+        return transformed(self, self.dense, *_parts(self, self.PART), hidden_states)
 
 
 class HeadTransform(_Transform):

@@ -10,7 +10,7 @@ from transformers.loss import loss_utils
 
 from fastbert import forwards
 from fastbert.dispatch import FastModule, kind_of
-from fastbert.layers.family import BERT, ELECTRA, FAMILIES, LIKE_ROBERTA, Family
+from fastbert.layers.family import BERT, DISTILBERT, ELECTRA, FAMILIES, LIKE_ROBERTA, Family
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -40,8 +40,8 @@ def family_of(module: nn.Module) -> Family:
 
 def stock_class(name: str) -> type[nn.Module]:
     """The stock class of this name, or an empty class if the release lacks it."""
-    family = next(family for family in FAMILIES if name.startswith(family.prefix))
-    return family[name.removeprefix(family.prefix)]
+    family = next(family for family in FAMILIES if family.part(name))
+    return family[family.part(name)]
 
 
 def subclass(
@@ -99,8 +99,32 @@ def fast_forward_of(cls: type[nn.Module]) -> Callable[[Function], Function]:
     return decorate
 
 
+def _code_of_distilbert() -> dict[str, tuple[forwards.Pair, ...]]:
+    def of(*parts: str, name: str = "forward") -> tuple[forwards.Pair, ...]:
+        return tuple((DISTILBERT[part], name) for part in parts)
+
+    eager = (DISTILBERT.module, "eager_attention_forward")
+    ffn = (*of("FFN"), *of("FFN", name="ff_chunk"))
+    layer = (*of("Layer", "SelfAttention"), *ffn, eager)
+    code = {
+        "Embeddings": of("Embeddings"),
+        "SelfAttention": (*of("SelfAttention"), eager),
+        "FFN": ffn,
+        "Layer": layer,
+        "Encoder": (*of("Encoder"), *layer),
+        "Model": (*of("Model", "Encoder"), *layer),
+        "ForSequenceClassification": of("ForSequenceClassification", "Model"),
+        "ForMultipleChoice": of("ForMultipleChoice", "Model"),
+        "ForMaskedLM": of("ForMaskedLM", "Model"),
+    }
+    return {DISTILBERT.name(part): pairs for part, pairs in code.items()}
+
+
 def _code_of(family: Family) -> dict[str, tuple[forwards.Pair, ...]]:
     """The functions that the fast classes of a family replace or rely on, per name of the stock class."""
+
+    if family is DISTILBERT:
+        return _code_of_distilbert()
 
     def of(*parts: str, name: str = "forward") -> tuple[forwards.Pair, ...]:
         return tuple((family[part], name) for part in parts)
@@ -153,8 +177,8 @@ def _code_of(family: Family) -> dict[str, tuple[forwards.Pair, ...]]:
 _FAMILIES_HERE = tuple(family for family in FAMILIES if family.module is not None)
 for _family in _FAMILIES_HERE:
     for _name, _cls in vars(_family.module).items():
-        if isinstance(_cls, type) and _cls.__module__ == _family.module.__name__ and _name.startswith(_family.prefix):
-            _parts[_cls] = Part(_family, _name.removeprefix(_family.prefix), False)
+        if isinstance(_cls, type) and _cls.__module__ == _family.module.__name__ and _family.part(_name):
+            _parts[_cls] = Part(_family, _family.part(_name), False)
 
 # The functions that must be tested ones, per name of the stock class whose fast class depends on them.
 CODE = {name: forwards.Code(*pairs) for family in _FAMILIES_HERE for name, pairs in _code_of(family).items()}
