@@ -148,6 +148,9 @@ def test_what_the_op_does_not_take_is_stock(change, reason, switches):
     patched = check(make(), make_batch(), change, **switches)
     reasons = {why for row in fastbert.report(patched).rows if row.hf_class == "TransformerBlock" for why in row.fallback_calls}
     assert reasons == (set() if switches or reason is None else {reason})
+    if change is chunked and not switches:
+        (encoder,) = [row for row in fastbert.report(patched).rows if row.hf_class == "Transformer"]
+        assert encoder.fallback_calls == {"a chunked feed-forward": 1}
 
 
 def test_hidden_states_and_attentions_are_stocks():

@@ -110,7 +110,7 @@ FAULTS = (
     ),
     _state(
         "a layer that fell back for its activation falls back for good",
-        before="else (self.global_state[0] or _reason(self._inside)) == self.reason",
+        before="else (self.global_state[0] or _reason(self._inside, self._layout)) == self.reason",
         after="else True",
         tests=(f"{CHANGES}::test_a_function_as_activation_is_read_again",),
     ),
@@ -158,8 +158,8 @@ FAULTS = (
     ),
     _layer(
         "a user's feed_forward_chunk is ignored",
-        before='if own["chunk_size_feed_forward"] or "feed_forward_chunk" in own:',
-        after='if own["chunk_size_feed_forward"]:',
+        before='if known.chunks["chunk_size_feed_forward"] or known.chunk in known.chunks:',
+        after='if known.chunks["chunk_size_feed_forward"]:',
         tests=_change("unsupported: own chunk"),
     ),
     _layer(

@@ -152,7 +152,7 @@ FAULTS = (
     ),
     _encoder(
         "a chunked feed-forward is run whole",
-        before="if layer.chunk_size_feed_forward:",
+        before="if chunk_size_of(layer):",
         after="if False:",
         tests=(f"{TESTS}::test_chunks_stay_padded",),
     ),
@@ -165,14 +165,14 @@ FAULTS = (
     ),
     _encoder(
         "rows of a causal encoder are gathered although nearly all are read",
-        before="and self.layer[-1].attention.self.is_causal:",
+        before="and not pooled and causal:",
         after="and False:",
         tests=(f"{TESTS}::test_a_causal_encoder_of_which_most_is_read_runs_whole",),
     ),
     Fault(
         "a causal encoder treats the read rows as the last of their sequences",
         file="fastbert/layers/layer.py",
-        before="if reads and self.attention.self.is_causal:",
+        before="if reads and self_attention_of(self).is_causal:",
         after="if False:",
         tests=(f"{TESTS}::test_a_causal_encoder_is_read_at_requested_rows",),
     ),
