@@ -145,7 +145,7 @@ def _tensor_reason(tensors: tuple[Tensor, ...]) -> str | None:
     return tensor_reason(first) if alike else tensor_reason(*tensors)
 
 
-class Embeddings(FastModule):
+class FastEmbeddings(FastModule):
     """Embeddings on the embedding_layernorm kernel."""
 
     def forward(
@@ -278,7 +278,7 @@ class Embeddings(FastModule):
         return None
 
 
-class _RobertaEmbeddings(Embeddings):
+class _RobertaEmbeddings(FastEmbeddings):
     """RoBERTa's embeddings on the embedding_layernorm kernel: positions count from the padding token's id, and skip padding."""
 
     def _ids(
@@ -296,21 +296,21 @@ class _RobertaEmbeddings(Embeddings):
         return self._types_at(position_ids) if token_type_ids is None else token_type_ids, position_ids
 
 
-class _DistilEmbeddings(Embeddings):
+class _DistilEmbeddings(FastEmbeddings):
     """DistilBERT's embeddings on the embedding_layernorm kernel: without types, which are a row of zeros for it."""
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, position_ids: Any = None) -> Tensor:
         result = self._embed(input_ids, None, position_ids, inputs_embeds, 0, None)
         if result is not None:
             return result
-        return super(Embeddings, self).forward(input_ids, inputs_embeds, given(position_ids))
+        return super(FastEmbeddings, self).forward(input_ids, inputs_embeds, given(position_ids))
 
     def _types(self) -> Tensor:
         words = self.word_embeddings.weight.detach()
         return words.new_zeros(1, words.shape[-1])
 
 
-class _ErnieEmbeddings(Embeddings):
+class _ErnieEmbeddings(FastEmbeddings):
     """ERNIE's embeddings on the embedding_layernorm kernel, with the row of the task that all tokens have by default."""
 
     def forward(
@@ -334,7 +334,7 @@ class _ErnieEmbeddings(Embeddings):
         if result is not None:
             return result
         ids = input_ids, token_type_ids, task_type_ids, given(position_ids)
-        return super(Embeddings, self).forward(*ids, inputs_embeds, *args, **kwargs)
+        return super(FastEmbeddings, self).forward(*ids, inputs_embeds, *args, **kwargs)
 
     def _types(self) -> Tensor:
         types = self.token_type_embeddings.weight
@@ -366,7 +366,9 @@ def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
 
 _OTHERS = (*LIKE_ROBERTA, ERNIE, DISTILBERT)
 FAST = {
-    **stock.fast_classes("Embeddings", Embeddings, __name__, families=[family for family in FAMILIES if family not in _OTHERS]),
+    **stock.fast_classes(
+        "Embeddings", FastEmbeddings, __name__, families=[family for family in FAMILIES if family not in _OTHERS]
+    ),
     **stock.fast_classes("Embeddings", _RobertaEmbeddings, __name__, families=LIKE_ROBERTA),
     **stock.fast_classes("Embeddings", _ErnieEmbeddings, __name__, families=[ERNIE]),
     **stock.fast_classes("Embeddings", _DistilEmbeddings, __name__, families=[DISTILBERT]),

@@ -17,7 +17,7 @@ from fastbert.integrations.attention import implementation_reason
 from fastbert.layers import stock
 from fastbert.layers.capturing import is_recording_inside_layers
 from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
-from fastbert.layers.embeddings import Embeddings
+from fastbert.layers.embeddings import FastEmbeddings
 from fastbert.layers.family import DISTILBERT, FAMILIES
 from fastbert.layers.layer_state import CallContext, global_state, prepare
 from fastbert.layers.masks import CarriedMask, KernelMask, kernel_mask, masks_replaced, prepare_layers
@@ -37,7 +37,7 @@ class Model(FastModule):
         return (
             isinstance(encoder, AcceptsDeferredEmbeddings)
             and encoder.may_pack(kwargs)
-            and isinstance(embeddings, Embeddings)
+            and isinstance(embeddings, FastEmbeddings)
             and not hasattr(self, "embeddings_project")  # between embeddings and encoder, in a small ELECTRA
             and not torch.compiler.is_compiling()
             and not hooked(embeddings)
