@@ -115,8 +115,8 @@ FAULTS = (
     Fault(
         "a causal encoder gives a pooling all rows for the one that it reads",
         file="fastbert/layers/encoder.py",
-        before="packing.read is not None and not pooled and self",
-        after="packing.read is not None and self",
+        before="packing.read is not None and not pooled and causal",
+        after="packing.read is not None and causal",
         tests=(f"{MODES}::test_a_causal_encoder",),
     ),
     Fault(
