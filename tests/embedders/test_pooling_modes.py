@@ -220,13 +220,12 @@ def of_family(tmp_path_factory):
     return functools.cache(lambda family: save(tmp_path_factory.mktemp(family), family))
 
 
-FAMILIES = ["xlm-roberta", "roberta", "camembert", "electra"]
+FAMILIES = ["xlm-roberta", "roberta", "camembert", "electra", "distilbert"]
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls", ("lasttoken", "mean")], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(of_family, family, mode):
     model = make(of_family(family), mode).train()
-    prefix = {"xlm-roberta": "XLMRoberta"}.get(family, family.capitalize())
-    backward = family == "xlm-roberta"
-    assert_packs(check(model, features_of(model), backward), encoder=f"{prefix}Encoder")
+    encoder = {"xlm-roberta": "XLMRobertaEncoder", "distilbert": "Transformer"}.get(family, f"{family.capitalize()}Encoder")
+    assert_packs(check(model, features_of(model), family in ("xlm-roberta", "distilbert")), encoder=encoder)
