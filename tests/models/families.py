@@ -1,5 +1,6 @@
 """Tiny models of the families beside BERT: the kinds of `tiny` with the class of each family, and ELECTRA's discriminator."""
 
+import inspect
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +43,11 @@ _ENDS = {
 _BERTS_ONLY = ("pretraining", "next-sentence")
 
 
+def _has_what_it_reads(kind: Kind) -> bool:
+    """False for choices whose forward reads a pooler that they lack: XLM-RoBERTa's and CamemBERT's up to transformers 5.10."""
+    return not kind.name.endswith("choice") or "add_pooling_layer=False" not in inspect.getsource(kind.cls.__init__)
+
+
 @dataclass(frozen=True)
 class Family:
     """A family: the start of its class names, transformers' module of it, its config class and settings for `tiny.config`."""
@@ -64,7 +70,7 @@ class Family:
         return replace(kind, name=f"{self.prefix} {name}", cls=cls, config=settings, config_class=self.config_class)
 
     def kinds(self) -> list[Kind]:
-        return [self.kind(name) for name in _ENDS if name not in self.without]
+        return [kind for name in _ENDS if name not in self.without and _has_what_it_reads(kind := self.kind(name))]
 
     def body_of(self, head: nn.Module) -> nn.Module:
         return getattr(head, self.body)

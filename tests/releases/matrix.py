@@ -24,6 +24,8 @@ TRITON = ("3.6.0", "3.7.1", "3.8.0")
 TESTS = (
     "tests/test_forwards.py",
     "tests/models/test_equality.py",
+    "tests/models/test_families.py",
+    "tests/models/test_families_packing.py",
     "tests/models/test_attention.py",
     "tests/models/test_embeddings.py",
     "tests/models/test_mlm_head.py",
