@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import nn
 
-_LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:encoder|transformer)\.layer\.(\d+)\.")  # the second is DistilBERT's
 # from_pretrained fills these; the other parameters of a model with a head are the head. The pretraining heads count as body,
 # because they are not freshly initialised.
 _EMBEDDINGS = re.compile(r"(?:^|\.)embeddings(?:_project)?\.")  # the second projects those of a small ELECTRA
-_BODY = re.compile(r"(?:^|\.)(?:embeddings|embeddings_project|encoder|pooler)\.")
+_BODY = re.compile(r"(?:^|\.)(?:embeddings|embeddings_project|encoder|transformer\.layer|pooler)\.")
 _PRETRAINED_HEAD = re.compile(
-    r"(?:^|\.)(?:cls\.predictions|cls\.seq_relationship|lm_head|generator_predictions|generator_lm_head|discriminator_predictions)\."
+    r"(?:^|\.)(?:cls\.(?:predictions|seq_relationship)|lm_head|generator_predictions|generator_lm_head"
+    r"|discriminator_predictions|vocab_(?:transform|layer_norm|projector))\."
 )
 # The names that transformers' Trainer excludes from weight decay, besides parameters of a LayerNorm. It copies
 # Trainer.get_decay_parameter_names, which is the same in every 5.x release, because importing Trainer takes seconds.
@@ -37,7 +38,7 @@ def param_groups(
         weight_decay: the weight decay of every parameter that decays.
         head_lr: the learning rate of freshly initialised parameters: all but embeddings, encoder, pooler and the
             pretraining heads (BERT's cls.predictions and cls.seq_relationship, RoBERTa's lm_head, ELECTRA's generator
-            and discriminator).
+            and discriminator, DistilBERT's vocab_transform, vocab_layer_norm and vocab_projector).
         layer_decay: a factor in (0, 1]. The last encoder layer and the pooler get `lr`, each lower layer gets
             `layer_decay` times the rate of the layer above it, and the embeddings `layer_decay` times that of layer 0.
             It does not apply to heads.

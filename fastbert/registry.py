@@ -195,3 +195,17 @@ def families_text() -> str:
         f"{family.title} ({family.prefix}Model, {family.prefix}For...)" for family in FAMILIES if family.module is not None
     ]
     return ", ".join(names)
+
+
+def families_table() -> list[list[str]]:
+    """Per supported family, for the README: its name, its model, its heads, which of them `unpad="auto"` packs for, and which
+    compute their loss from the labelled rows. Heads are named by what follows the family's prefix and "For"."""
+    packing = {entry.stock for entry in POOLED_HEADS}
+    losses = {entry.stock for entry in MLM_HEADS["full"]}
+    rows = []
+    for family in (family for family in FAMILIES if family.module is not None):
+        heads = {cls: part_of(cls).part for cls in model_classes() if part_of(cls).family is family}
+        columns = [[name for cls, name in heads.items() if cls in chosen] for chosen in (heads, packing, losses)]
+        named = [", ".join(sorted(name.removeprefix("For") for name in names if name != "Model")) for names in columns]
+        rows.append([family.title, f"`{family.name('Model')}`", *named])
+    return rows

@@ -22,6 +22,7 @@ from transformers import (
 import fastbert
 from fastbert.registry import model_classes
 from fastbert.testing.models import assert_bitwise, assert_equal, check, counting, doubled, expected_launches, run
+from tests.models import test_distilbert
 from tests.models.families import DISCRIMINATOR, ELECTRA, ERNIE, FAMILIES, FAMILY_KINDS, LIKE_ROBERTA, ROBERTA
 from tests.models.test_checkpointing import checkpointed
 from tests.models.test_checkpointing import expected as launches_with_checkpoints
@@ -37,8 +38,11 @@ OF_EVERY_FAMILY = [family.kind("mlm") for family in FAMILIES]
 
 class TestPatching:
     def test_all_classes_are_proved(self):
-        """Every model that `patch` supports has a kind here or in `tiny`; of LMHeadModel and ForCausalLM it is one."""
-        assert {cls for cls in model_classes()} == {kind.cls for kind in (*KINDS, *FAMILY_KINDS)}
+        """Every model that `patch` supports is in `tiny`, in `families` or in test_distilbert.py."""
+        proved = {kind.cls for kind in (*KINDS, *FAMILY_KINDS)} | {
+            type(test_distilbert.make(head)) for head in test_distilbert.HEADS
+        }
+        assert set(model_classes()) == proved
 
     @pytest.mark.parametrize("kind", FAMILY_KINDS, ids=str)
     def test_stock_again(self, kind):
@@ -149,7 +153,12 @@ class TestPatching:
         assert f"model: found {cls.__name__} (model type '{model_type}')" in text
         for family in ("BERT (BertModel, BertFor...)", "RoBERTa (RobertaModel, RobertaFor...)", "XLM-RoBERTa", "CamemBERT"):
             assert family in text
-        for family in ("Data2VecText (Data2VecTextModel, Data2VecTextFor...)", "ELECTRA (ElectraModel", "ERNIE (ErnieModel"):
+        for family in (
+            "Data2VecText (Data2VecTextModel, Data2VecTextFor...)",
+            "ELECTRA (",
+            "ERNIE (ErnieModel",
+            "DistilBERT (",
+        ):
             assert family in text
 
 
@@ -171,6 +180,16 @@ class TestGroups:
             expected = 0.5 if ".layer.0." in name else 0.25 if ".embeddings" in name else expected
             assert rate == expected, name
             assert (decay == 0.0) == (name.endswith("bias") or "LayerNorm" in name), name
+
+    def test_distilberts(self):
+        with pytest.raises(ValueError, match="head_lr: expected parameters beside the pretrained ones"):
+            fastbert.param_groups(test_distilbert.make("mlm"), 1.0, head_lr=5.0)
+        model = test_distilbert.make("classification")
+        groups = fastbert.param_groups(model, 1.0, head_lr=5.0, layer_decay=0.5)
+        rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+        expected = {"pre_classifier.bias": 5.0, "distilbert.transformer.layer.1.ffn.lin1.weight": 1.0}
+        expected |= {"distilbert.transformer.layer.0.ffn.lin1.weight": 0.5, "distilbert.embeddings.LayerNorm.weight": 0.25}
+        assert {name: rates[id(model.get_parameter(name))] for name in expected} == expected
 
 
 class TestDecoders:

@@ -1,4 +1,4 @@
-"""python -m tests.releases: updates the table of digests, runs tests over releases, and writes the README's table."""
+"""python -m tests.releases: updates the table of digests, runs tests over releases, and writes the README's tables."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +71,7 @@ def table_(
     results: Annotated[Path, typer.Option(help="What a run wrote.")] = matrix.RESULTS,
     into: Annotated[Path, typer.Option(help="The document with the markers.")] = matrix.ROOT / "README.md",
 ) -> None:
-    """Write the table of tested releases between the markers of the README."""
+    """Write the tables of tested releases and of supported families between the markers of the README."""
     table.update(into, matrix.read(results))
 
 

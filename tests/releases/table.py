@@ -1,4 +1,4 @@
-"""Makes the README's table of tested releases from the JSON of a run."""
+"""Makes the README's tables of tested releases, from the JSON of a run, and of supported families, from the registry."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from packaging.version import Version
 from bench.report.table import Table
 from tests.releases.matrix import Record
 
-MARKED = re.compile(r"(<!-- releases -->\n).*?(<!-- /releases -->)", re.DOTALL)
+_FAMILIES = ["family", "model", "heads (...For...)", "leave out padding by default", "compute the loss from labelled rows"]
 
 
 def render(results: dict[str, Any]) -> str:
@@ -31,17 +31,38 @@ def _cell(record: Record | None) -> str:
     return f"{ran} passed" if not record["failed"] else f"{record['failed']} of {ran} failed"
 
 
+def render_families() -> str:
+    """One row per supported family."""
+    from fastbert.registry import families_table  # imports transformers
+
+    return Table(_FAMILIES, families_table()).markdown()
+
+
 def fill(text: str, results: dict[str, Any]) -> str:
-    """`text` with the table between its markers.
+    """`text` with the table of releases between its markers.
 
     Raises:
         ValueError: `text` has no such markers, or more than one pair.
     """
-    filled, found = MARKED.subn(lambda marks: f"{marks[1]}{render(results)}\n{marks[2]}", text)
+    return _filled(text, "releases", render(results))
+
+
+def fill_families(text: str) -> str:
+    """`text` with the table of families between its markers.
+
+    Raises:
+        ValueError: as `fill`.
+    """
+    return _filled(text, "families", render_families())
+
+
+def _filled(text: str, name: str, table: str) -> str:
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    filled, found = marked.subn(lambda marks: f"{marks[1]}{table}\n{marks[2]}", text)
     if found != 1:
-        raise ValueError(f"expected <!-- releases --> and <!-- /releases --> once, found them {found} times")
+        raise ValueError(f"expected <!-- {name} --> and <!-- /{name} --> once, found them {found} times")
     return filled
 
 
 def update(document: Path, results: dict[str, Any]) -> None:
-    document.write_text(fill(document.read_text(), results))
+    document.write_text(fill_families(fill(document.read_text(), results)))

@@ -65,6 +65,17 @@ def test_the_readme_has_the_table_of_the_results():
     assert readme == table.fill(readme, matrix.read(matrix.RESULTS))
 
 
+def test_the_readme_has_the_table_of_the_registry():
+    readme = (matrix.ROOT / "README.md").read_text()
+    assert readme == table.fill_families(readme)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.render_families().splitlines()}
+    heads = "CausalLM, MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification"
+    packing, losses = "MultipleChoice, SequenceClassification", "CausalLM, MaskedLM"
+    assert rows["RoBERTa"] == f"| RoBERTa | `RobertaModel` | {heads} | {packing} | {losses} |"
+    with pytest.raises(ValueError, match="expected <!-- families --> and <!-- /families --> once, found them 0 times"):
+        table.fill_families("a")
+
+
 def test_the_chosen_tests_are_there():
     assert [name for name in matrix.TESTS if not (matrix.ROOT / name).is_file()] == []
 
