@@ -6,19 +6,32 @@ of it is asked of the tensor that its source computes then, by running the forwa
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-class Source(Protocol):
-    """Computes the tensor that a `LazyTokens` stands for."""
+class Source:
+    """Computes the tensor that a `LazyTokens` stands for, at most once."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+        self._converted: WeakSet[Source] = WeakSet()
+
+    def compute(self) -> Tensor:
+        """The tensor, with the graph that it would have had."""
+        raise NotImplementedError
 
     def value(self) -> Tensor:
-        """The tensor, the same one each time, with the graph that it would have had."""
-        raise NotImplementedError
+        """The tensor, the same one each time."""
+        if self._value is None:
+            self._value = self.compute()
+            for source in list(self._converted):  # now, because the tensor may be written to from here on
+                source.value()
+        return self._value
 
     def detached_value(self) -> Tensor:
         """Its values, for code that runs below autograd."""
@@ -26,26 +39,26 @@ class Source(Protocol):
 
     def is_known(self) -> bool:
         """Whether `value` has computed it."""
-        raise NotImplementedError
+        return self._value is not None
+
+    def converted(self, function: Callable[[Tensor], Tensor]) -> "Source":
+        """The source of function(tensor)."""
+        source = _Converted(self, function)
+        self._converted.add(source)
+        return source
 
 
-class Converted:
-    """The source of a `LazyTokens` made from another one by a function that keeps the shape."""
-
+class _Converted(Source):
     def __init__(self, source: Source, function: Callable[[Tensor], Tensor]) -> None:
-        self._source, self._function = source, function
-        self._value: Tensor | None = None
+        super().__init__()
+        self._source, self._function, self._grad = source, function, torch.is_grad_enabled()
 
-    def value(self) -> Tensor:
-        if self._value is None:
-            self._value = self._function(self._source.value())
-        return self._value
+    def compute(self) -> Tensor:
+        with torch.set_grad_enabled(self._grad):
+            return self._function(self._source.value())
 
     def detached_value(self) -> Tensor:
         return self._function(self._source.detached_value())
-
-    def is_known(self) -> bool:
-        return self._value is not None
 
 
 _LOST_GRADIENT = (
@@ -54,8 +67,9 @@ _LOST_GRADIENT = (
 )
 
 
-def _refuse_gradient(gradient: Tensor) -> None:
-    raise RuntimeError(_LOST_GRADIENT)
+def _refuse_gradient(gradient: Tensor | None) -> None:
+    if gradient is not None:  # DistributedDataParallel passes all outputs through a function, those without gradient too
+        raise RuntimeError(_LOST_GRADIENT)
 
 
 class LazyTokens(Tensor):
@@ -83,10 +97,12 @@ class LazyTokens(Tensor):
             if function in _METADATA:
                 with torch._C.DisableTorchFunctionSubclass():
                     return function(*args, **kwargs)
-            if function is Tensor.float and len(args) == 1 and not kwargs:  # accelerate's conversion of outputs
-                if first.dtype == torch.float32:
+            if function in _COPIES and len(args) == 1 and not kwargs:
+                dtype = torch.float32 if function is Tensor.float else first.dtype
+                if function is Tensor.float and first.dtype == dtype:
                     return first
-                return LazyTokens.make(first, first.requires_grad, Converted(first.source, Tensor.float), torch.float32)
+                needs_grad = first.requires_grad and torch.is_grad_enabled()
+                return LazyTokens.make(first, needs_grad, first.source.converted(function), dtype)
         args, kwargs = tree_map_only(LazyTokens, lambda lazy: lazy.source.value(), (args, kwargs))
         return function(*args, **kwargs)
 
@@ -97,6 +113,8 @@ class LazyTokens(Tensor):
         return function(*args, **kwargs)
 
 
+# What gives another stand-in: accelerate converts the outputs of a model, DistributedDataParallel copies them.
+_COPIES = (Tensor.float, Tensor.clone)
 # What is answered without computing the tensor. An unknown `grad_fn` is None: DistributedDataParallel, which searches outputs
 # for unused parameters, then leaves the stand-in alone.
 _METADATA = {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastbert import forwards
 from fastbert.dispatch import FastModule, falls_back, forward_replaced, hooked, kind_of, share_calls
-from fastbert.integrations.lazy_tokens import LazyTokens
+from fastbert.integrations.lazy_tokens import LazyTokens, Source
 from fastbert.integrations.pooling_plan import PoolingPlan, plan_pooling, pool, version_of
 from fastbert.layers.encoder import model_packs_unseen
 from fastbert.layers.packing import Rows
@@ -269,31 +269,24 @@ _STALE = (
 )
 
 
-class _Unread:
+class _Unread(Source):
     """The source of token embeddings that the encoder left packed: it runs stock's padded forward when they are read."""
 
     def __init__(self, transformer: nn.Module, link: Link, features: dict[str, Any], plan: PoolingPlan, state: _State) -> None:
+        super().__init__()
         self.plan = plan
         self._transformer, self._link, self._features, self._state = transformer, link, features, state
         self._ids_version = version_of(features["input_ids"])
-        self._value: Tensor | None = None
 
-    def is_known(self) -> bool:
-        return self._value is not None
-
-    def value(self) -> Tensor:
-        if self._value is None:
-            with torch.inference_mode(self._state.inference), torch.set_grad_enabled(self._state.grad):
-                self._value = self._compute()
-        return self._value
+    def compute(self) -> Tensor:
+        with torch.inference_mode(self._state.inference), torch.set_grad_enabled(self._state.grad):
+            return self._padded()
 
     def detached_value(self) -> Tensor:
-        if self._value is not None:
-            return self._value.detach()
         with torch.no_grad():
-            return self._compute()
+            return (self._padded() if self._value is None else self._value).detach()
 
-    def _compute(self) -> Tensor:
+    def _padded(self) -> Tensor:
         """The padded forward; what was packed already is kept, so that dropout is the same in both."""
         self._link.padded = _READ
         ids, plan = self._features["input_ids"], self.plan

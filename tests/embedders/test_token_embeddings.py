@@ -124,6 +124,17 @@ def test_what_is_written_to_them_is_read_back(folder):
     assert (tokens[:, 0] == 7.0).all() and not (tokens[:, 1] == 7.0).any()
 
 
+def test_a_copy_keeps_what_it_was_made_of(folder):
+    model = fastbert.patch(make(folder))
+    with torch.no_grad():
+        tokens = tokens_of(model(features_of(model)))
+        copied = tokens.clone()
+        assert type(copied) is LazyTokens
+        tokens[:, 0] = 7.0
+    assert (tokens[:, 0] == 7.0).all() and not (copied[:, 0] == 7.0).any()
+    torch.testing.assert_close(copied + 0, tokens_of(make(folder)(features_of(model))).detach())
+
+
 def test_converted_outputs_are_still_lazy(folder):
     """accelerate makes every output of a model in lower precision float32."""
     from accelerate.utils import convert_outputs_to_fp32

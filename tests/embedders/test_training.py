@@ -13,6 +13,7 @@ from torch import nn
 
 import fastbert
 from fastbert.testing.models import assert_equal, gradients
+from fastbert.testing.rows import DEVICE
 from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, features_of, make, row_of
 
 OTHERS = ["w6 w5 w4", "w7 w8 w9 w3 w2", "w1"]
@@ -160,6 +161,42 @@ def test_trainer(folder, tmp_path, settings):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4, msg=name)
     row = row_of(model)
     assert row.kernel_calls and not row.fallback_calls
+
+
+@pytest.fixture
+def one_process():
+    """A process group of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a process group of the CPU")
+@pytest.mark.parametrize("reads", [False, True], ids=["sentences", "tokens"])
+@pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_distributed_data_parallel(folder, one_process, settings, reads):
+    """It passes all outputs through a function of its own, whether the loss reads them or not."""
+
+    def run(model):
+        wrapped = nn.parallel.DistributedDataParallel(model.train(), **settings)
+        for _ in range(2):
+            model.zero_grad()
+            output = wrapped(features_of(model))
+            loss = output["sentence_embedding"].square().mean()
+            if reads:
+                loss = loss + output["token_embeddings"].pow(3).mean()
+            loss.backward()
+        return {"loss": loss.detach()} | gradients(model.named_parameters())
+
+    def build():
+        model = make(folder)
+        model[0].model.pooler.requires_grad_(bool(settings))  # plain DDP refuses parameters without a gradient
+        return model
+
+    model = fastbert.patch(build())
+    assert_equal(run(model), run(build()), run(build().double()))
+    if not reads:
+        assert_packs(model, calls=2)
 
 
 def test_modules_behind_the_pooling(folder):

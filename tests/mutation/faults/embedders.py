@@ -106,6 +106,20 @@ FAULTS = (
         tests=(f"{TOKENS}::test_a_gradient_never_gets_lost",),
     ),
     Fault(
+        "a copy of token embeddings shows what is written to them later",
+        file="fastbert/integrations/lazy_tokens.py",
+        before="                source.value()\n",
+        after="                pass\n",
+        tests=(f"{TOKENS}::test_a_copy_keeps_what_it_was_made_of",),
+    ),
+    Fault(
+        "an output without a gradient stops DistributedDataParallel",
+        file="fastbert/integrations/lazy_tokens.py",
+        before="    if gradient is not None:",
+        after="    if True:",
+        tests=(f"{TRAINING}::test_distributed_data_parallel",),
+    ),
+    Fault(
         "a pooling beside others reads a padded first position",
         file="fastbert/layers/packing_plan.py",
         before="watched = alone or (reading is not None and reading.positions is not None and reading.hides_padding)",
