@@ -106,7 +106,10 @@ class OptimizerState:
 def hooks_on(optimizer: torch.optim.Optimizer) -> bool:
     """Whether functions of the user run at each step of the optimizer."""
     own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    return any((*own, optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks))
+    hooks = *own, optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
+    return any(
+        not (getattr(hook, "__module__", None) or "").startswith("fastbert.") for kind in hooks for hook in kind.values()
+    )
 
 
 def _each(value: Any) -> tuple[Any, ...]:

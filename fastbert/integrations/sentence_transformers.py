@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import sentence_transformers
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastbert import forwards
 from fastbert.dispatch import FastModule, falls_back, forward_replaced, hooked, kind_of, share_calls
@@ -248,9 +249,26 @@ class _State:
             _parameters[transformer] = list(transformer.model.parameters())
         self.parameters = _parameters[transformer]
         self.versions = _versions(self.parameters)
+        self.stepped = False  # an optimizer has written to the parameters; fused ones raise no version
+        _live.add(self)
 
     def is_current(self, transformer: nn.Module) -> bool:
-        return self.training == transformer.model.training and self.versions == _versions(self.parameters)
+        unchanged = not self.stepped and self.versions == _versions(self.parameters)
+        return unchanged and self.training == transformer.model.training
+
+
+# The states of forwards whose token embeddings may still be read.
+_live: WeakSet[_State] = WeakSet()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if _live:
+        written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for state in list(_live):
+            state.stepped = state.stepped or not written.isdisjoint(map(id, state.parameters))
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 _VERSION = attrgetter("_version")

@@ -1,6 +1,7 @@
 """Token embeddings that a packing encoder left packed: computed when something reads them, and right for every reader."""
 
 import copy
+import functools
 import pickle
 
 import numpy
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import fastbert
+from fastbert.graphs.training_state import hooks_on
 from fastbert.integrations.lazy_tokens import LazyTokens
 from fastbert.testing.models import assert_equal
 from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, check, embed, features_of, make, row_of
@@ -241,6 +243,34 @@ def test_what_cannot_be_computed_any_more_is_refused(folder, change):
     CHANGES[change](model, features)
     with pytest.raises(RuntimeError, match="unpad=False"):
         tokens_of(output)[0]
+
+
+OPTIMIZERS = {
+    "fastbert": fastbert.AdamW,
+    "fused": functools.partial(torch.optim.AdamW, fused=True),
+    "foreach": functools.partial(torch.optim.AdamW, foreach=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_of_an_optimizer_is_noticed(folder, name):
+    model, other = (fastbert.patch(make(folder, "cls")) for _ in range(2))
+    optimizer = OPTIMIZERS[name](model.parameters(), lr=1e-2)
+    outputs = model(features_of(model)), other(features_of(other))
+    outputs[0]["sentence_embedding"].sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="unpad=False"):
+        tokens_of(outputs[0])[0]
+    expected = tokens_of(make(folder)(features_of(model)))
+    torch.testing.assert_close(tokens_of(outputs[1])[0], expected[0])
+
+
+def test_the_hook_that_notices_it_is_none_of_the_users(folder):
+    """A graphed step falls back for a user's hooks on its optimizer."""
+    optimizer = fastbert.AdamW(make(folder).parameters(), lr=1e-2)
+    assert not hooks_on(optimizer)
+    optimizer.register_step_post_hook(lambda *_: None)
+    assert hooks_on(optimizer)
 
 
 def test_autocast_and_gradient_mode_are_those_of_the_forward(folder):

@@ -81,6 +81,12 @@ FAULTS = (
         tests=(f"{TOKENS}::test_what_cannot_be_computed_any_more_is_refused",),
     ),
     _fast(
+        "token embeddings are computed with parameters that a fused optimizer has written",
+        before="register_optimizer_step_post_hook(_after_step)\n",
+        after="",
+        tests=(f"{TOKENS}::test_a_step_of_an_optimizer_is_noticed",),
+    ),
+    _fast(
         "token embeddings that are read have another dropout than the sentence",
         before="        if plan.alone:\n            return tokens\n",
         after="        return tokens\n",
