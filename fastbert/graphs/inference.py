@@ -24,7 +24,8 @@ from fastbert.graphs.outputs import Outputs
 from fastbert.graphs.request import Request
 from fastbert.graphs.state import ModelState
 from fastbert.layers.counts import TokenBudget
-from fastbert.layers.encoder import packing_encoder
+from fastbert.layers.embeddings import types_reason
+from fastbert.layers.encoder import body_of, packing_encoder
 from fastbert.layers.positions import longest_text
 
 Forward = Callable[..., Any]
@@ -172,6 +173,8 @@ class Graphs:
 
     def _captured_for(self, model: nn.Module, forward: Forward, request: Request) -> Captured | str:
         """The graph for a request, whose batch is in its inputs; or why there is none."""
+        if request.types is None and (reason := types_reason(body_of(model))) is not None:
+            return reason
         shape = request.ids.shape
         longest = shape[-1] if self._longest is None else self._longest
         if shape[-1] > longest:

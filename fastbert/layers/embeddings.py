@@ -126,6 +126,16 @@ def _counted(positions: Tensor) -> bool:
     return torch.equal(positions.view(-1), torch.arange(positions.shape[-1], device=positions.device, dtype=positions.dtype))
 
 
+def _zero(types: Tensor) -> bool:
+    return not types.any()
+
+
+def types_reason(model: nn.Module) -> str | None:
+    """Why the tokens of a call without token_type_ids may have another type than 0, or None; `model` has embeddings."""
+    types = getattr(getattr(model, "embeddings", None), "token_type_ids", None)
+    return None if types is None or _inspect(types, _is_zero, _zero) else "the model's own token_type_ids are not all 0"
+
+
 def _position_reason(module: nn.Module) -> str | None:
     """Why the kernel must read the buffer `position_ids`, or None if it holds 0, 1, 2, ...
 
@@ -257,7 +267,7 @@ class FastEmbeddings(FastModule):
     def _types_at(self, positions: Tensor) -> Tensor | None:
         """The types of tokens at these positions, from the buffer. None (row 0 of the table) if that is missing or zero."""
         types = getattr(self, "token_type_ids", None)
-        if types is None or _inspect(types, _is_zero, lambda buffer: not buffer.any()):
+        if types is None or _inspect(types, _is_zero, _zero):
             return None
         return types.expand(positions.shape[0], -1).gather(1, positions)
 

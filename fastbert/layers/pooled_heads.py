@@ -33,7 +33,8 @@ def _reads_first(head: nn.Module) -> bool:
     """Whether nothing in `head` sees more of its encoder's output than the first position of each sequence."""
     if head.READER is not None:
         attribute, part = head.READER
-        if not all(_is_reader(module, part) for module in _wrapped(getattr(head, attribute))):
+        reader = getattr(head, attribute)
+        if hooked(reader) or not all(_is_reader(module, part) for module in _wrapped(reader)):
             return False
     return packs_unseen(head)
 

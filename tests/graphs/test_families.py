@@ -8,6 +8,7 @@ from fastbert.layers.positions import longest_text
 from fastbert.testing.rows import DEVICE
 from tests.graphs.stepping import adamw, batches, ordinary
 from tests.graphs.support import close, infer, make_graphed, make_inputs, make_like, row_of
+from tests.models import test_distilbert
 from tests.models.families import DISCRIMINATOR, ELECTRA, ERNIE, FAMILIES, ROBERTA
 from tests.models.tiny import BASE, make
 
@@ -42,6 +43,39 @@ def test_a_bucket_has_no_more_tokens_than_robertas_positions(padding, positions,
         inputs["input_ids"].clamp_(min=padding + 1)
         close(infer(model, inputs), model(**inputs))
     assert row_of(model).kernel_calls == 2
+
+
+@pytest.mark.parametrize("kind", [BASE, ROBERTA.kind("single-label"), ERNIE.kind("base")], ids=str)
+def test_types_of_the_models_own(kind):
+    """A call without types reads them from a buffer, in which somebody may have written: a graph is given zeros."""
+    model, batch = make_graphed(kind), make_inputs(kind)
+    del batch["token_type_ids"]
+    infer(model, batch)
+    types = getattr(model, "roberta", model).embeddings.token_type_ids
+    types[:, 4:9] = 1
+    close(infer(model, batch), model(**batch))
+    assert row_of(model).kernel_calls == 1 and row_of(model).fallback_calls["the model's own token_type_ids are not all 0"] == 1
+    types.zero_()
+    close(infer(model, batch), model(**batch))
+    assert row_of(model).kernel_calls == 2
+
+
+@pytest.mark.parametrize("head", ["base", "classification", "mlm", "multiple-choice"])
+def test_a_model_without_types(head):
+    """DistilBERT."""
+    model, batch = fastbert.graphed(fastbert.patch(test_distilbert.make(head))), test_distilbert.make_batch(head)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    for inputs in (batch, make_like(batch, seed=7)):
+        close(infer(model, inputs), model(**inputs))
+    assert row_of(model).kernel_calls == 2, row_of(model)
+
+
+def test_tasks_that_are_given():
+    model, batch = make_graphed(ERNIE.kind("base")), make_inputs(ERNIE.kind("base"))
+    infer(model, batch)
+    batch["task_type_ids"] = torch.ones_like(batch["input_ids"])
+    close(infer(model, batch), model(**batch))
+    assert row_of(model).fallback_calls["task_type_ids was given"] == 1
 
 
 def test_positions_of_the_others():
