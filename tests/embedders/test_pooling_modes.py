@@ -37,6 +37,7 @@ def test_embeddings_and_gradients(folder, mode):
     assert_packs(patched)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", [*MODES, SEVERAL[0]], ids=str)
 def test_half_precision(folder, mode):
     model = make(folder, mode).half()
@@ -160,6 +161,7 @@ def test_a_position_of_a_text_of_padding_alone(folder, mode):
     assert_padded(check(model, masked(model, empty), backward=False), "a padded position is read")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", [*MODES, SEVERAL[0]], ids=str)
 def test_without_padding(folder, mode):
     """Nothing is to pack, but the rows are pooled by the kernel, and one position is read by the last layer."""
@@ -223,6 +225,7 @@ def of_family(tmp_path_factory):
 FAMILIES = ["xlm-roberta", "roberta", "camembert", "electra", "distilbert"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("mode", ["mean", "cls", ("lasttoken", "mean")], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(of_family, family, mode):

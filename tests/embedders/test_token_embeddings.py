@@ -108,6 +108,7 @@ READERS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", READERS)
 def test_readers(folder, name):
     stock, model = make(folder, "cls"), fastbert.patch(make(folder, "cls"))
