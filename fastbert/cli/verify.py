@@ -14,7 +14,6 @@ from rich.text import Text
 
 from fastbert import ops
 from fastbert.cli.source import Source
-from fastbert.cli.tasks import TASKS
 from fastbert.errors import InputError
 from fastbert.verify import VerifyResult, verify
 
@@ -45,7 +44,7 @@ def verify_tasks(
     if device.type == "cpu" and dtype == "bf16":
         raise InputError("--dtype bf16: Triton's interpreter computes bfloat16 wrongly; this needs a GPU")
     source = Source.open(model, text)
-    tasks = tasks or list(TASKS)
+    tasks = tasks or source.tasks()
     source.check(tasks)
     out.print(Text(f"model: {source.name}"))
     batch_size, max_length = _ON_GPU if device.type == "cuda" else _INTERPRETED
@@ -57,7 +56,7 @@ def verify_tasks(
     with Progress(*columns, console=err, transient=True) as progress:
         bar = progress.add_task("verifying", total=len(tasks))
         for name in tasks:
-            progress.update(bar, description=TASKS[name].model_class.__name__)
+            progress.update(bar, description=source.class_of(name).__name__)
             start = time.perf_counter()
             loaded, batch = source.load(name, _DTYPES[dtype], device, batch_size, max_length)
             results[name] = verify(loaded.train(train), batch)
@@ -67,7 +66,8 @@ def verify_tasks(
             gc.collect()  # free four copies of a model and its gradients before the next four are made
             progress.advance(bar)
 
-    out.print(_table(results, shapes, seconds, f"{dtype} on {device}, {'training' if train else 'evaluation'} mode"))
+    classes = {name: source.class_of(name).__name__ for name in results}
+    out.print(_table(classes, results, shapes, seconds, f"{dtype} on {device}, {'training' if train else 'evaluation'} mode"))
     for result in results.values():
         if not result.ok:
             out.print(result)
@@ -78,7 +78,9 @@ def verify_tasks(
     return equal == len(results)
 
 
-def _table(results: dict[str, VerifyResult], shapes: dict[str, str], seconds: dict[str, float], title: str) -> Table:
+def _table(
+    classes: dict[str, str], results: dict[str, VerifyResult], shapes: dict[str, str], seconds: dict[str, float], title: str
+) -> Table:
     table = Table(title=f"patched against eager, {title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("model", "input", "outputs", "grads", "calls", "error/allowed", "s", ""):
         table.add_column(heading, justify="left" if heading in ("model", "") else "right")
@@ -86,7 +88,7 @@ def _table(results: dict[str, VerifyResult], shapes: dict[str, str], seconds: di
         comparisons = (*result.outputs, *result.gradients)
         worst = max((c.error / c.bound if c.bound else float(c.error > 0) for c in comparisons), default=0.0)
         table.add_row(
-            TASKS[name].model_class.__name__,
+            classes[name],
             shapes[name],
             f"{sum(c.ok for c in result.outputs)}/{len(result.outputs)}",
             f"{sum(c.ok for c in result.gradients)}/{len(result.gradients)}",

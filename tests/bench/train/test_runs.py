@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from transformers import DistilBertConfig, XLMRobertaConfig
 
 import fastbert
 from bench.runner.isolate import ROOT
@@ -47,6 +48,22 @@ def train(model, tmp_path):
         return code, text, report.read(path) if path.exists() else None
 
     return call
+
+
+DISTIL = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+FAMILIES = {"xlm-roberta": (XLMRobertaConfig, None), "distilbert": (DistilBertConfig, DISTIL)}
+
+
+@pytest.mark.parametrize("task", ["matching", "mlm"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_other_families(family, task, tmp_path):
+    torch.manual_seed(0)
+    model = save_model(tmp_path / "model", *family)
+    options = ("--task", task, "--data", FILES[task], "--model", model, "--out", tmp_path / "out", "--steps", STEPS)
+    code, text = invoke(*options, *SHORT, "--dropout", 0)
+    assert code == 0, text
+    stock, fast = report.read(tmp_path / "out" / report.RESULTS).lanes
+    assert fast.attention == "fastbert over sdpa" and "fastbert" not in stock.attention
 
 
 @pytest.mark.one_in(2)

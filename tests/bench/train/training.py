@@ -2,9 +2,10 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from bench.__main__ import app
@@ -39,19 +40,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
 
 
-def save_model(folder: Path) -> Path:
-    """A BERT of one layer, 16 wide, that was never trained."""
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def save_model(folder: Path, config_class: type = BertConfig, sizes: dict[str, Any] | None = None) -> Path:
+    """A model of one layer, 16 wide, that was never trained."""
     tokenizer = make_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=48,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    BertForMaskedLM(config).save_pretrained(folder)
+    shared = {"vocab_size": len(tokenizer), "max_position_embeddings": 48, "pad_token_id": tokenizer.pad_token_id}
+    config = config_class(**shared, **SIZES if sizes is None else sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
