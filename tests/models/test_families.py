@@ -93,6 +93,13 @@ def test_without_logits(kind, unpad):
     assert row.kernel_calls == 1, row
 
 
+@pytest.mark.parametrize("family", [ROBERTA, ELECTRA], ids=str)
+def test_without_labels(family):
+    """The MLM head is then called as one module."""
+    kind = family.kind("mlm")
+    assert check(make(kind), make_batch(kind, labels=False))["logits"].shape == (ROWS, LENGTH, VOCABULARY)
+
+
 class TestPositions:
     """RoBERTa counts positions from the padding token's id on, and skips padding."""
 

@@ -27,7 +27,7 @@ from tests.models.families import DISCRIMINATOR, ELECTRA, ERNIE, FAMILIES, FAMIL
 from tests.models.test_checkpointing import checkpointed
 from tests.models.test_checkpointing import expected as launches_with_checkpoints
 from tests.models.test_export import assert_serves, exported
-from tests.models.test_generate import WAYS, generate
+from tests.models.test_generate import CACHE, WAYS, generate
 from tests.models.test_patch import classes
 from tests.models.test_trainer import train
 from tests.models.tiny import KINDS, ROWS, make, make_batch
@@ -217,6 +217,17 @@ class TestDecoders:
 
     def test_a_cache(self):
         check(self.make(ROBERTA), make_batch(ROBERTA.kind("clm"), labels=False) | {"use_cache": True})
+
+    @pytest.mark.parametrize("family", DISTINCT, ids=str)
+    def test_a_second_step_on_the_cache(self, family):
+        """Positions that are not given count on from the cache, in RoBERTa from its padding index too."""
+        model = fastbert.patch(self.make(family))
+        ids = make_batch(family.kind("clm"), labels=False)["input_ids"].clamp(min=2)
+        with torch.no_grad():
+            whole = model(ids).logits[:, -2:]
+            cache = model(ids[:, :-2], use_cache=True)[CACHE]
+            continued = model(ids[:, -2:], **{CACHE: cache}).logits
+        torch.testing.assert_close(continued, whole)
 
     def test_encoder_and_decoder_in_one_model(self):
         model = EncoderDecoderModel(encoder=make(ROBERTA.kind("base")), decoder=self.make(ROBERTA, add_cross_attention=True))

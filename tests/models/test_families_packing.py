@@ -203,15 +203,16 @@ def test_peft_trains_the_classifier_beside_an_adapter(family):
     assert encoder_row(patched).fallback_calls == {SEEN: 1}
 
 
-@pytest.mark.parametrize("how", ["a hook", "a replaced forward"])
+@pytest.mark.parametrize("how", ["a hook", "a hook inside", "a replaced forward"])
 def test_pefts_wrapper_is_observed(how):
-    """A hook on the wrapper, or a forward in its place, sees every position."""
+    """A hook on the wrapper or on what it calls, or a forward in its place, sees every position."""
     kind = ROBERTA.kind("single-label")
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"])
     model, batch, seen = get_peft_model(make(kind), lora), make_batch(kind), []
     (wrapper,) = [module for module in model.modules() if type(module).__name__ == "ModulesToSaveWrapper"]
-    if how == "a hook":
-        wrapper.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    if how != "a replaced forward":
+        hooked = wrapper if how == "a hook" else wrapper.modules_to_save["default"]
+        hooked.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
     else:
         classifier = wrapper.modules_to_save["default"]
         wrapper.forward = lambda features, **_: seen.append(features.detach()) or classifier(features.roll(1, 1))
