@@ -22,11 +22,16 @@ _RELEVANT: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LayerNorm: ("eps",),
 }
 _LATE = ("forward", "gradient_checkpointing")  # attributes that are set on modules that had none
+# Buffers of embeddings whose values decide on the host which kernels run (fastbert/layers/embeddings.py).
+_INSPECTED = ("position_ids", "token_type_ids")
 _OF_PARAMETER = attrgetter("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class ModelState:
-    """The structure, tensors, modes, attributes and hooks of a model. Compared in a few C calls over the whole model."""
+    """The structure, tensors, modes, attributes and hooks of a model, and writes to its buffers of ids.
+
+    Compared in a few C calls over the whole model.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
@@ -37,11 +42,13 @@ class ModelState:
         self._tensors_of = [own[kind] for own in self._dicts for kind in ("_parameters", "_buffers") if own[kind]]
         self._owned = self._all(self._tensors_of)
         self._tensors = [tensor for tensor in self._owned if tensor is not None]
+        buffers = (own["_buffers"].get(name) for own in self._dicts for name in _INSPECTED)
+        self._inspected = [buffer for buffer in buffers if buffer is not None and not buffer.is_inference()]
         self._config = getattr(model, "config", None)
         self._known = self._read()
 
     def is_current(self) -> bool:
-        """Whether nothing has changed but the values of tensors."""
+        """Whether nothing has changed but the values of parameters and of buffers that a step reads on the device."""
         try:
             return _same(self._all(self._tensors_of), self._owned) and self._read() == self._known
         except (KeyError, RuntimeError, ValueError):  # an attribute is gone, or cannot be compared with its former value
@@ -51,6 +58,7 @@ class ModelState:
         hooks = filter(None, chain.from_iterable(map(_HOOKS, self._dicts)))
         return (
             list(map(Tensor.data_ptr, self._tensors)),
+            [buffer._version for buffer in self._inspected],
             self._all(self._children_of),
             list(map(_TRAINING, self._dicts)),
             list(map(type, self._modules)),
