@@ -50,7 +50,9 @@ def patch(
     changes nothing.
 
     Args:
-        model: a BertModel or BertFor*, or any module that contains one (PEFT, SentenceTransformer, CrossEncoder).
+        model: a BertModel or BertFor*, the like of another family with BERT's encoder (RoBERTa, XLM-RoBERTa, CamemBERT,
+            Data2VecText, ELECTRA, ERNIE, DistilBERT), or any module that contains one (PEFT, SentenceTransformer,
+            CrossEncoder). BERT's class names below stand for those of every family.
         attention: run BertSelfAttention and BertCrossAttention on the `attention` kernel, if the model's attention
             implementation is one of transformers' own (eager, SDPA, FlashAttention, flex attention). The config keeps
             naming that implementation.
