@@ -88,7 +88,8 @@ class Layer(FastModule):
             return known.reason
         if ops.failures.reasons and (failed := ops.failures.reasons.keys() & ops.LAYER_KERNELS):
             return f"{min(failed)} failed: {ops.failures.reasons[min(failed)]}"
-        if known.chunks["chunk_size_feed_forward"] or known.chunk in known.chunks:
+        own = vars(self) if known.chunks is None else known.chunks
+        if own["chunk_size_feed_forward"] or known.chunk in own:
             return "a chunked or replaced feed-forward"
         if context is None:
             weights, settings = known.weights(), known.settings(hidden_states.shape[-1])

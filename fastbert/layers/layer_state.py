@@ -75,7 +75,8 @@ class LayerState:
         self._norms = [vars(inside[name]) for name in layout.norms]
         owner, self._activation_name = layout.activation
         self._activation_owner = vars(inside[owner])
-        self.chunks, self.chunk = vars(inside.get(layout.chunks[0], self.layer())), layout.chunks[1]
+        # None for the layer itself: its own attributes, among which this state is, would make a cycle.
+        self.chunks, self.chunk = vars(inside[layout.chunks[0]]) if layout.chunks[0] else None, layout.chunks[1]
         activation = getattr(inside[owner], self._activation_name)
         self._activation_vars = vars(activation) if isinstance(activation, nn.Module) else {}
         self._activation = self._activation_key()

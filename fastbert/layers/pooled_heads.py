@@ -4,10 +4,10 @@ A head passes a `Reading` down to its encoder as a keyword, which stock passes o
 for such a call: the model inside the head called by other code, a hook in between or a request for hidden states sees every
 position. The classes have stock's names, by which `save_pretrained`, pipelines and Trainer look classes up.
 
-The position is read by the model's pooler, or by a module of the head that gets the whole output (`READER`).
+The position is read by the model's pooler, or by a module of the head that gets the whole output (`_reader`).
 """
 
-from functools import wraps
+from functools import partialmethod, wraps
 from typing import Any
 
 from torch import nn
@@ -29,10 +29,10 @@ def _reader(family: Family, part: str) -> tuple[str, str] | None:
     return _SUMMARY if part == "ForMultipleChoice" and family is ELECTRA else None
 
 
-def _reads_first(head: nn.Module) -> bool:
+def _reads_first(head: nn.Module, reader: tuple[str, str] | None) -> bool:
     """Whether nothing in `head` sees more of its encoder's output than the first position of each sequence."""
-    if head.READER is not None:
-        attribute, part = head.READER
+    if reader is not None:
+        attribute, part = reader
         reader = getattr(head, attribute)
         if hooked(reader) or not all(_is_reader(module, part) for module in _wrapped(reader)):
             return False
@@ -51,15 +51,15 @@ def _wrapped(module: nn.Module) -> list[nn.Module]:
 
 
 def _reading_first(family: Family, part: str) -> type[nn.Module]:
-    stock = family[part]
+    stock, reader = family[part], _reader(family, part)
 
     @wraps(stock.forward)  # keeps the signature, by which Trainer chooses columns
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if untested(stock.__name__) is None and _reads_first(self):
+        if untested(stock.__name__) is None and _reads_first(self, reader):
             kwargs["reading"] = Reading(None, alone=True)
         return stock.forward(self, *args, **kwargs)
 
-    return subclass(family, part, __name__, forward=forward, reads_first=_reads_first, READER=_reader(family, part))
+    return subclass(family, part, __name__, forward=forward, reads_first=partialmethod(_reads_first, reader))
 
 
 FAST = {

@@ -23,6 +23,8 @@ from tests.embedders.tiny import (
     save,
 )
 
+pytestmark = pytest.mark.one_in(2)
+
 REDUCED = ("mean", "mean_sqrt_len_tokens", "weightedmean", "max")
 AT_A_POSITION = ("cls", "lasttoken")
 SEVERAL = [("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"), ("mean", "cls"), ("lasttoken", "max")]

@@ -15,6 +15,8 @@ from fastbert.integrations.lazy_tokens import LazyTokens
 from fastbert.testing.models import assert_equal
 from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, check, embed, features_of, make, row_of
 
+pytestmark = pytest.mark.one_in(2)
+
 READ = "token embeddings were read"
 
 

@@ -16,6 +16,8 @@ from fastbert.testing.models import assert_equal, gradients
 from fastbert.testing.rows import DEVICE
 from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, features_of, make, row_of
 
+pytestmark = pytest.mark.one_in(2)
+
 OTHERS = ["w6 w5 w4", "w7 w8 w9 w3 w2", "w1"]
 
 
@@ -247,7 +249,10 @@ def adapted(folder):
         if way == "wrapped":
             model[0].model = peft.get_peft_model(model[0].model, config)
         else:
-            model[0].model.add_adapter(config)
+            try:
+                model[0].model.add_adapter(config)
+            except ValueError as error:  # transformers does not take every release of PEFT
+                pytest.skip(str(error))
         return model.train()
 
     return build

@@ -27,6 +27,8 @@ from fastbert.testing.rows import DEVICE
 
 from .encoders import FAMILIES, expected, flattened, make, one_by_one, padded, texts, with_gradients
 
+pytestmark = pytest.mark.one_in(2)
+
 FORWARD_AND_BACKWARD = {"attention_fwd_kernel": 2, "attention_bwd_q_kernel": 2, "attention_bwd_kv_kernel": 2}
 SENTENCES = ["A boat departed early.", "Rye bread wants patience: a sour starter, coarse flour, a cool kitchen.", "Ferries."]
 

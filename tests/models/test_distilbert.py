@@ -13,6 +13,8 @@ from fastbert.layers.masks import CarriedMask
 from fastbert.testing.models import assert_equal, assert_no_fallback, counting, doubled, rows_in_products, run
 from fastbert.testing.rows import DEVICE
 
+pytestmark = pytest.mark.one_in(2)
+
 VOCABULARY, ROWS, LENGTH = 61, 2, 9
 TOKENS = 6 + LENGTH  # of a batch with padding
 HEADS = {

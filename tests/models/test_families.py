@@ -22,6 +22,8 @@ from tests.models.families import (
 from tests.models.test_equality import DTYPES
 from tests.models.tiny import LENGTH, ROWS, VOCABULARY, make, make_batch
 
+pytestmark = pytest.mark.one_in(2)
+
 WORDS, POSITIONS, TASKS = (f"embeddings.{name}_embeddings.weight" for name in ("word", "position", "task_type"))
 COPIED = tuple(f"{family}" for family in COPIES)
 FIRST = [kind for kind in FAMILY_KINDS if not kind.name.startswith(COPIED)]

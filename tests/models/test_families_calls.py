@@ -32,6 +32,8 @@ from tests.models.test_patch import classes
 from tests.models.test_trainer import train
 from tests.models.tiny import KINDS, ROWS, make, make_batch
 
+pytestmark = pytest.mark.one_in(2)
+
 DISTINCT = [ROBERTA, ELECTRA, ERNIE]
 OF_EVERY_FAMILY = [family.kind("mlm") for family in FAMILIES]
 

@@ -14,6 +14,8 @@ from tests.models.families import ELECTRA, ERNIE, FAMILIES, FAMILY_KINDS, LIKE_R
 from tests.models.test_unpad import PACKED, READ, WHOLE
 from tests.models.tiny import LENGTH, make, make_batch
 
+pytestmark = pytest.mark.one_in(2)
+
 POOLED = [kind for kind in FAMILY_KINDS if kind.name.endswith(("single-label", "multiple-choice", "next-sentence"))]
 SEEN = "outputs at padded positions are visible"
 CLASSIFIER, CHOICE = (ELECTRA.kind(name) for name in ("single-label", "multiple-choice"))

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaForMaskedLM
+from transformers import MPNetConfig, MPNetForMaskedLM, RobertaPreLayerNormConfig, RobertaPreLayerNormModel
 
 import fastbert
 from fastbert.patch import _log_disabled
@@ -92,20 +92,22 @@ def test_strict_asks_only_for_what_is_switched_on():
     fastbert.patch(make(), strict=True)
 
 
-def roberta():
-    settings = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return RobertaForMaskedLM(RobertaConfig(**settings, intermediate_size=8, max_position_embeddings=16))
+SIZES = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 
 
-def distilbert():
-    return DistilBertModel(DistilBertConfig(vocab_size=20, dim=8, n_layers=1, n_heads=2, hidden_dim=8))
+def mpnet():
+    return MPNetForMaskedLM(MPNetConfig(**SIZES, max_position_embeddings=16))
+
+
+def prelayernorm():
+    return RobertaPreLayerNormModel(RobertaPreLayerNormConfig(**SIZES, max_position_embeddings=16))
 
 
 @pytest.mark.parametrize(
     ("make_other", "found"),
     [
-        (roberta, "RobertaForMaskedLM (model type 'roberta')"),
-        (distilbert, "DistilBertModel (model type 'distilbert')"),
+        (mpnet, "MPNetForMaskedLM (model type 'mpnet')"),
+        (prelayernorm, "RobertaPreLayerNormModel (model type 'roberta-prelayernorm')"),
         (lambda: nn.Linear(2, 2), "Linear"),
         (lambda: nn.Sequential(nn.LayerNorm(4)), "Sequential"),
     ],
@@ -117,7 +119,7 @@ def test_an_unknown_family_is_named(make_other, found):
         with pytest.raises(fastbert.UnsupportedModelError) as raised:
             call(model)
         assert f"found {found}," in str(raised.value)
-        assert "BertForMaskedLM" in str(raised.value) and "BertModel" in str(raised.value)
+        assert "supported are the models of BERT (BertModel, BertFor...), RoBERTa (RobertaModel" in str(raised.value)
     assert contents(model) == before and classes(model) == types
 
 

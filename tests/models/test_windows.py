@@ -18,6 +18,8 @@ from fastbert.windows import POOLINGS
 from tests.gpu import no_synchronisation
 from tests.models.tiny import BASE, CLASSIFICATION, make
 
+pytestmark = pytest.mark.one_in(2)
+
 WORDS = [f"w{number:02d}" for number in range(50)]
 SIZE, STRIDE = 14, 3
 COUNTS = (5, 28, 0, 12, 17)  # tokens of the texts

@@ -94,13 +94,15 @@ def test_tables_are_complete(kernel, architecture):
     tables = TABLES[kernel][architecture]
     assert tables.keys() == DTYPES.keys() | ({8} if architecture == "interpreter" else set())
     for table in tables.values():
-        assert list(table) == sorted(table) and max(table) >= MAX_WIDTH
+        # pool_rows_forward_few is for few programs, which wide rows do not make.
+        assert list(table) == sorted(table) and (max(table) >= MAX_WIDTH or kernel == "pool_rows_forward_few")
         for config in table.values():
             sizes = (config.BLOCK_M, config.num_warps, config.BLOCK_N or 1)
             assert all(size > 0 and size & (size - 1) == 0 for size in sizes), config
             assert config.num_warps <= 32
             assert (config.BLOCK_N is None) == ("layernorm" in kernel)
-            sums = "backward" in kernel  # sums over rows, which persistent programs share
+            # Sums over rows, which persistent programs share.
+            sums = "backward" in kernel and kernel != "pool_rows_backward"
             assert (config.programs_per_multiprocessor is None) == (not sums)
 
 

@@ -158,8 +158,8 @@ FAULTS = (
     ),
     _layer(
         "a user's feed_forward_chunk is ignored",
-        before='if known.chunks["chunk_size_feed_forward"] or known.chunk in known.chunks:',
-        after='if known.chunks["chunk_size_feed_forward"]:',
+        before='if own["chunk_size_feed_forward"] or known.chunk in own:',
+        after='if own["chunk_size_feed_forward"]:',
         tests=_change("unsupported: own chunk"),
     ),
     _layer(
