@@ -15,8 +15,6 @@ from .layouts import LAYOUTS, contiguous, expanded, guarded, sliced, transposed
 from .opchecking import opcheck
 from .test_memory import guards_of, poisoned_outputs
 
-pytestmark = pytest.mark.one_in(2)
-
 DTYPES = [torch.float64, torch.float32, torch.float16]
 KERNELS = {"pool_rows_fwd_kernel": 1, "pool_rows_bwd_kernel": 1}
 STOCK = {"mean": "mean", "sqrt": "mean_sqrt_len_tokens", "weighted": "weightedmean", "max": "max"}
