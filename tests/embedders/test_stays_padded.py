@@ -12,8 +12,6 @@ import fastbert
 from fastbert.errors import UnsupportedModelError
 from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, assert_padded, check, embed, features_of, make, row_of
 
-pytestmark = pytest.mark.one_in(2)
-
 VISIBLE = "the model's output is visible to other code than the pooling, or its encoder does not pack"
 
 
