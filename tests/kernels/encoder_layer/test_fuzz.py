@@ -23,7 +23,8 @@ def calls(draw):
     heads = draw(st.integers(-(-16 // head_size), 3))
     lengths = draw(st.lists(st.integers(3, 20), min_size=1, max_size=3))
     kind = draw(st.sampled_from(["padded", "packed", "read"]))
-    low = draw(st.sampled_from([torch.float64, torch.float32, torch.float16]))
+    # Not float64: eager may have no error there at all, and none would be allowed. gradcheck has it (test_gradcheck.py).
+    low = draw(st.sampled_from([torch.float32, torch.float16]))
     is_mixed = low == torch.float16 and draw(st.booleans())
     smooth = [activation for activation in ACTIVATIONS if activation != "relu"]  # relu's gradient at 0 depends on a rounding
     names = ("x", *(("queries",) if kind == "read" else ()), *NAMES)
