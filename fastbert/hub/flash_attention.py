@@ -91,14 +91,9 @@ def flash_attn_varlen_func(
         if cu_seqlens_q is not cu_seqlens_k:
             bounds |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": longest_q}
         return _attention(q, k, v, causal=causal, scale=softmax_scale, p=dropout_p, **bounds)
-    sequences = len(cu_seqlens_k) - 1
-    of_queries = packed.places(cu_seqlens_q, longest_q, q.shape[0])
-    of_keys = packed.places(cu_seqlens_k, longest_k, k.shape[0])
-    q = packed.pad(q, of_queries, sequences, longest_q)
-    k, v = (packed.pad(x, of_keys, sequences, longest_k) for x in (k, v))
-    lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
-    mask = packed.visible(longest_q, longest_k, causal, window_size, lengths, q.device)
-    return packed.unpad(_attention(q, k, v, mask=mask, scale=softmax_scale, p=dropout_p), of_queries)
+    batch = packed.padded(q, k, v, (cu_seqlens_q, cu_seqlens_k, longest_q, longest_k), causal, window_size)
+    out = _attention(batch.q, batch.k, batch.v, mask=batch.visible, scale=softmax_scale, p=dropout_p)
+    return packed.unpad(out, batch.of_queries)
 
 
 def _attention(*tensors: Tensor, **options: Any) -> Tensor:

@@ -3,6 +3,8 @@
 For what the kernel does not compute on packed rows: a window around each query.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,33 @@ def unpad(x: Tensor, places: Tensor) -> Tensor:
     """The packed rows [T, ...] of a batch [sequences, longest, ...]; zeros for rows outside all sequences."""
     rows = x.flatten(0, 1)
     return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))).index_select(0, places)
+
+
+class Padded(NamedTuple):
+    """Packed queries, keys and values as a batch.
+
+    q, k, v: [sequences, the longest, heads, D].
+    visible: bool [sequences, 1, queries, keys], which keys each query sees.
+    of_queries, of_keys: their `places`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    visible: Tensor
+    of_queries: Tensor
+    of_keys: Tensor
+
+
+def padded(
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, Tensor, int, int], causal: bool, window: tuple[int, int]
+) -> Padded:
+    """Packed [T, heads, D] as a batch. bounds: cu_seqlens of queries and of keys, and the longest of both."""
+    cu_seqlens_q, cu_seqlens_k, longest_q, longest_k = bounds
+    of_queries, of_keys = places(cu_seqlens_q, longest_q, q.shape[0]), places(cu_seqlens_k, longest_k, k.shape[0])
+    sequences, lengths = len(cu_seqlens_k) - 1, (cu_seqlens_q.diff(), cu_seqlens_k.diff())
+    q, k, v = pad(q, of_queries, sequences, longest_q), *(pad(x, of_keys, sequences, longest_k) for x in (k, v))
+    return Padded(q, k, v, visible(longest_q, longest_k, causal, window, lengths, q.device), of_queries, of_keys)
 
 
 def visible(

@@ -111,16 +111,13 @@ def _attend_packed(
             more |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": longest_q}
         out = run(module, ops.attention, q, k, v, causal=causal, scale=scale, p=p, **more)
         return out.unflatten(0, (query.shape[0], -1))
-    sequences = len(cu_seqlens_k) - 1
-    of_queries = packed.places(cu_seqlens_q, longest_q, q.shape[0])
-    of_keys = packed.places(cu_seqlens_k, longest_k, k.shape[0])
-    seen = packed.visible(longest_q, longest_k, causal, window, (cu_seqlens_q.diff(), cu_seqlens_k.diff()), device=query.device)
+    batch = packed.padded(q, k, v, bounds, causal, window)
+    seen = batch.visible
     if mask is not None:
-        seen = seen & packed.pad(mask.flatten().bool(), of_keys, sequences, longest_k)[:, None, None]
-    q = packed.pad(q, of_queries, sequences, longest_q).transpose(1, 2)
-    k, v = (packed.pad(x, of_keys, sequences, longest_k).transpose(1, 2) for x in (k, v))
+        seen = seen & packed.pad(mask.flatten().bool(), batch.of_keys, *batch.k.shape[:2])[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in (batch.q, batch.k, batch.v))
     out, _ = attention_forward(module, q, k, v, seen, p, scale, causal)
-    return packed.unpad(out, of_queries).unflatten(0, (query.shape[0], -1))
+    return packed.unpad(out, batch.of_queries).unflatten(0, (query.shape[0], -1))
 
 
 def _bounds_of(

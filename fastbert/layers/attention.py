@@ -15,7 +15,7 @@ from fastbert import ops
 from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
 from fastbert.integrations.attention import NAME, argument_reason, attend, implementation_reason, mask_reason, wants_weights
 from fastbert.layers import stock
-from fastbert.layers.family import DISTILBERT, FAMILIES
+from fastbert.layers.family import DISTILBERT, LIKE_BERT
 from fastbert.layers.masks import KernelMask, carried, keys_of, stock_mask
 from fastbert.layers.packing import Packing, side_by_side
 from fastbert.layers.projection import project
@@ -215,7 +215,7 @@ def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 
 FAST = {
-    **stock.fast_classes("SelfAttention", SelfAttention, __name__, families=[f for f in FAMILIES if f is not DISTILBERT]),
+    **stock.fast_classes("SelfAttention", SelfAttention, __name__, families=LIKE_BERT),
     **stock.fast_classes("SelfAttention", DistilSelfAttention, __name__, families=[DISTILBERT]),
     **stock.fast_classes("CrossAttention", CrossAttention, __name__),
 }

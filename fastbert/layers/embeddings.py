@@ -20,7 +20,7 @@ from fastbert import ops
 from fastbert.dispatch import FastModule, class_forward_replaced, falls_back, is_plain, is_plain_tensor, run, tensor_reason
 from fastbert.layers import stock
 from fastbert.layers.deferred_embeddings import DeferredEmbeddings, given
-from fastbert.layers.family import DISTILBERT, ERNIE, FAMILIES, LIKE_ROBERTA
+from fastbert.layers.family import BERT, DISTILBERT, ELECTRA, ERNIE, LIKE_ROBERTA
 from fastbert.layers.packing import Rows
 from fastbert.layers.parts import UNKNOWN_ARGUMENTS, bind_arguments, dropout_reason, layernorm_dtype, layernorm_reason
 
@@ -374,11 +374,8 @@ def _past(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
     return 0, UNKNOWN_ARGUMENTS
 
 
-_OTHERS = (*LIKE_ROBERTA, ERNIE, DISTILBERT)
 FAST = {
-    **stock.fast_classes(
-        "Embeddings", FastEmbeddings, __name__, families=[family for family in FAMILIES if family not in _OTHERS]
-    ),
+    **stock.fast_classes("Embeddings", FastEmbeddings, __name__, families=[BERT, ELECTRA]),
     **stock.fast_classes("Embeddings", _RobertaEmbeddings, __name__, families=LIKE_ROBERTA),
     **stock.fast_classes("Embeddings", _ErnieEmbeddings, __name__, families=[ERNIE]),
     **stock.fast_classes("Embeddings", _DistilEmbeddings, __name__, families=[DISTILBERT]),

@@ -24,7 +24,7 @@ from fastbert.layers.by_row import row_reason
 from fastbert.layers.capturing import is_recording
 from fastbert.layers.counts import CallerCounts, TokenBudget
 from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
-from fastbert.layers.family import DISTILBERT, FAMILIES
+from fastbert.layers.family import DISTILBERT, LIKE_BERT
 from fastbert.layers.layer import Layer, at_rows
 from fastbert.layers.layout import chunk_size_of, self_attention_of
 from fastbert.layers.masks import CarriedMask, KernelMask, carried
@@ -211,9 +211,8 @@ class DistilEncoder(PackingEncoder):
 
 def _encoders(namespace: str, always: bool) -> type:
     """A namespace class whose attributes are the fast classes, so that pickle finds them."""
-    like_bert = [family for family in FAMILIES if family is not DISTILBERT]
     classes = {
-        **stock.fast_classes("Encoder", PackingEncoder, __name__, namespace, like_bert, ALWAYS=always),
+        **stock.fast_classes("Encoder", PackingEncoder, __name__, namespace, LIKE_BERT, ALWAYS=always),
         **stock.fast_classes("Encoder", DistilEncoder, __name__, namespace, [DISTILBERT], ALWAYS=always),
     }
     return type(namespace, (), {"__module__": __name__, **classes})

@@ -80,6 +80,7 @@ DISTILBERT = Family(
     own_names=(("Embeddings", "Embeddings"), ("Layer", "TransformerBlock"), ("Encoder", "Transformer"), ("FFN", "FFN")),
 )
 
-# Families with RoBERTa's embeddings and heads.
+# Families with RoBERTa's embeddings and heads, and those whose layers are copies of BERT's.
 LIKE_ROBERTA = (ROBERTA, XLM_ROBERTA, CAMEMBERT, DATA2VEC)
-FAMILIES = (BERT, *LIKE_ROBERTA, ELECTRA, ERNIE, DISTILBERT)
+LIKE_BERT = (BERT, *LIKE_ROBERTA, ELECTRA, ERNIE)
+FAMILIES = (*LIKE_BERT, DISTILBERT)

@@ -16,7 +16,7 @@ from fastbert import ops
 from fastbert.dispatch import FastModule, autocast_dtype, device_reason, falls_back, hooked, mode_reason, tensor_reason
 from fastbert.integrations.attention import argument_reason, implementation_reason
 from fastbert.layers import stock
-from fastbert.layers.family import DISTILBERT, FAMILIES
+from fastbert.layers.family import DISTILBERT, LIKE_BERT
 from fastbert.layers.layer_state import LayerState, PreparedLayer, state_of, without_state
 from fastbert.layers.layout import self_attention_of
 from fastbert.layers.masks import KernelMask, carried
@@ -195,7 +195,7 @@ class DistilLayer(Layer):
 
 
 FAST = {
-    **stock.fast_classes("Layer", Layer, __name__, families=[f for f in FAMILIES if f is not DISTILBERT]),
+    **stock.fast_classes("Layer", Layer, __name__, families=LIKE_BERT),
     **stock.fast_classes("Layer", DistilLayer, __name__, families=[DISTILBERT]),
 }
 globals().update(FAST)

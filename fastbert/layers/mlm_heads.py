@@ -25,51 +25,27 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Mas
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from fastbert import ops
-from fastbert.dispatch import FastModule, autocast_dtype, falls_back, hooked, is_plain, is_plain_tensor, run, tensor_reason
+from fastbert.dispatch import FastModule, autocast_dtype, falls_back, is_plain, is_plain_tensor, run, tensor_reason
 from fastbert.layers.counts import CallerCounts, Capacity, count
 from fastbert.layers.encoder import packs_unseen
-from fastbert.layers.family import BERT, DISTILBERT, ELECTRA, FAMILIES, LIKE_ROBERTA, Family
+from fastbert.layers.family import BERT, ELECTRA, FAMILIES, Family
+from fastbert.layers.lm_parts import IGNORED, lm_parts_of
 from fastbert.layers.packing import Rows, pack
 from fastbert.layers.packing_plan import stop_unless
-from fastbert.layers.prediction_head import distil_parts, transform_of, transformed
 from fastbert.layers.reading import Reading
-from fastbert.layers.stock import family_of, part_of, subclass, untested
+from fastbert.layers.stock import family_of, subclass, untested
 
-IGNORED = -100
 _Arguments = dict[str, Any]
-_LOSS = nn.CrossEntropyLoss()
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Why `module` can never use the kernel as it stands, or None."""
     if ops.MISSING is not None:
         return ops.MISSING
-    family = family_of(module)
-    if family in LIKE_ROBERTA:  # one module holds transform and decoder, and its call is replaced
-        head = module.lm_head
-        if part_of(type(head)).part != "LMHead" or hooked(head):
-            return f"its head is a {type(head).__name__}, or has hooks"
-    elif family is DISTILBERT:
-        loss, transform = module.mlm_loss_fct, distil_parts(module)
-        if any(hooked(part) for part in transform if isinstance(part, nn.Module)):
-            return "its head has hooks"
-        if type(loss) is not nn.CrossEntropyLoss or hooked(loss) or vars(loss).keys() != vars(_LOSS).keys():
-            return f"its loss is a {type(loss).__name__}, or has hooks"
-        if (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing) != (None, IGNORED, "mean", 0.0):
-            return "its loss has weights, or other settings"
-    elif family is ELECTRA:
-        if (reason := _transform_reason(module, module.generator_predictions)) is not None:
-            return reason
-    else:
-        heads = module.cls
-        if part_of(type(heads)).part not in ("OnlyMLMHead", "PreTrainingHeads") or hooked(heads):
-            return f"its head is a {type(heads).__name__}, or has hooks"
-        predictions = heads.predictions
-        if part_of(type(predictions)).part != "LMPredictionHead" or hooked(predictions):
-            return f"its prediction head is a {type(predictions).__name__}, or has hooks"
-        if (reason := _transform_reason(module, predictions.transform)) is not None:
-            return reason
-    decoder = _decoder(module, family)
+    parts = lm_parts_of(family_of(module))
+    if (reason := parts.reason(module)) is not None:
+        return reason
+    decoder = parts.decoder(module)
     if not is_plain(decoder, nn.Linear) or not is_plain_tensor(decoder.weight):
         return f"its decoder is a {type(decoder).__name__}, or has hooks"
     if tuple(decoder.weight.shape) != (module.config.vocab_size, decoder.in_features):
@@ -77,38 +53,10 @@ def unsupported(module: nn.Module) -> str | None:
     return None
 
 
-def _transform_reason(module: nn.Module, transform: nn.Module) -> str | None:
-    """Why the transform may not be called for the labelled rows only, or None. It is only without logits."""
-    if not getattr(module, "WITHOUT_LOGITS", False):
-        return None
-    if part_of(type(transform)).part in ("PredictionHeadTransform", "GeneratorPredictions") and not hooked(transform):
-        return None
-    return f"its transform is a {type(transform).__name__}, or has hooks"
-
-
-def _decoder(module: nn.Module, family: Family) -> nn.Linear:
-    if family in LIKE_ROBERTA:
-        return module.lm_head.decoder
-    if family is DISTILBERT:
-        return module.vocab_projector
-    return module.generator_lm_head if family is ELECTRA else module.cls.predictions.decoder
-
-
-def _transform(module: nn.Module, family: Family, hidden: Tensor) -> Tensor:
-    """The rows before the decoder: [..., H]."""
-    if family is ELECTRA:
-        return module.generator_predictions(hidden)
-    if family is DISTILBERT:
-        return transformed(module, *distil_parts(module), hidden)
-    if family not in LIKE_ROBERTA:
-        return module.cls.predictions.transform(hidden)
-    return transform_of(module.lm_head, hidden)
-
-
 def _reason(module: nn.Module, name: str, labels: Tensor, arguments: _Arguments) -> str | None:
     if (reason := untested(name) or unsupported(module)) is not None:
         return reason
-    decoder = _decoder(module, module.PART.family)
+    decoder = lm_parts_of(module.PART.family).decoder(module)
     inputs = arguments.get("input_ids")
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.device != decoder.weight.device:
@@ -151,7 +99,8 @@ def _run_with_loss(
 ) -> tuple[Any, Tensor | None, Tensor]:
     """The outputs of the model inside, the logits (None if they are to be omitted), and the loss for `targets` [B, S]."""
     family: Family = module.PART.family
-    decoder = _decoder(module, family)
+    parts = lm_parts_of(family)
+    decoder = parts.decoder(module)
     ignored = options.get("ignore_index", IGNORED)
     without = module.WITHOUT_LOGITS and module.training
     labelled = targets != ignored
@@ -169,11 +118,11 @@ def _run_with_loss(
         options.setdefault("out_dtype", torch.float32)  # autocast runs cross_entropy in float32
     logits = None
     if not without:
-        hidden = _transform(module, family, hidden).to(dtype)
+        hidden = parts.transform(module, hidden).to(dtype)
         logits = linear(hidden, weight, bias)
     hidden, targets = _labelled(module, hidden, targets, labelled, reading.rows, ignored)
     if without:
-        hidden = _transform(module, family, hidden).to(dtype)
+        hidden = parts.transform(module, hidden).to(dtype)
     return outputs, logits, run(module, ops.linear_cross_entropy, hidden, weight, bias, targets, **options)
 
 

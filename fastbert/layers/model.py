@@ -18,7 +18,7 @@ from fastbert.layers import stock
 from fastbert.layers.capturing import is_recording_inside_layers
 from fastbert.layers.deferred_embeddings import AcceptsDeferredEmbeddings, DeferredEmbeddings
 from fastbert.layers.embeddings import FastEmbeddings
-from fastbert.layers.family import DISTILBERT, FAMILIES
+from fastbert.layers.family import DISTILBERT, LIKE_BERT
 from fastbert.layers.layer_state import CallContext, global_state, prepare
 from fastbert.layers.masks import CarriedMask, KernelMask, kernel_mask, masks_replaced, prepare_layers
 
@@ -138,7 +138,7 @@ class DistilModel(Model):
 
 
 FAST = {
-    **stock.fast_classes("Model", Model, __name__, families=[f for f in FAMILIES if f is not DISTILBERT]),
+    **stock.fast_classes("Model", Model, __name__, families=LIKE_BERT),
     **stock.fast_classes("Model", DistilModel, __name__, families=[DISTILBERT]),
 }
 globals().update(FAST)

@@ -50,7 +50,7 @@ FAULTS = (
     ),
     Fault(
         "DistilBERT's own loss function is replaced",
-        file="fastbert/layers/mlm_heads.py",
+        file="fastbert/layers/lm_parts.py",
         before='(None, IGNORED, "mean", 0.0)',
         after='(None, IGNORED, "mean", loss.label_smoothing)',
         tests=(f"{TESTS}::test_a_loss_of_ones_own_is_stocks",),
