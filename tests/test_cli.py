@@ -191,6 +191,16 @@ def test_verify_other_families(config, answered, tmp_path):
     assert code == 0 and "ForTokenClassification" in printed
 
 
+def test_positions_of_roberta_start_behind_the_padding(input_error, tmp_path):
+    source = _small_source()
+    size = {"vocab_size": len(source.tokenizer), "hidden_size": 16, "num_attention_heads": 2, "pad_token_id": 1}
+    source.tokenizer.save_pretrained(tmp_path)
+    XLMRobertaConfig(**size, max_position_embeddings=9).save_pretrained(tmp_path)
+    assert "takes texts of 7 tokens" in input_error("verify", str(tmp_path))
+    XLMRobertaConfig(**size, max_position_embeddings=10).save_pretrained(tmp_path)
+    assert Source.open(str(tmp_path), None).positions == 8
+
+
 def test_a_task_that_a_family_lacks(input_error, tmp_path):
     source = _small_source()
     config = DistilBertConfig(vocab_size=len(source.tokenizer), dim=16, hidden_dim=32, n_layers=1, n_heads=2)

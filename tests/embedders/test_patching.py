@@ -19,7 +19,7 @@ from fastbert import forwards
 from fastbert.dispatch import FastModule
 from fastbert.integrations import sentence_transformers as integration
 from fastbert.testing.graphs import recording_graphs
-from tests.embedders.tiny import TEXTS, assert_packs, embed, features_of, make, row_of
+from tests.embedders.tiny import TEXTS, assert_packs, close, embed, features_of, make, row_of
 from tests.models.test_patch import classes
 
 
@@ -171,7 +171,7 @@ def test_compiled(folder):
     model.compile(backend="aot_eager")
     result = embed(model, features_of(model))
     assert result.keys() == expected.keys()
-    torch.testing.assert_close(result["output"], expected["output"], rtol=1e-5, atol=1e-5)
+    close(result["output"], expected["output"])
     assert row_of(model).kernel_calls == 0
 
 
@@ -181,7 +181,7 @@ def test_one_module_compiled(folder, place):
     expected = embed(stock, features_of(stock), False)["output"]
     model[place].compile(backend="eager")
     for _ in range(2):
-        torch.testing.assert_close(embed(model, features_of(model), False)["output"], expected, rtol=1e-5, atol=1e-5)
+        close(embed(model, features_of(model), False)["output"], expected)
 
 
 def test_a_compiled_pooling_in_its_place(folder):
@@ -189,7 +189,7 @@ def test_a_compiled_pooling_in_its_place(folder):
     model[1] = torch.compile(model[1], backend="eager")
     fastbert.patch(model)
     results = [embed(m, features_of(m), False)["output"] for m in (model, stock)]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    close(*results)
 
 
 def test_graphs_keep_it_padded(folder):

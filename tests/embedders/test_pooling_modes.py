@@ -16,6 +16,7 @@ from tests.embedders.tiny import (
     assert_packs,
     assert_padded,
     check,
+    close,
     embed,
     features_of,
     make,
@@ -49,7 +50,7 @@ def test_half_precision(folder, mode):
 def test_rows_of_one_position_among_all(folder):
     stock, model = (make(folder, ("cls", "lasttoken", "mean")) for _ in range(2))
     result, expected = (embed(m, features_of(m), False)["output"] for m in (fastbert.patch(model), stock))
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    close(result, expected)
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken", ("mean", "cls")], ids=str)
@@ -82,7 +83,7 @@ def test_prompts_that_are_left_out(folder, mode, length):
     patched = fastbert.patch(copy.deepcopy(model))
     expected = embed(model, features, backward=False)["output"]
     result = embed(patched, features, backward=False)["output"]
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    close(result, expected)
     assert_packs(patched)
     if mode in MODES:
         assert not torch.allclose(expected, embed(model, features_of(model), False)["output"]) or mode == "lasttoken"
@@ -181,7 +182,7 @@ def test_types_of_masks(folder, dtype):
     features["attention_mask"] = features["attention_mask"].to(dtype)
     if dtype == torch.bool:
         expected = embed(model, features | {"attention_mask": features["attention_mask"].long()}, False)["output"]
-        torch.testing.assert_close(embed(fastbert.patch(model), features, False)["output"], expected, rtol=1e-5, atol=1e-5)
+        close(embed(fastbert.patch(model), features, False)["output"], expected)
     else:
         assert_packs(check(model, features, backward=False))
 
@@ -191,7 +192,7 @@ def test_settings_are_read_at_each_call(folder):
     for mode in ("mean", "cls", ("max", "mean")):
         model[1].pooling_mode = stock[1].pooling_mode = mode
         result, expected = (embed(m, features_of(m), False)["output"] for m in (model, stock))
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+        close(result, expected)
     assert_packs(model, calls=3)
 
 
@@ -203,7 +204,7 @@ def test_token_budgets(folder, mode):
     fastbert.patch(model)
     for counts in ({"token_budget": 22}, {"lengths": TOKENS}):
         with fastbert.lengths(model, **counts):
-            torch.testing.assert_close(embed(model, features_of(model), False)["output"], expected, rtol=1e-5, atol=1e-5)
+            close(embed(model, features_of(model), False)["output"], expected)
     assert_packs(model, calls=2)
     assert expected.shape[1] % WIDTH == 0
 

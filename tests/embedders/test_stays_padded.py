@@ -10,7 +10,7 @@ from torch import nn
 
 import fastbert
 from fastbert.errors import UnsupportedModelError
-from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, assert_padded, check, embed, features_of, make, row_of
+from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, assert_padded, check, close, embed, features_of, make, row_of
 
 VISIBLE = "the model's output is visible to other code than the pooling, or its encoder does not pack"
 
@@ -20,7 +20,7 @@ def compare(stock, model, reason):
     for m in (stock, model):
         m.eval()
     expected, result = (embed(m, features_of(m), False)["output"] for m in (stock, model))
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    close(result, expected)
     assert_padded(model, reason)
 
 
@@ -39,7 +39,7 @@ def test_hooks_between_encoder_and_pooling(folder, name):
     if name == "0.model":  # sentence-transformers calls its forward, past hooks
         assert not seen
     else:
-        torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-5)
+        close(*seen)
 
 
 def test_a_hook_on_a_layer(folder):
@@ -69,7 +69,7 @@ def test_a_pooler_of_the_users_own(folder):
     for m in (stock, model):
         m[0].model.pooler = Pooler()
     compare(stock, model, VISIBLE)
-    torch.testing.assert_close(model[0].model.pooler.seen, stock[0].model.pooler.seen, rtol=1e-5, atol=1e-5)
+    close(model[0].model.pooler.seen, stock[0].model.pooler.seen)
 
 
 def replaced(cls, name):
@@ -116,7 +116,7 @@ def test_a_replaced_forward_of_one_pooling(folder):
     for m in (stock, model):
         m[1].forward = lambda features: features | {"sentence_embedding": features["token_embeddings"].amax(1)}
     expected, result = (embed(m, features_of(m), False)["output"] for m in (stock, model))
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    close(result, expected)
     assert row_of(model, "BertEncoder").kernel_calls == 0
 
 
@@ -162,7 +162,7 @@ def test_all_layers_are_stocks(folder):
         m[0].model.config.output_hidden_states = True
     expected, result = (m(features_of(m))["all_layer_embeddings"] for m in (stock, model))
     for ours, theirs in zip(result, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        close(ours, theirs)
 
 
 FEATURES = {
@@ -219,7 +219,7 @@ def test_other_modules_behind_the_transformer(folder, case):
     if case == "a module in between":
         features["token_weights_sum"] = torch.ones(3)
     expected, result = (embed(m, features, False)["output"] for m in (stock, model))
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    close(result, expected)
     assert row_of(model, "BertEncoder").kernel_calls == 0
     if case == "a module in between":
         row = row_of(model)
@@ -231,7 +231,7 @@ def test_a_pooling_put_in_later(folder):
     model[1] = Pooling(WIDTH, "max")
     for reason in (None, "token embeddings were read"):
         expected, result = (embed(m, features_of(m), False)["output"] for m in (stock, model))
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+        close(result, expected)
         assert vars(model[0])["_fastbert_pooling"].padded == "token embeddings were read", reason
 
 
@@ -251,7 +251,7 @@ def test_what_changes_between_encoder_and_pooling(folder, change):
             features["prompt_length"] = 2
         return m[1](features)["sentence_embedding"]
 
-    torch.testing.assert_close(changed(model), changed(stock), rtol=1e-5, atol=1e-5)
+    close(changed(model), changed(stock))
     assert list(row_of(model).fallback_calls) == ["features or a Pooling that changed after the encoder ran"]
 
 

@@ -13,7 +13,7 @@ import fastbert
 from fastbert.graphs.training_state import hooks_on
 from fastbert.integrations.lazy_tokens import LazyTokens
 from fastbert.testing.models import assert_equal
-from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, check, embed, features_of, make, row_of
+from tests.embedders.tiny import TEXTS, WIDTH, assert_packs, check, close, close_in_half, embed, features_of, make, row_of
 
 pytestmark = pytest.mark.one_in(2)
 
@@ -50,7 +50,7 @@ def test_the_tokens_have_the_dropout_of_the_sentence(folder):
     output = model(features_of(model))
     mask = output["attention_mask"].unsqueeze(-1)
     mean = (tokens_of(output) * mask).sum(1) / mask.sum(1)
-    torch.testing.assert_close(mean, output["sentence_embedding"], rtol=1e-5, atol=1e-5)
+    close(mean, output["sentence_embedding"])
 
 
 def test_afterwards_the_model_stays_padded_until_it_is_patched_again(folder):
@@ -118,7 +118,7 @@ def test_readers(folder, name):
         expected, output = stock(features_of(stock)), model(features_of(model))
     assert type(tokens_of(output)) is LazyTokens
     result = READERS[name](tokens_of(output))
-    torch.testing.assert_close(result, READERS[name](tokens_of(expected)), rtol=1e-3 if name == "half" else 1e-5, atol=1e-5)
+    (close_in_half if name == "half" else close)(result, READERS[name](tokens_of(expected)))
 
 
 def test_what_is_written_to_them_is_read_back(folder):
@@ -150,7 +150,7 @@ def test_converted_outputs_are_still_lazy(folder):
     assert type(tokens_of(output)) is LazyTokens and tokens_of(output).dtype == torch.float32
     assert_packs(model)
     expected = convert_outputs_to_fp32(stock.forward)(features_of(stock))
-    torch.testing.assert_close(tokens_of(output).detach() + 0, tokens_of(expected).detach(), rtol=1e-2, atol=1e-2)
+    close_in_half(tokens_of(output).detach() + 0, tokens_of(expected).detach())
 
 
 @pytest.mark.parametrize("output_value", ["token_embeddings", None])
@@ -284,7 +284,7 @@ def test_autocast_and_gradient_mode_are_those_of_the_forward(folder):
             output = m(features_of(m))
         results.append(tokens_of(output) + 0)
     assert results[1].dtype == results[0].dtype and not results[1].requires_grad
-    torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-2)
+    close_in_half(results[1], results[0])
     with torch.enable_grad():
         output = model(features_of(model))
     with torch.no_grad():

@@ -94,3 +94,14 @@ def assert_padded(model: Any, reason: str) -> None:
     row = row_of(model)
     assert row.kernel_calls == 0 and list(row.fallback_calls) == [reason], row
     assert row_of(model, "BertEncoder").kernel_calls == 0
+
+
+def close(found: Any, expected: Any) -> None:
+    """Equal but for the order of sums: products and kernels split the rows of a packed batch otherwise, and values are about 1.
+    `check` holds outputs and gradients to the rule against float64."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def close_in_half(found: Any, expected: Any) -> None:
+    """Equal but for some roundings of float16, at values up to 4."""
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

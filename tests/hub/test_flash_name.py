@@ -119,7 +119,9 @@ def test_sentence_transformers_flattens(folder):
     with counting() as launched:
         embeddings = model.encode(SENTENCES, convert_to_tensor=True)
     assert launched == {"attention_fwd_kernel": 2}
-    torch.testing.assert_close(embeddings, stock.encode(SENTENCES, convert_to_tensor=True), rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(
+        embeddings, stock.encode(SENTENCES, convert_to_tensor=True), rtol=0.0, atol=1e-6
+    )  # of length 1: roundings
 
 
 def test_no_kernel_for_the_head_size():
@@ -263,7 +265,9 @@ def test_a_patched_roberta_in_sentence_transformers(tmp_path, folder):
         for name in (NAME, "sdpa")
     )
     embeddings = fastbert.patch(model).encode(SENTENCES, convert_to_tensor=True)
-    torch.testing.assert_close(embeddings, stock.encode(SENTENCES, convert_to_tensor=True), rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(
+        embeddings, stock.encode(SENTENCES, convert_to_tensor=True), rtol=0.0, atol=1e-6
+    )  # of length 1: roundings
 
 
 def test_a_copy_of_the_model_keeps_the_name():

@@ -17,6 +17,9 @@ LENGTH = 9
 HEADS = 2
 CHOICES = 2
 
+# For float32 in a batch of another shape (packed, or in other forwards): products and kernels add in another order.
+ANOTHER_ORDER = {"rtol": 1e-4, "atol": 1e-5}
+
 Batch = dict[str, Any]
 
 

@@ -134,7 +134,9 @@ class TestLanes:
         expected = model.encode(chosen, convert_to_tensor=True)
         seen = []
         model.register_forward_pre_hook(lambda module, arguments: seen.append(int(arguments[0]["attention_mask"].sum())))
-        torch.testing.assert_close(encoders.by_tokens(model, chosen, 24), expected, rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(
+            encoders.by_tokens(model, chosen, 24), expected, rtol=0.0, atol=1e-6
+        )  # of length 1: roundings
         assert seen == [12, 24, 15]
 
     def test_a_batch_by_tokens_is_what_the_tokenizer_makes(self):
