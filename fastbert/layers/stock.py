@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -99,10 +100,13 @@ def fast_forward_of(cls: type[nn.Module]) -> Callable[[Function], Function]:
     return decorate
 
 
-def _code_of_distilbert() -> dict[str, tuple[forwards.Pair, ...]]:
-    def of(*parts: str, name: str = "forward") -> tuple[forwards.Pair, ...]:
-        return tuple((DISTILBERT[part], name) for part in parts)
+def _functions(family: Family, *parts: str, name: str = "forward") -> tuple[forwards.Pair, ...]:
+    """The function `name` of each of these parts."""
+    return tuple((family[part], name) for part in parts)
 
+
+def _code_of_distilbert() -> dict[str, tuple[forwards.Pair, ...]]:
+    of = partial(_functions, DISTILBERT)
     eager = (DISTILBERT.module, "eager_attention_forward")
     ffn = (*of("FFN"), *of("FFN", name="ff_chunk"))
     layer = (*of("Layer", "SelfAttention"), *ffn, eager)
@@ -122,13 +126,9 @@ def _code_of_distilbert() -> dict[str, tuple[forwards.Pair, ...]]:
 
 def _code_of(family: Family) -> dict[str, tuple[forwards.Pair, ...]]:
     """The functions that the fast classes of a family replace or rely on, per name of the stock class."""
-
     if family is DISTILBERT:
         return _code_of_distilbert()
-
-    def of(*parts: str, name: str = "forward") -> tuple[forwards.Pair, ...]:
-        return tuple((family[part], name) for part in parts)
-
+    of = partial(_functions, family)
     # Eager attention is looked up in the family's module. BERT's is checked by calls that use it (implementation_reason).
     eager = () if family is BERT else ((family.module, "eager_attention_forward"),)
     layers = of("Encoder", "Layer", "Attention")
