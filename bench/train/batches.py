@@ -14,13 +14,11 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from bench.train.encode import IGNORED
+from bench.stream.masking import Masking
 from fastbert import Windows
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], Batch]
-MASKED = 0.15
-ATTEMPTS = 100
 
 
 class Rows(torch.utils.data.Dataset):
@@ -43,23 +41,6 @@ class Rows(torch.utils.data.Dataset):
         return self.features[index] | {"draw": draw}
 
 
-class Masking:
-    """Selects 15 % of the tokens for prediction: 80 % of these become [MASK], 10 % another token, 10 % stay."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
-
-    def __call__(self, rows: list[dict[str, Any]], draw: int) -> Batch:
-        for attempt in range(ATTEMPTS):
-            # Seeds the CPU's generator only: torch.manual_seed would also restart the GPU's dropout.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(draw + attempt)
-                batch = self.collate([dict(row) for row in rows])
-            if (batch["labels"] != IGNORED).any():  # a batch without labels has no loss
-                break
-        return batch
-
-
 class Collator:
     """A task's collator that records the real tokens of each batch and a checksum of the model's inputs."""
 
@@ -72,8 +53,8 @@ class Collator:
         self.checksums: list[int] = []
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        draw = sum(row.pop("draw") for row in rows)
-        batch = dict(self.masking(rows, draw) if self.masking else self.plain(rows))
+        draws = [row.pop("draw") for row in rows]
+        batch = dict(self.masking(rows, draws) if self.masking else self.plain(rows))
         self.tokens.append(int(batch["attention_mask"].sum()))
         checksum = 0
         for name in sorted(batch):

@@ -7,10 +7,10 @@ from typing import Any
 import numpy
 from datasets import Dataset
 
+from bench.stream.masking import IGNORED
 from bench.train.file import Row
 from fastbert import Windows
 
-IGNORED = -100  # the label that losses and metrics ignore
 PERCENTILE = 95
 SHORTEST_CONTEXT = 8  # tokens of context that even the longest question leaves room for
 Features = dict[str, Any]

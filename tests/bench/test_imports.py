@@ -21,7 +21,8 @@ FOLDERS = {
     "ops": ("core", "audit", "models"),
     "tune": ("core", "audit", "ops"),
     "report": ("core", "host", "tune"),
-    "train": ("core", "report"),
+    "stream": ("core",),
+    "train": ("core", "report", "stream"),
     "runner": ("core", "audit", "models", "encode", "host", "ops", "tune", "report"),
 }
 # The command line stands above all folders: the command.py of each is a part of it, and nothing but __main__ imports those.
