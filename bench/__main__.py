@@ -12,6 +12,7 @@ from bench.models.command import latency, models
 from bench.ops.command import ops
 from bench.report.command import report
 from bench.runner.command import accept, gpu
+from bench.scaling.command import scaling
 from bench.train.command import train
 from bench.tune.command import tune
 
@@ -23,7 +24,7 @@ def main() -> None:
     """Benchmarks and audits of the kernels."""
 
 
-for command in (audit, layer, gpu, models, latency, encode, ops, host, tune, accept, report, train):
+for command in (audit, layer, gpu, models, latency, encode, ops, host, tune, accept, report, scaling, train):
     app.command()(command)
 
 

@@ -1,6 +1,7 @@
 """Fills the generated tables of documents, between the markers <!-- bench:NAME --> and <!-- /bench:NAME -->."""
 
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from bench.core.records import Results
@@ -22,22 +23,35 @@ def fill(text: str, results: Results | None) -> str:
     """
     if results is not None and (results.invented or results.dry_run):
         raise ResultsError("only measured results go into a document: these are a dry run or a sample")
+
+    def anew(name: str) -> str | None:
+        if results is not None and results.environment.pretended != (name in tables.PRETENDED):
+            return None
+        if results is not None and name in tables.PRETENDED and not tables.TABLES[name](results).rows:
+            return None
+        return tables.named(name, results)
+
+    return fill_by(text, tables.TABLES, anew)
+
+
+def fill_by(text: str, names: Collection[str], anew: Callable[[str], str | None]) -> str:
+    """Return `text` with each marked block replaced by `anew(its name)`; None keeps the block.
+
+    Raises:
+        ResultsError: a marker has no partner, or a block's name is not among `names`.
+    """
     blocks = list(MARKED.finditer(text))
     if len(ANY_MARKER.findall(text)) != 2 * len(blocks):
         raise ResultsError("a bench marker without its partner, or one inside another")
-    unknown = [block["name"] for block in blocks if block["name"] not in tables.TABLES]
+    unknown = [block["name"] for block in blocks if block["name"] not in names]
     if unknown:
-        raise ResultsError(f"no table is called {unknown[0]!r}; there are {', '.join(tables.TABLES)}")
+        raise ResultsError(f"no table is called {unknown[0]!r}; there are {', '.join(names)}")
 
-    def anew(block: re.Match[str]) -> str:
-        name = block["name"]
-        if results is not None and results.environment.pretended != (name in tables.PRETENDED):
-            return block[0]
-        if results is not None and name in tables.PRETENDED and not tables.TABLES[name](results).rows:
-            return block[0]
-        return f"{block[1]}{tables.named(name, results)}\n{block[3]}"
+    def replaced(block: re.Match[str]) -> str:
+        found = anew(block["name"])
+        return block[0] if found is None else f"{block[1]}{found}\n{block[3]}"
 
-    return MARKED.sub(anew, text)
+    return MARKED.sub(replaced, text)
 
 
 def write(path: Path, results: Results | None) -> bool:
