@@ -1,9 +1,11 @@
 """Makes batches: transformers' collators, masks that depend only on row and epoch, and a tally of all batches."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy
+import pyarrow
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -36,9 +38,22 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.features)
 
+    def lengths(self) -> list[int]:
+        """The real tokens of each row, of all its windows or endings together."""
+        chunks = self.features.with_format("arrow")[:]["input_ids"].chunks
+        return [length for chunk in chunks for length in _lengths(chunk)]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         draw = zlib.crc32(f"{self.seed} {self.epoch} {index}".encode())
         return self.features[index] | {"draw": draw}
+
+
+def _lengths(ids: Any) -> list[int]:
+    """The numbers in each item of an Arrow array of lists, or of lists of lists."""
+    ends = numpy.arange(len(ids) + 1)
+    while pyarrow.types.is_list(ids.type):
+        ends, ids = ids.offsets.to_numpy()[ends], ids.values
+    return numpy.diff(ends).tolist()
 
 
 class Collator:
@@ -49,20 +64,32 @@ class Collator:
         self.plain = None if self.masking else COLLATORS.get(task, DataCollatorWithPadding)(tokenizer)
         if windows is not None:
             self.plain = windows.collate
-        self.tokens: list[int] = []
+        self.tokens: list[int] = []  # of each batch
         self.checksums: list[int] = []
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         draws = [row.pop("draw") for row in rows]
         batch = dict(self.masking(rows, draws) if self.masking else self.plain(rows))
         self.tokens.append(int(batch["attention_mask"].sum()))
-        checksum = 0
-        for name in sorted(batch):
-            value = batch[name]
-            content = value.contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
-            checksum = zlib.crc32(content, checksum)
-        self.checksums.append(checksum)
+        self.checksums.append(checksum(batch))
         return batch
+
+
+def checksum(batch: Mapping[str, Any]) -> int:
+    """The sum of a number for the content of each row, without padding: the same for the same rows in any order and parts."""
+    values = {name: numpy.asarray(batch[name]) for name in sorted(batch) if name != "lengths"}  # of windows: in the mask
+    mask = values["attention_mask"].astype(bool)
+    ends = numpy.cumsum(values["windows"]) if "windows" in values else numpy.arange(1, len(mask) + 1)
+    total = start = 0
+    for row, end in enumerate(ends):
+        own = 0
+        for value in values.values():
+            of_tokens = value.shape[: mask.ndim] == mask.shape
+            content = value[start:end][mask[start:end]] if of_tokens else value[row] if len(value) == len(ends) else ()
+            own = zlib.crc32(numpy.ascontiguousarray(content).tobytes(), own)
+        total += own
+        start = end
+    return total
 
 
 def _causal(tokenizer: Any) -> Collate:

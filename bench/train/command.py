@@ -1,7 +1,9 @@
 """The command `python -m bench train`: fine-tunes or pre-trains on the user's file, stock and fastbert from the same start."""
 
+import logging
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +35,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     eval_data: Annotated[Path | None, typer.Option(help="Rows for evaluation; by default some are held back.")] = None,
     eval_share: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of rows that is held back.")] = 0.1,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per batch, of all GPUs together.")] = 16,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
     lr: Annotated[float, typer.Option(min=0.0, help="Highest learning rate; it falls linearly to 0.")] = 5e-5,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay, except for biases and LayerNorm.")] = 0.01,
@@ -59,9 +61,13 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoints in --out.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json, losses.png, checkpoints.")] = Path("bench-out/train"),
 ) -> None:
-    """Train twice on your own file, stock and fastbert, from the same start on the same batches."""
+    """Train twice on your own file, stock and fastbert, from the same start on the same batches.
+
+    Under torchrun or accelerate launch, every GPU trains on its part of each batch: the same run, with the same losses.
+    """
+    _leave_words_to_first_rank()
     gpu = _choose_interpreter()
-    from bench.train import options
+    from bench.train import options, ranks
     from fastbert.errors import InputError
 
     try:
@@ -93,13 +99,14 @@ def train(
             patience=patience,
             seed=seed,
         )
-        results = _run(settings, out, [str(name) for name in lane or LANES], resume)
+        with ranks.joined(gpu):
+            results = _run(settings, out, [str(name) for name in lane or LANES], resume)
     except InputError as error:
         err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         err.print(f"stopped; with --save-steps, --resume continues from {out}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(ranks.INTERRUPTED) from None
     from bench.train import report
 
     report.show(results, console)
@@ -111,11 +118,13 @@ def train(
 
 def _run(settings: Settings, out: Path, lanes: list[str], resume: bool) -> Any:
     import datasets
+    from transformers.utils import logging as transformers_logging
 
     from bench.train.run import run_all
 
-    if not err.is_terminal:
+    if not err.is_terminal or err.quiet:
         datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(),
@@ -124,7 +133,7 @@ def _run(settings: Settings, out: Path, lanes: list[str], resume: bool) -> Any:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, disable=not err.is_terminal or err.quiet) as progress:
         bars: dict[str, Any] = {}
 
         def advance(lane: str, step: int, loss: float | None) -> None:
@@ -134,6 +143,14 @@ def _run(settings: Settings, out: Path, lanes: list[str], resume: bool) -> Any:
             progress.update(bars[lane], completed=step, **said)
 
         return run_all(settings, out, lanes, resume, advance, _say)
+
+
+def _leave_words_to_first_rank() -> None:
+    """Of several ranks let the first one alone print, warn, log and draw progress bars; the others only log errors."""
+    console.quiet = err.quiet = os.environ.get("RANK", "0") != "0"
+    if err.quiet:
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
 
 
 def _say(line: str) -> None:

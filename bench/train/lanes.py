@@ -1,4 +1,4 @@
-"""Trains one lane: transformers' Trainer from the common start, with checkpoints and measurements."""
+"""Trains one lane: transformers' Trainer from the common start, with checkpoints and measurements, on one rank or several."""
 
 import copy
 import gc
@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import fastbert
-from bench.core.records import Spread
 from bench.core.schema import parse
+from bench.train import ranks, weighting
 from bench.train.batches import Collator, Rows
+from bench.train.evaluation import with_loss
 from bench.train.metrics import Compute
 from bench.train.model import arguments
 from bench.train.records import Evaluation, LaneRecord, Settings
+from bench.train.sharding import Parts
+from bench.train.tally import Tally, batches_of_steps, combined
 from bench.train.tasks import TASKS
 from bench.train.windows import loss_and_logits
 from fastbert.errors import InputError
@@ -30,8 +34,7 @@ from fastbert.kernels.core import failures
 from fastbert.kernels.core.launch import counts
 
 RECORD = "lane.json"
-WARM_UP = 5  # untimed steps: kernels are compiled and the allocator fills
-FEWEST_TIMED = 5
+COMPLETE = "trainer_state.json"  # the file that Trainer writes last into a checkpoint
 Advance = Callable[[str, int, float | None], None]
 
 
@@ -60,6 +63,8 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step = state.global_step
+        if ranks.rank():  # Trainer has seeded every rank alike; each draws dropout of its own
+            seed_dropout(args.seed, state.global_step)
         self.advance(self.lane, state.global_step, None)
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -84,9 +89,12 @@ class Watch(TrainerCallback):
 def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRecord:
     """Train a copy of the start and evaluate it. With `resume`, continue from the lane's last checkpoint if it has one."""
     folder = work.folder / lane
-    if resume and (folder / RECORD).exists():
-        return _read(folder / RECORD)
+    before = ranks.of_first(lambda: _before(folder, work.settings.steps)) if resume else None
+    if isinstance(before, LaneRecord):
+        return before
     model = copy.deepcopy(work.start)
+    # DistributedDataParallel would send the buffers in every forward: positions and types, which never change.
+    model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()]
     chosen = arguments(work.settings, folder)
     extra: dict[str, Any] = {}
     if lane == "fastbert":
@@ -96,6 +104,7 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
     train, evaluation = (Collator(work.settings.task, work.tokenizer, work.windows) for _ in range(2))
     rows = Rows(work.train, work.settings.seed, task.kept)
     watch = Watch(lane, rows, advance)
+    reduce, compute = with_loss(work.settings.task, task.reduce, work.compute)
     trainer = _Trainer(
         model=model,
         args=chosen,
@@ -103,19 +112,19 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         train_dataset=rows,
         eval_dataset=Rows(work.evaluation, work.settings.seed, task.kept),
         processing_class=work.tokenizer,
-        compute_metrics=work.compute,
-        preprocess_logits_for_metrics=task.reduce,
+        compute_metrics=compute,
+        preprocess_logits_for_metrics=reduce,
         callbacks=[watch, *_early_stopping(work.settings)],
         **extra,
     )
-    trainer.evaluation_collator, trainer.windows = evaluation, work.windows
+    trainer.evaluation_collator, trainer.work = evaluation, work
     # BERT's forward takes num_items_in_batch and ignores it. Trainer would then sum a step's losses instead of averaging them.
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
-    before = counts.total()
+    launched = counts.total()
     failures.strict = True  # no fallback is timed under a kernel's name
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder, work.settings.steps) if resume else None)
-    launches = counts.total() - before
+    trainer.train(resume_from_checkpoint=before)
+    own = Tally(train.tokens, train.checksums, watch.seconds, watch.peak_bytes, counts.total() - launched)
     judged = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     record = LaneRecord(
         lane=lane,
@@ -125,13 +134,15 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         evaluations=[Evaluation(entry["step"], entry["eval_loss"]) for entry in _entries(trainer, "eval_loss")[:-1]],
         final_eval_loss=judged["loss"],
         metrics={name: float(value) for name, value in judged.items() if name not in _NOT_METRICS},
-        launches=launches,
         resumed_at=watch.first_step,
         stopped_early=trainer.state.global_step < work.settings.steps,
-        **_tally(train, trainer, watch, work.settings),
+        **combined(
+            ranks.gathered(own), batches_of_steps(len(rows), work.settings, watch.first_step, trainer.state.global_step)
+        ),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+    if not ranks.rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
     del trainer, model
     _free()
     return record
@@ -141,16 +152,40 @@ _NOT_METRICS = ("loss", "epoch", "runtime", "samples_per_second", "steps_per_sec
 
 
 class _Trainer(Trainer):
-    """A Trainer with a separate collator for evaluation, so that the tally covers training only, and the loss of windows."""
+    """A Trainer that trains on this rank's part of each global batch, with a loss that makes the ranks' mean the batch's.
+
+    It has a separate collator for evaluation, so that the tally covers training only, and the loss of windows.
+    """
 
     evaluation_collator: Collator
-    windows: fastbert.Windows | None
+    work: Work
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        if self.windows is None:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss, logits = loss_and_logits(self.windows, model, inputs)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        task, shared = self.work.settings.task, model.training and ranks.world() > 1
+        if shared:
+            own = weighting.counted(task, inputs)
+            everyone = ranks.summed(own)  # on its way during the forward
+        if self.work.windows is None:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        else:
+            loss, logits = loss_and_logits(self.work.windows, model, inputs)
+            outputs = {"logits": logits}
+        if shared:
+            loss = weighting.weighted(weighting.parts(task, loss, outputs, inputs), own, everyone(), ranks.world())
+        return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A loader of this rank's parts, which accelerate must not divide once more."""
+        parts = Parts(self.train_dataset, self.work.settings.batch, ranks.rank(), ranks.world())
+        collate, pin = self.data_collator, self.args.dataloader_pin_memory
+        return DataLoader(self.train_dataset, batch_sampler=parts, collate_fn=collate, pin_memory=pin)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Continue the random bits of a checkpoint of as many ranks; another number of ranks draws new ones."""
+        if checkpoint is None or len(list(Path(checkpoint).glob("rng_state*.pth"))) == ranks.world():
+            super()._load_rng_state(checkpoint)
+        else:
+            seed_dropout(self.args.seed, self.state.global_step)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         own = self.data_collator
@@ -161,10 +196,21 @@ class _Trainer(Trainer):
             self.data_collator = own
 
 
+def seed_dropout(seed: int, step: int) -> None:
+    """Seed this rank's generators by its rank, and by the step at which it starts."""
+    torch.manual_seed(zlib.crc32(f"{seed} {ranks.rank()} of {ranks.world()} from {step}".encode()))
+
+
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The lane's checkpoints by step."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    """The lane's complete checkpoints by step."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    found = [path for path in complete if path.name.removeprefix("checkpoint-").isdigit()]
     return {int(path.name.removeprefix("checkpoint-")): path for path in sorted(found)}
+
+
+def _before(folder: Path, steps: int) -> LaneRecord | str | None:
+    """The record of a lane that was finished, or the checkpoint to continue from, if there is one."""
+    return _read(folder / RECORD) if (folder / RECORD).exists() else _last_checkpoint(folder, steps)
 
 
 def _last_checkpoint(folder: Path, steps: int) -> str | None:
@@ -194,29 +240,6 @@ def _optimizer_name(trainer: Trainer) -> str:
     owner = "fastbert" if isinstance(optimizer, fastbert.AdamW) else "torch"
     fused = " fused" if owner == "torch" and optimizer.defaults.get("fused") else ""
     return f"{owner} {type(optimizer).__name__}{fused}"
-
-
-def _tally(collator: Collator, trainer: Trainer, watch: Watch, settings: Settings) -> dict[str, Any]:
-    """Tokens, checksums and times of the steps of this process. The collator may be a batch ahead of them."""
-    sizes = _batches_a_step(len(trainer.train_dataset), settings)
-    batches = iter(zip(collator.tokens, collator.checksums, strict=True))
-    tokens, checksums = [], []
-    for step in range(watch.first_step, trainer.state.global_step):
-        own = [next(batches) for _ in range(sizes[step % len(sizes)])]
-        tokens.append(sum(count for count, _ in own))
-        checksums.append(zlib.crc32(repr([checksum for _, checksum in own]).encode()))
-    found: dict[str, Any] = {"tokens": sum(tokens), "checksums": checksums, "peak_bytes": watch.peak_bytes}
-    timed = watch.seconds[WARM_UP:]
-    if len(timed) >= FEWEST_TIMED:
-        found |= {"seconds": Spread.of(timed), "tokens_per_second": sum(tokens[WARM_UP:]) / sum(timed)}
-    return found
-
-
-def _batches_a_step(rows: int, settings: Settings) -> list[int]:
-    """The number of batches in each step of an epoch; the last step takes the remainder."""
-    batches = math.ceil(rows / settings.batch)
-    whole, left = divmod(batches, settings.accumulation)
-    return [settings.accumulation] * whole + ([left] if left else [])
 
 
 def _read(path: Path) -> LaneRecord:

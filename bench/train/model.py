@@ -1,5 +1,6 @@
 """Loads the model that both lanes start from and its tokenizer, and makes the arguments of transformers' Trainer."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from bench.train import ranks
 from bench.train.records import Settings
 from bench.train.tasks import TASKS
 from fastbert.cli.source import Source
@@ -77,11 +79,15 @@ def dropout_of(config: Any) -> float:
 def arguments(settings: Settings, folder: Path) -> TrainingArguments:
     """Trainer's arguments, equal for both lanes except for the folder."""
     gpu = torch.cuda.is_available()
+    # Trainer and accelerate would otherwise take what `accelerate launch` was told.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if settings.dtype == "fp32" else settings.dtype
+    if not gpu:  # several ranks would be on cpu:0, a name by which torch.load cannot restore a checkpoint
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     made = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch,
-        per_device_eval_batch_size=settings.batch * EVALUATION_BATCHES,
+        per_device_train_batch_size=settings.batch,  # only logged: sharding.Parts makes the batches
+        per_device_eval_batch_size=-(-settings.batch * EVALUATION_BATCHES // ranks.world()),
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
@@ -105,6 +111,7 @@ def arguments(settings: Settings, folder: Path) -> TrainingArguments:
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=not gpu,
+        ddp_find_unused_parameters=False,  # every head here uses all parameters; to look for others costs time in each step
         dataloader_pin_memory=gpu,
         disable_tqdm=True,
         report_to=[],

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from bench.core.records import Environment, FromJson, Spread
 
-SCHEMA = 1
+SCHEMA = 2
 LANES = ("stock", "fastbert")
 DTYPES = ("bf16", "fp16", "fp32")
 TRUNCATIONS = ("head", "tail", "head+tail", "split")
@@ -16,9 +16,9 @@ POOLINGS = ("mean", "max", "first", "token-mean")
 class Settings(FromJson):
     """The settings of a run. Runs with equal settings start from the same weights and see the same rows in the same order.
 
-    `dropout` None: the model's own. `max_length` 0: the 95th percentile. `truncation` "": the task's default.
-    `columns` "": known names, or the order of the columns. `windows` "": none; with them `stride` None is a quarter of a
-    window, `pooling` "" the mean, and `max_windows` 0 no limit.
+    `batch`: sequences of all ranks together, so settings say nothing of ranks. `dropout` None: the model's own. `max_length`
+    0: the 95th percentile. `truncation` "": the task's default. `columns` "": known names, or the order of the columns.
+    `windows` "": none; with them `stride` None is a quarter of a window, `pooling` "" the mean, and `max_windows` 0 no limit.
     """
 
     task: str
@@ -86,9 +86,11 @@ class Evaluation(FromJson):
 class LaneRecord(FromJson):
     """One lane. losses[i] is the loss of step i + 1; checksums[i] is that of the batches of step resumed_at + i + 1.
 
-    seconds: of a step, from its first batch's forward to the end of the optimizer's step; None if nothing was timed.
-    tokens_per_second: real tokens of the timed steps over their time. peak_bytes: peak memory of a step. launches: of
-    fastbert's kernels. None in losses stands for a number that is not finite.
+    tokens: real ones, of all ranks. imbalance: the most tokens of a rank over the mean of the ranks, averaged over batches.
+    seconds: of a step of the slowest rank, from its first batch's forward to the end of the optimizer's step; None if nothing
+    was timed. tokens_per_second: real tokens of the timed steps over their time. peak_bytes: peak memory of a step, of the
+    rank with the most. launches: of fastbert's kernels, on the rank with the fewest. None in losses stands for a number that
+    is not finite.
     """
 
     lane: str
@@ -103,6 +105,8 @@ class LaneRecord(FromJson):
     resumed_at: int
     stopped_early: bool
     checksums: list[int]
+    ranks: int = 1
+    imbalance: float = 1.0
     seconds: Spread | None = None
     tokens_per_second: float | None = None
     peak_bytes: int | None = None

@@ -33,6 +33,7 @@ def table(results: TrainResults) -> Table:
     rows = {
         "attention": lambda lane: lane.attention,
         "optimizer": lambda lane: lane.optimizer,
+        **(_OF_RANKS if any(lane.ranks > 1 for lane in results.lanes) else {}),
         "steps": lambda lane: f"{len(lane.losses)}{' (stopped early)' if lane.stopped_early else ''}",
         "final training loss": lambda lane: "not finite" if lane.losses[-1] is None else f"{lane.losses[-1]:.6f}",
         "evaluation loss": lambda lane: f"{lane.final_eval_loss:.6f}",
@@ -45,6 +46,12 @@ def table(results: TrainResults) -> Table:
     for name, cell in rows.items():
         made.add_row(name, *(cell(lane) for lane in results.lanes))
     return made
+
+
+_OF_RANKS = {
+    "ranks": lambda lane: f"{lane.ranks}",
+    "tokens of the fullest rank": lambda lane: f"{lane.imbalance:.3f} x the mean",
+}
 
 
 def _measured(value: float | None, form: str) -> str:

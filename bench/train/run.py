@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset
 
 from bench.core import environment, schema
-from bench.train import encode, report, tasks
+from bench.train import encode, ranks, report, sharding, tasks
 from bench.train.compare import compare
 from bench.train.data import read
 from bench.train.file import Row, Say
@@ -18,7 +18,7 @@ from bench.train.labels import lines
 from bench.train.lanes import RECORD, Advance, Work, checkpoints, run
 from bench.train.model import dropout_of, load, open_source
 from bench.train.options import SHORTEST
-from bench.train.records import LANES, DataRecord, Settings, TrainResults
+from bench.train.records import LANES, SCHEMA, DataRecord, Settings, TrainResults
 from bench.train.windows import as_input_error, described, windows_of
 from fastbert.errors import InputError
 from fastbert.windows import SIZE
@@ -30,24 +30,26 @@ SplitRows = tuple[list[Row], list[Row], list[str]]
 def run_all(
     settings: Settings, out: Path, lanes: Sequence[str], resume: bool, advance: Advance, say: Say = print
 ) -> TrainResults:
-    """Train every lane and write the results into `out`. `say` gets lines about the data before training.
+    """Train every lane, on every rank, and let rank 0 write the results into `out`, a folder that all ranks can read.
+
+    `say` gets lines about the data before training.
 
     Raises:
         InputError: data, model or folder cannot be used. Nothing was trained.
     """
     datasets.disable_caching()
-    _check_folder(settings, out, lanes, resume)
-    rows = read_rows(settings, say)
-    work, data = prepare(settings, open_source(settings.model or None), rows, out)
-    _mark(settings, out)
+    ranks.of_first(lambda: _check_folder(settings, out, lanes, resume))
+    work, data = ranks.agreed(lambda: prepare(settings, open_source(settings.model or None), read_rows(settings, say), out))
+    ranks.of_first(lambda: _mark(settings, out))
     records = [run(work, lane, advance, resume) for lane in lanes]
     config = work.start.config
     dropout = dropout_of(config)
     both = {record.lane: record for record in records}
     comparison = compare(settings, dropout, both["stock"], both["fastbert"]) if len(both) == len(LANES) else None
     results = TrainResults(environment.read(), settings, data, records, comparison)
-    schema.write(results, out / report.RESULTS)
-    report.draw(results, out / report.PICTURE)
+    if not ranks.rank():
+        schema.write(results, out / report.RESULTS)
+        report.draw(results, out / report.PICTURE)
     return results
 
 
@@ -68,6 +70,7 @@ def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tupl
             raise
         raise as_input_error(error) from None
     sequences = [sum(map(len, part["input_ids"])) if windows else len(part) for part in features]
+    sharding.check(len(features[0]), settings.batch, ranks.world())
     model = load(source, settings, labels)
     compute = tasks.metrics_for(task, labels, eval_rows, features[1])
     data = DataRecord(
@@ -137,6 +140,10 @@ def _check_folder(settings: Settings, out: Path, lanes: Sequence[str], resume: b
         before = json.loads((out / SETTINGS).read_text())
     except (OSError, ValueError):
         raise InputError(f"--resume: there is no run in {out} to continue") from None
+    if before.get("schema") != SCHEMA:
+        raise InputError(
+            f"--resume: the run in {out} was made by another version of this command, which ordered rows otherwise"
+        )
     for name, value in dataclasses.asdict(settings).items():
         if before.get(name) != value:
             raise InputError(f"--resume: the run in {out} has {name} {before.get(name)!r}, this one {value!r}")
@@ -145,6 +152,6 @@ def _check_folder(settings: Settings, out: Path, lanes: Sequence[str], resume: b
 def _mark(settings: Settings, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / SETTINGS).write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+        (out / SETTINGS).write_text(json.dumps({"schema": SCHEMA} | dataclasses.asdict(settings), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"--out: cannot write into {out}: {error.strerror}") from None

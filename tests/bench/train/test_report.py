@@ -91,6 +91,12 @@ def test_times_of_a_gpu():
     assert "12,346" in text and "10 ms [9, 11]" in text and "3.00 GiB" in text and "Invented GPU" in text
 
 
+def test_of_several_ranks():
+    of_ranks = {"ranks": 4, "imbalance": 1.0625}
+    text = shown(made(replace(STOCK, **of_ranks), replace(FAST, **of_ranks)))
+    assert "ranks" in text and "1.062 x the mean" in text and "ranks" not in shown(made())
+
+
 def test_what_the_reader_has_to_know():
     assert "--dropout 0 makes them comparable" in shown(made(dropout=0.1))
     assert "failed: the lanes did not see the same batches" in shown(made(fast=replace(FAST, checksums=[0, 0, 0])))

@@ -11,7 +11,7 @@ from transformers import DistilBertConfig, XLMRobertaConfig
 
 import fastbert
 from bench.runner.isolate import ROOT
-from bench.train import lanes, report
+from bench.train import lanes, report, run, tally
 from bench.train.options import NEEDED
 from fastbert.testing.rows import DEVICE
 from tests.bench.train.training import FILES, invoke, save_model
@@ -162,6 +162,10 @@ def test_resumed_is_as_if_never_stopped(lane, batch, accumulation, train, monkey
     assert code == 2 and "already holds a run" in text
     code, text, _ = train("mlm", *options, "--resume", "--seed", 3)
     assert code == 2 and "has seed 0, this one 3" in text
+    settings = tmp_path / "out" / run.SETTINGS
+    settings.write_text(settings.read_text().replace('"schema": 2', '"schema": 1'))
+    code, text, _ = train("mlm", *options, "--resume")
+    assert code == 2 and "was made by another version of this command" in text
 
 
 def test_early_stopping(train):
@@ -292,5 +296,5 @@ def test_a_gpu_gives_times(dtype, train):
     code, text, results = train("mlm", "--steps", 12, "--dropout", 0, "--dtype", dtype, "--lr", 1e-3)
     assert code == 0, text
     for lane in results.lanes:
-        assert lane.seconds.rounds == 12 - lanes.WARM_UP and lane.tokens_per_second > 0 and lane.peak_bytes > 0
+        assert lane.seconds.rounds == 12 - tally.WARM_UP and lane.tokens_per_second > 0 and lane.peak_bytes > 0
     assert "not measured" not in text
