@@ -114,9 +114,10 @@ def zero1(model: Model, ranks: int, itemsize: int = 2) -> list[Collective]:
 
 
 def tensor_parallel(config: Any, tokens: int, ranks: int, itemsize: int = 2) -> list[Collective]:
-    """Tensor parallelism of the layers: attention and feed-forward each have one all-reduce of their output in the forward, and
-    one of their input's gradient in the backward (Megatron-LM, arXiv 1909.08053, section 3)."""
+    """Tensor parallelism of the layers by a plan of their Linears: in the forward the outputs of attention and feed-forward are
+    all-reduced, in the backward the gradients of the inputs of query, key, value and intermediate, each by itself. (With query,
+    key and value as one product there are four in a layer instead of six: Megatron-LM, arXiv 1909.08053, section 3.)
+    """
     size = tokens * config.hidden_size * itemsize
-    return [
-        Collective(ALL_REDUCE, size, ranks, f"layer {layer}") for layer in range(config.num_hidden_layers) for _ in range(4)
-    ]
+    layers = range(config.num_hidden_layers)
+    return [Collective(ALL_REDUCE, size, ranks, f"layer {layer}") for layer in layers for _ in range(2 + 4)]

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +23,12 @@ PRETRAINING = next(kind for kind in KINDS if kind.name == "pretraining")
 # Large enough for several buckets of 1 MiB, small enough for the interpreter.
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 4001}
 CAP = 0.25  # MiB
-KINDS_OF_OPS = {"allreduce_": ALL_REDUCE, "_allgather_base_": ALL_GATHER, "_reduce_scatter_base_": REDUCE_SCATTER}
+KINDS_OF_OPS = {
+    "allreduce_": ALL_REDUCE,
+    "all_reduce": ALL_REDUCE,
+    "_allgather_base_": ALL_GATHER,
+    "_reduce_scatter_base_": REDUCE_SCATTER,
+}
 
 
 class _Collectives(TorchDispatchMode):
@@ -32,8 +39,8 @@ class _Collectives(TorchDispatchMode):
         self.found: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            name = function.overloadpacket.__name__
+        name = function.overloadpacket.__name__
+        if function.namespace == "c10d" or (function.namespace == "_c10d_functional" and name in KINDS_OF_OPS):
             tensors = [a for group in args for a in (group if isinstance(group, list | tuple) else [group])]
             sizes = [a.numel() * a.element_size() for a in tensors if isinstance(a, Tensor)]
             self.found.append((KINDS_OF_OPS.get(name, name), max(sizes)))
@@ -109,7 +116,37 @@ def count_fsdp(rank: int, reshard: bool = True, half: bool = False) -> None:
     assert sorted(found) == sorted((c.kind, c.size) for c in expected), (found, expected)
 
 
+def count_hsdp(rank: int) -> None:
+    """Four ranks, as two nodes of two."""
+    model, batch = model_and_batch(rank)
+    predicted = parts.of(model)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with collectives() as found:
+        model(**batch).loss.backward()
+    expected = volumes.fsdp(predicted, 4, Sharding(4, 4), node=2)
+    assert sorted(found) == sorted((c.kind, c.size) for c in expected), (found, expected)
+
+
+def count_tensor_parallel(rank: int) -> None:
+    """A stock model: its Linears communicate, whatever runs between them."""
+    model = make(PRETRAINING, num_attention_heads=2, attention="sdpa").cpu()
+    columns = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense")
+    plan = {name: ColwiseParallel() for name in columns}
+    plan |= {name: RowwiseParallel() for name in ("attention.output.dense", "output.dense")}
+    for layer in model.bert.encoder.layer:
+        parallelize_module(layer, init_device_mesh("cpu", (2,)), plan)
+    batch = {name: tensor.cpu() for name, tensor in make_batch(PRETRAINING).items()}
+    with collectives() as found:
+        model(**batch).loss.backward()
+    expected = volumes.tensor_parallel(model.config, batch["input_ids"].numel(), 2, itemsize=4)
+    assert sorted(found) == sorted((c.kind, c.size) for c in expected), (found, expected)
+
+
 def count_all(rank: int) -> None:
     count_ddp(rank)
     count_fsdp(rank)
     count_fsdp(rank, reshard=False, half=True)
+    count_tensor_parallel(rank)

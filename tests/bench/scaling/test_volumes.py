@@ -97,4 +97,4 @@ def test_hsdp_sends_shards_between_nodes():
 def test_zero_and_tensor_parallel():
     assert sent(volumes.zero1(tiny(), 4)) == pytest.approx(2 * 3 / 4 * 2 * tiny().numel)
     found = volumes.tensor_parallel(tiny().config, 100, 2)
-    assert len(found) == 2 * 4 and sent(found) == 8 * 100 * 64 * 2
+    assert len(found) == 2 * 6 and sent(found) == 12 * 100 * 64 * 2
