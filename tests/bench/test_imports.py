@@ -23,7 +23,7 @@ FOLDERS = {
     "report": ("core", "host", "tune"),
     "stream": ("core",),
     "train": ("core", "report", "stream"),
-    "scaling": ("core", "models", "report"),
+    "scaling": ("core", "models", "report", "train"),
     "runner": ("core", "audit", "models", "encode", "host", "ops", "tune", "report"),
 }
 # The command line stands above all folders: the command.py of each is a part of it, and nothing but __main__ imports those.
