@@ -92,11 +92,31 @@ def run(module: nn.Module, op: Callable[..., Any], *arguments: Any, **options: A
     before = ops.failures.fallbacks
     result = op(*arguments, **options)
     if ops.failures.fallbacks != before:
-        tally, kernel = _calls[module], ops.failures.last_failed
-        with _lock:
-            tally.kernel -= 1
-            tally.fallbacks[f"{kernel} failed: {ops.failures.reasons[kernel]}"] += 1
+        kernel = ops.failures.last_failed
+        _recount(module, f"{kernel} failed: {ops.failures.reasons[kernel]}")
     return result
+
+
+def _recount(module: nn.Module, reason: str) -> None:
+    """Turn a call of `module` that was counted for the kernel into a fallback."""
+    with _lock:
+        tally = _calls[module]
+        tally.kernel -= 1
+        tally.fallbacks[reason] += 1
+
+
+def falls_back_after(module: nn.Module, *results: Tensor) -> bool:
+    """Whether a call of `module`, which was counted for the kernel, falls back because of what modules inside it returned.
+
+    A Linear with hooks for tensor parallelism may return a DTensor, with which only torch's own ops can go on. The result of
+    a collective under way is a subclass too, but ops wait for it (kernels/core/collectives.py).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    found = next((x for x in results if not is_plain_tensor(x) and not hasattr(x, "trigger_wait")), None)
+    if found is not None:
+        _recount(module, f"a Linear inside it returned a {type(found).__name__}")
+    return found is not None
 
 
 def tensor_reason(*tensors: Tensor) -> str | None:

@@ -201,6 +201,8 @@ class AdamW(torch.optim.AdamW):
                 grad = param.grad
                 if grad is None:
                     continue
+                if _is_pending(type(grad)):
+                    grad = param.grad = _complete(grad)
                 state = self._state_of(param, grad, group)
                 if not failed and device_reason(param.device, param.dtype) is None:
                     fast.append((param, grad, state, index))
@@ -247,7 +249,7 @@ class AdamW(torch.optim.AdamW):
             for param, grad, state, index in found
         ]
         if any(map(_is_distributed, {type(parameter.param) for parameter in parameters})):
-            parameters = [_local(p) if _is_distributed(type(p.param)) else p for p in parameters]
+            parameters = [Parameter._make(_local(*parameter)) for parameter in parameters]
         if _is_capturing(found[0][0]):
             tables = Tables(captured=True)  # the graph itself keeps their contents
         else:
@@ -286,16 +288,19 @@ class AdamW(torch.optim.AdamW):
     def _step_stock(self, found: list[tuple], group: dict[str, Any]) -> None:
         """Step with torch's own functions, on the same state."""
         scaling = self._scaling()
-        params = [state.get("master", param) for param, state in found]
-        grads = [param.grad.to(own.dtype) for (param, _), own in zip(found, params, strict=True)]
-        states = [state for _, state in found]
+        names = ("exp_avg", "exp_avg_sq", "step", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        # As shards, because torch's functions take no list of DTensors and other tensors.
+        rows = [
+            _local(param, param.grad, state.get("master", param), *(state[name] for name in names)) for param, state in found
+        ]
+        _, grads, params, exp_avg, exp_avg_sq, step, *largest = map(list, zip(*rows, strict=True))
         adam(
             params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
+            [grad.to(param.dtype) for param, grad in zip(params, grads, strict=True)],
+            exp_avg,
+            exp_avg_sq,
+            largest[0] if largest else [],
+            step,
             # Only torch's fused implementation takes the scaling tensors and reads `step` on a device without waiting.
             fused=True if any(t is not None for t in scaling.values()) or not params[0].is_cpu else group["fused"],
             foreach=group["foreach"],
@@ -310,9 +315,9 @@ class AdamW(torch.optim.AdamW):
             eps=group["eps"],
             maximize=group["maximize"],
         )
-        for (param, state), own in zip(found, params, strict=True):
+        for param, state in found:
             if "master" in state:
-                param.copy_(own)
+                param.copy_(state["master"])
 
 
 def _columns(params: list[Tensor], grads: list[Tensor], states: list[Any], owners: list[int], amsgrad: list[bool]) -> Any:
@@ -350,12 +355,23 @@ def _is_distributed(cls: type) -> bool:
     return hasattr(cls, "to_local")
 
 
-def _local(parameter: Any) -> Any:
-    """The local shard of a distributed parameter and its state, with the gradient redistributed to the same placements."""
-    param, grad = parameter.param, parameter.grad
+def _local(param: Tensor, grad: Tensor, *state: Any) -> tuple[Any, ...]:
+    """A parameter, its gradient and its state; of a distributed one the local shards, the gradient's as the parameter's are."""
+    if not _is_distributed(type(param)):
+        return param, grad, *state
     if grad.placements != param.placements:
-        parameter = parameter._replace(grad=grad.redistribute(param.device_mesh, param.placements))
-    return type(parameter)(*(x.to_local() if hasattr(x, "to_local") else x for x in parameter))
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return tuple(_complete(x.to_local()) if hasattr(x, "to_local") else x for x in (param, grad, *state))
+
+
+@cache
+def _is_pending(cls: type) -> bool:
+    """Whether `cls` is torch's AsyncCollectiveTensor, the result of a collective that may be under way."""
+    return hasattr(cls, "trigger_wait")
+
+
+def _complete(tensor: Tensor) -> Tensor:
+    return tensor.trigger_wait() if _is_pending(type(tensor)) else tensor
 
 
 def _step_on_device(group: dict[str, Any]) -> bool:

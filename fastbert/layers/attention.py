@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, falls_back_after, run, tensor_reason
 from fastbert.integrations.attention import NAME, argument_reason, attend, implementation_reason, mask_reason, wants_weights
 from fastbert.layers import stock
 from fastbert.layers.family import DISTILBERT, LIKE_BERT
@@ -47,6 +47,8 @@ class SelfAttention(FastModule):
         if falls_back(self, reason):
             return super().forward(hidden_states, stock_mask(attention_mask), *args, **kwargs)
         q, k, v = project(hidden_states, self.projections, self.attention_head_size)
+        if falls_back_after(self, q, k, v):  # stock's forward calls the Linears once more
+            return super().forward(hidden_states, stock_mask(attention_mask), *args, **kwargs)
         mask, cache = _kernel_mask(self, attention_mask), _cache(args, kwargs)
         bounds = _varlen_bounds(self, attention_mask, cache, kwargs)
         if bounds is not None:
@@ -96,14 +98,17 @@ class CrossAttention(FastModule):
             return super().forward(hidden_states, encoder_hidden_states, stock_mask(attention_mask), *args, **kwargs)
         (q,) = project(hidden_states, (self.query,), self.attention_head_size)
         mask, cache = _kernel_mask(self, attention_mask), _cache(args, kwargs)
-        if cache is not None and cache.is_updated.get(self.layer_idx):
+        cached = cache is not None and cache.is_updated.get(self.layer_idx)
+        if cached:
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             k, v = layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
         else:
             k, v = project(encoder_hidden_states, (self.key, self.value), self.attention_head_size)
-            if cache is not None:
-                k, v = _update_cache(self, cache.cross_attention_cache, k, v, {})
-                cache.is_updated[self.layer_idx] = True
+        if falls_back_after(self, q, k, v):  # as above
+            return super().forward(hidden_states, encoder_hidden_states, stock_mask(attention_mask), *args, **kwargs)
+        if cache is not None and not cached:
+            k, v = _update_cache(self, cache.cross_attention_cache, k, v, {})
+            cache.is_updated[self.layer_idx] = True
         return _attend(self, q, k, v, mask, hidden_states.shape), None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, falls_back_after, run, tensor_reason
 from fastbert.layers import stock
 from fastbert.layers.family import ELECTRA
 from fastbert.layers.parts import UNKNOWN_ARGUMENTS, activation_reason, bind_arguments, kernel_activation, linear_without_bias
@@ -24,6 +24,8 @@ class Intermediate(FastModule):
         if falls_back(self, UNKNOWN_ARGUMENTS if inputs is None else self._reason(*inputs)):
             return super().forward(*args, **kwargs)
         x, bias = linear_without_bias(self.dense, *inputs)
+        if falls_back_after(self, x):
+            return self.intermediate_act_fn(x)
         return run(self, ops.bias_gelu, x, bias, activation=kernel_activation(self.intermediate_act_fn))
 
     def _reason(self, hidden_states: Tensor) -> str | None:
@@ -38,6 +40,8 @@ class DiscriminatorPredictions(FastModule):
         if falls_back(self, UNKNOWN_ARGUMENTS if inputs is None else self._reason(*inputs)):
             return super().forward(*args, **kwargs)
         x, bias = linear_without_bias(self.dense, *inputs)
+        if falls_back_after(self, x):
+            return self.dense_prediction(self.activation(x)).squeeze(-1)
         hidden_states = run(self, ops.bias_gelu, x, bias, activation=kernel_activation(self.activation))
         return self.dense_prediction(hidden_states).squeeze(-1)
 

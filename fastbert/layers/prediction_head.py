@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, falls_back_after, run, tensor_reason
 from fastbert.layers import stock
 from fastbert.layers.family import ELECTRA, LIKE_ROBERTA
 from fastbert.layers.parts import (
@@ -52,6 +52,8 @@ def transformed(module: nn.Module, dense: nn.Module, activation: object, norm: n
     if _unsupported(activation, norm) or tensor_reason(hidden_states, norm.weight, norm.bias):
         return norm(activation(dense(hidden_states)))
     x, x_bias = linear_without_bias(dense, hidden_states)
+    if falls_back_after(module, x):
+        return norm(activation(x))
     return run(
         module,
         ops.gelu_layernorm,

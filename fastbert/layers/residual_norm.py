@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.dispatch import FastModule, falls_back, run, tensor_reason
+from fastbert.dispatch import FastModule, falls_back, falls_back_after, run, tensor_reason
 from fastbert.layers import stock
 from fastbert.layers.parts import (
     UNKNOWN_ARGUMENTS,
@@ -32,6 +32,8 @@ class ResidualNorm(FastModule):
             return super().forward(*args, **kwargs)
         hidden_states, input_tensor = inputs
         x, x_bias = linear_without_bias(self.dense, hidden_states)
+        if falls_back_after(self, x):
+            return self.LayerNorm(self.dropout(x) + input_tensor)
         dtype = torch.promote_types(x.dtype, input_tensor.dtype)
         return run(
             self,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .autograd import check_unbatched, first_order_only, links
+from .collectives import waited
 
 TENSORS = (Tensor, Tensor | None)
 # The package that holds this copy of the kernels: "fastbert", or the unique name under which a build folder is loaded
@@ -92,8 +93,9 @@ def define_op(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> Any:
-            output = launch(*taken.of(values))
-            tensors = keep(ctx, values, output)
+            ready = waited(values)
+            output = launch(*taken.of(ready))
+            tensors = keep(ctx, ready, output)
             ctx.links = links(values, tensors)
             ctx.strides = [None if x is None else x.stride() for x in tensors]
             return output
@@ -103,7 +105,7 @@ def define_op(
             check_unbatched(upstream)
             sources = ctx.saved_tensors  # once: checkpointing allows a single read
             with torch.no_grad():
-                found = derive(ctx, launch_backward, with_strides(sources, ctx.strides), upstream[0])
+                found = derive(ctx, launch_backward, with_strides(sources, ctx.strides), waited(upstream)[0])
             return first_order_only(found, (*upstream, *sources, *ctx.links)) if torch.is_grad_enabled() else found
 
     def keep_compiled(ctx: Any, inputs: Sequence[Any], output: Any) -> None:

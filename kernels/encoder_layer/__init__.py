@@ -27,6 +27,7 @@ from torch import Tensor
 from ..attention import bounds_of
 from ..core import failures
 from ..core.autograd import check_unbatched, first_order_only, links, needs_backward
+from ..core.collectives import waited
 from ..core.failures import KernelFailed
 from ..core.launch import float32_products
 from ..feed_forward import products as feed_forward_products
@@ -237,6 +238,7 @@ _apply = super(torch.autograd.Function, _Layer).apply
 
 def _gradients(ctx: Any, tensors: Sequence[Tensor | None], dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of x, of the queries and of each weight. Some that are not needed come along; autograd drops them."""
+    [dy] = waited((dy,))
     if _elsewhere(dy):
         with torch.cuda.device(dy.device):
             return _gradients(ctx, tensors, dy)

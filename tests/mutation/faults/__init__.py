@@ -27,6 +27,7 @@ from tests.mutation.faults import (
     patching,
     pooling,
     reports,
+    tensor_parallel,
     training_graphs,
     windows,
 )
@@ -53,6 +54,7 @@ AREAS = (
     forwards,
     inference_graphs,
     reports,
+    tensor_parallel,
     training_graphs,
     benchmarks,
     distilbert,

@@ -241,8 +241,8 @@ FAULTS = (
     ),
     _optimizer(
         "torch's own AdamW, where no kernel runs, does not maximize",
-        before='maximize=group["maximize"],\n        )\n        for (param, state)',
-        after="maximize=False,\n        )\n        for (param, state)",
+        before='maximize=group["maximize"],\n        )\n        for param, state',
+        after="maximize=False,\n        )\n        for param, state",
         tests=("tests/optim/test_stock.py::test_is_torchs",),
     ),
     _failures(

@@ -44,8 +44,8 @@ FAULTS = (
     ),
     _dispatch(
         "reasons are lost",
-        before="tally.fallbacks[reason] += 1",
-        after='tally.fallbacks["stock"] += 1',
+        before="                tally.fallbacks[reason] += 1\n",
+        after='                tally.fallbacks["stock"] += 1\n',
         tests=(f"{REPORT}::test_each_fallback_is_counted_with_its_reason",),
     ),
     _dispatch(
