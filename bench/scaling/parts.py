@@ -33,12 +33,25 @@ EMBEDDINGS = (
 )
 
 
+# The modules of a stock layer in the order of its backward, and their parameters in the order in which they arrive there.
+MODULES = {
+    f"{name}.": tuple(f"{name}.{parameter}" for parameter in parameters)
+    for name, parameters in {
+        "output": ("LayerNorm.weight", "LayerNorm.bias", "dense.bias", "dense.weight"),
+        "intermediate": ("dense.bias", "dense.weight"),
+        "attention.output": ("LayerNorm.weight", "LayerNorm.bias", "dense.bias", "dense.weight"),
+        "attention.self": ("value.bias", "value.weight", "key.bias", "key.weight", "query.bias", "query.weight"),
+    }.items()
+}
+
+
 @dataclass(frozen=True)
 class Part:
-    """Parameters whose gradients arrive together, by name and in the order of arrival."""
+    """Parameters whose gradients arrive together, by name and in the order of arrival. kind: which operations it has."""
 
     name: str
     parameters: dict[str, Tensor]
+    kind: str = "layer"
 
     @property
     def numel(self) -> int:
@@ -69,8 +82,28 @@ class Model:
         bare = copy(self.config)
         bare.num_hidden_layers = 0
         head = forward_flops(bare, "pretraining", lengths)
-        layer = (whole - head) // len(self.layers)
-        return head, *[layer] * len(self.layers), 0
+        layer = (whole - head) // self.config.num_hidden_layers
+        of = {"head": head, "layer": layer, "embeddings": 0} | self._of_modules(layer, sum(lengths))
+        return tuple(of[part.kind] for part in self.parts)
+
+    def _of_modules(self, layer: int, tokens: int) -> dict[str, int]:
+        square = 2 * tokens * self.config.hidden_size**2
+        wide = 2 * tokens * self.config.hidden_size * self.config.intermediate_size
+        found = {"output.": wide, "intermediate.": wide, "attention.output.": square}
+        return found | {"attention.self.": layer - sum(found.values())}
+
+    def by_module(self) -> "Model":
+        """The same model if the gradients of each module of a layer arrive by themselves, as a stock model's do."""
+        modules = [
+            Part(f"{layer.name}.{kind}", {name: layer.parameters[name] for name in _named(layer, names)}, kind)
+            for layer in self.layers
+            for kind, names in MODULES.items()
+        ]
+        return Model(self.config, (self.parts[0], *modules, self.parts[-1]))
+
+
+def _named(layer: Part, names: Sequence[str]) -> list[str]:
+    return [f"{layer.name}.{name}" for name in names]
 
 
 def of(model: nn.Module) -> Model:
@@ -87,7 +120,7 @@ def of(model: nn.Module) -> Model:
         raise ValueError(f"expected the parameters of a BertForPreTraining, got others: {sorted(expected ^ left.keys())[:3]}")
     layers = [Part(prefix.rstrip("."), {prefix + name: left[prefix + name] for name in LAYER}) for prefix in prefixes]
     head, embeddings = ({name: left[name] for name in names} for names in (HEAD, EMBEDDINGS))
-    return Model(model.config, (Part("head", head), *layers, Part("embeddings", embeddings)))
+    return Model(model.config, (Part("head", head, "head"), *layers, Part("embeddings", embeddings, "embeddings")))
 
 
 def bert(name: str) -> Model:

@@ -94,7 +94,25 @@ def steps(question: Question, model: Model) -> Table:
             for engine in ENGINES:
                 found = step(model, engine, gpus, Batch(question.rows, seqlen), question.machine)
                 rows.append((f"{gpus:,}", f"{question.rows} x {seqlen}", engine.name, *_cells(found)))
-    return Table(STEP_HEADINGS, rows)
+    return Table(STEP_HEADINGS, rows, [_of_one_op(question, model)])
+
+
+def _of_one_op(question: Question, model: Model) -> str:
+    """What it costs DDP that all gradients of a layer arrive together."""
+    found = []
+    for seqlen in SEQLENS:
+        batch = Batch(question.rows, seqlen)
+        later = [
+            step(model, DDP, n, batch, question.machine).seconds - step(stock, DDP, n, batch, question.machine).seconds
+            for stock in [model.by_module()]
+            for n in question.gpus
+        ]
+        found.append(f"{', '.join(f'{1e3 * t:.2f}' for t in later)} ms with rows of {seqlen}")
+    counts = ", ".join(f"{n:,}" for n in question.gpus)
+    return (
+        "\nA stock layer hands its gradients over module by module, a patched one all together. Of the steps of DDP above, on "
+        f"{counts} GPUs, that is {'; '.join(found)}."
+    )
 
 
 def _cells(found: Step) -> Sequence[str]:

@@ -59,14 +59,29 @@ def model_and_batch(rank: int) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     return fastbert.patch(model), batch
 
 
+def arrivals(model: torch.nn.Module) -> list[str]:
+    """The names of parameters whose gradients have arrived, in order, filled by each backward of the model."""
+    arrived: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: arrived.append(name))
+    return arrived
+
+
+def count_stock(rank: int) -> None:
+    """Gradients of each module of a stock layer arrive together, in the order of `by_module` but for head and embeddings."""
+    model, batch = model_and_batch(rank)
+    arrived = arrivals(fastbert.unpatch(model))
+    model(**batch).loss.backward()
+    layers = parts.of(model).by_module().parts[1:-1]
+    assert [name for name in arrived if ".layer." in name] == [name for part in layers for name in part.parameters], arrived
+
+
 def count_ddp(rank: int) -> None:
     from fastbert.kernels.core.launch import counts
 
     model, batch = model_and_batch(rank)
     predicted = parts.of(model)
-    arrived: list[str] = []
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: arrived.append(name))
+    arrived = arrivals(model)
     parallel = DistributedDataParallel(model, bucket_cap_mb=CAP)
     reduced: list[tuple[int, int]] = []  # bytes of a bucket, and how many gradients have arrived when it is reduced
 
@@ -146,6 +161,7 @@ def count_tensor_parallel(rank: int) -> None:
 
 
 def count_all(rank: int) -> None:
+    count_stock(rank)
     count_ddp(rank)
     count_fsdp(rank)
     count_fsdp(rank, reshard=False, half=True)

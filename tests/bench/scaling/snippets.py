@@ -13,7 +13,7 @@ import fastbert
 from tests.models.tiny import MLM, make, make_batch
 
 PAGE = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
-DDP, ACCUMULATION, WEIGHTS, FSDP, MESH = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+DDP, ACCUMULATION, WEIGHTS, FSDP, MESH, SAVE, LOAD = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 TOGETHER = "dist.init_process_group()\n"  # what tests/ranks.py has done
 ROWS = 2
 
@@ -89,6 +89,22 @@ def mesh(rank: int) -> None:
     assert_trained(namespace["model"])
 
 
-def run_all(rank: int) -> None:
+def checkpoints(rank: int, folder: str) -> None:
+    """Saved from FSDP2, loaded into a whole model."""
+    saved = names(rank) | {"torch": torch, "fastbert": fastbert, "folder": folder}
+    exec(FSDP.replace(", mp_policy=policy", ""), saved)
+    train(saved)
+    exec(SAVE, saved)
+    model = fastbert.patch(make(MLM, seed=5).cpu()).train()
+    loaded = saved | {"model": model, "optimizer": fastbert.AdamW(fastbert.param_groups(model, lr=2e-5, weight_decay=0.01))}
+    exec(LOAD, loaded)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, whole(saved["model"].get_parameter(name).detach())), name
+        moment = saved["optimizer"].state[saved["model"].get_parameter(name)]["exp_avg"]
+        assert torch.equal(loaded["optimizer"].state[parameter]["exp_avg"], whole(moment)), name
+
+
+def run_all(rank: int, folder: str) -> None:
     for work in (ddp, weights, fsdp, mesh):
         work(rank)
+    checkpoints(rank, folder)

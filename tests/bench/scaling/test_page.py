@@ -38,8 +38,8 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["scaling", *arguments])
 
 
-def test_code_blocks():
-    on_ranks(2, run_all)
+def test_code_blocks(tmp_path):
+    on_ranks(2, run_all, str(tmp_path / "checkpoint"))
 
 
 def test_the_page_has_the_tables_of_the_command(printed):

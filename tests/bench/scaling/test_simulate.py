@@ -121,6 +121,17 @@ def test_accumulation_reduces_once():
     assert of[1] - of[0] == pytest.approx(more), "weights are gathered again, gradients are not"
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([2, 8, 64, 1024]), st.floats(1e9, 1e15), st.sampled_from([0.01, 0.05, 1.0]))
+def test_layers_that_hand_over_together_cost_a_bucket_and_a_layer_at_most(ranks, product, cap):
+    machine = replace(Assumptions(), product_rate=product)
+    engine = replace(DDP, bucket_cap_mb=cap)
+    ours, stock = (step(model, engine, ranks, BATCH, machine) for model in (tiny(3), tiny(3).by_module()))
+    largest = max(seconds(one, machine) for one in volumes.ddp(tiny(3), ranks, bucket_cap_mb=cap))
+    assert ours.compute == pytest.approx(stock.compute)
+    assert ours.seconds - stock.seconds <= largest * len(volumes.ddp(tiny(1), ranks, bucket_cap_mb=cap)) + ours.compute / 3
+
+
 def test_ranks_that_do_not_fill_nodes():
     with pytest.raises(ValueError, match="ranks: expected at most 8, or a multiple of it, got 12"):
         step(tiny(), DDP, 12, BATCH)

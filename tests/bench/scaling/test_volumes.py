@@ -33,6 +33,14 @@ def test_operations_are_those_of_flops():
     assert found[1] == found[2] == 2 * tokens * (4 * hidden**2 + 2 * hidden * 256) + 4 * hidden * pairs
 
 
+def test_modules_of_a_layer_have_all_of_it():
+    model, stock = tiny(), tiny().by_module()
+    assert [len(part.parameters) for part in stock.parts] == [9, *[4, 2, 4, 6] * 2, 5]
+    assert stock.numel == model.numel
+    whole, fine = model.forward_flops([128, 4]), stock.forward_flops([128, 4])
+    assert sum(fine) == sum(whole) and sum(fine[1:5]) == whole[1] and fine[1] == fine[2] == 4 * fine[3] < 2 * fine[4]
+
+
 def test_other_models_are_refused():
     with torch.device("meta"):
         model = BertForPreTraining(BertConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1))
