@@ -13,6 +13,7 @@ from bench.ops.command import ops
 from bench.report.command import report
 from bench.runner.command import accept, gpu
 from bench.scaling.command import scaling
+from bench.stream.command import measure_input
 from bench.train.command import train
 from bench.tune.command import tune
 
@@ -26,6 +27,7 @@ def main() -> None:
 
 for command in (audit, layer, gpu, models, latency, encode, ops, host, tune, accept, report, scaling, train):
     app.command()(command)
+app.command("input")(measure_input)
 
 
 if __name__ == "__main__":
