@@ -105,22 +105,28 @@ def step(model: Model, engine: Engine, ranks: int, batch: Batch, machine: Assump
 
 
 def _step(model: Model, engine: Engine, ranks: int, batch: Batch, machine: Assumptions) -> Step:
+    issued = tasks(model, engine, ranks, batch, machine)
+    optimizer = issued[-1].seconds
+    compute = sum(task.seconds for task in issued if task.stream == COMPUTE) - optimizer
+    communication = sum(task.seconds for task in issued if task.stream != COMPUTE)
+    return Step(run(issued)["optimizer"].end, compute, optimizer, communication)
+
+
+def tasks(model: Model, engine: Engine, ranks: int, batch: Batch, machine: Assumptions) -> list[Task]:
+    """All tasks of a step in the order in which they are issued; the optimizer's is the last."""
     rate = machine.product_rate * machine.busy
     forward = [n / rate for n in model.forward_flops([batch.seqlen] * batch.rows)]
     shares = 1
     if engine.sharding is None:
         collectives = volumes.ddp(model, ranks, engine.itemsize, engine.bucket_cap_mb)
-        tasks = list(_ddp(model, forward, collectives, batch.accumulation, machine))
+        issued = list(_ddp(model, forward, collectives, batch.accumulation, machine))
     else:
         node = min(machine.node, ranks) if engine.hybrid else None
         shares = node or ranks
         groups = volumes.fsdp_groups(model, ranks, engine.sharding, node)
-        tasks = list(_fsdp(groups, forward, batch.accumulation, machine))
+        issued = list(_fsdp(groups, forward, batch.accumulation, machine))
     optimizer = model.numel / shares * adamw_bytes() / machine.optimizer_rate
-    tasks.append(Task("optimizer", COMPUTE, optimizer, tuple(task.name for task in tasks)))
-    compute = sum(task.seconds for task in tasks if task.stream == COMPUTE) - optimizer
-    communication = sum(task.seconds for task in tasks if task.stream != COMPUTE)
-    return Step(run(tasks)["optimizer"].end, compute, optimizer, communication)
+    return [*issued, Task("optimizer", COMPUTE, optimizer, tuple(task.name for task in issued))]
 
 
 def _forward(names: Iterable[str], forward: Iterable[float], turn: int) -> Iterator[Task]:

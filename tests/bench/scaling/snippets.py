@@ -7,13 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import fastbert
 from tests.models.tiny import MLM, make, make_batch
 
 PAGE = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
-DDP, ACCUMULATION, WEIGHTS, FSDP, MESH, SAVE, LOAD = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+DDP, ACCUMULATION, WEIGHTS, FSDP, MESH, TENSOR, SAVE, LOAD = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 TOGETHER = "dist.init_process_group()\n"  # what tests/ranks.py has done
 ROWS = 2
 
@@ -89,6 +90,23 @@ def mesh(rank: int) -> None:
     assert_trained(namespace["model"])
 
 
+def tensor_parallel(rank: int) -> None:
+    """Two heads on two ranks: the loss and a gradient of stock."""
+    namespace = names(rank) | {"fastbert": fastbert, "init_device_mesh": init_device_mesh, "ranks": 2}
+    exec(TENSOR, namespace)
+    stock, batch = make(MLM).cpu(), batch_of(0)
+    losses = [model(**batch).loss for model in (stock, namespace["model"])]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    mine, other = (model.get_parameter(name).grad for model in (namespace["model"], stock))
+    assert isinstance(mine, DTensor)
+    torch.testing.assert_close(whole(mine), other)
+    (layer, *_) = [row for row in fastbert.report(namespace["model"]).rows if row.module == "bert.encoder.layer.0"]
+    assert layer.state == "module by module", layer
+
+
 def checkpoints(rank: int, folder: str) -> None:
     """Saved from FSDP2, loaded into a whole model."""
     saved = names(rank) | {"torch": torch, "fastbert": fastbert, "folder": folder}
@@ -105,6 +123,6 @@ def checkpoints(rank: int, folder: str) -> None:
 
 
 def run_all(rank: int, folder: str) -> None:
-    for work in (ddp, weights, fsdp, mesh):
+    for work in (ddp, weights, fsdp, mesh, tensor_parallel):
         work(rank)
     checkpoints(rank, folder)

@@ -10,7 +10,8 @@ from bench.scaling import volumes
 from bench.scaling.assumptions import Assumptions
 from bench.scaling.collectives import ring, seconds, tree
 from bench.scaling.parts import Model
-from bench.scaling.simulate import DDP, ENGINES, FSDP, HSDP, Batch, Engine, Step, step
+from bench.scaling.schedule import run
+from bench.scaling.simulate import DDP, ENGINES, FSDP, HSDP, Batch, Engine, Step, step, tasks
 from bench.scaling.volumes import ALL_GATHER, ALL_REDUCE, BETWEEN, INSIDE, REDUCE_SCATTER, Collective, Sharding
 from tests.bench.scaling.tiny import tiny
 
@@ -100,6 +101,24 @@ def test_fsdp_without_compute_is_a_queue(kept):
     assert found.seconds == pytest.approx(queue) == pytest.approx(found.communication)
 
 
+@pytest.mark.parametrize("machine", [SLOW, QUICK, Assumptions()], ids=["slow", "quick", "as assumed"])
+def test_fsdp_runs_nothing_before_what_it_needs(machine):
+    spans = run(tasks(tiny(5), FSDP, 8, replace(BATCH, accumulation=2), machine))
+    layers = [layer.name for layer in reversed(tiny(5).layers)]
+    for turn in range(2):
+        for i, layer in enumerate(layers):
+            forward, backward = spans[f"forward {turn} {layer}"], spans[f"backward {turn} {layer}"]
+            gather, again = spans[f"gather {turn} {layer}"], spans[f"again {turn} {layer}"]
+            assert gather.end <= forward.start and again.end <= backward.start
+            if i >= 3:
+                assert spans[f"forward {turn} {layers[i - 3]}"].end <= gather.start, "two layers ahead at most"
+            if i + 2 < len(layers):
+                assert spans[f"backward {turn} {layers[i + 2]}"].end <= again.start, "one layer ahead at most"
+    for layer in layers:
+        assert spans[f"backward 1 {layer}"].end <= spans[f"scatter {layer}"].start
+    assert spans["optimizer"].start >= max(span.end for name, span in spans.items() if name != "optimizer")
+
+
 def test_hsdp_reduces_beside_the_next_scatter():
     """Without compute: all of a node's collectives, and behind the last of them its all-reduce between nodes."""
     found = step(tiny(), HSDP, 16, BATCH, QUICK)
@@ -115,6 +134,7 @@ def test_accumulation_reduces_once():
     once = step(tiny(), ONE_BUCKET, 8, BATCH, SLOW)
     found = step(tiny(), ONE_BUCKET, 8, twice, SLOW)
     assert found.communication == once.communication and found.compute == pytest.approx(2 * once.compute)
+    assert found.exposed == pytest.approx(once.exposed), "behind the last backward"
     gathers = [one for one in volumes.fsdp(tiny(), 8) if one.kind == ALL_GATHER]
     more = sum(seconds(one, SLOW) for one in gathers)
     of = [step(tiny(), FSDP, 8, batch, SLOW).communication for batch in (BATCH, twice)]
