@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import ops
+from fastbert.wrapped import base_of, with_base
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FLOAT64 = "torch.float64 has no kernel on a GPU"
@@ -63,9 +64,14 @@ def share_calls(module: nn.Module, replica: nn.Module) -> nn.Module:
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class of `module`, or for a model with graphs the class that it would have without them."""
-    cls = type(module)
+    """The class of `module` without those that graphs, and engines such as FSDP2, have put over it."""
+    cls = base_of(type(module))
     return vars(cls).get("WITHOUT_GRAPHS", cls)
+
+
+def set_kind(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give `module` the class `cls`, below what an engine such as FSDP2 has put over its present one."""
+    module.__class__ = with_base(type(module), cls)
 
 
 def falls_back(module: nn.Module, reason: str | None) -> bool:

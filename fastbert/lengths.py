@@ -139,13 +139,14 @@ def packing_encoders(model: nn.Module) -> list[nn.Module]:
     Raises:
         TypeError: `model` is not a module.
     """
+    from fastbert.dispatch import kind_of
     from fastbert.registry import PACKING_CLASSES
 
     _check_model(model)
     patched_with, known = _encoders.get(model, (None, []))
-    found = [encoder for encoder in (reference() for reference in known) if type(encoder) in PACKING_CLASSES]
+    found = [encoder for encoder in (reference() for reference in known) if kind_of(encoder) in PACKING_CLASSES]
     if not found or len(found) != len(known) or patched_with is not switches_of(model):  # do not search in every step
-        found = [module for module in model.modules() if type(module) in PACKING_CLASSES]
+        found = [module for module in model.modules() if kind_of(module) in PACKING_CLASSES]
         _encoders[model] = switches_of(model), [ref(encoder) for encoder in found]
     return found
 

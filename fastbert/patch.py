@@ -116,12 +116,13 @@ def unpatch(model: Model) -> Model:
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
+    from fastbert.dispatch import kind_of
     from fastbert.registry import BY_FAST, sentence_transformers
 
     _check_model(model)
     _take_graphs(model)
     sentence_transformers()
-    _swap_classes({module: BY_FAST[type(module)].stock for module in model.modules() if type(module) in BY_FAST})
+    _swap_classes({module: BY_FAST[kind].stock for module in model.modules() if (kind := kind_of(module)) in BY_FAST})
     _switches.pop(model, None)
     _link_poolings(model)
     return model
@@ -227,22 +228,23 @@ def _take_graphs(model: nn.Module) -> None:
 
 def _swap_classes(classes: dict[nn.Module, type]) -> None:
     """Set the class of every module, or of none if one assignment fails. A module whose class changes loses its tally."""
-    from fastbert.dispatch import class_forward_on_instance, clear_calls
+    from fastbert.dispatch import class_forward_on_instance, clear_calls, kind_of, set_kind
     from fastbert.layers import layer_state
 
     before = {module: type(module) for module in classes}
+    kinds = {module: kind_of(module) for module in classes}
     for module in classes:
         if class_forward_on_instance(module):  # it would keep the former class's forward
             del vars(module)["forward"]
     try:
         for module, cls in classes.items():
-            module.__class__ = cls
+            set_kind(module, cls)
     except BaseException:
         for module, cls in before.items():
             module.__class__ = cls
         raise
     for module, cls in classes.items():
-        if before[module] is not cls:
+        if kinds[module] is not cls:
             clear_calls(module)
             layer_state.clear(module)
             replaced_forward = vars(module).get("_old_forward")  # accelerate's hooks restore this forward

@@ -173,7 +173,7 @@ def encoders_with_a_reader(model: nn.Module, mlm: bool) -> set[nn.Module]:
     bodies = (encoder.body_of(module) for module in model.modules() if kind_of(module) in heads)
     found = {body_encoder for body in bodies if (body_encoder := encoder.encoder_of(body)) is not None}
     pooled = (module for transformer in pooled_modules(model) for module in transformer.modules())
-    return found | {module for module in pooled if type(module) in PACKING or type(module) in PACKING_CLASSES}
+    return found | {module for module in pooled if kind_of(module) in PACKING or kind_of(module) in PACKING_CLASSES}
 
 
 @cache

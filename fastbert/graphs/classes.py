@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 from transformers import modeling_utils
 
-from fastbert.dispatch import class_forward_on_instance, kind_of
+from fastbert.dispatch import class_forward_on_instance, kind_of, set_kind
 from fastbert.errors import UnsupportedModelError
 from fastbert.graphs.inference import Graphs
 from fastbert.graphs.options import Options
 from fastbert.registry import BY_FAST, ENTRIES, MLM_HEADS, POOLED_HEADS, families_text, model_classes
+from fastbert.wrapped import base_of
 
 ATTRIBUTE = "_fastbert_graphs"  # the model's Graphs; on the model, so that it does not keep the model alive
 
@@ -90,7 +91,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     own, former = vars(module), type(module)
     if class_forward_on_instance(module):  # it would keep the former class's forward
         del own["forward"]
-    module.__class__ = cls
+    set_kind(module, cls)
     if getattr(own.get("_old_forward"), "__func__", None) is former.forward:  # accelerate's hooks call this forward
         own["_old_forward"] = MethodType(cls.forward, module)
 
@@ -117,12 +118,16 @@ def is_patched(model: nn.Module) -> bool:
 
 def graphs_of(module: nn.Module) -> Graphs | None:
     """The graphs of a module whose forward may be replayed, else None."""
-    return vars(module).get(ATTRIBUTE) if type(module) is not kind_of(module) else None
+    return vars(module).get(ATTRIBUTE) if _is_graphed(module) else None
 
 
 def graphed_modules(model: nn.Module) -> list[nn.Module]:
     """Every module in `model` with a class for graphs: more than the roots, if a graphed model became a part of another."""
-    return [module for module in model.modules() if type(module) is not kind_of(module)]
+    return [module for module in model.modules() if _is_graphed(module)]
+
+
+def _is_graphed(module: nn.Module) -> bool:
+    return base_of(type(module)) is not kind_of(module)
 
 
 def all_options(model: nn.Module) -> dict[nn.Module, Options]:

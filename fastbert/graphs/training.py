@@ -425,7 +425,7 @@ class GraphedStep:
         if any(type(param) not in (Tensor, nn.Parameter) for param in parameters):
             reason = "parameters that are not plain tensors"
         for module in model.modules():
-            if _is_wrapper(type(module)):
+            if _is_wrapper(module):
                 reason = f"a {type(module).__name__}"
             hooks = [hook for found in hooks_of(module) for hook in found.values()]
             if any(not (getattr(hook, "__module__", None) or "").startswith(IDLE_HOOKS) for hook in hooks):
@@ -471,10 +471,10 @@ def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def _is_wrapper(cls: type) -> bool:
-    """Whether modules of `cls` exchange gradients or parameters with other processes or devices."""
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether `module` exchanges gradients or parameters with other processes or devices, or checkpoints activations."""
     parallel = nn.parallel.DistributedDataParallel, nn.DataParallel
-    return issubclass(cls, parallel) or cls.__name__.startswith(("FullyShardedDataParallel", "FSDP"))
+    return isinstance(module, parallel) or type(module).__module__.startswith("torch.distributed.")
 
 
 def _first_line(error: BaseException) -> str:

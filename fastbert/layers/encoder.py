@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from fastbert import ops
-from fastbert.dispatch import FastModule, falls_back, hooked, kind_of, run, tensor_reason
+from fastbert.dispatch import IDLE_HOOKS, FastModule, falls_back, hooked, kind_of, run, tensor_reason
 from fastbert.integrations.attention import argument_reason, implementation_reason, wants_weights
 from fastbert.layers import stock
 from fastbert.layers.attention import flash_keywords
@@ -32,7 +32,9 @@ from fastbert.layers.packing import Packing, Rows
 from fastbert.layers.packing_plan import plan_packing
 from fastbert.layers.reading import PooledReading, Reading
 from fastbert.lengths import Counted
+from fastbert.wrapped import SHARDING, behind, wrappers_of
 
+_IDLE = (*IDLE_HOOKS, SHARDING)
 _MAX_READ_FRACTION = 0.75  # of the tokens: gathering more rows costs as much as it saves
 _ATTENTIONS = ("Attention", "SelfAttention")
 _CROSS_OR_CACHE = ("encoder_hidden_states", "past_key_values", "cache")
@@ -105,7 +107,7 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
             return reason
         packing = plan_packing(mask.keys, reading, counts, *hidden_states.shape[:2], hidden_states.device)
         pooled = isinstance(reading, PooledReading)  # it takes the rows that it asked for
-        causal = self_attention_of(self.layer[-1]).is_causal
+        causal = self_attention_of(behind(self.layer[-1])).is_causal
         if isinstance(packing, Packing) and packing.read is not None and not pooled and causal:
             # Attention runs for all rows there, and the rows that are read are gathered from its output.
             index, n_read = packing.tokens.index, len(packing.read.index)
@@ -124,8 +126,13 @@ class PackingEncoder(AcceptsDeferredEmbeddings, FastModule):
         if any(x is not None for x in (*args, *map(kwargs.get, _CROSS_OR_CACHE))):
             return "cross-attention or a cache"
         known = mask.prepared if isinstance(mask, KernelMask) else {}
-        for layer in self.layer:
-            reason = _layer_reason(layer) if layer not in known else "a layer with hooks" if hooked(layer) else None
+        for called in self.layer:
+            layer = behind(called)
+            if layer not in known:
+                reason = _layer_reason(called)
+            else:
+                around = (layer,) if layer is called else (*wrappers_of(called), layer)
+                reason = "a layer with hooks" if any([hooked(module, _IDLE) for module in around]) else None
             if reason is not None:
                 return reason
             if chunk_size_of(layer):
@@ -155,7 +162,7 @@ def _layer_reason(layer: nn.Module) -> str | None:
 
 def _read_layer(layer: nn.Module, hidden_states: Tensor, mask: KernelMask, packing: Packing) -> Tensor:
     """The last layer for the rows that are read: [1, T, H] -> [1, N, H]."""
-    if isinstance(layer, Layer):
+    if isinstance(behind(layer), Layer):
         return layer(hidden_states, mask, packing=packing, reads=True)
     run = partial(at_rows, layer, packing=packing)
     if layer.gradient_checkpointing and layer.training:
@@ -175,7 +182,7 @@ def model_packs_unseen(model: nn.Module) -> bool:
     pooler = getattr(model, "pooler", None)
     if pooler is not None and (stock.part_of(type(pooler)).part != "Pooler" or hooked(pooler)):
         return False
-    return not (hooked(model) or hooked(encoder_of(model)))
+    return not (hooked(model, _IDLE) or hooked(encoder_of(model), _IDLE))
 
 
 def body_of(head: nn.Module) -> nn.Module:
@@ -206,7 +213,7 @@ class DistilEncoder(PackingEncoder):
 
     @property
     def config(self) -> Any:
-        return self.layer[0].attention.config if len(self.layer) else None
+        return behind(self.layer[0]).attention.config if len(self.layer) else None
 
 
 def _encoders(namespace: str, always: bool) -> type:

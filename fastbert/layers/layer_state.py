@@ -121,8 +121,9 @@ class LayerState:
         """The current parameters (ops.Weights), or why the op does not take them."""
         try:
             found = [tensor for own in self._with_parameters for tensor in _BOTH(own["_parameters"])]
-        except KeyError:
-            return "a replica, or a parameter that was replaced"
+        except KeyError:  # FSDP 1 puts views of its flat parameter in their place, as attributes
+            both = ((own, name) for own in self._with_parameters for name in ("weight", "bias"))
+            found = [own["_parameters"].get(name, own.get(name)) for own, name in both]
         fit = self._forms
         if fit is None or not fit[0].same(found):
             if not all(tensor is not None and is_plain_tensor(tensor) for tensor in found):

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from fastbert import forwards, ops
 from fastbert.dispatch import IDLE_HOOKS, hooked, hooks_of
 from fastbert.layers.family import Family
-from fastbert.layers.stock import Part, part_of, untested
+from fastbert.layers.stock import part_of, untested
+from fastbert.wrapped import SHARDING, behind, wrappers_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ class CarriedMask(Tensor):
 
     @classmethod
     def of(cls, mask: KernelMask, deferred: Any) -> "CarriedMask":
-        carrier = torch.empty(0, 0, 0, 0).as_subclass(cls)
+        carrier = torch.empty(0, 0, 0, 0, dtype=torch.bool).as_subclass(cls)  # bool: engines cast floating-point arguments
         carrier.mask, carrier.deferred = mask, deferred
         return carrier
 
@@ -130,7 +131,7 @@ def prepare_layers(model: nn.Module, prepare: Callable[..., Any]) -> dict[nn.Mod
     """
     family, config = model.PART.family, model.config
     encoder = model._modules[family.encoder]
-    if _part(encoder).part != "Encoder" or _observed(encoder) or untested(model.STOCK) or masks_replaced(family):
+    if part_of(type(encoder)).part != "Encoder" or _observed(encoder) or untested(model.STOCK) or masks_replaced(family):
         return None
     causal = bool(getattr(config, "is_decoder", False))
     if causal and not getattr(config, "is_causal", True):  # a decoder with bidirectional attention
@@ -138,12 +139,13 @@ def prepare_layers(model: nn.Module, prepare: Callable[..., Any]) -> dict[nn.Mod
     found: dict[nn.Module, Any] = {}
     others = any(hooks_of(encoder))  # other code runs between layers and may change the next ones
     compiling = torch.compiler.is_compiling()
-    for layer in encoder.layer:
-        of, part, fast = _part(layer)
+    for called in encoder.layer:
+        layer = behind(called)
+        of, part, fast = part_of(type(layer))
         if part != "Layer" or of is not family:
             return None
-        has_hooks = any(hooks_of(layer))
-        if (has_hooks or "forward" in vars(layer)) and _observed(layer):
+        has_hooks = layer is not called or any(hooks_of(layer))
+        if (has_hooks or "forward" in vars(layer)) and any(map(_observed, (*wrappers_of(called), layer))):
             return None
         prepared = None if not fast or compiling else prepare(layer, hooked=has_hooks)
         others = others or has_hooks or prepared is None or prepared.context is None
@@ -160,7 +162,7 @@ def prepare_layers(model: nn.Module, prepare: Callable[..., Any]) -> dict[nn.Mod
 
 
 def _attention_sees(attention: nn.Module, config: Any, causal: bool) -> bool:
-    if _part(attention).part not in ("Attention", "SelfAttention") or _observed(attention):
+    if part_of(type(attention)).part not in ("Attention", "SelfAttention") or _observed(attention):
         return False
     attends = attention._modules.get("self", attention)
     found = part_of(type(attends))
@@ -175,12 +177,6 @@ def _same_attention(attends: dict[str, Any], own: Any, config: Any, causal: bool
     return same and bool(attends["is_causal"]) == causal
 
 
-def _part(module: nn.Module) -> Part:
-    """What the class of `module` is, or what its original class is if FSDP2 sharded it and gave it a new one."""
-    cls = type(module)
-    return part_of(cls.__mro__[2] if cls.__mro__[1].__module__.startswith(_SHARDING) else cls)
-
-
 @torch.compiler.assume_constant_result
 def masks_replaced(family: Family) -> bool:
     """Whether a function that makes the masks of a family was replaced."""
@@ -193,6 +189,4 @@ def _observed(module: nn.Module) -> bool:
 
 
 _MASK_FUNCTIONS = ("create_causal_mask", "create_bidirectional_mask")
-# FSDP2's hooks gather weights and cast floating-point arguments, and pass masks on.
-_SHARDING = "torch.distributed.fsdp"
-_IDLE = (*IDLE_HOOKS, _SHARDING, "fastbert.verify")  # the hooks of the last one see only outputs
+_IDLE = (*IDLE_HOOKS, SHARDING, "fastbert.verify")  # the hooks of the last one see only outputs

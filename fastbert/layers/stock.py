@@ -12,6 +12,7 @@ from transformers.loss import loss_utils
 from fastbert import forwards
 from fastbert.dispatch import FastModule, kind_of
 from fastbert.layers.family import BERT, DISTILBERT, ELECTRA, FAMILIES, LIKE_ROBERTA, Family
+from fastbert.wrapped import base_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,13 +30,16 @@ _parts: dict[type, Part] = {}
 
 
 def part_of(cls: type) -> Part:
-    """The part that `cls`, a stock or a fast class, is; one with an empty name for any other class."""
-    return _parts.get(cls, _NONE)
+    """The part that `cls`, a stock or a fast class, is; one with an empty name for any other class.
+
+    A class that FSDP2 has put over a stock or fast one is the same part.
+    """
+    return _parts.get(cls) or _parts.get(base_of(cls), _NONE)
 
 
 def family_of(module: nn.Module) -> Family:
     """The family of a module with a stock or a fast class."""
-    own = getattr(type(module), "PART", None)  # which FSDP2's classes inherit
+    own = getattr(type(module), "PART", None)
     return (own or part_of(kind_of(module))).family
 
 

@@ -66,7 +66,7 @@ FAULTS = (
     Fault(
         "a user's encoder gets a KernelMask",
         file="fastbert/layers/masks.py",
-        before='_part(encoder).part != "Encoder" or ',
+        before='part_of(type(encoder)).part != "Encoder" or ',
         after="",
         tests=("tests/models/test_layer_calls.py::test_an_encoder_of_somebodys_own",),
     ),
@@ -208,8 +208,8 @@ FAULTS = (
     ),
     _masks(
         "verify's own hooks send layers module by module",
-        before='_IDLE = (*IDLE_HOOKS, _SHARDING, "fastbert.verify")',
-        after="_IDLE = (*IDLE_HOOKS, _SHARDING)",
+        before='_IDLE = (*IDLE_HOOKS, SHARDING, "fastbert.verify")',
+        after="_IDLE = (*IDLE_HOOKS, SHARDING)",
         tests=(f"{VERIFY}::test_wrong_forward_is_found_and_named",),
     ),
     Fault(

@@ -190,7 +190,7 @@ FAULTS = (
     ),
     _masks(
         "a hook on a layer sees the kernel's mask",
-        before='if (has_hooks or "forward" in vars(layer)) and _observed(layer):',
+        before='if (has_hooks or "forward" in vars(layer)) and any(map(_observed, (*wrappers_of(called), layer))):',
         after="if False:",
         tests=("tests/models/test_hooks.py::test_a_hook_sees_the_mask_that_stock_gives",),
     ),

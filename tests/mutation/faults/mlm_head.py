@@ -48,8 +48,8 @@ FAULTS = (
     ),
     _fault(
         "a hook on the decoder is bypassed",
-        before="if not is_plain(decoder, nn.Linear) or not is_plain_tensor(decoder.weight):",
-        after="if not isinstance(decoder, nn.Linear):",
+        before="if not is_plain(decoder, nn.Linear) or not (",
+        after="if not isinstance(decoder, nn.Linear) or not (",
         tests=(f"{TESTS}::test_hooks_between_are_called",),
     ),
     _fault(

@@ -26,8 +26,8 @@ FAULTS = (
     ),
     _patch(
         "counts of calls survive a second patch",
-        before="if before[module] is not cls:",
-        after="if before[module] is cls:",
+        before="if kinds[module] is not cls:",
+        after="if kinds[module] is cls:",
         tests=("tests/models/test_report.py::test_calls_are_counted_since_the_last_patch",),
     ),
     _patch(
@@ -56,8 +56,8 @@ FAULTS = (
     ),
     _patch(
         "unpatch does not clear the switches",
-        before="if type(module) in BY_FAST})\n    _switches.pop(model, None)\n",
-        after="if type(module) in BY_FAST})\n",
+        before="if (kind := kind_of(module)) in BY_FAST})\n    _switches.pop(model, None)\n",
+        after="if (kind := kind_of(module)) in BY_FAST})\n",
         tests=("tests/models/test_report.py::test_before_and_after_patching_nothing_is_active",),
     ),
     _registry(
