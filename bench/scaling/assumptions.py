@@ -23,9 +23,13 @@ class Assumptions:
         0.5, "share", f"assumed: forward and backward reach this share of product_rate; {RECORDS} has 0.25 and 0.55"
     )
     optimizer_rate: float = _of(3.99e12, "bytes/s", f"measured: AdamW of BERT-large on one H200, {RECORDS}")
-    node: int = _of(8, "GPUs", "datasheet: HGX and DGX H200")
-    inside_rate: float = _of(450e9, "bytes/s", "datasheet: NVLink of an H200, 900 GB/s in both directions together")
-    between_rate: float = _of(50e9, "bytes/s", "datasheet: a ConnectX-7 of 400 Gbit/s for each GPU of a DGX H200")
+    node: int = _of(8, "GPUs", "NVIDIA, an 8 x H200 system")
+    inside_rate: float = _of(
+        450e9, "bytes/s", "NVIDIA, an 8 x H200 system: 18 NVLinks of generation 4, 900 GB/s in both directions together"
+    )
+    between_rate: float = _of(
+        50e9, "bytes/s", "NVIDIA, an 8 x H200 system: ten network cards of 400 Gbit/s; assumed: one for each GPU"
+    )
     link_share: float = _of(0.8, "share", "assumed: the part of a link's rate that a large collective reaches")
     tree_share: float = _of(0.8, "share", "assumed: a tree against a ring; NCCL's cost model has 0.92 x 0.5 to 1.0, by size")
     start: float = _of(14e-6, "s", f"{NCCL}: one collective before its first hop")

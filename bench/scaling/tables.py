@@ -16,6 +16,8 @@ SEQLENS = (512, 128)
 MOST_TOKENS = 16384  # of one GPU's batch; more rows are accumulated
 LAMB = ((65536, 128), (32768, 512), (4096, 512))  # rows x their length; the first two are those of arXiv 1904.00962
 TENSOR_RANKS = 8
+HOPS = ("start", "ring_inside", "ring_between", "tree_inside", "tree_between")
+SIMPLE = dict(zip(HOPS, (8.4e-6, 3.4e-6, 14e-6, 4e-6, 14e-6), strict=True))  # from NCCL's cost model
 STEPS = 50  # simulated for one number of imbalance
 FOUR_FLOATS = 16  # bytes: a float32 weight, its gradient and AdamW's two moments
 
@@ -150,13 +152,13 @@ def changes(question: Question, model: Model) -> Table:
     """Efficiency at the largest number of GPUs when one assumption changes."""
     base = question.machine
     gpus = question.gpus[-1]
-    hops = ("start", "ring_inside", "ring_between", "tree_inside", "tree_between")
     machines = {
         "as assumed": base,
         "busy 0.25": replace(base, busy=0.25),
         "busy 0.75": replace(base, busy=0.75),
-        "all latencies halved": replace(base, **{name: getattr(base, name) / 2 for name in hops}),
-        "all latencies doubled": replace(base, **{name: getattr(base, name) * 2 for name in hops}),
+        "all latencies halved": replace(base, **{name: getattr(base, name) / 2 for name in HOPS}),
+        "all latencies doubled": replace(base, **{name: getattr(base, name) * 2 for name in HOPS}),
+        "hops of NCCL's protocol Simple": replace(base, **SIMPLE),
         "network cards of 200 Gbit/s": replace(base, between_rate=25e9),
         "network cards of 100 Gbit/s": replace(base, between_rate=12.5e9),
         "link_share 0.5": replace(base, link_share=0.5),
