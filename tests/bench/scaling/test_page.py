@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from bench.__main__ import app
@@ -40,6 +43,21 @@ def run(*arguments: str):
 
 def test_code_blocks(tmp_path):
     on_ranks(2, run_all, str(tmp_path / "checkpoint"))
+
+
+def test_launchers_take_the_options_of_the_page():
+    """By their own parsers. What follows the script's or module's name is its own."""
+    parsers = {"torchrun": get_args_parser(), "accelerate launch": launch_command_parser()}
+    launched = [line for line in PAGE.splitlines() if line.startswith(tuple(parsers))]
+    assert len(launched) == 5
+    for line in launched:
+        name = next(name for name in parsers if line.startswith(name))
+        parsed = parsers[name].parse_args(line.removeprefix(name).split())
+        assert parsed.training_script == ("bench" if " -m " in line else "train.py")
+    (ours,) = [line.partition(" bench train ")[2].split() for line in launched if " bench train " in line]
+    options = {option for parameter in get_command(app).commands["train"].params for option in parameter.opts}
+    assert {word for word in ours if word.startswith("--")} <= options
+    assert "--max-restarts" in parsers["torchrun"].format_help()
 
 
 def test_the_page_has_the_tables_of_the_command(printed):
