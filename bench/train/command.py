@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,7 @@ from bench.train.records import DTYPES, LANES, POOLINGS, TRUNCATIONS, WINDOWS, S
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
+PATIENCE = 5.0  # seconds that other ranks leave to the first one for an error
 LINE = 80  # width of the lines about the data
 TASKS = ("classification", "matching", "ner", "qa", "multiple-choice", "mlm", "pretraining", "clm")
 TaskName = StrEnum("TaskName", {name.replace("-", "_"): name for name in TASKS})
@@ -70,50 +72,64 @@ def train(
     from bench.train import options, ranks
     from fastbert.errors import InputError
 
+    given = dict(
+        task=str(task),
+        data=str(data),
+        model=model or "",
+        steps=steps,
+        eval_data=eval_data and str(eval_data),
+        eval_share=eval_share,
+        batch=batch,
+        accumulation=accumulation,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        dropout=dropout,
+        dtype=str(dtype or ""),
+        max_length=max_length,
+        truncation=str(truncation or ""),
+        columns=columns,
+        windows=str(windows or ""),
+        stride=stride,
+        pooling=str(pooling or ""),
+        max_windows=max_windows,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        patience=patience,
+        seed=seed,
+    )
     try:
         options.require()
-        settings = options.settings(
-            gpu,
-            task=str(task),
-            data=str(data),
-            model=model or "",
-            steps=steps,
-            eval_data=eval_data and str(eval_data),
-            eval_share=eval_share,
-            batch=batch,
-            accumulation=accumulation,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            dropout=dropout,
-            dtype=str(dtype or ""),
-            max_length=max_length,
-            truncation=str(truncation or ""),
-            columns=columns,
-            windows=str(windows or ""),
-            stride=stride,
-            pooling=str(pooling or ""),
-            max_windows=max_windows,
-            eval_steps=eval_steps,
-            save_steps=save_steps,
-            patience=patience,
-            seed=seed,
-        )
         with ranks.joined(gpu):
-            results = _run(settings, out, [str(name) for name in lane or LANES], resume)
-    except InputError as error:
-        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+            code = _train(gpu, given, out, [str(name) for name in lane or LANES], resume)
+    except InputError as error:  # before the ranks have joined
+        code = _refused(error)
+        time.sleep(PATIENCE if err.quiet else 0)  # a launcher ends all ranks when one has failed
     except KeyboardInterrupt:
         err.print(f"stopped; with --save-steps, --resume continues from {out}", highlight=False, soft_wrap=True)
-        raise typer.Exit(ranks.INTERRUPTED) from None
-    from bench.train import report
+        code = ranks.INTERRUPTED
+    if code:
+        raise typer.Exit(code)
 
+
+def _train(gpu: bool, given: dict[str, Any], out: Path, lanes: list[str], resume: bool) -> int:
+    """Train and report. The exit code: 1 if the lanes differ, 2 if something given cannot be used."""
+    from bench.train import options, report
+    from fastbert.errors import InputError
+
+    try:
+        results = _run(options.settings(gpu, **given), out, lanes, resume)
+    except InputError as error:
+        return _refused(error)
     report.show(results, console)
     for name in (report.RESULTS, report.PICTURE):
         console.print(f"{out / name}", highlight=False, markup=False, soft_wrap=True)
-    if results.comparison and results.comparison.problems:
-        raise typer.Exit(1)
+    return int(bool(results.comparison and results.comparison.problems))
+
+
+def _refused(error: Exception) -> int:
+    err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+    return 2
 
 
 def _run(settings: Settings, out: Path, lanes: list[str], resume: bool) -> Any:

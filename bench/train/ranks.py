@@ -1,6 +1,7 @@
 """The ranks that torchrun or accelerate launch started: joining them, who speaks and writes, errors that end all."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ OTHER_ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "Dee
 
 @contextmanager
 def joined(gpu: bool) -> Iterator[None]:
-    """Join the process group of the ranks, over NCCL with a GPU each or over gloo on the CPU, and leave it at the end.
+    """Join the process group of the ranks, over NCCL with a GPU each or over gloo on the CPU, and leave it together.
 
     Without a launcher, and in a group already, nothing happens.
 
@@ -38,13 +39,13 @@ def joined(gpu: bool) -> Iterator[None]:
     PartialState(cpu=not gpu)
     try:
         yield
-    except InputError:  # on every rank
-        dist.destroy_process_group()
-        raise
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes on what the terminal has already sent
         if rank():  # rank 0 has something to say
             os._exit(INTERRUPTED)
         raise
+    # A launcher ends all ranks when one has failed: none may leave before rank 0 has said why.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -12,6 +12,8 @@ import torch
 
 from bench.runner.isolate import ROOT
 from bench.train import lanes, report
+from bench.train.ranks import joined
+from fastbert.errors import InputError
 from tests.bench.train.training import FILES, invoke, save_model
 from tests.ranks import on_ranks
 
@@ -150,29 +152,89 @@ def test_a_fault_of_any_rank_is_one_line_and_ends_all(fault, words, ranks):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("count", [2, 4])
-def test_every_task_on_more_ranks(count, model, tmp_path):
-    tasks = dict.fromkeys(FILES, ())
+@pytest.mark.parametrize(("count", "batch"), [(2, 4), (4, 9)])
+def test_every_task_on_more_ranks(count, batch, model, tmp_path):
+    tasks = dict.fromkeys(FILES, ("--batch", batch))
     on_ranks(count, tasks_of_a_rank, model, tmp_path, tasks)
     for task in tasks:
-        code, text = of_task(task, model, tmp_path / "one" / task, STEPS)
+        code, text = of_task(task, model, tmp_path / "one" / task, (*STEPS, "--batch", batch))
         assert code == 0, text
         several = report.read(tmp_path / task / report.RESULTS)
         compare(report.read(tmp_path / "one" / task / report.RESULTS), several, count)
         assert several.comparison.problems == []
 
 
+def stopped_on_a_rank(rank, step, model, out):
+    assert stopped_at(step, model, out, *(("--resume",) if out.exists() else ()))[0] == (130 if step else 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("order", [(2, 1, 2), (4, 2, 1), (1, 4, 2)])
+def test_resumed_on_several_numbers_of_ranks(order, model, tmp_path):
+    for count, step in zip(order, (3, 5, 0), strict=True):
+        if count == 1:
+            stopped_on_a_rank(0, step, model, tmp_path / "out")
+        else:
+            on_ranks(count, stopped_on_a_rank, step, model, tmp_path / "out")
+    assert stopped_at(0, model, tmp_path / "whole")[0] == 0
+    (one,), (other,) = (report.read(tmp_path / name / report.RESULTS).lanes for name in ("whole", "out"))
+    assert (other.resumed_at, other.ranks) == (4, order[-1]) and other.checksums == one.checksums[4:]
+    assert len(one.losses) == 6 and other.losses == pytest.approx(one.losses, abs=5e-6)
+    assert other.final_eval_loss == pytest.approx(one.final_eval_loss, abs=5e-6)
+
+
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "-m")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--nproc-per-node"),
-    "accelerate": ("accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--num_processes"),
+    "torchrun": TORCHRUN,
+    "accelerate": (*ACCELERATE, "--dynamo_backend", "no", "--mixed_precision", "bf16", "-m"),  # --dtype decides
 }
 
 
-def launched(launcher, count, *arguments):
-    """Exit code, output and errors of `bench train` under a launcher."""
-    module, *options = LAUNCHERS[launcher]
-    command = [sys.executable, "-m", module, *options, str(count), "-m", "bench", "train", *map(str, arguments)]
+def launched(launcher, *arguments):
+    """`bench train` under a launcher, whose environment says nothing of the interpreter."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "bench", "train", *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    return done.returncode, done.stdout, done.stderr
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher(launcher, model, tmp_path):
+    options = ("--task", "mlm", "--data", FILES["mlm"], "--model", model, *OPTIONS, *STEPS)
+    done = launched(launcher, *options, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        done.stderr.count("no NVIDIA GPU here") == done.stdout.count("rows to train on") == done.stdout.count("│ ranks ") == 1
+    )
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert of_task("mlm", model, tmp_path / "one", STEPS)[0] == 0
+    compare(*(report.read(tmp_path / name / report.RESULTS) for name in ("one", "two")), 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--data", "none.txt"), "error: --data: cannot read none.txt"),
+        (("--max-length", 3), "error: --max-length: expected 8 or more, got 3"),
+    ],
+)
+def test_a_launched_fault_is_said_once(options, words, model, tmp_path):
+    """A launcher ends all ranks when one has failed; the first rank has to speak before."""
+    given = ("--task", "mlm", "--data", FILES["mlm"], "--model", model, *OPTIONS, "--out", tmp_path / "out", *options)
+    done = launched("torchrun", *given)
+    assert done.returncode == 1 and done.stderr.count(words) == 1 and done.stderr.count("error: ") == 1, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="--nproc-per-node: expected at most 4, a GPU for each rank, got 8"), joined(gpu=True):
+        pass
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="expected data-parallel ranks, got FSDP"), joined(gpu=True):
+        pass
