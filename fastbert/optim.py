@@ -84,25 +84,32 @@ class AdamW(torch.optim.AdamW):
             if value:
                 _log_ignored(name)
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable)
-        self.defaults["master_weights"] = master_weights
-        for group in self.param_groups:
-            group.setdefault("master_weights", master_weights)
+        if master_weights:
+            self.defaults["master_weights"] = True
+            self._set_masters()
         self._reset_tables()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "master_weights" in self.defaults:
+            self._set_masters()
         for group in self.param_groups:
-            group.setdefault("master_weights", self.defaults.get("master_weights", False))
             for param in group["params"]:
                 if "step" in self.state.get(param, ()):
                     own = self.state[param]
                     own["step"] = own["step"].to(device=param.device, dtype=torch.float32)
         self._reset_tables()
 
+    def _set_masters(self) -> None:
+        """A group without masters has no entry for them, as torch.distributed.checkpoint loads only what a checkpoint has."""
+        for group in self.param_groups:
+            group.setdefault("master_weights", True)
+
     def _reset_tables(self) -> None:
         self._tables: Any = None
         # Which groups keep masters as of the last step; None unless that step launched the kernel.
         self._masters: list[bool] | None = None
+        self._loaded = False  # whether masters were loaded since the last step
 
     def state_dict(self) -> dict[str, Any]:
         """The state_dict of torch.optim.AdamW: `step` is on the CPU, except in groups that are capturable or fused."""
@@ -120,7 +127,9 @@ class AdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim.AdamW; float32 moments and masters stay float32.
 
-        If no masters were saved, a group with master_weights initialises them from its parameters.
+        If no masters were saved, a group with master_weights initialises them from its parameters. The next step also takes
+        from its parameter what a loaded master does not round to: the parameter was written since, or the masters are those
+        of another checkpoint (torch.distributed.checkpoint fills in what a checkpoint lacks from the optimizer itself).
         """
         super().load_state_dict(state_dict)
         # torch has cast all state to the parameter's dtype; where masters are kept, restore the saved values.
@@ -132,6 +141,7 @@ class AdamW(torch.optim.AdamW):
                 continue
             for name in _MASTER_STATE:
                 if name in saved:
+                    self._loaded = self._loaded or name == "master"
                     self.state[param][name] = saved[name].to(device=param.device, dtype=torch.float32, copy=True)
 
     @torch.no_grad()
@@ -147,6 +157,8 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._loaded:
+            self._match_masters()
 
         from fastbert import ops
 
@@ -155,13 +167,20 @@ class AdamW(torch.optim.AdamW):
             self._full_step(failed)
         return loss
 
+    def _match_masters(self) -> None:
+        self._loaded = False
+        for param, state in self.state.items():
+            if "master" in state:
+                param, master = (x.to_local() if _is_distributed(type(x)) else x for x in (param, state["master"]))
+                master.copy_(torch.where(master.to(param.dtype) == param, master, param.float()))
+
     def _repeat_step(self) -> bool:
         """Take a step with the same parameters as the last one; return False, with nothing changed, if they differ.
 
         It compares whole lists, because a loop over parameters would take longer than torch's optimizer.
         """
         groups = self.param_groups
-        if self._masters is None or self._masters != [group["master_weights"] for group in groups]:
+        if self._masters is None or self._masters != list(map(_has_masters, groups)):
             return False
         params = [param for group in groups for param in group["params"]]
         owners = [index for index, group in enumerate(groups) for _ in group["params"]]
@@ -214,7 +233,7 @@ class AdamW(torch.optim.AdamW):
             with self._falling_back_to_torch(lambda: fast):
                 self._step_fast(fast)
             if self._tables is not None and not any(_is_distributed(type(param)) for param, *_ in fast):
-                self._masters = [group["master_weights"] for group in self.param_groups]
+                self._masters = list(map(_has_masters, self.param_groups))
 
     def _state_of(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient, as in torch."""
@@ -345,8 +364,12 @@ def _create_state(state: dict[str, Tensor], param: Tensor, amsgrad: bool, master
         state["master"] = param.detach().to(dtype=dtype, copy=True)
 
 
+def _has_masters(group: dict[str, Any]) -> bool:
+    return group.get("master_weights", False)
+
+
 def _keeps_master(param: Tensor, group: dict[str, Any]) -> bool:
-    return group["master_weights"] and param.dtype in _HALVES
+    return _has_masters(group) and param.dtype in _HALVES
 
 
 @cache

@@ -217,7 +217,7 @@ FAULTS = (
     ),
     _optimizer(
         "masters requested midway are not created",
-        before='self._masters != [group["master_weights"] for group in groups]:',
+        before="self._masters != list(map(_has_masters, groups)):",
         after="len(self._masters) != len(groups):",
         tests=(f"{HOST}::test_masters_requested_midway",),
     ),
@@ -244,6 +244,18 @@ FAULTS = (
         before='maximize=group["maximize"],\n        )\n        for param, state',
         after="maximize=False,\n        )\n        for param, state",
         tests=("tests/optim/test_stock.py::test_is_torchs",),
+    ),
+    _optimizer(
+        "masters that were loaded overwrite parameters that were written since",
+        before="        if self._loaded:\n",
+        after="        if False:\n",
+        tests=(f"{STATE}::test_a_master_follows_a_parameter_that_was_written_since",),
+    ),
+    _optimizer(
+        "a group without masters has an entry for them, which a checkpoint of torch's AdamW lacks",
+        before="        if master_weights:\n",
+        after="        if True:\n",
+        tests=(f"{STATE}::test_same_layout_as_torchs", "tests/distributed/test_checkpoint.py::test_flat_state_from_stock"),
     ),
     _failures(
         "float64 goes to a kernel on a GPU",
