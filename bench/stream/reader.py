@@ -15,7 +15,7 @@ from fastbert.errors import InputError
 
 BLOCK = 1 << 19  # characters; of English 110,000 tokens, or 220 rows of 512
 ENOUGH = 16  # rows of a block of which one at least has a B that follows A
-TASKS = ("mlm", "pretraining")
+READERS = 8  # unless the user says otherwise
 Numbers = Counter[str]
 
 
@@ -64,7 +64,7 @@ class Reader:
         self.stream, self.number, self.state = stream, number, state
         # Seconds of this process by phase, and what they were spent on: tokens of blocks, and rows and tokens of batches.
         self.numbers: Numbers = Counter()
-        self._blocks = self._read(state)
+        self._blocks = made(stream, number, state, self.numbers)
         self._rows, self._draws, self._following = next(self._blocks)
 
     def batch(self) -> list[Row]:
@@ -85,34 +85,35 @@ class Reader:
                 break
             began = time.process_time()
             rows.append(self.stream.masking.masked(row, self._draws[self.state.taken]))
-            self.numbers += Counter(mask=time.process_time() - began, rows=1, tokens=tokens)
+            self.numbers.update(mask=time.process_time() - began, rows=1, tokens=tokens)
             self.state = replace(self.state, taken=self.state.taken + 1)
             beyond += tokens
         self.state = replace(self.state, beyond=beyond)
         return rows
 
-    def _read(self, state: State) -> Iterator[tuple[list[Row], Sequence[int], State]]:
-        """Rows and their draws of each block from that of `state` on, and the state behind it."""
-        stream = self.stream
-        texts = blocks(stream.shards, self.number, stream.readers, stream.seed, stream.block, state.place)
-        while True:
-            began = time.process_time()
-            documents, place = next(texts)
-            read = time.process_time()
-            drawn = generator(stream.seed, 1, self.number, state.block)
-            block = tokenised(stream.encoder, documents)
-            tokenise = time.process_time()
-            if stream.task == "pretraining":
-                rows = pairs(stream.encoder, block, stream.max_length, drawn)
-                if len(rows) >= ENOUGH and all(row[NEXT] for row in rows):
-                    wanted = "next-sentence pairs need documents of two or more sentences"
-                    raise InputError(f"--data: {wanted}, found none in {len(documents)} documents")
-            else:
-                rows = full_sentences(stream.encoder, block, stream.max_length)
-            order = drawn.permutation(len(rows))
-            draws: Any = drawn.integers(2**63, size=len(rows)).tolist()
-            build = time.process_time()
-            made = sum(len(row["input_ids"]) for row in rows)
-            self.numbers += Counter(read=read - began, tokenise=tokenise - read, build=build - tokenise, made=made)
-            state = state.at(place)
-            yield [rows[i] for i in order], draws, state
+
+def made(stream: Stream, number: int, state: State, numbers: Numbers) -> Iterator[tuple[list[Row], Sequence[int], State]]:
+    """The rows of each block of a reader from that of `state` on, in the order of the batches, their draws, and the state
+    behind it. Counts in `numbers`."""
+    texts = blocks(stream.shards, number, stream.readers, stream.seed, stream.block, state.place)
+    while True:
+        began = time.process_time()
+        documents, place = next(texts)
+        read = time.process_time()
+        drawn = generator(stream.seed, 1, number, state.block)
+        block = tokenised(stream.encoder, documents)
+        tokenise = time.process_time()
+        if stream.task == "pretraining":
+            rows = pairs(stream.encoder, block, stream.max_length, drawn)
+            if len(rows) >= ENOUGH and all(row[NEXT] for row in rows):
+                wanted = "next-sentence pairs need documents of two or more sentences"
+                raise InputError(f"--data: {wanted}, found none in {len(documents)} documents")
+        else:
+            rows = full_sentences(stream.encoder, block, stream.max_length)
+        order = drawn.permutation(len(rows))
+        draws: Any = drawn.integers(2**63, size=len(rows)).tolist()
+        build = time.process_time()
+        count = sum(len(row["input_ids"]) for row in rows)
+        numbers.update(read=read - began, tokenise=tokenise - read, build=build - tokenise, made=count)
+        state = state.at(place)
+        yield [rows[i] for i in order], draws, state

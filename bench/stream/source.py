@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.stream.masking import Masking
-from bench.stream.reader import BLOCK, Stream
-from bench.stream.shards import find
+from bench.stream.reader import BLOCK, READERS, Stream
+from bench.stream.shards import Shard, find
 from bench.stream.tokens import Encoder
 from fastbert.errors import InputError
 
-READERS = 8
-
 
 def open_stream(
-    data: Sequence[str],
+    data: Sequence[str] | Sequence[Shard],
     tokenizer: Any,
     task: str,
     max_length: int,
@@ -31,7 +29,7 @@ def open_stream(
     if batch < readers:
         raise InputError(f"--readers: expected at most the {batch} rows of a batch over all ranks, got {readers}")
     return Stream(
-        find(data),
+        tuple(shard for each in data for shard in (find([each]) if isinstance(each, str) else [each])),
         Encoder(tokenizer, whole_words),
         Masking(tokenizer, whole_words),
         task,

@@ -59,8 +59,8 @@ def _lengths(ids: Any) -> list[int]:
 class Collator:
     """A task's collator that records the real tokens of each batch and a checksum of the model's inputs."""
 
-    def __init__(self, task: str, tokenizer: Any, windows: Windows | None = None) -> None:
-        self.masking = Masking(tokenizer) if task in ("mlm", "pretraining") else None
+    def __init__(self, task: str, tokenizer: Any, windows: Windows | None = None, whole_words: bool = False) -> None:
+        self.masking = Masking(tokenizer, whole_words) if task in ("mlm", "pretraining") else None
         self.plain = None if self.masking else COLLATORS.get(task, DataCollatorWithPadding)(tokenizer)
         if windows is not None:
             self.plain = windows.collate

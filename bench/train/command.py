@@ -58,6 +58,10 @@ def train(
     eval_steps: Annotated[int, typer.Option(min=0, help="Steps between evaluations; 0: only at the end.")] = 0,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
     patience: Annotated[int, typer.Option(min=0, help="Stop after this many evaluations without a lower loss; 0: never.")] = 0,
+    whole_words: Annotated[bool, typer.Option("--whole-words", help="mlm and pretraining: mask whole words.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="--data names shards of text: a folder, a file, a pattern.")] = False,
+    readers: Annotated[int, typer.Option(min=0, help="Readers that share the shards; 0: 8.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes per GPU that read, tokenise and mask ahead.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of new heads, held-back rows, row order, masks, dropout.")] = 0,
     lane: Annotated[list[LaneName] | None, typer.Option(help="Only this lane; both by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoints in --out.")] = False,
@@ -97,11 +101,14 @@ def train(
         save_steps=save_steps,
         patience=patience,
         seed=seed,
+        whole_words=whole_words,
+        stream=stream,
+        readers=readers,
     )
     try:
         options.require()
         with ranks.joined(gpu):
-            code = _train(gpu, given, out, [str(name) for name in lane or LANES], resume)
+            code = _train(gpu, given, out, [str(name) for name in lane or LANES], resume, workers)
     except InputError as error:  # before the ranks have joined
         code = _refused(error)
         time.sleep(PATIENCE if err.quiet else 0)  # a launcher ends all ranks when one has failed
@@ -112,13 +119,16 @@ def train(
         raise typer.Exit(code)
 
 
-def _train(gpu: bool, given: dict[str, Any], out: Path, lanes: list[str], resume: bool) -> int:
+def _train(gpu: bool, given: dict[str, Any], out: Path, lanes: list[str], resume: bool, workers: int) -> int:
     """Train and report. The exit code: 1 if the lanes differ, 2 if something given cannot be used."""
     from bench.train import options, report
     from fastbert.errors import InputError
 
     try:
-        results = _run(options.settings(gpu, **given), out, lanes, resume)
+        settings = options.settings(gpu, **given)
+        if workers and not settings.stream:
+            raise InputError("--workers: share the readers of --stream")
+        results = _run(settings, out, lanes, resume, workers)
     except InputError as error:
         return _refused(error)
     report.show(results, console)
@@ -132,7 +142,7 @@ def _refused(error: Exception) -> int:
     return 2
 
 
-def _run(settings: Settings, out: Path, lanes: list[str], resume: bool) -> Any:
+def _run(settings: Settings, out: Path, lanes: list[str], resume: bool, workers: int) -> Any:
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -158,7 +168,7 @@ def _run(settings: Settings, out: Path, lanes: list[str], resume: bool) -> Any:
             said = {} if loss is None else {"loss": f"loss {loss:.4f}"}
             progress.update(bars[lane], completed=step, **said)
 
-        return run_all(settings, out, lanes, resume, advance, _say)
+        return run_all(settings, out, lanes, resume, advance, _say, workers)
 
 
 def _leave_words_to_first_rank() -> None:

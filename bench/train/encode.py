@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 from datasets import Dataset
 
-from bench.stream.masking import IGNORED
+from bench.stream.masking import IGNORED, SPECIAL, WORD_STARTS
 from bench.train.file import Row
 from fastbert import Windows
 
@@ -126,7 +126,12 @@ def _plain(row: Row, sequences: list[Tokens], limit: int, how: str, _: dict[str,
     (tokens,) = sequences
     found = pieces(tokens.segments, limit) if how == "split" else [kept(tokens.segments, limit, how)]
     special = [int(segment is None) for segment in tokens.segments]
-    return [tokens.select(places) | {"special_tokens_mask": [special[i] for i in places]} for places in found]
+    before = [None, *tokens.words]
+    starts = [int(word is None or word != other) for word, other in zip(tokens.words, before, strict=False)]
+    return [
+        tokens.select(places) | {SPECIAL: [special[i] for i in places], WORD_STARTS: [starts[i] for i in places]}
+        for places in found
+    ]
 
 
 def _sentences(row: Row, sequences: list[Tokens], limit: int, how: str, labels: dict[str, int]) -> list[Features]:

@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 
 import fastbert
 from bench.core.schema import parse
+from bench.stream.reader import Stream
 from bench.train import ranks, weighting
 from bench.train.batches import Collator, Rows
 from bench.train.evaluation import with_loss
@@ -26,6 +27,7 @@ from bench.train.metrics import Compute
 from bench.train.model import arguments
 from bench.train.records import Evaluation, LaneRecord, Settings
 from bench.train.sharding import Parts
+from bench.train.streaming import Streaming
 from bench.train.tally import Tally, batches_of_steps, combined
 from bench.train.tasks import TASKS
 from bench.train.windows import loss_and_logits
@@ -40,22 +42,24 @@ Advance = Callable[[str, int, float | None], None]
 
 @dataclass(frozen=True)
 class Work:
-    """Everything that both lanes share."""
+    """Everything that both lanes share. The rows to train on are in `train`, or come from `stream` through `workers`."""
 
     settings: Settings
     start: nn.Module
     tokenizer: Any
-    train: Dataset
+    train: Dataset | None
     evaluation: Dataset
     compute: Compute
     folder: Path
     windows: fastbert.Windows | None = None
+    stream: Stream | None = None
+    workers: int = 0
 
 
 class Watch(TrainerCallback):
     """Measures step time and peak memory on a GPU; passes the epoch to the rows and the step to the progress bar."""
 
-    def __init__(self, lane: str, rows: Rows, advance: Advance) -> None:
+    def __init__(self, lane: str, rows: Rows | None, advance: Advance) -> None:
         self.lane, self.rows, self.advance = lane, rows, advance
         self.seconds: list[float] = []
         self.peak_bytes: int | None = None
@@ -68,7 +72,8 @@ class Watch(TrainerCallback):
         self.advance(self.lane, state.global_step, None)
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rows.epoch = int(state.epoch or 0)
+        if self.rows is not None:
+            self.rows.epoch = int(state.epoch or 0)
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
@@ -101,8 +106,10 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         fastbert.patch(model)
         extra["optimizer_cls_and_kwargs"] = fastbert.trainer_optimizer(chosen)
     task = TASKS[work.settings.task]
-    train, evaluation = (Collator(work.settings.task, work.tokenizer, work.windows) for _ in range(2))
-    rows = Rows(work.train, work.settings.seed, task.kept)
+    whole_words = work.settings.whole_words
+    train, evaluation = (Collator(work.settings.task, work.tokenizer, work.windows, whole_words) for _ in range(2))
+    rows = None if work.train is None else Rows(work.train, work.settings.seed, task.kept)
+    stream = None if work.stream is None else Streaming(work.stream, work.workers, before)
     watch = Watch(lane, rows, advance)
     reduce, compute = with_loss(work.settings.task, task.reduce, work.compute)
     trainer = _Trainer(
@@ -117,14 +124,15 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         callbacks=[watch, *_early_stopping(work.settings)],
         **extra,
     )
-    trainer.evaluation_collator, trainer.work = evaluation, work
+    trainer.evaluation_collator, trainer.work, trainer.stream = evaluation, work, stream
     # BERT's forward takes num_items_in_batch and ignores it. Trainer would then sum a step's losses instead of averaging them.
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     launched = counts.total()
     failures.strict = True  # no fallback is timed under a kernel's name
     trainer.train(resume_from_checkpoint=before)
-    own = Tally(train.tokens, train.checksums, watch.seconds, watch.peak_bytes, counts.total() - launched)
+    seen = stream or train
+    own = Tally(seen.tokens, seen.checksums, watch.seconds, watch.peak_bytes, counts.total() - launched)
     judged = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     record = LaneRecord(
         lane=lane,
@@ -137,7 +145,8 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
         resumed_at=watch.first_step,
         stopped_early=trainer.state.global_step < work.settings.steps,
         **combined(
-            ranks.gathered(own), batches_of_steps(len(rows), work.settings, watch.first_step, trainer.state.global_step)
+            ranks.gathered(own),
+            batches_of_steps(None if rows is None else len(rows), work.settings, watch.first_step, trainer.state.global_step),
         ),
     )
     if not ranks.rank():
@@ -159,6 +168,7 @@ class _Trainer(Trainer):
 
     evaluation_collator: Collator
     work: Work
+    stream: Streaming | None
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         task, shared = self.work.settings.task, model.training and ranks.world() > 1
@@ -174,11 +184,19 @@ class _Trainer(Trainer):
             loss = weighting.weighted(weighting.parts(task, loss, outputs, inputs), own, everyone(), ranks.world())
         return (loss, outputs) if return_outputs else loss
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> Any:
         """A loader of this rank's parts, which accelerate must not divide once more."""
+        if self.stream is not None:
+            return self.stream
         parts = Parts(self.train_dataset, self.work.settings.batch, ranks.rank(), ranks.world())
         collate, pin = self.data_collator, self.args.dataloader_pin_memory
         return DataLoader(self.train_dataset, batch_sampler=parts, collate_fn=collate, pin_memory=pin)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every rank calls this before the checkpoint is complete."""
+        super()._save_rng_state(output_dir)
+        if self.stream is not None:
+            self.stream.save(Path(output_dir), self.state.global_step * self.args.gradient_accumulation_steps)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Continue the random bits of a checkpoint of as many ranks; another number of ranks draws new ones."""

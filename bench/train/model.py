@@ -110,6 +110,7 @@ def arguments(settings: Settings, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,
         seed=settings.seed,
         data_seed=settings.seed,
+        ignore_data_skip=settings.stream,  # the stream itself begins where the checkpoint was written
         use_cpu=not gpu,
         ddp_find_unused_parameters=False,  # every head here uses all parameters; to look for others costs time in each step
         dataloader_pin_memory=gpu,

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import Any
 
+from bench.stream.reader import READERS
 from bench.train.records import Settings
 from fastbert.errors import InputError
 
@@ -19,6 +20,7 @@ NEEDED = {
 SHORTEST = 8  # smallest --max-length in tokens: a pair with its three special tokens, and some text
 WITH_COLUMNS = ("classification", "matching", "ner", "multiple-choice")  # tasks whose files have columns
 IN_WINDOWS = ("classification", "matching")  # tasks whose long texts may be read in windows
+MASKED = ("mlm", "pretraining")  # tasks that predict masked tokens
 PIECES = ("mlm", "clm")  # tasks whose texts may be split
 
 
@@ -36,6 +38,8 @@ def settings(gpu: bool, **options: Any) -> Settings:
         InputError: the options contradict each other or do not suit this machine.
     """
     options["dtype"] = options["dtype"] or ("bf16" if gpu else "fp32")
+    if options.get("stream"):
+        options["readers"] = options.get("readers") or READERS
     made = Settings(**options | _intervals(**{name: options[name] for name in _INTERVALS}))
     if made.dtype != "fp32" and not gpu:
         raise InputError(f"--dtype {made.dtype}: needs a GPU; only fp32 works without one")
@@ -48,7 +52,18 @@ def settings(gpu: bool, **options: Any) -> Settings:
     if made.truncation and made.task == "qa":
         raise InputError("--truncation: qa cuts long contexts into overlapping windows, so that no answer is lost")
     _check_windows(made)
+    _check_stream(made)
     return made
+
+
+def _check_stream(made: Settings) -> None:
+    if made.task not in MASKED and (made.stream or made.whole_words):
+        name = "--stream" if made.stream else "--whole-words"
+        raise InputError(f"{name}: is for {' and '.join(MASKED)}, not for {made.task}")
+    if made.readers and not made.stream:
+        raise InputError("--readers: share the shards of --stream")
+    if made.stream and made.truncation:
+        raise InputError("--truncation: a stream cuts nothing but sentences that are longer than a row")
 
 
 def _check_windows(made: Settings) -> None:

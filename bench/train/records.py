@@ -19,6 +19,7 @@ class Settings(FromJson):
     `batch`: sequences of all ranks together, so settings say nothing of ranks. `dropout` None: the model's own. `max_length`
     0: the 95th percentile. `truncation` "": the task's default. `columns` "": known names, or the order of the columns.
     `windows` "": none; with them `stride` None is a quarter of a window, `pooling` "" the mean, and `max_windows` 0 no limit.
+    `stream`: `data` names shards, which so many `readers` share.
     """
 
     task: str
@@ -45,6 +46,9 @@ class Settings(FromJson):
     save_steps: int = 0
     patience: int = 0
     seed: int = 0
+    whole_words: bool = False
+    stream: bool = False
+    readers: int = 0
 
     @property
     def cut(self) -> str:
@@ -58,7 +62,8 @@ class Settings(FromJson):
 class DataRecord(FromJson):
     """Facts about the data. Lengths are in tokens, including special ones; `cut` is the share of sequences over the limit.
 
-    With windows the sequences of a part are their windows, and `windows` says how they are made and pooled.
+    With windows the sequences of a part are their windows, and `windows` says how they are made and pooled. A stream has no
+    known end: `stream` says what is read, and of training nothing else is known.
     """
 
     train_rows: int
@@ -72,6 +77,7 @@ class DataRecord(FromJson):
     unknown: float
     labels: list[str] = field(default_factory=list)
     windows: str = ""
+    stream: str = ""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,9 @@ def _measured(value: float | None, form: str) -> str:
 def data_lines(results: TrainResults) -> list[str]:
     """Lines about the rows and the length limit."""
     data, settings = results.data, results.settings
+    unknown = [f"{data.unknown:.1%} of the tokens are unknown to the model's vocabulary"] if data.unknown > 0.02 else []
+    if data.stream:
+        return [data.stream, f"rows of up to {data.limit} tokens ({data.limit_from}), {data.eval_rows} to evaluate", *unknown]
     cut = {
         "windows": "their contexts are cut into overlapping windows",
         "split": "they are split into pieces",
@@ -76,9 +79,7 @@ def data_lines(results: TrainResults) -> list[str]:
     ]
     if data.windows:
         lines.append(f"windows: {data.windows}")
-    if data.unknown > 0.02:
-        lines.append(f"{data.unknown:.1%} of the tokens are unknown to the model's vocabulary")
-    return lines
+    return [*lines, *unknown]
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:

@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset
 
 from bench.core import environment, schema
-from bench.train import encode, ranks, report, sharding, tasks
+from bench.train import encode, ranks, report, sharding, streaming, tasks
 from bench.train.compare import compare
 from bench.train.data import read
 from bench.train.file import Row, Say
@@ -28,18 +28,18 @@ SplitRows = tuple[list[Row], list[Row], list[str]]
 
 
 def run_all(
-    settings: Settings, out: Path, lanes: Sequence[str], resume: bool, advance: Advance, say: Say = print
+    settings: Settings, out: Path, lanes: Sequence[str], resume: bool, advance: Advance, say: Say = print, workers: int = 0
 ) -> TrainResults:
     """Train every lane, on every rank, and let rank 0 write the results into `out`, a folder that all ranks can read.
 
-    `say` gets lines about the data before training.
+    `say` gets lines about the data before training. `workers`: processes of each rank that read a stream ahead.
 
     Raises:
         InputError: data, model or folder cannot be used. Nothing was trained.
     """
     datasets.disable_caching()
     ranks.of_first(lambda: _check_folder(settings, out, lanes, resume))
-    work, data = ranks.agreed(lambda: prepare(settings, open_source(settings.model or None), read_rows(settings, say), out))
+    work, data = ranks.agreed(lambda: _prepared(settings, out, say, workers))
     ranks.of_first(lambda: _mark(settings, out))
     records = [run(work, lane, advance, resume) for lane in lanes]
     config = work.start.config
@@ -51,6 +51,16 @@ def run_all(
         schema.write(results, out / report.RESULTS)
         report.draw(results, out / report.PICTURE)
     return results
+
+
+def _prepared(settings: Settings, out: Path, say: Say, workers: int) -> tuple[Work, DataRecord]:
+    source = open_source(settings.model or None)
+    if not settings.stream:
+        return prepare(settings, source, read_rows(settings, say), out)
+    stream, evaluation, data = streaming.prepare(settings, source, workers)
+    compute = tasks.metrics_for(settings.task, [], [], evaluation)
+    work = Work(settings, load(source, settings, []), source.tokenizer, None, evaluation, compute, out, None, stream, workers)
+    return work, data
 
 
 def prepare(settings: Settings, source: Any, rows: SplitRows, out: Path) -> tuple[Work, DataRecord]:

@@ -50,8 +50,13 @@ def imbalance(tokens: Sequence[Sequence[int]]) -> float:
     return sum(max(own) * len(own) / sum(own) for own in tokens) / len(tokens) if tokens else 1.0
 
 
-def batches_of_steps(rows: int, settings: Settings, first: int, last: int) -> list[int]:
-    """The number of batches in each step from `first` up to `last`; the last step of an epoch takes what is left."""
+def batches_of_steps(rows: int | None, settings: Settings, first: int, last: int) -> list[int]:
+    """The number of batches in each step from `first` up to `last`; the last step of an epoch takes what is left.
+
+    `rows` None: of a stream, which has no such last step.
+    """
+    if rows is None:
+        return [settings.accumulation] * (last - first)
     whole, left = divmod(math.ceil(rows / settings.batch), settings.accumulation)
     of_epoch = [settings.accumulation] * whole + ([left] if left else [])
     return [of_epoch[step % len(of_epoch)] for step in range(first, last)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from bench.stream.masking import SPECIAL, WORD_STARTS
 from bench.train import metrics
 from bench.train.file import Row
 from bench.train.labels import in_order
@@ -34,7 +35,6 @@ class Task:
 
 _LABELS = ("labels",)
 _SPAN = ("start_positions", "end_positions")
-_SPECIAL = "special_tokens_mask"
 _NEXT = "next_sentence_label"
 TASKS = {
     "classification": Task("classification", _LABELS, _LABELS, metrics.best, metrics.classes),
@@ -42,8 +42,14 @@ TASKS = {
     "ner": Task("ner", _LABELS, _LABELS, metrics.best),
     "qa": Task("qa", _SPAN, _SPAN, metrics.unchanged),
     "multiple-choice": Task("multiple-choice", _LABELS, _LABELS, metrics.best, metrics.choices),
-    "mlm": Task("mlm", (_SPECIAL,), _LABELS, metrics.masked_likelihood, metrics.perplexity),
-    "pretraining": Task("pretraining", (_SPECIAL, _NEXT), ("labels", _NEXT), metrics.pretraining, metrics.pretraining_metrics),
+    "mlm": Task("mlm", (SPECIAL, WORD_STARTS), _LABELS, metrics.masked_likelihood, metrics.perplexity),
+    "pretraining": Task(
+        "pretraining",
+        (SPECIAL, WORD_STARTS, _NEXT),
+        ("labels", _NEXT),
+        metrics.pretraining,
+        metrics.pretraining_metrics,
+    ),
     "clm": Task("clm", (), _LABELS, metrics.causal_likelihood, metrics.perplexity),
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench.stream.loader import Loader, whole
 from bench.stream.masking import IGNORED
-from bench.stream.reader import Reader, State
+from bench.stream.reader import Reader, State, made
 from fastbert.errors import InputError
 from tests.bench.stream.corpora import (
     equal,
@@ -110,8 +110,7 @@ def test_batches_made_ahead_are_not_lost(workers, data, tokenizer):
 def epoch_of(stream, reader, epoch):
     """The rows of a reader in an epoch."""
     found, state = [], State(epoch)
-    own = Reader(stream, reader, state)._read(state)
-    for rows, _, behind in own:
+    for rows, _, behind in made(stream, reader, state, Counter()):
         found += rows
         if behind.epoch > epoch:
             return found
