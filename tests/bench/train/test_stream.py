@@ -157,9 +157,10 @@ def test_a_shard_that_one_rank_cannot_read_ends_all(place):
     with (place / "bad/05.txt").open("ab") as shard:
         shard.write(b"\n\xff")
     data = ("--task", "mlm", "--data", place / "bad", "--model", place / "model", "--out", place / "bad-run", *OPTIONS)
-    code, out, err = launched("torchrun", 2, *data, "--lane", "stock", "--steps", 50)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code != 0 and lines[0].startswith(f"error: --data: {place}/bad/05.txt, row ") and len(lines) == 1, err
+    done = launched("torchrun", *data, "--lane", "stock", "--steps", 50)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"error: --data: {place}/bad/05.txt, row ") and (place / "bad-run/settings.json").exists()
 
 
 def test_whole_words_without_a_stream(place):
