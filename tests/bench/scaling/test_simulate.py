@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 
 from bench.scaling import volumes
 from bench.scaling.assumptions import Assumptions
+from bench.scaling.buckets import buckets
 from bench.scaling.collectives import ring, seconds, tree
 from bench.scaling.parts import Model
-from bench.scaling.schedule import run
+from bench.scaling.schedule import NETWORK, run
 from bench.scaling.simulate import DDP, ENGINES, FSDP, HSDP, Batch, Engine, Step, step, tasks
 from bench.scaling.volumes import ALL_GATHER, ALL_REDUCE, BETWEEN, INSIDE, REDUCE_SCATTER, Collective, Sharding
 from tests.bench.scaling.tiny import tiny
+from tests.distributed.recorded import place_of
+from tests.distributed.test_order import SHARDED, assert_none_waits
 
 BATCH = Batch(rows=4, seqlen=64)
 SLOW = replace(Assumptions(), product_rate=1e9)  # compute takes long enough to hide whatever can be hidden
@@ -117,6 +120,32 @@ def test_fsdp_runs_nothing_before_what_it_needs(machine):
     for layer in layers:
         assert spans[f"backward 1 {layer}"].end <= spans[f"scatter {layer}"].start
     assert spans["optimizer"].start >= max(span.end for name, span in spans.items() if name != "optimizer")
+
+
+def test_fsdp_issues_collectives_in_the_recorded_order():
+    """That of tests/distributed/test_order.py, where FSDP2 shards a model of three layers."""
+    kinds = {"gather 0": "all-gather", "again 0": "all-gather", "scatter": "reduce-scatter"}
+    issued = [task.name for task in tasks(tiny(3), FSDP, 2, BATCH, SLOW) if task.stream == NETWORK]
+    found = []
+    for name in issued:
+        kind = next(kind for kind in kinds if name.startswith(kind))
+        place = name.removeprefix(f"{kind} ").replace("bert.encoder.layer.", "layer ").replace("root", "the rest")
+        found.append(f"{kinds[kind]} of {place}")
+    assert found == [line for line in SHARDED.strip().splitlines() if line.startswith(tuple(kinds.values()))]
+
+
+def test_ddp_issues_buckets_where_they_are_recorded():
+    """Behind the backward of the lowest layer that has a gradient in the bucket, before that of the next."""
+    order = [task.name for task in tasks(tiny(3), replace(DDP, bucket_cap_mb=0.05), 2, BATCH, SLOW)]
+    events = []
+    for name in order:
+        if name.startswith("backward 0 bert"):
+            events.append(name.replace("backward 0 bert.encoder.layer.", "backward of layer "))
+        elif name.startswith("bucket"):
+            names = buckets(tiny(3), bucket_cap_mb=0.05)[int(name.split()[1])].names
+            events.append(f"all-reduce of {', '.join(dict.fromkeys(map(place_of, names)))}")
+    assert_none_waits(events)
+    assert len(events) > 6
 
 
 def test_hsdp_reduces_beside_the_next_scatter():
