@@ -1,10 +1,14 @@
-"""What is recorded of the tallies of several ranks, on invented ones; and checksums, which do not depend on the division."""
+"""What is recorded of the tallies of several ranks, on invented ones; checksums, which do not depend on the division; and
+dropout, which does.
+"""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench.train import lanes, ranks
 from bench.train.batches import checksum
 from bench.train.records import Settings
 from bench.train.tally import FEWEST_TIMED, WARM_UP, Tally, batches_of_steps, combined, imbalance
@@ -78,3 +82,20 @@ def test_the_checksum_of_windows():
     assert both == checksum(windows([first], [0])) + checksum(windows([second], [1]))
     assert both != checksum(windows([first, second], [1, 1])) != checksum(windows([first, second], [1, 0]))
     assert both != checksum(windows([first[:1], [first[1], *second]], [0, 1])), "another division into texts"
+
+
+def test_each_rank_draws_dropout_of_its_own(monkeypatch):
+    """Trainer seeds all ranks alike. A run that begins again behind a step draws no bits that it has had."""
+
+    def drawn(rank, step=0):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        torch.manual_seed(5)
+        watch = lanes.Watch("stock", None, lambda *_: None)
+        watch.on_train_begin(SimpleNamespace(seed=5), SimpleNamespace(global_step=step), None)
+        return torch.rand(4).tolist()
+
+    torch.manual_seed(5)
+    alone = torch.rand(4).tolist()
+    assert drawn(0) == alone, "one rank is as Trainer seeds it"
+    several = [alone, drawn(1), drawn(2), drawn(1, step=4)]
+    assert all(a != b for i, a in enumerate(several) for b in several[:i]) and drawn(1) == several[1]

@@ -29,6 +29,7 @@ from tests.mutation.faults import (
     reports,
     scaling,
     tensor_parallel,
+    training,
     training_graphs,
     windows,
 )
@@ -56,6 +57,7 @@ AREAS = (
     inference_graphs,
     reports,
     tensor_parallel,
+    training,
     training_graphs,
     benchmarks,
     scaling,
