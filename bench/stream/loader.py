@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bench.stream.masking import Array, Batch, flat
@@ -93,9 +94,12 @@ class Loader(Iterable[Batch]):
         self._states = deque([(self.batches, {number: before.get(number, State()) for number in own})], KEPT)
 
     def __iter__(self) -> Iterator[Batch]:
-        workers = {"num_workers": self.workers, "prefetch_factor": AHEAD} if self.workers else {}
         number, states = self._states[-1]
-        parts = iter(DataLoader(_Parts(self.stream, states), batch_size=None, collate_fn=_unchanged, **workers))
+        # A generator of its own: the seed of workers would be drawn from the one that draws dropout.
+        options: dict[str, Any] = {"collate_fn": _unchanged, "generator": torch.Generator()}
+        if self.workers:
+            options |= {"num_workers": self.workers, "prefetch_factor": AHEAD}
+        parts = iter(DataLoader(_Parts(self.stream, states), batch_size=None, **options))
         while True:
             # Workers take turns, and none ends.
             of_batch = [next(parts) for _ in range(max(self.workers, 1))]

@@ -14,6 +14,7 @@ from bench.stream.tokens import Encoder, Row
 from fastbert.errors import InputError
 
 BLOCK = 1 << 19  # characters; of English 110,000 tokens, or 220 rows of 512
+EMPTY = 50  # blocks without a row, after which there is none
 ENOUGH = 16  # rows of a block of which one at least has a B that follows A
 READERS = 8  # unless the user says otherwise
 Numbers = Counter[str]
@@ -94,7 +95,12 @@ class Reader:
 
 def made(stream: Stream, number: int, state: State, numbers: Numbers) -> Iterator[tuple[list[Row], Sequence[int], State]]:
     """The rows of each block of a reader from that of `state` on, in the order of the batches, their draws, and the state
-    behind it. Counts in `numbers`."""
+    behind it. Counts in `numbers`.
+
+    Raises:
+        InputError: a shard cannot be read, or its text makes no rows.
+    """
+    empty = 0
     texts = blocks(stream.shards, number, stream.readers, stream.seed, stream.block, state.place)
     while True:
         began = time.process_time()
@@ -116,4 +122,8 @@ def made(stream: Stream, number: int, state: State, numbers: Numbers) -> Iterato
         count = sum(len(row["input_ids"]) for row in rows)
         numbers.update(read=read - began, tokenise=tokenise - read, build=build - tokenise, made=count)
         state = state.at(place)
+        empty = 0 if rows else empty + 1
+        if empty > EMPTY:
+            wanted = "two documents or more of several sentences" if stream.task == "pretraining" else "text"
+            raise InputError(f"--data: reader {number} of {stream.readers} finds no rows: expected {wanted} for each reader")
         yield [rows[i] for i in order], draws, state

@@ -11,6 +11,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.models import WordPiece
 
 from bench.stream.masking import SPECIAL, WORD_STARTS
+from fastbert.errors import InputError
 
 Array = NDArray[Any]
 Row = dict[str, Any]
@@ -72,14 +73,20 @@ class Text:
 
 
 class Encoder:
-    """A tokenizer of transformers for text that no user of a model will see: special tokens are not recognised in it."""
+    """A tokenizer of transformers for text in which the names of special tokens are words like any other."""
 
     def __init__(self, tokenizer: Any, whole_words: bool = False) -> None:
+        """
+        Raises:
+            InputError: the tokenizer has no separator.
+        """
         self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.single, self.pair = (Frame.of(self.tokenizer, texts) for texts in (1, 2))
         self.separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+        if self.separator is None:
+            raise InputError("--model: its tokenizer has no separator, which stands between documents")
         self.whole_words = whole_words
         self.continues = _continues(self.tokenizer) if whole_words else None
         self.__setstate__({})
@@ -102,7 +109,6 @@ class Encoder:
             starts = numpy.fromiter(chain.from_iterable(map(_starts, encoded)), bool, len(ids))
         elif self.whole_words:
             starts = ~self.continues[ids]
-            starts[(numpy.cumsum(lengths) - lengths)[lengths > 0]] = True
         return Text(ids, numpy.zeros(len(ids), bool), starts), lengths
 
 

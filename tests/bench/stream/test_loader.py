@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy
 import pytest
+import torch
 
 from bench.stream.loader import Loader, whole
 from bench.stream.masking import IGNORED
@@ -107,6 +108,13 @@ def test_batches_made_ahead_are_not_lost(workers, data, tokenizer):
     assert loader.batches == 9 and all(map(equal, found, expected))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dropout_goes_on_from_where_it_was(workers, data, tokenizer):
+    before = torch.get_rng_state()
+    take(Loader(make_stream(data, tokenizer), workers=workers), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def epoch_of(stream, reader, epoch):
     """The rows of a reader in an epoch."""
     found, state = [], State(epoch)
@@ -186,6 +194,12 @@ def test_pairs_of_single_sentences_are_refused(tmp_path, tokenizer):
     data = write(tmp_path, [[sentence] for document in make_documents(100, words=8) for sentence in document], 4)
     with pytest.raises(InputError, match="next-sentence pairs need documents of two or more sentences, found none in"):
         take(Loader(make_stream(data, tokenizer, "pretraining", block=5000)), 1)
+
+
+def test_a_reader_without_a_pair_is_refused(tmp_path, tokenizer):
+    data = write(tmp_path, [["w1 w2"]] * 4, 4)
+    with pytest.raises(InputError, match="reader 0 of 4 finds no rows: expected two documents or more of several sentences"):
+        take(Loader(make_stream(data, tokenizer, "pretraining")), 1)
 
 
 def test_what_does_not_go_together_is_one_line(data, tokenizer):

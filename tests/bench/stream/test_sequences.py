@@ -1,5 +1,7 @@
 """Rows of a block: every token once, sentences whole, and pairs of which half are neighbours."""
 
+import pickle
+
 import numpy
 import pytest
 from transformers import AutoTokenizer
@@ -8,6 +10,7 @@ from bench.stream import sequences
 from bench.stream.masking import SPECIAL, WORD_STARTS
 from bench.stream.sequences import NEXT, fill, full_sentences, pairs, tokenised
 from bench.stream.tokens import Encoder
+from fastbert.errors import InputError
 from tests.bench.stream.corpora import make_documents, numbers_tokenizer, words_of
 from tests.bench.train.training import make_tokenizer
 
@@ -185,10 +188,19 @@ def test_words_and_frames_are_the_tokenizers(make):
     assert rows[0][SPECIAL].tolist() == pair["special_tokens_mask"]
 
 
-def test_special_tokens_in_the_text_are_text():
+def test_special_tokens_in_the_text_are_text_in_every_process():
     tokenizer = make_tokenizer()
+    copied = pickle.loads(pickle.dumps(Encoder(tokenizer)))
+    assert copied(["a [MASK] b"])[0].ids.tolist() == Encoder(tokenizer)(["a [MASK] b"])[0].ids.tolist()
     row = full_sentences(encoder := Encoder(tokenizer), tokenised(encoder, [["a [MASK] b [SEP]"]]), 40)[0]
     assert tokenizer.mask_token_id not in ids_of(row) and ids_of(row).count(tokenizer.sep_token_id) == 1
+
+
+def test_a_tokenizer_without_a_separator_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.sep_token = None
+    with pytest.raises(InputError, match="--model: its tokenizer has no separator"):
+        Encoder(tokenizer)
 
 
 @pytest.mark.long
