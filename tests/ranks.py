@@ -39,7 +39,7 @@ def on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
     """
     start_server()
     start = multiprocessing.start_processes
-    start(_rank, (world, _free_port(), work, arguments), nprocs=world, start_method=STARTED_BY)
+    start(_rank, (world, free_port(), work, arguments), nprocs=world, start_method=STARTED_BY)
 
 
 def prepare() -> None:
@@ -74,7 +74,7 @@ def leave() -> None:
     os._exit(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
