@@ -33,6 +33,7 @@ from tests.mutation.faults import (
     training,
     training_graphs,
     windows,
+    wrapped,
 )
 
 AREAS = (
@@ -59,6 +60,7 @@ AREAS = (
     reports,
     tensor_parallel,
     training,
+    wrapped,
     training_graphs,
     benchmarks,
     scaling,
