@@ -14,7 +14,6 @@ device.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,9 +27,10 @@ from fastbert.layers.stock import part_of, untested
 from fastbert.wrapped import SHARDING, behind, wrappers_of
 
 
-@dataclass(frozen=True, eq=False)
 class KernelMask:
     """Replaces `attention_mask` if only fast classes read it.
+
+    It is no dataclass: FSDP copies those at each layer, and each copy would compute its own bounds and seeds.
 
     keys: bool [B, K], false for padding; None if there is no padding. Modules apply causality themselves.
     general: stock's mask if it masks more than padding, such as a caller's own [B, 1, Q, K]; else None.
@@ -41,14 +41,20 @@ class KernelMask:
     twins: what one layer passes to the next beside its result.
     """
 
-    keys: Tensor | None
-    general: Any
-    stock: Callable[[], Any]
-    by_module: str | None = None
-    prepared: dict[nn.Module, Any] = field(default_factory=dict)
-    layers: tuple[nn.Module, ...] = ()
-    twins: Any = field(default_factory=lambda: ops.Twins())
-    _seeds: dict[nn.Module, Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        keys: Tensor | None,
+        general: Any,
+        stock: Callable[[], Any],
+        by_module: str | None = None,
+        prepared: dict[nn.Module, Any] | None = None,
+        layers: tuple[nn.Module, ...] = (),
+    ) -> None:
+        self.keys, self.general, self.stock, self.by_module = keys, general, stock, by_module
+        self.prepared = {} if prepared is None else prepared
+        self.layers = layers
+        self.twins: Any = ops.Twins()
+        self._seeds: dict[nn.Module, Tensor] = {}
 
     def seed_of(self, layer: nn.Module, device: torch.device) -> Tensor | None:
         """The dropout seeds of `layer`, int64 [6]; None for a layer that is not in `layers`.

@@ -134,6 +134,20 @@ def test_replicas_of_data_parallel_run_layers_as_one_op():
         torch.testing.assert_close(parameter.grad, expected[f"gradient of {name}"], msg=name)
 
 
+def test_layers_share_bounds_and_seeds_in_mixed_precision(one_rank, monkeypatch):
+    drawn = []
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *args, **more: drawn.append(args) or randint(*args, **more))
+    model = make(MLM, attention="sdpa", hidden_dropout_prob=0.1).cpu().train()
+    shard(fastbert.patch(model), mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16))
+    batch = batch_of(0)
+    drawn.clear()
+    with counting(heads=True) as launched:
+        model(**batch).loss.backward()
+    assert_layers(model)
+    assert launched["key_bounds_kernel"] == 1 and [args for args in drawn if args[1:] == ((2, 6),)] == [(2**62, (2, 6))]
+
+
 @pytest.mark.parametrize("padded", [True, False])
 def test_distilbert_in_half_precision(one_rank, padded):
     """Its mask passes through the model, and FSDP2 casts what floats on the way."""
@@ -142,9 +156,8 @@ def test_distilbert_in_half_precision(one_rank, padded):
     policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)}
     stock_outputs = run(copy.deepcopy(model).half(), batch)
     fastbert.patch(model)
-    for layer in model.distilbert.transformer.layer:
-        fully_shard(layer, **policy)
-    fully_shard(model, **policy)
+    for module in (*model.distilbert.transformer.layer, model.distilbert.transformer, model):
+        fully_shard(module, **policy)
     outputs = model(**batch)
     outputs.loss.backward()
     rows = [row for row in fastbert.report(model).rows if row.hf_class in ("TransformerBlock", "Transformer")]
