@@ -45,8 +45,13 @@ def joined(gpu: bool) -> Iterator[None]:
             os._exit(INTERRUPTED)
         raise
     # A launcher ends all ranks when one has failed: none may leave before rank 0 has said why.
-    dist.barrier()
+    gathered(None)
     dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether torchrun has started the ranks again, after one has failed (`--max-restarts`)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def rank() -> int:

@@ -38,7 +38,7 @@ def run_all(
         InputError: data, model or folder cannot be used. Nothing was trained.
     """
     datasets.disable_caching()
-    ranks.of_first(lambda: _check_folder(settings, out, lanes, resume))
+    resume = ranks.of_first(lambda: _resumes(settings, out, lanes, resume))
     work, data = ranks.agreed(lambda: _prepared(settings, out, say, workers))
     ranks.of_first(lambda: _mark(settings, out))
     records = [run(work, lane, advance, resume) for lane in lanes]
@@ -138,6 +138,17 @@ def choose_limit(requested: int, lengths: Sequence[int], most: int, in_windows: 
     if limit > most:
         return most, f"the model's positions; the 95th percentile is {limit}"
     return max(limit, SHORTEST), "the 95th percentile"
+
+
+def _resumes(settings: Settings, out: Path, lanes: Sequence[str], asked: bool) -> bool:
+    """Whether to continue the run in the folder: if asked, or if it is the one in which a rank has failed.
+
+    Raises:
+        InputError: as `_check_folder`.
+    """
+    resume = asked or (ranks.restarted() and (out / SETTINGS).exists())
+    _check_folder(settings, out, lanes, resume)
+    return resume
 
 
 def _check_folder(settings: Settings, out: Path, lanes: Sequence[str], resume: bool) -> None:

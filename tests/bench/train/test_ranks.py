@@ -214,6 +214,47 @@ def test_a_launcher(launcher, model, tmp_path):
 
 
 @pytest.mark.long
+def test_a_killed_rank_is_started_again(model, tmp_path):
+    """torchrun starts both ranks again, which continue from the last checkpoint: the curve of a run without a fault."""
+    options = ("--task", "mlm", "--data", FILES["mlm"], "--model", model, *OPTIONS, *RESUMED, "--lane", "fastbert")
+    command = [sys.executable, "-m", *TORCHRUN[:-1], "--max-restarts", "1", tmp_path / "rank.py", "train", *options]
+    (tmp_path / "rank.py").write_text(DIES)
+    done = subprocess.run(
+        [str(part) for part in (*command, "--out", tmp_path / "out")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert stopped_at(0, model, tmp_path / "whole")[0] == 0
+    (one,), (other,) = (report.read(tmp_path / name / report.RESULTS).lanes for name in ("whole", "out"))
+    assert (other.resumed_at, other.ranks) == (2, 2) and other.checksums == one.checksums[2:]
+    assert len(one.losses) == 6 and other.losses == pytest.approx(one.losses, abs=5e-6)
+
+
+# Rank 1 kills itself behind the third step, when it is started for the first time.
+DIES = """
+import os, signal
+from bench.__main__ import app
+
+os.environ["TRITON_INTERPRET"] = "1"
+from bench.train import lanes
+
+ends = lanes.Watch.on_step_end
+
+def die(self, args, state, control, **kwargs):
+    ends(self, args, state, control, **kwargs)
+    if state.global_step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+lanes.Watch.on_step_end = die
+app()
+"""
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "words"),
     [
