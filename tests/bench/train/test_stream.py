@@ -54,19 +54,24 @@ def whole(place):
     """The only lane of an uninterrupted run."""
     code, text = train(place, "whole", "--whole-words")
     assert code == 0, text
-    (lane,) = results(place, "whole").lanes
+    found = results(place, "whole")
+    said = "11 shards to train on, 1 held back to evaluate; 4 readers, 48 tokens of each in a batch"
+    assert found.data.stream == said and said in text
+    (lane,) = found.lanes
     assert lane.tokens == pytest.approx(4 * 2 * 8 * 24, abs=4 * 12) and len(set(lane.checksums)) == 4
     return lane
 
 
 def test_both_lanes_see_the_same_batches(place):
-    code, text = train(place, "both", "--steps", 2, "--accumulation", 1, lanes=("stock", "fastbert"))
+    write(place / "few", make_documents(2), 1)
+    small = ("--readers", 2, "--batch", 4, "--steps", 2, "--accumulation", 1, "--eval-data", place / "few")
+    code, text = train(place, "both", *small, lanes=("stock", "fastbert"))
     assert code == 0, text
     found = results(place, "both")
     stock, fast = found.lanes
     assert stock.checksums == fast.checksums and len(set(fast.checksums)) == 2 and fast.launches > 0
     assert found.comparison.problems == [] and fast.metrics == pytest.approx(stock.metrics, rel=1e-5)
-    assert found.data.stream == "11 shards to train on, 1 held back to evaluate; 4 readers, 48 tokens of each in a batch"
+    assert found.data.stream == "12 shards to train on; 2 readers, 48 tokens of each in a batch"
     assert found.data.stream in text and f"rows of up to 24 tokens (--max-length), {found.data.eval_rows} to evaluate" in text
 
 
