@@ -9,8 +9,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+)
 
 import fastbert
 from tests.distributed.tensor_parallel import (
@@ -203,6 +210,57 @@ def test_transformers_plan(tmp_path):
     on_ranks(2, transformers_plan, 2, tmp_path)
 
 
+def by_sequence(rank, world):
+    """Between its products a layer has the positions of its rank. The LayerNorms are sharded modules, and stay stock."""
+    mesh, shard = mesh_of(world), {"output_layouts": Shard(1)}
+
+    def plan(model):
+        styles = plan_of(model, row=lambda: RowwiseParallel(**shard))
+        for i in range(2):
+            layer = f"bert.encoder.layer.{i}"
+            gather = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
+            styles[f"{layer}.attention.self"] = PrepareModuleInput(**gather, use_local_output=True)
+            styles[f"{layer}.intermediate.dense"] = ColwiseParallel(input_layouts=Shard(1))
+            for name in ("attention.output", "output"):
+                styles[f"{layer}.{name}.LayerNorm"] = SequenceParallel(use_local_output=True)
+        return styles | {layer: PrepareModuleOutput(**shard, desired_output_layouts=Replicate())}
+
+    def split(module, arguments):
+        whole = DTensor.from_local(arguments[0], mesh, [Replicate()], run_check=False)
+        return whole.redistribute(placements=[Shard(1)]).to_local(), *arguments[1:]
+
+    for unpad in ("auto", True):
+        model = sharded(mesh, plan, unpad=unpad)
+        model.bert.encoder.layer[0].register_forward_pre_hook(split)
+        assert_equal_to_stock(model, whole(), batch=batch_of(length=8))
+        expected = BY_MODULE | {"attention.output": "fell back", "output": "fell back"}
+        assert states(model).items() >= expected.items(), states(model)
+
+
+def with_data_parallelism(rank, world):
+    """Two groups of two ranks: FSDP2 over the groups, tensor parallelism within each."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "model"))
+    model, stock = sharded(mesh["model"]).train(), whole().train()
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    ours, theirs = make_optimizer(fastbert.AdamW, model), make_optimizer(torch.optim.AdamW, stock)
+    group = mesh["data"].get_local_rank()
+    for step in range(2):
+        ours.zero_grad()
+        theirs.zero_grad()
+        model(**batch_of(seed=10 * step + group)).loss.backward()
+        for half in range(2):
+            (stock(**batch_of(seed=10 * step + half)).loss / 2).backward()
+        ours.step()
+        theirs.step()
+    weight = model.bert.encoder.layer[0].intermediate.dense.weight
+    assert weight.device_mesh.ndim == ours.state[weight]["exp_avg"].device_mesh.ndim == 2
+    for (name, parameter), other in zip(model.named_parameters(), stock.parameters(), strict=True):
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(parameter.full_tensor(), other, rtol=0.0, atol=1e-5, msg=name)
+
+
 def every_kind(rank, world):
     for kind in KINDS:
         model = sharded(mesh_of(world), kind=kind, unpad=True)
@@ -216,3 +274,13 @@ def every_kind(rank, world):
 def test_every_kind(world):
     """On four ranks each has one of four heads."""
     on_ranks(world, every_kind, world)
+
+
+def two_ways(rank, world):
+    by_sequence(rank, world)
+    with_data_parallelism(rank, world)
+
+
+@pytest.mark.long
+def test_by_sequence_and_with_data_parallelism():
+    on_ranks(4, two_ways, 4)
