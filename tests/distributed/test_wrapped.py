@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.models.bert.modeling_bert import BertLayer
 
 import fastbert
@@ -58,6 +59,20 @@ def test_a_sharded_model_is_patched_and_unpatched(one_rank, kind):
     for name, module in model.named_modules():
         assert type(module).__mro__[1:] == before[name].__mro__[1:], name
     assert not any(row.state == "active" for row in fastbert.report(model).rows)
+
+
+def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
+    kept = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_selective_checkpointing_that_keeps_products():
+    model = fastbert.patch(model_of())
+    expected = run(copy.deepcopy(model), batch_of(0))
+    contexts = partial(create_selective_checkpoint_contexts, keep_products)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    assert_bitwise(run(model, batch_of(0)), expected)
+    assert_layers(model)
 
 
 def test_wrapped_layers_that_are_no_op_are_not_packed():
