@@ -111,6 +111,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "prepare_patched": partial(checkpoint, reentrant=False),
         "recomputed": True,
     },
+    "packing mlm": {"patch": {"mlm_logits": "none", "unpad": True}},
+    "frozen embeddings": {"prepare": freeze_embeddings, "without": ["embedding_layernorm_bwd_kernel"]},
+    "ZeRO-1 by torch": {"zero": True},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "plain": {},
     "checkpointed, reentrant": {"prepare_patched": partial(checkpoint, reentrant=True), "recomputed": True},
     "layers in checkpoint wrappers": {"prepare_patched": wrap_layers, "recomputed": True},
     "packing classification in checkpoint wrappers": {
@@ -118,12 +124,6 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "prepare_patched": partial(wrap_layers, reentrant=True),
         "recomputed": True,
     },
-    "packing mlm": {"patch": {"mlm_logits": "none", "unpad": True}},
-    "frozen embeddings": {"prepare": freeze_embeddings, "without": ["embedding_layernorm_bwd_kernel"]},
-    "ZeRO-1 by torch": {"zero": True},
-}
-MORE: dict[str, dict[str, Any]] = {
-    "plain": {},
     "unused parameters": {"find_unused_parameters": True},
     "static graph": {"static_graph": True},
     "gradients in buckets": {"gradient_as_bucket_view": True},
@@ -170,18 +170,15 @@ def uneven(rank: int) -> None:
     assert_parameters(dict(parallel.named_parameters()), expected)  # the rank that ends last gives its parameters to all
 
 
-def less_usual(rank: int) -> None:
+def commonly_used(rank: int) -> None:
+    train_in_turn(rank, 2, list(SCENARIOS))
     for work in (compressed, uneven):
         with named(work.__name__):
             work(rank)
 
 
 def test_ddp() -> None:
-    on_ranks(2, train_in_turn, 2, list(SCENARIOS))
-
-
-def test_compression_and_uneven_inputs() -> None:
-    on_ranks(2, less_usual)
+    on_ranks(2, commonly_used)
 
 
 @pytest.mark.long

@@ -155,7 +155,6 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "fsdp2, then patched": {"patch_first": False, "micro": 2},
     "fsdp2, packing classification": {"kind": CLASSIFICATION},
     "fsdp2, checkpoint wrappers, then patched": {"wrap": checkpoint_and_shard, "patch_first": False, "recomputed": True},
-    "fsdp2, offloaded": {"wrap": shard_offloaded},
     "fsdp1": {"wrap": flatten},
     "fsdp1, packing classification in checkpoint wrappers": {
         "wrap": flatten_and_checkpoint,
@@ -164,6 +163,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
 }
 MORE: dict[str, dict[str, Any]] = {
+    "fsdp2, offloaded": {"wrap": shard_offloaded},
     "fsdp2, packing classification, then patched": {"kind": CLASSIFICATION, "patch_first": False},
     "fsdp2, packing mlm": {"patch": {"mlm_logits": "none", "unpad": True}},
     "fsdp2, packing mlm, then patched": {"patch": {"mlm_logits": "none", "unpad": True}, "patch_first": False},
@@ -190,21 +190,23 @@ def hybrid(rank: int) -> None:
         train(rank, world=4, wrap=shard_hybrid)
 
 
-def in_half_precision(rank: int) -> None:
-    """Parameters are gathered and used as float16, and gradients are float32, as with the stock model."""
-    for kind in (MLM, CLASSIFICATION):
-        for name, wrap in (
-            ("fsdp2", partial(shard, mp_policy=MixedPrecisionPolicy(**HALF))),
-            ("fsdp1", partial(flatten, mixed_precision=MixedPrecision(**HALF, cast_forward_inputs=True))),
-        ):
-            with named(f"{name} in half precision, {kind}"):
-                parallel = wrap(fastbert.patch(model_of(kind)))
-                parallel(**batch_of(rank, kind)).loss.backward()
-                assert_launched(kind, calls=1)
-                assert_layers(parallel)
-                stock = stock_gradients(kind)
-                largest = max(float(gradient.abs().max()) for gradient in stock.values())
-                assert_parameters(whole_gradients(parallel), stock, atol=8 * largest * 2.0**-11)
+HALVES = {
+    "fsdp2": partial(shard, mp_policy=MixedPrecisionPolicy(**HALF)),
+    "fsdp1": partial(flatten, mixed_precision=MixedPrecision(**HALF, cast_forward_inputs=True)),
+}
+
+
+def in_half_precision(rank: int, engine: str, kind_name: str) -> None:
+    """Parameters are gathered and used as float16, and gradients are float32."""
+    kind = {"mlm": MLM, "classification": CLASSIFICATION}[kind_name]
+    with named(f"{engine} in half precision, {kind}"):
+        parallel = HALVES[engine](fastbert.patch(model_of(kind)))
+        parallel(**batch_of(rank, kind)).loss.backward()
+        assert_launched(kind, calls=1)
+        assert_layers(parallel)
+        stock = stock_gradients(kind)
+        largest = max(float(gradient.abs().max()) for gradient in stock.values())
+        assert_parameters(whole_gradients(parallel), stock, atol=8 * largest * 2.0**-11)
 
 
 def whole_gradients(parallel: nn.Module) -> dict[str, torch.Tensor]:
@@ -214,12 +216,21 @@ def whole_gradients(parallel: nn.Module) -> dict[str, torch.Tensor]:
         return {name: parameter.grad.clone() for name, parameter in parallel.named_parameters()}
 
 
+def commonly_used(rank: int) -> None:
+    train_in_turn(rank, list(SCENARIOS))
+    in_half_precision(rank, "fsdp2", "mlm")
+    in_half_precision(rank, "fsdp1", "classification")
+
+
 def test_fsdp() -> None:
-    on_ranks(2, train_in_turn, list(SCENARIOS))
+    on_ranks(2, commonly_used)
 
 
-def test_half_precision() -> None:
-    on_ranks(2, in_half_precision)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["mlm", "classification"])
+@pytest.mark.parametrize("engine", HALVES)
+def test_half_precision(engine: str, kind: str) -> None:
+    on_ranks(2, in_half_precision, engine, kind)
 
 
 @pytest.mark.long
