@@ -64,7 +64,8 @@ class _Parts(IterableDataset):
                 numbers = sum((reader.numbers for reader in readers), Counter(all=time.process_time() - began))
                 yield _Part(shares, numbers)
         except InputError as error:  # raised again where it is one line, not a worker's traceback
-            yield _Part([], Counter(), str(error))
+            while True:  # a worker that ends is waited for
+                yield _Part([], Counter(), str(error))
 
 
 class Loader(Iterable[Batch]):
