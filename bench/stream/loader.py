@@ -64,8 +64,7 @@ class _Parts(IterableDataset):
                 numbers = sum((reader.numbers for reader in readers), Counter(all=time.process_time() - began))
                 yield _Part(shares, numbers)
         except InputError as error:  # raised again where it is one line, not a worker's traceback
-            while True:  # a worker that ends is waited for
-                yield _Part([], Counter(), str(error))
+            yield _Part([], Counter(), str(error))
 
 
 class Loader(Iterable[Batch]):
@@ -104,9 +103,9 @@ class Loader(Iterable[Batch]):
         while True:
             # Workers take turns, and none ends.
             of_batch = [next(parts) for _ in range(max(self.workers, 1))]
-            for part in of_batch:
-                if part.error:
-                    raise InputError(part.error)
+            if error := next((part.error for part in of_batch if part.error), ""):
+                del parts  # ends the workers now, not when the error's traceback is forgotten
+                raise InputError(error)
             shares = sorted((share for part in of_batch for share in part.shares), key=lambda share: share.reader)
             number += 1
             self._states.append((number, {share.reader: share.state for share in shares}))
