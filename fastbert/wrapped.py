@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SHARDING = "torch.distributed.fsdp"  # whose hooks gather weights, cast floating-point arguments, and pass everything on
+MARKS = {"_is_fsdp_managed_module", "_fsdp_use_orig_params"}  # attributes that FSDP sets on every module inside
 _TORCH = "torch.distributed."
 _WRAPPED = {"CheckpointWrapper": "_checkpoint_wrapped_module", "FullyShardedDataParallel": "_fsdp_wrapped_module"}
 

@@ -91,7 +91,7 @@ class Layer(FastModule):
         own = vars(self) if known.chunks is None else known.chunks
         if own["chunk_size_feed_forward"] or known.chunk in own:
             return "a chunked or replaced feed-forward"
-        if context is None:
+        if context is None or context.hidden != hidden_states.shape[-1]:
             weights, settings = known.weights(), known.settings(hidden_states.shape[-1])
             if isinstance(weights, str) or isinstance(settings, str):
                 return weights if isinstance(weights, str) else settings

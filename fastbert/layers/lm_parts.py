@@ -9,6 +9,7 @@ from fastbert.dispatch import hooked
 from fastbert.layers.family import DISTILBERT, ELECTRA, LIKE_ROBERTA, Family
 from fastbert.layers.prediction_head import distil_parts, transform_of, transformed
 from fastbert.layers.stock import part_of
+from fastbert.wrapped import MARKS
 
 IGNORED = -100
 
@@ -69,7 +70,7 @@ def _reason_of_distilbert(head: nn.Module) -> str | None:
     loss = head.mlm_loss_fct
     if any(hooked(part) for part in distil_parts(head) if isinstance(part, nn.Module)):
         return "its head has hooks"
-    if type(loss) is not nn.CrossEntropyLoss or hooked(loss) or vars(loss).keys() != vars(_LOSS).keys():
+    if type(loss) is not nn.CrossEntropyLoss or hooked(loss) or vars(loss).keys() - MARKS != vars(_LOSS).keys():
         return f"its loss is a {type(loss).__name__}, or has hooks"
     if (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing) != (None, IGNORED, "mean", 0.0):
         return "its loss has weights, or other settings"

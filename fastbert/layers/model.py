@@ -124,10 +124,12 @@ class DistilModel(Model):
 
     def _carried_mask(self, ids: Tensor | None, mask: Any, embeds: Tensor | None) -> KernelMask | None:
         """The KernelMask of the call if only kernels will see it."""
-        words = self.embeddings.word_embeddings.weight
+        words = self.embeddings.word_embeddings.weight  # a shard of any shape, if an engine gathers it for the embeddings
         if (ids is None) == (embeds is None) or torch.compiler.is_compiling():
             return None
-        hidden = embeds if ids is None else words.detach().new_empty(()).expand(*ids.shape, words.shape[-1])
+        hidden = embeds
+        if ids is not None:
+            hidden = torch.empty((), dtype=words.dtype, device=words.device).expand(*ids.shape, self.config.dim)
         implementation = self.config._attn_implementation or "eager"
         known = self._prepare_layers(hidden, implementation)
         if known is None:

@@ -65,6 +65,13 @@ def check(model, batch, change=lambda model: None, **switches):
     return patched
 
 
+def test_a_width_that_the_config_does_not_have():
+    """A call computes the number of heads from the hidden states, whatever the config has become."""
+    model = make("base")
+    model.config.dim = 80
+    assert_no_fallback(check(model, make_batch("base")))
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("head", HEADS)
 def test_a_head_is_equal(head, attention):
