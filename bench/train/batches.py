@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -43,9 +44,15 @@ class Rows(torch.utils.data.Dataset):
         chunks = self.features.with_format("arrow")[:]["input_ids"].chunks
         return [length for chunk in chunks for length in _lengths(chunk)]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        draw = zlib.crc32(f"{self.seed} {self.epoch} {index}".encode())
-        return self.features[index] | {"draw": draw}
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths(), default=0)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        """A row. With its number may come the length that it is padded to where that matters; otherwise that of the longest."""
+        number, width = index if isinstance(index, tuple) else (index, self.longest)
+        draw = zlib.crc32(f"{self.seed} {self.epoch} {number}".encode())
+        return self.features[number] | {"draw": draw, "width": width}
 
 
 def _lengths(ids: Any) -> list[int]:
@@ -57,19 +64,28 @@ def _lengths(ids: Any) -> list[int]:
 
 
 class Collator:
-    """A task's collator that records the real tokens of each batch and a checksum of the model's inputs."""
+    """A task's collator that records the real tokens of each batch and a checksum of the model's inputs.
+
+    A span's loss is over all positions, padding too. So rows with spans are padded to their width, on every rank alike; others
+    to the longest of them.
+    """
 
     def __init__(self, task: str, tokenizer: Any, windows: Windows | None = None, whole_words: bool = False) -> None:
         self.masking = Masking(tokenizer, whole_words) if task in ("mlm", "pretraining") else None
         self.plain = None if self.masking else COLLATORS.get(task, DataCollatorWithPadding)(tokenizer)
         if windows is not None:
             self.plain = windows.collate
+        self.spans = DataCollatorWithPadding(tokenizer, padding="max_length") if task == "qa" else None
         self.tokens: list[int] = []  # of each batch
         self.checksums: list[int] = []
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        draws = [row.pop("draw") for row in rows]
-        batch = dict(self.masking(rows, draws) if self.masking else self.plain(rows))
+        draws, widths = ([row.pop(name) for row in rows] for name in ("draw", "width"))
+        if self.spans is not None:
+            self.spans.max_length = max(widths)
+            batch = dict(self.spans(rows))
+        else:
+            batch = dict(self.masking(rows, draws) if self.masking else self.plain(rows))
         self.tokens.append(int(batch["attention_mask"].sum()))
         self.checksums.append(checksum(batch))
         return batch

@@ -54,8 +54,11 @@ def check(rows: int, batch: int, ranks: int) -> None:
         )
 
 
-class Parts(Sampler[list[int]]):
-    """The rows of one rank in each global batch of the rows' epoch, in order: a batch sampler."""
+class Parts(Sampler[list[tuple[int, int]]]):
+    """The rows of one rank in each global batch of the rows' epoch, in order: a batch sampler.
+
+    With each row comes the length of the longest in the global batch, which one rank would pad it to.
+    """
 
     def __init__(self, rows: Rows, batch: int, rank: int = 0, ranks: int = 1) -> None:
         self.rows, self.batch, self.rank, self.ranks = rows, batch, rank, ranks
@@ -64,7 +67,8 @@ class Parts(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in global_batches(len(self.rows), self.batch, self.rows.seed, self.rows.epoch):
-            part = deal([self.lengths[row] for row in batch], self.ranks)[self.rank]
-            yield [batch[place] for place in part]
+            lengths = [self.lengths[row] for row in batch]
+            longest = max(lengths)
+            yield [(batch[place], longest) for place in deal(lengths, self.ranks)[self.rank]]

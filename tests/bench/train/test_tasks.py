@@ -13,6 +13,7 @@ from bench.train import encode, metrics, tasks
 from bench.train.batches import Collator, Rows
 from bench.train.data import read
 from bench.train.encode import IGNORED
+from bench.train.sharding import Parts
 from fastbert.errors import InputError
 from tests.bench.train.training import FILES, make_tokenizer
 
@@ -101,6 +102,17 @@ def test_padding_is_dynamic_and_the_tally_counts_real_tokens(tokenizer):
     assert collator.tokens == [sum(len(features[j]["input_ids"]) for j in (i, i + 1)) for i in (0, 6)]
     collator([data[0], data[1]])
     assert collator.checksums[0] == collator.checksums[2] != collator.checksums[1]
+
+
+def test_rows_with_spans_are_padded_alike_on_every_rank(tokenizer):
+    lengths = (4, 9, 5, 7, 3, 8)
+    features = [{"input_ids": [5] * n, "attention_mask": [1] * n, "start_positions": 1, "end_positions": 2} for n in lengths]
+    rows, collator = Rows(Dataset.from_list(features), 0, tuple(features[0])), Collator("qa", tokenizer)
+    alone = next(iter(Parts(rows, 4)))
+    parts = [next(iter(Parts(rows, 4, rank, 2))) for rank in range(2)]
+    widths = {collator([rows[place] for place in part])["input_ids"].shape[1] for part in (alone, *parts)}
+    assert widths == {max(lengths[row] for row, _ in alone)}
+    assert collator([rows[0], rows[2]])["input_ids"].shape[1] == 9, "an evaluation pads to the longest of its rows"
 
 
 def test_perplexity_counts_every_label_once():

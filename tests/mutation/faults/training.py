@@ -19,6 +19,12 @@ FAULTS = (
         tests=(f"{BATCHES}::test_tokens_are_dealt_evenly",),
     ),
     _sharding(
+        "rows with spans are padded to the longest of their rank",
+        before="yield [(batch[place], longest) for place in deal(lengths, self.ranks)[self.rank]]",
+        after="own = deal(lengths, self.ranks)[self.rank]; yield [(batch[i], max(lengths[j] for j in own)) for i in own]",
+        tests=("tests/bench/train/test_tasks.py::test_rows_with_spans_are_padded_alike_on_every_rank",),
+    ),
+    _sharding(
         "every epoch has the same batches",
         before='crc32(f"{seed} {epoch}".encode())',
         after='crc32(f"{seed}".encode())',
