@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastbert.numerics import Comparison, compare, largest
 from fastbert.patch import _check_model, patched, unpatch
 from fastbert.report import Report, report
+from fastbert.wrapped import sharded_part
 
 _NOTHING = 1e-8  # relative to a typical tensor: the float64 residue of a gradient that is zero in exact arithmetic
 _LARGE = 500_000_000  # parameters; above it a float64 copy with its gradients no longer fits beside the model
@@ -130,9 +131,12 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
 
     Raises:
         TypeError: `model` is not a torch.nn.Module or `batch` is not a mapping.
+        ValueError: FSDP has sharded the model, so that it cannot be copied.
         UnsupportedModelError: the model has nothing to patch.
     """
     _check_model(model)
+    if (sharded := sharded_part(model)) is not None:
+        raise ValueError(f"model: expected one that is not sharded, got a {type(sharded).__name__}; verify it before sharding")
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch: expected a mapping of the model's arguments, got {type(batch).__name__}")
     parameter = next(model.parameters())

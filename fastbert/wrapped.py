@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 SHARDING = "torch.distributed.fsdp"  # whose hooks gather weights, cast floating-point arguments, and pass everything on
 MARKS = {"_is_fsdp_managed_module", "_fsdp_use_orig_params"}  # attributes that FSDP sets on every module inside
 _TORCH = "torch.distributed."
-_WRAPPED = {"CheckpointWrapper": "_checkpoint_wrapped_module", "FullyShardedDataParallel": "_fsdp_wrapped_module"}
+_FSDP_1 = "FullyShardedDataParallel"
+_WRAPPED = {"CheckpointWrapper": "_checkpoint_wrapped_module", _FSDP_1: "_fsdp_wrapped_module"}
 
 
 def base_of(cls: type[Any]) -> type[Any]:
@@ -34,6 +35,12 @@ def _over(engine: type[Any], base: type[Any], cls: type[Any]) -> type[Any]:
     prefix = cls.__name__.removesuffix(base_of(cls).__name__)
     own = {name: value for name, value in vars(cls).items() if name in ("__module__", "__deepcopy__")}
     return type(prefix + base.__name__, (engine, base), own)
+
+
+def sharded_part(model: nn.Module) -> nn.Module | None:
+    """A module of `model` that an engine has sharded or replicated in place, so that torch copies none of it; or None."""
+    found = (m for m in model.modules() if base_of(type(m)) is not type(m) or type(m).__name__ == _FSDP_1)
+    return next(found, None)
 
 
 def behind(module: nn.Module) -> nn.Module:

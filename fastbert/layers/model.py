@@ -21,6 +21,7 @@ from fastbert.layers.embeddings import FastEmbeddings
 from fastbert.layers.family import DISTILBERT, LIKE_BERT
 from fastbert.layers.layer_state import CallContext, global_state, prepare
 from fastbert.layers.masks import CarriedMask, KernelMask, kernel_mask, masks_replaced, prepare_layers
+from fastbert.wrapped import sharded_part
 
 
 class Model(FastModule):
@@ -127,6 +128,8 @@ class DistilModel(Model):
         words = self.embeddings.word_embeddings.weight  # a shard of any shape, if an engine gathers it for the embeddings
         if (ids is None) == (embeds is None) or torch.compiler.is_compiling():
             return None
+        if self.config._attn_implementation == "eager" and sharded_part(self.embeddings) is not None:
+            return None  # stock's mask is in the dtype of what the embeddings return, which only the engine knows
         hidden = embeds
         if ids is not None:
             hidden = torch.empty((), dtype=words.dtype, device=words.device).expand(*ids.shape, self.config.dim)

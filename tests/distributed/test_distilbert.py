@@ -2,10 +2,11 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import fastbert
@@ -16,12 +17,12 @@ from tests.models import test_distilbert as distilbert
 from tests.ranks import on_ranks
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(model: nn.Module, **settings: Any) -> nn.Module:
     """FSDP2; embeddings whose words are tied to a decoder stay in the model's own group."""
     layers = model.distilbert.transformer.layer
     for part in layers if hasattr(model, "vocab_projector") else (model.distilbert.embeddings, *layers):
-        fully_shard(part)
-    return fully_shard(model)
+        fully_shard(part, **settings)
+    return fully_shard(model, **settings)
 
 
 def flatten_embeddings(model: nn.Module) -> nn.Module:
@@ -47,10 +48,23 @@ def train(head: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert any(name.startswith("linear_cross_entropy") for name in launched) == (head == "mlm"), launched
 
 
+def attention_weights_in_half_precision() -> None:
+    """An additive mask must have the dtype of the scores, which differs from the one that the shards have."""
+    stock, batch = distilbert.make(attention="eager").cpu().train(), distilbert.make_batch()
+    batch = {name: tensor.cpu() for name, tensor in batch.items()}
+    parallel = shard(fastbert.patch(copy.deepcopy(stock)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.float16))
+    found, expected = (model(**batch, output_attentions=True) for model in (parallel, stock.half()))
+    assert len(found.attentions) == 2 and found.attentions[0].dtype == torch.float16
+    torch.testing.assert_close(found.attentions, expected.attentions, rtol=0.0, atol=4 * 2.0**-11)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2)
+
+
 def train_in_turn(rank: int) -> None:
     for head, wrap in (("classification", shard), ("mlm", shard), ("classification", flatten_embeddings)):
         with named(f"{head}, {wrap.__name__}"):
             train(head, wrap)
+    with named("attention weights in half precision"):
+        attention_weights_in_half_precision()
 
 
 def test_fsdp() -> None:

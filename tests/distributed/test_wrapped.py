@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.models.bert.modeling_bert import BertLayer
@@ -178,6 +178,15 @@ def test_distilbert_in_half_precision(one_rank, padded):
     rows = [row for row in fastbert.report(model).rows if row.hf_class in ("TransformerBlock", "Transformer")]
     assert rows and all(row.state == "active" and not row.fallback_calls for row in rows), rows
     torch.testing.assert_close(outputs.loss.float(), stock_outputs["loss"].float(), rtol=1e-2, atol=1e-2)
+
+
+def test_verifying_a_sharded_model_is_one_clear_error(one_rank):
+    assert fastbert.verify(DistributedDataParallel(model_of()), batch_of(0))
+    with pytest.raises(ValueError, match="expected one that is not sharded, got a FSDPBertForMaskedLM; verify it before"):
+        fastbert.verify(shard(model_of()), batch_of(0))
+    flat = FullyShardedDataParallel(model_of(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="got a FullyShardedDataParallel"):
+        fastbert.verify(flat, batch_of(0))
 
 
 @pytest.mark.parametrize(
