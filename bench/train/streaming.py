@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fastbert.errors import InputError
 
 STATE = "stream.json"
 UNREADABLE = 2  # exit code
-EVALUATED = 512  # rows at most, of the first block
+EVALUATED = 512  # rows at most, of the first block that makes rows
 
 
 def prepare(settings: Settings, source: Any, workers: int) -> tuple[Stream, Dataset, DataRecord]:
@@ -43,7 +44,8 @@ def prepare(settings: Settings, source: Any, workers: int) -> tuple[Stream, Data
     )
     Loader(stream, ranks.rank(), ranks.world(), workers)  # its errors come before training
     alone = dataclasses.replace(stream, shards=evaluation, readers=1)
-    rows = next(made(alone, 0, State(), Counter()))[0][:EVALUATED]
+    with _named("--eval-data" if settings.eval_data else "--data"):
+        rows = next(rows for rows, *_ in made(alone, 0, State(), Counter()) if rows)[:EVALUATED]
     ids = numpy.concatenate([row["input_ids"] for row in rows])
     features = Dataset.from_list([_plain(row) for row in rows])
     said = f"{len(train)} shards to train on"
@@ -67,13 +69,23 @@ def _divided(settings: Settings) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
     """The shards to train on and those to evaluate with."""
     shards = find([settings.data])
     if settings.eval_data:
-        return shards, find([settings.eval_data])
+        with _named("--eval-data"):
+            return shards, find([settings.eval_data])
     if len(shards) < 2:
         raise InputError(f"--eval-data: expected with --stream of one shard, because none can be held back: {settings.data}")
     count = min(max(round(settings.eval_share * len(shards)), 1), len(shards) - 1)
     held_back = {*generator(settings.seed, 2).permutation(len(shards))[:count].tolist()}
     parts = [[shard for i, shard in enumerate(shards) if (i in held_back) == is_held] for is_held in (False, True)]
     return tuple(parts[0]), tuple(parts[1])
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Let errors about shards name the option that the shards came from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("--data:", f"{option}:", 1)) from None
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

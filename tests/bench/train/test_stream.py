@@ -9,7 +9,7 @@ from bench.train import report
 from bench.train.lanes import Watch
 from tests.bench.stream.corpora import make_documents, write
 from tests.bench.train.test_ranks import launched
-from tests.bench.train.training import FILES, invoke, save_model
+from tests.bench.train.training import FILES, invoke, save_model, written
 from tests.ranks import on_ranks
 
 OPTIONS = ("--stream", "--readers", 4, "--batch", 8, "--max-length", 24, "--lr", 1e-2, "--dtype", "fp32", "--dropout", 0)
@@ -126,6 +126,7 @@ def test_two_ranks_train_on_the_batches_of_one_and_resume_its_run(place, whole):
         (("--max-length", 500), "--max-length: the model has 48 positions, got 500"),
         (("--data", "no-such-folder"), "--data: no-such-folder: no such file, folder or pattern"),
         (("--data", FILES["mlm"]), "--eval-data: expected with --stream of one shard"),
+        (("--eval-data", "no-such-folder"), "--eval-data: no-such-folder: no such file, folder or pattern"),
     ],
 )
 def test_a_fault_is_one_line(options, said, place):
@@ -133,6 +134,13 @@ def test_a_fault_is_one_line(options, said, place):
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and said in lines[0], text
     assert not (place / "fault").exists()
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "finds no text"), ("a\n", "finds no rows: expected two documents")])
+def test_too_little_text_to_evaluate_with(text, said, place, tmp_path):
+    data = ("--eval-data", written(tmp_path, text, "few.txt"))
+    code, printed = train(place, "fault", *data, task="pretraining")
+    assert code == 2 and f"error: --eval-data: reader 0 of 1 {said}" in printed
 
 
 @pytest.mark.parametrize(
