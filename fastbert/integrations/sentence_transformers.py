@@ -28,6 +28,7 @@ from fastbert.integrations.pooling_plan import PoolingPlan, plan_pooling, pool, 
 from fastbert.layers.encoder import model_packs_unseen
 from fastbert.layers.packing import Rows
 from fastbert.layers.stock import fast_forward_of
+from fastbert.wrapped import MARKS
 
 
 def _stock_class(name: str, *modules: str) -> type[nn.Module]:
@@ -131,6 +132,8 @@ class Transformer:
             return reason
         if kwargs:
             return "keywords, which the model would get"
+        if not MARKS.isdisjoint(vars(self)):
+            return "FSDP around the embedder, which puts hooks on all outputs"
         mask, ids = features.get("attention_mask"), features.get("input_ids")
         if not (_is_matrix(mask) and _is_matrix(ids) and ids.shape == mask.shape and ids.device == mask.device):
             return "features without input_ids and an attention_mask of one shape [B, S]"
