@@ -46,12 +46,11 @@ def unsupported(module: nn.Module) -> str | None:
     if (reason := parts.reason(module)) is not None:
         return reason
     decoder = parts.decoder(module)
-    weight = decoder.weight
     # FSDP2 gathers its DTensor for the call, which checks the type again.
-    if not is_plain(decoder, nn.Linear) or not (is_plain_tensor(weight) or hasattr(weight, "to_local")):
+    if not is_plain(decoder, nn.Linear) or not (is_plain_tensor(decoder.weight) or hasattr(decoder.weight, "to_local")):
         return f"its decoder is a {type(decoder).__name__}, or has hooks"
-    if tuple(weight.shape) != (module.config.vocab_size, decoder.in_features):
-        return f"its decoder's weight is {tuple(weight.shape)}, which is not the vocabulary's size"
+    if tuple(decoder.weight.shape) != (module.config.vocab_size, decoder.in_features):
+        return f"its decoder's weight is {tuple(decoder.weight.shape)}, which is not the vocabulary's size"
     return None
 
 

@@ -262,7 +262,6 @@ UNSUPPORTED = {
     "narrower by a view": (narrowed(view=True), "output is not contiguous"),
     "orthogonal": (parametrized("attention.self.query", parametrizations.orthogonal), "ParametrizedLinear"),
     "weight norm": (parametrized("intermediate.dense", parametrizations.weight_norm), "ParametrizedLinear"),
-    "subclass of Tensor": (parameter("output.dense.weight", lambda w: w.as_subclass(Subclass)), "not a plain tensor"),
     "no bias": (changed("output.dense", "bias", lambda _: None), "not a plain tensor"),
     "LayerNorm without bias": (changed("output.LayerNorm", "bias", lambda _: None), "not a plain tensor"),
     "scaling by a tensor": (changed("attention.self", "scaling", lambda s: torch.tensor(2.0 * s)), "scaling"),
@@ -293,9 +292,14 @@ UNSUPPORTED_WITH_MASKS = {
     "attention by a callable": (by_a_callable("attention"), "attention is a NoneType"),
     "self-attention by a callable": (by_a_callable("attention.self"), "attention.self is a NoneType"),
 }
+# Changes in one layer whose result the next layer does not take either.
+UNSUPPORTED_ONWARDS = {
+    "subclass of Tensor": (parameter("output.dense.weight", lambda w: w.as_subclass(Subclass)), "not a plain tensor"),
+}
 CHANGES = (
     {f"supported: {name}": (change, None) for name, change in SUPPORTED.items()}
     | {f"unsupported: {name}": change for name, change in UNSUPPORTED.items()}
     | {f"in all: {name}": change for name, change in UNSUPPORTED_IN_ALL.items()}
     | {f"masks: {name}": change for name, change in UNSUPPORTED_WITH_MASKS.items()}
+    | {f"onwards: {name}": change for name, change in UNSUPPORTED_ONWARDS.items()}
 )

@@ -130,7 +130,7 @@ FAULTS = (
         "a Tensor subclass is treated as a plain tensor",
         before="if not all(tensor is not None and is_plain_tensor(tensor) for tensor in found):",
         after="if not all(tensor is not None for tensor in found):",
-        tests=_change("unsupported: subclass of Tensor"),
+        tests=_change("onwards: subclass of Tensor"),
     ),
     _state(
         "attention's dropout uses the mode of its dropout module, not its own",

@@ -30,8 +30,8 @@ FAULTS = [
     Fault(
         "an MLM head that was sharded before it was patched stays stock",
         file="fastbert/layers/mlm_heads.py",
-        before='(is_plain_tensor(weight) or hasattr(weight, "to_local"))',
-        after="is_plain_tensor(weight)",
+        before='(is_plain_tensor(decoder.weight) or hasattr(decoder.weight, "to_local"))',
+        after="is_plain_tensor(decoder.weight)",
         tests=(f"{SHARDED}[mlm]",),
     ),
     Fault(
