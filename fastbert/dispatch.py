@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import ops
+from fastbert.kernels.core.collectives import is_pending
 from fastbert.wrapped import base_of, with_base
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -119,7 +120,7 @@ def falls_back_after(module: nn.Module, *results: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    found = next((x for x in results if not is_plain_tensor(x) and not hasattr(x, "trigger_wait")), None)
+    found = next((x for x in results if not is_plain_tensor(x) and not is_pending(type(x))), None)
     if found is not None:
         _recount(module, f"a Linear inside it returned a {type(found).__name__}")
     return found is not None

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-# fastbert.kernels is imported inside the step: it imports triton (see fastbert/patch.py).
+from fastbert.kernels.core.collectives import is_pending, waited
+
+# The other kernels are imported inside the step: they import triton (see fastbert/patch.py).
 
 logger = logging.getLogger("fastbert")
 _HALVES = (torch.float16, torch.bfloat16)
@@ -220,8 +222,8 @@ class AdamW(torch.optim.AdamW):
                 grad = param.grad
                 if grad is None:
                     continue
-                if _is_pending(type(grad)):
-                    grad = param.grad = _complete(grad)
+                if is_pending(type(grad)):
+                    grad = param.grad = waited((grad,))[0]
                 state = self._state_of(param, grad, group)
                 if not failed and device_reason(param.device, param.dtype) is None:
                     fast.append((param, grad, state, index))
@@ -384,17 +386,7 @@ def _local(param: Tensor, grad: Tensor, *state: Any) -> tuple[Any, ...]:
         return param, grad, *state
     if grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)
-    return tuple(_complete(x.to_local()) if hasattr(x, "to_local") else x for x in (param, grad, *state))
-
-
-@cache
-def _is_pending(cls: type) -> bool:
-    """Whether `cls` is torch's AsyncCollectiveTensor, the result of a collective that may be under way."""
-    return hasattr(cls, "trigger_wait")
-
-
-def _complete(tensor: Tensor) -> Tensor:
-    return tensor.trigger_wait() if _is_pending(type(tensor)) else tensor
+    return tuple(waited([x.to_local() if hasattr(x, "to_local") else x for x in (param, grad, *state)]))
 
 
 def _step_on_device(group: dict[str, Any]) -> bool:

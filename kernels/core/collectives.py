@@ -11,12 +11,12 @@ from typing import Any
 
 def waited(values: Sequence[Any]) -> Sequence[Any]:
     """The values, each result of a collective replaced by the plain tensor that it stands for, which is complete."""
-    if not any(map(_is_pending, map(type, values))):
+    if not any(map(is_pending, map(type, values))):
         return values
-    return [value.trigger_wait() if _is_pending(type(value)) else value for value in values]
+    return [value.trigger_wait() if is_pending(type(value)) else value for value in values]
 
 
 @cache
-def _is_pending(cls: type) -> bool:
+def is_pending(cls: type) -> bool:
     """Whether `cls` is AsyncCollectiveTensor, which is not imported because a torch build may lack it."""
     return hasattr(cls, "trigger_wait")

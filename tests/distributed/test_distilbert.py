@@ -56,6 +56,7 @@ def attention_weights_in_half_precision() -> None:
     found, expected = (model(**batch, output_attentions=True) for model in (parallel, stock.half()))
     assert len(found.attentions) == 2 and found.attentions[0].dtype == torch.float16
     torch.testing.assert_close(found.attentions, expected.attentions, rtol=0.0, atol=4 * 2.0**-11)
+    # Two orders of computing in float16; each layer adds roundings of 2^-11. A wrong mask fails above.
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2)
 
 

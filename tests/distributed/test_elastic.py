@@ -143,4 +143,5 @@ def test_a_lost_node(engine, folders):
         agent.join(120.0)
     assert [agent.exitcode for agent in agents] == [0, -signal.SIGKILL]
     ranks.on_ranks(2, uninterrupted, other, engine)
+    # One rank adds up in another order than two; a step moves parameters a hundred times as far.
     assert_same_run(lost, other, worlds=[2] * KILLED_IN + [1] * (STEPS - KILLED_IN), rtol=0.0, atol=1e-5)

@@ -1,12 +1,10 @@
 """What engines put over a model, in one process: classes of FSDP2, wrappers around layers, DataParallel's replicas."""
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -22,14 +20,6 @@ from tests.graphs.stepping import adamw
 from tests.models import test_distilbert as distilbert
 from tests.models.test_wrappers import replicas_of
 from tests.models.tiny import ANOTHER_ORDER, CLASSIFICATION, MLM, make, make_batch
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def shard(model: nn.Module, **settings) -> nn.Module:

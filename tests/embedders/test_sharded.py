@@ -1,24 +1,14 @@
 """An embedder inside FSDP, which puts hooks on all outputs: token embeddings are not left to be computed later."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fastbert
 from fastbert.integrations.lazy_tokens import LazyTokens
 from tests.embedders.tiny import TEXTS, close, features_of, make, row_of
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def by_fsdp_1(model: nn.Module) -> nn.Module:

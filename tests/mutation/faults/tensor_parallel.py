@@ -39,7 +39,7 @@ FAULTS = (
     ),
     _optimizer(
         "the optimizer's kernel reads a gradient that is still being reduced",
-        before="                    grad = param.grad = _complete(grad)\n",
+        before="                    grad = param.grad = waited((grad,))[0]\n",
         after="                    pass\n",
     ),
     _optimizer(
