@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -67,3 +68,21 @@ def test_what_follows_from_the_measurement():
 def test_seconds_are_divided_by_what_they_were_spent_on():
     numbers = Counter(read=1.0, tokenise=4.0, build=0.5, made=1000, mask=2.0, tokens=500, rows=10, all=8.5)
     assert measure.per_token(numbers) == {"read": 1e-3, "tokenise": 4e-3, "build": 5e-4, "mask": 4e-3, "rest": 2e-3}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "cores"),
+    [
+        ("long-mlm", "555,000 tokens for MLM", "0.9"),
+        ("long-mlm-words", "573,000 with whole words", "0.9"),
+        ("long-pretraining", "638,000 in pairs", "0.8"),
+        ("long-pretraining-words", "590,000 with both", "0.9"),
+        ("short-pretraining", "353,000 tokens", "1.5"),
+    ],
+)
+def test_the_page_has_the_measured_numbers(name, tokens, cores):
+    root = Path(__file__).parents[3]
+    record = parse(InputResults, (root / "bench" / "results" / "input" / f"{name}.json").read_bytes(), "results").record
+    said = f"{round(record.of_a_core, -3):,.0f}"
+    assert tokens.startswith(said) and tokens in (root / "docs" / "scaling.md").read_text()
+    assert f"{record.cores_for_gpu[0]:.1f}" == cores
