@@ -15,6 +15,7 @@ device.
 
 from collections.abc import Callable
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from fastbert import forwards, ops
 from fastbert.dispatch import IDLE_HOOKS, hooked, hooks_of
-from fastbert.layers.family import Family
 from fastbert.layers.stock import part_of, untested
 from fastbert.wrapped import SHARDING, behind, wrappers_of
 
@@ -137,7 +137,7 @@ def prepare_layers(model: nn.Module, prepare: Callable[..., Any]) -> dict[nn.Mod
     """
     family, config = model.PART.family, model.config
     encoder = model._modules[family.encoder]
-    if part_of(type(encoder)).part != "Encoder" or _observed(encoder) or untested(model.STOCK) or masks_replaced(family):
+    if part_of(type(encoder)).part != "Encoder" or _observed(encoder) or untested(model.STOCK) or masks_replaced(family.path):
         return None
     causal = bool(getattr(config, "is_decoder", False))
     if causal and not getattr(config, "is_causal", True):  # a decoder with bidirectional attention
@@ -184,9 +184,10 @@ def _same_attention(attends: dict[str, Any], own: Any, config: Any, causal: bool
 
 
 @torch.compiler.assume_constant_result
-def masks_replaced(family: Family) -> bool:
-    """Whether a function that makes the masks of a family was replaced."""
-    module = family.module
+def masks_replaced(path: str) -> bool:
+    """Whether a function that makes the masks of a family was replaced. path: the family's module under transformers.models,
+    because torch up to 2.11 takes no object of ours as an argument here."""
+    module = import_module(f"transformers.models.{path}")
     return any(hasattr(module, name) and forwards.innermost(getattr(module, name)) is None for name in _MASK_FUNCTIONS)
 
 

@@ -46,7 +46,7 @@ class Model(FastModule):
             and "_create_attention_masks" not in vars(self)
             and not kwargs.get("debug_io")  # transformers would log the inputs of every module
             and stock.untested(self.STOCK) is None
-            and not masks_replaced(self.PART.family)
+            and not masks_replaced(self.PART.family.path)
         )
 
     def _create_attention_masks(self, *args: Any, **given: Any) -> tuple[Any, Any]:

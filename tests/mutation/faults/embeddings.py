@@ -226,7 +226,7 @@ FAULTS = (
     ),
     _model(
         "embeddings are deferred although a mask function was replaced",
-        before="            and not masks_replaced(self.PART.family)\n",
+        before="            and not masks_replaced(self.PART.family.path)\n",
         after="",
         tests=(f"{PACKED_MODEL}::test_masks_made_by_somebody_else_see_what_stock_gives",),
     ),

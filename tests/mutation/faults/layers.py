@@ -220,7 +220,7 @@ FAULTS = (
     ),
     _masks(
         "a replaced mask function is not called",
-        before="or untested(model.STOCK) or masks_replaced(family):",
+        before="or untested(model.STOCK) or masks_replaced(family.path):",
         after="or untested(model.STOCK):",
         tests=(f"{MASKS_GIVEN}::test_what_makes_masks_was_replaced",),
     ),
