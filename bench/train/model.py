@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from bench.train import ranks
 from bench.train.records import Settings
 from bench.train.tasks import TASKS
+from fastbert.cli.loading import read_model
 from fastbert.cli.source import Source
 from fastbert.cli.tasks import TASKS as HEADS
 from fastbert.errors import InputError
@@ -48,7 +49,7 @@ def load(source: Source, settings: Settings, labels: list[str]) -> nn.Module:
     """Load the stock model on SDPA in float32; new heads are drawn from the seed.
 
     Raises:
-        InputError: the directory has no weights.
+        InputError: the directory has no weights in safetensors.
     """
     head = HEADS[TASKS[settings.task].head]
     config: dict[str, Any] = dict(head.config)
@@ -63,12 +64,11 @@ def load(source: Source, settings: Settings, labels: list[str]) -> nn.Module:
         config |= {name: settings.dropout for name in _DROPOUTS if hasattr(source.config, name)}
     torch.manual_seed(settings.seed)
     try:
-        model = source.class_of(head.name).from_pretrained(
-            source.path, ignore_mismatched_sizes=True, dtype=torch.float32, attn_implementation="sdpa", **config
+        return read_model(
+            source.class_of(head.name), source.path, source.config, dtype=torch.float32, attn_implementation="sdpa", **config
         )
-    except OSError as error:
-        raise InputError(f"--model: {source.path} has no weights that can be read: {str(error).splitlines()[0]}") from None
-    return model
+    except InputError as error:
+        raise InputError(str(error).replace("MODEL", "--model", 1)) from None
 
 
 def dropout_of(config: Any) -> float:

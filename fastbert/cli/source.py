@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastbert.cli import loading
 from fastbert.cli.tasks import TASKS, Task, Texts, family_of_config, model_type_of, task_named, word_tokenizer
 from fastbert.errors import InputError
 from fastbert.layers.family import FAMILIES, LIKE_ROBERTA
@@ -37,8 +37,8 @@ class Source:
         """Open the model at `model` (default: the trained one of the demo extra, or a small random one) and the text.
 
         Raises:
-            InputError: no such model or file, a model of no supported family, a tokenizer that does not fit the model, or no
-                text in the file.
+            InputError: no such model or file, a model of no supported family or with code of its own, a tokenizer that does
+                not fit the model, or no text in the file.
         """
         transformers.utils.logging.set_verbosity_error()  # no warnings about freshly initialised heads
         transformers.utils.logging.disable_progress_bar()
@@ -55,7 +55,7 @@ class Source:
             name = "all-MiniLM-L6-v2, a trained BERT (6 layers, 384 wide)"
         else:
             name = model
-        source = Source(name, model, _read_config(model), _read_tokenizer(model), lines)
+        source = Source(name, model, _read_config(model), loading.read_tokenizer(model), lines)
         source._check_sizes()
         return source
 
@@ -113,18 +113,14 @@ class Source:
         """The model for `task`, its new heads drawn from a fixed seed, and a batch of the text for it.
 
         Raises:
-            InputError: the model directory has no weights, or the model cannot read the text.
+            InputError: the model has no weights in safetensors, or the model cannot read the text.
         """
         entry, model_class = task_named(task), self.class_of(task)
         torch.manual_seed(0)
         if self.path is None:
             model = model_class(self._config(entry))
         else:
-            # A head saved for another task may have a different number of labels; it is initialised anew, like a missing one.
-            try:
-                model = model_class.from_pretrained(self.path, ignore_mismatched_sizes=True, **entry.config)
-            except (OSError, ValueError, SafetensorError) as error:
-                raise InputError(f"MODEL: {self.path} has no weights that can be read: {_first_line(error)}") from None
+            model = loading.read_model(model_class, self.path, self.config, **entry.config)
         on_device = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None)
             for name, tensor in self._batch(entry, model.config, batch_size, max_length).items()
@@ -168,25 +164,9 @@ def _read_config(model: str) -> Any:
             raise InputError(f"MODEL: {model} is not a model directory: it has no config.json")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise InputError(f"MODEL: there is no directory {model}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"MODEL: no model {model}, as a directory or by that name: {_first_line(error)}") from None
+    config = loading.read_config(model)
     if family_of_config(config) is None:
         supported = ", ".join(repr(name) for family in FAMILIES if (name := model_type_of(family)) is not None)
         raise InputError(f"MODEL: {model} is a {config.model_type!r} model; supported are {supported} models")
+    loading.check_sizes(model, config)
     return config
-
-
-def _read_tokenizer(model: str) -> Any:
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"MODEL: {model} has no tokenizer that can be read: {_first_line(error)}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # one made without a vocabulary
-        raise InputError(f"MODEL: {model} has no tokenizer: no vocabulary was found in it")
-    return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
