@@ -13,7 +13,7 @@ from fastbert.report import Report, report
 from fastbert.verify import VerifyResult, verify
 from fastbert.windows import Windows
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdamW",
     "LengthsCollator",
