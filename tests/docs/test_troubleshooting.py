@@ -32,7 +32,7 @@ def test_every_reason_has_a_line_and_every_line_a_reason():
         'WORDS = "a reason"\ndef why(x) -> str:\n    return WORDS',
         'def why(x) -> str | None:\n    return inner(x, "a reason")\ndef inner(x, text: str) -> str:\n    return text',
         'def why(x) -> str | None:\n    return next((text for text in ["a reason"] if x), None)',
-        'def why(x) -> str | None:\n    return x.state.reason\nclass State:\n    def __init__(self):\n        self.reason = "a reason"',
+        'def why(x) -> str | None:\n    return x.reason\nclass State:\n    def see(self):\n        self.reason = "a reason"',
         'def why(x) -> str | None:\n    return x.why\nclass Plan:\n    size: int\n    why: str\nPlan(1, "a reason")',
         'def why(x) -> str | None:\n    return CHECKS[x](x)\nCHECKS = {"x": lambda x: "a reason"}',
         'def why(x) -> str | None:\n    return known.get(x)\ndef learn(x):\n    known[x] = "a reason"\nknown = {}',
