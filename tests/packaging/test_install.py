@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .environments import Environment, run
+from .environments import Environment, make_environment, run
 
 # Imports the given modules and prints their locations.
 PROBE = """
@@ -92,7 +92,9 @@ def test_editable(environment: Environment, tree: Path, elsewhere: Path) -> None
 def check_wheel(wheel: Path, environment: Environment, tree: Path, elsewhere: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
     assert names == {f"fastbert/{path}" for path in package_files(tree)}
+    assert "\nDescription-Content-Type: text/markdown\n" in metadata and "\n# fastbert\n" in metadata
     environment.install(wheel)
     check_installed(environment, tree, elsewhere, site_packages(environment) / "fastbert")
     assert "verify" in run([environment.folder / "bin" / "fastbert", "--help"], elsewhere)
@@ -108,9 +110,34 @@ def test_sdist_and_the_wheel_of_it(environment: Environment, tree: Path, elsewhe
     names = {member.name.split("/", 1)[-1] for member in members if member.isfile()}
     packaged = {name.removeprefix("fastbert/") for name in names if name.startswith("fastbert/")}
     assert packaged == package_files(tree)
-    assert not {name for name in names if name.startswith("tests/")}
-    assert {"LICENSE", "README.md", "pyproject.toml"} <= names
+    assert not {name for name in names if name.startswith(("tests/", "bench/", "kernels/", "."))}
+    documents = {f"docs/{path.relative_to(tree / 'docs')}" for path in (tree / "docs").rglob("*.md")}
+    documents |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"}
+    assert documents | {"pyproject.toml", "setup.py"} <= names
     check_wheel(wheel, environment, tree, elsewhere)
+
+
+@pytest.mark.long  # needs what the extra "release" installs
+def test_twine_accepts_what_is_built(tree: Path, elsewhere: Path) -> None:
+    pytest.importorskip("twine", reason='needs the extra "release"')
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", elsewhere, tree], elsewhere)
+    built = [*elsewhere.glob("*.tar.gz"), *elsewhere.glob("*.whl")]
+    assert run([sys.executable, "-m", "twine", "check", "--strict", *built], elsewhere).count("PASSED") == len(built) == 2
+
+
+@pytest.mark.long  # downloads torch
+@pytest.mark.timeout(1800)
+def test_wheel_in_an_empty_environment(tree: Path, elsewhere: Path) -> None:
+    """As a user installs it: whatever pip resolves now, no constraints, no checkout in sight."""
+    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", elsewhere, tree], elsewhere)
+    (wheel,) = elsewhere.glob("*.whl")
+    empty = make_environment(elsewhere / "empty", [])
+    pip = [sys.executable, "-m", "pip", "--python", empty.python, "install", "--quiet", f"{wheel}[demo]"]
+    run(pip, elsewhere, seconds=1500)
+    empty.run("-c", "import fastbert", cwd=elsewhere)
+    fastbert = empty.folder / "bin" / "fastbert"
+    assert "verify" in run([fastbert, "--help"], elsewhere)
+    assert "EQUAL: 9 of 9 models" in run([fastbert, "verify"], elsewhere, seconds=900)
 
 
 @pytest.mark.long
