@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import console, fail
+from bench.core.options import fail, print_plainly
 
 
 def report(
@@ -23,7 +23,7 @@ def report(
     except (schema.ResultsError, OSError) as error:
         raise fail(error) from None
     for path, different in changed.items():
-        console.print(f"{path}: {'written' if different else 'unchanged'}")
+        print_plainly(f"{path}: {'written' if different else 'unchanged'}")
     if found:
         for path in files.write(found, out or results[0].parent):
-            console.print(f"{path}")
+            print_plainly(path)

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from bench.core import ceilings, comparison, floors
 from bench.core.records import GIB, ModelRecord, OpRecord, Results
 from bench.report.tables import provenance
+from fastbert.errors import one_line
 
 matplotlib.use("Agg")
 
@@ -60,6 +61,11 @@ def colour(lane: str) -> str:
     return COLOURS.get(lane, "#7f8c8d")
 
 
+def drawable(text: str) -> str:
+    """Text that matplotlib draws as it is: between two dollar signs it would read a formula."""
+    return one_line(text).replace("$", r"\$")
+
+
 def model_frame(records: Iterable[ModelRecord]) -> pandas.DataFrame:
     """One row per timed record with what the pictures need, in sequences, tokens and GiB."""
     rows = []
@@ -69,7 +75,7 @@ def model_frame(records: Iterable[ModelRecord]) -> pandas.DataFrame:
         size = f"{r.batch} x {r.seqlen}, fill {r.fill:g}"
         rows.append(
             {
-                "workload": f"{r.model} {r.head}\n{r.mode}, {size}",
+                "workload": f"{drawable(f'{r.model} {r.head}')}\n{drawable(r.mode)}, {size}",
                 "lane": r.lane,
                 "rate": r.batch / r.seconds.median,
                 "slow": r.batch / r.seconds.high,
@@ -219,9 +225,10 @@ def losses(axes: Axes, results: Results) -> None:
     for i, record in enumerate(records):
         # Equal curves coincide, so wide ones are drawn first and dashed ones on top.
         style = {"linewidth": 6 - i if i < 5 else 1, "linestyle": "-" if i % 2 == 0 else "--", "alpha": 0.8}
-        axes.plot(range(1, len(record.losses) + 1), record.losses, color=colour(record.lane), label=record.lane, **style)
+        style |= {"color": colour(record.lane), "label": drawable(record.lane)}
+        axes.plot(range(1, len(record.losses) + 1), record.losses, **style)
     axes.set(xlabel="step", ylabel="loss, dropout off")
-    axes.set_title(f"{records[0].model} {records[0].head}")
+    axes.set_title(drawable(f"{records[0].model} {records[0].head}"))
     axes.legend(fontsize=8)
 
 
@@ -268,7 +275,7 @@ def draw(results: Results, folder: Path, only: Iterable[str] = tuple(FIGURES), p
             figure = Figure(figsize=SIZE, layout="constrained")
             draw_on(*figure.subplots(1, count, squeeze=False)[0], results)
             figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
-            figure.supxlabel(provenance(results), fontsize=7, color="#66707a")
+            figure.supxlabel(drawable(provenance(results)), fontsize=7, color="#66707a")
             paths.append(folder / f"{prefix}{name}.png")
             figure.savefig(paths[-1], dpi=130)
     return paths

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bench.core.records import Results
 from bench.report import tables
+from bench.report.table import literal
 
 TITLES = {
     "headline": "Models, the lanes side by side",
@@ -25,7 +26,7 @@ TITLES = {
 
 def write_markdown(results: Results, folder: Path) -> Path:
     """Write all tables as one page."""
-    parts = ["# fastbert: benchmark report", tables.provenance(results)]
+    parts = ["# fastbert: benchmark report", literal(tables.provenance(results))]
     for name, title in TITLES.items():
         parts += [f"## {title}", tables.TABLES[name](results).markdown()]
     path = folder / "report.md"

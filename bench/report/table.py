@@ -1,4 +1,4 @@
-"""Renders a table as Markdown and as HTML."""
+"""Renders a table as Markdown and as HTML. Names, labels and messages in it come from files and are shown as they are."""
 
 import re
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from bench.core.comparison import NOT_MEASURED, is_ours
+from fastbert.errors import one_line
 
 LONG = 60  # cells with more characters may wrap
 _NUMBER = re.compile(r"[\d.,]+( ?(%|x|ms|us|s|[MG]iB|T[BF]\S*)( \[.*\])?)?$")
@@ -25,8 +26,8 @@ class Table:
 
     def markdown(self) -> str:
         head = [self.headings, ["---"] * len(self.headings)] if self.rows else []
-        cells = [[cell.replace("|", "/") for cell in row] for row in (*head, *self.rows)]
-        return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), *self.lines])
+        cells = [[literal(cell).replace("|", "/") for cell in row] for row in (*head, *self.rows)]
+        return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), *map(literal, self.lines)])
 
     def html(self) -> str:
         """The table as HTML, with CSS classes for fastbert's lanes and for numbers."""
@@ -41,6 +42,11 @@ class Table:
         named = dict(zip(self.headings, cells, strict=False))
         ours = ' class="ours"' if is_ours(named.get("lane", "")) else ""
         return f"<tr{ours}>{''.join(map(_cell, cells))}</tr>"
+
+
+def literal(text: str) -> str:
+    """Text for a page of Markdown: one line, in which no tag, comment, link or picture can begin."""
+    return one_line(text).replace("<", "&lt;").replace("](", "]\\(")
 
 
 def _cell(text: str) -> str:

@@ -7,7 +7,7 @@ from bench.core import ceilings, comparison, floors
 from bench.core.flops import mfu
 from bench.core.records import GIB, NOT_REACHED, EncodeRecord, LatencyRecord, ModelRecord, OpRecord, Results
 from bench.host import tables
-from bench.report.table import Table
+from bench.report.table import Table, literal
 from bench.tune.run import best
 
 
@@ -391,4 +391,4 @@ PRETENDED = ("host-pretended", "host-encode-pretended")  # tables that a pretend
 
 def named(name: str, results: Results | None) -> str:
     """The named table as Markdown with its provenance below; "not measured" without results."""
-    return f"{(TABLES[name](results) if results else Table()).markdown()}\n\n{provenance(results)}"
+    return f"{(TABLES[name](results) if results else Table()).markdown()}\n\n{literal(provenance(results))}"

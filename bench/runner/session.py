@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from bench.core.options import console
+from bench.core.options import console, print_plainly
 
 if TYPE_CHECKING:
     from bench.core.records import Results, SuiteRecord
@@ -56,7 +56,7 @@ def run(
         gpu.record("report", lambda: write(results, out), results)
         schema.write(results, out / gpu.RESULTS)
         for path in sorted(out.iterdir()):
-            console.print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
+            print_plainly(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
         status = conclude(results)
         if stop.reason():
             console.print(f"[red]{stop.reason()}[/]")

@@ -43,7 +43,7 @@ def measure_input(
         stream = open_stream(data, tokenizer, str(task), max_length, batch, readers, seed, whole_words)
         record = measure.measure(Loader(stream, workers=workers), seconds)
     except InputError as error:
-        raise fail(f"error: {error}") from None
+        raise fail(error) from None
     console.print(measure.table(record))
     for line in measure.lines(record):
         print_plainly(line)

@@ -9,13 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.core.comparison import NOT_MEASURED
 from bench.core.records import GIB
 from bench.core.schema import ResultsError, parse
-from bench.report.figures import STYLE, colour
+from bench.report.figures import STYLE, colour, drawable
 from bench.report.tables import quartiles
 from bench.train.records import SCHEMA, Comparison, LaneRecord, TrainResults
+from fastbert.errors import one_line
 
 RESULTS, PICTURE = "results.json", "losses.png"
 NOISY = 60  # steps from which a running mean is drawn
@@ -44,7 +46,7 @@ def table(results: TrainResults) -> Table:
         "kernel launches": lambda lane: f"{lane.launches:,}",
     }
     for name, cell in rows.items():
-        made.add_row(name, *(cell(lane) for lane in results.lanes))
+        made.add_row(*(Text(one_line(shown)) for shown in (name, *(cell(lane) for lane in results.lanes))))
     return made
 
 
@@ -110,8 +112,8 @@ def draw(results: TrainResults, path: Path) -> None:
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         settings = results.settings
         name = f"{settings.task} on {Path(settings.data).name}"
-        figure.suptitle(f"Training loss, {name}", x=0.01, ha="left", fontweight="bold", fontsize=13)
-        figure.supxlabel(_provenance(results), fontsize=7, color="#66707a")
+        figure.suptitle(drawable(f"Training loss, {name}"), x=0.01, ha="left", fontweight="bold", fontsize=13)
+        figure.supxlabel(drawable(_provenance(results)), fontsize=7, color="#66707a")
         figure.savefig(path, dpi=130)
 
 
@@ -181,7 +183,7 @@ def show(results: TrainResults, console: Console) -> None:
         for line in comparison_lines(results.comparison):
             console.print(line, highlight=False, soft_wrap=True)
         for problem in results.comparison.problems:
-            console.print(f"[red]failed:[/] {problem}", highlight=False, soft_wrap=True)
+            console.print(f"failed: {problem}", highlight=False, soft_wrap=True, markup=False, style="red")
 
 
 def read(path: Path) -> TrainResults:

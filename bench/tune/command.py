@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import HOUR, OUT, Budget, DryRun, Dtypes, console
+from bench.core.options import HOUR, OUT, Budget, DryRun, Dtypes, console, print_plainly
 from bench.runner import session
 
 
@@ -32,4 +32,4 @@ def tune(
     gpu.run(jobs, results, budget, out.parent, console.print, reserve=0.0, name=out.name)
     schema.write(results, out)
     console.print(tune_tables.candidates_table(results.tuning) if dry_run else tune_tables.best_table(results.tuning))
-    console.print(f"{out}")
+    print_plainly(out)

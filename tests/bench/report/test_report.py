@@ -115,7 +115,7 @@ def test_what_was_not_reached_is_one_line(sample):
 def test_one_table_in_both_forms():
     table = Table(("lane", "time"), [("fastbert", "1.5 ms"), ("a|b <i>", "&" * 61)], ["a <note>"])
     assert table.markdown().splitlines() == [
-        *("| lane | time |", "| --- | --- |", "| fastbert | 1.5 ms |", f"| a/b <i> | {'&' * 61} |", "a <note>")
+        *("| lane | time |", "| --- | --- |", "| fastbert | 1.5 ms |", f"| a/b &lt;i> | {'&' * 61} |", "a &lt;note>")
     ]
     page = table.html()
     assert '<tr class="ours"><td>fastbert</td><td class=number>1.5 ms</td></tr>' in page
