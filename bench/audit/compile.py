@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench.audit import sass
+from bench.audit.unwritten import unwritten
 from bench.core.floors import SCORE_PRODUCTS
 from bench.core.hardware import ARCHITECTURES, LANES, issue_bytes_per_second, issue_per_second, resident_programs
 from fastbert.kernels.core import cache, launch
@@ -151,25 +152,35 @@ def describe(
         about_work = _of_parameters
     elif "BLOCK_K" in launched.arguments:
         about_work = partial(_of_products, sum(i.name != "NOP" for i in listing))
-    return {
-        "key": f"{architecture} {launched.direction} {variant.name}",
-        "op": variant.op,
-        "architecture": architecture,
-        "kernel": launched.kernel.__name__,
-        "config": {name: value for name, value in vars(config).items() if value is not None},
-        "registers": used["REG"],
-        "spills": sass.spills(listing),
-        "local_bytes": used["LOCAL"] + used["STACK"],
-        "shared_bytes": shared,
-        "shared_limit": limits.shared_per_program,
-        "programs_per_multiprocessor": resident,
-        "occupancy": resident * config.num_warps / limits.warps_per_multiprocessor,
-        "loops": loops,
-        "hot_instructions": len(hot),
-        "barriers": sum(i.name == "BAR" for i in hot),
-        "shuffles": sum(i.name == "SHFL" for i in hot),
-        "matrix": dict(sass.matrix_instructions(hot)),
-    } | about_work(variant, launched, resident, shared, hot, sass.access_widths(kernel.asm["ptx"]))
+    return (
+        {
+            "key": f"{architecture} {launched.direction} {variant.name}",
+            "op": variant.op,
+            "architecture": architecture,
+            "kernel": launched.kernel.__name__,
+            "config": {name: value for name, value in vars(config).items() if value is not None},
+            "registers": used["REG"],
+            "spills": sass.spills(listing),
+            "local_bytes": used["LOCAL"] + used["STACK"],
+            "shared_bytes": shared,
+            "shared_limit": limits.shared_per_program,
+            "programs_per_multiprocessor": resident,
+            "occupancy": resident * config.num_warps / limits.warps_per_multiprocessor,
+            "loops": loops,
+            "hot_instructions": len(hot),
+            "barriers": sum(i.name == "BAR" for i in hot),
+            "shuffles": sum(i.name == "SHFL" for i in hot),
+            "matrix": dict(sass.matrix_instructions(hot)),
+        }
+        | about_work(variant, launched, resident, shared, hot, sass.access_widths(kernel.asm["ptx"]))
+        | _faults(listing)
+    )
+
+
+def _faults(listing: list[sass.Instruction]) -> dict[str, Any]:
+    """Only where there are any, which no accepted state has."""
+    found = unwritten(listing)
+    return {"unwritten": found} if found else {}
 
 
 def _of_rows(

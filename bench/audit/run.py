@@ -164,6 +164,7 @@ def may_spill(key: str) -> bool:
 
 
 def _regressions(before: Record, now: Record) -> Iterator[str]:
+    yield from now.get("unwritten", ())
     for what in ("spills", "local_bytes"):
         if now[what] > (before[what] if may_spill(now["key"]) else 0):
             yield f"spill: {what} {before[what]} -> {now[what]}"

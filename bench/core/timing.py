@@ -16,6 +16,7 @@ from bench.core.records import Spread
 
 BLOCKS = 3  # repeated runs of one lane; reports show the scatter of their medians
 FEWEST, MOST = 10, 200  # rounds per block
+LONG, FEWEST_LONG = 0.2, 3  # seconds of a call from which on so many rounds are enough: a call of `encode`
 WARM_UP = 3
 HERTZ = 2e9  # cycles per second for torch.cuda._sleep on the fastest GPU; a slower one waits longer
 
@@ -131,7 +132,8 @@ def _rounds(step: Callable[[int], Any], seconds: float) -> int:
 
 def _rounds_in(seconds: float, estimate: float) -> int:
     """The number of rounds of about `estimate` seconds that fit."""
-    return min(max(int(seconds / estimate), FEWEST), MOST) if estimate > 0 else FEWEST
+    fewest = FEWEST if estimate < LONG else FEWEST_LONG
+    return min(max(int(seconds / estimate), fewest), MOST) if estimate > 0 else fewest
 
 
 def summary(blocks: list[list[float]]) -> tuple[Spread, list[float]]:

@@ -4,8 +4,9 @@ Everything else in `fastbert.graphs` sees only the two protocols here. `fastbert
 without a GPU: it records the operations of a call and runs them again.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -61,7 +62,12 @@ class CudaRecorder:
         options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
             current = torch.cuda.current_stream(self.device)  # set again also where torch does not: see _abandon
-            with torch.cuda.device(self.device), torch.cuda.stream(current), torch.cuda.graph(graph, **options):
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.stream(current),
+                _without_collection(),
+                torch.cuda.graph(graph, **options),
+            ):
                 result = function()
         except BaseException:
             self._abandon()
@@ -84,6 +90,19 @@ class CudaRecorder:
             generator.set_offset(offset)
         except RuntimeError:
             generator.graphsafe_set_state(generator.clone_state())
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Collect no garbage: a CUDA graph among it, one of another model's for instance, cannot be destroyed during a capture
+    without invalidating that."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # How to make a recorder, by type of device. fastbert.testing.graphs adds one for "cpu" within its context manager.

@@ -1,7 +1,9 @@
 """Inference from real CUDA graphs: values in bfloat16, streams and threads, memory, what a replay waits for."""
 
 import copy
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -134,11 +136,32 @@ class TestReplays:
         model, batch = make_graphed(BASE), make_inputs(BASE, "none", length=16)
         expected = infer(model, batch)
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # a graph of another test that were collected meanwhile would invalidate the capture
         with torch.cuda.graph(graph):
             found = infer(model, batch)
         graph.replay()
         equal(found, expected)
         assert row_of(model).fallback_calls == {"a graph is being captured": 1}
+
+    def test_a_graph_becomes_garbage_during_a_capture(self):
+        """Destroying a graph would invalidate the capture, so nothing is collected until its end."""
+        model, batch = make_graphed(BASE), make_inputs(BASE, "none", length=16)
+        cycle = [torch.cuda.CUDAGraph()]
+        with torch.cuda.graph(cycle[0]):
+            torch.zeros(1, device=DEVICE)
+        cycle.append(cycle)
+        destroyed = weakref.ref(cycle[0])
+        before = gc.get_threshold()
+        gc.set_threshold(1)
+        del cycle
+        try:
+            expected = infer(model, batch)
+        finally:
+            gc.set_threshold(*before)
+        equal(infer(model, batch), expected)
+        assert row_of(model).kernel_calls == 2 and gc.isenabled()
+        gc.collect()
+        assert destroyed() is None
 
 
 class TestMemory:

@@ -80,6 +80,9 @@ def recorded(entry: Entry) -> set[int]:
 
 
 ENTRIES = list(entries())
+# ptxas 12.8, which triton 3.6 and 3.7 bring, compiles this tile of 64 x 32 for sm_90 to a product whose address no
+# instruction has written (bench/audit/unwritten.py). sm_90 has other tiles, and sm_80 other products.
+WRONG_ON_HOPPER = "attention short, dropped-sm_80-bfloat16-63"
 
 
 @pytest.mark.no_launch
@@ -96,6 +99,7 @@ def test_every_configuration_has_an_entry():
     ]
     assert not missing, missing
     assert {entry.call.spec.name for entry in ENTRIES} == SPECS.keys()
+    assert WRONG_ON_HOPPER in map(str, ENTRIES)
 
 
 def check_rows(op: RowOp, p: float = 0.0) -> Callable[[int, torch.dtype], object]:
@@ -198,5 +202,7 @@ def test_bound_of_every_configuration(entry, monkeypatch):
     mine = launch.architecture(DEVICE)
     if ARCHITECTURES.index(entry.architecture) > ARCHITECTURES.index(mine):
         pytest.skip(f"this GPU takes the tables of {mine}")
+    if str(entry) == WRONG_ON_HOPPER and mine == "sm_90":
+        pytest.skip("ptxas compiles this tile of sm_80 wrongly for sm_90")
     monkeypatch.setattr(launch, "architecture", lambda device: entry.architecture)
     CHECKS[str(entry.call)](entry.width, entry.dtype)

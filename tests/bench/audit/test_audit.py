@@ -47,6 +47,7 @@ def test_the_same_is_not_worse():
         {"matrix": {}},
         {"matrix": {"wgmma": 4, "tf32": 1}},
         {"hot_instructions": 111},
+        {"unwritten": ["UIADD3 UR46, UP0, UR46, 0x40, URZ at 0x12a0 reads UR46"]},
     ],
     ids=lambda change: next(iter(change)),
 )

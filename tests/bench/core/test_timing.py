@@ -89,7 +89,8 @@ def test_a_short_call_is_repeated_more_often_than_a_long_one(clock):
 
     assert timing.measure_latency(calling(2**-7), seconds=3.0)[0].rounds == timing.BLOCKS * 128
     assert timing.measure_latency(calling(1e-6), seconds=3.0)[0].rounds == timing.BLOCKS * timing.MOST
-    assert timing.measure_latency(calling(9.0), seconds=3.0)[0].rounds == timing.BLOCKS * timing.FEWEST
+    assert timing.measure_latency(calling(0.1), seconds=0.3)[0].rounds == timing.BLOCKS * timing.FEWEST
+    assert timing.measure_latency(calling(9.0), seconds=3.0)[0].rounds == timing.BLOCKS * timing.FEWEST_LONG
 
 
 def test_phases_are_what_lies_between_the_marks(clock):
