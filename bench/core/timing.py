@@ -127,12 +127,11 @@ def _rounds(step: Callable[[int], Any], seconds: float) -> int:
     for i in range(WARM_UP):
         synchronised(step, i)
     estimate = min(synchronised(step, i) for i in range(2))
-    return _rounds_in(seconds / BLOCKS, estimate)
+    return _rounds_in(seconds / BLOCKS, estimate, FEWEST if estimate < LONG else FEWEST_LONG)
 
 
-def _rounds_in(seconds: float, estimate: float) -> int:
-    """The number of rounds of about `estimate` seconds that fit."""
-    fewest = FEWEST if estimate < LONG else FEWEST_LONG
+def _rounds_in(seconds: float, estimate: float, fewest: int = FEWEST) -> int:
+    """The number of rounds of about `estimate` seconds that fit; at least `fewest`."""
     return min(max(int(seconds / estimate), fewest), MOST) if estimate > 0 else fewest
 
 
