@@ -7,7 +7,7 @@ fastbert was tested against. Documentation and annotations are left out of the d
 - `untested=True` accepts functions, for the rest of the process; it does not accept releases.
 - To support a new release: `python -m tests.releases digests --transformers X` prints what changed, and each line is a
   forward to read. Then run `python -m tests.releases run --transformers X`, add X to `TRANSFORMERS` in
-  tests/releases/matrix.py, and run `python -m tests.releases table` for the README. Other releases are put in front of the
+  tests/releases/matrix.py, and run `python -m tests.releases table` for the docs. Other releases are put in front of the
   installed one with `pip install --target`, so torch is installed once. tests/models/future.py simulates future releases.
 - sentence-transformers' functions are recognised the same way, from a table of their own.
 

@@ -44,19 +44,24 @@ class AdamW(torch.optim.AdamW):
 
     Args:
         params: parameters, named parameters, or groups, for example from `fastbert.param_groups`.
-        lr, betas: floats, or tensors of one element, which are read on their device.
-        eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
+        lr: a float, or a tensor of one element, which is read on its device.
+        betas: likewise, two of them.
+        eps: as in torch.optim.AdamW.
+        weight_decay: as in torch.optim.AdamW.
+        amsgrad: as in torch.optim.AdamW.
+        maximize: as in torch.optim.AdamW.
         capturable: allow steps to be captured in CUDA graphs, in any number, after one step outside a graph that creates
             the state. A graph holds the hyperparameters of its capture and the addresses of its gradients, and the
             optimizer holds nothing for it. An lr that changes between replays must be a tensor on the device.
-        foreach, fused: ignored, because they choose among torch's implementations.
+        foreach: ignored, because it chooses among torch's implementations.
+        fused: ignored likewise.
         differentiable: must be False; the kernel has no derivative.
         master_weights: keep the moments of fp16 and bf16 parameters and a copy of the parameter ("master") in float32, in
             state and state_dict. The step updates the copy and rounds it into the parameter. 28 bytes per parameter.
 
     Raises:
         ValueError: as torch.optim.AdamW; `differentiable=True`.
-        RuntimeError (step): a sparse gradient or a complex parameter; a captured step without state.
+        RuntimeError: in `step`: a sparse gradient or a complex parameter; a captured step without state.
 
     Loshchilov and Hutter, arXiv:1711.05101.
     """

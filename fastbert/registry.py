@@ -198,7 +198,7 @@ def families_text() -> str:
 
 
 def families_table() -> list[list[str]]:
-    """Per supported family, for the README: its name, its model, its heads, which of them `unpad="auto"` packs for, and which
+    """Per supported family, for the docs: its name, its model, its heads, which of them `unpad="auto"` packs for, and which
     compute their loss from the labelled rows. Heads are named by what follows the family's prefix and "For"."""
     packing = {entry.stock for entry in POOLED_HEADS}
     losses = {entry.stock for entry in MLM_HEADS["full"]}

@@ -185,7 +185,7 @@ def headline() -> Iterator[Workload]:
 
 
 def wider() -> Iterator[Workload]:
-    """The workloads that complete the README's first table: BERT-large, no padding, large batches."""
+    """The workloads that complete the first table: BERT-large, no padding, large batches."""
     for fill in (0.5, 1.0):
         yield Workload("BERT-large", "mlm", "train", 32, 512, fill)
     yield Workload("BERT-base", "mlm", "train", 32, 512, 1.0)
@@ -231,8 +231,8 @@ def requests(
         yield Workload(model, head, "infer", batch, longest, MIXED_FILL, "bf16")
 
 
-def in_the_readme() -> list[Workload]:
-    """The streams of requests of the README's table: one and eight rows of 128 tokens, one row of mixed lengths."""
+def of_the_page() -> list[Workload]:
+    """The streams of the table in docs/benchmarks.md: one and eight rows of 128 tokens, one row of mixed lengths."""
     return [*requests(batches=(1, 8), seqlens=(128,), longest=None), *requests(batches=(1,), seqlens=())]
 
 

@@ -8,7 +8,7 @@ from bench.report import tables
 from bench.report.table import literal
 
 TITLES = {
-    "headline": "Models, the lanes side by side",
+    "lanes": "Models, the lanes side by side",
     "latencies": "Latency of requests",
     "encode": "Sentence embeddings, end to end",
     "ceilings": "Measured ceilings",

@@ -38,7 +38,7 @@ pre { white-space: pre-wrap; font-size: 12px; color: var(--soft) }
 """
 
 SECTIONS = {
-    "headline": "Models",
+    "lanes": "Models",
     "latencies": "Latency of requests",
     "encode": "Sentence embeddings, end to end",
     "ceilings": "What this machine can do",
@@ -53,7 +53,7 @@ SECTIONS = {
     "environment": "The machine",
 }
 CARDS = ("fastbert", "fastbert, graphed", "fastbert, graphed step")
-OPEN = ("headline", "latencies", "ceilings", "tests")
+OPEN = ("lanes", "latencies", "ceilings", "tests")
 
 
 def render(results: Results, pictures: Iterable[Path]) -> str:

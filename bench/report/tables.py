@@ -107,17 +107,56 @@ def models(results: Results, only: Callable[[ModelRecord], bool] = lambda record
     return Table(MODEL_HEADINGS, rows)
 
 
-def headline(results: Results) -> Table:
-    """The README's table: workloads with at least three lanes, otherwise the first four workloads; the main columns."""
+def _main_cases(results: Results) -> list[list[ModelRecord]]:
+    """Workloads with at least three lanes, otherwise the first four workloads."""
     cases = comparison.by_case(results.models)
     whole = [records for records in cases.values() if len({r.lane for r in records}) >= 3]
+    return whole or list(cases.values())[:4]
+
+
+COLUMNS: dict[str, Callable[[str], bool]] = {
+    "stock": "stock".__eq__,
+    "best torch.compile": lambda lane: lane.startswith("stock + "),
+    "fastbert": "fastbert".__eq__,
+    "fastbert, graphed": lambda lane: lane.startswith("fastbert, graphed"),
+}
+HEADLINE_ROWS = 6
+
+
+def headline(results: Results) -> Table:
+    """The README's table: one row per main workload, the lanes as columns."""
+    ours = "fastbert / graphed"
+    headings = ("workload", *COLUMNS, f"speed-up: {ours}", f"peak memory: stock / {ours}")
+    return Table(headings, [_headline_row(records) for records in _main_cases(results)[:HEADLINE_ROWS]])
+
+
+def _headline_row(records: list[ModelRecord]) -> list[str]:
+    picked = {name: _fastest([r for r in records if suits(r.lane)]) for name, suits in COLUMNS.items()}
+    times = [f"{r.seconds.median * 1e3:.3g} ms" if r and r.seconds else _without_time(r) for r in picked.values()]
+    stock, _, *ours = picked.values()
+    ratios = [comparison.ratio(r, stock) if r else "" for r in ours]
+    memory = [f"{r.peak_bytes / GIB:.1f}" if r and r.peak_bytes else "-" for r in (stock, *ours)]
+    return [workload(records[0]), *times, " / ".join(ratio or "-" for ratio in ratios), f"{' / '.join(memory)} GiB"]
+
+
+def _fastest(records: list[ModelRecord]) -> ModelRecord | None:
+    """The fastest of the lanes of one column; without a time any of them, which has the reason."""
+    return min(records, key=lambda r: r.seconds.median if r.seconds else math.inf, default=None)
+
+
+def _without_time(record: ModelRecord | None) -> str:
+    return comparison.WHY_NOT.get(record.status, comparison.NOT_MEASURED) if record else comparison.NOT_MEASURED
+
+
+def lanes(results: Results) -> Table:
+    """The main workloads, a row per lane, and the main columns of `models`."""
     rows = []
-    for records in whole or list(cases.values())[:4]:
-        rows += [_headline_row(record, comparison.baseline(records)) for record in records]
+    for records in _main_cases(results):
+        rows += [_lane_row(record, comparison.baseline(records)) for record in records]
     return Table(("workload", "lane", "time, median [quartiles]", "real tokens/s", "peak memory", "against stock"), rows)
 
 
-def _headline_row(record: ModelRecord, base: ModelRecord | None) -> list[str]:
+def _lane_row(record: ModelRecord, base: ModelRecord | None) -> list[str]:
     named = [workload(record), record.lane]
     if record.seconds is None:
         return [*named, comparison.WHY_NOT.get(record.status, comparison.NOT_MEASURED), "", "", ""]
@@ -161,23 +200,17 @@ def latencies(results: Results) -> Table:
     return Table(LATENCY_HEADINGS, rows)
 
 
-SHORT_LANES: dict[str, Callable[[str], bool]] = {
-    "stock": "stock".__eq__,
-    "best torch.compile": lambda lane: lane.startswith("stock + "),
-    "fastbert": "fastbert".__eq__,
-    "fastbert, graphed": "fastbert, graphed".__eq__,
-}
 SHORT_STREAMS = ((1, 128, "full"), (8, 128, "full"), (1, 512, "mixed"))
 
 
 def latency(results: Results) -> Table:
-    """The README's table: p50 and p99 of three streams, one column per lane."""
+    """docs/benchmarks.md: p50 and p99 of three streams, one column per lane."""
     rows = []
     for records in comparison.by_case(results.latency).values():
         first = records[0]
         if first.model == "BERT-base" and (first.batch, first.seqlen, first.lengths) in SHORT_STREAMS:
-            rows.append([requests(first), *(_short(records, suits) for suits in SHORT_LANES.values())])
-    return Table(("requests", *(f"{lane}: p50 / p99" for lane in SHORT_LANES)), rows)
+            rows.append([requests(first), *(_short(records, suits) for suits in COLUMNS.values())])
+    return Table(("requests", *(f"{lane}: p50 / p99" for lane in COLUMNS)), rows)
 
 
 def _short(records: list[LatencyRecord], suits: Callable[[str], bool]) -> str:
@@ -369,6 +402,7 @@ def _apart(a: float, b: float) -> float:
 # By name in a document's markers.
 TABLES: dict[str, Callable[[Results], Table]] = {
     "headline": headline,
+    "lanes": lanes,
     "ops-headline": ops_headline,
     "environment": environment,
     "ceilings": ceilings_table,

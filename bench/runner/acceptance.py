@@ -8,7 +8,7 @@ from bench.core.records import Results
 from bench.report import documents
 from bench.tune.run import PRESENT, best
 
-DOCUMENTS = ("README.md", "bench/FINDINGS.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "bench/FINDINGS.md")
 FOLDER = "bench/results"
 SHOWN = 800  # characters of a reason that are shown
 

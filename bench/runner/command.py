@@ -36,7 +36,7 @@ def accept(
     results: Annotated[list[Path], typer.Argument(help="results.json of one machine, or its folder; one or several.")],
     root: Annotated[Path, typer.Option(help="The checkout to write into.")] = Path(),
 ) -> None:
-    """Write GPU results into the repository: results, pictures, the tables of README and FINDINGS. Prints what to change."""
+    """Write GPU results into the repository: results, pictures, the tables of the documents. Prints what to change."""
     from bench.core.schema import ResultsError
     from bench.runner import acceptance
 

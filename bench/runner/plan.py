@@ -231,8 +231,8 @@ def _headline() -> Iterator[Job]:
 
 
 def _first_streams() -> list[Workload]:
-    """Those of the README's table, then the other single rows."""
-    first = workloads.in_the_readme()
+    """Those of the table in docs/benchmarks.md, then the other single rows."""
+    first = workloads.of_the_page()
     return [*first, *(w for w in workloads.requests() if w.batch == 1 and w not in first)]
 
 
@@ -256,7 +256,7 @@ def _compiled() -> Iterator[Job]:
     yield from library_jobs([mlm, *small])
     yield from model_jobs(reversed(small), COMPILED_LANES[::-1])
     yield from model_jobs([mlm], COMPILED_LANES)
-    for workload in workloads.in_the_readme():
+    for workload in workloads.of_the_page():
         yield latency_job([workload], latency.COMPILED_LANES)
     yield from model_jobs(small[-1:], TUNED_LANES)
 
@@ -266,7 +266,7 @@ def _host() -> Iterator[Job]:
 
 
 def _ops() -> Iterator[Job]:
-    """The shapes of the README's table and of the fine-tuning step, with the peers that need no compilation."""
+    """The shapes of the table in docs/benchmarks.md and of the fine-tuning step, with the peers that need no compilation."""
     for seqlen, hidden in ((512, 1024), (128, 768)):
         cases = [case for case in grid.cases(dtypes=("bf16",)) if case.hidden == hidden and _length(case) == seqlen]
         yield from op_jobs(cases, ("forward", "backward"), QUICK_LANES)
@@ -313,7 +313,7 @@ def _rest() -> Iterator[Job]:
         yield latency_job([workload], latency.LANES[len(latency.FIRST_LANES) : -len(latency.TUNED_LANES)])
     yield from _other_encoders()
     yield from model_jobs([*others[::-1], first], TUNED_LANES)
-    yield latency_job(workloads.in_the_readme()[:1], latency.TUNED_LANES, cap=420.0, least=60.0)
+    yield latency_job(workloads.of_the_page()[:1], latency.TUNED_LANES, cap=420.0, least=60.0)
     for lane in ("fastbert", "stock + compile"):
         yield model_job(first, lane, details=not workloads.LANES[lane].compiled, cold=True)
     yield from op_jobs(list(grid.cases(dtypes=("bf16",))))

@@ -32,7 +32,7 @@ Pooling = StrEnum("Pooling", {name.replace("-", "_"): name for name in POOLINGS}
 
 def train(
     task: Annotated[TaskName, typer.Option(help="The task to train.")],
-    data: Annotated[Path, typer.Option(help="The rows, in the task's format (README: Train on your own data).")],
+    data: Annotated[Path, typer.Option(help="The rows, in the task's format (docs/own-data.md).")],
     model: Annotated[str | None, typer.Option(help="Directory of a BERT; default: the one of the extra 'demo'.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     eval_data: Annotated[Path | None, typer.Option(help="Rows for evaluation; by default some are held back.")] = None,

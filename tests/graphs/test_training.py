@@ -15,7 +15,6 @@ from fastbert.testing.graphs import recording_graphs
 from fastbert.testing.rows import DEVICE
 from tests.models.test_trainer import examples
 from tests.models.tiny import CLASSIFICATION, CLM, KINDS, MLM, make
-from tests.packaging.environments import ROOT
 
 from .stepping import DRIFT, SMALL, adamw, assert_same, batches, fused, models, ordinary, plain, stock, train
 
@@ -397,17 +396,6 @@ def test_wrong_models_optimizers_and_losses():
         fastbert.graphed_step(model, fused(model))(**batch)
     with pytest.raises(ValueError, match=re.escape("loss: expected a scalar tensor, got (2, 3)")):
         fastbert.graphed_step(model, fused(model), loss=lambda outputs, _: outputs.logits)(**batch)
-
-
-def test_the_recipe_of_the_documentation():
-    page = (ROOT / "docs" / "training-graphs.md").read_text()
-    recipe = re.findall(r"```python\n(.*?)```", page, re.S)[0]
-    model = make(CLASSIFICATION, **SMALL)
-    start = [param.detach().clone() for param in model.parameters()]
-    names = {"fastbert": fastbert, "model": model, "batches": batches(CLASSIFICATION, 5)}
-    exec(recipe, names)
-    assert str(names["step"]).startswith("graphed_step of BertForSequenceClassification: 2 of 5 steps replayed, 1 graphs now")
-    assert names["loss"].isfinite() and any((param != old).any() for param, old in zip(model.parameters(), start, strict=True))
 
 
 def test_trainer_beside_it(tmp_path):

@@ -11,16 +11,15 @@ import torch
 from kernels import LocalLayerRepository, Mode, get_local_kernel, kernelize, use_kernel_mapping
 from torch import nn
 from transformers.activations import ACT2FN, GELUActivation
-from typer.testing import CliRunner
 
 import fastbert
-from fastbert.cli.commands import app
 from fastbert.hub.build import write_build
 from fastbert.kernels.core.op import NAMESPACE
 from fastbert.testing.models import assert_equal, counting, gradients
 from fastbert.testing.rows import DEVICE
 from tests.packaging.environments import ROOT
 
+from . import written
 from .encoders import expected, flattened, make, one_by_one, texts, with_gradients
 
 by_name = pytest.mark.skipif(
@@ -30,11 +29,8 @@ LAYERS = {"gelu": "GeLU", "gelu_pytorch_tanh": "GeluTanh", "gelu_new": "NewGELU"
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub")
-    result = CliRunner().invoke(app, ["hub", "--out", str(folder)])
-    assert result.exit_code == 0 and "torch-universal" in result.output
-    return folder
+def build() -> Path:
+    return written.build()
 
 
 @pytest.fixture(scope="module")

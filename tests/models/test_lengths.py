@@ -1,8 +1,6 @@
 """fastbert.lengths and LengthsCollator: no synchronisation, repeated shapes, and no token dropped silently."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -270,18 +268,3 @@ def test_what_the_collator_counts():
     model = fastbert.patch(make(MLM).train(), mlm_logits="none")
     batch = batch_of(MLM)
     torch.testing.assert_close(model(**fastbert.LengthsCollator(lambda _: dict(batch))([])).loss, make(MLM)(**batch).loss)
-
-
-def test_the_readme_s_snippet():
-    section = (Path(__file__).parents[2] / "README.md").read_text().partition("## Leave out padding")[2].partition("\n## ")[0]
-    (snippet,) = re.findall(r"```python\n(.*?)```", section, re.S)
-    names = {
-        "fastbert": fastbert,
-        "model": fastbert.patch(make(CLASSIFICATION)),
-        "batch": make_batch(CLASSIFICATION),
-        "collator": lambda _: make_batch(CLASSIFICATION),
-    }
-    with counting(heads=True) as launched:
-        exec(snippet, names)
-    assert launched["gather_rows_kernel"] == 2 * 2
-    assert names["collator"]([])["lengths"] == [9, 6]

@@ -55,8 +55,16 @@ def test_every_dependency_is_pinned() -> None:
     assert len(pins) == len(set(pins))
 
 
-def test_ci_runs_the_commands_of_the_readme() -> None:
-    commands = re.findall(r"^(?:pip install|python -m pytest).*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert len(commands) == 2
-    readme = (ROOT / "README.md").read_text()
-    assert [command for command in commands if command not in readme] == []
+COMMANDS = {
+    "README.md": ['pip install -c constraints.txt -e ".[test]"', "python -m pytest -n 2"],
+    "CONTRIBUTING.md": ['pip install -c constraints.txt -e ".[docs]"', "mkdocs build --strict"],
+}
+
+
+def test_ci_runs_the_commands_of_the_documents() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    found = re.findall(r"^(?:pip install|python -m pytest|mkdocs).*$", ci, re.MULTILINE)
+    assert sorted(found) == sorted(sum(COMMANDS.values(), []))
+    for document, commands in COMMANDS.items():
+        text = (ROOT / document).read_text()
+        assert [command for command in commands if command not in text] == []

@@ -1,4 +1,4 @@
-"""python -m tests.releases: updates the table of digests, runs tests over releases, and writes the README's tables."""
+"""python -m tests.releases: updates the table of digests, runs tests over releases, writes the tables of docs/supported.md."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,9 +69,9 @@ def audit(
 @app.command("table")
 def table_(
     results: Annotated[Path, typer.Option(help="What a run wrote.")] = matrix.RESULTS,
-    into: Annotated[Path, typer.Option(help="The document with the markers.")] = matrix.ROOT / "README.md",
+    into: Annotated[Path, typer.Option(help="The document with the markers.")] = table.PAGE,
 ) -> None:
-    """Write the tables of tested releases and of supported families between the markers of the README."""
+    """Write the tables of tested releases and of supported families between the markers of docs/supported.md."""
     table.update(into, matrix.read(results))
 
 

@@ -1,4 +1,4 @@
-"""Makes the README's tables of tested releases, from the JSON of a run, and of supported families, from the registry."""
+"""Makes docs/supported.md's tables of tested releases, from the JSON of a run, and of families, from the registry."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 from packaging.version import Version
 
 from bench.report.table import Table
-from tests.releases.matrix import Record
+from tests.releases.matrix import ROOT, Record
 
+PAGE = ROOT / "docs" / "supported.md"
 _FAMILIES = ["family", "model", "heads (...For...)", "leave out padding by default", "compute the loss from labelled rows"]
 
 

@@ -1,4 +1,4 @@
-"""The tool that runs tests over releases: tables, counts and overlays, on invented releases; and the README's table."""
+"""The tool that runs tests over releases: tables, counts and overlays, on invented releases; and the page's tables."""
 
 import json
 from importlib import metadata
@@ -60,14 +60,14 @@ def test_the_table_of_releases(results):
         table.fill("a", matrix.read(results))
 
 
-def test_the_readme_has_the_table_of_the_results():
-    readme = (matrix.ROOT / "README.md").read_text()
-    assert readme == table.fill(readme, matrix.read(matrix.RESULTS))
+def test_the_page_has_the_table_of_the_results():
+    page = table.PAGE.read_text()
+    assert page == table.fill(page, matrix.read(matrix.RESULTS))
 
 
-def test_the_readme_has_the_table_of_the_registry():
-    readme = (matrix.ROOT / "README.md").read_text()
-    assert readme == table.fill_families(readme)
+def test_the_page_has_the_table_of_the_registry():
+    page = table.PAGE.read_text()
+    assert page == table.fill_families(page)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.render_families().splitlines()}
     heads = "CausalLM, MaskedLM, MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification"
     packing, losses = "MultipleChoice, SequenceClassification", "CausalLM, MaskedLM"

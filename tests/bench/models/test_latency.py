@@ -94,12 +94,12 @@ def test_no_stream_is_begun_past_the_budget():
 
 def test_the_streams_of_the_readme_are_those_of_the_grid():
     grid = list(workloads.requests())
-    assert [(w.batch, w.seqlen, w.fill) for w in workloads.in_the_readme()] == [
+    assert [(w.batch, w.seqlen, w.fill) for w in workloads.of_the_page()] == [
         (1, 128, 1.0),
         (8, 128, 1.0),
         (1, 512, workloads.MIXED_FILL),
     ]
-    assert all(w in grid for w in workloads.in_the_readme()) and len(grid) == 12
+    assert all(w in grid for w in workloads.of_the_page()) and len(grid) == 12
 
 
 def test_a_response_ends_with_the_call(monkeypatch):

@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.core import comparison, schema
-from bench.core.records import Environment, Results, Spread, StageRecord
+from bench.core.records import GIB, Environment, Results, Spread, StageRecord
 from bench.report import documents, tables
 from bench.report.table import Table
+from bench.runner import acceptance
 
 SAMPLE = Path(__file__).parents[1] / "data/invented.json"
 ROOT = Path(__file__).parents[3]
@@ -59,6 +60,25 @@ def test_losing_is_said_as_plainly_as_winning(sample):
     assert comparison.ratio(stock, record) == "1.43x"
     same = dataclasses.replace(stock, seconds=Spread(*(x * 1.005 for x in dataclasses.astuple(stock.seconds)[:3]), 9))
     assert comparison.ratio(same, stock).startswith("no difference")
+
+
+def test_the_headline_has_a_row_per_workload(sample):
+    """The README's row: each lane's time, the ratio to stock, and the memory; a lane that failed has its reason."""
+    like = next(r for r in sample.models if r.seconds)
+
+    def lane(name, seconds, gib):
+        spread = Spread(seconds, seconds, seconds, 9)
+        return dataclasses.replace(like, lane=name, status="ok", reason=None, seconds=spread, peak_bytes=gib * GIB)
+
+    records = [lane("stock", 0.004, 8), lane("fastbert", 0.002, 4), lane("fastbert, graphed", 0.001, 3)]
+    records += [lane("stock + compile", 0.0035, 7), lane("stock + reduce-overhead", 0.003, 7)]
+    heading, _, row = tables.headline(dataclasses.replace(sample, models=records)).markdown().splitlines()
+    assert heading.startswith("| workload | stock | best torch.compile | fastbert | fastbert, graphed | speed-up")
+    expected = "4 ms | 3 ms | 2 ms | 1 ms | 2.00x / 4.00x | 8.0 / 4.0 / 3.0 GiB"
+    assert row == f"| {tables.workload(like)} | {expected} |"
+    failed = dataclasses.replace(records[1], status="failed", seconds=None, peak_bytes=None)
+    row = tables.headline(dataclasses.replace(sample, models=[records[0], failed, records[2]])).markdown().splitlines()[-1]
+    assert row.endswith("| 4 ms | not measured | failed its check | 1 ms | - / 4.00x | 8.0 / - / 3.0 GiB |")
 
 
 def test_rates_count_real_tokens(sample):
@@ -187,5 +207,5 @@ def test_errors_are_one_line(tmp_path):
 
 
 def test_no_document_holds_an_invented_number():
-    for name in ("README.md", "bench/FINDINGS.md"):
+    for name in acceptance.DOCUMENTS:
         assert "INVENTED SAMPLE" not in (ROOT / name).read_text()

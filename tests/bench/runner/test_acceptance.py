@@ -14,7 +14,7 @@ from bench.core.records import Spread, StageRecord, SuiteRecord, TuneRecord
 from bench.runner import acceptance
 
 SAMPLE = Path(__file__).parents[1] / "data/invented.json"
-MARKED = "<!-- bench:headline -->\n<!-- /bench:headline -->\n"
+MARKED = "".join(f"<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in ("headline", "lanes"))
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def measured():
 
 @pytest.fixture
 def root(tmp_path):
-    """A checkout with the two documents, their marked tables empty."""
-    (tmp_path / "bench").mkdir()
+    """A checkout with the documents, their marked tables empty."""
     for name in acceptance.DOCUMENTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"before\n{MARKED}after\n")
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     return tmp_path
@@ -98,7 +98,7 @@ def test_what_is_to_be_mended_is_said(measured, root):
 
 
 def _rows(root, record):
-    """The README's rows of the record's workload and lane."""
+    """The rows of the record's workload and lane."""
     from bench.report.tables import workload
 
     lines = (root / "README.md").read_text().splitlines()
