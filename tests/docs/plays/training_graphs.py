@@ -33,7 +33,7 @@ def play(folder: Path) -> Play:
             return torch.nn.functional.cross_entropy(logits, labels)
 
         names = {"fastbert": fastbert, "torch": torch, "model": model, "optimizer": adamw(model), "focal_loss": focal_loss}
-        yield names
+        yield names, {"GradScaler()": "GradScaler('cpu')"}
         for batch in batches(CLASSIFICATION, 5):
             names["step"](**batch)
         assert scored and names["step"].report().replayed == 2, "the last step has the loss of one's own"
