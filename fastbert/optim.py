@@ -221,8 +221,10 @@ class AdamW(torch.optim.AdamW):
 
         self._masters = None
         fast: list[tuple] = []
+        # Nothing is stepped before all state exists: if memory runs out, the step can be repeated.
+        stock_of_groups: list[tuple[list[tuple], dict[str, Any]]] = []
         for index, group in enumerate(self.param_groups):
-            stock = []
+            stock: list[tuple] = []
             for param in group["params"]:
                 grad = param.grad
                 if grad is None:
@@ -235,7 +237,9 @@ class AdamW(torch.optim.AdamW):
                 else:
                     stock.append((param, state))
             if stock:
-                self._step_stock(stock, group)
+                stock_of_groups.append((stock, group))
+        for stock, group in stock_of_groups:
+            self._step_stock(stock, group)
         if fast:
             with self._falling_back_to_torch(lambda: fast):
                 self._step_fast(fast)
@@ -362,13 +366,16 @@ def _columns(params: list[Tensor], grads: list[Tensor], states: list[Any], owner
 
 
 def _create_state(state: dict[str, Tensor], param: Tensor, amsgrad: bool, master: bool) -> None:
+    """Fill `state`, or leave it as it is if memory runs out."""
     dtype = torch.float32 if master else param.dtype
+    made: dict[str, Tensor] = {}
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        made["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if amsgrad else 2]:
-            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            made[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     if master:
-        state["master"] = param.detach().to(dtype=dtype, copy=True)
+        made["master"] = param.detach().to(dtype=dtype, copy=True)
+    state.update(made)
 
 
 def _has_masters(group: dict[str, Any]) -> bool:

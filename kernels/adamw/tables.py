@@ -174,6 +174,7 @@ class Tables:
         self._forms, self._places = Forms(tensors), (columns.group, present)
 
     def _send(self, pointers: list[int]) -> None:
+        self._pointers = []  # if an upload fails, what is on the device is unknown
         for table in self.launches:
             table.send_rows(self._host)
         self._pointers = pointers
@@ -188,6 +189,7 @@ class Tables:
             numbers = [0.0 if _on_device(x) else float(x) for x in numbers]
         if numbers != self._numbers:
             host = torch.tensor(numbers, dtype=torch.float64).view(len(groups), -1)
+            self._numbers = None  # as for pointers
             for table in self.launches:
                 table.hyperparameters.send(host)
             self._numbers = numbers

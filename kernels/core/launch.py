@@ -162,7 +162,7 @@ def launch(kernel: Any, programs: int, config: Config, like: Tensor, **arguments
 
 
 def retried(kernel: Any, like: Tensor, compile: Callable[[], Result]) -> Result:
-    """The result of `compile`, called again with Triton's cache in another folder if its folder cannot be written.
+    """The result of `compile`, called again with Triton's cache in another folder if its folder is of no use.
 
     Raises:
         KernelFailed: `kernel` cannot be compiled or loaded.
@@ -177,10 +177,15 @@ def retried(kernel: Any, like: Tensor, compile: Callable[[], Result]) -> Result:
 
 def raise_for(kernel: Any, error: Exception, device: torch.device) -> NoReturn:
     """Raise the error of a launch: as KernelFailed if it is the kernel's, else unchanged, with advice."""
-    if is_of_the_kernel(error, device):
-        raise KernelFailed(kernel.__name__, error) from error
-    advise(kernel.__name__, error, device)
-    raise error
+    try:
+        if is_of_the_kernel(error, device):
+            raise KernelFailed(kernel.__name__, error) from error
+        advise(kernel.__name__, error, device)
+        raise error
+    finally:
+        # Its traceback holds this frame, and with it the launch's tensors: as a cycle they would outlive the error, and a step
+        # that ran out of memory would do so again.
+        del error
 
 
 class Work(NamedTuple):

@@ -235,8 +235,8 @@ FAULTS = (
     ),
     _optimizer(
         "a master starts at 0",
-        before='state["master"] = param.detach().to(dtype=dtype, copy=True)',
-        after='state["master"] = torch.zeros_like(param, dtype=dtype)',
+        before='made["master"] = param.detach().to(dtype=dtype, copy=True)',
+        after='made["master"] = torch.zeros_like(param, dtype=dtype)',
         tests=(f"{STATE}::test_master_weights",),
     ),
     _optimizer(
