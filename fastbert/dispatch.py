@@ -96,10 +96,11 @@ def run(module: nn.Module, op: Callable[..., Any], *arguments: Any, **options: A
     """
     if torch.compiler.is_compiling():
         return op(*arguments, **options)
-    before = ops.failures.fallbacks
+    counted = ops.failures.counted  # of this thread: what another thread's kernels do is not this call's
+    before = counted.fallbacks
     result = op(*arguments, **options)
-    if ops.failures.fallbacks != before:
-        kernel = ops.failures.last_failed
+    if counted.fallbacks != before:
+        kernel = counted.last_failed
         _recount(module, f"{kernel} failed: {ops.failures.reasons[kernel]}")
     return result
 

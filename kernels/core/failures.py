@@ -13,8 +13,10 @@ of a CUDA graph, which forbids much that works outside. Such an error disables n
 """
 
 import errno
+import json
 import logging
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import wraps
@@ -31,9 +33,6 @@ logger = logging.getLogger("fastbert")
 strict = False
 # Why a kernel is not used, by kernel name. Empty in a healthy process.
 reasons: dict[str, str] = {}
-# How many launches fell back to plain PyTorch, and which failure caused the last one.
-fallbacks = 0
-last_failed = ""
 _failed: dict[Callable[..., Any], str] = {}  # launchers that fall back, with the name of the kernel that failed
 
 # Errors of earlier work on the device that a launch merely reports, after which nothing runs on the device.
@@ -71,7 +70,19 @@ _OF_THE_CONTEXT = (
 # Raised by a policy of selective checkpointing, which sees a launch's operations in the interpreter.
 _OF_CHECKPOINTING = ("selective activation checkpoint", "not found in storage")
 _OF_A_CAPTURE = "captur"  # "operation not permitted when stream is capturing", cudaErrorStreamCaptureInvalidated, ...
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+# Triton's cache cannot be written, or was deleted while it was read; and what reading a damaged entry raises.
+_OF_THE_CACHE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT)
+_DAMAGED = (json.JSONDecodeError, UnicodeDecodeError)
+
+
+class _Counted(threading.local):
+    """How many launches of this thread fell back to plain PyTorch, and the kernel whose failure caused the last one."""
+
+    fallbacks = 0
+    last_failed = ""
+
+
+counted = _Counted()
 
 
 class KernelFailed(RuntimeError):
@@ -128,14 +139,16 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def move_cache(error: Exception) -> bool:
-    """Move Triton's cache to a temporary folder, once, if `error` says that it cannot be written. Returns whether it moved."""
-    if not isinstance(error, OSError) or error.errno not in _NOT_WRITABLE or move_cache.folder:
+    """Move Triton's cache to a temporary folder, once, if `error` says that it is of no use. Returns whether it moved."""
+    useless = isinstance(error, _DAMAGED) or (isinstance(error, OSError) and error.errno in _OF_THE_CACHE)
+    if not useless or move_cache.folder:
         return False
     move_cache.folder = tempfile.TemporaryDirectory(prefix="fastbert-triton-")  # removed when the process ends
     logger.warning(
-        "Triton's cache %s cannot be written (%s): kernels are compiled into a temporary folder, again in each process. "
-        "Set TRITON_CACHE_DIR to a folder that can be written.",
+        "Triton's cache %s cannot be used (%s: %s): kernels are compiled into a temporary folder, again in each process. "
+        "Set TRITON_CACHE_DIR to a folder that can be written, or delete a damaged cache.",
         triton.knobs.cache.dir,
+        type(error).__name__,
         error,
     )
     triton.knobs.cache.dir = move_cache.folder.name
@@ -210,5 +223,4 @@ def is_float64_on_gpu(*arguments: Any) -> bool:
 
 
 def _count(kernel: str) -> None:
-    global fallbacks, last_failed
-    fallbacks, last_failed = fallbacks + 1, kernel
+    counted.fallbacks, counted.last_failed = counted.fallbacks + 1, kernel

@@ -2,11 +2,14 @@
 
 import logging
 import math
+import threading
 
 import pytest
 import torch
+from torch import nn
 from triton.runtime.errors import InterpreterError
 
+from fastbert import dispatch
 from fastbert.kernels.core import failures
 from fastbert.kernels.linear_cross_entropy import linear_cross_entropy
 from fastbert.testing.linear_cross_entropy import chunks_of
@@ -197,3 +200,21 @@ def test_ids_outside_of_their_table_are_raised(monkeypatch):
     for name in ("ids", "token_type_ids"):
         with pytest.raises(IndexError):
             case.call(**case.inputs, **case.options | {name: case.options[name] + 100})
+
+
+def test_another_threads_failure_is_not_this_calls(monkeypatch):
+    """The report counts a call as a fallback if a kernel fails in it, and not while it fails elsewhere."""
+    case, module = cases()["bias_gelu gelu"], nn.Identity()
+    break_kernels(monkeypatch, case.forward)
+
+    def call() -> None:
+        thread = threading.Thread(target=case.run)
+        thread.start()
+        thread.join()
+
+    dispatch.falls_back(module, None)
+    dispatch.run(module, call)
+    assert failures.reasons and dispatch.calls(module) == dispatch.Calls(kernel=1)
+    dispatch.falls_back(module, None)
+    dispatch.run(module, case.run)
+    assert dispatch.calls(module).kernel == 1 and dispatch.calls(module).fallbacks.total() == 1

@@ -83,6 +83,27 @@ def test_report_names_the_kernel(monkeypatch):
     assert "bias_gelu_fwd_kernel failed" in str(fastbert.report(model))
 
 
+def test_report_names_kernels_that_are_no_modules_own(monkeypatch):
+    """What finishes a layer's gradients, bounds its mask or counts the rows to pack belongs to the module that launches it."""
+    model = fastbert.patch(make(MLM), unpad=True, mlm_logits="none")
+    batch = make_batch(MLM)
+    run(model, batch)
+    assert not any("failed" in row.reason for row in fastbert.report(model).rows)
+    helpers = dict.fromkeys(("row_counts_kernel", "packed_rows_kernel"), bert.BertEncoder)
+    helpers["column_sums_kernel"] = bert.BertLayer
+    break_kernels(monkeypatch, helpers)
+    run(model, batch)
+    rows = {row.hf_class: row for row in fastbert.report(model).rows}
+    assert failures.reasons.keys() == helpers.keys()
+    for kernel, cls in helpers.items():
+        row = rows[cls.__name__]
+        assert row.state == "active" and f"{kernel} failed: OutOfResources" in row.reason
+        assert not any(kernel in other.reason for other in rows.values() if other.hf_class not in (cls.__name__, _TRANSFORM))
+
+
+_TRANSFORM = bert.BertPredictionHeadTransform.__name__  # its gradients end in column_sums too
+
+
 def test_in_a_compiled_model(monkeypatch):
     """The custom ops use the same launchers, so a compiled model continues too."""
     case = cases()["bias_gelu gelu"]

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -80,10 +81,21 @@ def unwritable(tmp_path):
     return tmp_path / "file" / "cache"
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR])
-def test_another_cache_is_taken_once(number, monkeypatch, caplog, launches):
+USELESS = {
+    "EACCES": lambda: OSError(errno.EACCES, "Permission denied"),
+    "EROFS": lambda: OSError(errno.EROFS, "Read-only file system"),
+    "ENOSPC": lambda: OSError(errno.ENOSPC, "No space left on device"),
+    "ENOTDIR": lambda: OSError(errno.ENOTDIR, "Not a directory"),
+    "deleted": lambda: OSError(errno.ENOENT, "No such file or directory"),
+    "damaged": lambda: json.JSONDecodeError("Expecting value", "", 0),
+    "not text": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+}
+
+
+@pytest.mark.parametrize("error", USELESS)
+def test_another_cache_is_taken_once(error, monkeypatch, caplog, launches):
     case = cases()["bias_gelu gelu"]
-    (broken,) = break_kernels(monkeypatch, case.forward, lambda: OSError(number, os.strerror(number)), bad=1).values()
+    (broken,) = break_kernels(monkeypatch, case.forward, USELESS[error], bad=1).values()
     monkeypatch.setattr(failures.move_cache, "folder", None)
     with triton.knobs.cache.scope(), caplog.at_level(logging.WARNING, "fastbert"):
         former = triton.knobs.cache.dir
@@ -105,8 +117,30 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     digest, reasons, folder, launched = out.split()
     assert len(digest) == 64 and reasons == "{}" and launched == "1"
     assert folder.startswith(str(tmp_path / "fastbert-triton-"))
-    assert err.count("cannot be written") == 1 and str(cache) in err and "TRITON_CACHE_DIR" in err
+    assert err.count("cannot be used") == 1 and str(cache) in err and "TRITON_CACHE_DIR" in err
     assert not os.path.exists(folder)  # removed with the process
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("damage", ["truncated", "not text", "deleted"])
+def test_a_damaged_cache(damage, tmp_path):
+    """Triton itself finds an entry that another process wrote, and cannot read it."""
+    cache, program = tmp_path / "cache", COMPILE + "print(compile_once(), failures.reasons, triton.knobs.cache.dir)"
+    first, err = start(program, cache=cache).communicate()
+    assert first, err[-3000:]
+    for path in cache.glob("*/gather_rows*"):
+        if path.suffix == ".json" and damage == "truncated":
+            path.write_text(path.read_text()[:20])
+        elif path.suffix == ".ttir" and damage == "not text":
+            path.write_bytes(b"\xff")
+        elif path.suffix == ".cubin" and damage == "deleted":
+            path.unlink()
+    process = start(program, cache=cache, TMPDIR=str(tmp_path))
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    digest, reasons, folder = out.split()
+    assert digest == first.split()[0] and reasons == "{}", (out, first)
+    assert folder.startswith(str(tmp_path / "fastbert-triton-")) and str(cache) in err and "damaged" in err
 
 
 def test_no_folder_at_all_can_be_written(monkeypatch, caplog):
