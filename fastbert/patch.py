@@ -227,7 +227,7 @@ def _take_graphs(model: nn.Module) -> None:
 
 
 def _swap_classes(classes: dict[nn.Module, type]) -> None:
-    """Set the class of every module, or of none if one assignment fails. A module whose class changes loses its tally."""
+    """Set the class of every module, or of none if one assignment fails. If any changes, all tallies start again."""
     from fastbert.dispatch import class_forward_on_instance, clear_calls, kind_of, set_kind
     from fastbert.layers import layer_state
 
@@ -243,13 +243,15 @@ def _swap_classes(classes: dict[nn.Module, type]) -> None:
         for module, cls in before.items():
             module.__class__ = cls
         raise
-    for module, cls in classes.items():
-        if kinds[module] is not cls:
+    changed = {module: cls for module, cls in classes.items() if kinds[module] is not cls}
+    if changed:
+        for module in classes:  # also those that keep their class: their calls were counted beside other modules
             clear_calls(module)
-            layer_state.clear(module)
-            replaced_forward = vars(module).get("_old_forward")  # accelerate's hooks restore this forward
-            if getattr(replaced_forward, "__func__", None) is before[module].forward:
-                module._old_forward = MethodType(cls.forward, module)
+    for module, cls in changed.items():
+        layer_state.clear(module)
+        replaced_forward = vars(module).get("_old_forward")  # accelerate's hooks restore this forward
+        if getattr(replaced_forward, "__func__", None) is before[module].forward:
+            module._old_forward = MethodType(cls.forward, module)
 
 
 def _accept(classes: dict[nn.Module, type]) -> None:

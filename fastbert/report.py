@@ -14,7 +14,8 @@ from fastbert.patch import _check_model, switches_of
 
 @dataclass(frozen=True)
 class Row:
-    """The report of one module. Calls are counted since it was patched; calls inside torch.compile are not counted.
+    """The report of one module. Calls are counted since the last `patch` that changed the model; those inside torch.compile
+    are not counted.
     A model with CUDA graphs has a row more, whose kernel calls are replays."""
 
     module: str
@@ -150,7 +151,7 @@ def _swapped_row(name: str, module: nn.Module, entry: Any) -> Row:
         reason = "its forward was replaced on the module itself"
         return Row(name, entry.stock.__name__, entry.kernel, "untouched", reason, tally.kernel, dict(tally.fallbacks))
     fell_back = bool(tally.fallbacks) and not tally.kernel
-    reason = "; ".join([*tally.fallbacks, *_backward_reasons(entry.kernel)])
+    reason = "; ".join([*tally.fallbacks, *_other_failures(entry.kernel, tally)])
     state = "active"
     if entry.kernel == LAYER:
         ahead = None if tally.kernel or fell_back else _module_by_module_reason(module)
@@ -186,16 +187,28 @@ def _row_by_name(name: str, module: nn.Module) -> Row | None:
     if named not in OURS or tally == Calls():
         return None
     state = "active" if tally.kernel else "fell back"
-    reason = "; ".join(["selected by name", *tally.fallbacks, *_backward_reasons("attention")])
+    reason = "; ".join(["selected by name", *tally.fallbacks, *_other_failures("attention", tally)])
     return Row(name, type(module).__name__, "attention", state, reason, tally.kernel, dict(tally.fallbacks))
 
 
-def _backward_reasons(kernel: str) -> list[str]:
-    """Why a backward kernel is not used: its failures, which are recorded per process, not per module."""
-    from fastbert import ops
+# The kernels that an op launches beside its own.
+_HELPERS = {"attention": ("key_bounds",), "gather_rows": ("packed_rows", "row_counts"), "gelu_layernorm": ("column_sums",)}
 
-    failed = ops.failures.reasons.items() if ops.failures else ()
-    return [f"{name} failed: {why}" for name, why in failed if any(name.startswith(f"{op}_bwd") for op in kernel.split(", "))]
+
+def _other_failures(kernel: str, tally: Any) -> list[str]:
+    """Failed kernels of an op that no counted call tells of, as a backward is no call: they are recorded per process."""
+    from fastbert import ops
+    from fastbert.registry import LAYER
+
+    launched = [name for op in kernel.split(", ") for name in (op, *_HELPERS.get(op, ()))]
+    if kernel == LAYER:
+        launched.append("column_sums")
+    failed = [
+        f"{name} failed: {why}"
+        for name, why in (ops.failures.reasons.items() if ops.failures else ())
+        if any(name.startswith(f"{op}_") for op in launched)
+    ]
+    return [reason for reason in failed if reason not in tally.fallbacks]
 
 
 def _stock_row(name: str, cls: type, kernel: str | None, reason: str) -> Row:

@@ -142,6 +142,22 @@ def test_calls_are_counted_since_the_last_patch(again):
     assert {row.kernel_calls for row in report.rows if row.kernel} == {1}
 
 
+def test_other_switches_start_all_counts_again():
+    model, batch = make(), make_batch()
+    fastbert.patch(model)
+    run(model, batch, **FORWARD_ONLY)
+    fresh = fastbert.report(model)
+    fastbert.patch(model)
+    assert fastbert.report(model) == fresh  # nothing changed
+    fastbert.patch(model, attention=False)
+    run(model, batch, **FORWARD_ONLY)
+    assert len(fastbert.report(model).rows) > len(fresh.rows)
+    fastbert.patch(model)
+    assert all(row.reason == "not called yet" for row in fastbert.report(model).rows if row.kernel)
+    run(model, batch, **FORWARD_ONLY)
+    assert fastbert.report(model) == fresh
+
+
 def test_layers_that_agree_share_a_line():
     model = fastbert.patch(make(num_hidden_layers=3))
     run(model, make_batch(), **FORWARD_ONLY)

@@ -196,7 +196,7 @@ FAULTS = (
     Fault(
         "a layer's state outlives its patch",
         file="fastbert/patch.py",
-        before="            layer_state.clear(module)\n",
+        before="        layer_state.clear(module)\n",
         after="",
         tests=(f"{CALLS}::test_what_was_looked_at_is_forgotten_with_the_patch",),
     ),

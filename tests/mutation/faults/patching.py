@@ -26,8 +26,8 @@ FAULTS = (
     ),
     _patch(
         "counts of calls survive a second patch",
-        before="if kinds[module] is not cls:",
-        after="if kinds[module] is cls:",
+        before="    if changed:\n",
+        after="    if not changed:\n",
         tests=("tests/models/test_report.py::test_calls_are_counted_since_the_last_patch",),
     ),
     _patch(
