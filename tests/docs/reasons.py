@@ -11,6 +11,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -268,8 +269,12 @@ def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 def _bound(around: ast.AST, name: str) -> list[ast.expr]:
     """What is assigned to the variable `name` in a function or comprehension."""
-    found = [pair for place in _walk(around, (around,)) for pair in _assignments(place.node)]
-    return [value for target, value in found if isinstance(target, ast.Name) and target.id == name]
+    return [value for target, value in _assigned(around) if isinstance(target, ast.Name) and target.id == name]
+
+
+@cache
+def _assigned(around: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
+    return [pair for place in _walk(around, (around,)) for pair in _assignments(place.node)]
 
 
 def _called(function: ast.AST, scope: tuple[ast.AST, ...]) -> str:
