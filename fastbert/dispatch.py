@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -47,7 +47,13 @@ def clear_calls(module: nn.Module) -> None:
     _calls.pop(module, None)
 
 
-class FastModule:
+if TYPE_CHECKING:
+    _Mixed = nn.Module  # what every fast class is, through the stock class that it also derives from
+else:
+    _Mixed = object
+
+
+class FastModule(_Mixed):
     """Base of every fast class; `isinstance(module, FastModule)` identifies a patched module.
 
     nn.DataParallel makes replicas of a module at every call; their calls are added to the module's own tally.
@@ -185,7 +191,8 @@ def mode_reason() -> str | None:
         return None
     if torch.jit.is_tracing():
         return "torch.jit cannot trace the kernels"
-    if torch._C._functorch.maybe_current_level() is not None:
+    # torch's stubs of its extension leave this module out.
+    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return "torch.func transforms use stock code"
     if torch.autograd.forward_ad._current_level >= 0:
         return "the kernels have no forward-mode derivative"
@@ -206,7 +213,9 @@ def _library_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
 
 
 # The classes whose work the kernels take over, each with the forward that it must still have.
-_LIBRARY = {cls: _library_forward(cls) for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)}
+_LIBRARY: dict[type[nn.Module], Callable[..., Any] | None] = {
+    cls: _library_forward(cls) for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)
+}
 
 
 def register_library_classes(*classes: type[nn.Module]) -> None:
@@ -278,4 +287,4 @@ def hooked(module: nn.Module, idle: tuple[str, ...] = IDLE_HOOKS) -> bool:
     for hooks in hooks_of(module):
         if hooks and any(not (getattr(hook, "__module__", None) or "").startswith(idle) for hook in hooks.values()):
             return True
-    return _has_any_global_hook()
+    return bool(_has_any_global_hook())

@@ -155,11 +155,11 @@ def innermost(function: object) -> FunctionType | None:
 @cache
 def _innermost(function: object) -> FunctionType | None:
     modules = (_transformers(), sys.modules.get("sentence_transformers"))
-    folders = tuple(os.path.dirname(module.__file__) + os.sep for module in modules if module is not None)
+    folders = tuple(os.path.dirname(module.__file__) + os.sep for module in modules if module and module.__file__)
     while isinstance(function, FunctionType) and function.__code__.co_filename.startswith(folders):
         if not hasattr(function, "__wrapped__"):
             return function
-        function = function.__wrapped__
+        function = vars(function)["__wrapped__"]
     return None
 
 
@@ -209,11 +209,12 @@ def _is_declaration(node: object) -> bool:
     return isinstance(node, ast.AnnAssign) and node.value is None
 
 
-def _has_docstring(node: ast.AST) -> bool:
+def _has_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
     return ast.get_docstring(node, clean=False) is not None
 
 
 def _decorator(node: ast.expr) -> ast.expr:
     """The decorator, without its arguments if those are documentation."""
-    is_documentation = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "auto_docstring"
-    return node.func if is_documentation else node
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "auto_docstring":
+        return node.func
+    return node

@@ -6,6 +6,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+# pyright: reportPrivateUsage=false, reportUnnecessaryIsInstance=false
+# The first, because _check_model is private to fastbert; the second, because callers without a type checker are checked too.
 from fastbert.errors import UnsupportedModelError
 from fastbert.patch import _check_model, is_disabled
 
@@ -89,11 +91,11 @@ def warmup(model: nn.Module, shapes: Sequence[tuple[int, int]], *, choices: int 
 
     _check_model(model)
     sizes = checked("shapes", shapes)
-    roots = [root for root in classes.roots(model) if classes.graphs_of(root) is not None]
-    if not roots:
+    graphed_roots = [(root, graphs) for root in classes.roots(model) if (graphs := classes.graphs_of(root)) is not None]
+    if not graphed_roots:
         raise ValueError("model: expected one that fastbert.graphed was called on")
-    for root in roots:
-        graphs, device = classes.graphs_of(root), next(root.parameters()).device
+    for root, graphs in graphed_roots:
+        device = next(root.parameters()).device
         for rows, length in sizes:
             by_choice = (choices,) if type(root).__name__.endswith("ForMultipleChoice") else ()
             ids = torch.zeros(rows, *by_choice, length, dtype=torch.int64, device=device)

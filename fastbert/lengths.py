@@ -1,6 +1,6 @@
 """Passes row lengths that the host knows to the padding-free encoder, so that it need not wait for the device to count."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +83,8 @@ def _told(encoders: list[nn.Module], counts: object) -> Iterator[None]:
     before = [vars(encoder).get("caller_counts") for encoder in encoders]
     try:
         for encoder in encoders:
-            encoder.caller_counts = counts
+            # torch declares that modules hold tensors and modules alone.
+            encoder.caller_counts = counts  # pyright: ignore[reportArgumentType]
         yield
     finally:
         for encoder, former in zip(encoders, before, strict=True):
@@ -93,7 +94,7 @@ def _told(encoders: list[nn.Module], counts: object) -> Iterator[None]:
                 encoder.caller_counts = former
 
 
-class Counted(list):
+class Counted(list[int]):
     """The counts made by `LengthsCollator`. Its type tells them from a user's column of the same name, which is ignored."""
 
 
@@ -109,10 +110,10 @@ class LengthsCollator:
         causal: the model shifts its labels by one, as BertLMHeadModel does.
     """
 
-    collator: Callable[[list[Any]], Mapping[str, Any]]
+    collator: Callable[[list[Any]], MutableMapping[str, Any]]
     causal: bool = False
 
-    def __call__(self, features: list[Any]) -> Mapping[str, Any]:
+    def __call__(self, features: list[Any]) -> MutableMapping[str, Any]:
         batch = self.collator(features)
         mask, labels = batch.get("attention_mask"), batch.get("labels")
         if mask is not None:
@@ -144,7 +145,8 @@ def packing_encoders(model: nn.Module) -> list[nn.Module]:
 
     _check_model(model)
     patched_with, known = _encoders.get(model, (None, []))
-    found = [encoder for encoder in (reference() for reference in known) if kind_of(encoder) in PACKING_CLASSES]
+    alive = [encoder for reference in known if (encoder := reference()) is not None]
+    found = [encoder for encoder in alive if kind_of(encoder) in PACKING_CLASSES]
     if not found or len(found) != len(known) or patched_with is not switches_of(model):  # do not search in every step
         found = [module for module in model.modules() if kind_of(module) in PACKING_CLASSES]
         _encoders[model] = switches_of(model), [ref(encoder) for encoder in found]

@@ -133,7 +133,7 @@ def _largest(x: Tensor, where: Tensor) -> float:
 
 
 def _describe_misplaced(result: Tensor, eager: Tensor, misplaced: Tensor) -> str:
-    first = tuple(misplaced.nonzero()[0].tolist())
+    first = tuple(int(place) for place in misplaced.nonzero()[0])
     return (
         f"NaN or infinity out of place at {int(misplaced.sum())} of {result.numel()} elements: "
         f"at {first} {float(result[first])}, eager's is {float(eager[first])}"

@@ -1,6 +1,7 @@
 """Re-exports the public functions of the kernels. `MISSING` is the reason if triton is too old or cannot be imported."""
 
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -48,9 +49,10 @@ try:
     from fastbert.kernels.row_counts import row_counts
 except ImportError as error:
     MISSING = f"the kernels cannot be imported: {error}"
-    attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = linear_cross_entropy = None
-    encoder_layer = KernelFailed = LAYER_KERNELS = Layout = Settings = Twins = Weights = None
-    embed = embedding_layernorm = failures = packed_rows = pool_rows = row_counts = None
+    if not TYPE_CHECKING:  # who calls a kernel has seen that MISSING is None
+        attention = bounds_of = bias_gelu = dropout_add_layernorm = gather_rows = gelu_layernorm = linear_cross_entropy = None
+        encoder_layer = KernelFailed = LAYER_KERNELS = Layout = Settings = Twins = Weights = None
+        embed = embedding_layernorm = failures = packed_rows = pool_rows = row_counts = None
 
 # Required alignment, in bytes, of an address that bound kernels read. safetensors maps files without alignment.
 ALIGNMENT = 1 if INTERPRETED else 16

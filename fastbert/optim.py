@@ -290,8 +290,9 @@ class AdamW(torch.optim.AdamW):
         from fastbert.kernels.adamw.tables import Hyperparameters
 
         return [
-            Hyperparameters(group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+            Hyperparameters(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
             for group in self.param_groups
+            for beta1, beta2 in [group["betas"]]
         ]
 
     def _scaling(self) -> dict[str, Tensor | None]:
@@ -335,7 +336,8 @@ class AdamW(torch.optim.AdamW):
             fused=True if any(t is not None for t in scaling.values()) or not params[0].is_cpu else group["fused"],
             foreach=group["foreach"],
             capturable=group["capturable"],
-            **scaling,
+            grad_scale=scaling["grad_scale"],
+            found_inf=scaling["found_inf"],
             decoupled_weight_decay=True,
             amsgrad=group["amsgrad"],
             beta1=group["betas"][0],
@@ -392,7 +394,7 @@ def _is_distributed(cls: type) -> bool:
     return hasattr(cls, "to_local")
 
 
-def _local(param: Tensor, grad: Tensor, *state: Any) -> tuple[Any, ...]:
+def _local(param: Any, grad: Any, *state: Any) -> tuple[Any, ...]:
     """A parameter, its gradient and its state; of a distributed one the local shards, the gradient's as the parameter's are."""
     if not _is_distributed(type(param)):
         return param, grad, *state

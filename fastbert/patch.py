@@ -6,7 +6,7 @@ references and `state_dict` are not touched. Unpatching sets the class back.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
@@ -129,7 +129,7 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, **keywords: object) -> Iterator[Model]:
+def patched(model: Model, **keywords: Any) -> Iterator[Model]:
     """Context manager: `patch(model, **keywords)` within the block; afterwards, even on an exception, as before it."""
     _check_model(model)
     from fastbert.dispatch import kind_of
@@ -251,7 +251,8 @@ def _swap_classes(classes: dict[nn.Module, type]) -> None:
         layer_state.clear(module)
         replaced_forward = vars(module).get("_old_forward")  # accelerate's hooks restore this forward
         if getattr(replaced_forward, "__func__", None) is before[module].forward:
-            module._old_forward = MethodType(cls.forward, module)
+            # torch declares that modules hold tensors and modules alone.
+            module._old_forward = MethodType(cls.forward, module)  # pyright: ignore[reportArgumentType]
 
 
 def _accept(classes: dict[nn.Module, type]) -> None:
@@ -276,7 +277,7 @@ def _nothing_found(model: nn.Module) -> UnsupportedModelError:
     )
 
 
-def _check_arguments(model: object, flags: dict[str, object], unpad: object, mlm_logits: object) -> None:
+def _check_arguments(model: object, flags: Mapping[str, object], unpad: object, mlm_logits: object) -> None:
     _check_model(model)
     for name, value in flags.items():
         if not isinstance(value, bool):

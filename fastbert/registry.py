@@ -93,7 +93,7 @@ def _entries(
     return tuple(Entry(stock_class(name), cls, kernel, switch, unsupported, switches) for name, cls in fast.items())
 
 
-def _of(part: str, fast: dict[str, type[nn.Module]]) -> dict[str, type[nn.Module]]:
+def _of(part: str, fast: dict[str, Any]) -> dict[str, type[nn.Module]]:
     return {name: cls for name, cls in fast.items() if cls.PART.part == part}
 
 

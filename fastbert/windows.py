@@ -69,7 +69,7 @@ class Windows:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         special = tokenizer.num_special_tokens_to_add(pair=False)
         if size is None:
-            size = tokenizer.model_max_length if tokenizer.model_max_length < _UNLIMITED else SIZE
+            size = int(tokenizer.model_max_length) if tokenizer.model_max_length < _UNLIMITED else SIZE
         _check_integer("size", size, special + 1)
         stride = size // 4 if stride is None else stride
         _check_integer("stride", stride, 0)
@@ -82,8 +82,13 @@ class Windows:
             if how != "head+tail" or head >= size - special:
                 wanted = f"fewer than the {size - special} tokens of a window, and how='head+tail'"
                 raise ValueError(f"head: expected {wanted}, got {head} and {how!r}")
-        self.tokenizer, self.size, self.how, self.stride = tokenizer, size, how, stride
-        self.head, self.pooling, self.max_windows = head, pooling, 1 if pooling == "first" else max_windows
+        self.tokenizer: Any = tokenizer
+        self.size: int = size
+        self.how: str = how
+        self.stride: int = stride
+        self.head: int | None = head
+        self.pooling: str = pooling
+        self.max_windows: int | None = 1 if pooling == "first" else max_windows
 
     def __call__(self, texts: Sequence[str], text_pairs: Sequence[str] | None = None) -> Any:
         """The windows of all texts as one batch; see `collate` for its keys.
@@ -133,7 +138,7 @@ class Windows:
         padded = self.tokenizer.pad(flat, padding=True, return_attention_mask=True, return_tensors="pt")
         labels = next((name for name in _LABELS if name in rows[0]), None)
         # Labels first: transformers takes the first tensor's rows for the size of the batch.
-        made = {} if labels is None else {"labels": torch.as_tensor([row[labels] for row in rows])}
+        made: dict[str, Any] = {} if labels is None else {"labels": torch.as_tensor([row[labels] for row in rows])}
         made |= {name: tensor for name, tensor in padded.items()}
         made["lengths"] = Counted(len(window) for window in flat[names[0]])
         made["windows"] = [len(row[names[0]]) for row in rows]

@@ -7,7 +7,7 @@ All of them call the module's own forward with its own arguments, of which they 
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -46,7 +46,7 @@ def sharded_part(model: nn.Module) -> nn.Module | None:
 def behind(module: nn.Module) -> nn.Module:
     """The module that a wrapper of torch's calls, or the innermost of several; any other module itself."""
     while (name := _attribute(module)) is not None:
-        module = module._modules[name]
+        module = cast(nn.Module, module._modules[name])
     return module
 
 
@@ -55,7 +55,7 @@ def wrappers_of(module: nn.Module) -> list[nn.Module]:
     found = []
     while (name := _attribute(module)) is not None:
         found.append(module)
-        module = module._modules[name]
+        module = cast(nn.Module, module._modules[name])
     return found
 
 

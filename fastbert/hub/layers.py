@@ -79,4 +79,6 @@ def _takes(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     plain = type(x) in (Tensor, nn.Parameter) and not torch.jit.is_tracing()
-    return plain and torch._C._functorch.maybe_current_level() is None and torch.autograd.forward_ad._current_level < 0
+    # torch's stubs of its extension leave this module out.
+    transformed = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return plain and not transformed and torch.autograd.forward_ad._current_level < 0
