@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -89,7 +89,7 @@ def _without_decay(model: nn.Module, no_decay: Sequence[str] | None) -> set[str]
     names = [name for name, _ in model.named_parameters()]
     if no_decay is not None:
         return {name for name in names if any(name == end or name.endswith("." + end) for end in no_decay)}
-    modules: Iterable[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=False)
+    modules = cast(Iterable[tuple[str, nn.Module]], model.named_modules(remove_duplicate=False))
     norms = [(at, norm) for at, norm in modules if isinstance(norm, nn.LayerNorm)]
     inside = {name for at, norm in norms for name, _ in norm.named_parameters(at, remove_duplicate=False)}
     return inside | {name for name in names if _NEVER_DECAYED.search(name)}

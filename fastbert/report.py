@@ -112,7 +112,7 @@ def report(model: nn.Module) -> Report:
         entry = BY_FAST.get(cls) or BY_STOCK.get(cls)
         if entry is not None and entry.kernel is None:
             continue  # a head or model that launches nothing itself
-        if cls in BY_FAST:
+        if entry is not None and cls in BY_FAST:
             if inside is not None and name.startswith(inside) and calls(module) == Calls():
                 continue
             rows.append(_swapped_row(name, module, entry))
@@ -120,7 +120,7 @@ def report(model: nn.Module) -> Report:
                 inside = f"{name}." if rows[-1].state == "active" else None
         elif (row := _row_by_name(name, module)) is not None:
             rows.append(row)
-        elif cls in BY_STOCK:
+        elif entry is not None:
             reason = _stock_reason(module, entry, switches)
             rows.append(_stock_row(name, cls, None if reason == _PADDING_VISIBLE else entry.kernel, reason))
         elif cls in STOCK_ONLY:

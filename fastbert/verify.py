@@ -254,7 +254,7 @@ def _deterministic_copy(model: nn.Module, own: str | None) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if not own and hasattr(module, "set_attn_implementation"):
-            module.set_attn_implementation("eager")
+            module.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]  torch declares a tensor or a module
     copied.zero_grad(set_to_none=True)
     return copied
 

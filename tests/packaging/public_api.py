@@ -28,7 +28,7 @@ def listing() -> str:
     named = {f"fastbert.{name}": getattr(fastbert, name) for name in fastbert.__all__}
     for module, names in ELSEWHERE.items():
         named |= {f"{module}.{name}": getattr(importlib.import_module(module), name) for name in names}
-    named |= {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _referred(named.values())}
+    named |= {f"{cls.__module__}.{cls.__qualname__}": cls for cls in referred(named.values())}
     lines = sorted(line for name, value in named.items() for line in _lines(name, value))
     return "\n".join([*lines, "", *_command_lines("fastbert", typer.main.get_command(app))]) + "\n"
 
@@ -58,7 +58,7 @@ def _members(cls: type) -> Iterator[tuple[str, Any]]:
                 yield name, found
 
 
-def _referred(values: Any) -> set[type]:
+def referred(values: Any) -> set[type]:
     """The classes of fastbert, not in `values`, that these return or hold, and so on."""
     known, waiting = set(), list(values)
     while waiting:
