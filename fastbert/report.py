@@ -1,15 +1,19 @@
 """Reports per module whether it runs on a kernel, how often it was called, and why it fell back."""
 
-import html
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastbert import display
 from fastbert.patch import _check_model, switches_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -38,31 +42,27 @@ class Report:
         """One plain dictionary per module, for JSON or a data frame."""
         return [asdict(row) for row in self.rows]
 
-    def __rich__(self) -> Any:
-        from rich import box
-        from rich.table import Table
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
+        """One line a group of modules if they fit, and two if not; reasons are numbered and stand below."""
         from rich.text import Text
 
-        table = Table(title=self._title(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in _HEADINGS:
-            table.add_column(heading, overflow="fold", justify="right" if heading in _NUMBERS else "left")
-        for cells in self._grouped():
-            table.add_row(*(Text(cell) for cell in cells))
-        return table
+        groups, notes = self._grouped(), display.Notes()
+        marked = [(*cells[:-1], notes.mark(cells[-1])) for cells in groups]
+        yield Text(self._title())
+        if not groups:
+            return
+        wide = display.table(_HEADINGS, marked, right=_NUMBERS)
+        yield ""
+        yield wide if display.fits(wide, console, options) else _narrow(marked, options.max_width)
+        if lines := notes.lines(options.max_width):
+            yield ""
+            yield from lines
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        out = StringIO()
-        Console(file=out, width=_WIDEST, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        return display.as_text(self)
 
     def _repr_html_(self) -> str:
-        def cells(tag: str, texts: Any) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
-
-        body = "".join(cells("td", row) for row in self._grouped())
-        return f"<table><caption>{html.escape(self._title())}</caption>{cells('th', _HEADINGS)}{body}</table>"
+        return display.html_table(self._title(), _HEADINGS, self._grouped())
 
     def _title(self) -> str:
         with_kernel = [row for row in self.rows if row.kernel not in (None, _GRAPHS) and row.state != _BY_MODULE]
@@ -81,10 +81,22 @@ class Report:
 
 _BY_MODULE = "module by module"  # a layer whose own modules have rows
 _GRAPHS = "CUDA graphs"  # in place of a kernel
+_NO_KERNEL = "-"
 _HEADINGS = ("module", "Hugging Face class", "kernel", "state", "kernel calls", "fell back", "reason")
 _PADDING_VISIBLE = "unpad='auto', and outputs at padded positions are visible"
 _NUMBERS = ("kernel calls", "fell back")
-_WIDEST = 220  # columns of a printed table; rich uses the terminal's width when it prints one
+_NARROW = ("module", "state", "kernel\ncalls", "fell\nback", "reason")
+_REST = 40  # columns of the narrow table that are not the module's
+
+
+def _narrow(groups: list[tuple[str, ...]], width: int) -> "Table":
+    """The table with class and kernels below the module's name."""
+    of_module = max(width - _REST, 20)
+    rows = []
+    for module, hf_class, kernel, *rest in groups:
+        parts = hf_class if kernel == _NO_KERNEL else f"{hf_class}: {kernel}"
+        rows.append((f"{display.fold_name(module, of_module)}\n{display.fold_words(parts, of_module, '  ')}", *rest))
+    return display.table(_NARROW, rows, right=_NARROW[2:4])
 
 
 def report(model: nn.Module) -> Report:
@@ -236,7 +248,7 @@ def _cells(rows: list[Row]) -> tuple[str, ...]:
     return (
         _span([row.module or "(the model)" for row in rows]),
         first.hf_class,
-        first.kernel or "-",
+        first.kernel or _NO_KERNEL,
         first.state,
         str(sum(row.kernel_calls for row in rows)),
         str(fallbacks.total()),

@@ -6,26 +6,42 @@ no key. A patched model gives eager's average there, even if it was on SDPA befo
 """
 
 import copy
+import html
 import math
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastbert import display
 from fastbert.numerics import Comparison, compare, largest
 from fastbert.patch import _check_model, patched, unpatch
 from fastbert.report import Report, report
 from fastbert.wrapped import sharded_part
 
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
+
 _NOTHING = 1e-8  # relative to a typical tensor: the float64 residue of a gradient that is zero in exact arithmetic
 _LARGE = 500_000_000  # parameters; above it a float64 copy with its gradients no longer fits beside the model
+_HEADINGS = ("tensor", "error, patched", "error, eager", "allowed", "")
+_NUMBERS = _HEADINGS[1:4]
+_NARROW = ("tensor", "error,\npatched", "error,\neager", "allowed", "")
+_REST = 45  # columns of the narrow table that are not the tensor's name
+_OVER_THE_BOUND = "error "  # how the reason of a comparison starts whose numbers say the same
+
+
+def _narrow(rows: list[tuple[str, ...]], width: int) -> "Table":
+    """The table with long names on several lines."""
+    folded = [(display.fold_name(name, max(width - _REST, 20)), *rest) for name, *rest in rows]
+    return display.table(_NARROW, folded, right=_NARROW[1:4])
 
 
 @dataclass(frozen=True)
@@ -65,30 +81,37 @@ class VerifyResult:
             "notes": list(self.notes),
         }
 
-    def __rich__(self) -> Any:
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
         from rich.text import Text
 
-        table = Table(title=self._title(), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("tensor", "error, patched", "error, eager", "allowed", ""):
-            table.add_column(heading, overflow="fold", justify="left" if heading in ("tensor", "") else "right")
-        for comparison in self._listed():
-            numbers = (comparison.error, comparison.eager_error, comparison.bound)
-            table.add_row(
-                Text(comparison.name),
-                *(f"{number:.2e}" for number in numbers),
-                Text("equal" if comparison.ok else f"DIFFERS: {comparison.reason}"),
-            )
-        return Group(table, Text(self._verdict()), *(Text(note) for note in self.notes))
+        notes = display.Notes()
+        rows = [(*cells, f"{verdict} {notes.mark(reason)}".rstrip()) for *cells, verdict, reason in self._cells()]
+        yield Text(self._title())
+        yield ""
+        wide = display.table(_HEADINGS, rows, right=_NUMBERS)
+        yield wide if display.fits(wide, console, options) else _narrow(rows, options.max_width)
+        yield ""
+        yield from (Text(line) for line in (self._verdict(), *self.notes))
+        yield from notes.lines(options.max_width)
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return display.as_text(self)
 
-        out = StringIO()
-        Console(file=out, width=160, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    def _repr_html_(self) -> str:
+        """The table for a notebook, with the verdict and the notes below; everything in it is escaped."""
+        made = display.html_table(self._title(), (*_HEADINGS, "reason"), self._cells())
+        below = "".join(f"<p>{html.escape(line)}</p>" for line in (self._verdict(), *self.notes))
+        return f"<div>{made}{below}</div>"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The rows of the table: name, three errors, verdict, and a reason that the errors do not show themselves."""
+        rows = []
+        for c in self._listed():
+            errors = (f"{number:.2e}" for number in (c.error, c.eager_error, c.bound))
+            reason = c.reason or ""
+            said = "" if reason.startswith(_OVER_THE_BOUND) else reason
+            rows.append((c.name, *errors, "equal" if c.ok else "DIFFERS", said))
+        return rows
 
     def _title(self) -> str:
         where = f"{self.model}, {self.dtype} on {self.device}"

@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
     facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
     facts |= {package: version(package) for package in ("triton", "transformers", "peft", "sentence-transformers")}
     facts["kernels"] = ops.MISSING or ("in Triton's interpreter" if ops.INTERPRETED else "compiled, on CUDA tensors")
-    facts["Triton's cache"] = _cache_of_triton(ops)
+    facts["Triton's cache"] = _cache_in_words()
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
@@ -36,15 +36,22 @@ def environment() -> dict[str, Any]:
     return facts
 
 
-def _cache_of_triton(ops: Any) -> str:
-    """The folder of compiled kernels, and whether it can be written."""
+def cache_of_triton() -> tuple[Path | None, bool]:
+    """The folder of compiled kernels, None without triton, and whether it can be written."""
+    from fastbert import ops
+
     if ops.MISSING:
-        return "none"
+        return None, True
     import triton
 
     folder = existing = Path(triton.knobs.cache.dir)
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
-    if existing.is_dir() and os.access(existing, os.W_OK):
-        return str(folder)
-    return f"{folder}, which is not writable: set TRITON_CACHE_DIR to a writable folder"
+    return folder, existing.is_dir() and os.access(existing, os.W_OK)
+
+
+def _cache_in_words() -> str:
+    folder, writable = cache_of_triton()
+    if folder is None:
+        return "none"
+    return str(folder) if writable else f"{folder}, which is not writable: set TRITON_CACHE_DIR to a writable folder"

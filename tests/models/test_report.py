@@ -163,8 +163,9 @@ def test_layers_that_agree_share_a_line():
     run(model, make_batch(), **FORWARD_ONLY)
     lines = str(fastbert.report(model)).splitlines()
     assert lines[0] == "fastbert on BertForMaskedLM: 6 of 6 modules that have a kernel are active"
-    (line,) = [line for line in lines if "BertLayer" in line]
-    assert line.split() == ["bert.encoder.layer.0-2", "BertLayer", *LAYER.split(), "active", "3", "0"]
+    (at,) = [at for at, line in enumerate(lines) if "BertLayer: " in line]
+    assert lines[at - 1].split() == ["bert.encoder.layer.0-2", "active", "3", "0"]
+    assert " ".join(" ".join(lines[at : at + 2]).split()) == f"BertLayer: {LAYER}"
     assert all(line == line.rstrip() for line in lines)
 
 
@@ -173,12 +174,14 @@ def test_a_layer_that_differs_has_a_line_of_its_own():
     model.bert.encoder.layer[1].output.LayerNorm.register_forward_hook(lambda *_: None)
     run(model, make_batch(), **FORWARD_ONLY)
     report = str(fastbert.report(model)).splitlines()
-    lines = [line.split() for line in report if "BertLayer" in line]
-    assert [line[0] for line in lines] == ["bert.encoder.layer.0-2", "bert.encoder.layer.1"]
-    assert lines[0][-3:] == ["active", "2", "0"]
-    assert " module by module 0 1 output: LayerNorm " in f" {' '.join(lines[1])} "
-    (line,) = [line.split() for line in report if "BertOutput" in line]
-    assert line[0] == "bert.encoder.layer.1.output" and line[3:7] == ["fell", "back", "0", "1"] and "hooks" in line
+    lines = [report[at - 1].split() for at, line in enumerate(report) if "BertLayer: " in line]
+    assert lines[0] == ["bert.encoder.layer.0-2", "active", "2", "0"]
+    assert lines[1][:-1] == ["bert.encoder.layer.1", "module", "by", "module", "0", "1"]
+    (reason,) = [line for line in report if line.startswith(f"{lines[1][-1]} ")]
+    assert reason.startswith(f"{lines[1][-1]} output: LayerNorm ")
+    (line,) = [report[at - 1].split() for at, line in enumerate(report) if "BertOutput: " in line]
+    assert line[:-1] == ["bert.encoder.layer.1.output", "fell", "back", "0", "1"]
+    assert any(reason.startswith(f"{line[-1]} LayerNorm ") and "hooks" in reason for reason in report)
 
 
 def test_data_is_plain():

@@ -1,0 +1,104 @@
+"""What the commands share: the consoles, progress on a terminal, results as JSON, and how an error becomes an exit code.
+
+Exit codes: 0 all is right, 1 something differs or a check failed, 2 the input is wrong, 130 stopped by Ctrl-C.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastbert.errors import InputError
+
+EXIT_CODES = "Exit codes: 0 all is right; 1 something differs or a check failed; 2 the input is wrong; 130 stopped by Ctrl-C."
+WRONG_INPUT = 2
+STDOUT = Path("-")
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the results to this file; -: to stdout, and nothing else there."),
+]
+# The class of typer's errors of usage; typer has it under another name in each release.
+_UsageError = typer.BadParameter.__bases__[0]
+
+err = Console(stderr=True)
+Advance = Callable[[str], None]
+
+
+def console_for(json_file: Path | None) -> Console:
+    """The console of stdout, which is silent if stdout belongs to the JSON."""
+    return Console(quiet=json_file == STDOUT)
+
+
+def check_json(json_file: Path | None) -> None:
+    """Check, before anything runs, that the JSON can be written.
+
+    Raises:
+        InputError: its folder does not exist, or it is a folder itself.
+    """
+    if json_file is None or json_file == STDOUT:
+        return
+    if json_file.is_dir():
+        raise InputError(f"--json: {json_file} is a folder")
+    if not json_file.parent.is_dir():
+        raise InputError(f"--json: there is no folder {json_file.parent}")
+
+
+def write_json(data: Any, json_file: Path | None) -> None:
+    """Write `data` as strict JSON, in which numbers that are not finite are null.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if json_file is None:
+        return
+    text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
+    if json_file == STDOUT:
+        sys.stdout.write(text)
+        return
+    try:
+        json_file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json: cannot write {json_file}: {error.strerror}") from None
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+@contextmanager
+def progress(what: str, json_file: Path | None = None, total: int | None = None) -> Iterator[Advance]:
+    """Show on stderr that something runs, if that is a terminal and stdout is not the JSON's.
+
+    Yields a function to call when the next of `total` steps begins, with its name.
+    """
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    shown = err.is_terminal and json_file != STDOUT
+    with Progress(*columns, console=err, transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=total, completed=-1 if total else 0)
+
+        def begin(name: str) -> None:
+            bar.update(task, description=name, advance=1)
+
+        yield begin
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line and exit. An error of the user's is one line on stderr."""
+    try:
+        code = app(standalone_mode=False)
+    except (InputError, _UsageError) as error:
+        said = error.format_message() if isinstance(error, _UsageError) else str(error)
+        err.print(f"error: {' '.join(said.split())}", highlight=False, markup=False, soft_wrap=True)
+        code = WRONG_INPUT
+    sys.exit(code if isinstance(code, int) else 0)
