@@ -1,12 +1,11 @@
 """The command `python -m bench audit`."""
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
-from bench.core.options import console
+from bench.core.options import Json, check_json, console, leave_stdout_to, write_json
 
 if TYPE_CHECKING:
     from bench.audit.run import Record
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 def audit(
     op: Annotated[list[str], typer.Option(help="Only this op; may be repeated.")] = [],
     arch: Annotated[list[str], typer.Option(help="Only this architecture; may be repeated.")] = [],
-    json: Annotated[Path | None, typer.Option(help="Write the records to this file.")] = None,
+    json: Json = None,
     short: Annotated[bool, typer.Option("--short", help="Only BERT-base in bf16, as .ci/run does.")] = False,
     check: Annotated[bool, typer.Option(help="Exit with 1 if anything is worse than the baseline.")] = False,
     update: Annotated[bool, typer.Option(help="Accept the records as the new baseline.")] = False,
@@ -23,8 +22,11 @@ def audit(
     workers: Annotated[int, typer.Option(help="Compiler processes.")] = 2,
 ) -> None:
     """Compile every op x configuration x architecture and inspect the machine code. Needs no GPU and times nothing."""
+    leave_stdout_to(json)
+    check_json(json)
     from bench.audit.run import WHOLE, baseline, merge, read, release, run, write
     from bench.audit.tables import audit_table, floor_table
+    from fastbert.cli.output import progress
 
     triton = release()
     if update and short is (triton == WHOLE):
@@ -32,17 +34,11 @@ def audit(
     if check and not baseline(triton).exists():
         raise typer.BadParameter(f"there is no accepted state for triton {triton}; --short --update creates one")
     ops, architectures = _select(op, arch)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("compiling")
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        records = run(ops, architectures, workers, advance, short)
+    with progress("compiling", json) as begin:
+        records = run(ops, architectures, workers, partial(begin, "compiling"), short)
     console.print(audit_table(records, top or len(records)))
     console.print(floor_table(ops))
-    if json:
-        write(records, json)
+    write_json({"records": records}, json)
     if check:
         _check(records, ops, architectures, short)
     if update:

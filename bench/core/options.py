@@ -1,8 +1,13 @@
-"""Options that several commands of `python -m bench` share, and their console."""
+"""Options that several commands of `python -m bench` share, their consoles, and how an error becomes an exit code.
 
+fastbert.cli.output has the form of JSON and progress. It is imported inside functions, as everything of fastbert: a dry run
+selects the interpreter first.
+"""
+
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,8 +20,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Run the same code on ti
 Budget = Annotated[float, typer.Option(help="Time limit for the whole run, in seconds.")]
 Dtypes = Annotated[list[str], typer.Option(help="bf16, fp16 or fp32.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results and the report.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the results to this file; -: to stdout, and nothing else there."),
+]
 OUT = Path("bench-out")
 HOUR = 3600.0
+STDOUT = Path("-")
+EXIT_CODES = (
+    "Exit codes: 0 all is right; 1 something differs, is worse or failed; 2 the input is wrong; 3 there is no GPU, so nothing "
+    "was measured; 130 stopped by Ctrl-C."
+)
+# The class of typer's errors of usage; typer has it under another name in each release.
+_UsageError = typer.BadParameter.__bases__[0]
 
 
 def print_plainly(line: object) -> None:
@@ -33,3 +49,41 @@ def fail(error: object) -> typer.Exit:
     said = one_line(str(error).removeprefix("error: "))
     errors.print(f"error: {said}", highlight=False, soft_wrap=True, markup=False, style="red")
     return typer.Exit(2)
+
+
+def leave_stdout_to(json: Path | None) -> None:
+    """Print nothing if the JSON goes to stdout. Every command with --json calls this before it prints."""
+    console.quiet = json == STDOUT
+
+
+def check_json(json: Path | None) -> None:
+    """Make the folder of the JSON; exit with 2 if the JSON could not be written at the end."""
+    from fastbert.cli import output
+    from fastbert.errors import InputError
+
+    try:
+        if json:
+            json.parent.mkdir(parents=True, exist_ok=True)
+        output.check_json(json)
+    except (InputError, OSError) as error:
+        raise fail(error) from None
+
+
+def write_json(data: Any, json: Path | None) -> None:
+    """Write a dataclass or plain data as JSON; exit with 2 if that cannot be done."""
+    from fastbert.cli import output
+    from fastbert.errors import InputError
+
+    try:
+        output.write_json(dataclasses.asdict(data) if dataclasses.is_dataclass(data) else data, json)
+    except InputError as error:
+        raise fail(error) from None
+
+
+def run(app: typer.Typer) -> None:
+    """Run the command line and exit. An error of usage is one line on stderr."""
+    try:
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        code = fail(" ".join(error.format_message().split())).exit_code
+    sys.exit(code if isinstance(code, int) else 0)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import HOUR, OUT, Budget, DryRun, Out
+from bench.core.options import HOUR, OUT, Budget, DryRun, Json, Out
 from bench.runner import session
 
 
@@ -20,11 +20,12 @@ def encode(
     seconds: Annotated[float, typer.Option(help="Seconds of timed calls per case and lane.")] = 1.0,
     budget: Budget = HOUR,
     out: Out = OUT,
+    json: Json = None,
     dry_run: DryRun = False,
 ) -> None:
     """Time SentenceTransformer.encode on texts of mixed lengths, from texts to embeddings, and on single queries."""
     from bench.runner.selection import encode_jobs
 
-    session.start(dry_run)
+    session.start(dry_run, json)
     jobs = encode_jobs(model, pooling, precision, batch, sentences, longest, queries, lane, seconds, dry_run)
-    session.run(jobs, dry_run, budget, out)
+    session.run(jobs, dry_run, budget, out, json=json)

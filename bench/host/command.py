@@ -1,11 +1,11 @@
 """The commands `python -m bench host` and `python -m bench layer`."""
 
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.core.options import DryRun, console
+from bench.core.options import STDOUT, DryRun, Json, check_json, console, leave_stdout_to, print_plainly, write_json
 from bench.runner import session
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def host(
     rounds: Annotated[int, typer.Option(help="Turns per lane.")] = 15,
     compiled: Annotated[bool, typer.Option("--compile", help="Add a lane of torch.compile, which takes minutes.")] = False,
     names: Annotated[bool, typer.Option("--names", help="List each lane's launches by name.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the results to this file, for `report`.")] = None,
+    json: Json = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a lane misses its target.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -27,12 +27,13 @@ def host(
         raise typer.BadParameter("--check needs a measurement: leave out --dry-run")
     if seconds <= 0 or rounds < 1:
         raise typer.BadParameter(f"expected --seconds above 0 and --rounds from 1 on, got {seconds:g} and {rounds}")
-    session.start(dry_run)
+    session.start(dry_run, json)
     from bench.core import environment, schema
     from bench.core.records import Results
     from bench.host.cases import CASES
     from bench.host.run import run
     from bench.report import tables
+    from fastbert.cli.output import progress
     from fastbert.testing.interpreter import accelerate
 
     chosen = [name for name in CASES if only in name]
@@ -42,18 +43,22 @@ def host(
     console.print(tables.provenance(results), highlight=False, soft_wrap=True)
     if dry_run:
         accelerate()
-    for name in chosen:
-        found = list(run([name], seconds=seconds, rounds=rounds, compiled=compiled, tiny=dry_run))
-        results.host += found
-        typer.echo(f"\n{tables.host(Results(results.environment, host=found)).markdown()}")
-        if names:
-            _print_names(found)
-        if json:
-            schema.write(results, json)
+    with progress("measuring", json) as begin:
+        for done, name in enumerate(chosen):
+            begin(name, done, len(chosen))
+            found = list(run([name], seconds=seconds, rounds=rounds, compiled=compiled, tiny=dry_run))
+            results.host += found
+            print_plainly(f"\n{tables.host(Results(results.environment, host=found)).markdown()}")
+            if names:
+                _print_names(found)
+            if json and json != STDOUT:
+                schema.write(results, json)  # so far: the next case may take minutes
+    if json == STDOUT:
+        write_json(results, json)
     bad = [record for record in results.host if record.status in ("failed", "error")]
     for record in bad:
         console.print(f"\n[red]{record.name}, {record.lane}:[/]", highlight=False)
-        typer.echo(record.reason)
+        print_plainly(record.reason)
     raise typer.Exit(max(_check(results) if check else 0, 1 if bad else 0))
 
 
@@ -63,7 +68,7 @@ def _print_names(records: "list[HostRecord]") -> None:
 
     for of_case in by_case(records).values():
         for record in of_case:
-            typer.echo("\n".join(["", f"{record.name}, {record.lane}", *names(record)]))
+            print_plainly("\n".join(["", f"{record.name}, {record.lane}", *names(record)]))
 
 
 def _check(results: "Results") -> int:
@@ -77,8 +82,15 @@ def _check(results: "Results") -> int:
     return 1 if missed else 0
 
 
-def layer() -> None:
+def layer(json: Json = None) -> None:
     """Count what a BERT-base layer in training launches and the bytes that it moves. Needs no GPU and runs nothing."""
-    from bench.host.layer_traffic import table
+    leave_stdout_to(json)
+    check_json(json)
+    from bench.host.layer_traffic import SHAPES, of_layer, table
+    from fastbert.cli.output import progress
 
-    console.print(table())
+    with progress("counting", json):
+        counted = [of_layer(*shape) for shape in SHAPES]
+    console.print(table(counted))
+    found = [{"rows": rows, "tokens": tokens} | asdict(one) for (rows, tokens), one in zip(SHAPES, counted, strict=True)]
+    write_json(found, json)

@@ -111,9 +111,8 @@ def of_layer(batch: int, seqlen: int, hidden: int = 768, architecture: str = "sm
     return traffic
 
 
-def table() -> Table:
+def table(found: list[Traffic]) -> Table:
     """Launches and bytes by name, for each of SHAPES."""
-    found = [of_layer(*shape) for shape in SHAPES]
     result = Table(title="A BERT-base layer in training, bf16, dropout 0.1, key mask", caption="MB: 10^6 bytes")
     result.add_column("launch", no_wrap=True)
     for batch, seqlen in SHAPES:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import HOUR, OUT, Budget, DryRun, Out
+from bench.core.options import HOUR, OUT, Budget, DryRun, Json, Out
 from bench.runner import session
 
 
@@ -22,6 +22,7 @@ def models(
     tokenizer: Annotated[str | None, typer.Option(help="The model whose tokenizer reads --data.")] = None,
     budget: Budget = HOUR,
     out: Out = OUT,
+    json: Json = None,
     dry_run: DryRun = False,
 ) -> None:
     """Time training steps and inference of whole models, lane by lane."""
@@ -30,8 +31,8 @@ def models(
     jobs = model_jobs(
         model, head, mode, batch, seqlen, fill, lane, lengths=lengths, data=data, tokenizer=tokenizer, dry_run=dry_run
     )
-    session.start(dry_run)
-    session.run(jobs, dry_run, budget, out)
+    session.start(dry_run, json)
+    session.run(jobs, dry_run, budget, out, json=json)
 
 
 def latency(
@@ -46,11 +47,12 @@ def latency(
     seconds: Annotated[float, typer.Option(help="Seconds of timed requests per stream and lane.")] = 1.0,
     budget: Budget = HOUR,
     out: Out = OUT,
+    json: Json = None,
     dry_run: DryRun = False,
 ) -> None:
     """Time requests until the host has read the answer, p50 and p99, in streams of one shape and of mixed lengths."""
     from bench.runner.selection import latency_jobs
 
     jobs = latency_jobs(model, head, batch, seqlen, longest, lane, seconds, dry_run)
-    session.start(dry_run)
-    session.run(jobs, dry_run, budget, out)
+    session.start(dry_run, json)
+    session.run(jobs, dry_run, budget, out, json=json)

@@ -24,26 +24,28 @@ def run(
     reserve: float = RESERVE,
     name: str = RESULTS,
     after: Callable[[], object] = lambda: None,
+    begin: Callable[[str], object] = lambda name: None,
 ) -> None:
     """Run the jobs in order until `budget` seconds have passed. Their records go into `results` and out/`name`.
 
     A job that does not fit into the rest of its stage waits until after the last stage. A job that fails is recorded with
     the end of its output, and the next one runs. A job that does not fit into the remaining time is recorded as not
     reached, and so are all jobs after a request to stop (bench.runner.stop). `after` runs after each job, when the job's
-    records are in `results`.
+    records are in `results`; `begin` is told the name of the job that begins.
     """
-    begin = time.monotonic()
+    start = time.monotonic()
     schema.write(results, out / name)
-    for job, left in _in_time(plan, begin, budget - reserve):
+    for job, left in _in_time(plan, start, budget - reserve):
         if left < job.least or stop.reason():
             why = stop.reason() or f"{max(left, 0.0):.0f} s were left"
             results.stages.append(StageRecord(job.name, NOT_REACHED, 0.0, why))
             continue
+        begin(job.name)
         stage = _run(job, min(job.cap, left), results)
         results.stages.append(stage)
         schema.write(results, out / name)
         record("report so far", after, results, only_failures=True)
-        say(f"{time.monotonic() - begin:6.1f} s  {stage.seconds:6.1f} s  {stage.status:5}  {stage.name}")
+        say(f"{time.monotonic() - start:6.1f} s  {stage.seconds:6.1f} s  {stage.status:5}  {stage.name}")
     schema.write(results, out / name)
 
 

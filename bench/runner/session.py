@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from bench.core.options import console, print_plainly
+from bench.core.options import check_json, console, leave_stdout_to, print_plainly, write_json
 
 if TYPE_CHECKING:
     from bench.core.records import Results, SuiteRecord
     from bench.runner.plan import Job
 
 
-def start(dry_run: bool) -> None:
+def start(dry_run: bool, json: Path | None = None) -> None:
     """Select the interpreter for a dry run. Without a GPU and without a dry run, print the floors and exit with 3."""
     import torch
+
+    leave_stdout_to(json)
 
     from bench.audit.no_gpu import explain
 
@@ -26,6 +28,7 @@ def start(dry_run: bool) -> None:
         console.print("[yellow]dry run: tiny shapes, no time is taken[/]")
     elif not torch.cuda.is_available():
         raise typer.Exit(explain(console))
+    check_json(json)
 
 
 def run(
@@ -35,6 +38,7 @@ def run(
     out: Path,
     commit: str | None = None,
     tests: "SuiteRecord | None" = None,
+    json: Path | None = None,
 ) -> None:
     """Run a plan, write results and report into `out`, and exit with 1 if a check failed or nothing was reached.
 
@@ -45,16 +49,20 @@ def run(
     from bench.core.records import Results
     from bench.report import files
     from bench.runner import gpu, isolate, stop
+    from fastbert.cli.output import progress
 
     start = time.monotonic()
     with stop.listening():
         isolate.SERVER.begin()  # it imports while the environment is read
         results = Results(environment.read(commit), dry_run=dry_run, tests=tests)
         left = budget - (time.monotonic() - start)
-        gpu.run(plan, results, left, out, console.print, after=lambda: files.write_markdown(results, out))
+        with progress("planning", json) as begin:
+            after = lambda: files.write_markdown(results, out)  # noqa: E731
+            gpu.run(plan, results, left, out, console.print, after=after, begin=begin)
         write = files.write_markdown if stop.reason() else files.write_page
         gpu.record("report", lambda: write(results, out), results)
         schema.write(results, out / gpu.RESULTS)
+        write_json(results, json)
         for path in sorted(out.iterdir()):
             print_plainly(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
         status = conclude(results)

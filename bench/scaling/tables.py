@@ -205,7 +205,7 @@ TABLES: dict[str, Callable[[Question, Model], Table]] = {
 }
 
 
-def made(question: Question) -> dict[str, str]:
-    """All tables as Markdown, by name."""
+def built(question: Question) -> dict[str, Table]:
+    """All tables, by name."""
     model = bert(question.model)
-    return {name: table(question, model).markdown() for name, table in TABLES.items()}
+    return {name: table(question, model) for name, table in TABLES.items()}

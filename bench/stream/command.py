@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import console, fail, print_plainly
+from bench.core.options import Json, check_json, console, fail, leave_stdout_to, print_plainly, write_json
 
 # fastbert and transformers are imported in the function: `python -m bench` alone must not import triton.
 
@@ -26,8 +26,11 @@ def measure_input(
     seconds: Annotated[float, typer.Option(min=0.0, help="Time to measure.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Seed of the order, the rows and the masks.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json; by default nothing is written.")] = None,
+    json: Json = None,
 ) -> None:
     """Measure how many rows per second a core reads, tokenises, builds and masks. Needs no GPU."""
+    leave_stdout_to(json)
+    check_json(json)
     import datasets
 
     from bench.core import environment, schema
@@ -35,18 +38,22 @@ def measure_input(
     from bench.stream.loader import Loader
     from bench.stream.source import open_stream
     from bench.train.model import open_source
+    from fastbert.cli.output import progress
     from fastbert.errors import InputError
 
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors are one line of our own
     try:
         tokenizer = open_source(model).tokenizer
         stream = open_stream(data, tokenizer, str(task), max_length, batch, readers, seed, whole_words)
-        record = measure.measure(Loader(stream, workers=workers), seconds)
+        with progress(f"measuring for {seconds:g} s", json):
+            record = measure.measure(Loader(stream, workers=workers), seconds)
     except InputError as error:
         raise fail(error) from None
     console.print(measure.table(record))
     for line in measure.lines(record):
         print_plainly(line)
+    results = measure.InputResults(environment.read(), record)
     if out:
-        schema.write(measure.InputResults(environment.read(), record), out / RESULTS)
+        schema.write(results, out / RESULTS)
         print_plainly(out / RESULTS)
+    write_json(results, json)

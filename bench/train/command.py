@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench.core.options import STDOUT, Json, check_json, write_json
 from bench.train.records import DTYPES, LANES, POOLINGS, TRUNCATIONS, WINDOWS, Settings
 
 # fastbert imports transformers, which imports triton, so it is imported after the interpreter has been selected.
@@ -66,13 +67,16 @@ def train(
     lane: Annotated[list[LaneName] | None, typer.Option(help="Only this lane; both by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoints in --out.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json, losses.png, checkpoints.")] = Path("bench-out/train"),
+    json: Json = None,
 ) -> None:
     """Train twice on your own file, stock and fastbert, from the same start on the same batches.
 
     Under torchrun or accelerate launch, every GPU trains on its part of each batch: the same run, with the same losses.
     """
     _leave_words_to_first_rank()
+    console.quiet |= json == STDOUT
     gpu = _choose_interpreter()
+    check_json(json)
     from bench.train import options, ranks
     from fastbert.errors import InputError
 
@@ -108,7 +112,7 @@ def train(
     try:
         options.require()
         with ranks.joined(gpu):
-            code = _train(gpu, given, out, [str(name) for name in lane or LANES], resume, workers)
+            code = _train(gpu, given, out, [str(name) for name in lane or LANES], resume, workers, json)
     except InputError as error:  # before the ranks have joined
         code = _refused(error)
         time.sleep(PATIENCE if err.quiet else 0)  # a launcher ends all ranks when one has failed
@@ -119,21 +123,23 @@ def train(
         raise typer.Exit(code)
 
 
-def _train(gpu: bool, given: dict[str, Any], out: Path, lanes: list[str], resume: bool, workers: int) -> int:
+def _train(gpu: bool, given: dict[str, Any], out: Path, lanes: list[str], resume: bool, workers: int, json: Path | None) -> int:
     """Train and report. The exit code: 1 if the lanes differ, 2 if something given cannot be used."""
-    from bench.train import options, report
+    from bench.train import options, ranks, report
     from fastbert.errors import InputError
 
     try:
         settings = options.settings(gpu, **given)
         if workers and not settings.stream:
             raise InputError("--workers: share the readers of --stream")
-        results = _run(settings, out, lanes, resume, workers)
+        results = _run(settings, out, lanes, resume, workers, json)
     except InputError as error:
         return _refused(error)
     report.show(results, console)
     for name in (report.RESULTS, report.PICTURE):
         console.print(f"{out / name}", highlight=False, markup=False, soft_wrap=True)
+    if not ranks.rank():
+        write_json(results, json)
     return int(bool(results.comparison and results.comparison.problems))
 
 
@@ -142,13 +148,14 @@ def _refused(error: Exception) -> int:
     return 2
 
 
-def _run(settings: Settings, out: Path, lanes: list[str], resume: bool, workers: int) -> Any:
+def _run(settings: Settings, out: Path, lanes: list[str], resume: bool, workers: int, json: Path | None) -> Any:
     import datasets
     from transformers.utils import logging as transformers_logging
 
     from bench.train.run import run_all
 
-    if not err.is_terminal or err.quiet:
+    hidden = not err.is_terminal or err.quiet or json == STDOUT
+    if hidden:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
     columns = (
@@ -159,7 +166,8 @@ def _run(settings: Settings, out: Path, lanes: list[str], resume: bool, workers:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal or err.quiet) as progress:
+    # Lines about the data stay on stdout if that is no terminal.
+    with Progress(*columns, console=err, disable=hidden, redirect_stdout=console.is_terminal) as progress:
         bars: dict[str, Any] = {}
 
         def advance(lane: str, step: int, loss: float | None) -> None:

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fastbert.errors import InputError
+from fastbert.errors import InputError, one_line
 
 EXIT_CODES = "Exit codes: 0 all is right; 1 something differs or a check failed; 2 the input is wrong; 130 stopped by Ctrl-C."
 WRONG_INPUT = 2
@@ -28,7 +28,7 @@ JsonOption = Annotated[
 _UsageError = typer.BadParameter.__bases__[0]
 
 err = Console(stderr=True)
-Advance = Callable[[str], None]
+Begin = Callable[..., None]
 
 
 def console_for(json_file: Path | None) -> Console:
@@ -77,18 +77,20 @@ def _finite(data: Any) -> Any:
 
 
 @contextmanager
-def progress(what: str, json_file: Path | None = None, total: int | None = None) -> Iterator[Advance]:
+def progress(what: str, json_file: Path | None = None) -> Iterator[Begin]:
     """Show on stderr that something runs, if that is a terminal and stdout is not the JSON's.
 
-    Yields a function to call when the next of `total` steps begins, with its name.
+    Yields a function to call with the name of the step that begins and, where they are known, with how many steps are done
+    and how many there are.
     """
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     shown = err.is_terminal and json_file != STDOUT
-    with Progress(*columns, console=err, transient=True, disable=not shown) as bar:
-        task = bar.add_task(what, total=total, completed=-1 if total else 0)
+    # What is printed meanwhile goes above the bar; but output that goes to a file or a pipe stays there.
+    with Progress(*columns, console=err, transient=True, disable=not shown, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task(what, total=None)
 
-        def begin(name: str) -> None:
-            bar.update(task, description=name, advance=1)
+        def begin(name: str, done: int | None = None, total: int | None = None) -> None:
+            bar.update(task, description=name, completed=done, total=total)
 
         yield begin
 
@@ -99,6 +101,6 @@ def run(app: typer.Typer) -> None:
         code = app(standalone_mode=False)
     except (InputError, _UsageError) as error:
         said = error.format_message() if isinstance(error, _UsageError) else str(error)
-        err.print(f"error: {' '.join(said.split())}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"error: {one_line(' '.join(said.split()))}", highlight=False, markup=False, soft_wrap=True)
         code = WRONG_INPUT
     sys.exit(code if isinstance(code, int) else 0)

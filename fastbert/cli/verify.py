@@ -53,9 +53,9 @@ def verify_tasks(
 
     results: dict[str, VerifyResult] = {}
     rows: list[tuple[str, ...]] = []
-    with progress("verifying", json_file, total=len(tasks)) as begin:
-        for name in tasks:
-            begin(source.class_of(name).__name__)
+    with progress("verifying", json_file) as begin:
+        for done, name in enumerate(tasks):
+            begin(source.class_of(name).__name__, done, len(tasks))
             start = time.perf_counter()
             loaded, batch = source.load(name, _DTYPES[dtype], device, batch_size, max_length)
             results[name] = verify(loaded.train(train), batch)

@@ -93,8 +93,8 @@ def test_json_that_cannot_be_written(tmp_path):
 )
 def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys, terminal, json_file, shown):
     monkeypatch.setattr(output, "err", Console(stderr=True, force_terminal=terminal))
-    with output.progress("verifying", json_file and output.Path(json_file), total=2) as begin:
-        begin("BertModel")
+    with output.progress("verifying", json_file and output.Path(json_file)) as begin:
+        begin("BertModel", 0, 2)
     printed = capsys.readouterr()
     assert printed.out == "" and ("BertModel" in printed.err) is shown
 
