@@ -151,8 +151,12 @@ def check_compiler(gpu: bool) -> Check:
 def check_cache() -> Check:
     """Compiled kernels are kept in a folder."""
     folder, writable = cache_of_triton()
+    if folder is None:
+        return Check("triton's cache", NOTE, "none, because the kernels cannot be imported", "see triton above")
+    if folder.is_relative_to(Path.home()):
+        folder = "~" / folder.relative_to(Path.home())
     if writable:
-        return Check("triton's cache", OK, str(folder or "none"))
+        return Check("triton's cache", OK, str(folder))
     advice = "set TRITON_CACHE_DIR to a folder that can be written; until then each process compiles anew"
     return Check("triton's cache", NOTE, f"{folder} cannot be written", advice)
 

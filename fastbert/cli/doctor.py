@@ -120,9 +120,7 @@ def _words(result: VerifyResult) -> str:
         return "no call went through a kernel"
     compared = (*result.outputs, *result.gradients)
     equal = sum(comparison.ok for comparison in compared)
-    return (
-        f"{equal} of {len(compared)} outputs and gradients of a tiny BERT are eager's, {result.kernel_calls} calls of kernels"
-    )
+    return f"{equal} of {len(compared)} outputs and gradients of a tiny BERT equal eager's, {result.kernel_calls} kernel calls"
 
 
 def _advice(result: VerifyResult) -> str:

@@ -29,7 +29,7 @@ FOLDERS = {
 # The command line stands above all folders: the command.py of each is a part of it, and nothing but __main__ imports those.
 ARROWS = FOLDERS | {
     "command": tuple(FOLDERS),
-    "__main__": ("command",),
+    "__main__": ("core", "command"),
     "pytest": ("core", "ops"),
 }
 PYTEST = ("bench.conftest", "bench.bench_ops", "bench.bench_optimizers")
