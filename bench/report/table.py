@@ -27,7 +27,7 @@ class Table:
     def markdown(self) -> str:
         head = [self.headings, ["---"] * len(self.headings)] if self.rows else []
         cells = [[literal(cell).replace("|", "/") for cell in row] for row in (*head, *self.rows)]
-        return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), *map(literal, self.lines)])
+        return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), *map(_paragraph, self.lines)])
 
     def html(self) -> str:
         """The table as HTML, with CSS classes for fastbert's lanes and for numbers."""
@@ -42,6 +42,11 @@ class Table:
         named = dict(zip(self.headings, cells, strict=False))
         ours = ' class="ours"' if is_ours(named.get("lane", "")) else ""
         return f"<tr{ours}>{''.join(map(_cell, cells))}</tr>"
+
+
+def _paragraph(line: str) -> str:
+    """A line below the table; one that begins with an empty line stays a paragraph of its own."""
+    return f"\n{literal(line[1:])}" if line.startswith("\n") else literal(line)
 
 
 def literal(text: str) -> str:
