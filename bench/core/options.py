@@ -42,6 +42,12 @@ def print_plainly(line: object) -> None:
     console.print(one_line(str(line)), highlight=False, soft_wrap=True, markup=False)
 
 
+def print_lines(text: str) -> None:
+    """Print a text of several lines, each as `print_plainly` does."""
+    for line in text.split("\n"):
+        print_plainly(line)
+
+
 def fail(error: object) -> typer.Exit:
     """Print a one-line error on stderr; returns the exit for the command to raise."""
     from fastbert.errors import one_line

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.core.options import STDOUT, DryRun, Json, check_json, console, leave_stdout_to, print_plainly, write_json
+from bench.core.options import STDOUT, DryRun, Json, check_json, console, leave_stdout_to, print_lines, write_json
 from bench.runner import session
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def host(
             begin(name, done, len(chosen))
             found = list(run([name], seconds=seconds, rounds=rounds, compiled=compiled, tiny=dry_run))
             results.host += found
-            print_plainly(f"\n{tables.host(Results(results.environment, host=found)).markdown()}")
+            print_lines(f"\n{tables.host(Results(results.environment, host=found)).markdown()}")
             if names:
                 _print_names(found)
             if json and json != STDOUT:
@@ -58,7 +58,7 @@ def host(
     bad = [record for record in results.host if record.status in ("failed", "error")]
     for record in bad:
         console.print(f"\n[red]{record.name}, {record.lane}:[/]", highlight=False)
-        print_plainly(record.reason)
+        print_lines(record.reason or "")
     raise typer.Exit(max(_check(results) if check else 0, 1 if bad else 0))
 
 
@@ -68,7 +68,7 @@ def _print_names(records: "list[HostRecord]") -> None:
 
     for of_case in by_case(records).values():
         for record in of_case:
-            print_plainly("\n".join(["", f"{record.name}, {record.lane}", *names(record)]))
+            print_lines("\n".join(["", f"{record.name}, {record.lane}", *names(record)]))
 
 
 def _check(results: "Results") -> int:

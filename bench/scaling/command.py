@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import Json, check_json, console, leave_stdout_to, print_plainly, write_json
+from bench.core.options import Json, check_json, console, leave_stdout_to, print_lines, write_json
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 MODELS = {"base": "BERT-base", "large": "BERT-large"}
@@ -42,7 +42,7 @@ def scaling(
         found = built(question)
     tables = {name: table.markdown() for name, table in found.items()}
     for name, table in tables.items():
-        print_plainly(f"{name}\n\n{table}\n")
+        print_lines(f"{name}\n\n{table}\n")
     if update:
         before = PAGE.read_text()
         after = documents.fill_by(before, TABLES, tables.get)
