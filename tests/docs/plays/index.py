@@ -1,8 +1,12 @@
-"""docs/index.md: patch, report, verify, unpatch; one kernel left out."""
+"""docs/index.md: patch, report, verify, unpatch; one kernel left out; the report of the trained BERT as printed there."""
 
 from pathlib import Path
 
+import torch
+
+from fastbert.cli.source import Source
 from fastbert.testing.models import counting
+from fastbert.testing.rows import DEVICE
 from tests.docs.play import Play
 from tests.models.tiny import MLM, make, make_batch
 
@@ -18,3 +22,5 @@ def play(folder: Path) -> Play:
         yield names
     assert launched["attention_fwd_kernel"] and not launched["bias_gelu_fwd_kernel"]
     assert type(names["model"]) is stock
+    trained, labelled = Source.open(None, None).load("mlm", torch.float32, DEVICE, batch_size=2, max_length=24)
+    yield names | {"trained": trained, "labelled": labelled}
