@@ -141,7 +141,8 @@ def _is_capturing(device: torch.device) -> bool:
 def move_cache(error: Exception) -> bool:
     """Move Triton's cache to a temporary folder, once, if `error` says that it is of no use. Returns whether it moved."""
     useless = isinstance(error, _DAMAGED) or (isinstance(error, OSError) and error.errno in _OF_THE_CACHE)
-    if not useless or move_cache.folder:
+    lacks_binary = isinstance(error, KeyError) and "Unknown key" in str(error)  # Triton's, for a file gone from an entry
+    if not (useless or lacks_binary) or move_cache.folder:
         return False
     move_cache.folder = tempfile.TemporaryDirectory(prefix="fastbert-triton-")  # removed when the process ends
     logger.warning(

@@ -87,6 +87,7 @@ USELESS = {
     "ENOSPC": lambda: OSError(errno.ENOSPC, "No space left on device"),
     "ENOTDIR": lambda: OSError(errno.ENOTDIR, "Not a directory"),
     "deleted": lambda: OSError(errno.ENOENT, "No such file or directory"),
+    "incomplete": lambda: KeyError("Unknown key: 'cubin'"),
     "damaged": lambda: json.JSONDecodeError("Expecting value", "", 0),
     "not text": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
 }
