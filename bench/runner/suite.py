@@ -6,6 +6,7 @@ many of the tests.
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -19,6 +20,7 @@ from bench.runner.isolate import ROOT, Outcome, caches, run_command, shared_cach
 
 SHOWN = 40  # number of failures that are named
 TEXT = 600  # characters kept of a failure's message
+_FOLDERS = re.compile(rf"{re.escape(str(ROOT))}/|/[^\s\"]*?/site-packages/")
 MOST_WORKERS = 13  # a test mostly compiles one kernel on one core
 SIDE_WORKERS = 2  # for LAST, beside the others on a machine that has the cores
 FIRST = (
@@ -88,7 +90,8 @@ def summary(lines: Iterable[str], seconds: float | None, finished: bool) -> Suit
 
 
 def message(text: str) -> str:
-    """A failure's message without source: the lines that pytest marks with E, otherwise the last line."""
-    lines = text.strip().splitlines() or ["no message"]
+    """A failure's message without source: the lines that pytest marks with E, otherwise the last line. Paths of files start
+    below the checkout or the installed packages, because the message is committed."""
+    lines = _FOLDERS.sub("", text).strip().splitlines() or ["no message"]
     said = [line[1:].strip() for line in lines if line.startswith("E ")]
     return " / ".join(said or lines[-1:])[:TEXT]

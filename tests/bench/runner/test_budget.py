@@ -279,6 +279,11 @@ def test_tests_that_ran_before_are_not_run_again(tmp_path):
     assert (record.passed, record.failed, record.seconds, record.failures) == (1, 1, 4.0, ["a: over by 3"])
 
 
+def test_a_failures_message_names_no_folder_of_the_machine():
+    text = f'x\nE  File "{suite.ROOT}/fastbert/ops.py", line 1\nE  File "/opt/some/lib/python3.12/site-packages/torch/x.py", line 2'
+    assert suite.message(text) == 'File "fastbert/ops.py", line 1 / File "torch/x.py", line 2'
+
+
 def test_the_largest_tests_run_beside_the_others_where_there_are_cores():
     ((everything, workers),) = suite.parts(8)
     assert everything == suite.files() and workers == 8
