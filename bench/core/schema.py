@@ -59,11 +59,11 @@ def read(path: Path) -> Results:
             wrong type; or a record contradicts itself (a time without a passed check, a time in a dry run).
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         data = json.loads(text)
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, dict) or "schema" not in data:
         raise ResultsError(f"{path}: not a results file of `python -m bench`")
@@ -160,10 +160,10 @@ def check_record(record: Timed, dry_run: bool, where: str) -> None:
         raise ValueError(f"{where}: a time in a dry run")
     if record.seconds is not None:
         _check_spread(record.seconds, where)
-    if isinstance(record, LatencyRecord | EncodeRecord) and (record.p99 is None or record.p99 < record.seconds.median) == (
-        record.seconds is not None
-    ):
-        raise ValueError(f"{where}: p99 {record.p99} does not go with its quartiles")
+    if isinstance(record, LatencyRecord | EncodeRecord):
+        median = record.seconds and record.seconds.median
+        if (record.p99 is None) != (median is None) or (record.p99 or 0.0) < (median or 0.0):
+            raise ValueError(f"{where}: p99 {record.p99} does not go with its quartiles")
 
 
 def _check_spread(spread: Spread, where: str) -> None:

@@ -32,7 +32,7 @@ def scaling(
         raise typer.BadParameter(f"--model: expected {' or '.join(MODELS)}, got {model!r}")
     node = Assumptions().node
     if wrong := [n for n in gpus if n < 1 or (n > node and n % node)]:
-        raise typer.BadParameter(f"--gpus: expected at most {node} or a multiple of {node}, got {wrong[0]}")
+        raise typer.BadParameter(f"--gpus: expected 1 to {node}, or a multiple of {node}, got {wrong[0]}")
     if rows < 1 or not 0 < busy <= 1:
         raise typer.BadParameter(f"expected --rows from 1 on and --busy in (0, 1], got {rows} and {busy:g}")
     question = Question(MODELS[model], tuple(gpus), rows, Assumptions(busy=busy))

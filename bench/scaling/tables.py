@@ -65,10 +65,10 @@ def volume(question: Question, model: Model) -> Table:
     rows.append((name, _count(parallel), *[_megabytes(parallel)] * len(question.gpus)))
     state = model.numel * FOUR_FLOATS / 1e9
     note = (
-        f"\n{question.model} with its pre-training head has {model.numel:,} parameters, tied weights counted once. In float32 "
+        f"{question.model} with its pre-training head has {model.numel:,} parameters, tied weights counted once. In float32 "
         f"they, their gradients and AdamW's moments take {state:.2f} GB, which DDP keeps on each GPU."
     )
-    return Table(("engine", "collectives", *(f"MB sent by one of {n:,}" for n in question.gpus)), rows, [note])
+    return Table(("engine", "collectives", *(f"MB sent by one of {n:,}" for n in question.gpus)), rows, ["", note])
 
 
 def _count(collectives: list[Collective]) -> str:
@@ -96,7 +96,7 @@ def steps(question: Question, model: Model) -> Table:
             for engine in ENGINES:
                 found = step(model, engine, gpus, Batch(question.rows, seqlen), question.machine)
                 rows.append((f"{gpus:,}", f"{question.rows} x {seqlen}", engine.name, *_cells(found)))
-    return Table(STEP_HEADINGS, rows, [_of_one_op(question, model)])
+    return Table(STEP_HEADINGS, rows, ["", _of_one_op(question, model)])
 
 
 def _of_one_op(question: Question, model: Model) -> str:
@@ -112,7 +112,7 @@ def _of_one_op(question: Question, model: Model) -> str:
         found.append(f"{', '.join(f'{1e3 * t:.2f}' for t in later)} ms with rows of {seqlen}")
     counts = ", ".join(f"{n:,}" for n in question.gpus)
     return (
-        "\nA stock layer hands its gradients over module by module, a patched one all together. Of the steps of DDP above, on "
+        "A stock layer hands its gradients over module by module, a patched one all together. Of the steps of DDP above, on "
         f"{counts} GPUs, that is {'; '.join(found)}."
     )
 

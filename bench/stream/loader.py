@@ -5,17 +5,20 @@ number. Rank r of w has the readers r, r + w, ...; its rows stand in the order o
 for every number of ranks that divides the readers, and for every number of workers.
 """
 
+import json
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from bench.core.records import FromJson
+from bench.core.schema import parse
 from bench.stream.masking import Array, Batch, flat
 from bench.stream.reader import Numbers, Reader, State, Stream
 from bench.stream.shards import fingerprint
@@ -88,9 +91,9 @@ class Loader(Iterable[Batch]):
         self.stream, self.workers = stream, workers
         self.batches = 0  # taken, of the whole run
         self._numbers: list[Numbers] = []
-        before = _parsed(stream, state) if state else {}
-        if state:
-            self.batches = state["batches"]
+        before: States = {}
+        if state is not None:
+            self.batches, before = _parsed(stream, state)
         self._states = deque([(self.batches, {number: before.get(number, State()) for number in own})], KEPT)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -149,11 +152,31 @@ def _description(stream: Stream) -> dict[str, Any]:
     }
 
 
-def _parsed(stream: Stream, state: Mapping[str, Any]) -> States:
+def _parsed(stream: Stream, state: Mapping[str, Any]) -> tuple[int, States]:
+    """The batches taken and the states of all readers, from what `whole` has made, if that is of this stream."""
+    try:
+        found = parse(_Whole, json.dumps(state), "state")
+    except ValueError as error:
+        raise InputError(f"--resume: the place in the stream cannot be read: {error}") from None
     for name, value in _description(stream).items():
-        if state["stream"].get(name) != value:
-            raise InputError(f"--resume: the stream had {name} {state['stream'].get(name)!r}, now it has {value!r}")
-    return {int(number): State(**found) for number, found in state["readers"].items()}
+        if found.stream.get(name) != value:
+            raise InputError(f"--resume: the stream had {name} {found.stream.get(name)!r}, now it has {value!r}")
+    if set(found.readers) != {str(number) for number in range(stream.readers)}:
+        raise InputError(f"--resume: expected the places of {stream.readers} readers in the stream, got others")
+    for number, place in found.readers.items():
+        low = min(vars(replace(place, beyond=0)).values())
+        if low < 0 or abs(place.beyond) > stream.max_length or asdict(place) != state["readers"][number]:
+            raise InputError(f"--resume: reader {number} cannot have stood at {place}")
+    return found.batches, {int(number): place for number, place in found.readers.items()}
+
+
+@dataclass(frozen=True)
+class _Whole(FromJson):
+    """What `whole` makes."""
+
+    batches: int
+    readers: dict[str, State]
+    stream: dict[str, Any]
 
 
 def _unchanged(part: _Part) -> _Part:

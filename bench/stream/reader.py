@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from bench.stream.documents import Place, blocks, generator
 from bench.stream.masking import Masking
@@ -40,6 +40,8 @@ class State:
     """Where a reader stands: the beginning of its block, the block's number, rows taken from it, and the tokens that it has
     given beyond its budget so far. Numbers only, for JSON."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
     epoch: int = 0
     piece: int = 0
     row: int = 0
@@ -67,6 +69,8 @@ class Reader:
         self.numbers: Numbers = Counter()
         self._blocks = made(stream, number, state, self.numbers)
         self._rows, self._draws, self._following = next(self._blocks)
+        if state.taken > len(self._rows):
+            raise InputError(f"--resume: reader {number} had taken {state.taken} rows of a block of {len(self._rows)}")
 
     def batch(self) -> list[Row]:
         """The masked rows of the next batch: whole rows, one at least, as near to the budget as over all batches can be.

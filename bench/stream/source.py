@@ -9,6 +9,8 @@ from bench.stream.shards import Shard, find
 from bench.stream.tokens import Encoder
 from fastbert.errors import InputError
 
+MOST = 1 << 26  # tokens of a batch over all ranks: half a gigabyte of ids
+
 
 def open_stream(
     data: Sequence[str] | Sequence[Shard],
@@ -26,6 +28,8 @@ def open_stream(
     Raises:
         InputError: there is no such data, the tokenizer cannot mask, or a reader would have less than a row in a batch.
     """
+    if batch * max_length > MOST:
+        raise InputError(f"--batch: expected at most {MOST} tokens over all ranks, got {batch} rows of {max_length}")
     if batch < readers:
         raise InputError(f"--readers: expected at most the {batch} rows of a batch over all ranks, got {readers}")
     return Stream(

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import fastbert
-from bench.core.schema import parse
 from bench.stream.reader import Stream
 from bench.train import ranks, weighting
 from bench.train.batches import Collator, Rows
@@ -26,17 +25,16 @@ from bench.train.evaluation import with_loss
 from bench.train.metrics import Compute
 from bench.train.model import arguments
 from bench.train.records import Evaluation, LaneRecord, Settings
+from bench.train.resuming import last_checkpoint, loading, read_lane
 from bench.train.sharding import Parts
 from bench.train.streaming import Streaming
 from bench.train.tally import Tally, batches_of_steps, combined
 from bench.train.tasks import TASKS
 from bench.train.windows import loss_and_logits
-from fastbert.errors import InputError
 from fastbert.kernels.core import failures
 from fastbert.kernels.core.launch import counts
 
 RECORD = "lane.json"
-COMPLETE = "trainer_state.json"  # the file that Trainer writes last into a checkpoint
 Advance = Callable[[str, int, float | None], None]
 
 
@@ -94,7 +92,7 @@ class Watch(TrainerCallback):
 def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRecord:
     """Train a copy of the start and evaluate it. With `resume`, continue from the lane's last checkpoint if it has one."""
     folder = work.folder / lane
-    before = ranks.of_first(lambda: _before(folder, work.settings.steps)) if resume else None
+    before = ranks.of_first(lambda: _before(folder, lane, work.settings.steps)) if resume else None
     if isinstance(before, LaneRecord):
         return before
     model = copy.deepcopy(work.start)
@@ -109,7 +107,7 @@ def run(work: Work, lane: str, advance: Advance, resume: bool = False) -> LaneRe
     whole_words = work.settings.whole_words
     train, evaluation = (Collator(work.settings.task, work.tokenizer, work.windows, whole_words) for _ in range(2))
     rows = None if work.train is None else Rows(work.train, work.settings.seed, task.kept)
-    stream = None if work.stream is None else Streaming(work.stream, work.workers, before)
+    stream = None if work.stream is None else Streaming(work.stream, work.workers, before, work.settings.accumulation)
     watch = Watch(lane, rows, advance)
     reduce, compute = with_loss(work.settings.task, task.reduce, work.compute)
     trainer = _Trainer(
@@ -201,9 +199,22 @@ class _Trainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Continue the random bits of a checkpoint of as many ranks; another number of ranks draws new ones."""
         if checkpoint is None or len(list(Path(checkpoint).glob("rng_state*.pth"))) == ranks.world():
-            super()._load_rng_state(checkpoint)
+            with loading(checkpoint):
+                super()._load_rng_state(checkpoint)
         else:
             seed_dropout(self.args.seed, self.state.global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         own = self.data_collator
@@ -219,22 +230,10 @@ def seed_dropout(seed: int, step: int) -> None:
     torch.manual_seed(zlib.crc32(f"{seed} {ranks.rank()} of {ranks.world()} from {step}".encode()))
 
 
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The lane's complete checkpoints by step."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    found = [path for path in complete if path.name.removeprefix("checkpoint-").isdigit()]
-    return {int(path.name.removeprefix("checkpoint-")): path for path in sorted(found)}
-
-
-def _before(folder: Path, steps: int) -> LaneRecord | str | None:
+def _before(folder: Path, lane: str, steps: int) -> LaneRecord | str | None:
     """The record of a lane that was finished, or the checkpoint to continue from, if there is one."""
-    return _read(folder / RECORD) if (folder / RECORD).exists() else _last_checkpoint(folder, steps)
-
-
-def _last_checkpoint(folder: Path, steps: int) -> str | None:
-    """The last checkpoint before the final step: resumed from the final one, Trainer would take one step too many."""
-    found = {step: path for step, path in checkpoints(folder).items() if step < steps}
-    return str(found[max(found)]) if found else None
+    record = folder / RECORD
+    return read_lane(record, lane, steps) if record.exists() else last_checkpoint(folder, steps)
 
 
 def _early_stopping(settings: Settings) -> list[TrainerCallback]:
@@ -258,13 +257,6 @@ def _optimizer_name(trainer: Trainer) -> str:
     owner = "fastbert" if isinstance(optimizer, fastbert.AdamW) else "torch"
     fused = " fused" if owner == "torch" and optimizer.defaults.get("fused") else ""
     return f"{owner} {type(optimizer).__name__}{fused}"
-
-
-def _read(path: Path) -> LaneRecord:
-    try:
-        return parse(LaneRecord, path.read_bytes(), "lane")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--resume: {path} cannot be read: {error}") from None
 
 
 def _free() -> None:

@@ -1,5 +1,6 @@
 """Turns the command's options into settings. Contradictory options raise a one-line error."""
 
+import math
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +23,12 @@ WITH_COLUMNS = ("classification", "matching", "ner", "multiple-choice")  # tasks
 IN_WINDOWS = ("classification", "matching")  # tasks whose long texts may be read in windows
 MASKED = ("mlm", "pretraining")  # tasks that predict masked tokens
 PIECES = ("mlm", "clm")  # tasks whose texts may be split
+SEEDS = 1 << 32  # NumPy's seeds are below
+# The largest values of options that count something, far above any run and within what torch and Trainer can count.
+MOST = dict.fromkeys(("steps", "eval_steps", "save_steps", "patience"), 10**9) | {
+    **dict.fromkeys(("batch", "accumulation"), 1 << 20),
+    **dict.fromkeys(("max_length", "stride", "max_windows", "readers"), 1 << 20),
+}
 
 
 def require() -> None:
@@ -35,8 +42,9 @@ def settings(gpu: bool, **options: Any) -> Settings:
     """The settings of a run, with the defaults that depend on others.
 
     Raises:
-        InputError: the options contradict each other or do not suit this machine.
+        InputError: an option is out of its range, or the options contradict each other or do not suit this machine.
     """
+    _check_ranges(options)
     options["dtype"] = options["dtype"] or ("bf16" if gpu else "fp32")
     if options.get("stream"):
         options["readers"] = options.get("readers") or READERS
@@ -54,6 +62,19 @@ def settings(gpu: bool, **options: Any) -> Settings:
     _check_windows(made)
     _check_stream(made)
     return made
+
+
+def _check_ranges(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{option}: expected a finite number, got {value}")
+        if name in MOST and value is not None and value > MOST[name]:
+            raise InputError(f"{option}: expected at most {MOST[name]}, got {value}")
+    if not 0 <= options.get("seed", 0) < SEEDS:
+        raise InputError(f"--seed: expected 0 to {SEEDS - 1}, got {options['seed']}")
+    if options.get("eval_share") == 0 and not options.get("eval_data"):
+        raise InputError("--eval-share: expected more than 0, because every run ends with an evaluation; or give --eval-data")
 
 
 def _check_stream(made: Settings) -> None:

@@ -198,5 +198,5 @@ def read(path: Path) -> TrainResults:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA or "lanes" not in data:
             raise ValueError("not results of `python -m bench train`")
         return parse(TrainResults, text, "results")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: {error}") from None

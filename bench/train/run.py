@@ -15,10 +15,11 @@ from bench.train.compare import compare
 from bench.train.data import read
 from bench.train.file import Row, Say
 from bench.train.labels import lines
-from bench.train.lanes import RECORD, Advance, Work, checkpoints, run
+from bench.train.lanes import RECORD, Advance, Work, run
 from bench.train.model import dropout_of, load, open_source
 from bench.train.options import SHORTEST
 from bench.train.records import LANES, SCHEMA, DataRecord, Settings, TrainResults
+from bench.train.resuming import checkpoints, read_object
 from bench.train.windows import as_input_error, described, windows_of
 from fastbert.errors import InputError
 from fastbert.windows import SIZE
@@ -157,10 +158,9 @@ def _check_folder(settings: Settings, out: Path, lanes: Sequence[str], resume: b
         if any(checkpoints(out / lane) or (out / lane / RECORD).exists() for lane in lanes):
             raise InputError(f"--out: {out} already holds a run: --resume continues it, another folder starts a new one")
         return
-    try:
-        before = json.loads((out / SETTINGS).read_text())
-    except (OSError, ValueError):
-        raise InputError(f"--resume: there is no run in {out} to continue") from None
+    if not (out / SETTINGS).exists():
+        raise InputError(f"--resume: there is no run in {out} to continue")
+    before = read_object(out / SETTINGS)
     if before.get("schema") != SCHEMA:
         raise InputError(
             f"--resume: the run in {out} was made by another version of this command, which ordered rows otherwise"

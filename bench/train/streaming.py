@@ -21,6 +21,7 @@ from bench.stream.source import open_stream
 from bench.train import ranks
 from bench.train.batches import Batch, checksum
 from bench.train.records import DataRecord, Settings
+from bench.train.resuming import read_object, step_of
 from fastbert.errors import InputError
 
 STATE = "stream.json"
@@ -97,13 +98,16 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 class Streaming:
     """The batches of this rank behind a checkpoint, without end, with their tokens and checksums."""
 
-    def __init__(self, stream: Stream, workers: int, checkpoint: str | None) -> None:
+    def __init__(self, stream: Stream, workers: int, checkpoint: str | None, accumulation: int) -> None:
         """
         Raises:
             InputError: the checkpoint has no state of this stream.
         """
-        state = ranks.agreed(lambda: None if checkpoint is None else _read(Path(checkpoint) / STATE))
+        state = ranks.agreed(lambda: None if checkpoint is None else read_object(Path(checkpoint) / STATE))
         self.loader = Loader(stream, ranks.rank(), ranks.world(), workers, state)
+        if checkpoint and self.loader.batches != step_of(checkpoint) * accumulation:
+            taken = f"{step_of(checkpoint)} steps of {accumulation} batches, got {self.loader.batches} batches"
+            raise InputError(f"--resume: {Path(checkpoint) / STATE}: expected the place behind {taken}")
         self.tokens: list[int] = []
         self.checksums: list[int] = []
 
@@ -125,10 +129,3 @@ class Streaming:
         states = ranks.gathered(self.loader.states(batches))
         if not ranks.rank():
             (folder / STATE).write_text(json.dumps(whole(self.loader.stream, batches, states), indent=1) + "\n")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--resume: {path} cannot be read: {error}") from None
