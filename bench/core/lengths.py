@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIGMA = 0.8  # standard deviation of the logarithm of a text's length
+DIGITS = 9  # of a length in a file, at most
 SHORTEST = 4  # [CLS], a word, a word, [SEP]
 FULL = 1.0
 
@@ -61,7 +62,7 @@ def from_file(path: Path) -> Lengths:
     """
     lines = _lines(path, "--lengths")
     for number, line in enumerate(lines, 1):
-        if not line.isdigit() or int(line) == 0:
+        if not (line.isascii() and line.isdecimal()) or len(line) > DIGITS or int(line) == 0:
             raise LengthsError(f"--lengths: {path}, line {number}: expected a number of tokens, got {line[:40]!r}")
     return Lengths(path.name, tuple(int(line) for line in lines))
 
