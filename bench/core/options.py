@@ -59,7 +59,10 @@ def fail(error: object) -> typer.Exit:
 
 def leave_stdout_to(json: Path | None) -> None:
     """Print nothing if the JSON goes to stdout. Every command with --json calls this before it prints."""
+    from fastbert.cli import output
+
     console.quiet = json == STDOUT
+    output.leave_stdout_to(json)
 
 
 def check_json(json: Path | None) -> None:

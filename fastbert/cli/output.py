@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ JsonOption = Annotated[
 _UsageError = typer.BadParameter.__bases__[0]
 
 err = Console(stderr=True)
+_stdout: list[TextIO] = []  # what sys.stdout was before it was left to the JSON
 Begin = Callable[..., None]
 
 
@@ -36,12 +37,20 @@ def console_for(json_file: Path | None) -> Console:
     return Console(quiet=json_file == STDOUT)
 
 
+def leave_stdout_to(json_file: Path | None) -> None:
+    """If the JSON goes to stdout, send to stderr what anything else prints until then, such as a library at its import."""
+    if json_file == STDOUT and sys.stdout is not sys.stderr:
+        _stdout[:] = [sys.stdout]
+        sys.stdout = sys.stderr
+
+
 def check_json(json_file: Path | None) -> None:
-    """Check, before anything runs, that the JSON can be written.
+    """Check, before anything runs, that the JSON can be written, and leave stdout to it.
 
     Raises:
         InputError: its folder does not exist, or it is a folder itself.
     """
+    leave_stdout_to(json_file)
     if json_file is None or json_file == STDOUT:
         return
     if json_file.is_dir():
@@ -60,6 +69,8 @@ def write_json(data: Any, json_file: Path | None) -> None:
         return
     text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
     if json_file == STDOUT:
+        if _stdout:
+            sys.stdout = _stdout.pop()
         sys.stdout.write(text)
         return
     try:

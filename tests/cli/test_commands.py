@@ -69,6 +69,13 @@ def test_json_to_stdout_is_alone_there(fastbert_says, arguments):
     assert code == 0 and json.loads(out)
 
 
+def test_what_a_library_prints_is_not_in_the_json(fastbert_says, monkeypatch):
+    """deepspeed, for one, prints a line at its import."""
+    monkeypatch.setattr(commands, "environment", lambda: print("a library's line") or {"torch": "2.13"})
+    code, out, err = fastbert_says("env", "--json", "-")
+    assert code == 0 and json.loads(out) == {"torch": "2.13"} and "a library's line" in err
+
+
 def test_every_command_has_json():
     group = typer.main.get_command(commands.app)
     assert set(group.commands) == set(COMMANDS)
