@@ -70,8 +70,8 @@ _OF_THE_CONTEXT = (
 # Raised by a policy of selective checkpointing, which sees a launch's operations in the interpreter.
 _OF_CHECKPOINTING = ("selective activation checkpoint", "not found in storage")
 _OF_A_CAPTURE = "captur"  # "operation not permitted when stream is capturing", cudaErrorStreamCaptureInvalidated, ...
-# Triton's cache cannot be written, or was deleted while it was read; and what reading a damaged entry raises.
-_OF_THE_CACHE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT)
+# Triton's cache cannot be written; and what reading a damaged entry raises.
+_OF_THE_CACHE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 _DAMAGED = (json.JSONDecodeError, UnicodeDecodeError)
 
 
@@ -140,7 +140,11 @@ def _is_capturing(device: torch.device) -> bool:
 
 def move_cache(error: Exception) -> bool:
     """Move Triton's cache to a temporary folder, once, if `error` says that it is of no use. Returns whether it moved."""
-    useless = isinstance(error, _DAMAGED) or (isinstance(error, OSError) and error.errno in _OF_THE_CACHE)
+    useless = isinstance(error, _DAMAGED)
+    if isinstance(error, OSError):
+        # A file that is gone may also be a compiler.
+        deleted = error.errno == errno.ENOENT and str(error.filename).startswith(str(triton.knobs.cache.dir))
+        useless = deleted or error.errno in _OF_THE_CACHE
     lacks_binary = isinstance(error, KeyError) and "Unknown key" in str(error)  # Triton's, for a file gone from an entry
     if not (useless or lacks_binary) or move_cache.folder:
         return False

@@ -86,11 +86,17 @@ USELESS = {
     "EROFS": lambda: OSError(errno.EROFS, "Read-only file system"),
     "ENOSPC": lambda: OSError(errno.ENOSPC, "No space left on device"),
     "ENOTDIR": lambda: OSError(errno.ENOTDIR, "Not a directory"),
-    "deleted": lambda: OSError(errno.ENOENT, "No such file or directory"),
+    "deleted": lambda: OSError(errno.ENOENT, "No such file or directory", os.path.join(triton.knobs.cache.dir, "x.ptx")),
     "incomplete": lambda: KeyError("Unknown key: 'cubin'"),
     "damaged": lambda: json.JSONDecodeError("Expecting value", "", 0),
     "not text": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
 }
+
+
+def test_a_missing_compiler_is_no_fault_of_the_cache(monkeypatch):
+    monkeypatch.setattr(failures.move_cache, "folder", None)
+    assert not failures.move_cache(OSError(errno.ENOENT, "No such file or directory", "/usr/bin/gcc"))
+    assert failures.move_cache.folder is None
 
 
 @pytest.mark.parametrize("error", USELESS)
