@@ -16,7 +16,7 @@ import transformers
 
 from fastbert import ops
 from fastbert.cli.environment import cache_of_triton
-from fastbert.cli.interpreter import is_switched_on
+from fastbert.cli.interpreter import is_switched_on, numpy_misfit
 
 OK, NOTE, FAILED = "ok", "note", "FAILED"
 OLDEST_CAPABILITY = 8  # compute capability 8.0, sm_80
@@ -102,11 +102,13 @@ def _what_to_do_without_gpu() -> str:
 
 
 def check_triton() -> Check:
-    """triton must be there, and of a release that compiles the kernels."""
+    """triton must be there, and compile the kernels or, without a GPU, interpret them with the numpy that is there."""
     if ops.MISSING:
         oldest = ".".join(map(str, ops.OLDEST_TRITON))
         advice = f"install triton {oldest} or newer; a CUDA build of torch brings the one that it needs"
         return Check("triton", FAILED, ops.MISSING, advice)
+    if not torch.cuda.is_available() and (misfit := numpy_misfit()) is not None:
+        return Check("triton", FAILED, *misfit)
     import triton
 
     return Check("triton", OK, triton.__version__)
