@@ -2,10 +2,12 @@
 
 It is skipped if fastbert itself is the program. transformers imports triton, which reads TRITON_INTERPRET at that moment,
 before the command line has decided whether to set it; there, `patch` registers the one without "flash" in its name.
+The program is imported for seconds before it can catch Ctrl-C; from here on, it stops without a traceback.
 """
 
 import sys
 from pathlib import Path
+from types import TracebackType
 
 
 def is_the_program(argv: list[str], original: list[str]) -> bool:
@@ -21,5 +23,13 @@ def is_the_program(argv: list[str], original: list[str]) -> bool:
     return (original[given] if given and given < len(original) else "") == "fastbert" or "-mfastbert" in original
 
 
-if not is_the_program(sys.argv, sys.orig_argv):
+def silent_when_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A `sys.excepthook` that prints nothing for KeyboardInterrupt. Python then ends by SIGINT, which a shell shows as 130."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+if is_the_program(sys.argv, sys.orig_argv):
+    sys.excepthook = silent_when_interrupted
+else:
     import fastbert.integrations.flash  # noqa: F401  registers itself, and fastbert.integrations.attention

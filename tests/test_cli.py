@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import fastbert
 from fastbert.cli.commands import main
 from fastbert.cli.source import Source
 from fastbert.cli.tasks import TASKS
+from fastbert.cli.verify import _verdict as verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,7 +121,15 @@ def test_verify_exits_1_when_anything_differs(small_model, answered, monkeypatch
     monkeypatch.setenv("FASTBERT_DISABLE", "1")
     code, text = answered("verify", str(small_model), "--task", "base")
     assert code == 1, text
-    assert "NOTHING VERIFIED" in text and "DIFFERENT: 0 of 1 models" in text
+    assert "NOTHING VERIFIED: no kernel ran in 1 of 1 models" in text and "no kernel\n" in text and "DIFFER" not in text
+
+
+def test_verify_counts_the_models_that_differ():
+    right, wrong = (SimpleNamespace(outputs=[SimpleNamespace(ok=ok)], gradients=[], kernel_calls=1) for ok in (True, False))
+    idle = SimpleNamespace(outputs=[SimpleNamespace(ok=True)], gradients=[], kernel_calls=0)
+    assert verdict([right, right, wrong, idle]) == "DIFFERENT: 1 of 4 models"
+    assert verdict([right, idle]) == "NOTHING VERIFIED: no kernel ran in 1 of 2 models"
+    assert verdict([right, right]) == "EQUAL: 2 of 2 models"
 
 
 def test_report_prints_the_table(small_model, tmp_path, answered):

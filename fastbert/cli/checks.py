@@ -155,8 +155,9 @@ def check_cache() -> Check:
     folder, writable = cache_of_triton()
     if folder is None:
         return Check("triton's cache", NOTE, "none, because the kernels cannot be imported", "see triton above")
-    if folder.is_relative_to(Path.home()):
-        folder = "~" / folder.relative_to(Path.home())
+    home = os.path.expanduser("~")  # still "~" for a user without a home, for whom Path.home() raises
+    if folder.is_relative_to(home):
+        folder = "~" / folder.relative_to(home)
     if writable:
         return Check("triton's cache", OK, str(folder))
     advice = "set TRITON_CACHE_DIR to a folder that can be written; until then each process compiles anew"

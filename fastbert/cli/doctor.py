@@ -74,7 +74,7 @@ class Diagnosis:
                 advice = textwrap.fill(f"-> {check.advice}", options.max_width, initial_indent=indent, subsequent_indent=indent)
                 yield Text(advice)
         yield ""
-        yield Text(self.verdict)
+        yield Text(textwrap.fill(self.verdict, options.max_width))
 
 
 def examine(begin: Callable[[str], None]) -> Diagnosis:

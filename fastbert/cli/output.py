@@ -3,8 +3,10 @@
 Exit codes: 0 all is right, 1 something differs or a check failed, 2 the input is wrong, 130 stopped by Ctrl-C.
 """
 
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +74,7 @@ def write_json(data: Any, json_file: Path | None) -> None:
         if _stdout:
             sys.stdout = _stdout.pop()
         sys.stdout.write(text)
+        sys.stdout.flush()
         return
     try:
         json_file.write_text(text, encoding="utf-8")
@@ -112,6 +115,20 @@ def run(app: typer.Typer) -> None:
         code = app(standalone_mode=False)
     except (InputError, _UsageError) as error:
         said = error.format_message() if isinstance(error, _UsageError) else str(error)
-        err.print(f"error: {one_line(' '.join(said.split()))}", highlight=False, markup=False, soft_wrap=True)
-        code = WRONG_INPUT
+        code = _refuse(said)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        code = _refuse(f"cannot write {error.filename or 'the output'}: {error.strerror}")
+        _drop_output()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(said: str) -> int:
+    err.print(f"error: {one_line(' '.join(said.split()))}", highlight=False, markup=False, soft_wrap=True)
+    return WRONG_INPUT
+
+
+def _drop_output() -> None:
+    """Forget what could not be written to stdout: Python would try again at its end, and print another error."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the process ends

@@ -69,9 +69,8 @@ def verify_tasks(
         if not result.ok:
             out.print(result)
     write_json({name: result.to_dict() for name, result in results.items()}, json_file)
-    equal = sum(result.ok for result in results.values())
-    out.print(Text(f"{'EQUAL' if equal == len(results) else 'DIFFERENT'}: {equal} of {len(results)} models"))
-    return equal == len(results)
+    out.print(Text(_verdict(list(results.values()))))
+    return all(result.ok for result in results.values())
 
 
 @dataclass(frozen=True)
@@ -105,5 +104,18 @@ def _row(model: str, result: VerifyResult, shape: str, seconds: float) -> tuple[
         str(result.kernel_calls),
         f"{worst:.2f}",
         f"{seconds:.1f}",
-        "equal" if result.ok else "DIFFERS",
+        "equal" if result.ok else "DIFFERS" if _differs(result) else "no kernel",
     )
+
+
+def _differs(result: VerifyResult) -> bool:
+    return not all(comparison.ok for comparison in (*result.outputs, *result.gradients))
+
+
+def _verdict(results: list[VerifyResult]) -> str:
+    """One line. Equal numbers prove nothing if no kernel ran."""
+    if different := sum(map(_differs, results)):
+        return f"DIFFERENT: {different} of {len(results)} models"
+    if idle := sum(not result.kernel_calls for result in results):
+        return f"NOTHING VERIFIED: no kernel ran in {idle} of {len(results)} models"
+    return f"EQUAL: {len(results)} of {len(results)} models"

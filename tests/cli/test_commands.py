@@ -1,6 +1,10 @@
 """What all commands have in common: exit codes, one line for wrong input, JSON, progress, completion."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fastbert import startup
 from fastbert.cli import commands, output
 from fastbert.errors import InputError
 
@@ -54,6 +59,28 @@ def test_ctrl_c_is_130(fastbert_says, monkeypatch):
     monkeypatch.setattr(commands, "environment", interrupted)
     code, _, err = fastbert_says("env")
     assert code == 130 and "Traceback" not in err
+
+
+def test_ctrl_c_during_the_imports_is_silent(tmp_path):
+    """The import of torch takes seconds, before the command line can catch anything; this one is interrupted."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    command = [sys.executable, "-m", "fastbert", "env"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    startup.silent_when_interrupted(ValueError, ValueError("what"), None)
+    assert "ValueError: what" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("env",), ("env", "--json", "-")], ids=" ".join)
+def test_a_full_disk_is_one_line_and_2(fastbert_says, monkeypatch, arguments):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = fastbert_says(*arguments)
+        full.buffer.raw.close()  # which drops what could not be written
+    assert (code, err) == (2, "error: cannot write the output: No space left on device\n")
 
 
 def test_json_to_a_file_leaves_the_output_alone(fastbert_says, tmp_path):

@@ -147,6 +147,13 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     assert found.state == NOTE and "TRITON_CACHE_DIR" in found.advice
 
 
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    """A container may run as a user whom no one has named: HOME is not set, and `~` means nothing."""
+    monkeypatch.setattr(checks.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(checks, "cache_of_triton", lambda: (tmp_path / "cache", True))
+    assert checks.check_cache() == checks.Check("triton's cache", OK, str(tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("name", ["FASTBERT_DISABLE", "TRITON_INTERPRET"])
 def test_variables(whole, monkeypatch, name):
     assert list(checks.check_variables(gpu=True)) == []
