@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastbert.dispatch import IDLE_HOOKS, forward_replaced, is_plain_tensor
 from fastbert.integrations.attention import implementation_reason
-from fastbert.kernels.adamw.tensor_forms import Forms
+from fastbert.kernels.core.tensor_forms import Forms
 from fastbert.layers.family import FAMILIES
 
 _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks")  # without gradients those of the backward do nothing

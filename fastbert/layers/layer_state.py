@@ -25,7 +25,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastbert import ops
 from fastbert.dispatch import HOOK_KINDS, hooked, is_plain, is_plain_tensor
-from fastbert.kernels.adamw.tensor_forms import Forms
+from fastbert.kernels.core.tensor_forms import Forms
 from fastbert.layers import attention, intermediate, residual_norm, stock
 from fastbert.layers.layout import Layout, layout_of
 from fastbert.layers.parts import activation_reason, dropout_reason, kernel_activation, layernorm_reason

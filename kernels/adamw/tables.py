@@ -28,7 +28,7 @@ from torch import Tensor
 from ..core.checks import check_dtype
 from ..core.failures import is_float64_on_gpu
 from ..core.launch import choose
-from .tensor_forms import Forms
+from ..core.tensor_forms import Forms
 
 # The columns of a row. The pointer to an absent tensor is 0, and no program reads it.
 POINTERS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "step")

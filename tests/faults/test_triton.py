@@ -56,8 +56,7 @@ def test_missing(monkeypatch):
     assert fresh_ops().MISSING.startswith("the kernels cannot be imported: ")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("how", ["missing", "too old"])
+@pytest.mark.parametrize("how", ["missing", pytest.param("too old", marks=pytest.mark.long)])
 def test_a_model_trains_without(how, tmp_path):
     """Results are bitwise stock's, AdamW steps like torch's, and report and `fastbert env` give the reason."""
     hidden = 'sys.modules["triton"] = None' if how == "missing" else "metadata.version = older"

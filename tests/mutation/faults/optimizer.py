@@ -8,14 +8,14 @@ KERNEL = "tests/kernels/adamw/test_adamw.py"
 OPTIMIZER = "tests/optim/test_adamw.py"
 STATE = "tests/optim/test_state_dict.py"
 HOST = "tests/optim/test_host.py"
-FORMS = "tests/kernels/adamw/test_tensor_forms.py"
+FORMS = "tests/kernels/core/test_tensor_forms.py"
 GROUPS = "tests/optim/test_groups.py"
 CAPTURE = "tests/optim/test_capture.py"
 FAILING = "tests/faults/test_kernel_fails.py"
 
 _kernel = partial(Fault, file="kernels/adamw/__init__.py", op="adamw")
 _table = partial(Fault, file="kernels/adamw/tables.py", op="adamw")
-_forms = partial(Fault, file="kernels/adamw/tensor_forms.py", op="adamw")
+_forms = partial(Fault, file="kernels/core/tensor_forms.py", op="adamw")
 _optimizer = partial(Fault, file="fastbert/optim.py")
 _failures = partial(Fault, file="kernels/core/failures.py")
 _groups = partial(Fault, file="fastbert/groups.py")

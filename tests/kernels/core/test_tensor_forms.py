@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastbert.kernels.adamw import tensor_forms
-from fastbert.kernels.adamw.tensor_forms import Forms
+from fastbert.kernels.core import tensor_forms
+from fastbert.kernels.core.tensor_forms import Forms
 from fastbert.testing.rows import DEVICE
 
 pytestmark = pytest.mark.no_launch
