@@ -9,6 +9,7 @@ import copy
 import html
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -119,7 +120,9 @@ class VerifyResult:
 
     def _verdict(self) -> str:
         if not self.kernel_calls:
-            return "NOTHING VERIFIED: no call went through a kernel"
+            reasons = Counter(row.reason for row in self.report.rows if row.kernel and row.reason)
+            why = [reason for reason, _ in reasons.most_common(1)]
+            return ": ".join(["NOTHING VERIFIED: no call went through a kernel", *why])
         wrong = [c.name for c in (*self.outputs, *self.gradients) if not c.ok]
         if wrong:
             return f"DIFFERENT: {len(wrong)} tensors; first module that diverges: {self.first_divergence}"

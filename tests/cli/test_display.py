@@ -123,6 +123,14 @@ def test_a_page_of_a_result_has_verdict_and_numbers():
     assert "DIFFERENT: 1 tensors" in text and "2.00e-03" in text and "dropout was off" in text
 
 
+def test_a_result_without_kernels_says_why():
+    """The reason that most modules have; that no kernel exists for a pooler is none."""
+    idle = replace(RESULT, kernel_calls=0)
+    assert f"NOTHING VERIFIED: no call went through a kernel: {WHY}" in " ".join(printed(idle, 80))
+    without = printed(replace(idle, report=Report("Model", ROWS[-1:])), 80)
+    assert "NOTHING VERIFIED: no call went through a kernel" in without
+
+
 def test_rich_markup_in_a_name_is_text():
     text = str(Report("[red]M", (replace(ROWS[0], module="[bold]x", reason="[blink]why"),)))
     assert "[red]M" in text and "[bold]x" in text and "[blink]why" in text
