@@ -90,9 +90,14 @@ def write_json(data: Any, json: Path | None) -> None:
 
 
 def run(app: typer.Typer) -> None:
-    """Run the command line and exit. An error of usage is one line on stderr."""
+    """Run the command line and exit. An error of usage or a package that is not installed is one line on stderr."""
     try:
         code = app(standalone_mode=False)
     except _UsageError as error:
         code = fail(" ".join(error.format_message().split())).exit_code
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "bench", "fastbert"):
+            raise
+        code = fail(f'{package} is not installed: pip install -c constraints.txt -e ".[bench]"').exit_code
     sys.exit(code if isinstance(code, int) else 0)

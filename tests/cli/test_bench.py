@@ -79,3 +79,30 @@ def test_json_to_stdout_is_alone_there(bench_says, tmp_path):
     code, out, _ = bench_says("layer", "--json", tmp_path / "made" / "layer.json")
     assert code == 0 and "A BERT-base layer" in out, "quiet again"
     assert json.loads((tmp_path / "made" / "layer.json").read_text()) == shapes
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Pretend that `python -m bench layer` imports a module that is not there."""
+    from bench.host import layer_traffic
+
+    def pretend(module):
+        def imports(*shape):
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+        monkeypatch.setattr(layer_traffic, "of_layer", imports)
+
+    return pretend
+
+
+def test_a_package_of_the_extra_that_is_not_installed(bench_says, without):
+    without("matplotlib.pyplot")
+    code, out, err = bench_says("layer")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == ['error: matplotlib is not installed: pip install -c constraints.txt -e ".[bench]"']
+
+
+def test_a_module_of_ours_that_is_gone_is_a_fault(bench_says, without):
+    without("bench.gone")
+    with pytest.raises(ModuleNotFoundError, match="bench.gone"):
+        bench_says("layer")
