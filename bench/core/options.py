@@ -58,11 +58,15 @@ def fail(error: object) -> typer.Exit:
 
 
 def leave_stdout_to(json: Path | None) -> None:
-    """Print nothing if the JSON goes to stdout. Every command with --json calls this before it prints."""
-    from fastbert.cli import output
+    """Print nothing if the JSON goes to stdout. Every command with --json calls this before it prints.
 
+    Otherwise it imports nothing of fastbert: the command has still to choose between a GPU and the interpreter.
+    """
     console.quiet = json == STDOUT
-    output.leave_stdout_to(json)
+    if console.quiet:
+        from fastbert.cli import output
+
+        output.leave_stdout_to(json)
 
 
 def check_json(json: Path | None) -> None:

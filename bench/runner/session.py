@@ -19,12 +19,13 @@ def start(dry_run: bool, json: Path | None = None) -> None:
     """Select the interpreter for a dry run. Without a GPU and without a dry run, print the floors and exit with 3."""
     import torch
 
+    if dry_run:  # before fastbert imports triton; child processes see no GPU
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     leave_stdout_to(json)
 
     from bench.audit.no_gpu import explain
 
     if dry_run:
-        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # child processes see no GPU
         console.print("[yellow]dry run: tiny shapes, no time is taken[/]")
     elif not torch.cuda.is_available():
         raise typer.Exit(explain(console))

@@ -1,6 +1,7 @@
 """What the commands of `python -m bench` have in common: exit codes, one line for wrong input, JSON, progress."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import typer
 from bench import __main__ as program
 from bench.core import options
 from tests.cli.conftest import Answer
+from tests.packaging.environments import ROOT
 
 COMMANDS = (
     *("audit", "layer", "gpu", "models", "latency", "encode", "ops", "host", "tune", "accept", "report", "scaling", "train"),
@@ -106,3 +108,10 @@ def test_a_module_of_ours_that_is_gone_is_a_fault(bench_says, without):
     without("bench.gone")
     with pytest.raises(ModuleNotFoundError, match="bench.gone"):
         bench_says("layer")
+
+
+def test_nothing_imports_triton_before_a_command_chose_the_interpreter():
+    begin = "import sys, bench.__main__; bench.__main__.leave_stdout_to(None)"
+    check = "print(sorted({'fastbert', 'torch', 'triton'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", f"{begin}; {check}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done
