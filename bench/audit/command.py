@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.core.options import Json, check_json, console, leave_stdout_to, write_json
+from bench.core.options import WORKERS, Json, check_json, console, leave_stdout_to, write_json
 
 if TYPE_CHECKING:
     from bench.audit.run import Record
@@ -18,8 +18,8 @@ def audit(
     short: Annotated[bool, typer.Option("--short", help="Only BERT-base in bf16, as .ci/run does.")] = False,
     check: Annotated[bool, typer.Option(help="Exit with 1 if anything is worse than the baseline.")] = False,
     update: Annotated[bool, typer.Option(help="Accept the records as the new baseline.")] = False,
-    top: Annotated[int, typer.Option(help="Rows of the table; 0 for all.")] = 40,
-    workers: Annotated[int, typer.Option(help="Compiler processes.")] = 2,
+    top: Annotated[int, typer.Option(min=0, help="Rows of the table; 0 for all.")] = 40,
+    workers: Annotated[int, typer.Option(min=1, max=WORKERS, help="Compiler processes.")] = 2,
 ) -> None:
     """Compile every op x configuration x architecture and inspect the machine code. Needs no GPU and times nothing."""
     leave_stdout_to(json)

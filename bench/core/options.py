@@ -5,6 +5,7 @@ selects the interpreter first.
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +17,23 @@ from rich.console import Console
 console = Console(width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True)
 
+WORKERS = 256  # most processes of a command
+READERS = 4096  # most readers of a stream, each of which has a block of text in memory
+
+
+def finite(value: float) -> float:
+    """Check a number of the command line.
+
+    Raises:
+        BadParameter: it is nan or infinite, which no comparison with a limit finds.
+    """
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number, got {value}")
+    return value
+
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Run the same code on tiny shapes without a GPU; nothing is timed.")]
-Budget = Annotated[float, typer.Option(help="Time limit for the whole run, in seconds.")]
+Budget = Annotated[float, typer.Option(callback=finite, help="Time limit for the whole run, in seconds.")]
 Dtypes = Annotated[list[str], typer.Option(help="bf16, fp16 or fp32.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results and the report.")]
 Json = Annotated[
@@ -94,7 +110,8 @@ def write_json(data: Any, json: Path | None) -> None:
 
 
 def run(app: typer.Typer) -> None:
-    """Run the command line and exit. An error of usage or a package that is not installed is one line on stderr."""
+    """Run the command line and exit. A wrong option, a path that cannot be used, or a package that is not installed is one line
+    on stderr."""
     try:
         code = app(standalone_mode=False)
     except _UsageError as error:
@@ -104,4 +121,10 @@ def run(app: typer.Typer) -> None:
         if package in ("", "bench", "fastbert"):
             raise
         code = fail(f'{package} is not installed: pip install -c constraints.txt -e ".[bench]"').exit_code
+    except OSError as error:
+        if error.filename is None:  # not about a path, so not the user's
+            raise
+        from fastbert.cli.output import file_error
+
+        code = fail(file_error(error)).exit_code
     sys.exit(code if isinstance(code, int) else 0)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import HOUR, OUT, Budget, DryRun, Json, Out
+from bench.core.options import HOUR, OUT, Budget, DryRun, Json, Out, finite
 from bench.runner import session
 
 
@@ -17,7 +17,7 @@ def encode(
     longest: Annotated[int, typer.Option(help="Tokens of the longest text; the mean is an eighth of it.")] = 512,
     queries: Annotated[bool, typer.Option(help="Also time single queries of up to 64 tokens, p50 and p99.")] = True,
     lane: Annotated[list[str], typer.Option(help="Only this lane; all lanes by default.")] = [],
-    seconds: Annotated[float, typer.Option(help="Seconds of timed calls per case and lane.")] = 1.0,
+    seconds: Annotated[float, typer.Option(callback=finite, help="Seconds of timed calls per case and lane.")] = 1.0,
     budget: Budget = HOUR,
     out: Out = OUT,
     json: Json = None,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.core.options import STDOUT, DryRun, Json, check_json, console, leave_stdout_to, print_lines, write_json
+from bench.core.options import STDOUT, DryRun, Json, check_json, console, finite, leave_stdout_to, print_lines, write_json
 from bench.runner import session
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def host(
     only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
-    seconds: Annotated[float, typer.Option(help="Seconds of timed steps per case.")] = 10.0,
+    seconds: Annotated[float, typer.Option(callback=finite, help="Seconds of timed steps per case.")] = 10.0,
     rounds: Annotated[int, typer.Option(help="Turns per lane.")] = 15,
     compiled: Annotated[bool, typer.Option("--compile", help="Add a lane of torch.compile, which takes minutes.")] = False,
     names: Annotated[bool, typer.Option("--names", help="List each lane's launches by name.")] = False,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import HOUR, OUT, Budget, DryRun, Json, Out
+from bench.core.options import HOUR, OUT, Budget, DryRun, Json, Out, finite
 from bench.runner import session
 
 
@@ -44,7 +44,7 @@ def latency(
     ],
     longest: Annotated[int, typer.Option(help="A stream of mixed lengths with up to so many tokens; 0: none.")] = 512,
     lane: Annotated[list[str], typer.Option(help="Only this lane; all lanes by default.")] = [],
-    seconds: Annotated[float, typer.Option(help="Seconds of timed requests per stream and lane.")] = 1.0,
+    seconds: Annotated[float, typer.Option(callback=finite, help="Seconds of timed requests per stream and lane.")] = 1.0,
     budget: Budget = HOUR,
     out: Out = OUT,
     json: Json = None,

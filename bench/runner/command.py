@@ -28,7 +28,10 @@ def gpu(
     session.start(dry_run, json)
     from bench.runner import plan, suite
 
-    tests = suite.read(test_log) if test_log else None
+    try:
+        tests = suite.read(test_log) if test_log else None
+    except (ValueError, KeyError, TypeError, RecursionError):  # not UTF-8, not JSON, or JSON of something else
+        raise typer.BadParameter(f"--test-log {test_log}: not a log of bench.runner.pytest_log") from None
     jobs = plan.dry_plan() if dry_run else plan.gpu_plan(budget, tests=tests is None)
     session.run(jobs, dry_run, budget - (time.monotonic() - start), out, commit, tests, json)
 

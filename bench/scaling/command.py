@@ -9,6 +9,7 @@ import typer
 from bench.core.options import Json, check_json, console, leave_stdout_to, print_lines, write_json
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+MOST = 1 << 16  # GPUs, and rows of one
 MODELS = {"base": "BERT-base", "large": "BERT-large"}
 
 
@@ -31,10 +32,10 @@ def scaling(
     if model not in MODELS:
         raise typer.BadParameter(f"--model: expected {' or '.join(MODELS)}, got {model!r}")
     node = Assumptions().node
-    if wrong := [n for n in gpus if n < 1 or (n > node and n % node)]:
-        raise typer.BadParameter(f"--gpus: expected 1 to {node}, or a multiple of {node}, got {wrong[0]}")
-    if rows < 1 or not 0 < busy <= 1:
-        raise typer.BadParameter(f"expected --rows from 1 on and --busy in (0, 1], got {rows} and {busy:g}")
+    if wrong := [n for n in gpus if not 0 < n <= MOST or (n > node and n % node)]:
+        raise typer.BadParameter(f"--gpus: expected 1 to {node}, or a multiple of {node} up to {MOST}, got {wrong[0]}")
+    if not 0 < rows <= MOST or not 0 < busy <= 1:
+        raise typer.BadParameter(f"expected --rows from 1 to {MOST} and --busy in (0, 1], got {rows} and {busy:g}")
     question = Question(MODELS[model], tuple(gpus), rows, Assumptions(busy=busy))
     if update and question != Question():
         raise typer.BadParameter("--update: the page has the tables of the default options")

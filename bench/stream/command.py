@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from bench.core.options import Json, check_json, console, fail, leave_stdout_to, print_plainly, write_json
+from bench.core.options import (
+    READERS,
+    WORKERS,
+    Json,
+    check_json,
+    console,
+    fail,
+    finite,
+    leave_stdout_to,
+    print_plainly,
+    write_json,
+)
 
 # fastbert and transformers are imported in the function: `python -m bench` alone must not import triton.
 
@@ -20,10 +31,12 @@ def measure_input(
     model: Annotated[str | None, typer.Option(help="Directory with a tokenizer; default: the one of the extra 'demo'.")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of the longest row.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Rows of that length per batch.")] = 32,
-    readers: Annotated[int, typer.Option(min=1, help="Readers that share the shards.")] = 8,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes that share the readers; 0: in this process.")] = 1,
+    readers: Annotated[int, typer.Option(min=1, max=READERS, help="Readers that share the shards.")] = 8,
+    workers: Annotated[
+        int, typer.Option(min=0, max=WORKERS, help="Processes that share the readers; 0: none but this one.")
+    ] = 1,
     whole_words: Annotated[bool, typer.Option("--whole-words", help="Mask whole words.")] = False,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time to measure.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.0, callback=finite, help="Time to measure.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Seed of the order, the rows and the masks.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json; by default nothing is written.")] = None,
     json: Json = None,

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.core.options import STDOUT, Json, check_json, write_json
+from bench.core.options import READERS, STDOUT, WORKERS, Json, check_json, write_json
 from bench.train.records import DTYPES, LANES, POOLINGS, TRUNCATIONS, WINDOWS, Settings
 
 # fastbert imports transformers, which imports triton, so it is imported after the interpreter has been selected.
@@ -61,8 +61,8 @@ def train(
     patience: Annotated[int, typer.Option(min=0, help="Stop after this many evaluations without a lower loss; 0: never.")] = 0,
     whole_words: Annotated[bool, typer.Option("--whole-words", help="mlm and pretraining: mask whole words.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="--data names shards of text: a folder, a file, a pattern.")] = False,
-    readers: Annotated[int, typer.Option(min=0, help="Readers that share the shards; 0: 8.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes per GPU that read, tokenise and mask ahead.")] = 0,
+    readers: Annotated[int, typer.Option(min=0, max=READERS, help="Readers that share the shards; 0: 8.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=WORKERS, help="Processes per GPU that read, tokenise and mask ahead.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of new heads, held-back rows, row order, masks, dropout.")] = 0,
     lane: Annotated[list[LaneName] | None, typer.Option(help="Only this lane; both by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoints in --out.")] = False,

@@ -13,7 +13,7 @@ def tune(
     kernel: Annotated[list[str], typer.Option(help="A table of kernels/core/configs.py; may be repeated.")] = [],
     dtype: Dtypes = ["bf16"],
     arch: Annotated[str | None, typer.Option(help="Without a GPU: the architecture whose candidates are audited.")] = None,
-    most: Annotated[int, typer.Option(help="Candidates per entry, the closest to the present one first.")] = 24,
+    most: Annotated[int, typer.Option(min=1, help="Candidates per entry, the closest to the present one first.")] = 24,
     budget: Budget = HOUR,
     out: Annotated[Path, typer.Option(help="JSON file for the measured table.")] = OUT / "tune.json",
     json: Json = None,

@@ -109,18 +109,26 @@ def progress(what: str, json_file: Path | None = None) -> Iterator[Begin]:
         yield begin
 
 
+def file_error(error: OSError) -> str:
+    """One line about a path that cannot be used, such as one that is too long or may not be read."""
+    return one_line(f"{error.filename}: {error.strerror}")
+
+
 def run(app: typer.Typer) -> None:
-    """Run a command line and exit. An error of the user's is one line on stderr."""
+    """Run a command line and exit. An error of the user's is one line on stderr, and so is a path that cannot be used."""
     try:
         code = app(standalone_mode=False)
     except (InputError, _UsageError) as error:
         said = error.format_message() if isinstance(error, _UsageError) else str(error)
         code = _refuse(said)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            code = _refuse(f"cannot write {error.filename or 'the output'}: {error.strerror}")
+            _drop_output()
+        elif error.filename is None:  # not about a path, so not the user's
             raise
-        code = _refuse(f"cannot write {error.filename or 'the output'}: {error.strerror}")
-        _drop_output()
+        else:
+            code = _refuse(file_error(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -51,9 +51,15 @@ def refused(entry: Callable[[], Any], *arguments: object) -> str:
 
 def called(entry: Callable[[], Any], *arguments: object) -> tuple[int, str, str]:
     """Exit code, output and errors of a command line in this process. Whatever it raises but SystemExit is raised here."""
-    output, errors = io.StringIO(), io.StringIO()
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8")  # what cannot be encoded fails as in a process
+    errors = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr(sys, "argv", ["command", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             entry()
-    return stop.value.code or 0, output.getvalue(), errors.getvalue()
+    return stop.value.code or 0, *map(_printed, (output, errors))
+
+
+def _printed(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    return stream.buffer.getvalue().decode()

@@ -80,8 +80,8 @@ def test_update_writes_what_it_prints(found, printed, tmp_path, monkeypatch):
     ("arguments", "said"),
     [
         (("--model", "huge"), "--model: expected base or large, got 'huge'"),
-        (("--gpus", "8", "--gpus", "12"), "--gpus: expected 1 to 8, or a multiple of 8, got 12"),
-        (("--rows", "0"), "expected --rows from 1 on and --busy in (0, 1], got 0 and 0.5"),
+        (("--gpus", "8", "--gpus", "12"), "--gpus: expected 1 to 8, or a multiple of 8 up to 65536, got 12"),
+        (("--rows", "0"), "expected --rows from 1 to 65536 and --busy in (0, 1], got 0 and 0.5"),
         (("--busy", "1.5"), "got 32 and 1.5"),
         (("--rows", "16", "--update"), "--update: the page has the tables of the default options"),
     ],
