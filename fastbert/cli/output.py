@@ -97,10 +97,12 @@ def progress(what: str, json_file: Path | None = None) -> Iterator[Begin]:
     Yields a function to call with the name of the step that begins and, where they are known, with how many steps are done
     and how many there are.
     """
+    if not err.is_terminal or json_file == STDOUT:
+        yield lambda name, done=None, total=None: None
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    shown = err.is_terminal and json_file != STDOUT
     # What is printed meanwhile goes above the bar; but output that goes to a file or a pipe stays there.
-    with Progress(*columns, console=err, transient=True, disable=not shown, redirect_stdout=sys.stdout.isatty()) as bar:
+    with Progress(*columns, console=err, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(what, total=None)
 
         def begin(name: str, done: int | None = None, total: int | None = None) -> None:
