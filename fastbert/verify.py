@@ -150,7 +150,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
         model: what `fastbert.patch` takes, patched or not, in any mode, dtype and device.
         batch: the keyword arguments of its forward, with tensors on any device. With labels, the model's own loss is
             compared and differentiated; without them, a fixed random projection of the outputs.
-        **patch_keywords: passed to `fastbert.patch`.
+        **patch_keywords: passed to `fastbert.patch`. What they leave out is not compared, and a note says so: outputs at
+            padded positions with `unpad=True`, logits with `mlm_logits="none"`.
 
     Returns:
         A `VerifyResult` to print or to use as a bool. If no kernel ran (no GPU), it is false and says so.
@@ -172,14 +173,16 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
     batch = _to_device(batch, parameter.device, None)
 
     own = _own_attention(model)
+    real = _real_positions(batch) if patch_keywords.get("unpad") is True else None
     with torch.random.fork_rng(devices=[parameter.device] if parameter.device.type == "cuda" else []):
         # The reference runs first, because its copy is the largest.
-        reference, widened = _reference(_deterministic_copy(model, own), batch, reference_dtype)
+        reference, widened = _reference(_deterministic_copy(model, own), batch, reference_dtype, real)
         copied = _deterministic_copy(model, own)
-        eager = _run(copied, batch)
+        eager = _run(copied, batch, real)
         with patched(copied, **patch_keywords):
-            result = _run(copied, batch)
+            result = _run(copied, batch, real)
             after = report(copied)
+        no_logits = patch_keywords.get("mlm_logits") == "none" and _leave_out_logits(eager, result)
         outputs = _compare_all(result.outputs, eager.outputs, reference.outputs)
         # A gradient that cancels is a rounding of the loss's own gradient, which is of the loss's size.
         loss_scale = _scale(reference.outputs["loss"]) if "loss" in reference.outputs else 0.0
@@ -195,6 +198,10 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **patch_keywords: Any) ->
         notes.append(f"the model makes tensors of other dtypes, which the run in {reference_dtype} widened")
     if eager.projected:
         notes.append("the model returned no loss: gradients are those of a fixed random projection of its outputs")
+    if real is not None and not real.all():
+        notes.append("outputs at padded positions, which unpad=True leaves out, were not compared")
+    if no_logits:
+        notes.append("logits, which mlm_logits='none' leaves out, were not compared")
     if not gradients:
         notes.append("no parameter requires a gradient: none was compared")
     return VerifyResult(
@@ -238,17 +245,31 @@ def _own_attention(model: nn.Module) -> str | None:
     return None
 
 
-def _reference(wide: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype) -> tuple["_Run", bool]:
+def _real_positions(batch: Mapping[str, Any]) -> Tensor | None:
+    """Where the batch has tokens, bool [B, S], if it says so."""
+    mask = batch.get("attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _leave_out_logits(eager: "_Run", result: "_Run") -> bool:
+    """Take the logits that only eager has out of its outputs; returns whether there were any."""
+    left_out = [name for name in eager.outputs if name in ("logits", "prediction_logits") and name not in result.outputs]
+    for name in left_out:
+        del eager.outputs[name]
+    return bool(left_out)
+
+
+def _reference(wide: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype, real: Tensor | None) -> tuple["_Run", bool]:
     """The run in `dtype`, and whether operands had to be widened because the forward makes tensors of fixed dtypes."""
     device = next(wide.parameters()).device
     with torch.autocast(device.type, enabled=False):
         wide, batch = wide.to(dtype), _to_device(batch, device, dtype)
         try:
-            return _run(wide, batch), False
+            return _run(wide, batch, real), False
         except RuntimeError:
             wide.zero_grad(set_to_none=True)
             with Widened(dtype):
-                return _run(wide, batch), True
+                return _run(wide, batch, real), True
 
 
 class Widened(TorchFunctionMode):
@@ -285,9 +306,10 @@ def _deterministic_copy(model: nn.Module, own: str | None) -> nn.Module:
     return copied
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any]) -> _Run:
+def _run(model: nn.Module, batch: Mapping[str, Any], real: Tensor | None) -> _Run:
+    """real: the positions [B, S] that are compared; outputs elsewhere count as 0. None: all."""
     torch.manual_seed(0)  # seeds the forked generators, so that all three runs draw the same numbers
-    outputs = dict(_tensors("", _call(model, batch)))
+    outputs = {name: _only(real, name, tensor) for name, tensor in _tensors("", _call(model, batch))}
     loss = outputs.get("loss")
     projected = loss is None
     if projected:
@@ -298,6 +320,14 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> _Run:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
     return _Run({name: t.detach() for name, t in outputs.items()}, gradients, projected)
+
+
+def _only(real: Tensor | None, name: str, output: Tensor) -> Tensor:
+    # Of the outputs with two dimensions, only question answering's have positions.
+    has_positions = output.dim() > 2 or name in ("start_logits", "end_logits")
+    if real is None or not has_positions or output.shape[:2] != real.shape or not output.is_floating_point():
+        return output
+    return output.masked_fill(~real.view(*real.shape, *(1 for _ in output.shape[2:])), 0.0)
 
 
 def _call(model: nn.Module, batch: Mapping[str, Any]) -> Any:

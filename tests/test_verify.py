@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 import fastbert
 from fastbert import ops
+from fastbert.verify import _only
 
 CONFIG = BertConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50, pad_token_id=0
@@ -130,6 +131,39 @@ def test_nothing_through_a_kernel_is_not_a_pass(monkeypatch):
 def test_keywords_reach_patch():
     result = fastbert.verify(classifier(), labelled(), residual_norm=False)
     assert result.ok and result.kernel_calls == 6
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_padding_that_is_left_out_is_not_compared(labels):
+    given = batch()
+    if labels:
+        given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    result = fastbert.verify(BertForMaskedLM(CONFIG), given, unpad=True)
+    assert result.ok and any("padded positions" in note for note in result.notes), str(result)
+    assert any(c.name == "logits" and c.error > 0 for c in result.outputs)
+    assert not any("padded" in note for note in fastbert.verify(BertForMaskedLM(CONFIG), given).notes)
+
+
+def test_real_positions_are_compared_where_padding_is_left_out(monkeypatch):
+    head = ops.gelu_layernorm
+    monkeypatch.setattr(ops, "gelu_layernorm", lambda *args, **options: head(*args, **options) * 1.01)
+    result = fastbert.verify(BertForMaskedLM(CONFIG), batch(), unpad=True)
+    assert not result.ok and not next(c for c in result.outputs if c.name == "logits").ok
+
+
+def test_a_row_of_as_many_columns_as_positions_is_compared_whole():
+    real, rows = torch.tensor([[True] * 8, [True] * 3 + [False] * 5]), torch.ones(2, 8)
+    assert torch.equal(_only(real, "pooler_output", rows), rows)
+    assert torch.equal(_only(real, "start_logits", rows), real.float())
+
+
+@pytest.mark.parametrize("unpad", ["auto", True])
+def test_logits_that_are_left_out_are_not_compared(unpad):
+    given = batch()
+    given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    result = fastbert.verify(BertForMaskedLM(CONFIG).train(), given, unpad=unpad, mlm_logits="none")
+    assert result.ok and any("logits" in note for note in result.notes), str(result)
+    assert {c.name for c in result.outputs} == {"loss"} and result.gradients
 
 
 def test_autocast_of_the_caller_is_kept():
