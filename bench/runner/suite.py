@@ -20,7 +20,7 @@ from bench.runner.isolate import ROOT, Outcome, caches, run_command, shared_cach
 
 SHOWN = 40  # number of failures that are named
 TEXT = 600  # characters kept of a failure's message
-_FOLDERS = re.compile(rf"{re.escape(str(ROOT))}/|/[^\s\"]*?/site-packages/")
+_FOLDERS = re.compile(rf"/[^\s\"]*?/site-packages/|{re.escape(str(ROOT))}/")
 MOST_WORKERS = 13  # a test mostly compiles one kernel on one core
 SIDE_WORKERS = 2  # for LAST, beside the others on a machine that has the cores
 FIRST = (

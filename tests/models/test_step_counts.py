@@ -14,7 +14,7 @@ import torch
 
 import fastbert
 from fastbert.kernels import embedding_layernorm
-from fastbert.kernels.adamw import tensor_forms
+from fastbert.kernels.core import tensor_forms
 from fastbert.kernels.encoder_layer import products
 from tests.models.test_launches_outside_layers import interpreter_unseen, launching
 from tests.models.tiny import CLASSIFICATION, DEVICE, MLM, make, make_batch
