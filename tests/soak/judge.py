@@ -60,7 +60,7 @@ def missed(events: list[Event], faults: list[Fault], killed: int) -> list[str]:
 
 def growth(events: list[Event]) -> tuple[int, dict[str, int]]:
     """What the last process gained after its warm-up: in how many steps, and how much of each."""
-    last = max(i for i, event in enumerate(events) if event["what"] == "started")
+    last = max(i for i, event in enumerate(events) if "process" in event)  # it also "started" from checkpoints later
     first = next((event["step"] for event in events[last:] if event["what"] == "step"), 0)
     measured = [event for event in events[last:] if event["what"] == "measured" and event["step"] >= first + WARM_UP]
     if len(measured) < 2:

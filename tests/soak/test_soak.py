@@ -110,8 +110,9 @@ def test_a_fault_that_was_missed_is_noticed() -> None:
 
 def test_a_leak_is_noticed() -> None:
     held = {"objects": 1000, "blocks": 2000, "bytes": 10**8, "files": 9, "threads": 1}
-    events = [{"what": "started", "step": 0}, {"what": "step", "step": 1}]
-    events += [{"what": "measured", "step": step, **held} for step in (500, 1001, 2001)]
+    events = [{"what": "started", "step": 0, "process": 1}, {"what": "step", "step": 1}]
+    events += [{"what": "measured", "step": step, **held} for step in (500, 1001)]
+    events += [{"what": "started", "step": 1500}, {"what": "measured", "step": 2001, **held}]
     assert judge.growth(events) == (1000, dict.fromkeys(held, 0))
     for name, n in (("objects", 101), ("blocks", 101), ("bytes", 1024_001), ("files", 1), ("threads", 1)):
         events[-1][name] += n

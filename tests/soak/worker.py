@@ -38,7 +38,7 @@ class Worker:
         else:
             self.training.save(self.checkpoint)
         self.journal = _place(folder).open("a")
-        self.write("started", step=self.training.done)
+        self.write("started", step=self.training.done, process=os.getpid())
 
     def write(self, what: str, **details: Any) -> None:
         self.journal.write(json.dumps({"what": what, **details}) + "\n")
