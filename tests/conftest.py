@@ -97,6 +97,20 @@ def no_stand_in() -> None:
         sys.modules["fastbert.kernels.core.failures"].strict = True
 
 
+@pytest.fixture
+def falling_back(no_stand_in: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A failing kernel falls back to plain PyTorch, and the test starts and ends with working kernels."""
+    from fastbert.kernels.core import failures
+    from fastbert.kernels.encoder_layer import plan
+
+    monkeypatch.setattr(failures, "strict", False)
+    failures.reset()
+    plan.clear()
+    yield
+    failures.reset()
+    plan.clear()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seed torch, so that random inputs do not depend on the tests that ran before."""

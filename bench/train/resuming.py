@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.core.schema import parse
 from bench.train.records import LaneRecord
 from fastbert.errors import InputError
 
+Kind = TypeVar("Kind")
 COMPLETE = "trainer_state.json"  # the file that Trainer writes last into a checkpoint
 
 
@@ -45,16 +46,20 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def _read(kind: type[Kind], path: Path, where: str) -> Kind:
+    try:
+        return parse(kind, path.read_bytes(), where)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--resume: {path} cannot be read: {error}") from None
+
+
 def read_lane(path: Path, lane: str, steps: int) -> LaneRecord:
     """The record of a lane that was finished.
 
     Raises:
         InputError: the file cannot be read, or has no such record of a run of so many steps.
     """
-    try:
-        found = parse(LaneRecord, path.read_bytes(), "lane")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--resume: {path} cannot be read: {error}") from None
+    found = _read(LaneRecord, path, "lane")
     if found.lane != lane:
         raise InputError(f"--resume: {path}: expected the lane {lane!r}, got {found.lane!r}")
     if not 0 < len(found.losses) <= steps:
@@ -82,10 +87,7 @@ def last_checkpoint(folder: Path, steps: int) -> str | None:
         return None
     step = max(found)
     path = found[step] / COMPLETE
-    try:
-        state = parse(_State, path.read_bytes(), "state")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--resume: {path} cannot be read: {error}") from None
+    state = _read(_State, path, "state")
     if state.global_step != step:
         raise InputError(f"--resume: {path}: expected global_step {step}, got {state.global_step}")
     for i, entry in enumerate(state.log_history):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert.graphs.capture import CudaRecorder, recorder_of
+from fastbert.graphs.capture import CudaRecorder, _without_collection, recorder_of
 from fastbert.testing.graphs import TapeRecorder, recording_graphs
 from fastbert.testing.rows import DEVICE
 
@@ -378,3 +378,16 @@ def test_random_programs(seed, mode):
         expected = called()
         for one, other in zip([*results, *program.inputs], [*expected, *called.inputs], strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_collected_during_a_capture(enabled):
+    """The collector is afterwards as the caller had it, also if the capture failed."""
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError), _without_collection():
+            assert not gc.isenabled()
+            raise ZeroDivisionError
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()

@@ -1,13 +1,10 @@
 """The soak itself: short, with one fault of each kind; and that its judge notices what it is there for."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastbert.kernels.core import failures
-from fastbert.kernels.encoder_layer import plan
 from tests.soak import judge
 from tests.soak.faults import KILLS, SHARES, Fault, drawn
 from tests.soak.judge import Run
@@ -18,14 +15,7 @@ from tests.soak.worker import Worker, read_journal
 STEPS = 28
 
 
-@pytest.fixture(autouse=True)
-def falling_back(no_stand_in: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(failures, "strict", False)
-    failures.reset()
-    plan.clear()
-    yield
-    failures.reset()
-    plan.clear()
+pytestmark = pytest.mark.usefixtures("falling_back")
 
 
 def undisturbed(steps: int) -> Run:

@@ -20,7 +20,7 @@ REGRESSION = next(kind for kind in KINDS if kind.name == "regression")
 
 def play(folder: Path) -> Play:
     if DEVICE.type != "cpu":
-        pytest.skip("graphs recorded on the CPU")
+        pytest.skip("fastbert.testing.graphs records on the CPU only; tests/graphs/test_gpu*.py capture real graphs")
     tokenizer = word_tokenizer(LINES)
     requests = [make_batch(CLASSIFICATION, labels=False, seed=seed, length=(9, 20)[seed % 2]) for seed in range(6)]
     shared = {"fastbert": fastbert, "torch": torch, "tokenizer": tokenizer, "requests": requests}

@@ -15,7 +15,7 @@ from tests.models.tiny import CLASSIFICATION, make
 
 def play(folder: Path) -> Play:
     if DEVICE.type != "cpu":
-        pytest.skip("graphs recorded on the CPU")
+        pytest.skip("fastbert.testing.graphs records on the CPU only; tests/graphs/test_gpu*.py capture real graphs")
     with recording_graphs():
         model = make(CLASSIFICATION, **SMALL)
         start = [parameter.detach().clone() for parameter in model.parameters()]
